@@ -1,0 +1,303 @@
+"""The mechanism under every loss: op registration, autograd, backend choice, reductions, the `Loss` base.
+
+Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with two typed
+functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
+implementations to that schema; the eager reference serves every other case:
+
+    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=("image", "image_pred"))
+    op(image, image_pred, ...)      # cpp, triton or reference, whichever the call should have
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.library import Library
+
+NAMESPACE = "fastloss"
+BACKENDS = ("reference", "cpp", "triton", "cuda")
+REDUCTIONS = ("none", "mean", "sum")
+
+_LIB = Library(NAMESPACE, "DEF")
+_OPS: dict[str, Op] = {}
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load_extension() -> str | None:
+    """Load the compiled CPU kernels; None when they are there, else the reason why not."""
+    if _interpreting():
+        return "not loaded while TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors instead"
+    found = sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
+    if not found:
+        return "the extension is not built; install a C++ compiler and run `pip install --no-build-isolation .`"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{found[0].name} does not load: {error}"
+    return None
+
+
+def _why_no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (it comes with torch's CUDA build on Linux)"
+    if not (_interpreting() or torch.cuda.is_available()):
+        return "no CUDA or ROCm device is visible to torch"
+    return None
+
+
+class _Backends:
+    """Why a backend is missing (None: it is there), and the forced one."""
+
+    def __init__(self) -> None:
+        self.missing: dict[str, str | None] = {
+            "reference": None,
+            "cpp": _load_extension(),
+            "triton": _why_no_triton(),
+            "cuda": "no op is faster in CUDA C++ than in Triton yet, so none is shipped",
+        }
+        self.forced: str | None = None
+
+    def force(self, name: str | None) -> None:
+        if name is not None and name not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
+        self.forced = name
+
+
+_backends = _Backends()
+
+
+@contextlib.contextmanager
+def use_backend(name: str | None) -> Iterator[None]:
+    """Force a backend inside a `with` block, as `FASTLOSS_BACKEND` does for a process; None lifts the force."""
+    before = _backends.forced
+    _backends.force(name)
+    try:
+        yield
+    finally:
+        _backends.forced = before
+
+
+def backend_report() -> dict[str, str]:
+    """Each backend and "available", or the reason why it is not."""
+    return {name: why or "available" for name, why in _backends.missing.items()}
+
+
+def _transformed() -> bool:
+    """A functorch transform or forward-mode AD is active: `register_autograd` serves neither, the reference does."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+class Op:
+    """A differentiable op with an eager reference and, where they exist, C++ and Triton kernels.
+
+    `fwd` and `bwd` carry the schema in their type hints and compute shapes only. `bwd` asks by parameter name for
+    what it needs: `grad` (of the first output), any forward input, any name in `outputs`, and `needs_<input>`
+    flags; it returns one tensor per name in `grads`, an empty one (`numel() == 0`) where it was not needed.
+    `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
+    `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss.kernels` whose
+    `<name>_fwd` and `<name>_bwd` launch the kernels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fwd: Callable,
+        bwd: Callable,
+        reference: Callable,
+        grads: tuple[str, ...],
+        outputs: tuple[str, ...] = ("out",),
+        triton: str | None = None,
+        takes: Callable[..., bool] | None = None,
+    ) -> None:
+        self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
+        self.takes = takes or (lambda *args: True)
+        self.inputs = list(inspect.signature(fwd).parameters)
+        self._bwd_wants = list(inspect.signature(bwd).parameters)
+        for stage, fake in (("fwd", fwd), ("bwd", bwd)):
+            self._define(f"{name}_{stage}", fake, triton)
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.register_autograd(
+            f"{qualified}_fwd", self._backward, setup_context=self._setup, lib=_LIB
+        )
+        torch.library.register_autograd(
+            f"{qualified}_bwd", self._double_backward, setup_context=self._setup_bwd, lib=_LIB
+        )
+        namespace = getattr(torch.ops, NAMESPACE)
+        self.fwd = getattr(namespace, f"{name}_fwd").default
+        self.bwd = getattr(namespace, f"{name}_bwd").default
+        has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
+        self.kernels = {"cpp": has_cpp and not _interpreting(), "triton": triton is not None, "cuda": False}
+        _OPS[name] = self
+
+    @staticmethod
+    def _define(name: str, fake: Callable, triton: str | None) -> None:
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+        if triton is None:
+            return
+
+        def launch(*args: Any, **kwargs: Any) -> Any:  # Triton is imported on the first call
+            kernels = importlib.import_module(f"{__package__}.kernels.{triton}")
+            return getattr(kernels, name)(*args, **kwargs)
+
+        for key in ("CUDA", "CPU") if _interpreting() else ("CUDA",):
+            _LIB.impl(name, launch, key)
+
+    def backend(self, *args: Any) -> str:
+        """The backend this call gets; a forced one that is missing raises."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if _transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+            return "reference"
+        device = tensors[0].device.type
+        fits = {"cpu": ("triton",) if _interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
+        forced = _backends.forced
+        if forced == "reference":
+            return forced
+        if forced is not None:
+            why = _backends.missing[forced]
+            if why is None and forced not in fits:
+                why = f"it does not run on {device} tensors"
+            if why is None and not self.kernels[forced]:
+                why = f"it has no kernel for {self.name} yet"
+            if why is not None:
+                raise RuntimeError(
+                    f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {self.name}: {why}"
+                )
+            return forced
+        for name in fits:
+            if self.kernels[name] and _backends.missing[name] is None:
+                return name
+        return "reference"
+
+    def __call__(self, *args: Any) -> Tensor:
+        if self.backend(*args) == "reference":
+            return self.reference(*args)
+        with torch.autocast(args[0].device.type, enabled=False):  # kernels choose their own precision
+            out = self.fwd(*args)
+        return out if isinstance(out, Tensor) else out[0]
+
+    # autograd of the forward op: save what the backward names, and nothing else
+
+    def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        outputs = (output,) if isinstance(output, Tensor) else tuple(output)
+        if len(outputs) > 1:
+            ctx.mark_non_differentiable(*outputs[1:])
+        have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
+        ctx.needs = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))
+        wanted = {name: have[name] for name in self._bwd_wants if name in have}
+        ctx.plain = {name: value for name, value in wanted.items() if not isinstance(value, Tensor)}
+        ctx.names = [name for name in wanted if name not in ctx.plain]
+        ctx.save_for_backward(*(wanted[name] for name in ctx.names))
+
+    def _backward(self, ctx: Any, grad: Tensor, *_: Any) -> tuple:
+        for name, needed in ctx.needs.items():
+            if needed and name not in self.grads:
+                raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+        have = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.plain | {"grad": grad}
+        have |= {f"needs_{name}": needed for name, needed in ctx.needs.items()}
+        got = self.bwd(*(have[name] for name in self._bwd_wants))
+        got = dict(zip(self.grads, (got,) if isinstance(got, Tensor) else got, strict=True))
+        return tuple(got[name] if ctx.needs[name] and name in got else None for name in self.inputs)
+
+    # autograd of the backward op: differentiate the reference twice, so that double backward is right everywhere
+
+    def _setup_bwd(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.plain = {k: v for k, v in zip(self._bwd_wants, inputs, strict=True) if not isinstance(v, Tensor)}
+        ctx.names = [name for name in self._bwd_wants if name not in ctx.plain]
+        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+
+    def _double_backward(self, ctx: Any, *grad_grads: Tensor) -> tuple:
+        have = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.plain
+        missing = [name for name in self.inputs if name not in have]
+        if missing:
+            raise RuntimeError(f"{self.name}: double backward is not provided (it would need {missing}); "
+                               "use_backend('reference') differentiates any number of times")
+        with torch.enable_grad():
+            wrt = [have[name].detach().requires_grad_() for name in self.grads]
+            args = have | dict(zip(self.grads, wrt, strict=True))
+            upstream = have["grad"].detach().requires_grad_()
+            out = self.reference(*(args[name] for name in self.inputs))
+            used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
+            first = torch.autograd.grad(out, [wrt[i] for i in used], upstream.to(out.dtype), create_graph=True)
+            targets = [upstream, *wrt]
+            total = sum((f * grad_grads[i]).sum() for i, f in zip(used, first, strict=True))
+            second = torch.autograd.grad(total, targets, create_graph=torch.is_grad_enabled(), allow_unused=True)
+        got = dict(zip(("grad", *self.grads), second, strict=True))
+        return tuple(got.get(name) for name in self._bwd_wants)
+
+
+def reduce(values: Tensor, reduction: str) -> Tensor:
+    """`values` as they are, their mean or their sum. A mean over nothing raises instead of giving NaN."""
+    check_reduction(reduction)
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    check_not_empty(values.numel())
+    return values.mean()
+
+
+def check_reduction(reduction: str, choices: tuple[str, ...] = REDUCTIONS) -> None:
+    if reduction not in choices:
+        raise ValueError(f"reduction: expected one of {choices}, got {reduction!r}")
+
+
+def check_not_empty(count: int) -> None:
+    if count == 0:
+        raise ValueError("reduction: the mean of an empty batch is undefined; skip the batch or use reduction='sum'")
+
+
+def result_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype every loss accumulates in and returns: float64 if any input is float64, else float32."""
+    double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+    return torch.float64 if double else torch.float32
+
+
+class Loss(nn.Module):
+    """Module form of a loss function: keyword options at construction, tensors at call.
+
+    A subclass names its function, `fn = staticmethod(pixel_loss)`. Options are checked against the function's
+    keyword-only parameters; a tensor or Parameter option (a learnable temperature) becomes a buffer or Parameter.
+    Keywords given at call override the options of the module for that call.
+    """
+
+    fn: Callable[..., Any]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        keywords = inspect.signature(self.fn).parameters.values()
+        allowed = [p.name for p in keywords if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        for name, value in options.items():
+            if name not in allowed:
+                raise TypeError(f"{type(self).__name__}: unknown option {name!r}; the options are {allowed}")
+            if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self.register_buffer(name, value)
+            else:
+                setattr(self, name, value)
+        self._options = tuple(options)
+
+    def forward(self, *tensors: Any, **overrides: Any) -> Any:
+        options = {name: getattr(self, name) for name in self._options}
+        return self.fn(*tensors, **(options | overrides))
+
+    def extra_repr(self) -> str:
+        shown = {name: getattr(self, name) for name in self._options}
+        return ", ".join(f"{k}={'<tensor>' if isinstance(v, Tensor) else repr(v)}" for k, v in shown.items())
+
+
+_backends.force(os.environ.get("FASTLOSS_BACKEND") or None)

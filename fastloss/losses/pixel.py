@@ -1,0 +1,162 @@
+"""Pixel loss: |d|^p, Charbonnier and Huber distances between two images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_number, check_same_device, check_same_shape, check_tensor
+from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+
+
+def pixel_reference(
+    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
+) -> Tensor:
+    """The definition: weighted distances of the elements, or their sum, in float32 (float64 for float64)."""
+    dtype = result_dtype(image, image_pred)
+    d = image_pred.to(dtype) - image.to(dtype)
+    if kind == "l1":
+        loss = d.abs()
+    elif kind == "l2":
+        loss = d * d
+    elif kind == "lp":
+        loss = d.abs().pow(p)
+    elif kind == "charbonnier":
+        loss = (d * d + p * p).sqrt()
+    else:  # huber with delta = p: both branches are finite everywhere, so where() leaks no NaN gradient
+        a = d.abs()
+        loss = torch.where(a <= p, 0.5 * d * d, p * (a - 0.5 * p))
+    if weight is not None:
+        loss = loss * weight.to(dtype)
+    return loss.sum() if reduce else loss
+
+
+def _pixel_fwd(
+    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
+) -> Tensor:
+    return image.new_empty(() if reduce else image.shape, dtype=torch.float32)
+
+
+def _pixel_bwd(
+    grad: Tensor,
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    p: float,
+    reduce: bool,
+    needs_image: bool,
+    needs_image_pred: bool,
+) -> tuple[Tensor, Tensor]:
+    none = image.new_empty(0)
+    return (
+        torch.empty_like(image) if needs_image else none,
+        torch.empty_like(image_pred) if needs_image_pred else none.to(image_pred.dtype),
+    )
+
+
+_pixel = Op(
+    "pixel",
+    fwd=_pixel_fwd,
+    bwd=_pixel_bwd,
+    reference=pixel_reference,
+    grads=("image", "image_pred"),
+    triton="pixel",
+)
+
+
+def _kind(p: float | str, eps: float, delta: float) -> tuple[str, float]:
+    """The kernel's op code and its one parameter."""
+    if p == "charbonnier":
+        check_number("eps", eps, 0, open_low=True)
+        return "charbonnier", float(eps)
+    if p == "huber":
+        check_number("delta", delta, 0, open_low=True)
+        return "huber", float(delta)
+    if isinstance(p, str):
+        raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
+    check_number("p", p, 1)
+    return {1: "l1", 2: "l2"}.get(p, "lp"), float(p)
+
+
+def pixel_loss(
+    image: Tensor,
+    image_pred: Tensor,
+    *,
+    p: float | str = 2,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    delta: float = 1.0,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""Pixel-wise distance between a target image and a predicted one.
+
+    With :math:`d = \hat x - x`, element by element::
+
+        p >= 1          |d|^p               (p=1: MAE, p=2: MSE, the default)
+        "charbonnier"   sqrt(d^2 + eps^2)
+        "huber"         d^2 / 2 if |d| <= delta, else delta (|d| - delta / 2)
+
+    Args:
+        image: target, any shape, float16, bfloat16, float32 or float64; any value range.
+        image_pred: prediction of the same shape. Both may need gradients.
+        p: the distance, see above.
+        weight: non-negative weights, broadcastable to `image` (``[N,1,H,W]`` counts once per channel), no gradient.
+        eps: smoothing of Charbonnier, in units of the image, > 0.
+        delta: threshold of Huber, in units of the image, > 0.
+        reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights, and 0 when all weights are 0),
+            ``"sum"``, or ``"none"`` for the map.
+
+    Returns:
+        float32 (float64 for float64 inputs), whatever the input dtype: a scalar, or the map for ``"none"``.
+        The gradient at d = 0 is 0 for every distance.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit,
+            `weight` requires a gradient, or ``"mean"`` of an empty batch.
+
+    Source: torch.nn.functional ``l1_loss``, ``mse_loss``, ``huber_loss`` (and their ``weight``); Charbonnier et al.,
+    "Two deterministic half-quadratic regularization algorithms for computed imaging", ICIP 1994.
+
+    Example:
+        >>> pixel_loss(torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), 0.5)).item()
+        0.25
+    """
+    check_tensor("image", image)
+    check_tensor("image_pred", image_pred)
+    check_same_shape("image", image, "image_pred", image_pred)
+    check_reduction(reduction)
+    kind, parameter = _kind(p, eps, delta)
+    if weight is not None:
+        _check_weight(weight, image)
+        weight = weight.expand(image.shape)
+    dtype = torch.promote_types(image.dtype, image_pred.dtype)
+    out = _pixel(image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
+    if reduction != "mean":
+        return out
+    check_not_empty(image.numel())
+    if weight is None:
+        return out / image.numel()
+    total = weight.sum(dtype=out.dtype)
+    return out / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _check_weight(weight: Tensor, image: Tensor) -> None:
+    check_tensor("weight", weight)
+    check_same_device("image", image, "weight", weight)
+    if weight.requires_grad:
+        raise ValueError("weight: no gradient is provided for it; pass weight.detach()")
+    try:
+        fits = torch.broadcast_shapes(weight.shape, image.shape) == image.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"weight: expected a shape that broadcasts to image, {tuple(image.shape)}, got {tuple(weight.shape)}"
+        )
+
+
+class PixelLoss(Loss):
+    """Module form of :func:`pixel_loss`."""
+
+    fn = staticmethod(pixel_loss)
