@@ -1,0 +1,136 @@
+"""The tools of the battery: running a Case anywhere, recording its ops, and the one tolerance rule."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from fastloss import core
+from tests.cases import CASES, Case, Draw
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_error(what: str, got: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """The one rule: error against float64 at most 2x eager's in that dtype, plus eps of the largest value.
+
+    Where the exact result is not finite, ours must be the same infinity or NaN.
+    """
+    got, eager, exact = got.detach().double(), eager.detach().double(), exact.detach().double()
+    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    torch.testing.assert_close(got[~finite], exact[~finite], rtol=0, atol=0, equal_nan=True)
+    got, eager, exact = got[finite], eager[finite], exact[finite]
+    if exact.numel() == 0:
+        return
+    largest = exact.abs().max().item()
+    error = (got - exact).abs().max().item()
+    allowed = 2 * (eager - exact).abs().max().nan_to_num(float("inf")).item() + torch.finfo(dtype).eps * largest
+    assert error <= allowed, f"{what}: error {error:.3e} against float64, allowed {allowed:.3e} ({dtype})"
+
+
+def cast(args: Any, dtype: torch.dtype) -> Any:
+    """Floating-point leaves in `dtype`; labels, ids and masks as they are."""
+    return tree_map_only(Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t, args)
+
+
+def leaves(case: Case, args: tuple) -> list[Tensor]:
+    """The tensors that get gradients, in order, through lists of tensors too."""
+    return [t for i in case.grads for t in tree_flatten(args[i])[0] if isinstance(t, Tensor)]
+
+
+def first(out: Any) -> Tensor:
+    """The loss of a function that may return more than it."""
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def run(case: Case, fn: Any, args: tuple, options: dict, upstream: Tensor | None = None) -> tuple:
+    """(loss, gradients of the grad leaves, upstream gradient used)."""
+    wrt = leaves(case, args)
+    for t in wrt:
+        t.requires_grad_()
+    loss = first(fn(*args, **options))
+    if upstream is None:
+        upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)).to(loss.device)
+    grads = torch.autograd.grad(loss, wrt, upstream.to(loss.dtype), allow_unused=True)
+    return loss, [torch.zeros_like(t) if g is None else g for t, g in zip(wrt, grads, strict=True)], upstream
+
+
+def with_reduction(case: Case, options: dict, reduction: str | None) -> dict:
+    return options if reduction is None else options | {"reduction": reduction}
+
+
+def reductions(case: Case) -> tuple[str | None, ...]:
+    return case.reductions or (None,)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[tuple[core.Op, tuple]]]:
+    """The op calls (and their arguments) that happen inside the block."""
+    calls: list[tuple[core.Op, tuple]] = []
+    original = core.Op.__call__
+
+    def spy(self: core.Op, *args: Any) -> Tensor:
+        calls.append((self, args))
+        return original(self, *args)
+
+    core.Op.__call__ = spy  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        core.Op.__call__ = original  # type: ignore[method-assign]
+
+
+@functools.cache
+def ops_of(name: str) -> tuple[core.Op, ...]:
+    case = next(c for c in CASES if c.name == name)
+    with recorded() as calls, core.use_backend("reference"):
+        case.fn(*case.make(Draw(), case.shapes[0]), **case.options[0])
+    return tuple({id(op): op for op, _ in calls}.values())
+
+
+def places(case: Case) -> list[Any]:
+    """(device, backend) pairs to check: the reference everywhere, kernels where the case has them."""
+    kernels = {name for op in ops_of(case.name) for name, there in op.kernels.items() if there}
+    if INTERPRETING:
+        return [("cpu", "triton")] if "triton" in kernels else []
+    found: list[Any] = [("cpu", "reference")]
+    if "cpp" in kernels:
+        found.append(("cpu", "cpp"))
+    found.append(pytest.param(("cuda", "triton" if "triton" in kernels else "reference"), marks=pytest.mark.gpu))
+    return found
+
+
+def grid(*, options: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, only_ops: bool = False) -> Any:
+    """parametrize over case x place x option x dtype, with readable ids."""
+    rows = []
+    for case in CASES:
+        if only_ops and not ops_of(case.name):
+            continue
+        for place in places(case):
+            values, marks = (place.values[0], place.marks) if hasattr(place, "values") else (place, ())
+            for option in case.options if options else case.options[:1]:
+                for dtype in dtypes:
+                    if dtype == torch.float64 and values[1] not in ("reference",):
+                        continue  # float64 always goes to the reference
+                    label = ",".join(f"{k}={_short(v)}" for k, v in option.items()) or "default"
+                    ident = f"{case.name}-{values[0]}-{values[1]}-{label}-{str(dtype).removeprefix('torch.')}"
+                    rows.append(pytest.param(case, values, option, dtype, id=ident, marks=marks))
+    return pytest.mark.parametrize(("case", "place", "options", "dtype"), rows)
+
+
+def _short(value: Any) -> str:
+    return f"tensor{tuple(value.shape)}" if isinstance(value, Tensor) else str(value)
+
+
+def to_device(tree: Any, device: str) -> Any:
+    return tree_map_only(Tensor, lambda t: t.to(device), tree)

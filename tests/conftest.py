@@ -1,0 +1,33 @@
+"""Device selection, and NaN-filled scratch memory so that reading what was never written shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a device, gpu tests are left out of a plain run, and shown as skipped under `-m gpu`."""
+    if torch.cuda.is_available():
+        return
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if config.option.markexpr:
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device is visible to torch"))
+    else:
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture
+def nan_filled():
+    """torch.empty gives NaN inside the test, so that a kernel that leaves something unwritten is caught."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,259 @@
+"""The battery: every Case of cases.py through every check, dtype, backend and option."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from fastloss import core
+from tests.battery import (
+    INTERPRETING,
+    cast,
+    check_error,
+    first,
+    grid,
+    leaves,
+    recorded,
+    reductions,
+    run,
+    to_device,
+    with_reduction,
+)
+from tests.cases import CASES, Case, Draw
+
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+not_interpreted = pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
+
+
+def inputs(case: Case, shape, dtype: torch.dtype, device: str) -> tuple:
+    return to_device(case.make(Draw(dtype), shape), device)
+
+
+def compare(case: Case, place: tuple, args: tuple, options: dict, dtype: torch.dtype, what: str) -> None:
+    """Our value and gradients on `place` against eager's in the same dtype and eager's in float64."""
+    options = to_device(options, place[0])
+    ours = tree_map_only(Tensor, lambda t: t.detach(), args)  # detach keeps strides
+    with core.use_backend(place[1]):
+        loss, grads, upstream = run(case, case.fn, ours, options)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    eager_loss, eager_grads, _ = run(case, case.eager, cast(args, dtype), cast_options(options, dtype), upstream)
+    exact_loss, exact_grads, _ = run(
+        case, case.eager, cast(args, torch.float64), cast_options(options, torch.float64), upstream
+    )
+    check_error(f"{what} value", loss, eager_loss, exact_loss, dtype)
+    for i, (mine, eager, exact) in enumerate(zip(grads, eager_grads, exact_grads, strict=True)):
+        assert mine.dtype == dtype
+        check_error(f"{what} gradient {i}", mine, eager, exact, dtype)
+
+
+def cast_options(options: dict, dtype: torch.dtype) -> dict:
+    return {k: cast((v,), dtype)[0] if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
+@grid()
+def test_value_and_gradient(case, place, options, dtype, nan_filled):
+    for shape in case.shapes:
+        for reduction in reductions(case):
+            args = inputs(case, shape, dtype, place[0])
+            compare(case, place, args, with_reduction(case, options, reduction), dtype, f"{shape} {reduction}")
+
+
+@grid(dtypes=HALF_AND_SINGLE, options=False)
+def test_strides(case, place, options, dtype):
+    """Transposed, sliced, channels_last and stride-0 inputs give what dense ones give."""
+    forms = {
+        "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": lambda t: torch.stack((t, t), -1)[..., 0],
+        "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t,
+        "stride 0": lambda t: t[:1].expand_as(t),
+    }
+    for name, form in forms.items():
+        for reduction in reductions(case):
+            args = inputs(case, case.shapes[0], dtype, place[0])
+            args = tree_map_only(Tensor, lambda t, form=form: form(t) if t.is_floating_point() else t, args)
+            compare(case, place, args, with_reduction(case, options, reduction), dtype, name)
+
+
+@grid(dtypes=(torch.float32,))
+def test_ties_have_finite_gradients(case, place, options, dtype):
+    """Equal and all-zero inputs: no NaN, in value or gradient."""
+    for fill in ("equal", "zero"):
+        args = inputs(case, case.shapes[0], dtype, place[0])
+        if fill == "zero":
+            args = tree_map_only(Tensor, lambda t: torch.zeros_like(t) if t.is_floating_point() else t, args)
+        elif len(case.grads) > 1:
+            same = args[case.grads[0]]
+            args = tuple(
+                tree_map_only(Tensor, torch.clone, same) if i in case.grads and _alike(args[i], same) else a
+                for i, a in enumerate(args)
+            )
+        with core.use_backend(place[1]):
+            loss, grads, _ = run(case, case.fn, args, to_device(options, place[0]))
+        assert loss.isfinite().all(), f"{fill}: {loss}"
+        for g in grads:
+            assert g.isfinite().all(), f"{fill}: a gradient is not finite"
+
+
+def _alike(a, b) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape
+    return isinstance(a, list) and isinstance(b, list) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
+
+
+@grid(dtypes=(torch.float32,), options=False)
+def test_nonfinite_values_arrive(case, place, options, dtype):
+    """An infinity or NaN in an input is never hidden: the loss is not finite either."""
+    for value in (float("nan"), float("inf")):
+        args = inputs(case, case.shapes[0], dtype, place[0])
+        leaf = leaves(case, args)[-1]
+        leaf.view(-1)[0] = value
+        with core.use_backend(place[1]):
+            loss = first(case.fn(*args, **to_device(options, place[0])))
+        assert case.extra.get("bounded") or not loss.isfinite().all()
+
+
+@grid(dtypes=(torch.float32,))
+def test_backward_is_reentrant_and_deterministic(case, place, options, dtype):
+    options = to_device(options, place[0])
+    args = inputs(case, case.shapes[0], dtype, place[0])
+    wrt = [t.requires_grad_() for t in leaves(case, args)]
+    with core.use_backend(place[1]):
+        loss = first(case.fn(*args, **options))
+        again = first(case.fn(*args, **options))
+        assert torch.equal(loss, again)
+        total = loss.sum()
+        once = torch.autograd.grad(total, wrt, retain_graph=True, allow_unused=True)
+        kept = [None if g is None else g.clone() for g in once]
+        twice = torch.autograd.grad(total, wrt, retain_graph=True, allow_unused=True)
+        total.backward()
+    for g, k, t, leaf in zip(once, kept, twice, wrt, strict=True):
+        if k is not None:
+            assert torch.equal(g, k) and torch.equal(t, k) and torch.equal(leaf.grad, k)
+
+
+@not_interpreted
+@pytest.mark.parametrize("index", range(max(len(c.options) for c in CASES)))
+@by_case
+def test_gradcheck(case, index):
+    """float64 goes to the reference; its gradient is the derivative of its value."""
+    if index >= len(case.options):
+        return
+    torch.manual_seed(0)
+    args = case.make(Draw(torch.float64, seed=3), case.shapes[0])
+    wrt = [t.requires_grad_() for t in leaves(case, args)]
+    options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+               for k, v in case.options[index].items()}
+
+    def loss(*_: Tensor) -> Tensor:
+        return first(case.fn(*args, **options))
+
+    assert torch.autograd.gradcheck(loss, wrt, fast_mode=True)
+
+
+@not_interpreted
+@grid(dtypes=(torch.float32,))
+def test_compiles_into_one_graph(case, place, options, dtype):
+    options = to_device(options, place[0])
+    torch._dynamo.reset()
+    with core.use_backend(place[1]):
+        expected = run(case, case.fn, inputs(case, case.shapes[0], dtype, place[0]), options)
+        compiled = torch.compile(case.fn, fullgraph=True, backend="aot_eager")
+        got = run(case, compiled, inputs(case, case.shapes[0], dtype, place[0]), options)
+    torch.testing.assert_close(got[0], expected[0])
+    torch.testing.assert_close(got[1], expected[1])
+
+
+@grid(dtypes=HALF_AND_SINGLE, only_ops=True)
+def test_opcheck(case, place, options, dtype):
+    """The registration of each op is sound: schema, fake tensors, autograd, AOT dispatch."""
+    if place[1] == "reference":
+        return
+    for reduction in reductions(case):
+        args = inputs(case, case.shapes[0], dtype, place[0])
+        for t in leaves(case, args):
+            t.requires_grad_()
+        with recorded() as calls, core.use_backend(place[1]):
+            case.fn(*args, **with_reduction(case, to_device(options, place[0]), reduction))
+        assert calls
+        for op, op_args in calls:
+            torch.library.opcheck(op.fwd, op_args)
+
+
+@grid(dtypes=(torch.float32,), only_ops=True)
+def test_double_backward_is_the_references(case, place, options, dtype):
+    second = []
+    for backend in (place[1], "reference"):
+        args = inputs(case, case.shapes[0], dtype, place[0])
+        wrt = [t.requires_grad_() for t in leaves(case, args)]
+        with core.use_backend(backend):
+            grads = torch.autograd.grad(first(case.fn(*args, **options)), wrt, create_graph=True)
+            total = sum((g * g).sum() for g in grads)
+            got = torch.autograd.grad(total, wrt, allow_unused=True) if total.requires_grad else ()
+        second.append([torch.zeros_like(t) if g is None else g for t, g in zip(wrt, got, strict=False)])
+    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-6, equal_nan=True)  # p=1.5 has none at d=0
+
+
+@not_interpreted
+@by_case
+def test_functorch_and_forward_mode_take_the_reference(case):
+    if not case.extra.get("functorch", True):
+        return
+    args = case.make(Draw(), case.shapes[0])
+    which = case.grads[-1]
+    if not isinstance(args[which], Tensor):
+        return
+
+    def total(t: Tensor) -> Tensor:
+        return first(case.fn(*args[:which], t, *args[which + 1 :], **case.options[0])).sum()
+
+    x, direction = args[which], Draw(seed=5).normal(*args[which].shape)
+    g = torch.func.grad(total)(x)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(g, torch.autograd.grad(total(leaf), leaf)[0], rtol=1e-4, atol=1e-6)
+    _, tangent = torch.func.jvp(total, (x,), (direction,))
+    torch.testing.assert_close(tangent, (g * direction).sum(), rtol=1e-3, atol=1e-5)
+
+
+@grid(dtypes=(torch.float32,), options=False)
+def test_autocast_changes_nothing(case, place, options, dtype):
+    options = to_device(options, place[0])
+    args = inputs(case, case.shapes[0], dtype, place[0])
+    with core.use_backend(place[1]):
+        plain = first(case.fn(*args, **options))
+        with torch.autocast(place[0], torch.bfloat16):
+            under = first(case.fn(*args, **options))
+    assert under.dtype == torch.float32
+    torch.testing.assert_close(under, plain)
+
+
+@not_interpreted
+@by_case
+def test_bad_input_names_the_argument(case):
+    for what, change, error, text in case.bad:
+        args, options = change(case.make(Draw(), case.shapes[0]), dict(case.options[0]))
+        with pytest.raises(error) as raised:
+            case.fn(*args, **options)
+        assert text in str(raised.value), f"{what}: {raised.value}"
+
+
+@not_interpreted
+@by_case
+def test_module_form(case):
+    """The Module gives the function's value, survives pickle and deepcopy, and rejects unknown options."""
+    if case.module is None:
+        return
+    options = case.options[-1]
+    module = case.module(**options)
+    args = case.make(Draw(), case.shapes[0])
+    expected = first(case.fn(*args, **options))
+    for form in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        torch.testing.assert_close(first(form(*args)), expected)
+    assert type(module).__name__ in repr(module)
+    with pytest.raises(TypeError, match="unknown option 'no_such_option'"):
+        case.module(no_such_option=1)
