@@ -176,7 +176,8 @@ class Op:
                 why = f"it has no kernel for {self.name} yet"
             if why is not None:
                 raise RuntimeError(
-                    f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {self.name}: {why}"
+                    f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) "
+                    f"but cannot serve {self.name}: {why}"
                 )
             return forced
         for name in fits:
@@ -235,7 +236,7 @@ class Op:
             used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
             first = torch.autograd.grad(out, [wrt[i] for i in used], upstream.to(out.dtype), create_graph=True)
             targets = [upstream, *wrt]
-            total = sum((f * grad_grads[i]).sum() for i, f in zip(used, first, strict=True))
+            total = torch.stack([(f * grad_grads[i]).sum() for i, f in zip(used, first, strict=True)]).sum()
             second = torch.autograd.grad(total, targets, create_graph=torch.is_grad_enabled(), allow_unused=True)
         got = dict(zip(("grad", *self.grads), second, strict=True))
         return tuple(got.get(name) for name in self._bwd_wants)

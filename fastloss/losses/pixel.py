@@ -76,7 +76,7 @@ def _kind(p: float | str, eps: float, delta: float) -> tuple[str, float]:
     if isinstance(p, str):
         raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
     check_number("p", p, 1)
-    return {1: "l1", 2: "l2"}.get(p, "lp"), float(p)
+    return "l1" if p == 1 else "l2" if p == 2 else "lp", float(p)
 
 
 def pixel_loss(
