@@ -1,0 +1,1 @@
+"""The reference text-to-image training system: model, data, training, tuning, sampling."""
