@@ -43,6 +43,10 @@ def cast(args: Any, dtype: torch.dtype) -> Any:
     return tree_map_only(Tensor, lambda t: t.detach().to(dtype) if t.is_floating_point() else t, args)
 
 
+def cast_options(options: dict, dtype: torch.dtype) -> dict:
+    return {k: cast((v,), dtype)[0] if isinstance(v, Tensor) else v for k, v in options.items()}
+
+
 def leaves(case: Case, args: tuple) -> list[Tensor]:
     """The tensors that get gradients, in order, through lists of tensors too."""
     return [t for i in case.grads for t in tree_flatten(args[i])[0] if isinstance(t, Tensor)]

@@ -14,6 +14,7 @@ from fastloss import core
 from tests.battery import (
     INTERPRETING,
     cast,
+    cast_options,
     check_error,
     first,
     grid,
@@ -50,10 +51,6 @@ def compare(case: Case, place: tuple, args: tuple, options: dict, dtype: torch.d
     for i, (mine, eager, exact) in enumerate(zip(grads, eager_grads, exact_grads, strict=True)):
         assert mine.dtype == dtype
         check_error(f"{what} gradient {i}", mine, eager, exact, dtype)
-
-
-def cast_options(options: dict, dtype: torch.dtype) -> dict:
-    return {k: cast((v,), dtype)[0] if isinstance(v, Tensor) else v for k, v in options.items()}
 
 
 @grid()

@@ -1,0 +1,1 @@
+"""Benchmarks of the losses against eager PyTorch, torch.compile and other libraries."""
