@@ -22,7 +22,7 @@ bench: $(VENV)/.test
 
 # Device tests, then every benchmark row. Needs no network and no installed project: any python with torch and triton.
 gpu:
-	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests/test_losses.py
+	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests/test_losses.py tests/test_gpu.py
 	$(PYTHON) -m benchmarks.run --device cuda $(ARGS)
 
 # An older Triton beside the installed one, for the ahead-of-time checks.

@@ -140,3 +140,23 @@ def test_loss_base_keeps_tensor_options_as_state():
 def test_report_names_every_backend():
     report = core.backend_report()
     assert set(report) == set(core.BACKENDS) and report["reference"] == "available"
+
+
+def test_ddp_trains_through_the_kernel():
+    """A DDP-wrapped model gets the plain model's gradients (one gloo process)."""
+    code = """
+import os, torch, torch.distributed as dist, fastloss
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+torch.manual_seed(0)
+plain = torch.nn.Conv2d(3, 3, 3, padding=1)
+x, y = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+expected = torch.autograd.grad(fastloss.pixel_loss(y, plain(x), p=1), list(plain.parameters()))
+model = torch.nn.parallel.DistributedDataParallel(plain)
+fastloss.PixelLoss(p=1)(y, model(x)).backward()
+for p, e in zip(plain.parameters(), expected):
+    torch.testing.assert_close(p.grad, e)
+dist.destroy_process_group()
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,91 @@
+"""What only a device can show: no host sync, CUDA-graph replay, side streams, more than 2**31 elements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastloss
+from tests.battery import first, leaves, ops_of, to_device
+from tests.cases import CASES, Draw
+
+pytestmark = pytest.mark.gpu
+WITH_KERNELS = [c for c in CASES if any(op.kernels["triton"] for op in ops_of(c.name))]
+by_case = pytest.mark.parametrize("case", WITH_KERNELS, ids=lambda c: c.name)
+
+
+def step(case, args, options):
+    """One forward and backward; the gradients."""
+    return torch.autograd.grad(first(case.fn(*args, **options)).sum(), leaves(case, args))
+
+
+@by_case
+def test_no_host_sync(case):
+    options = to_device(case.options[0], "cuda")
+    args = case.make(Draw(device="cuda"), case.shapes[0])
+    for t in leaves(case, args):
+        t.requires_grad_()
+    step(case, args, options)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(case, args, options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@by_case
+def test_cuda_graph_replay_sees_new_inputs(case):
+    options = to_device(case.options[0], "cuda")
+    args = case.make(Draw(device="cuda"), case.shapes[0])
+    new = case.make(Draw(device="cuda", seed=1), case.shapes[0])
+    for a in (args, new):
+        for t in leaves(case, a):
+            t.requires_grad_()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(case, args, options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads = step(case, args, options)
+    expected = step(case, new, options)
+    with torch.no_grad():
+        for old, fresh in zip(leaves(case, args), leaves(case, new), strict=True):
+            old.copy_(fresh)
+    graph.replay()
+    for got, want in zip(grads, expected, strict=True):
+        assert torch.equal(got, want)
+
+
+@by_case
+def test_side_streams_do_not_disturb_each_other(case):
+    options = to_device(case.options[0], "cuda")
+    batches = [case.make(Draw(device="cuda", seed=s), case.shapes[0]) for s in range(2)]
+    for args in batches:
+        for t in leaves(case, args):
+            t.requires_grad_()
+    expected = [step(case, args, options) for args in batches]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in batches]
+    got = []
+    for stream, args in zip(streams, batches, strict=True):
+        with torch.cuda.stream(stream):
+            got.append([step(case, args, options) for _ in range(5)][-1])
+    torch.cuda.synchronize()
+    for mine, theirs in zip(got, expected, strict=True):
+        for a, b in zip(mine, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_pixel_loss_past_two_to_the_31_elements():
+    n = 2**31 + 4097
+    image = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    pred = torch.zeros(n, dtype=torch.bfloat16, device="cuda").requires_grad_()
+    with torch.no_grad():
+        pred[-1] = 3.0
+    loss = fastloss.pixel_loss(image, pred, reduction="sum")
+    (grad,) = torch.autograd.grad(loss, pred)
+    assert loss.item() == 9.0
+    assert grad[-1].item() == 6.0 and grad[:-1].count_nonzero().item() == 0
