@@ -1,0 +1,367 @@
+"""InfoNCE and CLIP: the softmax contrastive losses between two sets of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_number, check_same_device, check_tensor
+from ..core import Loss, result_dtype
+from .contrastive_checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_negatives,
+    check_sampling,
+    check_smoothing,
+    check_targets,
+    check_weights,
+    check_workspace,
+    finish,
+    inverse,
+)
+from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm, contrastive_reference
+
+
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    include_positive: bool = True,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    bias: float | Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    in_batch: bool | None = None,
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+    targets: Tensor | None = None,
+    sampling: NegativeSampling | None = None,
+) -> Tensor | ContrastiveOutput:
+    r"""InfoNCE: each query must pick its own key out of the candidates.
+
+    With :math:`s_{ij} = \mathrm{sim}(q_i, k_j) / \tau + b_j`, the positive :math:`p` and the negatives :math:`A_i`::
+
+        include_positive=True    -log( exp(s_ip) / (exp(s_ip) + sum_{j in A_i} exp(s_ij)) )
+        include_positive=False   -log( exp(s_ip) / sum_{j in A_i} exp(s_ij) )                 decoupled, may be negative
+
+    A row that has no negatives left (one row; all ids equal) has loss 0 and gradient 0, and counts in the mean.
+
+    Args:
+        query: embeddings [M, D], float16, bfloat16, float32 or float64.
+        key: embeddings [N, D]; row i is the positive of query i, or row ``targets[i]``.
+        negatives: None: the other keys are the negatives. [K, D] shared by all rows or [M, K, D] per row: those alone,
+            and the other keys too with ``in_batch=True``. Gradients flow to all three.
+        temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
+        include_positive: see above; False is the decoupled form, the sum over negatives only.
+        symmetric: mean of the loss above and that of the keys against the queries (which has no extra negatives); for
+            M = N, in-batch negatives and no `targets`.
+        normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
+        label_smoothing: share in [0, 1] of the target spread evenly over the positive and its negatives.
+        bias: added to the logits: a number, a one-element tensor, or one value per key [N] (with shared negatives per key
+            and negative, [N + K]), such as a log sampling probability. Gradients flow to it.
+        query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
+        key_ids: integers [N], or [N + K] to cover shared `negatives`. When only one of the two is given, M = N and no
+            `targets`, it serves both.
+        weights: one weight >= 0 per row [M], no gradient.
+        reduction: ``"mean"`` over rows (with `weights`: weighted sum / sum of weights, 0 when all are 0), ``"sum"``,
+            or ``"none"`` for the (weighted) rows [M].
+        in_batch: whether the other keys are negatives; None: only when `negatives` is None.
+        return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, N + K].
+        targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
+        sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
+            not finite, targets out of range (on the CPU; a GPU asserts on the device), ``"mean"`` of an empty batch.
+
+    Source: van den Oord et al., "Representation learning with contrastive predictive coding", 2018; Yeh et al.,
+    "Decoupled contrastive learning", 2022; rows as in torch.nn.functional ``cross_entropy``.
+
+    Example:
+        >>> loss = info_nce(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
+        >>> round(loss.item(), 4)
+        0.7437
+    """
+    check_embeddings("query", query)
+    check_embeddings("key", key, query, "query")
+    rows, keys = query.shape[0], key.shape[0]
+    if negatives is not None:
+        check_negatives(negatives, query)
+    check_flags(include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse)
+    in_batch = _in_batch(in_batch, negatives)
+    if symmetric:
+        _check_symmetric(rows, keys, targets, in_batch)
+    if targets is not None:
+        targets = check_targets(targets, rows, keys, query)
+    elif keys < rows:
+        raise ValueError(f"key: expected at least query's {rows} rows when targets is None, got {keys}")
+    shared = negatives.shape[0] if negatives is not None and negatives.ndim == 2 else 0
+    query_ids, key_ids = _ids(query_ids, key_ids, query, keys, shared, targets is None)
+    check_smoothing(label_smoothing)
+    check_sampling(sampling, normalize, bias)
+    check_weights(weights, rows, query)
+    check_workspace(workspace_mib)
+    dtype = result_dtype(query, key, negatives)
+    scale = inverse(temperature, query, dtype)
+    offset = _bias(bias, query, dtype, keys + shared, negatives)
+    form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
+    with torch.autocast(query.device.type, enabled=False):
+        out = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
+    return finish(out, weights, reduction, return_lse)
+
+
+def _in_batch(in_batch: Any, negatives: Tensor | None) -> bool:
+    if in_batch is None:
+        return negatives is None
+    check_flags(in_batch=in_batch)
+    if not in_batch and negatives is None:
+        raise ValueError("in_batch: False leaves no negatives; pass `negatives` too")
+    return in_batch
+
+
+def _check_symmetric(rows: int, keys: int, targets: Any, in_batch: bool) -> None:
+    if rows != keys or targets is not None:
+        raise ValueError(
+            f"symmetric: expected as many keys as queries and no targets, got {rows} queries, {keys} keys"
+            + (", and targets" if targets is not None else "")
+        )
+    if not in_batch:
+        raise ValueError("symmetric: the keys' direction has in-batch negatives only; pass in_batch=True")
+
+
+def _ids(
+    query_ids: Tensor | None, key_ids: Tensor | None, query: Tensor, keys: int, shared: int, diagonal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    rows = query.shape[0]
+    if query_ids is not None:
+        check_integers("query_ids", query_ids, (rows,), query)
+    if key_ids is not None:
+        check_integers("key_ids", key_ids, (keys, keys + shared), query)
+    if (query_ids is None) == (key_ids is None):
+        return query_ids, key_ids
+    if rows != keys or not diagonal:
+        missing = "key_ids" if key_ids is None else "query_ids"
+        raise ValueError(f"{missing}: expected it beside the other ids, as queries and keys are not paired one to one")
+    return (query_ids, query_ids) if key_ids is None else (key_ids[:rows], key_ids)
+
+
+def _bias(
+    bias: Any, query: Tensor, dtype: torch.dtype, columns: int, negatives: Tensor | None
+) -> Tensor | float | None:
+    if bias is None:
+        return None
+    if not isinstance(bias, Tensor) or bias.ndim == 0:
+        return as_scalar("bias", bias, query, dtype, positive=False)
+    check_tensor("bias", bias)
+    per_sample = negatives is not None and negatives.ndim == 3
+    if bias.numel() == 1 and (columns != 1 or per_sample):
+        return bias.reshape(()).to(dtype)
+    if bias.shape != (columns,) or per_sample:
+        wanted = "one element (per-sample negatives have no columns)" if per_sample else f"one element or [{columns}]"
+        raise ValueError(f"bias: expected a number or a tensor of {wanted}, got shape {tuple(bias.shape)}")
+    check_same_device("query", query, "bias", bias)
+    return bias.to(dtype)
+
+
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+) -> Tensor | ContrastiveOutput:
+    r"""CLIP's symmetric softmax loss, in open_clip's convention.
+
+    With :math:`s = \mathrm{logit\_scale} \cdot I T^\top + b`, the mean of ``cross_entropy(s, arange(M))`` and
+    ``cross_entropy(s.T, arange(M))``.
+
+    Args:
+        image: embeddings [M, D], float16, bfloat16, float32 or float64.
+        text: embeddings [M, D]; row i is the positive of image i.
+        logit_scale: factor of the similarities, > 0, already exponentiated (``log_scale.exp()``): a number, or a
+            one-element tensor, whose gradient is exact.
+        logit_bias: added to every logit, a number or a one-element tensor; it cancels in this loss.
+        normalize: False, as in open_clip: the embeddings are taken as they are. True: cosine similarity.
+        label_smoothing: as in :func:`info_nce`.
+        image_ids: integers [M]; a negative pair with equal ids is left out, in both directions.
+        text_ids: integers [M]; when only one of the two is given it serves both.
+        weights: one weight >= 0 per pair [M], no gradient.
+        reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the M pairs, each the
+            mean of its two directions.
+        return_lse: return ``(loss, lse, top1)`` with [2, M] by-products, see :class:`ContrastiveOutput`.
+        workspace_mib: as in :func:`info_nce`.
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError, ValueError: as :func:`info_nce`; logit_scale <= 0 or not finite.
+
+    Source: Radford et al., "Learning transferable visual models from natural language supervision", 2021; open_clip's
+    ``ClipLoss``.
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> round(clip_loss(x, x, logit_scale=1.0).item(), 4)
+        0.7437
+    """
+    check_embeddings("image", image)
+    check_embeddings("text", text, image, "image", rows=True)
+    check_flags(normalize=normalize, return_lse=return_lse)
+    rows = image.shape[0]
+    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids is not None:
+            check_integers(name, ids, (rows,), image)
+    check_smoothing(label_smoothing)
+    check_weights(weights, rows, image)
+    check_workspace(workspace_mib)
+    dtype = result_dtype(image, text)
+    scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
+    bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
+    form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
+    one = text_ids if image_ids is None else image_ids
+    two = image_ids if text_ids is None else text_ids
+    with torch.autocast(image.device.type, enabled=False):
+        out = contrastive_reference(image, text, None, scale, bias, None, one, two, form)
+    return finish(out, weights, reduction, return_lse)
+
+
+class LossAndGrads(NamedTuple):
+    """A loss and the gradients of its embeddings, detached; `options` has those of the tensor options that need one."""
+
+    loss: Tensor
+    query: Tensor
+    key: Tensor
+    negatives: Tensor | None
+    options: dict[str, Tensor]
+
+
+def loss_and_grads(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    loss_fn: Callable[..., Tensor | ContrastiveOutput] = info_nce,
+    **options: Any,
+) -> LossAndGrads:
+    r"""A contrastive loss and its gradients without the caller's autograd graph, for gradient caching.
+
+    Embed a large batch without graphs, call this once on all embeddings, then run the encoder again in small pieces and
+    call ``embeddings.backward(gradient_rows)`` on each: the gradient of the large batch at the memory of a piece.
+
+    Args:
+        query: embeddings [M, D]. They need no graph; a graph that they have is not touched.
+        key: embeddings [N, D], as `loss_fn` takes them.
+        negatives: passed on when not None; gets a gradient when it requires one.
+        loss_fn: :func:`info_nce`, :func:`clip_loss`, :func:`siglip_loss`, :func:`nt_xent_loss`, or any function of the
+            same kind.
+        **options: its options; `reduction` must be ``"mean"`` or ``"sum"``.
+
+    Returns:
+        :class:`LossAndGrads`: the detached loss, the gradients of `query`, `key` and `negatives` (None where it needs
+        none) in their own dtypes, and a dict of those of the tensor options that require a gradient (`temperature`).
+
+    Raises:
+        ValueError: the loss is not a scalar. TypeError, ValueError: what `loss_fn` raises.
+
+    Source: Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", 2021.
+
+    Example:
+        >>> out = loss_and_grads(torch.eye(4), torch.eye(4), temperature=0.5)
+        >>> out.query.shape
+        torch.Size([4, 4])
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaves = {"query": _leaf("query", query, True), "key": _leaf("key", key, True)}
+        args = [leaves["query"], leaves["key"]]
+        if negatives is not None:
+            args.append(_leaf("negatives", negatives, getattr(negatives, "requires_grad", False)))
+            if args[2].requires_grad:
+                leaves["negatives"] = args[2]
+        learned = {n: _leaf(n, v, True) for n, v in options.items() if isinstance(v, Tensor) and v.requires_grad}
+        out = loss_fn(*args, **(options | learned))
+        loss = out if isinstance(out, Tensor) else out[0]
+        if loss.ndim:
+            raise ValueError(f"loss_fn: expected a scalar loss (reduction 'mean' or 'sum'), got {tuple(loss.shape)}")
+        grads = torch.autograd.grad(loss, [*leaves.values(), *learned.values()], materialize_grads=True)
+    named = dict(zip([*leaves, *learned], grads, strict=True))
+    query_grad, key_grad = named.pop("query"), named.pop("key")
+    return LossAndGrads(loss.detach(), query_grad, key_grad, named.pop("negatives", None), named)
+
+
+def _leaf(name: str, value: Tensor, needs_grad: bool) -> Tensor:
+    check_tensor(name, value)
+    value = value.clone() if value.is_inference() else value.detach()
+    return value.requires_grad_(needs_grad)
+
+
+class InfoNCELoss(Loss):
+    """Module form of :func:`info_nce`. A `temperature` given as a Parameter is learned; keep it > 0."""
+
+    fn = staticmethod(info_nce)
+
+
+class ClipLoss(Loss):
+    """Module form of :func:`clip_loss`; `logit_scale` is given here or at each call."""
+
+    fn = staticmethod(clip_loss)
+
+
+class ContrastiveLoss(Loss):
+    r"""The contrastive loss of a text-to-image training loop: :func:`info_nce` of texts against images.
+
+    ``ContrastiveLoss(temp=0.1)(text_emb, image_emb, negative_embs=None)`` with text_emb and image_emb [M, D] and
+    negative_embs [K, D] (shared) or [M, K, D] (per text); None: the other images of the batch.
+
+    Args:
+        temp: temperature, a number > 0 or a one-element tensor; a Parameter is learned.
+        **options: those of :func:`info_nce`, e.g. ``include_positive=False``, the sum over negatives only.
+
+    Example:
+        >>> loss = ContrastiveLoss(temp=0.1)(torch.eye(4), torch.eye(4))
+    """
+
+    fn = staticmethod(info_nce)
+
+    def __init__(self, temp: float | Tensor = 0.1, **options: Any) -> None:
+        if "temperature" in options:
+            raise TypeError("ContrastiveLoss: the option is called temp here, got 'temperature'")
+        if not isinstance(temp, Tensor):
+            check_number("temp", temp, 0, open_low=True)
+        super().__init__(temperature=temp, **options)
+
+    @property
+    def temp(self) -> float | Tensor:
+        return self.temperature
+
+    @temp.setter
+    def temp(self, value: float | Tensor) -> None:
+        self.temperature = value
+
+    def forward(
+        self, text_emb: Tensor, image_emb: Tensor, negative_embs: Tensor | None = None, **overrides: Any
+    ) -> Tensor | ContrastiveOutput:
+        return super().forward(text_emb, image_emb, negative_embs, **overrides)

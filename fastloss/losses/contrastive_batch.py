@@ -1,0 +1,242 @@
+"""Sigmoid (SigLIP), supervised (SupCon) and two-view (NT-Xent) contrastive losses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import Loss, result_dtype
+from .contrastive_checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_sampling,
+    check_smoothing,
+    check_weights,
+    check_workspace,
+    finish,
+    inverse,
+    reduce_rows,
+)
+from .contrastive_reference import (
+    ContrastiveOutput,
+    NegativeSampling,
+    SoftmaxForm,
+    nt_xent_reference,
+    siglip_reference,
+    supcon_reference,
+)
+
+
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    normalize: bool = False,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    negative_only: bool = False,
+    reduction: str = "mean",
+    workspace_mib: float = 256,
+) -> Tensor:
+    r"""SigLIP's pairwise sigmoid loss.
+
+    With :math:`s_{ij} = \mathrm{logit\_scale} \langle I_i, T_j \rangle + b` and z = 1 for i = j, -1 otherwise:
+    :math:`-\frac{1}{M} \sum_{ij} \log \sigma(z_{ij} s_{ij})`.
+
+    Args:
+        image: embeddings [M, D], float16, bfloat16, float32 or float64.
+        text: embeddings [M, D]; row i is the positive of image i.
+        logit_scale: factor of the similarities, > 0, already exponentiated: a number, or a one-element tensor, whose
+            gradient is exact.
+        logit_bias: added to every logit: a number, a one-element tensor with gradient, or None for 0.
+        normalize: False: the embeddings are taken as they are. True: cosine similarity.
+        image_ids: integers [M]; a negative pair with equal ids is left out.
+        text_ids: integers, one per text; when only one of the two is given it serves both.
+        weights: one weight >= 0 per image [M], no gradient.
+        negative_only: every pair is a negative one, the diagonal too (texts of another device); `text` may then have
+            any number of rows.
+        reduction: over images, each with the sum over its texts: ``"mean"`` (weighted as in :func:`info_nce`),
+            ``"sum"`` or ``"none"``.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, logit_scale <= 0 or
+            not finite, ``"mean"`` of an empty batch.
+
+    Source: Zhai et al., "Sigmoid loss for language image pre-training", 2023; open_clip's ``SigLipLoss``.
+
+    Example:
+        >>> loss = siglip_loss(torch.zeros(2, 3), torch.zeros(2, 3), logit_scale=10.0, logit_bias=0.0)
+        >>> round(loss.item(), 4)  # 2 log 2
+        1.3863
+    """
+    check_embeddings("image", image)
+    check_flags(normalize=normalize, negative_only=negative_only)
+    check_embeddings("text", text, image, "image", rows=not negative_only)
+    rows, columns = image.shape[0], text.shape[0]
+    for name, ids, count in (("image_ids", image_ids, rows), ("text_ids", text_ids, columns)):
+        if ids is not None:
+            check_integers(name, ids, (count,), image)
+        elif rows != columns and (image_ids is None) != (text_ids is None):
+            raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
+    check_weights(weights, rows, image)
+    check_workspace(workspace_mib)
+    dtype = result_dtype(image, text)
+    scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
+    bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
+    one = text_ids if image_ids is None else image_ids
+    two = image_ids if text_ids is None else text_ids
+    both = None if one is None or two is None else (one, two)
+    with torch.autocast(image.device.type, enabled=False):
+        out = siglip_reference(image, text, scale, bias, both, normalize, negative_only)
+    return reduce_rows(out, weights, reduction)
+
+
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    include_positive: bool = True,
+    normalize: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+) -> Tensor | ContrastiveOutput:
+    r"""Supervised contrastive loss: all other rows of a row's class are its positives.
+
+    With :math:`s_{ij} = \mathrm{sim}(f_i, f_j) / \tau` and :math:`P_i` the other rows with row i's label::
+
+        include_positive=True    -mean_{p in P_i} log( exp(s_ip) / sum_{j != i} exp(s_ij) )
+        include_positive=False   the sum runs over the rows with another label only; may be negative
+
+    A row without a positive, or with nothing in its sum, has loss 0 and gradient 0, and counts in the mean.
+
+    Args:
+        features: embeddings [M, D], float16, bfloat16, float32 or float64; several views of a sample are several rows.
+        labels: integers [M], any values.
+        temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
+        include_positive: see above.
+        normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
+        weights: one weight >= 0 per row [M], no gradient.
+        reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
+        return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
+
+    Returns:
+        float32 (float64 for float64 features): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
+            not finite, ``"mean"`` of an empty batch.
+
+    Source: Khosla et al., "Supervised contrastive learning", 2020, its L_out without the factor temperature /
+    base_temperature; pytorch-metric-learning's ``SupConLoss`` (which averages over rows of non-zero loss only).
+
+    Example:
+        >>> loss = supcon_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))
+        >>> round(loss.item(), 4)  # log 3
+        1.0986
+    """
+    check_embeddings("features", features)
+    check_integers("labels", labels, (features.shape[0],), features)
+    check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
+    check_weights(weights, features.shape[0], features)
+    check_workspace(workspace_mib)
+    scale = inverse(temperature, features, result_dtype(features))
+    with torch.autocast(features.device.type, enabled=False):
+        out = supcon_reference(features, labels, scale, include_positive, normalize)
+    return finish(out, weights, reduction, return_lse)
+
+
+def nt_xent_loss(
+    view_a: Tensor,
+    view_b: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    include_positive: bool = True,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    ids: Tensor | None = None,
+    sampling: NegativeSampling | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+) -> Tensor | ContrastiveOutput:
+    r"""NT-Xent (SimCLR): every view must find the other view of its sample among all 2M - 1 other views.
+
+    :func:`info_nce` of the 2M rows ``cat(view_a, view_b)`` against themselves without the diagonal; the positive of row
+    i is row i + M, and the other way round.
+
+    Args:
+        view_a: embeddings [M, D], float16, bfloat16, float32 or float64.
+        view_b: embeddings [M, D] of the same samples.
+        temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
+        include_positive: False leaves the positive out of the sum (decoupled contrastive learning).
+        normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
+        label_smoothing: as in :func:`info_nce`.
+        ids: integers [M]; samples with equal ids are no negatives of each other.
+        sampling: as in :func:`info_nce`.
+        weights: one weight >= 0 per sample [M], no gradient; both views of the sample get it.
+        reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
+        return_lse: return ``(loss, lse, top1)`` with [2M] by-products, see :class:`ContrastiveOutput`.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [2M, 2M].
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [2M] for ``"none"``, view_a's rows first.
+        A row without negatives (M = 1) has loss 0 and gradient 0.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
+            not finite, ``"mean"`` of an empty batch.
+
+    Source: Chen et al., "A simple framework for contrastive learning of visual representations", 2020.
+
+    Example:
+        >>> x = torch.eye(2)
+        >>> round(nt_xent_loss(x, x, temperature=1.0).item(), 4)  # log(e + 2) - 1
+        0.5514
+    """
+    check_embeddings("view_a", view_a)
+    check_embeddings("view_b", view_b, view_a, "view_a", rows=True)
+    check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
+    rows = view_a.shape[0]
+    if ids is not None:
+        check_integers("ids", ids, (rows,), view_a)
+    check_smoothing(label_smoothing)
+    check_sampling(sampling, normalize)
+    check_weights(weights, rows, view_a)
+    check_workspace(workspace_mib)
+    scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
+    form = SoftmaxForm(include_positive, False, normalize, float(label_smoothing), True, sampling)
+    with torch.autocast(view_a.device.type, enabled=False):
+        out = nt_xent_reference(view_a, view_b, scale, ids, form)
+    return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)
+
+
+class SigLipLoss(Loss):
+    """Module form of :func:`siglip_loss`; `logit_scale` and `logit_bias` are given here or at each call."""
+
+    fn = staticmethod(siglip_loss)
+
+
+class SupConLoss(Loss):
+    """Module form of :func:`supcon_loss`."""
+
+    fn = staticmethod(supcon_loss)
+
+
+class NTXentLoss(Loss):
+    """Module form of :func:`nt_xent_loss`."""
+
+    fn = staticmethod(nt_xent_loss)
