@@ -12,25 +12,37 @@ from .losses.contrastive import (
 )
 from .losses.contrastive_batch import NTXentLoss, SigLipLoss, SupConLoss, nt_xent_loss, siglip_loss, supcon_loss
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
+from .losses.image import ImageLoss, ImageLosses, image_loss
 from .losses.pixel import PixelLoss, pixel_loss
+from .losses.smoothness import SmoothnessLoss, smoothness_loss
+from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
 
 __all__ = [
     "ClipLoss",
     "ContrastiveLoss",
     "ContrastiveOutput",
+    "ImageLoss",
+    "ImageLosses",
     "InfoNCELoss",
     "LossAndGrads",
+    "MSSSIMLoss",
     "NTXentLoss",
     "NegativeSampling",
     "PixelLoss",
+    "SSIMLoss",
     "SigLipLoss",
+    "SmoothnessLoss",
     "SupConLoss",
     "__version__",
     "clip_loss",
+    "image_loss",
     "info_nce",
     "loss_and_grads",
+    "ms_ssim_loss",
     "nt_xent_loss",
     "pixel_loss",
     "siglip_loss",
+    "smoothness_loss",
+    "ssim_loss",
     "supcon_loss",
 ]

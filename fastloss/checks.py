@@ -56,6 +56,22 @@ def check_number(
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")
 
 
+def check_weight(name: str, weight: Any, name_of: str, of: Tensor) -> None:
+    """A map of weights without a gradient that broadcasts to the tensor `of`."""
+    check_tensor(name, weight)
+    check_same_device(name_of, of, name, weight)
+    if weight.requires_grad:
+        raise ValueError(f"{name}: no gradient is provided for it; pass {name}.detach()")
+    try:
+        fits = torch.broadcast_shapes(weight.shape, of.shape) == of.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"{name}: expected a shape that broadcasts to {name_of}, {tuple(of.shape)}, got {tuple(weight.shape)}"
+        )
+
+
 def check_same_length(name_a: str, a: Sequence, name_b: str, b: Sequence) -> None:
     if len(a) != len(b):
         raise ValueError(f"{name_b}: expected as many entries as {name_a}, {len(a)}, got {len(b)}")

@@ -1,0 +1,254 @@
+"""SSIM loss: one minus the structural similarity of two images, at one scale or several."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_choice, check_number, check_same_shape, check_tensor, check_weight
+from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+
+PADDINGS = ("same", "valid")
+LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def _gaussian(window: int, sigma: float, like: Tensor) -> Tensor:
+    """The window's taps, made on the device: a copy from the host would wait and break CUDA graphs."""
+    x = torch.arange(window, device=like.device, dtype=like.dtype) - window // 2
+    g = torch.exp(x * x / (-2 * sigma * sigma))
+    return g / g.sum()
+
+
+def ssim_maps(
+    image: Tensor,
+    image_pred: Tensor,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+) -> tuple[Tensor, Tensor]:
+    """Luminance and contrast-structure maps, whose product is SSIM, in float32 (float64 for float64)."""
+    dtype = result_dtype(image, image_pred)
+    x, y = image.to(dtype), image_pred.to(dtype)
+    channels = 5 * x.shape[1]  # all five moments as channels: at least 5 groups, which CUDA never gives to TF32
+    g = _gaussian(window, sigma, x)
+    pad = window // 2 if same else 0
+    with torch.autocast(x.device.type, enabled=False):  # a half-precision convolution would lose the variances
+        moments = torch.cat([x, y, x * x, y * y, x * y], 1)
+        moments = F.conv2d(moments, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), padding=(pad, 0), groups=channels)
+        moments = F.conv2d(moments, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), padding=(0, pad), groups=channels)
+    mean_x, mean_y, xx, yy, xy = moments.chunk(5, 1)
+    mean_xx, mean_yy, mean_xy = mean_x * mean_x, mean_y * mean_y, mean_x * mean_y
+    luminance = (2 * mean_xy + c1) / (mean_xx + mean_yy + c1)
+    structure = (2 * (xy - mean_xy) + c2) / ((xx - mean_xx) + (yy - mean_yy) + c2)
+    return luminance, structure
+
+
+def ssim_reference(
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+) -> Tensor:
+    """The definition: the (weighted) sum of 1 - SSIM of each image, ``[N]``."""
+    luminance, structure = ssim_maps(image, image_pred, window, sigma, same, c1, c2)
+    loss = 1 - luminance * structure
+    if weight is not None:
+        loss = loss * weight.to(loss.dtype)
+    return loss.flatten(1).sum(1)
+
+
+def ssim_loss(
+    image: Tensor,
+    image_pred: Tensor,
+    *,
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    padding: str = "same",
+    k1: float = 0.01,
+    k2: float = 0.03,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""One minus the mean structural similarity (SSIM) of a target image and a predicted one.
+
+    With Gaussian-weighted local means, variances and covariance, :math:`C_i = (k_i \cdot range)^2`::
+
+        SSIM = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),    loss = 1 - mean SSIM
+
+    Args:
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
+        image_pred: prediction of the same shape. Both may need gradients.
+        window: side of the Gaussian window in pixels, odd.
+        sigma: its standard deviation in pixels, > 0.
+        data_range: largest value minus smallest that images can have (1 for [0, 1], 2 for [-1, 1]), > 0.
+        padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
+            (as pytorch-msssim), at least one must fit.
+        k1, k2: stabilisers, > 0.
+        weight: non-negative weights of the SSIM map, broadcastable to `image` (``"valid"`` uses its centre), no
+            gradient. Means become weighted sum / sum of weights, 0 if that is 0. The windows themselves are not cut.
+        reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
+
+    Returns:
+        float32 (float64 for float64 inputs), in [0, 2]: a scalar, or ``[N]``. Constant images have finite gradients.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit (even
+            window, window larger than a ``"valid"`` image), `weight` requires a gradient, or ``"mean"`` of an empty
+            batch.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004.
+
+    Example:
+        >>> ssim_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 3, 16, 16)).item()
+        0.0
+    """
+    _check_pair(image, image_pred)
+    same, c1, c2 = _check_options(window, sigma, data_range, padding, k1, k2)
+    check_reduction(reduction)
+    if not same:
+        _check_fits(image, window, 1)
+    if reduction == "mean":
+        check_not_empty(image.numel())
+    cut = 0 if same else window // 2
+    height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
+    if weight is not None:
+        check_weight("weight", weight, "image", image)
+        weight = weight.expand(image.shape)[:, :, cut : cut + height, cut : cut + width]
+    if image.numel() == 0:
+        sums = (image * image_pred).to(result_dtype(image, image_pred)).flatten(1).sum(1)
+    else:
+        sums = ssim_reference(image, image_pred, weight, window, float(sigma), same, c1, c2)
+    if weight is None:
+        return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
+    counts = weight.to(sums.dtype).flatten(1).sum(1)
+    if reduction == "mean":
+        sums, counts = sums.sum(), counts.sum()
+    values = sums / torch.where(counts == 0, torch.ones_like(counts), counts)
+    return values if reduction == "mean" else reduce(values, reduction)
+
+
+class SSIMLoss(Loss):
+    """Module form of :func:`ssim_loss`."""
+
+    fn = staticmethod(ssim_loss)
+
+
+def _power(base: Tensor, exponent: float) -> Tensor:
+    """max(base, 0) ** exponent with gradient 0 where base <= 0; NaN stays NaN."""
+    low = base <= 0
+    return torch.where(low, torch.zeros_like(base), torch.where(low, torch.ones_like(base), base).pow(exponent))
+
+
+def ms_ssim_loss(
+    image: Tensor,
+    image_pred: Tensor,
+    *,
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float = 1.0,
+    padding: str = "valid",
+    k1: float = 0.01,
+    k2: float = 0.03,
+    level_weights: Sequence[float] = LEVEL_WEIGHTS,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""One minus the multi-scale structural similarity (MS-SSIM) of a target image and a predicted one.
+
+    Per image and channel, with the mean contrast-structure :math:`cs_l` of each level and the mean SSIM of the last,
+    each level half the size of the one before (2x2 means, zero-padded where a side is odd)::
+
+        loss = 1 - mean_c prod_l max(cs_l, 0)^w_l * max(ssim_last, 0)^w_last
+
+    Args:
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
+        image_pred: prediction of the same shape. Both may need gradients.
+        window, sigma, data_range, k1, k2: as in :func:`ssim_loss`, at every level.
+        padding: ``"valid"`` (the default, as pytorch-msssim: the window must fit into the last level, so that 11
+            pixels and five levels need sides of more than 160 pixels) or ``"same"`` (zeros, any size).
+        level_weights: exponent of each level, finest first, >= 0; its length is the number of levels.
+        reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
+
+    Returns:
+        float32 (float64 for float64 inputs), in [0, 1]: a scalar, or ``[N]``. A level whose mean is not positive makes
+        the loss of that channel 1, with gradient 0.
+
+    Raises:
+        TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit, or
+            ``"mean"`` of an empty batch.
+
+    Source: Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment", Asilomar 2003.
+
+    Example:
+        >>> ms_ssim_loss(torch.ones(1, 1, 176, 176), torch.ones(1, 1, 176, 176)).item()
+        0.0
+    """
+    _check_pair(image, image_pred)
+    same, c1, c2 = _check_options(window, sigma, data_range, padding, k1, k2)
+    check_reduction(reduction)
+    if not level_weights:
+        raise ValueError("level_weights: expected at least one number, got none")
+    for i, w in enumerate(level_weights):
+        check_number(f"level_weights[{i}]", w, 0)
+    if not same:
+        _check_fits(image, window, len(level_weights))
+    dtype = result_dtype(image, image_pred)
+    if image.numel() == 0:
+        return reduce((image * image_pred).to(dtype).flatten(1).sum(1), reduction)
+    x, y = image.to(dtype), image_pred.to(dtype)
+    score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
+    last = len(level_weights) - 1
+    for level, w in enumerate(level_weights):
+        luminance, structure = ssim_maps(x, y, window, float(sigma), same, c1, c2)
+        values = structure if level < last else luminance * structure
+        score = score * _power(values.flatten(2).mean(2), float(w))
+        if level < last:
+            odd = (x.shape[2] % 2, x.shape[3] % 2)
+            x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
+    return reduce(1 - score.mean(1), reduction)
+
+
+class MSSSIMLoss(Loss):
+    """Module form of :func:`ms_ssim_loss`."""
+
+    fn = staticmethod(ms_ssim_loss)
+
+
+def _check_pair(image: Tensor, image_pred: Tensor) -> None:
+    check_tensor("image", image, 4)
+    check_tensor("image_pred", image_pred, 4)
+    check_same_shape("image", image, "image_pred", image_pred)
+
+
+def _check_options(
+    window: int, sigma: float, data_range: float, padding: str, k1: float, k2: float
+) -> tuple[bool, float, float]:
+    """Whether the padding is "same", and the two stabilising constants."""
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: expected an odd integer, got {type(window).__name__} {window!r}")
+    if window < 1 or window % 2 == 0:
+        raise ValueError(f"window: expected an odd integer >= 1, got {window}")
+    for name, value in (("sigma", sigma), ("data_range", data_range), ("k1", k1), ("k2", k2)):
+        check_number(name, value, 0, open_low=True)
+    check_choice("padding", padding, PADDINGS)
+    return padding == "same", (k1 * data_range) ** 2, (k2 * data_range) ** 2
+
+
+def _check_fits(image: Tensor, window: int, levels: int) -> None:
+    """Every halving rounds up, so the last of `levels` is ceil(side / 2**(levels - 1)) pixels."""
+    height, width = (-(-side // 2 ** (levels - 1)) for side in image.shape[2:])
+    if min(height, width) < window:
+        where = "" if levels == 1 else f", which is {height} x {width} at level {levels}"
+        raise ValueError(
+            f"window: expected at most the image's sides with padding='valid', got {window} for images of "
+            f"{image.shape[2]} x {image.shape[3]} pixels{where}; use padding='same' or a smaller window"
+        )
