@@ -1,84 +1,15 @@
-"""One row per loss: what the battery (test_losses.py) checks and the benchmarks time."""
+"""One row per loss: what the battery (test_losses.py) checks and the benchmarks time. Families have their own files."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import fastloss
+from tests.case import IMAGES, Bench, Case, Draw, image_pair, with_argument, with_options
+from tests.cases_image import IMAGE_CASES
 
-
-@dataclass
-class Draw:
-    """Random inputs of one dtype on one device, the same for the same seed whatever the dtype."""
-
-    dtype: torch.dtype = torch.float32
-    device: str = "cpu"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self.generator = torch.Generator().manual_seed(self.seed)
-
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator).to(self.device, self.dtype)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator).to(self.device, self.dtype)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=self.generator).to(self.device)
-
-    def near(self, other: Tensor) -> Tensor:
-        """`other` plus noise, with about a quarter of exact ties."""
-        noise = torch.randn(other.shape, generator=self.generator)
-        kept = torch.rand(other.shape, generator=self.generator) > 0.25
-        return other + (0.3 * noise * kept).to(other.device, other.dtype)
-
-
-@dataclass
-class Bench:
-    """Shapes to time and the bytes (or FLOPs) a perfect kernel moves: `cost(shape, itemsize, mode)`."""
-
-    shapes: Sequence[Any]
-    cost: Callable[[Any, int, str], int]
-    unit: str = "bytes"  # or "flops"
-    options: Sequence[dict] = ({},)
-
-
-@dataclass
-class Case:
-    """A public function and all that the battery needs to know of it.
-
-    `make(draw, shape)` gives the positional arguments (tensors, or lists of tensors); `eager(*args, **options)` is the
-    same loss written independently in plain PyTorch, as a user would have it; `grads` are the positions of the
-    arguments that get gradients; `bad` rows are (what, change(args, options), exception, text the message has).
-    """
-
-    name: str
-    fn: Callable
-    make: Callable[[Draw, Any], tuple]
-    eager: Callable
-    shapes: Sequence[Any]
-    options: Sequence[dict] = ({},)
-    grads: tuple[int, ...] = (0, 1)
-    reductions: tuple[str, ...] = ("none", "mean", "sum")  # () where the function has no reduction
-    bad: Sequence[tuple[str, Callable, type[Exception], str]] = ()
-    bench: Bench | None = None
-    module: type | None = None
-    extra: dict = field(default_factory=dict)
-
-
-IMAGES = ((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 33, 65))
-
-
-def image_pair(draw: Draw, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    image = draw.uniform(*shape)
-    return image, draw.near(image)
+__all__ = ["CASES", "IMAGES", "Bench", "Case", "Draw", "eager_pixel", "image_pair", "with_argument", "with_options"]
 
 
 def eager_pixel(image, image_pred, p=2, weight=None, eps=1e-6, delta=1.0, reduction="mean"):
@@ -96,21 +27,6 @@ def eager_pixel(image, image_pred, p=2, weight=None, eps=1e-6, delta=1.0, reduct
     weighted = loss * weight
     total = weight.expand_as(loss).sum()
     return {"none": weighted, "sum": weighted.sum(), "mean": weighted.sum() / total}[reduction]
-
-
-def with_argument(position: int, change: Callable[[Tensor], Any]) -> Callable:
-    """A `bad` change: one positional argument replaced."""
-
-    def apply(args: tuple, options: dict) -> tuple[tuple, dict]:
-        new = list(args)
-        new[position] = change(new[position])
-        return tuple(new), options
-
-    return apply
-
-
-def with_options(**changed: Any) -> Callable:
-    return lambda args, options: (args, options | changed)
 
 
 CASES = [
@@ -142,4 +58,5 @@ CASES = [
         ),
         module=fastloss.PixelLoss,
     ),
+    *IMAGE_CASES,
 ]
