@@ -1,6 +1,13 @@
 """fastloss: fused losses for contrastive and generative training in PyTorch."""
 
 from ._version import __version__
+from .losses.attention import (
+    AttentionConsistencyFromQK,
+    AttentionConsistencyLoss,
+    attention_consistency_from_qk,
+    attention_consistency_loss,
+)
+from .losses.composite import CompositeLoss
 from .losses.contrastive import (
     ClipLoss,
     ContrastiveLoss,
@@ -12,20 +19,26 @@ from .losses.contrastive import (
 )
 from .losses.contrastive_batch import NTXentLoss, SigLipLoss, SupConLoss, nt_xent_loss, siglip_loss, supcon_loss
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
+from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss
 from .losses.pixel import PixelLoss, pixel_loss
 from .losses.smoothness import SmoothnessLoss, smoothness_loss
 from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
 
 __all__ = [
+    "AttentionConsistencyFromQK",
+    "AttentionConsistencyLoss",
     "ClipLoss",
+    "CompositeLoss",
     "ContrastiveLoss",
     "ContrastiveOutput",
+    "DiversityLoss",
     "ImageLoss",
     "ImageLosses",
     "InfoNCELoss",
     "LossAndGrads",
     "MSSSIMLoss",
+    "ModeSeekingLoss",
     "NTXentLoss",
     "NegativeSampling",
     "PixelLoss",
@@ -34,10 +47,14 @@ __all__ = [
     "SmoothnessLoss",
     "SupConLoss",
     "__version__",
+    "attention_consistency_from_qk",
+    "attention_consistency_loss",
     "clip_loss",
+    "diversity_loss",
     "image_loss",
     "info_nce",
     "loss_and_grads",
+    "mode_seeking_loss",
     "ms_ssim_loss",
     "nt_xent_loss",
     "pixel_loss",
