@@ -23,7 +23,8 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_error(what: str, got: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """The one rule: error against float64 at most 2x eager's in that dtype, plus eps of the largest value.
 
-    Where the exact result is not finite, ours must be the same infinity or NaN.
+    Where the exact result is not finite, ours must be the same infinity or NaN. In float64 the oracle rounds as much as
+    what it judges, so there 64 eps are allowed (two summation orders of the same terms).
     """
     got, eager, exact = got.detach().double(), eager.detach().double(), exact.detach().double()
     assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
@@ -34,7 +35,9 @@ def check_error(what: str, got: Tensor, eager: Tensor, exact: Tensor, dtype: tor
         return
     largest = exact.abs().max().item()
     error = (got - exact).abs().max().item()
-    allowed = 2 * (eager - exact).abs().max().nan_to_num(float("inf")).item() + torch.finfo(dtype).eps * largest
+    slack = 64 if dtype == torch.float64 else 1
+    allowed = 2 * (eager - exact).abs().max().nan_to_num(float("inf")).item()
+    allowed += slack * torch.finfo(dtype).eps * largest
     assert error <= allowed, f"{what}: error {error:.3e} against float64, allowed {allowed:.3e} ({dtype})"
 
 
