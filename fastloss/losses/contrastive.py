@@ -17,10 +17,8 @@ from .contrastive_checks import (
     check_integers,
     check_negatives,
     check_sampling,
-    check_smoothing,
+    check_shared,
     check_targets,
-    check_weights,
-    check_workspace,
     finish,
     inverse,
 )
@@ -68,8 +66,8 @@ def info_nce(
             M = N, in-batch negatives and no `targets`.
         normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
         label_smoothing: share in [0, 1] of the target spread evenly over the positive and its negatives.
-        bias: added to the logits: a number, a one-element tensor, or one value per key [N] (with shared negatives per key
-            and negative, [N + K]), such as a log sampling probability. Gradients flow to it.
+        bias: added to the logits: a number, a one-element tensor, or one value per key [N] (with shared negatives
+            [N + K]), such as a log sampling probability. Gradients flow to it.
         query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
         key_ids: integers [N], or [N + K] to cover shared `negatives`. When only one of the two is given, M = N and no
             `targets`, it serves both.
@@ -89,20 +87,35 @@ def info_nce(
         TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
             not finite, targets out of range (on the CPU; a GPU asserts on the device), ``"mean"`` of an empty batch.
 
-    Source: van den Oord et al., "Representation learning with contrastive predictive coding", 2018; Yeh et al.,
-    "Decoupled contrastive learning", 2022; rows as in torch.nn.functional ``cross_entropy``.
+    Source: van den Oord et al., "Contrastive predictive coding", 2018; Yeh et al., "Decoupled contrastive learning".
 
     Example:
         >>> loss = info_nce(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
         >>> round(loss.item(), 4)
         0.7437
     """
+    check_flags(include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse)
+    in_batch, targets, columns = _candidates(query, key, negatives, in_batch, symmetric, targets)
+    query_ids, key_ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
+    check_sampling(sampling, normalize, bias)
+    check_shared(query, weights, workspace_mib, label_smoothing)
+    dtype = result_dtype(query, key, negatives)
+    scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
+    form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
+    with torch.autocast(query.device.type, enabled=False):
+        rows = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
+        return finish(rows, weights, reduction, return_lse)
+
+
+def _candidates(
+    query: Any, key: Any, negatives: Any, in_batch: bool | None, symmetric: bool, targets: Any
+) -> tuple[bool, Tensor | None, int]:
+    """Checks the embeddings; whether the other keys are negatives, the targets, and the number of shared columns."""
     check_embeddings("query", query)
     check_embeddings("key", key, query, "query")
     rows, keys = query.shape[0], key.shape[0]
     if negatives is not None:
         check_negatives(negatives, query)
-    check_flags(include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse)
     in_batch = _in_batch(in_batch, negatives)
     if symmetric:
         _check_symmetric(rows, keys, targets, in_batch)
@@ -111,18 +124,7 @@ def info_nce(
     elif keys < rows:
         raise ValueError(f"key: expected at least query's {rows} rows when targets is None, got {keys}")
     shared = negatives.shape[0] if negatives is not None and negatives.ndim == 2 else 0
-    query_ids, key_ids = _ids(query_ids, key_ids, query, keys, shared, targets is None)
-    check_smoothing(label_smoothing)
-    check_sampling(sampling, normalize, bias)
-    check_weights(weights, rows, query)
-    check_workspace(workspace_mib)
-    dtype = result_dtype(query, key, negatives)
-    scale = inverse(temperature, query, dtype)
-    offset = _bias(bias, query, dtype, keys + shared, negatives)
-    form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
-    with torch.autocast(query.device.type, enabled=False):
-        out = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
-    return finish(out, weights, reduction, return_lse)
+    return in_batch, targets, keys + shared
 
 
 def _in_batch(in_batch: Any, negatives: Tensor | None) -> bool:
@@ -145,13 +147,13 @@ def _check_symmetric(rows: int, keys: int, targets: Any, in_batch: bool) -> None
 
 
 def _ids(
-    query_ids: Tensor | None, key_ids: Tensor | None, query: Tensor, keys: int, shared: int, diagonal: bool
+    query_ids: Tensor | None, key_ids: Tensor | None, query: Tensor, key: Tensor, columns: int, diagonal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    rows = query.shape[0]
+    rows, keys = query.shape[0], key.shape[0]
     if query_ids is not None:
         check_integers("query_ids", query_ids, (rows,), query)
     if key_ids is not None:
-        check_integers("key_ids", key_ids, (keys, keys + shared), query)
+        check_integers("key_ids", key_ids, (keys, columns), query)
     if (query_ids is None) == (key_ids is None):
         return query_ids, key_ids
     if rows != keys or not diagonal:
@@ -235,9 +237,7 @@ def clip_loss(
     for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
         if ids is not None:
             check_integers(name, ids, (rows,), image)
-    check_smoothing(label_smoothing)
-    check_weights(weights, rows, image)
-    check_workspace(workspace_mib)
+    check_shared(image, weights, workspace_mib, label_smoothing)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)

@@ -12,9 +12,7 @@ from .contrastive_checks import (
     check_flags,
     check_integers,
     check_sampling,
-    check_smoothing,
-    check_weights,
-    check_workspace,
+    check_shared,
     finish,
     inverse,
     reduce_rows,
@@ -87,8 +85,7 @@ def siglip_loss(
             check_integers(name, ids, (count,), image)
         elif rows != columns and (image_ids is None) != (text_ids is None):
             raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
-    check_weights(weights, rows, image)
-    check_workspace(workspace_mib)
+    check_shared(image, weights, workspace_mib)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
@@ -150,8 +147,7 @@ def supcon_loss(
     check_embeddings("features", features)
     check_integers("labels", labels, (features.shape[0],), features)
     check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
-    check_weights(weights, features.shape[0], features)
-    check_workspace(workspace_mib)
+    check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
     with torch.autocast(features.device.type, enabled=False):
         out = supcon_reference(features, labels, scale, include_positive, normalize)
@@ -213,10 +209,8 @@ def nt_xent_loss(
     rows = view_a.shape[0]
     if ids is not None:
         check_integers("ids", ids, (rows,), view_a)
-    check_smoothing(label_smoothing)
     check_sampling(sampling, normalize)
-    check_weights(weights, rows, view_a)
-    check_workspace(workspace_mib)
+    check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxForm(include_positive, False, normalize, float(label_smoothing), True, sampling)
     with torch.autocast(view_a.device.type, enabled=False):

@@ -97,14 +97,6 @@ def check_flags(**flags: Any) -> None:
             raise TypeError(f"{name}: expected True or False, got {type(value).__name__} {value!r}")
 
 
-def check_smoothing(value: Any) -> None:
-    check_number("label_smoothing", value, 0, 1)
-
-
-def check_workspace(value: Any) -> None:
-    check_number("workspace_mib", value, 0, open_low=True)
-
-
 def check_sampling(sampling: Any, normalize: bool, bias: Any = None) -> None:
     if sampling is None:
         return
@@ -116,9 +108,13 @@ def check_sampling(sampling: Any, normalize: bool, bias: Any = None) -> None:
         raise ValueError("sampling: tau_plus takes no bias, its floor is the least cosine similarity")
 
 
-def check_weights(weights: Any, rows: int, like: Tensor) -> None:
+def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing: Any = 0.0) -> None:
+    """The options that every contrastive loss has."""
+    check_number("workspace_mib", workspace_mib, 0, open_low=True)
+    check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is None:
         return
+    rows = like.shape[0]
     check_tensor("weights", weights)
     check_same_device("embeddings", like, "weights", weights)
     if weights.shape != (rows,):

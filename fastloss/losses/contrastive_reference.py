@@ -33,7 +33,8 @@ class NegativeSampling:
 
     Args:
         tau_plus: debiasing, the probability in [0, 1) that a negative has the anchor's class. The sum over the
-            negatives becomes ``N max((mean_A exp(s) - tau_plus exp(s_ip)) / (1 - tau_plus), exp(-scale))``; cosine similarity only.
+            negatives becomes ``N max((mean_A exp(s) - tau_plus exp(s_ip)) / (1 - tau_plus), exp(-scale))``, with the
+            least exponential that a cosine gives as its floor: ``normalize=True`` and no bias.
         hardness: beta >= 0, weighs each negative by ``exp(beta s)`` (normalised to mean 1): hard ones count more.
         margin: leaves out the negatives that are more similar than the positive by more than `margin` (a difference of
             similarities, before scale and bias): likely false negatives. No gradient flows through the choice.
