@@ -21,6 +21,8 @@ from .losses.contrastive_batch import NTXentLoss, SigLipLoss, SupConLoss, nt_xen
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
 from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss
+from .losses.perceptual import FeatureDistance, LPIPSDistance, feature_distance, lpips_distance
+from .losses.perceptual_network import PerceptualLoss
 from .losses.pixel import PixelLoss, pixel_loss
 from .losses.smoothness import SmoothnessLoss, smoothness_loss
 from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
@@ -33,14 +35,17 @@ __all__ = [
     "ContrastiveLoss",
     "ContrastiveOutput",
     "DiversityLoss",
+    "FeatureDistance",
     "ImageLoss",
     "ImageLosses",
     "InfoNCELoss",
+    "LPIPSDistance",
     "LossAndGrads",
     "MSSSIMLoss",
     "ModeSeekingLoss",
     "NTXentLoss",
     "NegativeSampling",
+    "PerceptualLoss",
     "PixelLoss",
     "SSIMLoss",
     "SigLipLoss",
@@ -51,9 +56,11 @@ __all__ = [
     "attention_consistency_loss",
     "clip_loss",
     "diversity_loss",
+    "feature_distance",
     "image_loss",
     "info_nce",
     "loss_and_grads",
+    "lpips_distance",
     "mode_seeking_loss",
     "ms_ssim_loss",
     "nt_xent_loss",

@@ -1,0 +1,266 @@
+"""Perceptual loss: the distance of two images in the features of one or several frozen networks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_choice, check_number, check_same_length, check_same_shape, check_tensor
+from ..core import check_reduction, result_dtype
+from .perceptual import CRITERIA, feature_distance
+from .perceptual_backbones import Backbone
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Targets = list[list[Tensor]]  # for each backbone the list of its features
+
+
+class _Call(nn.Module):
+    """A plain callable among the backbones."""
+
+    def __init__(self, fn: Callable[[Tensor], Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, image: Tensor) -> Sequence[Tensor]:
+        return self.fn(image)
+
+    def extra_repr(self) -> str:
+        return getattr(self.fn, "__name__", repr(self.fn))
+
+
+class PerceptualLoss(nn.Module):
+    r"""Distance of two images in the features of frozen networks: target first, gradient to the prediction only.
+
+    .. math:: L(x, \hat x) = \sum_b \lambda_b \sum_i w_{b,i} \cdot \mathrm{mean}\,|\phi_{b,i}(\hat x) - \phi_{b,i}(x)|
+
+    The networks are frozen: their parameters need no gradient and they stay in eval mode even after ``.train()``. The
+    features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
+    ``loss(targets, image_pred)`` takes them in place of the image.
+
+    Args:
+        backbones: a name, a module or callable that maps the normalised image to a list of features, or a list of
+            these. Names (from torchvision): vgg11, vgg13, vgg16, vgg19, each also as ``_bn``, alexnet,
+            squeezenet1_1, resnet18, resnet50, inception_v3, convnext_tiny. A module is frozen in place: pass a
+            ``copy.deepcopy`` of one that is to be trained, or ``lambda x: module(x)``, which is left as it is.
+        layers: names of the taps, for several backbones a list of such lists (None: the default of that backbone).
+            Nothing after the last tap is computed. Defaults: vgg the last ReLU of each of the first three blocks
+            (vgg16: relu1_2, relu2_2, relu3_3, the end of ``features[:16]``); alexnet and squeezenet1_1 the taps of
+            lpips; resnet relu, layer1 to layer3; inception_v3 Conv2d_2b_3x3, Conv2d_4a_3x3, Mixed_5d, Mixed_6e;
+            convnext_tiny stage1 to stage3. An unknown name raises with the list of those there are.
+        layer_weights: :math:`w_i`, one number a layer, for several backbones a list of such lists; None means 1.
+        backbone_weights: :math:`\lambda_b`, one number a backbone; None means 1.
+        pretrained: True: torchvision's ``IMAGENET1K_V1`` weights (downloaded once); False: random weights; or the path
+            of a ``.pth`` or ``.safetensors`` file with torchvision's names. A list gives one for each backbone.
+            Callables have their own weights: True and False mean nothing to them.
+        criterion: ``"l1"``, ``"l2"``, ``"charbonnier"`` (eps 1e-6) or ``"smooth_l1"`` (beta 1), see
+            :func:`feature_distance`.
+        input_range: the values of black and white in the images.
+        normalize: bring the images from `input_range` to [0, 1], subtract `mean`, divide by `std`; False: give them to
+            the networks as they are.
+        mean, std: one number a channel, for images in [0, 1]; the default is ImageNet's.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one value a sample), see :func:`feature_distance`.
+
+    Call:
+        ``loss(image, image_pred)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or float64; C is 3 for
+        the named backbones. The networks compute in the dtype of their weights (or under autocast), the distance in
+        float32 (float64 for float64 features), which is the dtype of the result.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; FileNotFoundError: no such weights file; ImportError: a name
+            was given and torchvision does not import; RuntimeError: the download of the weights failed.
+
+    Source: Johnson et al., "Perceptual losses for real-time style transfer and super-resolution", ECCV 2016; networks
+    and weights: torchvision.
+
+    Example:
+        >>> loss = PerceptualLoss(lambda image: [image, 2 * image], normalize=False)
+        >>> loss(torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)).item()
+        3.0
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        backbones: str | Callable | Sequence[str | Callable] = "vgg16",
+        layers: Sequence | None = None,
+        layer_weights: Sequence | None = None,
+        backbone_weights: Sequence[float] | None = None,
+        pretrained: bool | str | os.PathLike | Sequence = True,
+        criterion: str = "l1",
+        input_range: tuple[float, float] = (0.0, 1.0),
+        normalize: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        check_choice("criterion", criterion, CRITERIA)
+        check_reduction(reduction)
+        self.criterion, self.reduction, self.normalize = criterion, reduction, normalize
+        self.input_range = _range(input_range)
+        self._affine = _affine(self.input_range, mean, std)
+        for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
+            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
+        several = isinstance(backbones, (list, tuple))  # nn.Sequential is one backbone
+        given = list(backbones) if several else [backbones]
+        if not given:
+            raise ValueError("backbones: expected at least one, got an empty list")
+        all_layers = _each("layers", layers, given, several)
+        all_weights = _each("layer_weights", layer_weights, given, several)
+        spread = pretrained if isinstance(pretrained, (list, tuple)) else [pretrained] * len(given)
+        check_same_length("backbones", given, "pretrained", spread)
+        made = [_make(*one) for one in zip(given, all_layers, spread, strict=True)]
+        self.layer_weights = [_numbers("layer_weights", w) for w in all_weights]
+        for backbone, w in zip(made, self.layer_weights, strict=True):
+            if w is not None and isinstance(backbone, Backbone):
+                check_same_length("layers", backbone.taps, "layer_weights", w)
+        self.backbone_weights = _numbers("backbone_weights", backbone_weights) or [1.0] * len(given)
+        check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
+        self.backbones = nn.ModuleList(made)
+        self.backbones.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> PerceptualLoss:
+        """The mode of this module; the networks stay in eval mode (batch norm and dropout must not move)."""
+        super().train(mode)
+        self.backbones.eval()
+        return self
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> PerceptualLoss:
+        """Moves and casts, but never rounds the normalisation: float32 at least, float64 with .double()."""
+        super()._apply(fn, recurse)
+        for name, values in zip(("shift", "scale"), self._affine, strict=True):
+            moved = getattr(self, name)
+            exact = torch.tensor(values, dtype=result_dtype(moved), device=moved.device)
+            self.register_buffer(name, exact.view(1, -1, 1, 1), persistent=False)
+        return self
+
+    def encode(self, image: Tensor) -> Targets:
+        """The target's features, for each backbone a list, without a graph; they may be kept and used again."""
+        self._check_image("image", image)
+        with torch.no_grad():
+            return self._features(image)
+
+    def forward(self, image: Tensor | Targets, image_pred: Tensor) -> Tensor:
+        """The loss; `image` is the target, or what :meth:`encode` made of it."""
+        if isinstance(image, Tensor):
+            self._check_image("image", image)
+            check_tensor("image_pred", image_pred)
+            check_same_shape("image", image, "image_pred", image_pred)
+            targets = self.encode(image)
+        else:
+            targets = _check_targets(image, len(self.backbones))
+            self._check_image("image_pred", image_pred)
+        total: Any = None
+        for features, target, weights, weight in zip(
+            self._features(image_pred), targets, self.layer_weights, self.backbone_weights, strict=True
+        ):
+            distance = weight * feature_distance(
+                features, target, weights=weights, criterion=self.criterion, reduction=self.reduction
+            )
+            total = distance if total is None else total + distance
+        return total
+
+    def _features(self, image: Tensor) -> Targets:
+        if self.normalize:
+            dtype = torch.promote_types(image.dtype, self.shift.dtype)
+            image = (image.to(dtype) - self.shift.to(dtype)) / self.scale.to(dtype)
+        found = []
+        for backbone in self.backbones:
+            weight = next(backbone.parameters(), None)
+            features = backbone(image if weight is None else image.to(weight.dtype))
+            if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) for f in features):
+                raise TypeError(f"backbones: expected each to return a list of tensors, got {type(features).__name__}")
+            found.append(list(features))
+        return found
+
+    def _check_image(self, name: str, image: Any) -> None:
+        check_tensor(name, image, 4)
+        channels = self.shift.shape[1] if self.normalize else 3
+        by_name = any(isinstance(backbone, Backbone) for backbone in self.backbones)
+        if (self.normalize or by_name) and image.shape[1] != channels:
+            hint = f"; repeat a grey image: {name}.expand(-1, {channels}, -1, -1)" if image.shape[1] == 1 else ""
+            raise ValueError(
+                f"{name}: expected {channels} channels, [N,{channels},H,W], got shape {tuple(image.shape)}{hint}"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"criterion={self.criterion!r}, layer_weights={self.layer_weights}, "
+            f"backbone_weights={self.backbone_weights}, input_range={self.input_range}, "
+            f"normalize={self.normalize}, reduction={self.reduction!r}"
+        )
+
+
+def _make(backbone: Any, layers: Any, pretrained: Any) -> nn.Module:
+    if isinstance(backbone, str):
+        return Backbone(backbone, layers, pretrained)
+    if not callable(backbone):
+        raise TypeError(
+            "backbones: expected a name, or a module or callable that returns a list of features, "
+            f"got {type(backbone).__name__}"
+        )
+    if layers is not None:
+        raise ValueError(f"layers: only named backbones have named taps; a callable chooses its own, got {layers!r}")
+    if not isinstance(pretrained, bool):
+        raise ValueError(f"pretrained: a callable has its own weights, only a name takes a file; got {pretrained!r}")
+    return backbone if isinstance(backbone, nn.Module) else _Call(backbone)
+
+
+def _each(name: str, value: Any, backbones: list, several: bool) -> list:
+    """One entry for each backbone."""
+    if value is None:
+        return [None] * len(backbones)
+    if not several:
+        return [value]
+    if not isinstance(value, (list, tuple)) or any(v is not None and not isinstance(v, (list, tuple)) for v in value):
+        raise TypeError(f"{name}: expected for several backbones one list (or None) for each, got {value!r}")
+    check_same_length("backbones", backbones, name, value)
+    return list(value)
+
+
+def _numbers(name: str, values: Any) -> list[float] | None:
+    if values is None:
+        return None
+    if not isinstance(values, (list, tuple)):
+        raise TypeError(f"{name}: expected a list of numbers, got {type(values).__name__}")
+    for i, value in enumerate(values):
+        check_number(f"{name}[{i}]", value)
+    return [float(value) for value in values]
+
+
+def _range(values: Any) -> tuple[float, float]:
+    got = _numbers("input_range", values)
+    if got is None or len(got) != 2 or not got[0] < got[1]:
+        raise ValueError(f"input_range: expected (low, high) with low < high, got {values!r}")
+    return got[0], got[1]
+
+
+def _affine(input_range: tuple[float, float], mean: Any, std: Any) -> tuple[list[float], list[float]]:
+    """`shift` and `scale` of each channel such that (image - shift) / scale is the normalised image."""
+    means, stds = _numbers("mean", mean), _numbers("std", std)
+    if not means or not stds:
+        raise ValueError("mean, std: expected one number a channel; pass normalize=False for no normalisation")
+    check_same_length("mean", means, "std", stds)
+    for i, value in enumerate(stds):
+        check_number(f"std[{i}]", value, 0, open_low=True)
+    low, width = input_range[0], input_range[1] - input_range[0]
+    return [low + width * m for m in means], [width * s for s in stds]
+
+
+def _check_targets(targets: Any, backbones: int) -> Targets:
+    good = isinstance(targets, (list, tuple)) and all(isinstance(t, (list, tuple)) for t in targets)
+    if not good:
+        raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
+    if len(targets) != backbones:
+        raise ValueError(
+            f"image: expected the features of {backbones} backbones, as encode() gives them, got {len(targets)}"
+        )
+    return list(targets)
