@@ -1,0 +1,69 @@
+"""Checkpoints: written whole or not at all, read without running code from the file, refused with one clear line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VERSION = 1
+LAST, BEST = "checkpoint.pt", "best.pt"
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and write a byte into it, so that a run fails at its start and not at its first checkpoint."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".writable-{os.getpid()}"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {folder}: {error.strerror or error}") from error
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write beside the target, flush to disk, then rename: a crash leaves the earlier checkpoint as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content | {"version": VERSION}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"out: cannot write the checkpoint {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The content of a checkpoint file, or of the best (else the last) checkpoint in a folder."""
+    if path.is_dir():
+        path = next((path / name for name in (BEST, LAST) if (path / name).exists()), path / LAST)
+    if not path.exists():
+        raise ValueError(f"checkpoint: {path} does not exist")
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, KeyError, ValueError, OSError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"checkpoint: {path} is corrupt or no checkpoint ({reason[:120]})") from error
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        got = content.get("version") if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"checkpoint: {path} has format {got!r}, this fastloss reads {VERSION}")
+    return content
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of torch's generators. Data order does not depend on them, it follows from seed and epoch."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
