@@ -7,7 +7,9 @@ import torch.nn.functional as F
 
 import fastloss
 from tests.case import IMAGES, Bench, Case, Draw, image_pair, with_argument, with_options
+from tests.cases_consistency import CONSISTENCY_CASES
 from tests.cases_image import IMAGE_CASES
+from tests.cases_perceptual import PERCEPTUAL_CASES
 
 __all__ = ["CASES", "IMAGES", "Bench", "Case", "Draw", "eager_pixel", "image_pair", "with_argument", "with_options"]
 
@@ -59,4 +61,6 @@ CASES = [
         module=fastloss.PixelLoss,
     ),
     *IMAGE_CASES,
+    *CONSISTENCY_CASES,
+    *PERCEPTUAL_CASES,
 ]

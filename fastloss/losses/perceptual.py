@@ -245,15 +245,16 @@ def lpips_distance(
     for i, feature in enumerate(features):
         if feature.shape[2] * feature.shape[3] == 0:
             raise ValueError(f"features[{i}]: expected at least one pixel, got shape {tuple(feature.shape)}")
+    wanted: list[int] | None = None
     if spatial:
-        size = tuple(features[0].shape[2:]) if size is None else _checked_size(size)
+        wanted = list(features[0].shape[2:]) if size is None else _checked_size(size)
     elif size is not None:
         raise ValueError(f"size: only a map has a size; pass spatial=True with it, got size={size!r} alone")
     return lpips_reference(
         list(features),
         list(targets),
         None if lin_weights is None else list(lin_weights),
-        None if size is None else list(size),
+        wanted,
         float(eps),
     )
 
@@ -272,11 +273,11 @@ def _check_lin_weights(features: Sequence[Tensor], lin_weights: Any) -> None:
             )
 
 
-def _checked_size(size: Any) -> tuple[int, int]:
+def _checked_size(size: Any) -> list[int]:
     good = isinstance(size, (list, tuple)) and len(size) == 2
     if not good or any(isinstance(s, bool) or not isinstance(s, (int, torch.SymInt)) or s < 1 for s in size):
         raise ValueError(f"size: expected (height, width), two whole numbers >= 1, got {size!r}")
-    return size[0], size[1]
+    return list(size)
 
 
 class LPIPSDistance(Loss):

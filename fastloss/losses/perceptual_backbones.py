@@ -75,7 +75,8 @@ def _vgg_steps(models: Any, name: str) -> Iterator[Step]:
     for position, module in enumerate(features):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")  # as torchvision does
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
             index += 1
             tap = f"conv{block}_{index}"
         elif isinstance(module, nn.MaxPool2d):

@@ -109,7 +109,7 @@ class PerceptualLoss(nn.Module):
         for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         several = isinstance(backbones, (list, tuple))  # nn.Sequential is one backbone
-        given = list(backbones) if several else [backbones]
+        given: list = list(backbones) if isinstance(backbones, (list, tuple)) else [backbones]
         if not given:
             raise ValueError("backbones: expected at least one, got an empty list")
         all_layers = _each("layers", layers, given, several)

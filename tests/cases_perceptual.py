@@ -1,0 +1,134 @@
+"""Rows of the deep-feature losses: a shape is a list of layer shapes, three layers in every one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import fastloss
+from tests.case import Case, Draw, with_argument, with_options
+
+LAYERS = (
+    ((2, 3, 5, 7), (2, 4, 3, 3), (2, 6, 1, 2)),
+    ((1, 2, 1, 1), (1, 3, 1, 1), (1, 5, 1, 1)),
+    ((3, 8, 9, 5), (3, 2, 4, 11), (3, 17, 2, 3)),
+)
+
+
+def feature_pair(draw: Draw, shapes: tuple) -> tuple:
+    features = [draw.normal(*shape) for shape in shapes]
+    return features, [draw.near(f) for f in features]
+
+
+def feature_pair_and_lins(draw: Draw, shapes: tuple) -> tuple:
+    features = [draw.normal(*shape) for shape in shapes]
+    targets = [f + 0.3 * draw.normal(*f.shape) for f in features]  # no ties: there the gradient is rounding alone
+    return features, targets, [draw.uniform(shape[1]) for shape in shapes]
+
+
+def eager_feature_distance(
+    features, targets, weights=None, criterion="l1", eps=1e-6, beta=1.0, reduction="mean"
+):
+    total = 0
+    for f, t, w in zip(features, targets, weights or [1.0] * len(features), strict=True):
+        if criterion == "charbonnier":
+            loss = ((f - t) ** 2 + eps**2).sqrt()
+            loss = loss.flatten(1).mean(1) if reduction == "none" else getattr(loss, reduction)()
+        else:
+            of = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[criterion]
+            more = {"beta": beta} if criterion == "smooth_l1" else {}
+            loss = of(f, t, reduction=reduction, **more)
+            loss = loss.flatten(1).mean(1) if reduction == "none" else loss
+        total = total + w * loss
+    return total
+
+
+def eager_lpips_distance(features, targets, lin_weights, spatial=False, size=None, eps=1e-10):
+    """The head as the lpips package runs it, with its 1x1 convolutions."""
+
+    def normalised(x):
+        return x / (torch.sqrt(torch.sum(x**2, dim=1, keepdim=True)) + eps)
+
+    total = 0
+    for i, (f, t) in enumerate(zip(features, targets, strict=True)):
+        difference = (normalised(f) - normalised(t)) ** 2
+        if lin_weights is None:
+            value = difference.sum(1, keepdim=True)
+        else:
+            value = F.conv2d(difference, lin_weights[i].view(1, -1, 1, 1))
+        if spatial:
+            value = F.interpolate(value, size=size or features[0].shape[2:], mode="bilinear", align_corners=False)
+        else:
+            value = value.mean([2, 3])[:, 0]
+        total = total + value
+    return total
+
+
+def layer(index: int, change) -> object:
+    """A change of one tensor of a list."""
+    return lambda tensors: [change(t) if i == index else t for i, t in enumerate(tensors)]
+
+
+PERCEPTUAL_CASES = [
+    Case(
+        "feature_distance",
+        fastloss.feature_distance,
+        feature_pair,
+        eager_feature_distance,
+        shapes=LAYERS,
+        options=[
+            {}, {"weights": [0.5, 0.0, 2.0]}, {"criterion": "l2"}, {"criterion": "l2", "weights": [1, 2, 3]},
+            {"criterion": "charbonnier"}, {"criterion": "charbonnier", "eps": 0.1},
+            {"criterion": "smooth_l1"}, {"criterion": "smooth_l1", "beta": 0.1, "weights": [0.5, 1.5, 2.0]},
+        ],
+        bad=[
+            ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
+            ("tensor", with_argument(0, lambda t: t[0]), TypeError, "features: expected a list of tensors, one a"),
+            ("none", lambda args, options: (([], []), options), ValueError, "features: expected at least one layer"),
+            ("shape", with_argument(1, layer(1, lambda t: t[..., 1:])), ValueError,
+             "targets[1]: expected the shape of features[1], (2, 4, 3, 3), got (2, 4, 3, 2)"),
+            ("integer", with_argument(0, layer(2, lambda t: t.long())), TypeError, "features[2]: expected a float16"),
+            ("weights", with_options(weights=[1.0, 2.0]), ValueError, "weights: expected as many entries as features"),
+            ("weight", with_options(weights=[1.0, float("nan"), 2.0]), ValueError, "weights[1]: expected a finite"),
+            ("weight type", with_options(weights=[1.0, "2", 2.0]), TypeError, "weights[1]: expected a number"),
+            ("weights type", with_options(weights=2.0), TypeError, "weights: expected a list of numbers"),
+            ("criterion", with_options(criterion="l3"), ValueError, "criterion: expected one of"),
+            ("eps", with_options(criterion="charbonnier", eps=0.0), ValueError, "eps: expected a finite number > 0"),
+            ("beta", with_options(criterion="smooth_l1", beta=-1), ValueError, "beta: expected a finite number > 0"),
+            ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
+            ("empty", lambda args, options: (([a[0][:0] for a in args], [a[0][:0] for a in args]), options),
+             ValueError, "the mean of an empty batch is undefined"),
+        ],
+        module=fastloss.FeatureDistance,
+    ),
+    Case(
+        "lpips_distance",
+        fastloss.lpips_distance,
+        feature_pair_and_lins,
+        eager_lpips_distance,
+        shapes=LAYERS,
+        options=[{}, {"spatial": True}, {"spatial": True, "size": (13, 4)}, {"eps": 1e-3}],
+        grads=(0, 1, 2),
+        reductions=(),
+        bad=[
+            ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
+            ("lins", with_argument(2, lambda t: t[:-1]), ValueError, "lin_weights: expected as many entries as"),
+            ("lin shape", with_argument(2, layer(1, lambda t: t[1:])), ValueError,
+             "lin_weights[1]: expected shape (4,) or (1, 4, 1, 1) for the 4 channels of features[1], got (3,)"),
+            ("lins type", with_argument(2, lambda t: t[0]), TypeError, "lin_weights: expected a list of tensors"),
+            ("rank", lambda args, options: (([args[0][0][0]], [args[1][0][0]], None), options), ValueError,
+             "features[0]: expected a 4-D tensor"),
+            ("shape", with_argument(1, layer(2, lambda t: t[:, 1:])), ValueError, "targets[2]: expected the shape of"),
+            ("integer", with_argument(1, layer(0, lambda t: t.int())), TypeError, "targets[0]: expected a float16"),
+            ("samples", lambda args, options: tuple(
+                ([[t[:1] if i == 1 else t for i, t in enumerate(side)] for side in args[:2]] + [args[2]], options)),
+             ValueError, "features[1]: expected as many samples as features[0], 2, got 1"),
+            ("pixels", lambda args, options: (([t[..., :0] for t in args[0]], [t[..., :0] for t in args[1]], None),
+                                              options), ValueError, "features[0]: expected at least one pixel"),
+            ("size alone", with_options(size=(4, 4)), ValueError, "size: only a map has a size"),
+            ("size", with_options(spatial=True, size=(0, 4)), ValueError, "size: expected (height, width)"),
+            ("eps", with_options(eps=0), ValueError, "eps: expected a finite number > 0"),
+        ],
+        module=fastloss.LPIPSDistance,
+    ),
+]
