@@ -199,7 +199,8 @@ class Op:
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*outputs[1:])
         have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
-        ctx.needs = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))
+        # torch appends a flag for an argument of its own
+        ctx.needs = dict(zip(self.inputs, ctx.needs_input_grad, strict=False))
         wanted = {name: have[name] for name in self._bwd_wants if name in have}
         ctx.plain = {name: value for name, value in wanted.items() if not isinstance(value, Tensor)}
         ctx.names = [name for name in wanted if name not in ctx.plain]

@@ -1,0 +1,236 @@
+"""Triton kernels for the pixel loss. One program handles blocks of 2048 elements, in memory order.
+
+With d = image_pred - image, w the weight (1 without) and g the gradient of the sum or of the element:
+
+    kind          loss / w                                   d loss / d image_pred / (g w) = - d loss / d image / (g w)
+    l1            |d|                                        sign(d)
+    l2            d^2                                        2 d
+    lp            |d|^p                                      p |d|^(p-1) sign(d)
+    charbonnier   sqrt(d^2 + p^2)                            d / sqrt(d^2 + p^2), 0 at d = 0
+    huber         d^2 / 2 if |d| <= p else p (|d| - p / 2)   d if |d| <= p else p sign(d)
+
+Bytes per element of size s: forward 2 s (+ 4 for a map), backward 3 s with one gradient and 4 s with both
+(+ 4 for the gradient of a map).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import (
+    STREAM_BLOCK,
+    STREAM_OPTIONS,
+    AotCase,
+    broadcast_args,
+    broadcast_offsets,
+    dense,
+    laid_out_as,
+    needs_int64,
+    on_device,
+    runs,
+    sign,
+    stream_grid,
+    total,
+)
+
+KINDS = ("l1", "l2", "lp", "charbonnier", "huber")
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _power(a, p):
+    """a^p for a >= 0, p > 0."""
+    return tl.where(a == 0, 0.0, tl.exp2(p * tl.log2(tl.where(a == 0, 1.0, a))))
+
+
+@triton.jit
+def _distance(d, p, KIND: tl.constexpr):
+    if KIND == "l1":
+        return tl.abs(d)
+    elif KIND == "l2":
+        return d * d
+    elif KIND == "lp":
+        return _power(tl.abs(d), p)
+    elif KIND == "charbonnier":
+        return tl.sqrt(d * d + p * p)
+    else:
+        a = tl.abs(d)
+        return tl.where(a <= p, 0.5 * d * d, p * (a - 0.5 * p))
+
+
+@triton.jit
+def _slope(d, p, KIND: tl.constexpr):
+    if KIND == "l1":
+        return sign(d)
+    elif KIND == "l2":
+        return 2.0 * d
+    elif KIND == "lp":
+        return p * _power(tl.abs(d), p - 1.0) * sign(d)
+    elif KIND == "charbonnier":
+        return tl.where(d == 0, 0.0, d / tl.sqrt(d * d + p * p))  # p * p may underflow
+    else:
+        return tl.where(tl.abs(d) > p, p * sign(d), d)
+
+
+@triton.jit
+def _weight_at(weight, offsets, mask):
+    """weight = (pointer,) where it lies as the image does, else (pointer, *layout)."""
+    if len(weight) > 1:
+        offsets = broadcast_offsets(offsets, weight)
+    return tl.load(weight[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _pixel_fwd_kernel(
+    image_ptr,  # (count,)
+    pred_ptr,  # (count,)
+    weight,  # None or a tuple, see _weight_at
+    out_ptr,  # (programs,) float32 if REDUCE, else (count,) float32
+    count,
+    p,
+    KIND: tl.constexpr,
+    REDUCE: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first = program.to(tl.int64) if WIDE else program
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for start in range(first * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        mask = offsets < count
+        image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        loss = _distance(pred - image, p, KIND)
+        if weight is not None:
+            loss *= _weight_at(weight, offsets, mask)
+        if REDUCE:
+            acc += tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
+        else:
+            tl.store(out_ptr + offsets, loss, mask=mask)
+    if REDUCE:
+        tl.store(out_ptr + program, tl.sum(acc))
+
+
+@triton.jit
+def _pixel_bwd_kernel(
+    grad_ptr,  # (count,) float32 if MAP, else one element
+    image_ptr,  # (count,)
+    pred_ptr,  # (count,)
+    weight,  # None or a tuple, see _weight_at
+    pred_grad_ptr,  # (count,)
+    image_grad_ptr,  # (count,) or None
+    count,
+    p,
+    KIND: tl.constexpr,
+    MAP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first = program.to(tl.int64) if WIDE else program
+    offsets = first * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < count
+    image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if MAP:
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
+    else:
+        grad = tl.load(grad_ptr)
+    if weight is not None:
+        grad *= _weight_at(weight, offsets, mask)
+    grad *= _slope(pred - image, p, KIND)
+    tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
+    if image_grad_ptr is not None:
+        tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)
+
+
+def pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
+    count = image.numel()
+    if count == 0:
+        return torch.zeros_like(image, dtype=torch.float32) if not reduce else image.new_zeros((), dtype=torch.float32)
+    image = dense(image)
+    image_pred = laid_out_as(image_pred, image)
+    weight_args = None if weight is None else broadcast_args(weight, image)
+    grid = stream_grid(count, reduce)
+    out = image.new_empty(grid, dtype=torch.float32) if reduce else torch.empty_like(image, dtype=torch.float32)
+    with on_device(image):
+        _pixel_fwd_kernel[grid](
+            image, image_pred, weight_args, out, count, p, kind, reduce, needs_int64(image, weight),
+            STREAM_BLOCK, **STREAM_OPTIONS,
+        )  # fmt: skip
+    return total(out) if reduce else out
+
+
+def pixel_bwd(
+    grad: Tensor,
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    kind: str,
+    p: float,
+    reduce: bool,
+    needs_image: bool,
+    needs_image_pred: bool,
+) -> tuple[Tensor, Tensor]:
+    count = image.numel()
+    both = needs_image and needs_image_pred
+    if count == 0 or not (needs_image or needs_image_pred):
+        return tuple(torch.empty_like(t) if needed else t.new_empty(0)
+                     for t, needed in ((image, needs_image), (image_pred, needs_image_pred)))  # fmt: skip
+    image = dense(image)
+    pred = laid_out_as(image_pred, image)
+    each = not reduce and runs(grad, image) != [(count, 0)]  # sum().backward() gives one value for all elements
+    if each:
+        grad = laid_out_as(grad, image)
+    # The gradients differ in sign only: with the images swapped, the first gradient is that of `image`.
+    start, end = (image, pred) if needs_image_pred else (pred, image)
+    end_grad = torch.empty_like(image)
+    start_grad = torch.empty_like(image) if both else None
+    with on_device(image):
+        _pixel_bwd_kernel[stream_grid(count, False)](
+            grad, start, end, None if weight is None else broadcast_args(weight, image), end_grad, start_grad, count, p,
+            kind, each, needs_int64(image, weight), STREAM_BLOCK, **STREAM_OPTIONS,
+        )  # fmt: skip
+    if not needs_image_pred:
+        return end_grad, image_pred.new_empty(0)
+    if pred is not image_pred:  # copied to the layout of image
+        end_grad = torch.empty_like(image_pred).copy_(end_grad)
+    return image.new_empty(0) if start_grad is None else start_grad, end_grad
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every kind, dtype, reduction, sort of weight and set of gradients; then what varies less."""
+    shape = (2, 3, 64, 64)
+    weights = {"": None, "dense weight": shape, "broadcast weight": (2, 1, 64, 64)}
+    for dtype, kind, reduce, sort in itertools.product(HALF_AND_SINGLE, KINDS, (True, False), weights):
+        size = weights[sort]
+        weight = None if size is None else torch.empty(size, device="meta").expand(shape)
+        yield from _aot_calls(sort, torch.empty(shape, dtype=dtype, device="meta"), weight, kind, reduce)
+    image = torch.empty(shape, device="meta")
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        weight = torch.empty(2, 1, 64, 64, dtype=dtype, device="meta").expand(shape)
+        yield from _aot_calls(f"{dtype} weight", image, weight, "l2", True)
+    large = torch.empty(2, 3, 32768, 16384, dtype=torch.bfloat16, device="meta")  # offsets pass 2**31
+    for weight in (None, large[:, :1].expand(large.shape)):
+        yield from _aot_calls("int64", large, weight, "l2", True)
+    odd = torch.empty(1, 3, 33, 65, device="meta")
+    yield from _aot_calls("odd", odd, None, "l2", True, vector=False)
+
+
+def _aot_calls(
+    label: str, image: Tensor, weight: Tensor | None, kind: str, reduce: bool, vector: bool = True
+) -> Iterator[AotCase]:
+    label = f"{kind} {str(image.dtype).removeprefix('torch.')} {'sum' if reduce else 'map'} {label}".rstrip()
+    wide = ("_pixel_fwd_kernel", "_pixel_bwd_kernel") if vector else ()
+    grad = torch.empty(() if reduce else image.shape, device="meta")
+    yield AotCase(f"forward {label}", pixel_fwd, (image, image, weight, kind, 0.5, reduce), wide)
+    for needs in ((False, True), (True, True)):  # (True, False) is the first of them with the images swapped
+        name = f"backward {label}{' both' if all(needs) else ''}"
+        yield AotCase(name, pixel_bwd, (grad, image, image, weight, kind, 0.5, reduce, *needs), wide)

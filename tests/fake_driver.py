@@ -1,0 +1,84 @@
+"""A Triton driver without a device: real launchers run, kernels compile for any target, the launch itself does nothing.
+
+Device i is target i, so that Triton's per-device caches keep the targets apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime import driver
+
+TARGETS = {
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
+
+
+class _Utils:
+    def __init__(self, owner: FakeDriver) -> None:
+        self.owner = owner
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
+        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads: handles that nobody follows
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {
+            "max_shared_mem": SHARED_LIMIT[self.owner.name],
+            "multiprocessor_count": 132,
+            "max_num_regs": 65536,
+            "warpSize": self.owner.get_current_target().warp_size,
+        }
+
+    def unload_module(self, module: int) -> None:
+        pass
+
+
+class _Launcher:
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class FakeDriver(DriverBase):
+    def __init__(self) -> None:
+        self.name = "sm_90"
+        self.utils = _Utils(self)
+        self.launcher_cls = _Launcher
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> int:
+        return list(TARGETS).index(self.name)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> Callable[..., list[float]]:
+        raise RuntimeError("nothing can be timed without a device: no @autotune in a launcher")
+
+
+def install() -> FakeDriver:
+    """Make a FakeDriver the active one; set its `name` to a key of TARGETS before a launch."""
+    fake = FakeDriver()
+    driver.set_active(fake)
+    return fake
