@@ -25,7 +25,7 @@ def eager_smoothness(image_pred, guide=None, weight=None, p=1, order=1, conventi
     if guide is not None:
         steps = (guide[..., order:, :] - guide[..., :-order, :], guide[..., order:] - guide[..., :-order])
         edge = [torch.exp(-step.abs().mean(1, keepdim=True)) for step in steps]
-        diffs = [d * e if p != 2 else d * e.sqrt() for d, e in zip(diffs, edge, strict=True)]
+        diffs = [d * e.sqrt() if p in (2, "norm") else d * e for d, e in zip(diffs, edge, strict=True)]
     w = torch.ones_like(image_pred) if weight is None else weight.expand_as(image_pred)
     if p == "isotropic":
         lead = order - 1
@@ -77,10 +77,10 @@ def eager_ssim(image, image_pred, weight=None, reduction="mean", **options):
     return each if reduction == "none" else each.sum()
 
 
-def eager_ms_ssim(image, image_pred, level_weights, reduction="mean", **options):
+def eager_ms_ssim(image, image_pred, level_weights, padding="valid", reduction="mean", **options):
     levels = []
     for i, w in enumerate(level_weights):
-        ssim, structure = eager_ssim_map(image, image_pred, **options)
+        ssim, structure = eager_ssim_map(image, image_pred, padding=padding, **options)
         levels.append((ssim if i == len(level_weights) - 1 else structure).mean((2, 3)).relu() ** w)
         pad = (image.shape[2] % 2, image.shape[3] % 2)
         image, image_pred = (F.avg_pool2d(t, 2, padding=pad) for t in (image, image_pred))

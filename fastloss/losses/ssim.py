@@ -16,13 +16,14 @@ LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def _gaussian(window: int, sigma: float, like: Tensor) -> Tensor:
-    """The window's taps, made on the device: a copy from the host would wait and break CUDA graphs."""
-    x = torch.arange(window, device=like.device, dtype=like.dtype) - window // 2
+    """The window's taps, rounded once, made on the device: a copy from the host would wait and break CUDA graphs."""
+    exact = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no float64
+    x = torch.arange(window, device=like.device, dtype=exact) - window // 2
     g = torch.exp(x * x / (-2 * sigma * sigma))
-    return g / g.sum()
+    return (g / g.sum()).to(like.dtype)
 
 
-def ssim_maps(
+def ssim_distances(
     image: Tensor,
     image_pred: Tensor,
     window: int,
@@ -31,21 +32,25 @@ def ssim_maps(
     c1: float,
     c2: float,
 ) -> tuple[Tensor, Tensor]:
-    """Luminance and contrast-structure maps, whose product is SSIM, in float32 (float64 for float64)."""
+    """One minus the luminance and one minus the contrast-structure map, in float32 (float64 for float64).
+
+    Four moments do: means and variances of a = x + y and d = x - y, for mx^2 + my^2 = (ma^2 + md^2) / 2 and
+    2 mx my = (ma^2 - md^2) / 2, and likewise for the variances. So nothing cancels where the images are close.
+    """
     dtype = result_dtype(image, image_pred)
     x, y = image.to(dtype), image_pred.to(dtype)
-    channels = 5 * x.shape[1]  # all five moments as channels: at least 5 groups, which CUDA never gives to TF32
+    a, d = x + y, x - y
+    channels = 4 * x.shape[1]  # all four moments as channels: at least 4 groups, which CUDA never gives to TF32
     g = _gaussian(window, sigma, x)
     pad = window // 2 if same else 0
     with torch.autocast(x.device.type, enabled=False):  # a half-precision convolution would lose the variances
-        moments = torch.cat([x, y, x * x, y * y, x * y], 1)
+        moments = torch.cat([a, d, a * a, d * d], 1)
         moments = F.conv2d(moments, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), padding=(pad, 0), groups=channels)
         moments = F.conv2d(moments, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), padding=(0, pad), groups=channels)
-    mean_x, mean_y, xx, yy, xy = moments.chunk(5, 1)
-    mean_xx, mean_yy, mean_xy = mean_x * mean_x, mean_y * mean_y, mean_x * mean_y
-    luminance = (2 * mean_xy + c1) / (mean_xx + mean_yy + c1)
-    structure = (2 * (xy - mean_xy) + c2) / ((xx - mean_xx) + (yy - mean_yy) + c2)
-    return luminance, structure
+    mean_a, mean_d, square_a, square_d = moments.chunk(4, 1)
+    mean_aa, mean_dd = mean_a * mean_a, mean_d * mean_d
+    var_a, var_d = square_a - mean_aa, square_d - mean_dd
+    return mean_dd / (0.5 * (mean_aa + mean_dd) + c1), var_d / (0.5 * (var_a + var_d) + c2)
 
 
 def ssim_reference(
@@ -59,8 +64,8 @@ def ssim_reference(
     c2: float,
 ) -> Tensor:
     """The definition: the (weighted) sum of 1 - SSIM of each image, ``[N]``."""
-    luminance, structure = ssim_maps(image, image_pred, window, sigma, same, c1, c2)
-    loss = 1 - luminance * structure
+    luminance, structure = ssim_distances(image, image_pred, window, sigma, same, c1, c2)
+    loss = luminance + structure - luminance * structure
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
     return loss.flatten(1).sum(1)
@@ -208,8 +213,8 @@ def ms_ssim_loss(
     score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
     last = len(level_weights) - 1
     for level, w in enumerate(level_weights):
-        luminance, structure = ssim_maps(x, y, window, float(sigma), same, c1, c2)
-        values = structure if level < last else luminance * structure
+        luminance, structure = ssim_distances(x, y, window, float(sigma), same, c1, c2)
+        values = 1 - structure if level < last else (1 - luminance) * (1 - structure)
         score = score * _power(values.flatten(2).mean(2), float(w))
         if level < last:
             odd = (x.shape[2] % 2, x.shape[3] % 2)
