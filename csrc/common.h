@@ -1,0 +1,200 @@
+// What every kernel file needs of torch (stable ABI only) and of the host: checks, operands, the choice of an ISA.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace fastloss {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// 0: the compiler's default target, 1: AVX2, 2: AVX-512. FASTLOSS_CPU lowers it and is read at every call, so that a
+// test can go through all the paths of one machine; what the CPU does not have is never chosen.
+inline int cpu_level() {
+#if defined(__x86_64__)
+  static const int best = [] {
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    return avx2 ? avx512 ? 2 : 1 : 0;
+  }();
+  const char* wanted = std::getenv("FASTLOSS_CPU");
+  if (wanted == nullptr || *wanted == '\0') return best;
+  const std::string name = wanted;
+  const int level = name == "default" ? 0 : name == "avx2" ? 1 : name == "avx512" ? 2 : -1;
+  STD_TORCH_CHECK(level >= 0, "FASTLOSS_CPU: expected default, avx2 or avx512, got ", name);
+  return std::min(best, level);
+#else
+  return 0;
+#endif
+}
+
+// The version of a call that the CPU should run: FASTLOSS_PICK(kernels<T>(kind)).
+#if defined(__x86_64__)
+#define FASTLOSS_PICK(...) \
+  (cpu_level() == 2 ? isa_avx512::__VA_ARGS__ : cpu_level() == 1 ? isa_avx2::__VA_ARGS__ : isa_default::__VA_ARGS__)
+#else
+#define FASTLOSS_PICK(...) (isa_default::__VA_ARGS__)
+#endif
+
+// Calls `body` with a value of the C++ type of the elements (float, bf16 or fp16).
+template <typename Body>
+auto for_dtype(ScalarType dtype, const char* op, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float: return body(float{});
+    case ScalarType::BFloat16: return body(BFloat16{});
+    case ScalarType::Half: return body(Half{});
+    default: STD_TORCH_CHECK(false, op, ": expected float32, bfloat16 or float16 tensors"); return body(float{});
+  }
+}
+
+template <typename T>
+const T* input(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <typename T>
+T* output(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// The dimensions of a dense tensor from the slowest to the fastest in memory, those of size 1 left out; nothing when
+// the elements overlap or leave gaps.
+inline std::optional<std::vector<int64_t>> memory_order(const Tensor& t) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) order.push_back(d);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
+  int64_t expected = 1;
+  for (auto d = order.rbegin(); d != order.rend(); ++d) {
+    if (t.stride(*d) != expected) return std::nullopt;
+    expected *= t.size(*d);
+  }
+  return order;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  for (int64_t d = 0; d < a.dim(); ++d)
+    if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;
+  return true;
+}
+
+// A float operand of any strides (broadcast ones included), read as float32 in the memory order of another tensor of
+// its shape, a stretch at a time: nothing is expanded or copied as a whole.
+class Operand {
+ public:
+  Operand(const Tensor& t, const std::vector<int64_t>& order) : data_(t.const_data_ptr()), dtype_(t.scalar_type()) {
+    const bool known = dtype_ == ScalarType::Float || dtype_ == ScalarType::Double || dtype_ == ScalarType::BFloat16 ||
+                       dtype_ == ScalarType::Half;
+    STD_TORCH_CHECK(known, "fastloss: expected a floating-point operand");
+    for (int64_t d : order) {
+      if (!dims_.empty() && dims_.back().stride == t.stride(d) * t.size(d))
+        dims_.back() = {dims_.back().size * t.size(d), t.stride(d)};
+      else
+        dims_.push_back({t.size(d), t.stride(d)});
+    }
+    if (dims_.empty()) dims_.push_back({1, 1});
+  }
+
+  // Elements position .. position + n; in place if they lie there as they should be, else in `buffer`.
+  const float* read(int64_t position, int64_t n, float* buffer) const {
+    switch (dtype_) {
+      case ScalarType::Double: return gather(static_cast<const double*>(data_), position, n, buffer);
+      case ScalarType::BFloat16: return gather(static_cast<const BFloat16*>(data_), position, n, buffer);
+      case ScalarType::Half: return gather(static_cast<const Half*>(data_), position, n, buffer);
+      default: break;
+    }
+    const auto* data = static_cast<const float*>(data_);
+    const Dim& last = dims_.back();
+    if (dims_.size() == 1 && last.stride == 1) return data + position;
+    return gather(data, position, n, buffer);
+  }
+
+ private:
+  struct Dim {
+    int64_t size, stride;
+  };
+
+  template <typename T>
+  const float* gather(const T* data, int64_t position, int64_t n, float* buffer) const {
+    const int64_t rank = static_cast<int64_t>(dims_.size());
+    std::vector<int64_t> index(rank);
+    for (int64_t d = rank - 1, rest = position; d >= 0; --d) {
+      index[d] = rest % dims_[d].size;
+      rest /= dims_[d].size;
+      data += index[d] * dims_[d].stride;
+    }
+    const Dim last = dims_.back();
+    for (int64_t done = 0; done < n;) {
+      const int64_t run = std::min(n - done, last.size - index[rank - 1]);
+      if (last.stride == 0)
+        std::fill_n(buffer + done, run, static_cast<float>(*data));
+      else if (last.stride == 1)
+        for (int64_t i = 0; i < run; ++i) buffer[done + i] = static_cast<float>(data[i]);
+      else
+        for (int64_t i = 0; i < run; ++i) buffer[done + i] = static_cast<float>(data[i * last.stride]);
+      done += run;
+      if (done == n) break;
+      // a run ends where the last dimension does: back to its start, and one step of the next slower one
+      data -= index[rank - 1] * last.stride;
+      index[rank - 1] = 0;
+      for (int64_t d = rank - 2; d >= 0; --d) {
+        data += dims_[d].stride;
+        if (++index[d] < dims_[d].size) break;
+        data -= index[d] * dims_[d].stride;
+        index[d] = 0;
+      }
+    }
+    return buffer;
+  }
+
+  const void* data_;
+  ScalarType dtype_;
+  std::vector<Dim> dims_;
+};
+
+// Fixed blocks, whatever the number of threads: what is summed is the same, and so are its bits.
+constexpr int64_t kBlock = 16384;  // elements a thread takes at a time
+constexpr int64_t kChunk = 2048;   // elements a kernel gets at a time; what it is handed besides stays in the L1 cache
+
+// body(begin, end) for each block of `count` elements, over torch's threads. It must not throw.
+template <typename Body>
+void for_blocks(int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
+  });
+}
+
+// The sum of body(begin, end) over the blocks, added in order in float64.
+template <typename Body>
+double sum_blocks(int64_t count, const Body& body) {
+  std::vector<double> partial((count + kBlock - 1) / kBlock);
+  for_blocks(count, [&](int64_t begin, int64_t end) { partial[begin / kBlock] = body(begin, end); });
+  double total = 0;
+  for (double p : partial) total += p;
+  return total;
+}
+
+}  // namespace fastloss

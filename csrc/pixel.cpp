@@ -1,0 +1,164 @@
+// Pixel loss: distances of two images, their sum, and its gradients, in one pass over memory each.
+
+#include "common.h"
+
+namespace fastloss {
+namespace {
+
+enum class Kind { l1, l2, l1_5, l3, l4, lp, charbonnier, huber };
+
+template <typename T>
+struct Stretch {
+  const T *image, *image_pred;
+  const float* weight;  // or null
+  int64_t n;
+};
+struct Upstream {
+  const float* map;  // or null: scalar
+  float scalar;
+};
+template <typename T>
+struct Gradients {
+  T *image, *image_pred;  // or null
+  bool streamed;
+};
+template <typename T>
+struct PixelKernels {
+  double (*sum)(const Stretch<T>&, double p);
+  void (*map)(const Stretch<T>&, double p, float* out);
+  void (*grad)(const Stretch<T>&, double p, const Upstream&, const Gradients<T>&);
+};
+
+}  // namespace
+}  // namespace fastloss
+
+#define FASTLOSS_KERNELS "pixel_simd.h"
+#include "each_isa.h"
+
+namespace fastloss {
+namespace {
+
+// Gradients of this many bytes are written past the caches: they would not stay there, and the lines are not read first.
+constexpr int64_t kStreamed = int64_t{8} << 20;
+
+Kind kind_of(const std::string& name, double p) {
+  if (name == "l1") return Kind::l1;
+  if (name == "l2") return Kind::l2;
+  if (name == "charbonnier") return Kind::charbonnier;
+  if (name == "huber") return Kind::huber;
+  STD_TORCH_CHECK(name == "lp", "pixel: unknown kind ", name);
+  return p == 1.5 ? Kind::l1_5 : p == 3 ? Kind::l3 : p == 4 ? Kind::l4 : Kind::lp;
+}
+
+// The two images and the weight as the kernels read them: in the images' own memory order where they share one.
+struct Inputs {
+  Tensor image, image_pred;
+  std::vector<int64_t> order;
+  std::optional<Operand> weight;
+
+  Inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& w, bool contiguous) : image(a), image_pred(b) {
+    STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "pixel: image and image_pred differ in dtype");
+    check_shape("image_pred", b);
+    if (w.has_value()) check_shape("weight", *w);
+    auto shared = same_strides(a, b) && !(contiguous && !a.is_contiguous()) ? memory_order(a) : std::nullopt;
+    if (!shared) {
+      image = torch::stable::contiguous(a);
+      image_pred = torch::stable::contiguous(b);
+      shared = memory_order(image);
+    }
+    order = *shared;
+    if (w.has_value()) weight.emplace(*w, order);
+  }
+
+  void check_shape(const char* name, const Tensor& t) const {
+    bool same = t.dim() == image.dim();
+    for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == image.size(d);
+    STD_TORCH_CHECK(same, "pixel: ", name, " has another shape than image");
+  }
+
+  // body(stretch, position) for every chunk of elements begin .. end.
+  template <typename T, typename Body>
+  void chunks(int64_t begin, int64_t end, const Body& body) const {
+    float buffer[kChunk];
+    for (int64_t i = begin; i < end; i += kChunk) {
+      const int64_t n = std::min(kChunk, end - i);
+      body(Stretch<T>{input<T>(image) + i, input<T>(image_pred) + i, weight ? weight->read(i, n, buffer) : nullptr, n},
+           i);
+    }
+  }
+};
+
+Tensor pixel_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight, std::string kind,
+                 double p, bool reduce) {
+  const Inputs in(image, image_pred, weight, !reduce);
+  const int64_t count = image.numel();
+  Tensor out = reduce ? torch::stable::new_empty(image, {}, ScalarType::Float)
+                      : torch::stable::new_empty(image, image.sizes(), ScalarType::Float);
+  float* to = output<float>(out);
+  for_dtype(image.scalar_type(), "pixel", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(kind, p)));
+    if (reduce) {
+      *to = static_cast<float>(sum_blocks(count, [&](int64_t begin, int64_t end) {
+        double total = 0;
+        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t) { total += kernels.sum(s, p); });
+        return total;
+      }));
+    } else {
+      for_blocks(count, [&](int64_t begin, int64_t end) {
+        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) { kernels.map(s, p, to + i); });
+      });
+    }
+  });
+  return out;
+}
+
+// A tensor like `like` (its memory format), and where the kernels write: into it, or into a contiguous one.
+struct Result {
+  Tensor out, written;
+
+  Result(bool needed, const Tensor& like, const Tensor& laid_out)
+      : out(needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0})),
+        written(!needed || same_strides(out, laid_out) ? out : torch::stable::empty_like(laid_out)) {}
+
+  Tensor take() {
+    if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);
+    return out;
+  }
+};
+
+std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
+                                     std::optional<Tensor> weight, std::string kind, double p, bool reduce,
+                                     bool needs_image, bool needs_image_pred) {
+  const Inputs in(image, image_pred, weight, false);
+  const int64_t count = image.numel();
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "pixel: grad is not float32");
+  if (!reduce) in.check_shape("grad", grad);
+  const std::optional<Operand> map = reduce ? std::nullopt : std::make_optional<Operand>(grad, in.order);
+  const float scalar = reduce ? *input<float>(grad) : 0;
+  Result to_image(needs_image, image, in.image), to_pred(needs_image_pred, image_pred, in.image_pred);
+  for_dtype(image.scalar_type(), "pixel", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(kind, p)));
+    T* first = needs_image ? output<T>(to_image.written) : nullptr;
+    T* second = needs_image_pred ? output<T>(to_pred.written) : nullptr;
+    const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
+    const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+    for_blocks(count, [&](int64_t begin, int64_t end) {
+      float buffer[kChunk];
+      in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) {
+        const Gradients<T> to{first ? first + i : nullptr, second ? second + i : nullptr, streamed};
+        kernels.grad(s, p, {map ? map->read(i, s.n, buffer) : nullptr, scalar}, to);
+      });
+    });
+  });
+  return {to_image.take(), to_pred.take()};
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("pixel_fwd", TORCH_BOX(&fastloss::pixel_fwd));
+  m.impl("pixel_bwd", TORCH_BOX(&fastloss::pixel_bwd));
+}
