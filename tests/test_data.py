@@ -1,0 +1,315 @@
+"""Captioned images from folders and shards: their splits, order and resuming, and what is skipped."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+
+from fastloss.imagen.data import batches, open_dataset
+from fastloss.imagen.digits import SPLITS, load_digits
+from fastloss.imagen.samples import fault_of, split_of
+
+
+def image_file(path, value=128, size=(20, 12), mode="RGB"):
+    fill = value if mode == "L" else (value,) * len(mode)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, fill).save(path)
+    return path
+
+
+def noise_file(path, seed=0, size=64):
+    pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+def captioned(root, count, split="train", extension="png"):
+    """`count` grey images, of value i, captioned "image i"."""
+    for i in range(count):
+        image_file(root / split / f"{i:03}.{extension}", i).with_suffix(".txt").write_text(f"image {i}\n")
+    return root
+
+
+def stream(dataset, **options):
+    options = {"batch_size": 4, "seed": 1, "epoch": 0, **options}
+    return list(batches(dataset, **options))
+
+
+def captions(found):
+    return [caption for batch in found for caption in batch["caption"]]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(
+        torch.equal(x["image"], y["image"]) and x["caption"] == y["caption"] for x, y in zip(a, b, strict=True)
+    )
+
+
+# Order and resuming
+
+
+def test_digit_batches_repeat_for_seed_and_epoch_and_resume():
+    data = open_dataset("digits", "train", 32, 1)
+    first = stream(data, batch_size=100)
+    assert len(first) == 13 and len(set(captions(first))) == 90
+    assert same(first, stream(data, batch_size=100))
+    assert same(first[5:], stream(data, batch_size=100, skip=5))
+    assert stream(data, batch_size=100, skip=13) == []
+    assert captions(first) != captions(stream(data, batch_size=100, epoch=1))
+    assert captions(first) != captions(stream(data, batch_size=100, seed=2))
+    image = first[0]["image"]
+    assert image.shape == (100, 1, 32, 32) and 0 <= image.min() and image.max() <= 1
+
+    val = open_dataset("digits", "val", 32, 3)
+    found = stream(val, batch_size=64)
+    assert [len(batch["caption"]) for batch in found] == [64, 64, 64, 8]
+    assert captions(found) == load_digits("val").captions and found[0]["image"].shape[1] == 3
+
+
+def test_bad_arguments_are_named(tmp_path):
+    data = open_dataset("digits", "val", 32, 1)
+    for options, name in (
+        ({"batch_size": 0}, "batch_size"),
+        ({"skip": -1}, "skip"),
+        ({"epoch": 0.5}, "epoch"),
+        ({"batch_size": 201, "drop_last": True}, "batch_size"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            stream(data, **options)
+    for spec in ("mnist", "folder:", "wds", f"folder:{tmp_path / 'none'}"):
+        with pytest.raises(ValueError, match="data|folder"):
+            open_dataset(spec, "train", 32, 3)
+    for arguments, name in ((("all", 32, 3), "split"), (("train", 4, 3), "size"), (("train", 32, 2), "channels")):
+        with pytest.raises(ValueError, match=name):
+            open_dataset("digits", *arguments)
+
+
+# Folders
+
+
+def test_folder_reads_metadata_and_sidecars_in_order(tmp_path):
+    captioned(tmp_path, 10)
+    image_file(tmp_path / "train" / "sub" / "x.JPG", 255, size=(64, 32)).with_suffix(".txt").write_text("not used")
+    rows = [{"file_name": "sub/x.JPG", "text": " a  white\nimage "}]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    data = open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+    assert len(data) == 11 and data.skipped == {}
+    assert data.captions == [f"image {i}" for i in range(10)] + ["a white image"]
+    assert data[10]["image"].shape == (3, 16, 16) and data[10]["image"].min() > 0.98
+    assert data[3]["image"].unique().tolist() == pytest.approx([3 / 255])
+
+    found = stream(data)
+    assert same(found, stream(data)) and same(found[1:], stream(data, skip=1))
+    assert same(found, stream(data, num_workers=2))
+    assert len(found) == 2 and len(set(captions(found))) == 8
+    assert captions(found) != captions(stream(data, epoch=1))
+    for batch in found:  # each caption stays with its image
+        for image, caption in zip(batch["image"], batch["caption"], strict=True):
+            value = 255 if "white" in caption else int(caption.split()[1])
+            assert image.mean().item() == pytest.approx(value / 255, abs=0.01)
+    assert open_dataset(f"folder:{tmp_path}", "train", 16, 1)[10]["image"].shape == (1, 16, 16)
+
+
+def test_folder_splits(tmp_path):
+    captioned(tmp_path, 200, "pictures")
+    parts = [set(open_dataset(f"folder:{tmp_path}", split, 8, 1).names) for split in SPLITS]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 200
+    assert len(parts[0]) > 160 and min(map(len, parts)) >= 3
+    assert split_of("pictures/000.png", None, ()) == "test" and split_of("cat.png", None, ()) == "train"
+
+    captioned(tmp_path, 3, "val")  # without a folder "train" it is one like any other
+    assert "val" in {n.split("/")[0] for n in open_dataset(f"folder:{tmp_path}", "train", 8, 1).names}
+    captioned(tmp_path, 40, "train")
+    train, val, test = (set(open_dataset(f"folder:{tmp_path}", split, 8, 1).names) for split in SPLITS)
+    assert val == {f"val/{i:03}.png" for i in range(3)}
+    assert len(train) + len(test) == 240 and not train & test  # test is taken out of the rest
+    captioned(tmp_path, 2, "test")
+    assert len(open_dataset(f"folder:{tmp_path}", "train", 8, 1)) == 240
+
+
+def test_folder_skips_counts_and_names_what_it_cannot_use(tmp_path, caplog):
+    train = captioned(tmp_path, 4) / "train"
+    for split in ("val", "test"):  # so that all images in the folder "train" are of that split
+        (tmp_path / split).mkdir()
+    (train / "000.png").write_bytes(b"no image")
+    noise = noise_file(train / "cut.png")
+    noise.write_bytes(noise.read_bytes()[:3000])
+    noise = noise_file(train / "cut.jpg")
+    noise.write_bytes(noise.read_bytes()[:1000])
+    for name in ("cut.png", "cut.jpg"):
+        (train / name).with_suffix(".txt").write_text("cut")
+    image_file(train / "none.png")
+    image_file(train / "blank.png").with_suffix(".txt").write_text(" \n")
+    image_file(train / "latin.png").with_suffix(".txt").write_bytes(b"\xe9t\xe9")
+    image_file(train / "listed.png")
+    image_file(train / "number.png")
+    lines = [
+        '{"file_name": "listed.png", "text": "fine"}',
+        '{"file_name": "listed.png", "text": ',
+        "",
+        '["listed.png"]',
+        '{"text": "no file"}',
+        '{"file_name": "number.png", "text": 5}',
+        '{"file_name": "../../gone.png", "text": "gone"}',
+    ]
+    (train / "metadata.jsonl").write_text("\n".join(lines))
+    with caplog.at_level(logging.WARNING, logger="fastloss"):
+        data = open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+    assert data.captions == ["image 1", "image 2", "image 3", "fine"]
+    skipped = {"000.png", "cut.png", "cut.jpg", "none.png", "blank.png", "latin.png", "number.png", "../../gone.png"}
+    skipped |= {"metadata.jsonl:2", "metadata.jsonl:4", "metadata.jsonl:5"}
+    assert set(data.skipped) == {f"train/{name}" for name in skipped}
+    assert len(caplog.records) == len(skipped)
+    assert all(any(name in record.getMessage() for record in caplog.records) for name in skipped)
+    assert captions(stream(data, shuffle=False)) == data.captions
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_image_that_breaks_later_is_replaced_and_counted(tmp_path, num_workers):
+    data = open_dataset(f"folder:{captioned(tmp_path, 4)}", "train", 16, 3)
+    (tmp_path / "train" / "001.png").write_bytes(b"damaged since")
+    found = stream(data, shuffle=False, num_workers=num_workers)
+    assert captions(found) == ["image 0", "image 2", "image 2", "image 3"]
+    assert set(data.skipped) == {"train/001.png"}
+    for i in (0, 2, 3):
+        (tmp_path / "train" / f"{i:03}.png").unlink()
+    with pytest.raises(ValueError, match="none of its 4 train images can be decoded"):
+        stream(data, num_workers=num_workers)
+
+
+def test_folder_with_nothing_usable_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no usable image in its train split, 0 images found"):
+        open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+    (captioned(tmp_path, 1) / "train" / "000.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1 skipped \(train/000.png: UnidentifiedImageError"):
+        open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+
+
+def test_pictures_of_all_kinds_are_read(tmp_path):
+    Image.fromarray(np.full((9, 9), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
+    image_file(tmp_path / "clear.png", 0, mode="RGBA")  # fully transparent black: white
+    turned = Image.new("RGB", (20, 10))
+    turned.paste((255, 255, 255), (0, 0, 10, 10))  # left half white; turned by 90 degrees it is the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.jpg", exif=exif)
+    for path in tmp_path.glob("*.*g"):
+        path.with_suffix(".txt").write_text(path.stem)
+    (tmp_path / "train").mkdir()
+    for path in list(tmp_path.glob("*.*")):
+        path.rename(tmp_path / "train" / path.name)
+    data = open_dataset(f"folder:{tmp_path}", "train", 8, 1)
+    clear, deep, turned = (data[i]["image"] for i in range(3))
+    assert data.captions == ["clear", "deep", "turned"]
+    assert clear.min() == 1
+    assert deep.mean().item() == pytest.approx(40_000 / 65_535, abs=0.01)
+    assert turned[0, :3].min() > 0.9 and turned[0, -3:].max() < 0.1
+
+
+def test_sound_jpeg_with_bytes_after_its_end_is_kept(tmp_path):
+    path = noise_file(tmp_path / "a.jpg")
+    assert fault_of(path) is None
+    path.write_bytes(path.read_bytes() + b"trailer")
+    assert fault_of(path) is None
+
+
+# Shards
+
+
+def write_shards(root, counts, prefix="train"):
+    number = 0
+    root.mkdir(parents=True, exist_ok=True)
+    for i, count in enumerate(counts):
+        with webdataset.TarWriter(str(root / f"{prefix}-{i}.tar")) as writer:
+            for _ in range(count):
+                caption = {"txt": f"image {number}"} if number % 2 else {"json": {"text": f"image {number}"}}
+                picture = np.full((12, 20, 3), number, dtype=np.uint8)
+                writer.write({"__key__": f"{number:04}", "png": picture / 255.0, **caption})
+                number += 1
+    return f"wds:{root}/{prefix}-{{0..{len(counts) - 1}}}.tar"
+
+
+def test_shards_are_read_back_in_order_and_resume(tmp_path):
+    spec = write_shards(tmp_path, [10, 5, 8])
+    data = open_dataset(spec, "train", 16, 3)
+    in_order = stream(data, shuffle=False, drop_last=False)
+    # there is no shard called val or test, so that a few samples of train are theirs
+    own = {f"image {i}" for i in range(23) if split_of(_name(i), "train", {"train"}) == "train"}
+    assert set(captions(in_order)) == own and len(own) > 18
+    assert captions(in_order) == sorted(own, key=lambda c: int(c.split()[1]))
+    for sample in data:
+        assert sample["image"].shape == (3, 16, 16)
+        assert sample["image"].mean().item() == pytest.approx(int(sample["caption"].split()[1]) / 255, abs=1e-6)
+
+    found = stream(data)
+    assert len(found) == len(own) // 4 and captions(found) != captions(in_order)[: 4 * len(found)]
+    assert same(found, stream(data)) and same(found[2:], stream(data, skip=2))
+    assert same(found, stream(data, num_workers=3)) and captions(found) != captions(stream(data, epoch=1))
+    with pytest.raises(ValueError, match="batch_size"):
+        stream(data, batch_size=64)
+    assert data.skipped == {}
+
+
+def _name(number):
+    shard = 0 if number < 10 else 1 if number < 15 else 2
+    return f"train-{shard}.tar/{number:04}"
+
+
+def test_shards_named_after_splits_and_hashed_ones(tmp_path):
+    for split, count in zip(SPLITS, (6, 2, 3), strict=True):
+        write_shards(tmp_path, [count], split)
+    for split, count in zip(SPLITS, (6, 2, 3), strict=True):
+        assert len(list(open_dataset(f"wds:{tmp_path}/{{train,val,test}}-0.tar", split, 8, 1))) == count
+
+    spec = write_shards(tmp_path / "plain", [150], "part")
+    parts = [{sample["caption"] for sample in open_dataset(spec, split, 8, 1)} for split in SPLITS]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == 150 and len(parts[0]) > 120
+
+
+def _add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def test_shards_skip_count_and_name_what_they_cannot_use(tmp_path, caplog):
+    spec = write_shards(tmp_path, [3, 2], "part")
+    png = image_file(tmp_path / "x.png").read_bytes()
+    keys = [f"k{i}" for i in range(60) if split_of(f"part-2.tar/k{i}", None, ()) == "train"]
+    bad = {"corrupt": (b"junk", b"text"), "blank": (png, b" "), "only": (png, None), "words": (None, b"text")}
+    names = {}
+    with tarfile.open(tmp_path / "part-2.tar", "w") as tar:
+        for (kind, (image, text)), key in zip(bad.items(), keys, strict=False):
+            names[f"part-2.tar/{key}"] = kind
+            if image is not None:
+                _add(tar, f"{key}.png", image)
+            if text is not None:
+                _add(tar, f"{key}.txt", text)
+        _add(tar, f"{keys[4]}.png", png)
+        _add(tar, f"{keys[4]}.json", b'{"text": ')
+        names[f"part-2.tar/{keys[4]}"] = "json"
+        _add(tar, f"{keys[5]}.png", png)
+        _add(tar, f"{keys[5]}.txt", b"good")
+    whole = (tmp_path / "part-0.tar").read_bytes()
+    (tmp_path / "part-3.tar").write_bytes(whole[:1000])  # ends inside its first sample
+    (tmp_path / "part-4.tar").write_bytes(b"no archive at all")
+    spec = spec.replace("0..1", "0..5")  # 5 does not exist
+    data = open_dataset(spec, "train", 16, 3)
+    with caplog.at_level(logging.WARNING, logger="fastloss"):
+        found = captions(stream(data, drop_last=False, shuffle=False))
+    own = [i for i in range(5) if split_of(f"part-{int(i > 2)}.tar/{i:04}", None, ()) == "train"]
+    assert found == [f"image {i}" for i in own] + ["good"]
+    broken = {str(tmp_path / f"part-{i}.tar") for i in (3, 4, 5)}
+    assert set(names) | broken <= set(data.skipped)
+    assert all(any(name in record.getMessage() for record in caplog.records) for name in (*names, *broken))
+    with pytest.raises(ValueError, match=r"no usable sample in its train split, shards: 2 in all, 2 skipped"):
+        open_dataset(f"wds:{tmp_path}/part-{{4..5}}.tar", "train", 16, 3)
