@@ -53,6 +53,8 @@ def test_backbone_gives_maps_and_gradients_to_images_only():
         (grad,) = torch.autograd.grad(m.sum(), images, retain_graph=True)
         assert torch.isfinite(grad).all() and grad.abs().max() > 0
         assert (m > 0).float().mean() > 0.05  # no map is dead
+    half = backbone(images.detach().bfloat16())
+    assert all(torch.allclose(a, b, atol=0.05) for a, b in zip(half, maps, strict=True))
     with pytest.raises(ValueError, match="images"):
         backbone(torch.zeros(2, 3, 32, 32))
 

@@ -59,6 +59,7 @@ class DigitsBackbone(nn.Module):
         check_tensor("images", images, ndim=4)
         if images.shape[1] != 1:
             raise ValueError(f"images: the digits' backbone takes [N, 1, S, S], got shape {tuple(images.shape)}")
+        images = images.to(self.classifier.head.weight.dtype)
         height, width = images.shape[-2:]
         if (height, width) == (SIZE, SIZE):
             return images
