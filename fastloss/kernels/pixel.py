@@ -45,8 +45,20 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 @triton.jit
 def _power(a, p):
-    """a^p for a >= 0, p > 0."""
-    return tl.where(a == 0, 0.0, tl.exp2(p * tl.log2(tl.where(a == 0, 1.0, a))))
+    """a^p for a >= 0, p > 0, to about 2 ulp where exp2(p * log2(a)) loses |p log2(a)| ulp.
+
+    a = m 2^e with m in [sqrt(1/2), sqrt(2)); p e is split so that its integer part n leaves the exponent exactly.
+    """
+    bits = a.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F3504F3) >> 23
+    m = (bits - (e << 23)).to(tl.float32, bitcast=True)
+    p = tl.full(a.shape, p, tl.float32)
+    p_high = (p.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)  # 12 bits: p_high * e is exact
+    high = p_high * e.to(tl.float32)
+    n = tl.minimum(tl.maximum(tl.floor(high), -126.0), 127.0)
+    rest = (high - n) + (p - p_high) * e.to(tl.float32) + p * tl.log2(m)
+    power = tl.exp2(rest) * tl.exp2(n)
+    return tl.where(a == 0, 0.0, tl.where(a < float("inf"), power, a))
 
 
 @triton.jit

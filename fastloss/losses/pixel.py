@@ -34,7 +34,9 @@ def pixel_reference(
 def _pixel_fwd(
     image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
 ) -> Tensor:
-    return image.new_empty(() if reduce else image.shape, dtype=torch.float32)
+    if reduce:
+        return image.new_empty((), dtype=torch.float32)
+    return torch.empty_like(image, dtype=torch.float32)
 
 
 def _pixel_bwd(

@@ -1,0 +1,56 @@
+"""Triton without a GPU: the battery on interpreted kernels, and every launch compiled ahead of time.
+
+Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import.
+`make triton36` puts Triton 3.6 beside the installed one; FASTLOSS_TRITON36 names its directory.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+OLDER = os.environ.get("FASTLOSS_TRITON36") or str(ROOT / ".venv" / "triton36")
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+needs_older = pytest.mark.skipif(
+    not pathlib.Path(OLDER, "triton").is_dir(),
+    reason="triton 3.6 is absent: `make triton36`, or name its directory in FASTLOSS_TRITON36",
+)
+
+
+def python(*args: str, **environment: str) -> str:
+    """Output of a Python process in the repository root; its end is the message if it fails."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "FASTLOSS_BACKEND")}
+    done = subprocess.run(
+        [sys.executable, *args], cwd=ROOT, env=kept | environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@needs_triton
+def test_battery_on_interpreted_kernels():
+    files = ["tests/test_losses.py", *sorted(glob.glob("tests/test_*_kernels.py", root_dir=ROOT))]
+    plugins = ["-p", "tests.interpreter", "-p", "no:cacheprovider"]
+    output = python("-m", "pytest", "-q", *plugins, *files, TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
+    assert " passed" in output
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("path", [pytest.param("", id="installed"), pytest.param(OLDER, id="3.6", marks=needs_older)])
+def test_every_launch_compiles_ahead_of_time(path):
+    before = [p for p in (path, os.environ.get("PYTHONPATH")) if p]
+    output = python("-m", "tests.aot", PYTHONPATH=os.pathsep.join(before))
+    print(output)
+    if path:
+        assert output.startswith("triton 3.6.")
