@@ -1,7 +1,4 @@
 """The compiled CPU kernels. All else is in pyproject.toml, and works without them."""
-
-from __future__ import annotations
-
 import os
 import pathlib
 import warnings
@@ -22,16 +19,15 @@ def extension() -> dict:
             except Exception as error:
                 if REQUIRED:
                     raise
-                warnings.warn(f"fastloss: no C++ kernels ({error}); its losses run on PyTorch operators", stacklevel=1)
+                warnings.warn(f"fastloss: no C++ kernels ({error}); it runs on PyTorch operators", stacklevel=1)
 
-    sources = sorted(str(path) for path in pathlib.Path("csrc").glob("*.cpp"))
-    options = {"cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]}
+    sources, headers = (sorted(map(str, pathlib.Path("csrc").glob(ending))) for ending in ("*.cpp", "*.h"))
+    flags = {"cxx": ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden"]}
     macros = [("TORCH_TARGET_VERSION", MINIMUM_TORCH)]
-    kernels = CppExtension("fastloss._C", sources, define_macros=macros, extra_compile_args=options,
-                           depends=[str(path) for path in pathlib.Path("csrc").glob("*.h")],
+    kernels = CppExtension("fastloss._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags,
                            py_limited_api=True, optional=not REQUIRED)  # fmt: skip
-    wheel = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}, "options": wheel}
+    abi3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}, "options": abi3}
 
 
 try:

@@ -23,9 +23,10 @@ def pixel_reference(
         loss = d.abs().pow(p)
     elif kind == "charbonnier":
         loss = (d * d + p * p).sqrt()
-    else:  # huber with delta = p: both branches are finite everywhere, so where() leaks no NaN gradient
+    else:  # huber with delta = p: no where(), whose untaken branch would give NaN for the gradient at |d| = inf
         a = d.abs()
-        loss = torch.where(a <= p, 0.5 * d * d, p * (a - 0.5 * p))
+        inner = a.clamp(max=p)
+        loss = inner * (a - 0.5 * inner)
     if weight is not None:
         loss = loss * weight.to(dtype)
     return loss.sum() if reduce else loss
