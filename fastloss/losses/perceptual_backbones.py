@@ -19,6 +19,7 @@ Step = tuple[str, str, nn.Module]  # name of the tap, prefix of its weights in t
 _VGG_CONFIGURATIONS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 _VGGS = (*_VGG_CONFIGURATIONS, *(f"{name}_bn" for name in _VGG_CONFIGURATIONS))
 _WEIGHTS = "IMAGENET1K_V1"  # there for every network, and a fixed choice: torchvision's DEFAULT may change
+_TOO_SMALL = ("is too small", "can't be greater than actual input size", "non-zero size", "strictly positive")
 
 DEFAULT_TAPS = {
     "vgg11": ("relu1_1", "relu2_1", "relu3_2"),
@@ -147,9 +148,15 @@ class Backbone(nn.Module):
                 module.inplace = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        found = {}
+        found, height, width = {}, image.shape[2], image.shape[3]
         for tap, step in self.steps.items():
-            image = step(image)
+            try:
+                image = step(image)
+            except RuntimeError as error:
+                if not any(words in str(error) for words in _TOO_SMALL):
+                    raise
+                at = f"{height} x {width} is too small for {self.name}, at {tap}"
+                raise ValueError(f"image: {at}: {error}") from error
             if tap in self.taps:
                 found[tap] = image
         return [found[tap] for tap in self.taps]

@@ -1,0 +1,165 @@
+"""Feature distance and LPIPS head beyond the battery: other libraries' conventions, ties, edges."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastloss import FeatureDistance, feature_distance, lpips_distance
+
+# feature_distance
+
+
+@pytest.mark.parametrize("layers", [1, 5, 40])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "smooth_l1"])
+def test_sums_of_torchs_own_losses(layers, criterion):
+    torch.manual_seed(1)
+    of = {"l1": F.l1_loss, "l2": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[criterion]
+    features = [torch.randn(2, 1 + i, 3, 5, requires_grad=True) for i in range(layers)]
+    targets = [torch.randn_like(f) for f in features]
+    weights = [0.5 + i for i in range(layers)]
+    for reduction in ("mean", "sum"):
+        ours = feature_distance(features, targets, weights=weights, criterion=criterion, reduction=reduction)
+        torchs = sum(w * of(f, t, reduction=reduction) for w, f, t in zip(weights, features, targets, strict=True))
+        torch.testing.assert_close(ours, torchs)
+        torch.testing.assert_close(torch.autograd.grad(ours, features), torch.autograd.grad(torchs, features))
+
+
+def test_relu_ties_get_the_gradient_zero():
+    torch.manual_seed(2)
+    f, t = torch.randn(2, 4, 6, 6).relu().requires_grad_(), torch.randn(2, 4, 6, 6).relu()
+    tied = f.detach() == t
+    assert tied.float().mean() > 0.15
+    for criterion in ("l1", "l2", "charbonnier", "smooth_l1"):
+        (g,) = torch.autograd.grad(feature_distance([f], [t], criterion=criterion), f)
+        assert (g[tied] == 0).all() and (g[~tied] != 0).all()
+    (g,) = torch.autograd.grad(feature_distance([f], [t]), f)
+    assert torch.equal(g, (f.detach() - t).sign() / f.numel())
+
+
+def test_none_is_one_value_a_sample_whose_mean_is_mean():
+    torch.manual_seed(3)
+    features = [torch.randn(3, 4, 5, 2), torch.randn(3, 7), torch.randn(3)]
+    targets = [torch.randn_like(f) for f in features]
+    each = feature_distance(features, targets, weights=[1, 2, 0.5], reduction="none")
+    by_hand = [
+        sum(w * (f[n] - t[n]).abs().mean() for w, f, t in zip((1, 2, 0.5), features, targets, strict=True))
+        for n in range(3)
+    ]
+    torch.testing.assert_close(each, torch.stack(by_hand))
+    torch.testing.assert_close(each.mean(), feature_distance(features, targets, weights=[1, 2, 0.5]))
+    assert feature_distance([torch.zeros(0, 3)], [torch.zeros(0, 3)], reduction="none").shape == (0,)
+    with pytest.raises(ValueError, match=r"features\[1\]: expected as many samples as features\[0\], 3, got 2"):
+        feature_distance([features[0], features[1][:2]], [targets[0], targets[1][:2]], reduction="none")
+    with pytest.raises(ValueError, match="0-D"):
+        feature_distance([torch.zeros(())], [torch.zeros(())], reduction="none")
+
+
+def test_layers_of_size_one_and_mixed_dtypes():
+    f = [torch.tensor(2.0), torch.tensor([1.0, 4.0], dtype=torch.bfloat16), torch.full((1, 1, 1, 1), 3.0).half()]
+    t = [torch.tensor(0.5), torch.zeros(2), torch.zeros(1, 1, 1, 1)]
+    assert feature_distance(f, t).item() == 1.5 + 2.5 + 3.0
+    assert feature_distance(f, t, criterion="l2", reduction="sum").item() == 2.25 + 17.0 + 9.0
+    assert feature_distance([f[0].double()], [t[0]]).dtype == torch.float64
+
+
+def test_half_precision_whose_eager_sum_overflows():
+    f, t = torch.full((1, 8, 128, 128), 3.0).half().requires_grad_(), torch.ones(1, 8, 128, 128).half()
+    assert F.l1_loss(f, t, reduction="sum").isinf()
+    total = feature_distance([f], [t], reduction="sum")
+    assert total.dtype == torch.float32 and total.item() == 2 * 8 * 128 * 128
+    total.backward()
+    assert (f.grad == 1).all()
+    far = torch.tensor([6e4]).half()
+    assert feature_distance([far], [-far]).item() == 2 * far.float().item()  # the difference is no half either
+    assert feature_distance([far], [-far], criterion="l2").isfinite()
+
+
+def test_empty_layers_raise_under_mean_and_add_nothing_to_a_sum():
+    empty = torch.zeros(0, 3, 4, 4)
+    with pytest.raises(ValueError, match="mean of an empty batch"):
+        feature_distance([empty], [empty])
+    with pytest.raises(ValueError, match="mean of an empty batch"):
+        feature_distance([torch.zeros(2, 0)], [torch.zeros(2, 0)], reduction="none")
+    assert feature_distance([empty], [empty], reduction="sum").item() == 0
+
+
+def test_the_module_compiles_into_one_graph():
+    torch._dynamo.reset()
+    module = FeatureDistance(weights=[1.0, 0.25], criterion="charbonnier", eps=1e-3)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(4)
+    features = [torch.randn(2, 3, 8, 8, requires_grad=True), torch.randn(2, 6, 4, 4, requires_grad=True)]
+    targets = [torch.randn_like(f) for f in features]
+    got, expected = compiled(features, targets), module(features, targets)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(torch.autograd.grad(got, features), torch.autograd.grad(expected, features))
+
+
+# lpips_distance
+
+
+def test_lpips_against_its_formula_by_hand():
+    x, y = torch.tensor([3.0, 4.0]).view(1, 2, 1, 1), torch.tensor([0.0, -2.0]).view(1, 2, 1, 1)
+    lin = torch.tensor([0.5, 2.0])
+    expected = 0.5 * 0.6**2 + 2.0 * 1.8**2
+    torch.testing.assert_close(lpips_distance([x], [y], [lin]), torch.tensor([expected]))
+    torch.testing.assert_close(lpips_distance([x], [y], [lin.view(1, 2, 1, 1)]), torch.tensor([expected]))
+    torch.testing.assert_close(lpips_distance([x], [y], None), torch.tensor([0.6**2 + 1.8**2]))
+
+
+def test_lpips_eps_is_outside_the_root():
+    """Features of size 1e-10: outside, the norm 1e-10 + 1e-10 halves them; sqrt(|x|^2 + 1e-10) would give 0."""
+    x, y = torch.full((1, 1, 1, 1), 1e-10, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(lpips_distance([x], [y], None), torch.tensor([0.25], dtype=torch.float64))
+
+
+def test_lpips_gradient_at_zero_features_is_zero_and_elsewhere_eagers():
+    torch.manual_seed(5)
+    x, y = torch.randn(2, 3, 4, 4).relu(), torch.randn(2, 3, 4, 4).relu()
+    x[:, :, 0], y[:, :, 1] = 0, 0
+    x[:, :, 2], y[:, :, 2] = 0, 0
+    lin = torch.rand(3)
+
+    def eager(a, b):
+        u, v = (i / ((i**2).sum(1, keepdim=True).sqrt() + 1e-10) for i in (a, b))
+        return F.conv2d((u - v) ** 2, lin.view(1, 3, 1, 1)).mean([2, 3]).flatten()
+
+    x, y = x.double().requires_grad_(), y.double().requires_grad_()
+    lin = lin.double()
+    ours, theirs = lpips_distance([x], [y], [lin]), eager(x, y)
+    torch.testing.assert_close(ours, theirs)
+    for ours_g, eager_g, leaf in zip(
+        torch.autograd.grad(ours.sum(), (x, y)), torch.autograd.grad(theirs.sum(), (x, y)), (x, y), strict=True
+    ):
+        zero = (leaf.detach() == 0).all(1, keepdim=True).expand_as(leaf)
+        assert zero.sum() >= 48 and eager_g[zero].isnan().all()
+        assert (ours_g[zero] == 0).all()
+        torch.testing.assert_close(ours_g[~zero], eager_g[~zero])
+
+
+def test_lpips_map_is_that_of_lpips_and_averages_to_the_distance():
+    torch.manual_seed(6)
+    features = [torch.rand(2, 4, 8, 8), torch.rand(2, 6, 4, 4)]
+    targets = [torch.rand_like(f) for f in features]
+    lins = [torch.rand(4), torch.rand(6)]
+    got = lpips_distance(features, targets, lins, spatial=True, size=(16, 16))
+    total = 0
+    for f, t, lin in zip(features, targets, lins, strict=True):
+        u, v = F.normalize(f, dim=1, eps=0), F.normalize(t, dim=1, eps=0)
+        at = F.conv2d((u - v) ** 2, lin.view(1, -1, 1, 1))
+        total = total + nn.Upsample(size=(16, 16), mode="bilinear", align_corners=False)(at)
+    torch.testing.assert_close(got, total)
+    assert lpips_distance(features, targets, lins, spatial=True).shape == (2, 1, 8, 8)
+    one = lpips_distance(features[:1], targets[:1], lins[:1], spatial=True)
+    torch.testing.assert_close(one.mean((1, 2, 3)), lpips_distance(features[:1], targets[:1], lins[:1]))
+
+
+def test_lpips_of_equal_features_is_zero_and_an_empty_batch_is_empty():
+    x = torch.rand(3, 5, 2, 2, requires_grad=True)
+    value = lpips_distance([x], [x.detach().clone()], None)
+    assert torch.equal(value, torch.zeros(3))
+    assert torch.equal(torch.autograd.grad(value.sum(), x)[0], torch.zeros_like(x))
+    assert lpips_distance([x[:0]], [x[:0]], None).shape == (0,)
