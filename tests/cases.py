@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import fastloss
 from tests.case import IMAGES, Bench, Case, Draw, image_pair, with_argument, with_options
 from tests.cases_consistency import CONSISTENCY_CASES
+from tests.cases_contrastive import CONTRASTIVE
 from tests.cases_image import IMAGE_CASES
 from tests.cases_perceptual import PERCEPTUAL_CASES
 
@@ -63,4 +64,5 @@ CASES = [
     *IMAGE_CASES,
     *CONSISTENCY_CASES,
     *PERCEPTUAL_CASES,
+    *CONTRASTIVE,
 ]

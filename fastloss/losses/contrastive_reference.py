@@ -86,10 +86,9 @@ def embed(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     x = x.to(dtype)
     if not normalize:
         return x
-    squared = (x * x).sum(-1, keepdim=True)
-    tiny = squared <= TINY_NORM**2
-    inverse = torch.where(tiny, torch.ones_like(squared), squared).rsqrt()
-    return x * torch.where(tiny, torch.zeros_like(inverse), inverse)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    tiny = length <= TINY_NORM
+    return torch.where(tiny, torch.zeros_like(x), x / torch.where(tiny, torch.ones_like(length), length))
 
 
 def log_sum_exp(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,284 @@
+"""Rows of the contrastive losses: InfoNCE with all kinds of negatives, CLIP, SigLIP, SupCon, NT-Xent."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+import fastloss
+from fastloss import NegativeSampling
+from tests.case import Bench, Case, with_argument, with_options
+
+
+def eager_reduce(rows, weights, reduction):
+    if weights is None:
+        return rows if reduction == "none" else getattr(rows, reduction)()
+    rows = rows * weights
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
+
+
+def eager_rows(logits, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1):
+    """Row losses from logits [M, C], the positives' columns and the mask of the negatives, with plain exponentials."""
+    positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
+    pos = logits.gather(1, target[:, None])[:, 0]
+    if sampling is not None and sampling.margin is not None:
+        keep = keep & (logits * temperature <= (pos * temperature + sampling.margin)[:, None])
+    if sampling is not None and (sampling.tau_plus or sampling.hardness):
+        count = keep.sum(1).to(logits)
+        negative, importance = logits.exp() * keep, (sampling.hardness * logits).exp() * keep
+        total = (importance * negative).sum(1) / (importance.sum(1) / count)
+        total = (total - sampling.tau_plus * count * pos.exp()) / (1 - sampling.tau_plus)
+        total = torch.maximum(total, count * math.exp(-1 / temperature)) if sampling.tau_plus else total
+        rows = (pos.exp() * include_positive + total).log() - pos
+    else:
+        candidates = keep | positive if include_positive else keep
+        rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
+    if smoothing:
+        mean = torch.where(keep | positive, logits, 0).sum(1) / (keep.sum(1) + 1)
+        rows = rows + smoothing * (pos - mean)
+    return rows
+
+
+def eager_info_nce(
+    query, key, negatives=None, temperature=0.1, include_positive=True, symmetric=False, normalize=True,
+    label_smoothing=0.0, bias=None, query_ids=None, key_ids=None, weights=None, reduction="mean", in_batch=None,
+    targets=None, sampling=None,
+):  # fmt: skip
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    target = torch.arange(len(query), device=query.device) if targets is None else targets
+    logits = query @ key.T * (1 / temperature)
+    keep = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
+    if query_ids is not None:
+        keep = keep & (query_ids[:, None] != key_ids)
+    if negatives is not None and not in_batch:
+        keep = torch.zeros_like(keep)
+    inside, mask = logits if bias is None else logits + bias, keep
+    if negatives is not None:
+        extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
+        inside = torch.cat((inside, extra * (1 / temperature)), 1)
+        mask = torch.cat((keep, torch.ones_like(extra, dtype=torch.bool)), 1)
+    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature)
+    if symmetric:
+        back = eager_rows(logits.T, target, keep.T, include_positive, label_smoothing, sampling, temperature)
+        rows = (rows + back) / 2
+    return eager_reduce(rows, weights, reduction)
+
+
+def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean"):
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits, labels = logit_scale * (image @ text.T) + logit_bias, torch.arange(len(image), device=image.device)
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    return (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
+
+
+def eager_siglip(
+    image, text, logit_scale, logit_bias, normalize=False, image_ids=None, text_ids=None, negative_only=False,
+    weights=None, reduction="mean",
+):  # fmt: skip
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits = logit_scale * (image @ text.T) + (logit_bias or 0.0)
+    sign = -torch.ones_like(logits) if negative_only else 2 * torch.eye(len(image), device=image.device).to(logits) - 1
+    pairs = -F.logsigmoid(sign * logits)
+    if image_ids is not None:
+        pairs = pairs * ((image_ids[:, None] != text_ids) | (sign > 0))
+    return eager_reduce(pairs.sum(1), weights, reduction)
+
+
+def eager_supcon(features, labels, temperature=0.1, include_positive=True, normalize=True, weights=None,
+                 reduction="mean"):  # fmt: skip
+    features = F.normalize(features, dim=1) if normalize else features
+    logits = features @ features.T * (1 / temperature)
+    other = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    same = (labels[:, None] == labels) & other
+    candidates = other if include_positive else other & ~same
+    log_p = logits - logits.masked_fill(~candidates, -torch.inf).logsumexp(1, keepdim=True)
+    rows = -torch.where(same, log_p, 0).sum(1) / same.sum(1).clamp(min=1)
+    return eager_reduce(rows, weights, reduction)
+
+
+def eager_nt_xent(view_a, view_b, temperature=0.1, include_positive=True, normalize=True, label_smoothing=0.0, ids=None,
+                  sampling=None, weights=None, reduction="mean"):  # fmt: skip
+    z = torch.cat((view_a, view_b))
+    z = F.normalize(z, dim=1) if normalize else z
+    target = torch.arange(len(z), device=z.device).roll(len(view_a))
+    keep = ~torch.eye(len(z), dtype=torch.bool, device=z.device).scatter(1, target[:, None], True)
+    if ids is not None:
+        keep = keep & (ids.repeat(2)[:, None] != ids.repeat(2))
+    logits = z @ z.T * (1 / temperature)
+    rows = eager_rows(logits, target, keep, include_positive, label_smoothing, sampling, temperature)
+    return eager_reduce(rows, None if weights is None else weights.repeat(2), reduction)
+
+
+def pair(draw, shape):
+    query = draw.normal(*shape)
+    return query, query + draw.normal(*shape)
+
+
+def with_negatives(draw, shape):
+    rows, keys, width = shape
+    return *pair(draw, (rows, width)), draw.normal(keys, width)
+
+
+def with_own_negatives(draw, shape):
+    rows, keys, width = shape
+    return *pair(draw, (rows, width)), draw.normal(rows, keys, width)
+
+
+def with_labels(draw, shape):
+    return draw.normal(*shape), torch.arange(shape[0]).to(draw.device) % max(shape[0] // 3, 1)
+
+
+IDS, WEIGHTS = torch.tensor([3, 1, 3, 7, 1, -2]), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25])
+BAD_TEMPERATURES = [
+    ("temperature 0", with_options(temperature=0), ValueError, "temperature: expected a finite number > 0, got 0"),
+    ("temperature -1", with_options(temperature=-1.0), ValueError, "temperature: expected a finite number > 0"),
+    ("temperature nan", with_options(temperature=math.nan), ValueError, "temperature: expected a finite number > 0"),
+    ("temperature str", with_options(temperature="0.1"), TypeError, "temperature: expected a number, got str"),
+    ("temperatures", with_options(temperature=torch.ones(2)), ValueError, "a tensor with one element, got shape (2,)"),
+]
+BAD_OPTIONS = [
+    ("workspace", with_options(workspace_mib=0), ValueError, "workspace_mib: expected a finite number > 0"),
+    ("weights", with_options(weights=torch.ones(3, 2)), ValueError, "weights: expected one per row"),
+    ("weights grad", with_options(weights=torch.ones(6).requires_grad_()), ValueError, "weights: "),
+    ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
+    ("normalize", with_options(normalize="cosine"), TypeError, "normalize: expected True or False, got str"),
+]
+BAD_PAIR = [
+    ("width", with_argument(1, lambda t: t[:, :-1]), ValueError, "'s width, D=7, got D=6"),
+    ("1-D", with_argument(0, lambda t: t[0]), ValueError, "expected a 2-D tensor, got shape (7,)"),
+    ("3-D", with_argument(1, lambda t: t[None]), ValueError, "expected a 2-D tensor, got shape (1, "),
+    ("integer", with_argument(0, lambda t: t.long()), TypeError, "expected a float16"),
+    ("list", with_argument(1, lambda t: [t]), TypeError, "expected a tensor, got list"),
+    ("D = 0", with_argument(0, lambda t: t[:, :0]), ValueError, "with D >= 1"),
+]
+BAD_INFO_NCE = [
+    *BAD_PAIR, *BAD_TEMPERATURES, *BAD_OPTIONS,
+    ("rows", with_argument(1, lambda t: t[:-1]), ValueError, "key: expected at least query's 6 rows"),
+    ("smoothing", with_options(label_smoothing=1.5), ValueError, "label_smoothing: expected a finite number >= 0"),
+    ("bias", with_options(bias=torch.zeros(4)), ValueError, "bias: expected a number or a tensor of one"),
+    ("ids", with_options(query_ids=IDS[:5]), ValueError, "query_ids: expected shape [6], got (5,)"),
+    ("float ids", with_options(key_ids=WEIGHTS), TypeError, "key_ids: expected an integer tensor, got torch.float32"),
+    ("in_batch", with_options(in_batch=False), ValueError, "in_batch: False leaves no negatives"),
+    ("targets", with_options(targets=torch.tensor([0, 1, 2, 3, 4, 6])), ValueError, "0 to 5, got 0 to 6"),
+    ("targets < 0", with_options(targets=torch.tensor([0, 1, 2, 3, 4, -1])), ValueError, "0 to 5, got -1 to 4"),
+    ("sampling", with_options(sampling=0.1), TypeError, "sampling: expected a NegativeSampling, got float"),
+    ("tau_plus", with_options(sampling=NegativeSampling(tau_plus=0.1), normalize=False), ValueError, "normalize=True"),
+    ("symmetric", with_options(symmetric=True, targets=torch.arange(6)), ValueError, "symmetric: expected as many"),
+]
+BAD_NEGATIVES = [
+    ("1-D", with_argument(2, torch.flatten), ValueError, "negatives: expected [K, D], shared, or [M, K, D]"),
+    ("width", with_argument(2, lambda t: t[..., 1:]), ValueError, "negatives: expected embeddings of query's width"),
+    ("symmetric", with_options(symmetric=True), ValueError, "symmetric: the keys' direction has in-batch negatives"),
+]
+
+
+def flops(shape, size, mode):
+    """2 M N D for the similarities, twice that for the gradients, and once more to recompute."""
+    rows, width = shape
+    return {"forward": 1, "backward": 3, "both": 4}[mode] * 2 * rows * rows * width
+
+
+CONTRASTIVE = [
+    Case(
+        "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
+        options=[
+            {}, {"temperature": torch.tensor(0.3)}, {"include_positive": False}, {"symmetric": True},
+            {"normalize": False, "temperature": 9.0, "bias": -1.5},
+            {"label_smoothing": 0.2, "symmetric": True, "include_positive": False},
+            {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"sampling": NegativeSampling(margin=0.4), "symmetric": True},
+        ],
+        bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
+        bench=Bench(shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}]),
+    ),
+    Case(
+        "info_nce masked", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (6, 2)),
+        options=[
+            {"query_ids": IDS, "key_ids": IDS}, {"weights": WEIGHTS, "symmetric": True},
+            {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "include_positive": False},
+            {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
+        ],
+    ),
+    Case(
+        "info_nce shared negatives", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((6, 4, 7), (5, 9, 3)),
+        options=[
+            {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
+            {"in_batch": True, "symmetric": True, "temperature": 0.25},
+        ],
+        grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
+    ),
+    Case(
+        "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
+        shapes=((6, 4, 7), (4, 9, 6)), grads=(0, 1, 2),
+        options=[
+            {"temperature": 0.5}, {"in_batch": True},
+            {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
+        ],
+        bad=[
+            *BAD_NEGATIVES,
+            ("M", with_argument(2, lambda t: t[:4]), ValueError, "negatives: expected [M, K, D] with query's M=6 rows"),
+            ("bias", with_options(bias=torch.zeros(6)), ValueError, "tensor of one element (per-sample"),
+        ],
+    ),
+    Case(
+        "clip_loss", fastloss.clip_loss, pair, eager_clip, shapes=((8, 7), (1, 3), (11, 33)),
+        options=[
+            {"logit_scale": 0.5}, {"logit_scale": torch.tensor(4.0), "normalize": True, "logit_bias": -0.5},
+            {"logit_scale": 14.3, "normalize": True, "label_smoothing": 0.1},
+        ],
+        bad=[
+            *BAD_PAIR, *BAD_OPTIONS,
+            ("rows", with_argument(1, lambda t: t[1:]), ValueError, "text: expected as many rows as image"),
+            ("scale", with_options(logit_scale=-1.0), ValueError, "logit_scale: expected a finite number > 0"),
+            ("bias", with_options(logit_bias=math.inf), ValueError, "logit_bias: expected a finite number"),
+            ("ids", with_options(text_ids=[1]), TypeError, "text_ids: expected an integer tensor, got list"),
+        ],
+        module=fastloss.ClipLoss,
+    ),
+    Case(
+        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 2)),
+        options=[
+            {"logit_scale": 1.0, "logit_bias": None}, {"logit_scale": 1.0, "logit_bias": 0.0, "negative_only": True},
+            {"logit_scale": 1.0, "logit_bias": 0.5, "image_ids": IDS, "text_ids": IDS, "weights": WEIGHTS},
+            {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0), "normalize": True},
+        ],
+        bad=[
+            *BAD_PAIR, *BAD_OPTIONS,
+            ("rows", with_argument(1, lambda t: t[1:]), ValueError, "text: expected as many rows as image"),
+            ("scale", with_options(logit_scale=0.0), ValueError, "logit_scale: expected a finite number > 0"),
+        ],
+        module=fastloss.SigLipLoss,
+    ),
+    Case(
+        "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, shapes=((6, 7), (9, 3)), grads=(0,),
+        options=[
+            {}, {"temperature": 0.5, "include_positive": False}, {"temperature": torch.tensor(2.0), "normalize": False},
+        ],
+        bad=[
+            *BAD_TEMPERATURES, *BAD_OPTIONS,
+            ("labels", with_argument(1, lambda t: t[1:]), ValueError, "labels: expected shape [6], got (5,)"),
+            ("float", with_argument(1, lambda t: t.float()), TypeError, "labels: expected an integer tensor"),
+        ],
+        module=fastloss.SupConLoss,
+    ),
+    Case(
+        "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, shapes=((6, 7), (6, 2)),
+        options=[
+            {}, {"include_positive": False, "temperature": 0.5}, {"label_smoothing": 0.1, "weights": WEIGHTS},
+            {"ids": IDS, "temperature": torch.tensor(0.5)}, {"normalize": False, "temperature": 3.0},
+            {"sampling": NegativeSampling(tau_plus=0.1), "temperature": 0.5},
+        ],
+        bad=[
+            *BAD_PAIR, *BAD_TEMPERATURES, *BAD_OPTIONS,
+            ("rows", with_argument(1, lambda t: t[1:]), ValueError, "view_b: expected as many rows as view_a"),
+            ("ids", with_options(ids=IDS.float()), TypeError, "ids: expected an integer tensor"),
+        ],
+        module=fastloss.NTXentLoss,
+    ),
+]
