@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_same_device, check_tensor, check_weight
@@ -68,8 +69,9 @@ def smoothness_reference(
         edge = None if guide is None else _edge_weight(guide.to(dtype), dim, order)
         if kind == "isotropic":
             d = d if edge is None else d * edge
-            pad = [0, 0] * (image.ndim - 1 - dim) + [order - 1, image.shape[dim] - d.shape[dim] - order + 1]
-            squares = squares + torch.nn.functional.pad(d * d, pad)
+            missing = image.shape[dim] - d.shape[dim]
+            lead = min(order - 1, missing)  # a first difference belongs to its first pixel, a second to its middle one
+            squares = squares + F.pad(d * d, [0, 0] * (image.ndim - 1 - dim) + [lead, missing - lead])
             continue
         loss = d.abs() if kind == "l1" else d * d
         loss = loss if edge is None else loss * edge

@@ -1,0 +1,102 @@
+"""What a row cannot say of image_loss: its parts, where the gradients go, options of the parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastloss import ImageLoss, image_loss, pixel_loss, smoothness_loss, ssim_loss
+
+
+@pytest.fixture
+def images():
+    generator = torch.Generator().manual_seed(3)
+    return [torch.rand(2, 3, 14, 12, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(2)]
+
+
+def test_total_is_the_weighted_sum_of_the_parts(images):
+    total, parts = image_loss(*images, pixel=(1, 0.8), smoothness=("isotropic", 0.05), ssim=0.2)
+    assert list(parts) == ["pixel", "smoothness", "ssim"]
+    torch.testing.assert_close(parts["pixel"], pixel_loss(*images, p=1).detach())
+    torch.testing.assert_close(parts["smoothness"], smoothness_loss(images[1], p="isotropic").detach())
+    torch.testing.assert_close(parts["ssim"], ssim_loss(*images).detach())
+    torch.testing.assert_close(total.detach(), 0.8 * parts["pixel"] + 0.05 * parts["smoothness"] + 0.2 * parts["ssim"])
+
+
+def test_gradients_are_those_of_the_parts(images):
+    total = image_loss(*images, pixel=("huber", 0.8), smoothness=(2, 0.05), ssim=0.2).total
+    alone = 0.8 * pixel_loss(*images, p="huber") + 0.05 * smoothness_loss(images[1], p=2) + 0.2 * ssim_loss(*images)
+    torch.testing.assert_close(torch.autograd.grad(total, images), torch.autograd.grad(alone, images))
+
+
+def test_parts_are_detached_and_only_those_that_are_on(images):
+    result = image_loss(*images, pixel=None, smoothness=(1, 2.0))
+    assert result.total.requires_grad
+    assert list(result.parts) == ["smoothness"]
+    assert not result.parts["smoothness"].requires_grad
+    torch.testing.assert_close(result.total.detach(), 2 * result.parts["smoothness"])
+
+
+def test_default_is_the_pixel_loss(images):
+    torch.testing.assert_close(image_loss(*images).total, pixel_loss(*images))
+    flat = [t.flatten(1) for t in images]  # the pixel part alone takes any shape
+    torch.testing.assert_close(image_loss(*flat, pixel=(1, 1.0)).total, pixel_loss(*images, p=1))
+    with pytest.raises(ValueError, match="image: expected a 4-D tensor"):
+        image_loss(*flat, ssim=1.0)
+
+
+def test_a_part_of_weight_zero_is_reported_but_not_trained_on(images):
+    total, parts = image_loss(*images, pixel=(2, 1.0), ssim=0.0)
+    assert parts["ssim"] > 0
+    expected = torch.autograd.grad(pixel_loss(*images), images)
+    torch.testing.assert_close(torch.autograd.grad(total, images), expected)
+
+
+def test_each_part_has_its_own_options(images):
+    mask, guide = torch.rand(2, 1, 14, 12), images[0].detach()
+    _, parts = image_loss(
+        *images,
+        pixel=("charbonnier", 1.0),
+        smoothness=(1, 0.1),
+        ssim=0.2,
+        pixel_options={"eps": 0.1, "weight": mask},
+        smoothness_options={"guide": guide, "order": 2},
+        ssim_options={"window": 5, "padding": "valid", "weight": 1 - mask},
+    )
+    expected = {
+        "pixel": pixel_loss(*images, p="charbonnier", eps=0.1, weight=mask),
+        "smoothness": smoothness_loss(images[1], guide=guide, order=2),
+        "ssim": ssim_loss(*images, window=5, padding="valid", weight=1 - mask),
+    }
+    torch.testing.assert_close(parts, {name: value.detach() for name, value in expected.items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gives_float32(images, dtype):
+    x, y = (t.detach().to(dtype) for t in images)
+    total, parts = image_loss(x, y, pixel=(1, 1.0), smoothness=(1, 0.1), ssim=0.1)
+    assert {t.dtype for t in (total, *parts.values())} == {torch.float32}
+
+
+def test_module_form(images):
+    module = ImageLoss(pixel=(1, 0.8), ssim=0.2)
+    torch.testing.assert_close(module(*images).total, image_loss(*images, pixel=(1, 0.8), ssim=0.2).total)
+    total, parts = module(*images, smoothness=(1, 0.1), smoothness_options={"guide": images[0].detach()})
+    assert "smoothness" in parts and total.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"pixel": (3.0,)}, TypeError, r"pixel: expected \(p, w\)"),
+        ({"smoothness": (3, 1.0)}, ValueError, "p: expected one of"),
+        ({"smoothness": (1, "1")}, TypeError, "smoothness: w: expected a number, got str"),
+        ({"ssim": True}, TypeError, "ssim: expected a number, got bool"),
+        ({"ssim": 1.0, "ssim_options": [3]}, TypeError, "ssim_options: expected a dict of options, got list"),
+        ({"smoothness_options": {"order": 2}}, ValueError, "smoothness_options: the part it is for is off"),
+        ({"smoothness": (1, 1.0), "smoothness_options": {"convention": "kornia"}}, TypeError, "unknown option 'conven"),
+    ],
+)
+def test_bad_options(images, options, error, text):
+    with pytest.raises(error, match=text):
+        image_loss(*images, **options)
