@@ -30,7 +30,8 @@ def eager_rows(logits, target, keep, include_positive=True, smoothing=0.0, sampl
         negative, importance = logits.exp() * keep, (sampling.hardness * logits).exp() * keep
         total = (importance * negative).sum(1) / (importance.sum(1) / count)
         total = (total - sampling.tau_plus * count * pos.exp()) / (1 - sampling.tau_plus)
-        total = torch.maximum(total, count * math.exp(-1 / temperature)) if sampling.tau_plus else total
+        if sampling.tau_plus:
+            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits)))
         rows = (pos.exp() * include_positive + total).log() - pos
     else:
         candidates = keep | positive if include_positive else keep

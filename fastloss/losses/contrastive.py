@@ -20,6 +20,7 @@ from .contrastive_checks import (
     check_shared,
     check_targets,
     finish,
+    full_precision,
     inverse,
 )
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm, contrastive_reference
@@ -102,7 +103,7 @@ def info_nce(
     dtype = result_dtype(query, key, negatives)
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
-    with torch.autocast(query.device.type, enabled=False):
+    with full_precision(query):
         rows = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
         return finish(rows, weights, reduction, return_lse)
 
@@ -244,7 +245,7 @@ def clip_loss(
     form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image):
         out = contrastive_reference(image, text, None, scale, bias, None, one, two, form)
     return finish(out, weights, reduction, return_lse)
 

@@ -14,6 +14,7 @@ from .contrastive_checks import (
     check_sampling,
     check_shared,
     finish,
+    full_precision,
     inverse,
     reduce_rows,
 )
@@ -92,7 +93,7 @@ def siglip_loss(
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
     both = None if one is None or two is None else (one, two)
-    with torch.autocast(image.device.type, enabled=False):
+    with full_precision(image):
         out = siglip_reference(image, text, scale, bias, both, normalize, negative_only)
     return reduce_rows(out, weights, reduction)
 
@@ -149,7 +150,7 @@ def supcon_loss(
     check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
     check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         out = supcon_reference(features, labels, scale, include_positive, normalize)
     return finish(out, weights, reduction, return_lse)
 
@@ -213,7 +214,7 @@ def nt_xent_loss(
     check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxForm(include_positive, False, normalize, float(label_smoothing), True, sampling)
-    with torch.autocast(view_a.device.type, enabled=False):
+    with full_precision(view_a):
         out = nt_xent_reference(view_a, view_b, scale, ids, form)
     return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)
 
