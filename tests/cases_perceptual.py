@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -26,9 +28,7 @@ def feature_pair_and_lins(draw: Draw, shapes: tuple) -> tuple:
     return features, targets, [draw.uniform(shape[1]) for shape in shapes]
 
 
-def eager_feature_distance(
-    features, targets, weights=None, criterion="l1", eps=1e-6, beta=1.0, reduction="mean"
-):
+def eager_feature_distance(features, targets, weights=None, criterion="l1", eps=1e-6, beta=1.0, reduction="mean"):
     total = 0
     for f, t, w in zip(features, targets, weights or [1.0] * len(features), strict=True):
         if criterion == "charbonnier":
@@ -64,7 +64,7 @@ def eager_lpips_distance(features, targets, lin_weights, spatial=False, size=Non
     return total
 
 
-def layer(index: int, change) -> object:
+def layer(index: int, change: Callable) -> Callable:
     """A change of one tensor of a list."""
     return lambda tensors: [change(t) if i == index else t for i, t in enumerate(tensors)]
 
