@@ -69,8 +69,6 @@ def generate(model: Imagen, captions: Sequence[str], seed: int) -> Tensor:
     training = model.training
     model.eval()
     starts = range(0, len(captions), GENERATE_BATCH)
-    images = [
-        model(list(captions[at : at + GENERATE_BATCH]), z[at : at + GENERATE_BATCH].to(device)) for at in starts
-    ]
+    images = [model(list(captions[at : at + GENERATE_BATCH]), z[at : at + GENERATE_BATCH].to(device)) for at in starts]
     model.train(training)
     return torch.cat(images)

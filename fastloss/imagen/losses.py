@@ -24,14 +24,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import core
-from ..losses.attention import attention_consistency_from_qk
-from ..losses.composite import CompositeLoss
-from ..losses.contrastive import info_nce
-from ..losses.diversity import diversity_loss, mode_seeking_loss
-from ..losses.perceptual import PerceptualLoss
-from ..losses.pixel import pixel_loss
-from ..losses.smoothness import smoothness_loss
+from .. import (
+    CompositeLoss,
+    PerceptualLoss,
+    attention_consistency_from_qk,
+    core,
+    diversity_loss,
+    info_nce,
+    mode_seeking_loss,
+    pixel_loss,
+    smoothness_loss,
+)
 from .model import ImageFeatures, Imagen, QueryKey, TextFeatures
 
 WEIGHTS = {
@@ -42,7 +45,7 @@ WEIGHTS = {
     "diversity": 0.01,
     "mode_seeking": 0.0001,
     "attention": 0.01,
-    "prior": 0.0005,
+    "prior": 0.002,
 }
 DIVERSITY_MARGIN = 0.02  # mean |difference|, in units of the image, below which a generated image counts as a copy
 

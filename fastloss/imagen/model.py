@@ -1,4 +1,4 @@
-"""The text-to-image model: caption -> text encoder -> f(t); f(t), the text tokens and noise z -> image decoder -> image.
+"""The text-to-image model: a text encoder makes f(t) of a caption, an image decoder makes images of f(t) and noise z.
 
 A regression from caption to image would blur all images of a caption into their mean and learn to ignore z. So the
 image encoder, besides g(x) for the contrastive branch, gives z a meaning in training: q(z | x) = N(mu(x), sigma(x)),
@@ -9,7 +9,6 @@ N(0, I) that generation draws from; what the caption already says costs nothing 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SIZES = (32, 64, 128)
+Text = Any  # captions (a sequence of str), or their token ids (B, L) and mask (B, L)
 
 
 class TextFeatures(NamedTuple):
@@ -52,9 +52,7 @@ class Attention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, dim)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, QueryKey]:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, QueryKey]:
         q = self._split(self.to_q(x))
         k, v = (self._split(t) for t in self.to_kv(x if context is None else context).chunk(2, dim=-1))
         attend = None if mask is None else mask[:, None, None, :]
@@ -78,9 +76,7 @@ class Block(nn.Module):
         self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
-    ) -> tuple[Tensor, QueryKey]:
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, QueryKey]:
         """`mask` belongs to the context, or to `x` where there is none."""
         mixed, attention = self.self_attention(self.norm_self(x), None, None if self.cross_attention else mask)
         x = x + self.dropout(mixed)
@@ -104,8 +100,7 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, emb_dim)
 
-    def forward(self, text: Sequence[str] | tuple[Tensor, Tensor]) -> TextFeatures:
-        """`text`: captions, or their token ids (B, L) and mask (B, L)."""
+    def forward(self, text: Text) -> TextFeatures:
         ids, mask = self.encode(text) if isinstance(text[0], str) else text
         x = self.embed(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
@@ -134,7 +129,8 @@ class PretrainedTextEncoder(nn.Module):
             self.model = AutoModel.from_pretrained(name)
         except OSError as error:
             raise ValueError(f"text encoder: {name!r} is no transformers model name or folder ({error})") from error
-        self.model = getattr(self.model, "encoder", self.model) if "t5" in str(self.model.config.model_type) else self.model
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            self.model = self.model.get_encoder()
         self.model.requires_grad_(False).eval()
         self.max_length = max_length
         hidden = self.model.config.hidden_size
@@ -145,7 +141,7 @@ class PretrainedTextEncoder(nn.Module):
         self.model.eval()
         return self
 
-    def forward(self, text: Sequence[str] | tuple[Tensor, Tensor]) -> TextFeatures:
+    def forward(self, text: Text) -> TextFeatures:
         ids, mask = self.encode(text) if isinstance(text[0], str) else text
         with torch.no_grad():
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state
@@ -204,9 +200,7 @@ class ImageDecoder(nn.Module):
 class ImageEncoder(nn.Module):
     """g(x) for the contrastive loss and q(z | x) for training, on one convolutional trunk."""
 
-    def __init__(
-        self, size: int = 32, channels: int = 1, dim: int = 64, emb_dim: int = 64, z_dim: int = 16
-    ) -> None:
+    def __init__(self, size: int = 32, channels: int = 1, dim: int = 64, emb_dim: int = 64, z_dim: int = 16) -> None:
         super().__init__()
         widths = [channels, max(dim // 4, 8), dim // 2] + [dim] * (int(math.log2(size)) - 4)
         layers: list[nn.Module] = []
@@ -238,7 +232,7 @@ class Imagen(nn.Module):
         super().__init__()
         self.text_encoder, self.image_decoder, self.image_encoder = text_encoder, image_decoder, image_encoder
 
-    def forward(self, text: Sequence[str] | tuple[Tensor, Tensor], z: Tensor | None = None) -> Tensor:
+    def forward(self, text: Text, z: Tensor | None = None) -> Tensor:
         """Images (B, C, S, S) in [0, 1]; `z` (B, Z) is drawn from N(0, I) where it is not given."""
         text_features = self.text_encoder(text)
         z = torch.randn(self.noise_shape(text_features.emb), device=text_features.emb.device) if z is None else z

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,6 +72,7 @@ class Trainer:
             torch.backends.cudnn.deterministic = True  # so that a resumed run repeats the one it continues
         channels = config.image_channels()
         self.data = open_dataset(config.data, "train", config.size, channels)
+        batches(self.data, config.batch_size, config.seed, 0)  # too few samples are known here, before the first step
         if resumed is None:
             self.tokenizer = make_tokenizer(config, self._captions())
         else:
@@ -233,7 +234,8 @@ class Trainer:
             save_checkpoint(self.folder / BEST, best)
         self.save()
         if self._enough() and not self.quiet:
-            log.info("stopped at step %d: the score is %.4f, the best %.4f", self.step, self.figures["score"], self.best)
+            score = self.figures["score"]
+            log.info("stopped at step %d: the score is %.4f, the best %.4f", self.step, score, self.best)
 
     def _enough(self) -> bool:
         """The quality aimed for is reached, or the score has converged."""
@@ -248,7 +250,8 @@ class Trainer:
             from tqdm import tqdm
         except ImportError:
             return contextlib.nullcontext(_NoBar())
-        return tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True)
+        pause = 0.5 if sys.stderr.isatty() else 10  # a log file needs no line per step
+        return tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=pause)
 
     def _shown(self, latest: dict[str, float]) -> str:
         losses = [f"loss {latest['loss']:.3f}", *(f"{name[:4]} {latest[name]:.3g}" for name in self.losses.weights)]
@@ -261,7 +264,3 @@ class _NoBar:
 
     def set_postfix_str(self, text: str) -> None:
         """Nothing is shown."""
-
-
-def with_changes(config: Config, **changes: Any) -> Config:
-    return dataclasses.replace(config, **changes)

@@ -1,0 +1,181 @@
+"""The command line: fastloss train | tune | sample | info.
+
+typer and everything of the training system are imported when a command runs, so that the losses alone need neither.
+A mistake of the user ends with one line and exit code 2, an interrupted run with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import logging
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+EXTRA = 'pip install "fastloss[train]"'
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script."""
+    try:
+        app = make_app()
+    except ImportError as error:
+        _fail(f"{error.name or error} is missing; the command line needs it: {EXTRA}")
+    app(arguments, prog_name="fastloss")
+
+
+def make_app() -> Any:
+    """The typer application with all its commands. Another command is one more `app.command` here."""
+    import typer
+
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    app.command("info")(info)
+    app.command("train")(_with_run_options(train, typer))
+    app.command("tune")(_with_run_options(tune, typer))
+    app.command("sample")(_sample_command(typer))
+    return app
+
+
+def info() -> None:
+    """Versions, devices, and which backends there are or why one is missing."""
+    for line in info_lines():
+        print(line)
+
+
+def info_lines() -> list[str]:
+    import platform
+
+    import torch
+
+    from . import __version__, core
+
+    lines = [f"fastloss {__version__}", f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    lines += [f"{name} {_version(name)}" for name in ("triton", "torchvision")]
+    lines.append(f"cpu: {platform.machine()}, {torch.get_num_threads()} threads")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for i in range(count):
+        properties = torch.cuda.get_device_properties(i)
+        memory = properties.total_memory / 2**30
+        lines.append(f"cuda:{i}: {properties.name}, {memory:.0f} GiB, capability {properties.major}.{properties.minor}")
+    lines += [] if count else ["cuda: none visible to torch"]
+    return lines + [f"backend {name}: {state}" for name, state in core.backend_report().items()]
+
+
+def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:
+    """Train the text-to-image system; writes pictures, curves, metrics, a report and a checkpoint to --out."""
+    from .imagen.run import train as job
+
+    print(job(config, explicit, resume))
+
+
+def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
+    """Search the fusion weights with short runs; a second call with the same --out goes on with the search."""
+    from .imagen.run import tune as job
+
+    print(job(config, trials))
+
+
+EXTRA_OPTIONS = {"resume": "continue the run in --out, with its options", "trials": "trials in all"}
+OTHER_DEFAULTS: dict[str, dict[str, Any]] = {"tune": {"steps": 200, "out": "runs/tune"}}
+
+
+def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[..., None]:
+    """`command` with an option for every field of `Config`, and one for each parameter of its own."""
+    from .imagen.config import Config
+
+    hints = typing.get_type_hints(Config)
+    defaults = OTHER_DEFAULTS.get(command.__name__, {})
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+    for field in dataclasses.fields(Config):
+        note = _annotated(hints[field.name], typer.Option(help=field.metadata["help"]))
+        default = defaults.get(field.name, field.default)
+        parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=note))
+    own = [p for p in inspect.signature(command).parameters.values() if p.name in EXTRA_OPTIONS]
+    for p in own:
+        note = _annotated(type(p.default), typer.Option(help=EXTRA_OPTIONS[p.name]))
+        parameters.append(inspect.Parameter(p.name, keyword, default=p.default, annotation=note))
+
+    def run(context: Any, **options: Any) -> None:
+        with _one_line_errors():
+            extra = {p.name: options.pop(p.name) for p in own}
+            given = {name: v for name, v in options.items() if _given(context, name)}
+            command(Config(**options), given, **extra)
+
+    run.__doc__ = command.__doc__
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _annotated(kind: Any, option: Any) -> Any:
+    return Annotated[kind, option]
+
+
+def _given(context: Any, name: str) -> bool:
+    return context.get_parameter_source(name).name != "DEFAULT"
+
+
+def _sample_command(typer: Any) -> Callable[..., None]:
+    def sample(caption, checkpoint, out, count, seed, device):  # type: ignore[no-untyped-def]
+        from .imagen.run import sample as job
+
+        with _one_line_errors():
+            print(job(Path(checkpoint), caption, Path(out), count, seed, device))
+
+    options: dict[str, tuple[type, Any, list[str], str]] = {
+        "caption": (list[str], [], ["--caption", "--captions"], "a caption; repeat the option for several"),
+        "checkpoint": (str, "runs/digits", ["--checkpoint"], "run folder or checkpoint file"),
+        "out": (str, "samples.png", ["--out"], "picture to write"),
+        "count": (int, 6, ["--count"], "images per caption"),
+        "seed": (int, 0, ["--seed"], "seed of the noise"),
+        "device": (str, "auto", ["--device"], "auto, cpu, cuda, ..."),
+    }
+    sample.__doc__ = "Write images for captions with a trained model."
+    sample.__annotations__ = {
+        name: _annotated(kind, typer.Option(*names, help=text)) for name, (kind, _, names, text) in options.items()
+    }
+    sample.__defaults__ = tuple(default for _, default, _, _ in options.values())
+    return sample
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    from .imagen.train import Interrupted
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        _fail(f"{error.name} is missing: {EXTRA}")
+    except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
+        _fail(str(error))
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "backend" not in str(error) and "download" not in str(error):
+            raise
+        _fail(str(error))
+
+
+def _fail(message: str) -> typing.NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+def _version(name: str) -> str:
+    import importlib.metadata
+
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()
