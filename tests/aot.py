@@ -2,8 +2,8 @@
 
     python -m tests.aot [stem ...] [--all] [-v]      a table; exit code 1 on a failed expectation
 
-The launchers of each kernels/<stem>.py run on the calls its `aot_cases()` lists, under a driver without a device. Every
-call is compiled for sm_90; sm_80 and gfx942 get a sample of the calls of each kernel (all of them with --all). Expected:
+The launchers of each kernels/<stem>.py run on the calls its `aot_cases()` lists, under a driver without a device.
+Every call is compiled for sm_90; sm_80 and gfx942 get a sample of the calls of each kernel (all with --all). Expected:
 no spills, shared memory within the device's, 128-bit accesses and matrix instructions where the case names them.
 """
 
@@ -38,7 +38,9 @@ SAMPLE = 8  # calls of each kernel compiled for the targets other than sm_90
 # Share of the bytes of global loads and stores, counted in the code, that move in 128-bit instructions.
 VECTOR_SHARE = 0.5
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
-AMD_ACCESS = re.compile(r"\b(?:global|buffer)_(?:load|store)_(?:[a-z]+_)*?(dwordx4|dwordx3|dwordx2|dword|u?short|[us]?byte)")
+AMD_ACCESS = re.compile(
+    r"\b(?:global|buffer)_(?:load|store)_(?:[a-z]+_)*?(dwordx4|dwordx3|dwordx2|dword|u?short|[us]?byte)"
+)
 AMD_BYTES = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "short": 2, "ushort": 2}
 
 
@@ -171,8 +173,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if row.stats:
             groups[row.stem, row.kernel, row.target].append(row.stats)
-    lines = [f"{'stem':12} {'kernel':32} {'target':7} {'calls':>5} {'regs':>5} {'spills':>6} {'shared':>7} {'128-bit':>8} "
-             f"{'matrix':>6}"]  # fmt: skip
+    heads = ("calls", "regs", "spills", "shared", "128-bit", "matrix")
+    lines = [f"{'stem':12} {'kernel':32} {'target':7} {'{:>5} {:>5} {:>6} {:>7} {:>8} {:>6}'.format(*heads)}"]
     for (stem, kernel, target), found in sorted(groups.items()):
         most = {key: max(s[key] for s in found) for key in ("regs", "spills", "shared")}
         least = {key: min(s[key] for s in found) for key in ("vector", "matrix")}

@@ -14,7 +14,8 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 ARITHMETIC = (
-    "fadd fsub fmul fdiv fma minimumf maximumf minnumf maxnumf fneg fabs exp exp2 log log2 sqrt precise_sqrt rsqrt sin cos"
+    "fadd fsub fmul fdiv fma minimumf maximumf minnumf maxnumf fneg fabs "
+    "exp exp2 log log2 sqrt precise_sqrt rsqrt sin cos"
 )
 COMPARISONS = "OLT OGT OLE OGE OEQ ONE ULT UGT ULE UGE UEQ UNE"
 
@@ -58,7 +59,9 @@ def _cast_rounded(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtyp
     return _cast_any(self, source, dtype)
 
 
-def _dot_wide(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *rest: Any) -> TensorHandle:
+def _dot_wide(
+    self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *rest: Any
+) -> TensorHandle:
     return _dot(self, _up(a), _up(b), acc, *rest)
 
 

@@ -85,7 +85,7 @@ def _slope(d, p, KIND: tl.constexpr):
     elif KIND == "lp":
         return p * _power(tl.abs(d), p - 1.0) * sign(d)
     elif KIND == "charbonnier":
-        return tl.where(d == 0, 0.0, d / tl.sqrt(d * d + p * p))  # p * p may underflow
+        return tl.where(d == 0, 0.0, d * tl.rsqrt(d * d + p * p))  # p * p may underflow
     else:
         return tl.where(tl.abs(d) > p, p * sign(d), d)
 
@@ -194,8 +194,10 @@ def pixel_bwd(
     count = image.numel()
     both = needs_image and needs_image_pred
     if count == 0 or not (needs_image or needs_image_pred):
-        return tuple(torch.empty_like(t) if needed else t.new_empty(0)
-                     for t, needed in ((image, needs_image), (image_pred, needs_image_pred)))  # fmt: skip
+        return (
+            torch.empty_like(image) if needs_image else image.new_empty(0),
+            torch.empty_like(image_pred) if needs_image_pred else image_pred.new_empty(0),
+        )
     image = dense(image)
     pred = laid_out_as(image_pred, image)
     each = not reduce and runs(grad, image) != [(count, 0)]  # sum().backward() gives one value for all elements
