@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -74,7 +72,9 @@ def diversity_reference(
     distances = _bank_distances(generated, bank, metric, workspace)
     if mode == "mean":
         return distances.mean(1)
-    return temperature * (math.log(bank.shape[0]) - torch.logsumexp(distances / -temperature, 1))
+    least = distances.detach().amin(1, keepdim=True)  # exponents of small differences, so that they round little
+    powers = torch.exp((least - distances) / temperature)
+    return least[:, 0] - temperature * powers.mean(1).log()
 
 
 def diversity_loss(
@@ -158,12 +158,13 @@ def diversity_loss(
 
 
 def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, eps: float) -> Tensor:
-    """The definition: dz / (dI + eps dz), which is 1 / (dI / dz + eps) without the division by dz."""
+    """The definition: 1 / (dI / dz + eps), and 0 with zero gradients at dz = 0."""
     dtype = result_dtype(images_a, images_b, z_a, z_b)
     d_image = (images_a.to(dtype) - images_b.to(dtype)).abs().mean()
     d_z = (z_a.to(dtype) - z_b.to(dtype)).abs().mean()
-    below = d_image + eps * d_z
-    return d_z / torch.where(below == 0, torch.ones_like(below), below)
+    same = d_z == 0
+    ratio = d_image / torch.where(same, torch.ones_like(d_z), d_z)
+    return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + eps))
 
 
 def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Tensor:
