@@ -195,7 +195,7 @@ CONSISTENCY_CASES = [
         two_lists,
         eager_layers,
         shapes=MAP_SHAPES,
-        options=[{}, {"layer_weights": [0.5, 2.0], "metric": "mse"}],
+        options=[{"metric": "sym_kl"}, {"layer_weights": [0.5, 2.0], "metric": "mse"}],
         reductions=("mean", "sum"),
         bad=[
             ("length", with_argument(1, lambda t: t[:1]), ValueError, "b: expected as many entries as a, 2, got 1"),

@@ -46,17 +46,26 @@ def _kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(near & ~zero, p * (small + torch.expm1(-small)), p * d + (q - p))
 
 
+def _sym_kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(p - q) log(p / q) / 2 by element: of one sign, and blind to the rounding of the normalisers."""
+    p, q = log_p.exp(), log_q.exp()
+    zero = (p == 0) & (q == 0)
+    none = torch.zeros_like(p)
+    return 0.5 * (p - q) * (torch.where(zero, none, log_p) - torch.where(zero, none, log_q))
+
+
 def _js(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p|m) / 2 + KL(q|m) / 2 by element, from r = (p - q) / (p + q): p = m (1 + r), q = m (1 - r)."""
+    """KL(p|m) / 2 + KL(q|m) / 2 by element; where p and q are near, from r = (p - q) / (p + q): p = m (1 + r)."""
     p, q = _known(p), _known(q)
     total = p + q
     r = (p - q) / torch.where(total == 0, torch.ones_like(total), total)
 
-    def entropy(x: Tensor) -> Tensor:  # (1 + x) log(1 + x), 0 at -1
-        end = x == -1
-        return torch.where(end, torch.zeros_like(x), (1 + x) * torch.log1p(torch.where(end, torch.zeros_like(x), x)))
-
-    return 0.25 * total * (entropy(r) + entropy(-r))
+    near = r.abs() < 0.5
+    small = torch.where(near, r, torch.zeros_like(r))
+    middle = 0.5 * total
+    middle = torch.where(middle == 0, total, middle)  # half of the smallest positive number rounds to 0
+    close = 0.25 * total * ((1 + small) * torch.log1p(small) + (1 - small) * torch.log1p(-small))
+    return torch.where(near, close, 0.5 * (_kl(p, middle) + _kl(q, middle)))
 
 
 def _divergence(p: Tensor, q: Tensor, metric: str) -> Tensor:
@@ -86,7 +95,7 @@ def attention_reference(a: Tensor, b: Tensor, mask: Tensor | None, inputs: str, 
         if metric == "kl":
             values = _kl_of_logs(a, b)
         elif metric == "sym_kl":
-            values = 0.5 * (_kl_of_logs(a, b) + _kl_of_logs(b, a))
+            values = _sym_kl_of_logs(a, b)
         else:
             values = _divergence(a.exp(), b.exp(), metric)
     values = values.sum(-1)
