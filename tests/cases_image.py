@@ -215,7 +215,7 @@ IMAGE_CASES = [
         eager_image,
         shapes=((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13)),
         options=[
-            {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"pixel": None, "smoothness": (2, 0.5)},
+            {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"smoothness": (2, 0.5)},
             {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3, "ssim_options": {"window": 5}},
         ],
         reductions=(),
