@@ -163,3 +163,26 @@ def test_lpips_of_equal_features_is_zero_and_an_empty_batch_is_empty():
     assert torch.equal(value, torch.zeros(3))
     assert torch.equal(torch.autograd.grad(value.sum(), x)[0], torch.zeros_like(x))
     assert lpips_distance([x[:0]], [x[:0]], None).shape == (0,)
+
+
+# both
+
+
+@pytest.mark.parametrize("of", [feature_distance, lambda f, t: lpips_distance(f, t, None, spatial=True).sum()])
+def test_functorch_forward_mode_and_double_backward_through_lists(of):
+    torch.manual_seed(7)
+    features, targets = ([torch.randn(2, 3, 4, 4), torch.randn(2, 5, 2, 2)] for _ in range(2))
+    leaves = [f.clone().requires_grad_() for f in features]
+    expected = list(torch.autograd.grad(of(leaves, targets), leaves))
+    torch.testing.assert_close(torch.func.grad(lambda f: of(f, targets))(features), expected)
+    directions = [torch.randn_like(f) for f in features]
+    _, tangent = torch.func.jvp(lambda f: of(f, targets), (features,), (directions,))
+    torch.testing.assert_close(tangent, sum((g * d).sum() for g, d in zip(expected, directions, strict=True)))
+    stacked = torch.func.vmap(lambda f: of(f, targets))([torch.stack((f, 2 * f)) for f in features])
+    torch.testing.assert_close(stacked, torch.stack((of(features, targets), of([2 * f for f in features], targets))))
+
+
+def test_lpips_double_backward():
+    torch.manual_seed(8)
+    x, y = (torch.randn(1, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradgradcheck(lambda a, b: lpips_distance([a], [b], None), (x, y))

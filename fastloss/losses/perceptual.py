@@ -44,7 +44,7 @@ def feature_distance_reference(
             loss = loss.sum()
         elif loss.ndim > 1:
             loss = loss.sum(dim=list(range(1, loss.ndim)))
-        total = total + scale * loss
+        total = torch.add(total, loss, alpha=scale)  # scale * loss has a float64 tangent in forward-mode AD
     return total
 
 

@@ -162,10 +162,11 @@ class PerceptualLoss(nn.Module):
         for features, target, weights, weight in zip(
             self._features(image_pred), targets, self.layer_weights, self.backbone_weights, strict=True
         ):
-            distance = weight * feature_distance(
+            distance = feature_distance(
                 features, target, weights=weights, criterion=self.criterion, reduction=self.reduction
             )
-            total = distance if total is None else total + distance
+            total = torch.zeros_like(distance) if total is None else total
+            total = torch.add(total, distance, alpha=weight)
         return total
 
     def _features(self, image: Tensor) -> Targets:
