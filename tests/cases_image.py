@@ -159,7 +159,7 @@ IMAGE_CASES = [
         shapes=IMAGES,
         options=[
             {}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05},
-            {"window": 1, "padding": "valid"}, {"window": 3},
+            {"window": 3},
         ],
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
