@@ -88,8 +88,8 @@ def test_workspace_is_bounded(mode, metric):
 
 
 def test_chunks_compile_into_one_graph():
-    g, bank = torch.rand(4, 3, 32, 32, requires_grad=True), torch.rand(30, 3, 32, 32)
-    for mode in MODES:
+    g, bank = torch.rand(4, 3, 32, 32, requires_grad=True), torch.rand(11, 3, 32, 32)
+    for mode in ("nearest", "softmin"):
         torch._dynamo.reset()
         compiled = torch.compile(diversity_loss, fullgraph=True, backend="aot_eager")
         got, expected = (f(g, bank, mode=mode, workspace_mib=1) for f in (compiled, diversity_loss))

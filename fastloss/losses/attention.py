@@ -86,7 +86,8 @@ def attention_reference(a: Tensor, b: Tensor, mask: Tensor | None, inputs: str, 
     keep = torch.ones_like(a, dtype=torch.bool) if mask is None else mask.expand(a.shape)
     if inputs == "probs":
         rows = keep.any(-1)
-        values = _divergence(*(torch.where(keep, x, torch.zeros_like(x)) for x in (a, b)), metric)
+        a, b = (torch.where(keep, x, torch.zeros_like(x)) for x in (a, b))
+        values = _divergence(a, b, metric)
     else:
         # a row without a logit above -inf has no softmax: it counts as masked, and is computed as if all were 0
         rows = (keep & (a != -torch.inf)).any(-1) & (keep & (b != -torch.inf)).any(-1)
@@ -197,6 +198,7 @@ def attention_consistency_loss(
     for name, value in (("a", a), ("b", b)):
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"{name}: expected two tensors or two lists of them, got {type(value).__name__} for {name}")
+    a, b = list(a), list(b)
     check_same_length("a", a, "b", b)
     if len(a) == 0:
         raise ValueError("a: expected at least one layer, got an empty list")
