@@ -80,6 +80,16 @@ T* output(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// torch.empty_like(t, dtype=dtype): in t's memory format.
+inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
+  using torch::stable::detail::from;
+  const std::optional<ScalarType> type = dtype;
+  StableIValue stack[] = {from(t),           from(type),        from(std::nullopt),
+                          from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
 // The dimensions of a dense tensor from the slowest to the fastest in memory, those of size 1 left out; nothing when
 // the elements overlap or leave gaps.
 inline std::optional<std::vector<int64_t>> memory_order(const Tensor& t) {

@@ -56,11 +56,11 @@ struct Inputs {
   std::vector<int64_t> order;
   std::optional<Operand> weight;
 
-  Inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& w, bool contiguous) : image(a), image_pred(b) {
+  Inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& w) : image(a), image_pred(b) {
     STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "pixel: image and image_pred differ in dtype");
     check_shape("image_pred", b);
     if (w.has_value()) check_shape("weight", *w);
-    auto shared = same_strides(a, b) && !(contiguous && !a.is_contiguous()) ? memory_order(a) : std::nullopt;
+    auto shared = same_strides(a, b) ? memory_order(a) : std::nullopt;
     if (!shared) {
       image = torch::stable::contiguous(a);
       image_pred = torch::stable::contiguous(b);
@@ -88,12 +88,26 @@ struct Inputs {
   }
 };
 
+// A tensor like `like` (its memory format), and where the kernels write: into it, or into one laid out as they read.
+struct Result {
+  Tensor out, written;
+
+  Result(const Tensor& like, ScalarType dtype, const Tensor& laid_out)
+      : out(empty_like(like, dtype)), written(same_strides(out, laid_out) ? out : empty_like(laid_out, dtype)) {}
+
+  Tensor take() {
+    if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);
+    return out;
+  }
+};
+
 Tensor pixel_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight, std::string kind,
                  double p, bool reduce) {
-  const Inputs in(image, image_pred, weight, !reduce);
+  const Inputs in(image, image_pred, weight);
   const int64_t count = image.numel();
-  Tensor out = reduce ? torch::stable::new_empty(image, {}, ScalarType::Float)
-                      : torch::stable::new_empty(image, image.sizes(), ScalarType::Float);
+  std::optional<Result> map;
+  if (!reduce) map.emplace(image, ScalarType::Float, in.image);
+  Tensor out = reduce ? torch::stable::new_empty(image, {}, ScalarType::Float) : map->written;
   float* to = output<float>(out);
   for_dtype(image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
@@ -110,38 +124,26 @@ Tensor pixel_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Te
       });
     }
   });
-  return out;
+  return reduce ? out : map->take();
 }
-
-// A tensor like `like` (its memory format), and where the kernels write: into it, or into a contiguous one.
-struct Result {
-  Tensor out, written;
-
-  Result(bool needed, const Tensor& like, const Tensor& laid_out)
-      : out(needed ? torch::stable::empty_like(like) : torch::stable::new_empty(like, {0})),
-        written(!needed || same_strides(out, laid_out) ? out : torch::stable::empty_like(laid_out)) {}
-
-  Tensor take() {
-    if (written.data_ptr() != out.data_ptr()) torch::stable::copy_(out, written);
-    return out;
-  }
-};
 
 std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
                                      std::optional<Tensor> weight, std::string kind, double p, bool reduce,
                                      bool needs_image, bool needs_image_pred) {
-  const Inputs in(image, image_pred, weight, false);
+  const Inputs in(image, image_pred, weight);
   const int64_t count = image.numel();
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "pixel: grad is not float32");
   if (!reduce) in.check_shape("grad", grad);
   const std::optional<Operand> map = reduce ? std::nullopt : std::make_optional<Operand>(grad, in.order);
   const float scalar = reduce ? *input<float>(grad) : 0;
-  Result to_image(needs_image, image, in.image), to_pred(needs_image_pred, image_pred, in.image_pred);
+  std::optional<Result> to_image, to_pred;
+  if (needs_image) to_image.emplace(image, image.scalar_type(), in.image);
+  if (needs_image_pred) to_pred.emplace(image_pred, image.scalar_type(), in.image_pred);
   for_dtype(image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(kind, p)));
-    T* first = needs_image ? output<T>(to_image.written) : nullptr;
-    T* second = needs_image_pred ? output<T>(to_pred.written) : nullptr;
+    T* first = to_image ? output<T>(to_image->written) : nullptr;
+    T* second = to_pred ? output<T>(to_pred->written) : nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
     const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
     for_blocks(count, [&](int64_t begin, int64_t end) {
@@ -152,7 +154,8 @@ std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, co
       });
     });
   });
-  return {to_image.take(), to_pred.take()};
+  const auto none = [&] { return torch::stable::new_empty(image, {0}); };
+  return {to_image ? to_image->take() : none(), to_pred ? to_pred->take() : none()};
 }
 
 }  // namespace

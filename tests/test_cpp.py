@@ -108,6 +108,8 @@ def test_layouts_and_broadcast_weights(weight_shape, first, second):
             options = {"p": 1.5, "weight": weight, "reduction": reduction}
             ours, theirs = (run(backend, image, pred, options) for backend in ("cpp", "reference"))
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+            if reduction == "none":
+                assert ours[0].stride() == torch.empty_like(image).stride()
             assert ours[1].stride() == torch.empty_like(image).stride()
             assert ours[2].stride() == torch.empty_like(pred).stride()
 
