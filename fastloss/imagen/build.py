@@ -24,7 +24,7 @@ def make_tokenizer(config: Config, captions: Iterable[str]) -> Any:
         return None
     if config.tokenizer == "word" or (config.tokenizer == "auto" and config.data == DIGITS):
         return tokenizers.WordTokenizer.from_captions(captions)
-    return tokenizers.ByteTokenizer(max_length=64)
+    return tokenizers.ByteTokenizer(max_length=128)
 
 
 def make_model(config: Config, tokenizer: Any) -> Imagen:

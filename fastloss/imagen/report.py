@@ -54,13 +54,13 @@ def summary(config: Config, figures: dict[str, float], curves: dict[str, list[fl
 
 def example_captions(config: Config) -> tuple[list[str], Tensor | None]:
     """Captions of the grid, and a real image of the test split for each: every digit, or the split's first captions."""
-    data = open_dataset(config.data, "test", config.size, config.image_channels())
+    data: Any = open_dataset(config.data, "test", config.size, config.image_channels())
     if config.data == DIGITS:
         from .digits import caption_of
 
         chosen = [caption_of(label, *DIGIT_WORDS[label % 3]) for label in range(10)]
         chosen += [caption_of(7, "bold", "leaning left"), caption_of(7, "thin", "leaning right")]
-        real = {sample["caption"]: sample["image"] for sample in data}
+        real = {data[i]["caption"]: data[i]["image"] for i in range(len(data))}
         none = torch.zeros(1, config.size, config.size)
         return chosen, torch.stack([real.get(text, none) for text in chosen])
     batch = next(iter(batches(data, ROWS, 0, 0)))

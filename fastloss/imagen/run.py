@@ -72,11 +72,12 @@ def tune(config: Config, trials: int, report: Callable[[str], None] = print) -> 
         report(f"trial {trial.number}: score {score:.4f} with {text}")
         return score
 
-    finished = [t for t in study.trials if t.state.is_finished()]
-    study.optimize(objective, n_trials=max(0, trials - len(finished)), catch=(FloatingPointError,))
-    best = study.best_trial
+    complete = (optuna.trial.TrialState.COMPLETE,)  # interrupted trials do not count
+    left = max(0, trials - len(study.get_trials(states=complete)))
+    study.optimize(objective, n_trials=left, catch=(FloatingPointError,))
+    best, done = study.best_trial, len(study.get_trials(states=complete))
     text = ",".join(f"{name}={value:.4g}" for name, value in (fixed | best.params).items())
-    return f"best of {len(study.trials)} trials: score {best.value:.4f} with --weights {text}"
+    return f"best of {done} trials: score {best.value:.4f} with --weights {text}"
 
 
 def sample(checkpoint: Path, captions: Sequence[str], out: Path, count: int, seed: int, device: str) -> str:
