@@ -25,7 +25,7 @@ class Config:
 
     data: str = _option(DIGITS, "digits, folder:PATH or wds:SHARDS")
     out: str = _option("runs/digits", "folder for checkpoint, metrics, pictures and report")
-    steps: int = _option(800, "training steps")
+    steps: int = _option(1000, "training steps")
     batch_size: int = _option(64, "images per step")
     losses: str = _option("fast", "fast, or reference: the same loop on the eager losses")
     weights: str = _option("", "weights of the losses, e.g. contrastive=0.1,pixel=1; 0 turns a loss off")

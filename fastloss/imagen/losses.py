@@ -8,7 +8,7 @@ stochastic views whose attention should agree.
     perceptual     features of the real image and of A
     pixel          the real image and A
     smoothness     differences of neighbouring pixels of A and B
-    diversity      image B too near to an image of the training batch: a copy
+    diversity      image B nearer to an image of the training batch than the margin
     mode_seeking   A and B differ less than their z do
     attention      the decoder's attention to the words, in A against B
     prior          KL(q(z | x) || N(0, I)): keeps A's z where B's is drawn
@@ -47,7 +47,7 @@ WEIGHTS = {
     "attention": 0.01,
     "prior": 0.002,
 }
-DIVERSITY_MARGIN = 0.02  # mean |difference|, in units of the image, below which a generated image counts as a copy
+DIVERSITY_MARGIN = 0.15  # mean |difference|, in units of the image: about that of two real digits of one caption
 
 
 class Views(NamedTuple):

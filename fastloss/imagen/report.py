@@ -97,8 +97,10 @@ def curves_figure(curves: dict[str, list[float]], path: Path) -> None:
     rows = -(-len(names) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(12, 2.6 * rows), squeeze=False, sharex=True)
     for axis, name in zip(axes.flat, names, strict=False):
-        axis.plot(curves["step"], curves[name], linewidth=0.5, alpha=0.4, color="tab:blue")
-        axis.plot(curves["step"], _smooth(curves[name]), linewidth=1.2, color="tab:blue")
+        exact = name == "learning_rate"
+        axis.plot(curves["step"], curves[name], linewidth=0.5, alpha=1 if exact else 0.4, color="tab:blue")
+        if not exact:
+            axis.plot(curves["step"], _smooth(curves[name]), linewidth=1.2, color="tab:blue")
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes.flat[len(names) :]:
@@ -110,7 +112,7 @@ def curves_figure(curves: dict[str, list[float]], path: Path) -> None:
     plt.close(figure)
 
 
-def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+def _smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
     """Exponential mean without the pull to 0 at its start."""
     mean, weight, out = 0.0, 0.0, []
     for value in values:
