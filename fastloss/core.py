@@ -188,7 +188,11 @@ class Op:
     def __call__(self, *args: Any) -> Tensor:
         if self.backend(*args) == "reference":
             return self.reference(*args)
-        with torch.autocast(args[0].device.type, enabled=False):  # kernels choose their own precision
+        device = args[0].device.type
+        if torch.is_autocast_enabled(device):  # kernels choose their own precision
+            with torch.autocast(device, enabled=False):
+                out = self.fwd(*args)
+        else:
             out = self.fwd(*args)
         return out if isinstance(out, Tensor) else out[0]
 
