@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -34,6 +35,17 @@ def device_folder(device: str) -> str:
 def commit() -> str:
     done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
     return done.stdout.strip() or "unknown"
+
+
+def keep_freed_memory() -> None:
+    """Start this process again with a malloc that keeps what is freed (CPU, glibc).
+
+    By default it gives blocks of tens of MiB back to the system or not depending on the layout of the heap, and the
+    page faults of getting them again (6 ms for 25 MiB) fall on whichever provider comes next.
+    """
+    wanted = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
 class Clock:

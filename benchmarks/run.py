@@ -208,4 +208,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    measure.keep_freed_memory()
     sys.exit(main())

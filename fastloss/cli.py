@@ -1,4 +1,4 @@
-"""The command line: fastloss train | tune | sample | info.
+"""The command line: fastloss train | tune | sample | bench | info.
 
 typer and everything of the training system are imported when a command runs, so that the losses alone need neither.
 A mistake of the user ends with one line and exit code 2, an interrupted run with 130.
@@ -21,6 +21,8 @@ EXTRA = 'pip install "fastloss[train]"'
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
+    if (sys.argv[1:] if arguments is None else arguments) == ["info"]:
+        return info()  # what is missing should be said even where typer is
     try:
         app = make_app()
     except ImportError as error:
@@ -37,6 +39,9 @@ def make_app() -> Any:
     app.command("train")(_with_run_options(train, typer))
     app.command("tune")(_with_run_options(tune, typer))
     app.command("sample")(_sample_command(typer))
+    anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+    bench.__annotations__["context"] = typer.Context
+    app.command("bench", context_settings=anything)(bench)
     return app
 
 
@@ -63,6 +68,16 @@ def info_lines() -> list[str]:
         lines.append(f"cuda:{i}: {properties.name}, {memory:.0f} GiB, capability {properties.major}.{properties.minor}")
     lines += [] if count else ["cuda: none visible to torch"]
     return lines + [f"backend {name}: {state}" for name, state in core.backend_report().items()]
+
+
+def bench(context: Any) -> None:
+    """Time the losses against eager, torch.compile and other libraries; `fastloss bench --help` lists the options."""
+    import importlib.util
+    import subprocess
+
+    if importlib.util.find_spec("benchmarks.run") is None:
+        _fail("the benchmarks are not installed with the package: run it in a checkout of the repository")
+    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *context.args]).returncode)
 
 
 def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:
