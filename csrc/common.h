@@ -96,6 +96,7 @@ inline std::optional<std::vector<int64_t>> memory_order(const Tensor& t) {
   std::vector<int64_t> order;
   for (int64_t d = 0; d < t.dim(); ++d)
     if (t.size(d) != 1) order.push_back(d);
+  if (t.numel() == 0) return order;
   std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return t.stride(a) > t.stride(b); });
   int64_t expected = 1;
   for (auto d = order.rbegin(); d != order.rend(); ++d) {

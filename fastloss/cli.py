@@ -22,7 +22,8 @@ EXTRA = 'pip install "fastloss[train]"'
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
     if (sys.argv[1:] if arguments is None else arguments) == ["info"]:
-        return info()  # what is missing should be said even where typer is
+        info()  # says what is missing, so it must not need typer
+        sys.exit(0)
     try:
         app = make_app()
     except ImportError as error:

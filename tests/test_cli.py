@@ -40,6 +40,13 @@ def test_info(capsys):
     assert "backend reference: available" in out and "torch 2." in out and "backend triton:" in out
 
 
+def test_bench_hands_its_options_on(capfd):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "no_such_loss", "--device", "cpu"])
+    assert stopped.value.code == 2
+    assert "no benchmark row for no_such_loss; there are " in capfd.readouterr().err
+
+
 def test_train_leaves_all_its_files(run_folder):
     names = {p.name for p in run_folder.iterdir()}
     assert {"samples.png", "curves.png", "metrics.csv", "report.md", "checkpoint.pt", "best.pt"} <= names
@@ -116,7 +123,9 @@ def test_unknown_option_and_command(capsys):
 
 
 def test_without_typer_the_message_says_what_to_install():
-    code = "import sys; sys.modules['typer'] = None; import fastloss; from fastloss.cli import main; main(['info'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import sys; sys.modules['typer'] = None; from fastloss.cli import main; main([{!r}])"
+    done = subprocess.run([sys.executable, "-c", code.format("train")], capture_output=True, text=True)
     assert done.returncode == 2
     assert "typer is missing" in done.stderr and 'pip install "fastloss[train]"' in done.stderr
+    done = subprocess.run([sys.executable, "-c", code.format("info")], capture_output=True, text=True)
+    assert done.returncode == 0 and "backend reference: available" in done.stdout
