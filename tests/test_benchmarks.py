@@ -16,7 +16,7 @@ PIXEL = next(c for c in CASES if c.name == "pixel_loss")
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(PIXEL.bench, "shapes", [(1, 3, 16, 16)])
+    monkeypatch.setattr(PIXEL.bench, "shapes", [(1, 3, 128, 128)])
     monkeypatch.setattr(PIXEL.bench, "options", [{"p": 1}])
     monkeypatch.setattr(run, "memory", lambda *a: "")
     monkeypatch.setattr(measure, "copy_bandwidth", lambda device: 10.0)
@@ -36,7 +36,7 @@ def test_a_run_writes_every_mode_and_provider(small, tmp_path):
     for r in rows:
         assert float(r["p20_ms"]) <= float(r["p50_ms"]) <= float(r["p80_ms"])
         per_element = {"forward": 8, "backward": 12, "both": 20}[r["mode"]]
-        assert int(r["cost"]) == per_element * 3 * 16 * 16
+        assert int(r["cost"]) == per_element * 3 * 128 * 128
         assert float(r["rate"]) == pytest.approx(int(r["cost"]) / float(r["p50_ms"]) / 1e6, abs=0.006, rel=0.01)
 
 
