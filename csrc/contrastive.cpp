@@ -11,9 +11,10 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kColumns = 1024;                            // columns a thread takes at a time
-constexpr int64_t kCached = int64_t{8} << 20;                 // a chunk of more bytes gains nothing and leaves the cache
-constexpr float kLowest = -3.40282347e38f;                    // stands for the maximum of nothing: -inf - -inf is NaN
+constexpr int64_t kColumns = 1024;          // columns a thread takes at a time,
+constexpr int64_t kRows = 64;               // and rows of them: what it reads twice stays in its cache
+constexpr int64_t kHeight = 1024;           // rows of a chunk: with fewer a matrix product is slower, with more no faster
+constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 
 struct LogSum {
   float most;
@@ -81,9 +82,8 @@ struct Chunks {
   }
 
   int64_t height_for(double mib) const {
-    const double bytes = std::min(mib * 1048576, static_cast<double>(kCached));
-    const auto fit = static_cast<int64_t>(bytes / (sizeof(float) * stride));
-    return std::max<int64_t>(1, std::min(rows, fit));
+    const double fit = mib * 1048576 / static_cast<double>(sizeof(float) * stride);
+    return std::max<int64_t>(1, std::min({rows, kHeight, static_cast<int64_t>(std::min(fit, 1e9))}));
   }
 
   float* at(int64_t row) const { return output<float>(space) + row * stride; }
@@ -124,9 +124,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, 
     });
     if (!symmetric) return;
     for_each((padded + kColumns - 1) / kColumns, [&](int64_t block) {
-      const int64_t first = block * kColumns;
-      kernels.columns(chunks.at(0) + first, chunks.stride, count, std::min(kColumns, padded - first), &most[first],
-                      &total[first]);
+      const int64_t first = block * kColumns, n = std::min(kColumns, padded - first);
+      for (int64_t r = 0; r < count; r += kRows)
+        kernels.columns(chunks.at(r) + first, chunks.stride, std::min(kRows, count - r), n, &most[first], &total[first]);
     });
   });
   for (int64_t i = 0; i < rows; ++i) {
