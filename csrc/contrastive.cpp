@@ -1,5 +1,5 @@
-// Softmax contrastive loss of paired rows, of the queries alone or of both directions. Logits exist one chunk of rows at
-// a time: a library matrix product writes them, one pass turns them into log-sum-exps or into their own gradient.
+// Softmax contrastive loss of paired rows, in one direction or both. Logits exist one chunk of rows at a time: a
+// library's matrix product writes them, one pass turns them into log-sum-exps or into their own gradient.
 
 #include "common.h"
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int64_t kColumns = 1024;          // columns a thread takes at a time,
 constexpr int64_t kRows = 64;               // and rows of them: what it reads twice stays in its cache
-constexpr int64_t kHeight = 1024;           // rows of a chunk: with fewer a matrix product is slower, with more no faster
+constexpr int64_t kHeight = 1024;           // rows of a chunk: fewer make a matrix product slower, more no faster
 constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 
 struct LogSum {
@@ -126,7 +126,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, 
     for_each((padded + kColumns - 1) / kColumns, [&](int64_t block) {
       const int64_t first = block * kColumns, n = std::min(kColumns, padded - first);
       for (int64_t r = 0; r < count; r += kRows)
-        kernels.columns(chunks.at(r) + first, chunks.stride, std::min(kRows, count - r), n, &most[first], &total[first]);
+        kernels.columns(chunks.at(r) + first, chunks.stride, std::min(kRows, count - r), n, &most[first],
+                        &total[first]);
     });
   });
   for (int64_t i = 0; i < rows; ++i) {

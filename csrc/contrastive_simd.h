@@ -1,5 +1,5 @@
-// Row and column log-sum-exps of a chunk of logits, and the chunk's gradient; included by each_isa.h. Rows are padded to
-// whole vectors, so that nothing here ends in the middle of one.
+// Row and column log-sum-exps of a chunk of logits, and the chunk's gradient; included by each_isa.h. Rows are padded
+// to whole vectors, so that nothing here ends in the middle of one.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
