@@ -53,7 +53,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, Callable[[], object]]:
     """The three calls to time. The backward runs on a graph made once; nothing accumulates into .grad."""
-    wrt = leaves(case, inputs)[-1:]  # a training loop differentiates the prediction, not the target
+    assert case.bench
+    wrt = leaves(case, inputs)[0 if case.bench.all_grads else -1 :]
 
     def loss() -> torch.Tensor:
         out = fn(*inputs, **options)
@@ -61,7 +62,8 @@ def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, C
 
     for t in leaves(case, inputs):
         t.requires_grad_(False)
-    wrt[0].requires_grad_()
+    for t in wrt:
+        t.requires_grad_()
     made = loss()
     return {
         "forward": loss,

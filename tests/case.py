@@ -39,12 +39,16 @@ class Draw:
 
 @dataclass
 class Bench:
-    """Shapes to time and the bytes (or FLOPs) a perfect kernel moves: `cost(shape, itemsize, mode)`."""
+    """Shapes to time and the bytes (or FLOPs) a perfect kernel moves: `cost(shape, itemsize, mode)`.
+
+    `all_grads`: a training loop differentiates all the grad arguments; else only the last, the prediction.
+    """
 
     shapes: Sequence[Any]
     cost: Callable[[Any, int, str], int]
     unit: str = "bytes"  # or "flops"
     options: Sequence[dict] = ({},)
+    all_grads: bool = False
 
 
 @dataclass

@@ -196,7 +196,9 @@ CONTRASTIVE = [
             {"sampling": NegativeSampling(margin=0.4), "symmetric": True},
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
-        bench=Bench(shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}]),
+        bench=Bench(
+            shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}], all_grads=True
+        ),
     ),
     Case(
         "info_nce masked", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (6, 2)),
@@ -241,6 +243,9 @@ CONTRASTIVE = [
             ("ids", with_options(text_ids=[1]), TypeError, "text_ids: expected an integer tensor, got list"),
         ],
         module=fastloss.ClipLoss,
+        bench=Bench(
+            shapes=[(2048, 512), (8192, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}], all_grads=True
+        ),
     ),
     Case(
         "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 2)),
