@@ -64,7 +64,12 @@ def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, C
         t.requires_grad_(False)
     for t in wrt:
         t.requires_grad_()
-    made = loss()
+    # A graph whose backward may overwrite what it saved (torch.compile) runs once: this one is compiled without that,
+    # the other calls anew, as users have them.
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        made = loss()
+    torch._dynamo.reset()
     return {
         "forward": loss,
         "backward": lambda: torch.autograd.grad(made, wrt, retain_graph=True),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_same_device, check_tensor, check_weight
-from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
 
 DISTANCES = (1, 2, "isotropic", "norm")
 
@@ -84,18 +86,44 @@ def smoothness_reference(
     return torch.stack(total, -1)
 
 
-def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list[Tensor]:
-    """How many differences (or how much weight) each direction has, by image and channel: ``[N, C]`` each."""
-    dtype = result_dtype(image)
-    counts = []
-    for dim in range(2, image.ndim) if kind != "isotropic" else (None,):
-        if weight is not None:
-            here = weight if dim is None else _weight_at(weight, dim, order)
-            counts.append(here.to(dtype).flatten(2).sum(2))
-            continue
-        sizes = [max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape) if i >= 2]
-        counts.append(torch.full(image.shape[:2], float(torch.Size(sizes).numel()), dtype=dtype, device=image.device))
-    return counts
+def _smoothness_fwd(
+    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
+) -> Tensor:
+    directions = 1 if kind == "isotropic" else image_pred.ndim - 2
+    return image_pred.new_empty((*image_pred.shape[:2], directions), dtype=torch.float32)
+
+
+def _smoothness_bwd(
+    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
+) -> Tensor:
+    return torch.empty_like(image_pred)
+
+
+def _kernels_take(
+    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
+) -> bool:
+    return image_pred.ndim == 4 and order == 1 and guide is None and weight is None
+
+
+_smoothness = Op(
+    "smoothness",
+    fwd=_smoothness_fwd,
+    bwd=_smoothness_bwd,
+    reference=smoothness_reference,
+    grads=("image_pred",),
+    triton="smoothness",
+    takes=_kernels_take,
+)
+
+
+def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list[Tensor] | list[int]:
+    """How many differences each direction of an image's channel has, or how much weight: then ``[N, C]`` each."""
+    dims = range(2, image.ndim) if kind != "isotropic" else (None,)
+    if weight is None:
+        sizes = ([max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape)] for dim in dims)
+        return [math.prod(size[2:]) for size in sizes]
+    here = (weight if dim is None else _weight_at(weight, dim, order) for dim in dims)
+    return [w.to(result_dtype(image)).flatten(2).sum(2) for w in here]
 
 
 def smoothness_loss(
@@ -169,19 +197,23 @@ def smoothness_loss(
 
     kind = "isotropic" if p == "isotropic" else "l1" if p == 1 else "l2"
     over, mean = _CONVENTIONS[convention][reduction]
-    sums = smoothness_reference(image_pred, guide, weight, kind, order).unbind(-1)
+    sums = _smoothness(image_pred, guide, weight, kind, order).unbind(-1)
     counts = _counts(image_pred, weight, kind, order) if mean else [None] * len(sums)
-    value = torch.stack([_normalised(*pair, over) for pair in zip(sums, counts, strict=True)]).sum(0)
+    terms = [_normalised(*pair, over) for pair in zip(sums, counts, strict=True)]
+    value = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
     if p == "norm":
         value = _root(value)
     return reduce(value, reduction) if over == (1,) else value
 
 
-def _normalised(total: Tensor, count: Tensor | None, over: tuple[int, ...]) -> Tensor:
+def _normalised(total: Tensor, count: Tensor | int | None, over: tuple[int, ...]) -> Tensor:
     """Sums, or means, of the ``[N, C]`` sums over the dimensions `over`; 0 where there is nothing to count."""
+    shape = total.shape
     total = total.sum(over) if over else total
     if count is None:
         return total
+    if not isinstance(count, Tensor):
+        return total / max(count * math.prod([shape[dim] for dim in over]), 1)
     count = count.sum(over) if over else count
     return total / torch.where(count == 0, torch.ones_like(count), count)
 

@@ -1,0 +1,153 @@
+"""Smoothness kernels: sizes around a vector and a band, layouts, upstream gradients, infinities, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastloss import core, smoothness_loss
+from fastloss.losses.smoothness import _smoothness
+from tests.battery import INTERPRETING, Errors, places
+from tests.cases import CASES
+
+PLACES = places(next(case for case in CASES if case.name == "smoothness_loss"))
+KINDS = ("l1", "l2", "isotropic")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: torch.stack((t, t), -1)[..., 1],
+    "expanded": lambda t: t[:, :1].expand_as(t),
+}
+each_place = pytest.mark.parametrize("place", PLACES)
+each_kind = pytest.mark.parametrize("kind", KINDS)
+cpp_only = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
+
+
+def random(*shape, dtype=torch.float32, device="cpu"):
+    """Values in steps of 1/8, so that neighbours are often equal."""
+    values = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0)) / 8
+    return values.to(device, dtype)
+
+
+def values(backend, image, kind):
+    """The sums, and the gradient for an upstream gradient that differs from plane to plane and by direction."""
+    image = image.detach().requires_grad_()
+    with core.use_backend(backend):
+        sums = _smoothness(image, None, None, kind, 1)
+        upstream = torch.linspace(-1, 2, sums.numel(), device=image.device).reshape(sums.shape)
+        return sums.detach(), *torch.autograd.grad(sums, image, upstream.to(sums.dtype))
+
+
+def check(place, image, kind, where=""):
+    """The battery's rule: within 2x the error of the reference in that dtype, plus eps of the largest value."""
+    errors = Errors(image.dtype)
+    got, same, exact = (values(b, i, kind) for b, i in ((place[1], image), ("reference", image),
+                                                        ("reference", image.double())))
+    for name, *each in zip(("sums", "gradient"), got, same, exact, strict=True):
+        errors.add(name, *each, where)
+    errors.check()
+    return got
+
+
+@each_place
+@each_kind
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_around_a_vector(place, kind, dtype):
+    widths = (1, 2, 3, 17, 64) if INTERPRETING else (*range(1, 20), 31, 32, 33, 34, 48, 63, 64, 65, 66, 129)
+    for width in widths:
+        for height in (1, 2, 5):
+            check(place, random(2, 2, height, width, dtype=dtype, device=place[0]), kind, f"{height}x{width}")
+
+
+@each_place
+@each_kind
+def test_planes_of_several_bands(place, kind):
+    for shape in ((1, 2, 130, 333), (2, 1, 3, 9001), (1, 1, 5000, 2), (20, 3, 2, 3)):
+        check(place, random(*shape, device=place[0]), kind, str(shape))
+
+
+@each_place
+@each_kind
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(place, kind, layout):
+    image = LAYOUTS[layout](random(2, 3, 9, 21, device=place[0]))
+    _, gradient = check(place, image, kind)
+    if layout == "channels_last" and place[1] != "reference":
+        assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
+@each_place
+@each_kind
+def test_flat_images_and_empty_ones(place, kind):
+    for fill in (0.0, 0.3, -1e30):
+        sums, gradient = values(place[1], torch.full((2, 1, 9, 40), fill, device=place[0]), kind)
+        assert not sums.any() and not gradient.any()
+    for shape in ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4), (2, 3, 4, 0)):
+        sums, gradient = values(place[1], torch.zeros(shape, device=place[0]), kind)
+        assert sums.shape == (*shape[:2], 1 if kind == "isotropic" else 2) and not sums.any()
+        assert gradient.shape == shape
+
+
+@each_place
+@each_kind
+def test_infinities_reach_only_their_neighbours(place, kind):
+    """An infinity at any place, corners included, gives the reference's sums; far pixels keep their gradients."""
+    for y, x in ((0, 0), (0, 36), (6, 0), (6, 36), (3, 15), (3, 16), (6, 20)):
+        image = random(1, 2, 7, 37, device=place[0])
+        image[0, 0, y, x] = float("inf")
+        sums, gradient = values(place[1], image, kind)
+        expected = values("reference", image, kind)
+        torch.testing.assert_close(sums, expected[0], equal_nan=True)
+        near = torch.zeros(7, 37, dtype=torch.bool)
+        near[max(y - 1, 0) : y + 2, max(x - 1, 0) : x + 2] = True
+        torch.testing.assert_close(gradient[0, 0][~near], expected[1][0, 0][~near])
+        torch.testing.assert_close(gradient[0, 1], expected[1][0, 1])
+
+
+@cpp_only
+@pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@each_kind
+def test_every_instruction_set(monkeypatch, cpu, dtype, kind):
+    monkeypatch.setenv("FASTLOSS_CPU", cpu)
+    for shape in ((2, 3, 37, 41), (1, 2, 4, 4), (1, 1, 70, 512)):
+        check(("cpu", "cpp"), random(*shape, dtype=dtype), kind, str(shape))
+
+
+@cpp_only
+@pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
+@each_kind
+def test_large_gradients_are_streamed_whole(monkeypatch, cpu, kind):
+    monkeypatch.setenv("FASTLOSS_CPU", cpu)
+    for dtype, width in ((torch.float32, 1040), (torch.bfloat16, 2064)):
+        check(("cpu", "cpp"), random(1, 3, 700, width, dtype=dtype), kind)
+
+
+@cpp_only
+@each_kind
+def test_thread_counts_give_the_same_bits(kind):
+    image = torch.rand(2, 3, 333, 217, generator=torch.Generator().manual_seed(0))
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(values("cpp", image, kind))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@each_place
+def test_what_the_kernels_lack_goes_to_the_reference(place):
+    """Also where a backend is forced: volumes, second order, guides and weights are served, not refused."""
+    image = random(2, 3, 5, 6, device=place[0])
+    cases = [(image[:, :, None], {}), (image, {"order": 2}), (image, {"guide": image}), (image, {"weight": image})]
+    for x, options in cases:
+        with core.use_backend(place[1]):
+            got = smoothness_loss(x, **options)
+        with core.use_backend("reference"):
+            assert torch.equal(got, smoothness_loss(x, **options))
+    with core.use_backend(place[1]):
+        assert _smoothness.backend(image, None, None, "l1", 1) == place[1]
