@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from benchmarks import measure
 from benchmarks.providers import providers
@@ -51,9 +52,21 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def shape_text(shape: Any) -> str:
+    """`8x3x512x512`; the layers of a list of shapes are joined with +."""
+    layers = shape if isinstance(shape[0], (tuple, list)) else (shape,)
+    return "+".join("x".join(map(str, layer)) for layer in layers)
+
+
+def shape_of(text: str) -> tuple:
+    layers = tuple(tuple(int(n) for n in layer.split("x")) for layer in text.split("+"))
+    return layers if len(layers) > 1 else layers[0]
+
+
 def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, Callable[[], object]]:
     """The three calls to time. The backward runs on a graph made once; nothing accumulates into .grad."""
-    wrt = leaves(case, inputs)[-1:]  # a training loop differentiates the prediction, not the target
+    # a training loop differentiates the prediction, not the target: the last argument, all layers of a list
+    wrt = [t for t in tree_flatten(inputs[case.grads[-1]])[0] if isinstance(t, torch.Tensor)]
 
     def loss() -> torch.Tensor:
         out = fn(*inputs, **options)
@@ -61,7 +74,8 @@ def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, C
 
     for t in leaves(case, inputs):
         t.requires_grad_(False)
-    wrt[0].requires_grad_()
+    for t in wrt:
+        t.requires_grad_()
     made = loss()
     return {
         "forward": loss,
@@ -122,7 +136,7 @@ def measure_case(case: Case, args: argparse.Namespace, ceiling: dict[str, float]
                     calls = {name: timed[mode] for name, timed in found.items() if timed}
                     times = measure.interleaved(calls, clock, args.seconds)
                     for name, note in notes.items():
-                        row = dict(loss=case.name, options=json.dumps(options), shape="x".join(map(str, shape)),
+                        row = dict(loss=case.name, options=json.dumps(options), shape=shape_text(shape),
                                    dtype=dtype_name, mode=mode, provider=name, note=note, error=errors[name])
                         if name in times:
                             row |= figures(case, shape, dtype, mode, times[name], ceiling)
@@ -157,7 +171,7 @@ def memory(case: Case, row: dict, call: Callable, args: argparse.Namespace) -> s
 def memory_child(spec: str) -> None:
     name, options, shape, dtype, provider = json.loads(spec)
     case = next(c for c in CASES if c.name == name)
-    inputs = case.make(Draw(getattr(torch, dtype)), tuple(int(n) for n in shape.split("x")))
+    inputs = case.make(Draw(getattr(torch, dtype)), shape_of(shape))
     call = modes(case, providers(case)[provider], inputs, json.loads(options))["both"]
     print(f"{measure.peak_mib(call, 'cpu'):.1f}")
 

@@ -1,4 +1,4 @@
-"""What the battery cannot say of feature_distance's kernels: what they keep, instruction sets, threads, layouts, lists."""
+"""What the battery cannot say of feature_distance's kernels: what they keep, every CPU, threads, layouts, lists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def lists(dtype: torch.dtype = torch.float32, shapes: tuple = SHAPES) -> tuple[l
     generator = torch.Generator().manual_seed(0)
     features = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
     noise = [torch.randn(s, generator=generator) for s in shapes]
-    return features, [torch.where(n.abs() < 0.3, f, f + 0.5 * n).to(dtype) for f, n in zip(features, noise, strict=True)]
+    moved = [torch.where(n.abs() < 0.3, f, f + 0.5 * n) for f, n in zip(features, noise, strict=True)]  # with ties
+    return features, [t.to(dtype) for t in moved]
 
 
 def run(backend: str, features: list[Tensor], targets: list[Tensor], options: dict) -> list[Tensor]:
