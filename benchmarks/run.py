@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten
 
 from benchmarks import measure
 from benchmarks.providers import providers
@@ -51,10 +52,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def shape_text(shape: Any) -> str:
+    """`8x3x512x512`; the layers of a list of shapes are joined with +."""
+    layers = shape if isinstance(shape[0], (tuple, list)) else (shape,)
+    return "+".join("x".join(map(str, layer)) for layer in layers)
+
+
+def shape_of(text: str) -> tuple:
+    layers = tuple(tuple(int(n) for n in layer.split("x")) for layer in text.split("+"))
+    return layers if len(layers) > 1 else layers[0]
+
+
 def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, Callable[[], object]]:
     """The three calls to time. The backward runs on a graph made once; nothing accumulates into .grad."""
     assert case.bench
-    wrt = leaves(case, inputs)[0 if case.bench.all_grads else -1 :]
+    # a training loop differentiates the prediction, not the target: the last argument, all layers of a list
+    chosen = case.grads if case.bench.all_grads else case.grads[-1:]
+    wrt = [t for i in chosen for t in tree_flatten(inputs[i])[0] if isinstance(t, torch.Tensor)]
 
     def loss() -> torch.Tensor:
         out = fn(*inputs, **options)
@@ -129,7 +143,7 @@ def measure_case(case: Case, args: argparse.Namespace, ceiling: dict[str, float]
                     calls = {name: timed[mode] for name, timed in found.items() if timed}
                     times = measure.interleaved(calls, clock, args.seconds)
                     for name, note in notes.items():
-                        row = dict(loss=case.name, options=json.dumps(options), shape="x".join(map(str, shape)),
+                        row = dict(loss=case.name, options=json.dumps(options), shape=shape_text(shape),
                                    dtype=dtype_name, mode=mode, provider=name, note=note, error=errors[name])
                         if name in times:
                             row |= figures(case, shape, dtype, mode, times[name], ceiling)
@@ -164,7 +178,7 @@ def memory(case: Case, row: dict, call: Callable, args: argparse.Namespace) -> s
 def memory_child(spec: str) -> None:
     name, options, shape, dtype, provider = json.loads(spec)
     case = next(c for c in CASES if c.name == name)
-    inputs = case.make(Draw(getattr(torch, dtype)), tuple(int(n) for n in shape.split("x")))
+    inputs = case.make(Draw(getattr(torch, dtype)), shape_of(shape))
     call = modes(case, providers(case)[provider], inputs, json.loads(options))["both"]
     print(f"{measure.peak_mib(call, 'cpu'):.1f}")
 

@@ -100,15 +100,44 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors of an argument: of itself, or of a list of them."""
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _save(ctx: Any, values: dict[str, Any]) -> None:
+    """Keep named values for the backward, the tensors (and lists of them) where autograd can watch them."""
+    kept = {name: value for name, value in values.items() if _tensors(value)}
+    ctx.plain = {name: value for name, value in values.items() if name not in kept}
+    ctx.lengths = {name: None if isinstance(value, Tensor) else len(value) for name, value in kept.items()}
+    ctx.save_for_backward(*(t for value in kept.values() for t in _tensors(value)))
+
+
+def _saved(ctx: Any) -> dict[str, Any]:
+    tensors = iter(ctx.saved_tensors)
+    return ctx.plain | {
+        name: next(tensors) if length is None else [next(tensors) for _ in range(length)]
+        for name, length in ctx.lengths.items()
+    }
+
+
+def _no_gradient(like: Any) -> Any:
+    """What autograd takes for an argument without a gradient: None, or a list of None for a list of tensors."""
+    return [None] * len(like) if isinstance(like, list) else None
+
+
 class Op:
     """A differentiable op with an eager reference and, where they exist, C++ and Triton kernels.
 
     `fwd` and `bwd` carry the schema in their type hints and compute shapes only. `bwd` asks by parameter name for
     what it needs: `grad` (of the first output), any forward input, any name in `outputs`, and `needs_<input>`
-    flags; it returns one tensor per name in `grads`, an empty one (`numel() == 0`) where it was not needed.
+    flags; it returns one tensor per name in `grads`, an empty one (`numel() == 0`) where it was not needed. Inputs may
+    be lists of tensors; where those in `grads` are, `bwd` returns one list: the gradients of each needed input in turn.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss.kernels` whose
-    `<name>_fwd` and `<name>_bwd` launch the kernels.
+    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
+    point and does not save its inputs: `bwd` in differentiable torch, which double backward then goes through.
     """
 
     def __init__(
@@ -122,8 +151,10 @@ class Op:
         outputs: tuple[str, ...] = ("out",),
         triton: str | None = None,
         takes: Callable[..., bool] | None = None,
+        bwd_reference: Callable | None = None,
     ) -> None:
         self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
+        self.bwd_reference = bwd_reference
         self.takes = takes or (lambda *args: True)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
@@ -160,7 +191,7 @@ class Op:
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
-        tensors = [a for a in args if isinstance(a, Tensor)]
+        tensors = [t for a in args for t in _tensors(a)]
         if _transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type
@@ -188,7 +219,7 @@ class Op:
     def __call__(self, *args: Any) -> Tensor:
         if self.backend(*args) == "reference":
             return self.reference(*args)
-        device = args[0].device.type
+        device = _tensors(args[0])[0].device.type
         if torch.is_autocast_enabled(device):  # kernels choose their own precision
             with torch.autocast(device, enabled=False):
                 out = self.fwd(*args)
@@ -203,48 +234,63 @@ class Op:
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*outputs[1:])
         have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
-        # torch appends a flag for an argument of its own
-        ctx.needs = dict(zip(self.inputs, ctx.needs_input_grad, strict=False))
-        wanted = {name: have[name] for name in self._bwd_wants if name in have}
-        ctx.plain = {name: value for name, value in wanted.items() if not isinstance(value, Tensor)}
-        ctx.names = [name for name in wanted if name not in ctx.plain]
-        ctx.save_for_backward(*(wanted[name] for name in ctx.names))
+        _save(ctx, {name: have[name] for name in self._bwd_wants if name in have})
 
     def _backward(self, ctx: Any, grad: Tensor, *_: Any) -> tuple:
-        for name, needed in ctx.needs.items():
+        flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
+        needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
+        for name, needed in needs.items():
             if needed and name not in self.grads:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-        have = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.plain | {"grad": grad}
-        have |= {f"needs_{name}": needed for name, needed in ctx.needs.items()}
+        have = _saved(ctx) | {"grad": grad} | {f"needs_{name}": needed for name, needed in needs.items()}
         got = self.bwd(*(have[name] for name in self._bwd_wants))
-        got = dict(zip(self.grads, (got,) if isinstance(got, Tensor) else got, strict=True))
-        return tuple(got[name] if ctx.needs[name] and name in got else None for name in self.inputs)
+        if isinstance(got, list):
+            rest = iter(got)
+            by_name: dict = {name: [next(rest) for _ in flags[name]] for name in self.grads if needs[name]}
+        else:
+            by_name = dict(zip(self.grads, (got,) if isinstance(got, Tensor) else got, strict=True))
+        return tuple(by_name[n] if needs[n] and n in by_name else _no_gradient(flags[n]) for n in self.inputs)
 
     # autograd of the backward op: differentiate the reference twice, so that double backward is right everywhere
 
     def _setup_bwd(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        ctx.plain = {k: v for k, v in zip(self._bwd_wants, inputs, strict=True) if not isinstance(v, Tensor)}
-        ctx.names = [name for name in self._bwd_wants if name not in ctx.plain]
-        ctx.save_for_backward(*(v for v in inputs if isinstance(v, Tensor)))
+        _save(ctx, dict(zip(self._bwd_wants, inputs, strict=True)))
 
-    def _double_backward(self, ctx: Any, *grad_grads: Tensor) -> tuple:
-        have = dict(zip(ctx.names, ctx.saved_tensors, strict=True)) | ctx.plain
+    def _double_backward(self, ctx: Any, *grad_grads: Any) -> tuple:
+        have = _saved(ctx)
+        upstream = have["grad"].detach().requires_grad_()
+        with torch.enable_grad():
+            if self.bwd_reference is not None:
+                wrt: dict[str, Any] = {}
+                first = self.bwd_reference(*((have | {"grad": upstream})[name] for name in self._bwd_wants))
+            else:
+                wrt, first, grad_grads = self._first_derivative(have, upstream, grad_grads)
+            pairs = zip(first, (t for g in grad_grads for t in _tensors(g)), strict=True)
+            total = torch.stack([(f * g).sum() for f, g in pairs]).sum()
+            wrt = {"grad": upstream} | wrt
+            flat = [t for value in wrt.values() for t in _tensors(value)]
+            second = iter(torch.autograd.grad(total, flat, create_graph=torch.is_grad_enabled(), allow_unused=True))
+        got = {n: [next(second) for _ in v] if isinstance(v, list) else next(second) for n, v in wrt.items()}
+        none = {name: _no_gradient(have[name] if _tensors(have[name]) else None) for name in self._bwd_wants}
+        return tuple((none | got)[name] for name in self._bwd_wants)
+
+    def _first_derivative(self, have: dict, upstream: Tensor, grad_grads: tuple) -> tuple[dict, tuple, tuple]:
+        """(new leaves of the inputs by name, the differentiable gradients needed, what belongs to them upstream)."""
         missing = [name for name in self.inputs if name not in have]
         if missing:
             raise RuntimeError(f"{self.name}: double backward is not provided (it would need {missing}); "
                                "use_backend('reference') differentiates any number of times")
-        with torch.enable_grad():
-            wrt = [have[name].detach().requires_grad_() for name in self.grads]
-            args = have | dict(zip(self.grads, wrt, strict=True))
-            upstream = have["grad"].detach().requires_grad_()
-            out = self.reference(*(args[name] for name in self.inputs))
-            used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
-            first = torch.autograd.grad(out, [wrt[i] for i in used], upstream.to(out.dtype), create_graph=True)
-            targets = [upstream, *wrt]
-            total = torch.stack([(f * grad_grads[i]).sum() for i, f in zip(used, first, strict=True)]).sum()
-            second = torch.autograd.grad(total, targets, create_graph=torch.is_grad_enabled(), allow_unused=True)
-        got = dict(zip(("grad", *self.grads), second, strict=True))
-        return tuple(got.get(name) for name in self._bwd_wants)
+        wrt: dict[str, Any] = {}
+        for name in self.grads:
+            leaf = [t.detach().requires_grad_() for t in _tensors(have[name])]
+            wrt[name] = leaf if isinstance(have[name], list) else leaf[0]
+        out = self.reference(*((have | wrt)[name] for name in self.inputs))
+        used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
+        inputs = [t for i in used for t in _tensors(wrt[self.grads[i]])]
+        first = torch.autograd.grad(out, inputs, upstream.to(out.dtype), create_graph=True)
+        if not isinstance(grad_grads[0], list):  # a list holds the needed ones only
+            grad_grads = tuple(grad_grads[i] for i in used)
+        return wrt, first, grad_grads
 
 
 def reduce(values: Tensor, reduction: str) -> Tensor:

@@ -8,13 +8,26 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.case import Case, Draw, with_argument, with_options
+from tests.case import Bench, Case, Draw, with_argument, with_options
 
 LAYERS = (
     ((2, 3, 5, 7), (2, 4, 3, 3), (2, 6, 1, 2)),
     ((1, 2, 1, 1), (1, 3, 1, 1), (1, 5, 1, 1)),
     ((3, 8, 9, 5), (3, 2, 4, 11), (3, 17, 2, 3)),
 )
+
+# what VGG16 has for relu1_2, 2_2, 3_3, 4_3, 5_3 of a batch of four 256x256 images
+VGG16 = tuple((4, channels, size, size) for channels, size in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16)))
+
+
+def feature_bytes(shapes: tuple, size: int, mode: str) -> int:
+    """L1's: read both lists and write two bits an element; read the bits and write one list of gradients.
+
+    Every criterion is charged the same, so that the rates compare. The others read both lists again for the backward:
+    they move 20 B an element in float32, not 12.5.
+    """
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    return int(count * {"forward": 2 * size + 0.25, "backward": size + 0.25, "both": 3 * size + 0.5}[mode])
 
 
 def feature_pair(draw: Draw, shapes: tuple) -> tuple:
@@ -99,6 +112,11 @@ PERCEPTUAL_CASES = [
             ("empty", lambda args, options: (([a[0][:0] for a in args], [a[0][:0] for a in args]), options),
              ValueError, "the mean of an empty batch is undefined"),
         ],
+        bench=Bench(
+            shapes=[VGG16],
+            cost=feature_bytes,
+            options=[{}, {"criterion": "l2"}, {"criterion": "charbonnier"}],
+        ),
         module=fastloss.FeatureDistance,
     ),
     Case(

@@ -9,7 +9,7 @@ import torch
 
 import fastloss
 from benchmarks import measure, plot, run
-from tests.cases import CASES
+from tests.cases import CASES, Draw
 
 PIXEL = next(c for c in CASES if c.name == "pixel_loss")
 
@@ -69,3 +69,15 @@ def test_quantiles():
 def test_the_readme_says_what_the_result_files_say():
     readme = (plot.ROOT / "README.md").read_text(encoding="utf8")
     assert plot.updated(readme) == readme, "run `python -m benchmarks.plot`"
+
+
+def test_shapes_survive_the_result_file():
+    for shape in ((8, 3, 512, 512), (5,), ((4, 64, 8, 8), (4, 128, 4, 4))):
+        assert run.shape_of(run.shape_text(shape)) == shape
+    assert run.shape_text(((4, 64, 8, 8), (4, 128, 4, 4))) == "4x64x8x8+4x128x4x4"
+
+
+def test_all_layers_of_a_list_are_differentiated():
+    case = next(c for c in CASES if c.name == "feature_distance")
+    args = case.make(Draw(), case.shapes[0])
+    assert [g.shape for g in run.modes(case, case.fn, args, {})["both"]()] == [t.shape for t in args[1]]

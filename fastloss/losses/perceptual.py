@@ -11,41 +11,9 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number, check_same_device, check_same_length, check_same_shape, check_tensor
 from ..core import Loss, check_not_empty, check_reduction, result_dtype
+from .perceptual_ops import distance
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
-
-
-def feature_distance_reference(
-    features: list[Tensor],
-    targets: list[Tensor],
-    scales: list[float],
-    criterion: str,
-    parameter: float,
-    per_sample: bool,
-) -> Tensor:
-    """The definition: sum of c(f - t) over the elements of each layer times its scale, added up over the layers.
-
-    One number, or one for each sample. The scales hold the layer weights and the denominators of the means.
-    """
-    dtype = result_dtype(*features, *targets)
-    total = features[0].new_zeros(features[0].shape[:1] if per_sample else (), dtype=dtype)
-    for feature, target, scale in zip(features, targets, scales, strict=True):
-        d = feature.to(dtype) - target.to(dtype)
-        if criterion == "l1":
-            loss = d.abs()
-        elif criterion == "l2":
-            loss = d * d
-        elif criterion == "charbonnier":
-            loss = (d * d + parameter * parameter).sqrt()
-        else:  # smooth L1 with beta = parameter: both branches are finite, so where() leaks no NaN gradient
-            a = d.abs()
-            loss = torch.where(a < parameter, 0.5 / parameter * d * d, a - 0.5 * parameter)
-        if not per_sample:
-            loss = loss.sum()
-        elif loss.ndim > 1:
-            loss = loss.sum(dim=list(range(1, loss.ndim)))
-        total = torch.add(total, loss, alpha=scale)  # scale * loss has a float64 tangent in forward-mode AD
-    return total
 
 
 def feature_distance(
@@ -81,7 +49,8 @@ def feature_distance(
 
     Returns:
         float32 (float64 if any feature is float64), whatever the input dtypes: a scalar, or ``[N]`` for ``"none"``.
-        The gradient at d = 0 is 0 for every criterion.
+        The gradient at d = 0 is 0 for every criterion. With ``"l1"`` the kernels keep two bits an element for the
+        backward and neither list, and to autograd that gradient depends on the upstream gradient only.
 
     Raises:
         TypeError: an argument is no list of floating-point tensors, or a weight is no number. ValueError: lengths,
@@ -100,31 +69,24 @@ def feature_distance(
     check_reduction(reduction)
     check_number("eps", eps, 0, open_low=True)
     check_number("beta", beta, 0, open_low=True)
-    per_sample = reduction == "none"
-    if per_sample:
+    if reduction == "none":
         _check_samples(features)
-    scales = _scales(features, weights, reduction)
-    parameter = float(beta if criterion == "smooth_l1" else eps)
-    return feature_distance_reference(list(features), list(targets), scales, criterion, parameter, per_sample)
-
-
-def _scales(features: Sequence[Tensor], weights: Sequence[float] | None, reduction: str) -> list[float]:
-    """What the sum over the elements of each layer is multiplied with: its weight over what the mean divides by."""
     if weights is None:
         weights = [1.0] * len(features)
+    _check_weights(features, weights)
+    for feature in features:
+        empty_batch = reduction == "none" and feature.shape[0] == 0  # has no sample to give a value for
+        if reduction != "sum" and not empty_batch:
+            check_not_empty(feature.numel())
+    parameter = float(beta if criterion == "smooth_l1" else eps)
+    return distance(features, targets, weights, criterion, parameter, reduction)
+
+
+def _check_weights(features: Sequence[Tensor], weights: Sequence[float]) -> None:
     _check_list("weights", weights, "numbers, one a layer")
     check_same_length("features", features, "weights", weights)
-    scales = []
-    for i, (feature, weight) in enumerate(zip(features, weights, strict=True)):
+    for i, weight in enumerate(weights):
         check_number(f"weights[{i}]", weight)
-        count = 1
-        if reduction == "mean":
-            count = feature.numel()
-        elif reduction == "none" and feature.shape[0] > 0:  # an empty batch has no sample to give a value for
-            count = feature.numel() // feature.shape[0]
-        check_not_empty(count)
-        scales.append(weight / count)
-    return scales
 
 
 def _check_list(name: str, value: Any, of: str = "tensors, one a layer") -> None:

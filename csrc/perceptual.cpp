@@ -1,0 +1,240 @@
+// Distance of two lists of deep features: one call forward and one backward for all layers. L1 keeps the signs of the
+// differences, two bits an element, and nothing else.
+
+#include "common.h"
+
+namespace fastloss {
+namespace {
+
+enum class Criterion { l1, l2, charbonnier, smooth_l1 };
+constexpr int64_t kGroup = 32;  // elements that share two words of signs
+
+template <typename T>
+struct Pair {
+  const T *feature, *target;
+  int64_t n;
+};
+template <typename T>
+struct Sides {
+  T *feature, *target;  // or null
+  bool streamed;
+};
+template <typename T>
+struct FeatureKernels {
+  double (*sum)(const Pair<T>&, double p, uint32_t* signs);
+  void (*grad)(const Pair<T>&, double p, float upstream, const Sides<T>&);
+  void (*sign_grad)(const uint32_t* signs, int64_t n, float upstream, const Sides<T>&);
+};
+
+}  // namespace
+}  // namespace fastloss
+
+#define FASTLOSS_KERNELS "perceptual_simd.h"
+#include "each_isa.h"
+
+namespace fastloss {
+namespace {
+
+using torch::stable::detail::from;
+
+constexpr int64_t kStreamed = int64_t{8} << 20;  // a gradient of this many bytes is written past the caches
+
+Criterion criterion_of(const std::string& name) {
+  if (name == "l1") return Criterion::l1;
+  if (name == "l2") return Criterion::l2;
+  if (name == "charbonnier") return Criterion::charbonnier;
+  STD_TORCH_CHECK(name == "smooth_l1", "feature_distance: unknown criterion ", name);
+  return Criterion::smooth_l1;
+}
+
+// A layer as `layout` has it: `rows` sums of `length` elements each, one after the other in memory.
+struct Layer {
+  std::vector<int64_t> sizes, strides;
+  int64_t rows, length, groups;  // groups of signs in a row
+  int64_t sign_at;               // where its words of signs start
+  double scale;
+};
+
+// Elements begin .. end of a row; what a thread takes at a time.
+struct Block {
+  int64_t layer, row, begin, end;
+};
+
+struct Plan {
+  std::vector<Layer> layers;
+  std::vector<Block> blocks;
+  int64_t rows = 1, words = 0;
+
+  Plan(const std::vector<int64_t>& layout, const std::vector<double>& weights, const std::string& reduction) {
+    const bool per_sample = reduction == "none";
+    const int64_t end = static_cast<int64_t>(layout.size());
+    for (int64_t at = 0; at < end; at += 1 + 2 * layout[at]) {
+      const int64_t rank = layout[at];
+      const bool whole = rank >= (per_sample ? 1 : 0) && at + 1 + 2 * rank <= end;
+      STD_TORCH_CHECK(whole && layers.size() < weights.size(), "feature_distance: the layout does not fit");
+      const auto first = layout.begin() + at + 1;
+      Layer layer{{first, first + rank}, {first + rank, first + 2 * rank}, 1, 1, 0, words, 0};
+      for (int64_t d = 0; d < rank; ++d) (per_sample && d == 0 ? layer.rows : layer.length) *= layer.sizes[d];
+      layer.groups = (layer.length + kGroup - 1) / kGroup;
+      words += layer.rows * layer.groups * 2;
+      const int64_t count = reduction == "sum" ? 1 : std::max<int64_t>(layer.length, 1);
+      layer.scale = weights[layers.size()] / static_cast<double>(count);
+      if (per_sample) rows = layer.rows;
+      for (int64_t row = 0; row < layer.rows; ++row)
+        for (int64_t i = 0; i < layer.length; i += kBlock)
+          blocks.push_back({static_cast<int64_t>(layers.size()), row, i, std::min(layer.length, i + kBlock)});
+      layers.push_back(std::move(layer));
+    }
+    STD_TORCH_CHECK(layers.size() == weights.size(), "feature_distance: the layout does not fit");
+  }
+
+  // body(layer, block, its index, where it starts in the layer) for all blocks, over torch's threads.
+  template <typename Body>
+  void run(const Body& body) const {
+    torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 2, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last; ++b) {
+        const Layer& layer = layers[blocks[b].layer];
+        body(layer, blocks[b], b, blocks[b].row * layer.length + blocks[b].begin);
+      }
+    });
+  }
+
+  uint32_t* signs(uint32_t* all, const Layer& layer, const Block& block) const {
+    return all + layer.sign_at + (block.row * layer.groups + block.begin / kGroup) * 2;
+  }
+};
+
+// The tensors as the layout has them: themselves, or row-major copies.
+std::vector<Tensor> laid_out(const std::vector<Tensor>& tensors, const Plan& plan) {
+  STD_TORCH_CHECK(tensors.size() == plan.layers.size(), "feature_distance: the layout does not fit");
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Layer& layer = plan.layers[i];
+    const auto fits = [&](const Tensor& t) {
+      bool same = t.dim() == static_cast<int64_t>(layer.sizes.size());
+      for (int64_t d = 0; same && d < t.dim(); ++d)
+        same = t.size(d) == layer.sizes[d] && (t.size(d) == 1 || t.numel() == 0 || t.stride(d) == layer.strides[d]);
+      return same;
+    };
+    found.push_back(fits(tensors[i]) ? tensors[i] : torch::stable::contiguous(tensors[i]));
+    STD_TORCH_CHECK(fits(found.back()), "feature_distance: the layout does not fit");
+    STD_TORCH_CHECK(tensors[i].scalar_type() == tensors[0].scalar_type(), "feature_distance: dtypes differ");
+  }
+  return found;
+}
+
+template <typename T>
+std::vector<T*> pointers(const std::vector<Tensor>& tensors) {
+  std::vector<T*> all;
+  for (const Tensor& t : tensors) all.push_back(const_cast<T*>(input<T>(t)));
+  return all;
+}
+
+Tensor sum_layers(const std::vector<Tensor>& features, const std::vector<Tensor>& targets, const Plan& plan,
+                  Criterion criterion, double p, bool per_sample, uint32_t* signs) {
+  const std::vector<Tensor> f = laid_out(features, plan), t = laid_out(targets, plan);
+  STD_TORCH_CHECK(f[0].scalar_type() == t[0].scalar_type(), "feature_distance: features and targets differ in dtype");
+  std::vector<double> partial(plan.blocks.size()), total(plan.rows);
+  for_dtype(f[0].scalar_type(), "feature_distance", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(feature_kernels<T>(criterion));
+    const std::vector<T*> from_f = pointers<T>(f), from_t = pointers<T>(t);
+    plan.run([&](const Layer& layer, const Block& b, int64_t index, int64_t start) {
+      const Pair<T> pair{from_f[b.layer] + start, from_t[b.layer] + start, b.end - b.begin};
+      partial[index] = kernels.sum(pair, p, signs ? plan.signs(signs, layer, b) : nullptr);
+    });
+  });
+  for (size_t b = 0; b < partial.size(); ++b)  // in order, whatever the number of threads
+    total[plan.blocks[b].row] += partial[b] * plan.layers[plan.blocks[b].layer].scale;
+  Tensor out = per_sample ? torch::stable::new_empty(f[0], {plan.rows}, ScalarType::Float)
+                          : torch::stable::new_empty(f[0], {}, ScalarType::Float);
+  for (int64_t r = 0; r < plan.rows; ++r) output<float>(out)[r] = static_cast<float>(total[r]);
+  return out;
+}
+
+Tensor new_empty_strided(const Tensor& like, const Layer& layer, ScalarType dtype) {
+  const std::optional<ScalarType> type = dtype;
+  StableIValue stack[] = {from(like), from(layer.sizes),  from(layer.strides), from(type),
+                          from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// Gradients of all layers of the sides that need them; body(kernels, layer, block, start, upstream, sides) writes them.
+template <typename Body>
+std::vector<Tensor> gradients(const Tensor& grad, const Plan& plan, ScalarType dtype, Criterion criterion,
+                              bool needs_features, bool needs_targets, const Body& body) {
+  const Tensor upstream = torch::stable::contiguous(grad);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "feature_distance: grad is not float32");
+  STD_TORCH_CHECK(grad.numel() == plan.rows, "feature_distance: grad has another shape than the loss");
+  std::vector<Tensor> made;
+  for (int side = 0; side < int{needs_features} + int{needs_targets}; ++side)
+    for (const Layer& layer : plan.layers) made.push_back(new_empty_strided(grad, layer, dtype));
+  const float* g = input<float>(upstream);
+  for_dtype(dtype, "feature_distance", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(feature_kernels<T>(criterion));
+    const std::vector<T*> to = pointers<T>(made);
+    const int64_t second = needs_features ? static_cast<int64_t>(plan.layers.size()) : 0;
+    plan.run([&](const Layer& layer, const Block& b, int64_t, int64_t start) {
+      Sides<T> sides{needs_features ? to[b.layer] + start : nullptr,
+                     needs_targets ? to[second + b.layer] + start : nullptr, false};
+      const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);
+      sides.streamed = low % 64 == 0 && layer.rows * layer.length * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+      body(kernels, layer, b, start, static_cast<float>(g[b.row] * layer.scale), sides);
+    });
+  });
+  return made;
+}
+
+std::tuple<Tensor, Tensor> l1_fwd(std::vector<Tensor> features, std::vector<Tensor> targets,
+                                  std::vector<double> weights, std::vector<int64_t> layout, ScalarType,
+                                  std::string reduction) {
+  const Plan plan(layout, weights, reduction);
+  Tensor signs = torch::stable::new_empty(features[0], {plan.words}, ScalarType::Int);
+  auto* words = output<uint32_t>(signs);
+  return {sum_layers(features, targets, plan, Criterion::l1, 0, reduction == "none", words), signs};
+}
+
+std::vector<Tensor> l1_bwd(const Tensor& grad, const Tensor& signs, std::vector<double> weights,
+                           std::vector<int64_t> layout, ScalarType dtype, std::string reduction, bool needs_features,
+                           bool needs_targets) {
+  const Plan plan(layout, weights, reduction);
+  STD_TORCH_CHECK(signs.numel() == plan.words, "feature_distance: the signs do not fit");
+  auto* words = const_cast<uint32_t*>(input<uint32_t>(signs));
+  return gradients(grad, plan, dtype, Criterion::l1, needs_features, needs_targets,
+                   [&](const auto& kernels, const Layer& layer, const Block& b, int64_t, float up, const auto& to) {
+                     kernels.sign_grad(plan.signs(words, layer, b), b.end - b.begin, up, to);
+                   });
+}
+
+Tensor distance_fwd(std::vector<Tensor> features, std::vector<Tensor> targets, std::vector<double> weights,
+                    std::vector<int64_t> layout, std::string criterion, double p, std::string reduction) {
+  const Criterion kind = criterion_of(criterion);
+  STD_TORCH_CHECK(kind != Criterion::l1, "feature_distance: L1 has an op of its own");
+  return sum_layers(features, targets, {layout, weights, reduction}, kind, p, reduction == "none", nullptr);
+}
+
+std::vector<Tensor> distance_bwd(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> targets,
+                                 std::vector<double> weights, std::vector<int64_t> layout, std::string criterion,
+                                 double p, std::string reduction, bool needs_features, bool needs_targets) {
+  const Plan plan(layout, weights, reduction);
+  const std::vector<Tensor> f = laid_out(features, plan), t = laid_out(targets, plan);
+  STD_TORCH_CHECK(f[0].scalar_type() == t[0].scalar_type(), "feature_distance: features and targets differ in dtype");
+  return gradients(grad, plan, f[0].scalar_type(), criterion_of(criterion), needs_features, needs_targets,
+                   [&]<typename T>(const FeatureKernels<T>& kernels, const Layer&, const Block& b, int64_t start,
+                                   float up, const Sides<T>& to) {
+                     const T *from_f = input<T>(f[b.layer]) + start, *from_t = input<T>(t[b.layer]) + start;
+                     kernels.grad({from_f, from_t, b.end - b.begin}, p, up, to);
+                   });
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("feature_l1_fwd", TORCH_BOX(&fastloss::l1_fwd));
+  m.impl("feature_l1_bwd", TORCH_BOX(&fastloss::l1_bwd));
+  m.impl("feature_distance_fwd", TORCH_BOX(&fastloss::distance_fwd));
+  m.impl("feature_distance_bwd", TORCH_BOX(&fastloss::distance_bwd));
+}
