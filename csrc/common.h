@@ -198,14 +198,6 @@ void for_blocks(int64_t count, const Body& body) {
   });
 }
 
-// The same from each thread's last block to its first. For a backward: what its forward read last is still in the caches.
-template <typename Body>
-void for_blocks_from_the_end(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
-    for (int64_t b = last; b-- > first;) body(b * kBlock, std::min(count, (b + 1) * kBlock));
-  });
-}
-
 // The sum of body(begin, end) over the blocks, added in order in float64.
 template <typename Body>
 double sum_blocks(int64_t count, const Body& body) {

@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, co
     T* second = to_pred ? output<T>(to_pred->written) : nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
     const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
-    for_blocks_from_the_end(count, [&](int64_t begin, int64_t end) {
+    for_blocks(count, [&](int64_t begin, int64_t end) {
       float buffer[kChunk];
       in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) {
         const Gradients<T> to{first ? first + i : nullptr, second ? second + i : nullptr, streamed};
