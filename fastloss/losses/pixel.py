@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_same_shape, check_tensor
+from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 
 
@@ -131,7 +131,7 @@ def pixel_loss(
     check_reduction(reduction)
     kind, parameter = _kind(p, eps, delta)
     if weight is not None:
-        _check_weight(weight, image)
+        check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
     out = _pixel(image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
@@ -142,21 +142,6 @@ def pixel_loss(
         return out / image.numel()
     total = weight.sum(dtype=out.dtype)
     return out / torch.where(total == 0, torch.ones_like(total), total)
-
-
-def _check_weight(weight: Tensor, image: Tensor) -> None:
-    check_tensor("weight", weight)
-    check_same_device("image", image, "weight", weight)
-    if weight.requires_grad:
-        raise ValueError("weight: no gradient is provided for it; pass weight.detach()")
-    try:
-        fits = torch.broadcast_shapes(weight.shape, image.shape) == image.shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"weight: expected a shape that broadcasts to image, {tuple(image.shape)}, got {tuple(weight.shape)}"
-        )
 
 
 class PixelLoss(Loss):
