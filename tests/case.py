@@ -42,6 +42,8 @@ class Bench:
     """Shapes to time and the bytes (or FLOPs) a perfect kernel moves: `cost(shape, itemsize, mode)`.
 
     `all_grads`: a training loop differentiates all the grad arguments; else only the last, the prediction.
+    `headline`: how many of the options, from the first, the short suite and the README have. `cuda_shapes`: those of a
+    device, if a CPU cannot show them. `make`: the inputs, where the battery's show nothing (a saturated softmax).
     """
 
     shapes: Sequence[Any]
@@ -49,6 +51,9 @@ class Bench:
     unit: str = "bytes"  # or "flops"
     options: Sequence[dict] = ({},)
     all_grads: bool = False
+    headline: int = 1
+    cuda_shapes: Sequence[Any] = ()
+    make: Callable[[Draw, Any], tuple] | None = None
 
 
 @dataclass
