@@ -132,7 +132,7 @@ def interleaved(
     failed: dict[str, Exception] = {}
     start, warming = None, time.monotonic()
     for done in range(-2, rounds):  # two rounds of warm-up, one where they take long
-        if done == -1 and time.monotonic() - warming > max(1.0, seconds):
+        if done == -1 and time.monotonic() - warming > 0.5:
             continue
         spent = 0.0 if start is None else time.monotonic() - start
         if spent > seconds and (done >= least or (done >= 3 and spent > 3 * seconds + 2)):
@@ -153,7 +153,7 @@ def interleaved(
 
 def single(fn: Callable[[], object], device: str, seconds: float, rounds: int) -> float:
     """The median of one call that has no backward."""
-    times, failed = interleaved({"it": (fn, lambda out: None)}, Clock(device), seconds, rounds)
+    times, failed = interleaved({"it": (fn, lambda out: None)}, Clock(device), seconds, rounds, least=3)
     for error in failed.values():
         raise error
     return quantiles([forward for forward, _ in times["it"]])[1]
@@ -176,38 +176,44 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, seconds: float = 0.2) -> float:
     """GB/s of `copy_` between two buffers far larger than the caches: bytes read plus bytes written."""
     source = torch.ones(256 * MIB if device == "cpu" else 2048 * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    return 2 * source.numel() / single(lambda: target.copy_(source), device, seconds=2, rounds=30) / 1e6
+    return 2 * source.numel() / single(lambda: target.copy_(source), device, seconds, rounds=30) / 1e6
 
 
-def matmul_rate(device: str, dtype: torch.dtype, tf32: bool = False) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, tf32: bool = False, seconds: float = 0.2) -> float:
     """TFLOP/s of one large matrix product."""
     n = 2048 if device == "cpu" else 8192
     a = torch.randn(n, n, device=device).to(dtype)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if tf32 else before)
     try:
-        return 2 * n**3 / single(lambda: a @ a, device, seconds=1, rounds=30) / 1e9
+        return 2 * n**3 / single(lambda: a @ a, device, seconds, rounds=30) / 1e9
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def ceilings(device: str, dtypes: list[str], products: bool) -> dict[str, float]:
-    """What the hardware allows, measured in this run: `copy` in GB/s, and matrix products by dtype in TFLOP/s."""
-    found = {"copy": copy_bandwidth(device)}
-    if products or device == "cuda":
-        wanted = sorted({*dtypes, "float32", "bfloat16"}) if device == "cuda" else dtypes
-        found |= {name: matmul_rate(device, getattr(torch, name)) for name in wanted}
-        if device == "cuda":
-            found["tf32"] = matmul_rate(device, torch.float32, tf32=True)
-    return found
+def ceiling(device: str, unit: str, dtype: str) -> float:
+    """What bounds a row, GB/s or TFLOP/s. Measured next to the row, for the speed of a machine drifts."""
+    return copy_bandwidth(device) if unit == "bytes" else matmul_rate(device, getattr(torch, dtype))
 
 
-def saved_bytes(forward: Callable[[], object], inputs: list[torch.Tensor]) -> int:
-    """Bytes that autograd keeps for the backward, the inputs themselves not counted; each storage once."""
+def ceilings(device: str) -> dict[str, float]:
+    """All that this device allows: `copy` in GB/s, matrix products by dtype in TFLOP/s."""
+    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    found = {"copy": copy_bandwidth(device, 1.0)} | {n: matmul_rate(device, getattr(torch, n)) for n in dtypes}
+    return found | ({"tf32": matmul_rate(device, torch.float32, tf32=True)} if device == "cuda" else {})
+
+
+def counts(forward: Callable[[], Any], backward: Callable[[Any], object], inputs: list[torch.Tensor], device: str
+           ) -> tuple[int, int]:  # fmt: skip
+    """(bytes saved for the backward, launches) of one forward and backward.
+
+    Saved is what autograd keeps, each storage once, the inputs themselves not counted. Launches are kernels on CUDA; on
+    the CPU operators that ran, a compiled graph counting as one.
+    """
     own = {t.untyped_storage().data_ptr() for t in inputs}
     kept: dict[int, int] = {}
 
@@ -216,14 +222,16 @@ def saved_bytes(forward: Callable[[], object], inputs: list[torch.Tensor]) -> in
             kept[where] = t.untyped_storage().nbytes()
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = forward()  # alive until all is counted, so that no address comes twice
-    del out
-    return sum(kept.values())
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = forward()  # alive until all is counted, so that no address comes twice
+        backward(out)
+
+    launched = _launches(step, device)
+    return sum(kept.values()), launched
 
 
-def launches(step: Callable[[], object], device: str) -> int:
-    """Kernels that one step launches on CUDA; on the CPU operators that ran, a compiled graph counting as one."""
+def _launches(step: Callable[[], object], device: str) -> int:
     if device == "cuda":
         kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with _no_stderr(), torch.profiler.profile(activities=kinds) as profile:

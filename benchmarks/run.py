@@ -8,8 +8,8 @@ How it is measured is told in benchmarks/METHOD.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
+import json
 import pathlib
 import sys
 import time
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
 from benchmarks.memory import Child
@@ -31,12 +32,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torc
 
 @dataclass
 class Session:
-    """What the measurements of a run share: the clock, the ceilings, the child that knows the memory."""
+    """What the measurements of a run share: the clock, and the child that knows the memory."""
 
     device: str
     seconds: float
     asked: list[str] | None = None
-    ceilings: dict[str, float] = field(default_factory=dict)
     child: Child | None = None
     common: dict[str, object] = field(default_factory=dict)
 
@@ -158,14 +158,13 @@ def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[s
 
 
 def counts(forward: Callable, backward: Callable, inputs: tuple, device: str) -> dict[str, str]:
-    """What autograd saves and how much is launched; empty where the profiler cannot say."""
-    facts = {}
-    tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
-    with contextlib.suppress(Exception):
-        facts["saved_mib"] = f"{measure.saved_bytes(forward, tensors) / measure.MIB:.1f}"
-    with contextlib.suppress(Exception):
-        facts["launches"] = str(measure.launches(lambda: backward(forward()), device))
-    return facts
+    """What autograd saves and how much is launched; nothing where the profiler cannot say."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    try:
+        saved, launched = measure.counts(forward, backward, tensors, device)
+    except Exception:
+        return {}
+    return {"saved_mib": f"{saved / measure.MIB:.1f}", "launches": str(launched)}
 
 
 def measure_item(item: Item, session: Session, left_out: dict[str, str] | None = None) -> list[dict]:
@@ -176,7 +175,12 @@ def measure_item(item: Item, session: Session, left_out: dict[str, str] | None =
         found = {"all": Candidate(note=measure.reason(error))}
     gc.collect()
     ready = {name: c.timed for name, c in found.items() if c.timed}
-    times, failed = measure.interleaved(ready, session.clock, session.seconds) if ready else ({}, {})
+    top, (times, failed) = 0.0, ({}, {})
+    if ready:
+        unit = item.case.bench.unit  # type: ignore[union-attr]
+        before = measure.ceiling(session.device, unit, item.dtype)
+        times, failed = measure.interleaved(ready, session.clock, session.seconds)
+        top = (before + measure.ceiling(session.device, unit, item.dtype)) / 2
     for name, error in failed.items():
         found[name].note = measure.reason(error)
     rows = []
@@ -186,13 +190,13 @@ def measure_item(item: Item, session: Session, left_out: dict[str, str] | None =
             row = item.columns() | session.common | {"mode": mode, "provider": name, "note": candidate.note}
             row |= {"error": candidate.error, "checked": candidate.checked}
             if name in times:
-                row |= figures(item, mode, times[name], session.ceilings)
+                row |= figures(item, mode, times[name], top)
                 row |= candidate.facts | {"peak_mib": peak} if mode == "both" else {}
             rows.append(row)
     return sorted(rows, key=lambda row: MODES.index(row["mode"]))
 
 
-def figures(item: Item, mode: str, pairs: list[tuple[float, float]], ceilings: dict[str, float]) -> dict[str, Any]:
+def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float) -> dict[str, Any]:
     """Quantiles, the bytes or FLOPs that the row's formula charges, the rate and its share of the ceiling."""
     bench = item.case.bench
     assert bench
@@ -200,7 +204,6 @@ def figures(item: Item, mode: str, pairs: list[tuple[float, float]], ceilings: d
     p20, p50, p80 = measure.quantiles([take(*pair) for pair in pairs])
     cost = bench.cost(item.shape, getattr(torch, item.dtype).itemsize, mode)
     unit, scale = ("GB/s", 1e6) if bench.unit == "bytes" else ("TFLOP/s", 1e9)
-    top = ceilings["copy" if bench.unit == "bytes" else item.dtype]
     rate = cost / p50 / scale
     return dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", cost=cost, rate=f"{rate:.4g}",
                 unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.4g}")
@@ -249,15 +252,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     work = [i for i in items(args.losses, args.device, args.dtype, args.headline, args.sizes) if ops_of(i.case.name)]
-    products = any(i.case.bench.unit == "flops" for i in work)  # type: ignore[union-attr]
-    common = measure.common_columns(args.device)
-    tops = measure.ceilings(args.device, args.dtype, products)
+    common, tops = measure.common_columns(args.device), measure.ceilings(args.device)
     folder = args.out / measure.device_folder(args.device)
     roofs = ", ".join(f"{name} {top:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, top in tops.items())
     print(f"{common['device']}, {common['threads']} threads, commit {common['commit']}; {roofs}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ceilings.json").write_text(json.dumps(tops | common, indent=1) + "\n", encoding="utf8")
     written: dict[str, list[dict]] = {}
     with Child() as child, Progress(len(work)) as progress:
-        session = Session(args.device, args.seconds, args.providers, tops, child, common)
+        session = Session(args.device, args.seconds, args.providers, child, common)
         for item, rows in measured(work, session, args.minutes, progress):
             show(rows, progress.say)
             written.setdefault(item.case.name, []).extend(rows)

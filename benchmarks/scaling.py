@@ -84,14 +84,12 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [i for i in items(args.losses, args.device, [args.dtype], headline=True) if ops_of(i.case.name)]
     work = list({i.case.name: i for i in reversed(chosen)}.values())[::-1]  # the first row of each loss
     folder = args.out / measure.device_folder(args.device) / "scaling"
-    products = any(i.case.bench.unit == "flops" for i in work)  # type: ignore[union-attr]
     start, before = time.monotonic(), torch.get_num_threads()
     sessions = []
     for threads in args.threads:
         torch.set_num_threads(threads or before)
-        tops = measure.ceilings(args.device, [args.dtype], products)
         common = measure.common_columns(args.device)
-        sessions.append(Session(args.device, args.seconds, args.providers, tops, None, common))
+        sessions.append(Session(args.device, args.seconds, args.providers, None, common))
     with Child(args.limit_mib) as child, Progress(len(work) * len(sessions)) as progress:
         for done, item in enumerate(work):
             rows: list[dict] = []

@@ -39,7 +39,8 @@ class FakeChild:
 @pytest.fixture
 def small(monkeypatch):
     monkeypatch.setattr(PIXEL.bench, "options", [{"p": 1}])
-    monkeypatch.setattr(measure, "ceilings", lambda *a: {"copy": 10.0, "float32": 1.0})
+    monkeypatch.setattr(measure, "ceilings", lambda device: {"copy": 10.0})
+    monkeypatch.setattr(measure, "ceiling", lambda *a: 10.0)
     for module in (run, scaling, steps):
         monkeypatch.setattr(module, "Child", FakeChild)
     threads = torch.get_num_threads()
@@ -149,9 +150,10 @@ def test_quantiles():
 
 def test_saved_bytes_and_operators_are_counted():
     a, b = torch.ones(1000, requires_grad=True), torch.ones(1000)
-    assert measure.saved_bytes(lambda: (a * b).exp(), [a, b]) == 4000  # the exponential; the factors are inputs
-    one, three = (measure.launches(step, "cpu") for step in (lambda: b.exp(), lambda: b.exp().exp().exp()))
-    assert three - one == 2
+    saved, _ = measure.counts(lambda: (a * b).exp().sum(), lambda out: out.backward(), [a, b], "cpu")
+    assert saved == 4000  # the exponential; the factors are inputs
+    one, three = (measure.counts(f, lambda out: None, [b], "cpu") for f in (b.exp, lambda: b.exp().exp().exp()))
+    assert three[1] - one[1] == 2 and one[0] == three[0] == 0
 
 
 def test_shapes_survive_the_result_file():
