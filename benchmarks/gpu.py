@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 
@@ -66,13 +68,15 @@ def do(part: Part, minutes: float) -> tuple[bool, str]:
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True, cwd=measure.ROOT) as run:
         assert run.stdout
-        end = time.monotonic() + 60 * minutes
+        timer = threading.Timer(60 * minutes, run.kill)
+        timer.start()
         for line in run.stdout:
             print(line, end="", flush=True)
             lines = [*lines[-20:], line.strip()]
-            if time.monotonic() > end:
-                run.kill()
-                return False, f"stopped after {minutes:.1f} minutes"
+        run.wait()
+        timer.cancel()
+    if run.returncode == -signal.SIGKILL:
+        return False, f"stopped after {minutes:.1f} minutes, or killed"
     nothing_chosen = run.returncode == 5 and "pytest" in command
     return run.returncode == 0 or nothing_chosen, next((line for line in reversed(lines) if line), "")
 

@@ -26,18 +26,18 @@ def main(argv: list[str] | None = None) -> int:
         for name in outdated():
             print(f"{name} is not what the result files say: run `python -m benchmarks.plot`")
         return int(bool(outdated()))
-    for name, body in FILES.items():
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures, for matplotlib is not installed")
+    else:
+        from benchmarks import pictures
+
+        for drawn in pictures.draw_all():
+            print(f"drew {drawn.relative_to(ROOT)}")
+    for name, body in FILES.items():  # after the pictures, which they show
         path = ROOT / name
         path.write_text(tables.between(path.read_text(encoding="utf8"), body()), encoding="utf8")
     for line in tables.unexplained():
         print(f"lost and not explained in benchmarks/explanations.py: {line}")
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures, for matplotlib is not installed")
-        return 0
-    from benchmarks import pictures
-
-    for drawn in pictures.draw_all():
-        print(f"drew {drawn.relative_to(ROOT)}")
     return 0
 
 

@@ -119,7 +119,8 @@ def first(step: Step) -> tuple[float, Tensor]:
     """Loss of the first step, and the norms of its gradients by parameter (Adam hides their scale)."""
     loss = step().item()
     model: nn.Module = step.model  # type: ignore[attr-defined]
-    return loss, torch.stack([p.grad.double().norm() for p in model.parameters() if p.grad is not None]).cpu()
+    none = torch.zeros((), dtype=torch.float64)  # of the scale, where a library takes a fixed one
+    return loss, torch.stack([none if p.grad is None else p.grad.double().norm().cpu() for p in model.parameters()])
 
 
 def work(device: str) -> Iterator[tuple[str, str, str]]:

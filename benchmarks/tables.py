@@ -190,7 +190,8 @@ def _without_time(device: str) -> list[str]:
 
 def report() -> str:
     """The body of REPORT.md."""
-    parts = ["## Forward and backward, and whole training steps", "", table(full=True), "", notes()]
+    parts = ["## Forward and backward, and whole training steps", "", table(full=True), "", notes(), ""]
+    parts += _pictures("results", "speed", "memory", "roofline", "scaling")
     for device, name in DEVICES.items():
         parts += ["", f"## Where fastloss loses, {name}", ""]
         if not _read(device):
@@ -198,6 +199,12 @@ def report() -> str:
             continue
         parts += [*_lost_table(device), "", f"## Not timed, {name}", "", *_without_time(device)]
     return "\n".join(parts)
+
+
+def _pictures(folder: str, *names: str) -> list[str]:
+    """Those pictures that there are, as Markdown; `folder` leads from the text to the results."""
+    found = [(device, name) for device in DEVICES for name in names if (RESULTS / device / f"{name}.svg").exists()]
+    return [f"![{name}, {DEVICES[device]}]({folder}/{device}/{name}.svg)\n" for device, name in found]
 
 
 def between(text: str, body: str) -> str:
@@ -208,4 +215,4 @@ def between(text: str, body: str) -> str:
 
 def readme_body() -> str:
     more = "Medians of forward + backward. All rows, and where fastloss loses and why: benchmarks/REPORT.md."
-    return f"{table()}\n\n{notes()}\n{more}"
+    return "\n".join([table(), "", *_pictures("benchmarks/results", "speed"), notes(), more])

@@ -250,8 +250,8 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(2048, 512), (4096, 512)], cost=flops, unit="flops", all_grads=True, options=[{"logit_scale": 14.3}],
-            cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
+            shapes=[(2048, 512), (4096, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}],
+            all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
         ),
     ),
     Case(
