@@ -41,19 +41,21 @@ def providers(case: Case, options: dict, device: str, asked: list[str] | None = 
 
     `eager` is the loss as a user of plain torch writes it. A graph of torch.compile is for this shape alone.
     """
+    wanted = lambda name: not asked or name in asked  # noqa: E731
     found: dict[str, Function | str] = {"eager": case.eager}
-    found["torch.compile"] = torch.compile(case.eager, dynamic=False)
-    if device == "cuda" or AUTOTUNE in (asked or ()):
+    if wanted("torch.compile"):
+        found["torch.compile"] = torch.compile(case.eager, dynamic=False)
+    if (device == "cuda" and wanted(AUTOTUNE)) or AUTOTUNE in (asked or ()):
         found[AUTOTUNE] = torch.compile(case.eager, dynamic=False, mode="max-autotune")
     found["fastloss"] = case.fn
     for name, needs_cuda, adapter in ADAPTERS.get(case.name, ()):
-        if (asked and name not in asked) or (needs_cuda and device != "cuda"):
+        if not wanted(name) or (needs_cuda and device != "cuda"):
             continue
         made = _made(name, adapter, options)
         if made is not None:
             found[name] = made
     found |= case.extra.get("rivals", {})
-    return {name: function for name, function in found.items() if not asked or name in asked}
+    return {name: function for name, function in found.items() if wanted(name)}
 
 
 def absent(name: str, error: Exception) -> str:
@@ -158,14 +160,6 @@ def _(options):  # noqa: F811
     known = _only(options, "padding", "window", "sigma") and options.get("padding") == "valid"
     more = {"kernel_size": options.get("window", 11), "kernel_sigma": options.get("sigma", 1.5), "downsample": False}
     return (lambda x, y, **o: 1 - ssim(x, y, data_range=1.0, **more)) if known else None
-
-
-@adapter("torchmetrics", "ssim_loss")
-def _(options):  # noqa: F811
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
-    known = options == {"padding": "valid"}
-    return (lambda x, y, **o: 1 - ssim(x, y, data_range=1.0)) if known else None
 
 
 @adapter("open_clip", "clip_loss")

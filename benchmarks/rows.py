@@ -79,8 +79,8 @@ def items(
         shapes = [sized(own[0], int(s)) if s.isdigit() else shape_of(s) for s in sizes] or own
         for shape in shapes:
             for i, options in enumerate(bench.options):
-                chief = i < bench.headline and not sizes
-                if chief or not headline:
+                if i < bench.headline or not headline:
+                    chief = i < bench.headline and not sizes
                     found += [Item(case, options, shape, dtype, chief) for dtype in dtypes]
     return found
 
