@@ -48,7 +48,7 @@ def parts(device: str, out: pathlib.Path) -> list[Part]:
     more = ["--device", device, "--out", str(out)]
     run = ["-m", "benchmarks.run", "--headline", *more]
     loss = [Part(f"bench-{name}".replace(" ", "-"), [*run, name], True) for name in named()]
-    steps = Part("steps", ["-m", "benchmarks.steps", *more])
+    steps = Part("steps", ["-m", "benchmarks.steps", *more], True)
     return [*tests, *loss, steps, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
 
 

@@ -12,6 +12,7 @@ import os
 import select
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks import measure
@@ -82,19 +83,17 @@ def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
     gc.collect()
     try:
         if question["loss"] in steps.STEPS:
-            step = steps.STEPS[question["loss"]](question["shape"], question["dtype"], "cpu", question["provider"])
+            make = steps.STEPS[question["loss"]]
+            call: Callable[[], object] = make(question["shape"], question["dtype"], "cpu", question["provider"])
         else:
             item = item_of(question)
             function = providers(item.case, item.options, "cpu", [question["provider"]])[question["provider"]]
             if isinstance(function, str):
                 return {"peak": "", "why": function}
             forward, backward, _ = passes(item.case, function, item.inputs("cpu"), item.options)
-
-            def step() -> None:
-                backward(forward())
-
+            call = lambda: backward(forward())  # noqa: E731
         with measure.address_limit(limit_mib):
-            return {"peak": f"{measure.peak_mib(step, 'cpu'):.1f}", "why": ""}
+            return {"peak": f"{measure.peak_mib(call, 'cpu'):.1f}", "why": ""}
     except Exception as error:
         return {"peak": "", "why": measure.reason(error)}
 

@@ -117,7 +117,7 @@ def truth(item: Item, inputs: tuple, device: str) -> tuple[list | None, list | N
     except (RuntimeError, MemoryError) as error:
         if not measure.reason(error).startswith("out of memory"):
             raise
-        return None, None, "fastloss, for float64 does not fit"
+        return None, None, ""
 
 
 def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[str, Candidate]:
@@ -139,10 +139,11 @@ def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[s
         options = to_device(item.options, device)
         try:
             got = once(item, function, dtype, own, device)
+            candidate.checked = checked
             if exact is None:
-                exact = got
+                exact, checked = got, f"{name}, for float64 does not fit"
+                candidate.checked = "not at this size, for float64 does not fit"
             candidate.error, candidate.note = judge(name, got, eager, exact, dtype)
-            candidate.checked = checked if exact is not got else "not at this size, for float64 does not fit"
             del got
             if not candidate.note:
                 forward, backward, wrt = passes(item.case, function, own, options)
@@ -170,24 +171,30 @@ def counts(forward: Callable, backward: Callable, inputs: tuple, device: str) ->
 def measure_item(item: Item, session: Session, left_out: dict[str, str] | None = None) -> list[dict]:
     """The rows of one item: every mode of every provider. A failure of the whole item is a row as well."""
     try:
-        found = candidates(item, session, left_out or {})
+        rows = _measured_rows(item, session, left_out or {})
     except Exception as error:
-        found = {"all": Candidate(note=measure.reason(error))}
+        rows = [{"mode": "both", "provider": "all", "note": measure.reason(error)}]
+    gc.collect()
+    return [item.columns() | session.common | row for row in rows]
+
+
+def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> list[dict]:
+    found = candidates(item, session, left_out)
     gc.collect()
     ready = {name: c.timed for name, c in found.items() if c.timed}
-    top, (times, failed) = 0.0, ({}, {})
+    top, times, failed = 0.0, {}, {}
     if ready:
         unit = item.case.bench.unit  # type: ignore[union-attr]
         before = measure.ceiling(session.device, unit, item.dtype)
         times, failed = measure.interleaved(ready, session.clock, session.seconds)
         top = (before + measure.ceiling(session.device, unit, item.dtype)) / 2
-    for name, error in failed.items():
-        found[name].note = measure.reason(error)
+    for name, failure in failed.items():
+        found[name].note = measure.reason(failure)
     rows = []
     for name, candidate in found.items():
         peak = memory(item, name, candidate, session) if name in times else ""
         for mode in MODES if name in times else MODES[-1:]:
-            row = item.columns() | session.common | {"mode": mode, "provider": name, "note": candidate.note}
+            row = {"mode": mode, "provider": name, "note": candidate.note}
             row |= {"error": candidate.error, "checked": candidate.checked}
             if name in times:
                 row |= figures(item, mode, times[name], top)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import torch
@@ -149,7 +151,10 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
         if not measure.reason(error).startswith("out of memory"):
             raise
     torch._dynamo.reset()
-    notes, errors, steps, facts = {}, {}, {}, {}
+    notes: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    facts: dict[str, dict[str, str]] = {}
+    calls: dict[str, measure.Pass] = {}
     for name in names_of(loss, device):
         notes[name], errors[name], facts[name] = "", "", {}
         try:
@@ -157,18 +162,16 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
             value, norms = first(step)
             if true is not None:
                 worst = ((norms - true[1]).abs().max() / true[1].max()).item()
-                error = max(abs(value / true[0] - 1), worst)
-                errors[name] = f"{error:.1e}"
-                notes[name] = "" if error <= TOLERANCE[dtype] else f"wrong: relative error {error:.1e}"
+                off = max(abs(value / true[0] - 1), worst)
+                errors[name] = f"{off:.1e}"
+                notes[name] = "" if off <= TOLERANCE[dtype] else f"wrong: relative error {off:.1e}"
             if not notes[name]:
-                steps[name] = step
+                calls[name] = (step, lambda out: None)
                 facts[name]["launches"] = str(measure.counts(step, lambda out: None, [], device)[1])
         except ImportError as error:
             notes[name] = str(error) if str(error).startswith("absent") else f"absent: {error}"
         except Exception as error:
             notes[name] = measure.reason(error)
-    nothing = lambda out: None  # noqa: E731
-    calls = {name: (step, nothing) for name, step in steps.items()}
     times, failed = measure.interleaved(calls, measure.Clock(device), seconds, least=5)
     columns = dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", headline=1)
     checked = "eager" if loss == "imagen_step" else "float64"
@@ -182,20 +185,24 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
             p20, p50, p80 = measure.quantiles([forward for forward, _ in times[name]])
             row |= dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}") | facts[name]
             if device == "cuda":
-                row["peak_mib"] = f"{measure.peak_mib(steps[name], device):.1f}"
+                row["peak_mib"] = f"{measure.peak_mib(calls[name][0], device):.1f}"
             elif child is not None:
                 row["peak_mib"] = child.peak(row, name)[0]
         rows.append(row)
     return rows
 
 
-def run(device: str, out: pathlib.Path, seconds: float) -> None:
+def run(device: str, out: pathlib.Path, seconds: float, minutes: float = 0.0) -> None:
     common = measure.common_columns(device)
     path = out / measure.device_folder(device) / "train_step.csv"
     todo = list(work(device))
     written: list[dict] = []
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
     with Child() as child, Progress(len(todo)) as progress:
         for loss, shape, dtype in todo:
+            if time.monotonic() > end:
+                progress.say(f"not measured, for the {minutes:g} minutes are over: {loss} {shape} and what follows")
+                break
             progress.start(f"{loss} {shape} {dtype}")
             try:
                 rows = measure_step(loss, shape, dtype, device, seconds, child)
@@ -203,8 +210,8 @@ def run(device: str, out: pathlib.Path, seconds: float) -> None:
                 rows = [dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", provider="all",
                              note=measure.reason(error))]
             for row in rows:
-                time = f"{row['p50_ms']} ms, {row.get('peak_mib') or '-'} MiB" if row.get("p50_ms") else row["note"]
-                progress.say(f"  {row['provider']:26}{time}")
+                figures = f"{row['p50_ms']} ms, {row.get('peak_mib') or '-'} MiB" if row.get("p50_ms") else row["note"]
+                progress.say(f"  {row['provider']:26}{figures}")
             written += [row | common for row in rows]
             write(path, written)
             progress.done()
@@ -217,9 +224,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.steps", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each step and batch")
+    parser.add_argument("--minutes", type=float, default=0.0, help="after which no other step is begun")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
-    run(args.device, args.out, args.seconds)
+    run(args.device, args.out, args.seconds, args.minutes)
     return 0
 
 

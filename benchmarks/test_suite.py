@@ -1,7 +1,7 @@
 """The headline rows as a pytest-benchmark suite: `pytest benchmarks --benchmark-only`, `--benchmark-compare`.
 
 One group per loss, options, shape and dtype; forward plus backward of each provider. FASTLOSS_BENCH_SIZES (shapes, or
-numbers as for `fastloss bench --sizes`) replaces the shapes, `-k` chooses.
+numbers as for `fastloss bench --sizes`) replaces the shapes, FASTLOSS_BENCH_LOSSES the losses; `-k` chooses further.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from tests.battery import cast, ops_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ("float32", "bfloat16") if DEVICE == "cuda" else ("float32",)
+LOSSES = os.environ.get("FASTLOSS_BENCH_LOSSES", "").split() or named()
 SIZES = os.environ.get("FASTLOSS_BENCH_SIZES", "").split()
 
 
 def rows() -> list:
     found = []
-    for item in items(named(), DEVICE, DTYPES, headline=not SIZES, sizes=SIZES):
+    for item in items(LOSSES, DEVICE, DTYPES, headline=not SIZES, sizes=SIZES):
         if ops_of(item.case.name):
             for name, function in providers(item.case, item.options, DEVICE).items():
                 if not isinstance(function, str):

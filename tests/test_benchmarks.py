@@ -144,6 +144,14 @@ def test_judge_knows_the_tolerances():
     assert "nan" in run.judge("other", [torch.tensor([1.0, float("nan")])], exact, exact, torch.float32)[1]
 
 
+def test_without_float64_the_others_are_held_against_fastloss(monkeypatch):
+    monkeypatch.setattr(run, "truth", lambda *a: (None, None, ""))
+    item = rows.Item(PIXEL, {"p": 1}, (1, 3, 8, 8), "float32")
+    found = run.candidates(item, run.Session("cpu", 0.0, ["eager", "fastloss"]), {})
+    assert found["fastloss"].checked.startswith("not at this size") and found["eager"].checked.startswith("fastloss,")
+    assert not found["eager"].note and found["eager"].timed
+
+
 def test_quantiles():
     assert measure.quantiles([5.0, 1.0, 2.0, 3.0, 4.0]) == pytest.approx((1.8, 3.0, 4.2))
 
@@ -307,7 +315,7 @@ def test_the_pytest_benchmark_suite_runs():
     command += ["-k", "pixel_loss and charbonnier and fastloss"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=measure.ROOT,
-        env=os.environ | {"FASTLOSS_BENCH_SIZES": "1x3x32x32"},
+        env=os.environ | {"FASTLOSS_BENCH_SIZES": "1x3x32x32", "FASTLOSS_BENCH_LOSSES": "pixel_loss"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "pixel_loss(p=charbonnier) 1x3x32x32 float32" in done.stdout
