@@ -36,16 +36,19 @@ INSTALL = {
 ADAPTERS: dict[str, list[tuple[str, bool, Callable[[dict], Function | None]]]] = {}
 
 
-def providers(case: Case, options: dict, device: str, asked: list[str] | None = None) -> dict[str, Function | str]:
+def providers(
+    case: Case, options: dict, device: str, asked: list[str] | None = None, autotune: bool = False
+) -> dict[str, Function | str]:
     """Name -> function of the case's inputs and options, or the reason why there is none here.
 
-    `eager` is the loss as a user of plain torch writes it. A graph of torch.compile is for this shape alone.
+    `eager` is the loss as a user of plain torch writes it. A graph of torch.compile is for this shape alone; `autotune`
+    adds one in its mode max-autotune, which takes minutes to compile.
     """
     wanted = lambda name: not asked or name in asked  # noqa: E731
     found: dict[str, Function | str] = {"eager": case.eager}
     if wanted("torch.compile"):
         found["torch.compile"] = torch.compile(case.eager, dynamic=False)
-    if (device == "cuda" and wanted(AUTOTUNE)) or AUTOTUNE in (asked or ()):
+    if (autotune and wanted(AUTOTUNE)) or AUTOTUNE in (asked or ()):
         found[AUTOTUNE] = torch.compile(case.eager, dynamic=False, mode="max-autotune")
     found["fastloss"] = case.fn
     for name, needs_cuda, adapter in ADAPTERS.get(case.name, ()):

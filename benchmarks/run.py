@@ -126,7 +126,7 @@ def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[s
     inputs = item.inputs(device)
     eager, exact, checked = truth(item, inputs, device)
     torch._dynamo.reset()
-    functions = providers(item.case, item.options, device, session.asked)
+    functions = providers(item.case, item.options, device, session.asked, device == "cuda" and item.headline)
     if exact is None:  # the others are held against fastloss, itself checked at smaller sizes
         functions = {n: functions[n] for n in sorted(functions, key=lambda n: n != "fastloss")}
     found: dict[str, Candidate] = {}

@@ -136,8 +136,7 @@ def work(device: str) -> Iterator[tuple[str, str, str]]:
 def names_of(step: str, device: str) -> list[str]:
     if step == "imagen_step":
         return ["eager", "fastloss"]
-    found = providers(next(c for c in CASES if c.name == "clip_loss"), CLIP_OPTIONS, device)
-    return [name for name in found if name != "torch.compile max-autotune"]
+    return list(providers(next(c for c in CASES if c.name == "clip_loss"), CLIP_OPTIONS, device))
 
 
 def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float, child: Child | None) -> list[dict]:

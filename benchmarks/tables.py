@@ -11,7 +11,9 @@ from benchmarks.explanations import why
 from benchmarks.rows import RESULTS, read_all
 
 BEGIN, END = "<!-- results: written by benchmarks/plot.py -->", "<!-- end of results -->"
-DEVICES = {"cpu": "CPU", "h200": "H200"}
+DEVICES = {"cpu": "CPU", "h200": "H200"} | {  # and whatever else there are results of
+    path.name: path.name.upper() for path in sorted(RESULTS.glob("*/")) if path.name not in ("cpu", "h200")
+}
 BASE = ("eager", "torch.compile", "torch.compile max-autotune", "torch.nn.functional")
 LEVEL = 0.05  # a difference of so much or less, with overlapping spreads, is called level
 UNEXPLAINED = "**unexplained**"
