@@ -209,7 +209,7 @@ def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float)
     assert bench
     take = {"forward": lambda f, b: f, "backward": lambda f, b: b, "both": lambda f, b: f + b}[mode]
     p20, p50, p80 = measure.quantiles([take(*pair) for pair in pairs])
-    cost = bench.cost(item.shape, getattr(torch, item.dtype).itemsize, mode)
+    cost = bench.charge(item.shape, getattr(torch, item.dtype).itemsize, mode, item.options)
     unit, scale = ("GB/s", 1e6) if bench.unit == "bytes" else ("TFLOP/s", 1e9)
     rate = cost / p50 / scale
     return dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", cost=cost, rate=f"{rate:.4g}",
