@@ -89,8 +89,8 @@ def judge(name: str, got: list, eager: list | None, exact: list, dtype: torch.dt
     """(largest relative error of value and gradients, why it is wrong or empty).
 
     fastloss must keep the rule of the tests, error at most 2x eager's plus eps; as a single scalar may be exact by
-    luck, eager's counts as one eps at least. Others may sum less exactly or multiply in tf32, and their error stands in the
-    row: it is wrong only beyond the dtype's tolerance and beyond four times eager's.
+    luck, eager's counts as one eps at least. Others may sum less exactly or multiply in tf32, and their error stands
+    in the row: it is wrong only beyond the dtype's tolerance and beyond four times eager's.
     """
     error, eps, wrong = 0.0, torch.finfo(dtype).eps, ""
     for i, true in enumerate(exact):
