@@ -114,8 +114,10 @@ struct Tiles {
   }
 };
 
-Tensor ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight, int64_t window,
-                double sigma, bool same, double c1, double c2, bool structure) {
+std::tuple<Tensor, Tensor> ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight,
+                                    int64_t window, double sigma, bool same, double c1, double c2, bool structure,
+                                    int64_t keep) {
+  STD_TORCH_CHECK(keep == 0, "ssim: the CPU kernels keep nothing");
   const Call call(image, image_pred, weight, window, sigma, same, c1, c2, structure);
   const Tiles tiles(call, call.options.margin);
   Tensor out = torch::stable::new_empty(image, {image.size(0), image.size(1)}, ScalarType::Float);
@@ -136,12 +138,13 @@ Tensor ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Ten
     for (int64_t i = plane * each; i < (plane + 1) * each; ++i) total += partial[i];
     to[plane] = static_cast<float>(total);
   }
-  return out;
+  return {out, torch::stable::new_empty(image, {0}, ScalarType::Float)};
 }
 
-std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
-                                    std::optional<Tensor> weight, int64_t window, double sigma, bool same, double c1,
-                                    double c2, bool structure, bool needs_image, bool needs_image_pred) {
+std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& /* partials */, const Tensor& image,
+                                    const Tensor& image_pred, std::optional<Tensor> weight, int64_t window,
+                                    double sigma, bool same, double c1, double c2, bool structure, int64_t /* keep */,
+                                    bool needs_image, bool needs_image_pred) {
   const Call call(image, image_pred, weight, window, sigma, same, c1, c2, structure);
   const Tiles tiles(call, 0);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == call.planes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,6 +65,7 @@ def ssim_reference(
     c1: float,
     c2: float,
     structure_only: bool,
+    keep: int = 0,
 ) -> Tensor:
     """The definition: (weighted) sums of 1 - SSIM, or of one minus its contrast-structure term alone, ``[N, C]``."""
     luminance, structure = ssim_distances(image, image_pred, window, sigma, same, c1, c2)
@@ -83,12 +85,20 @@ def _ssim_fwd(
     c1: float,
     c2: float,
     structure_only: bool,
-) -> Tensor:
-    return image.new_empty(image.shape[:2], dtype=torch.float32)
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: which gradients the partial derivatives are kept for, 1 image, 2 image_pred, 3 both, 0 none."""
+    images, channels, height, width = image.shape
+    kept = (3 + (keep == 3), height, images * channels * width) if keep else (0,)
+    return (
+        image.new_empty(image.shape[:2], dtype=torch.float32),
+        image.new_empty(kept, dtype=torch.float32),
+    )
 
 
 def _ssim_bwd(
     grad: Tensor,
+    partials: Tensor,
     image: Tensor,
     image_pred: Tensor,
     weight: Tensor | None,
@@ -98,6 +108,7 @@ def _ssim_bwd(
     c1: float,
     c2: float,
     structure_only: bool,
+    keep: int,
     needs_image: bool,
     needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -118,6 +129,7 @@ def _kernels_take(
     c1: float,
     c2: float,
     structure_only: bool,
+    keep: int = 0,
 ) -> bool:
     return window <= LARGEST_WINDOW and image.dtype == image_pred.dtype
 
@@ -128,8 +140,18 @@ _ssim = Op(
     bwd=_ssim_bwd,
     reference=ssim_reference,
     grads=("image", "image_pred"),
+    outputs=("out", "partials"),
+    triton="ssim",
     takes=_kernels_take,
 )
+
+
+def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
+    """The op; on CUDA what the backward needs is kept, on the CPU making it again costs no more time."""
+    keep = 0
+    if torch.is_grad_enabled() and _ssim.backend(image, image_pred, *options) == "triton":
+        keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    return _ssim(image, image_pred, *options, keep)
 
 
 def ssim_loss(
@@ -193,7 +215,7 @@ def ssim_loss(
     if image.numel() == 0:
         sums = (image * image_pred).to(result_dtype(image, image_pred)).flatten(1).sum(1)
     else:
-        sums = _ssim(image, image_pred, weight, window, float(sigma), same, c1, c2, False).sum(1)
+        sums = _sums(image, image_pred, weight, window, float(sigma), same, c1, c2, False).sum(1)
     if weight is None:
         return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
     counts = weight.to(sums.dtype).flatten(1).sum(1)
@@ -276,7 +298,7 @@ def ms_ssim_loss(
     for level, w in enumerate(level_weights):
         cut = 0 if same else window - 1
         count = (x.shape[2] - cut) * (x.shape[3] - cut)
-        sums = _ssim(x, y, None, window, float(sigma), same, c1, c2, level < last)
+        sums = _sums(x, y, None, window, float(sigma), same, c1, c2, level < last)
         score = score * _power(1 - sums / count, float(w))
         if level < last:
             x, y = x.to(dtype), y.to(dtype)
