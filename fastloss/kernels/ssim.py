@@ -38,11 +38,14 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _lane(channels, width, lanes, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """(lane, image, channel, column); in a lane past the end the column is one that no image has."""
+def _lane(channels, width, lanes, ASIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """(lane, image, channel, column), the next column being ASIDE lanes on: 1, or the number of channels.
+
+    In a lane past the end the column is one that no image has.
+    """
     lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if LAST:
-        channel, column, image = lane % channels, lane // channels % width, lane // channels // width
+    if ASIDE > 1:
+        channel, column, image = lane % ASIDE, lane // ASIDE % width, lane // ASIDE // width
     else:
         column, channel, image = lane % width, lane // width % channels, lane // width // channels
     return lane, image, channel, tl.where(lane < lanes, column, 1 << 30).to(tl.int32)
@@ -59,36 +62,46 @@ def _add_row(sums, value, taps, RADIUS: tl.constexpr):
     """A row's `value` added to the outputs that see it: (the one it completes, the sums of the 2 RADIUS others)."""
     if RADIUS == 0:
         return taps[0] * value, sums
-    done = sums[0] + taps[RADIUS] * value
-    rest = ()
-    for j in tl.static_range(1, 2 * RADIUS):
-        rest = rest + (sums[j] + taps[RADIUS - j if j < RADIUS else j - RADIUS] * value,)
-    return done, rest + (taps[RADIUS] * value,)
+    else:
+        rest = ()
+        for j in tl.static_range(1, 2 * RADIUS):
+            rest = rest + (sums[j] + taps[RADIUS - j if j < RADIUS else j - RADIUS] * value,)
+        return sums[0] + taps[RADIUS] * value, rest + (taps[RADIUS] * value,)
+
+
+@triton.jit
+def _next_row(sums, RADIUS: tl.constexpr):
+    """The same for a row of zeros."""
+    if RADIUS == 0:
+        return tl.zeros_like(sums[0]), sums
+    else:
+        return sums[0], sums[1:] + (tl.zeros_like(sums[0]),)
 
 
 @triton.jit
 def _nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
-    sums = ()
-    for _ in tl.static_range(2 * RADIUS):
-        sums = sums + (tl.zeros((BLOCK,), tl.float32),)
+    zero = tl.zeros((BLOCK,), tl.float32)
+    sums = (zero,)
+    for _ in tl.static_range(1, 2 * RADIUS):
+        sums = sums + (zero,)
     return sums
 
 
 @triton.jit
-def _pixels(x_at, y_at, offset_x, offset_y, column, bound):
+def _pixels(x_at, y_at, column, bound):
     inside = column.to(tl.uint32) < bound
-    x = tl.load(x_at + offset_x, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_at + offset_y, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
     return x + y, x - y
 
 
 @triton.jit
-def _along_x(center, column, aside, bound, taps, RADIUS: tl.constexpr):
+def _along_x(center, column, bound, taps, ASIDE: tl.constexpr, RADIUS: tl.constexpr):
     """A row of a partial filtered along x; `column` counts from the first of the map."""
     total = taps[0] * tl.load(center, mask=column.to(tl.uint32) < bound, other=0.0)
     for k in tl.static_range(1, RADIUS + 1):
-        left = tl.load(center - k * aside, mask=(column - k).to(tl.uint32) < bound, other=0.0)
-        total += taps[k] * (left + tl.load(center + k * aside, mask=(column + k).to(tl.uint32) < bound, other=0.0))
+        left = tl.load(center - k * ASIDE, mask=(column - k).to(tl.uint32) < bound, other=0.0)
+        total += taps[k] * (left + tl.load(center + k * ASIDE, mask=(column + k).to(tl.uint32) < bound, other=0.0))
     return total
 
 
@@ -108,11 +121,13 @@ def _ssim_fwd_kernel(
     RADIUS: tl.constexpr,
     STRUCTURE: tl.constexpr,
     KEEP: tl.constexpr,
-    LAST: tl.constexpr,
+    ASIDE: tl.constexpr,
+    X_STEP: tl.constexpr,
+    Y_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     channels, height, width, lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, LAST, BLOCK)
+    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, BLOCK)
     inside = (column - MARGIN).to(tl.uint32) < width - 2 * MARGIN
     x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
     if weight[0] is not None:
@@ -120,24 +135,30 @@ def _ssim_fwd_kernel(
     mean_a, mean_d = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
     square_a, square_d = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    first = MARGIN + tl.program_id(1) * rows
+    first = MARGIN + tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height - MARGIN)
+    bound = tl.cast(width, tl.uint32)
     for row in range(first - RADIUS, last + RADIUS):
-        x_row, y_row = x_at + row.to(tl.int64) * x[3], y_at + row.to(tl.int64) * y[3]
-        bound = tl.where((row >= 0) & (row < height), width, 0).to(tl.uint32)
-        a, d = _pixels(x_row, y_row, 0, 0, column, bound)
-        a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
-        for k in tl.static_range(1, RADIUS + 1):
-            al, dl = _pixels(x_row, y_row, -k * x[4], -k * y[4], column - k, bound)
-            ar, dr = _pixels(x_row, y_row, k * x[4], k * y[4], column + k, bound)
-            a_1 += taps[k] * (al + ar)
-            d_1 += taps[k] * (dl + dr)
-            a_2 += taps[k] * (al * al + ar * ar)
-            d_2 += taps[k] * (dl * dl + dr * dr)
-        ma, mean_a = _add_row(mean_a, a_1, taps, RADIUS)
-        md, mean_d = _add_row(mean_d, d_1, taps, RADIUS)
-        saa, square_a = _add_row(square_a, a_2, taps, RADIUS)
-        sdd, square_d = _add_row(square_d, d_2, taps, RADIUS)
+        if (row >= 0) & (row < height):
+            x_row, y_row = x_at + row * x[3], y_at + row * y[3]
+            a, d = _pixels(x_row, y_row, column, bound)
+            a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
+            for k in tl.static_range(1, RADIUS + 1):
+                al, dl = _pixels(x_row - k * X_STEP, y_row - k * Y_STEP, column - k, bound)
+                ar, dr = _pixels(x_row + k * X_STEP, y_row + k * Y_STEP, column + k, bound)
+                a_1 += taps[k] * (al + ar)
+                d_1 += taps[k] * (dl + dr)
+                a_2 += taps[k] * (al * al + ar * ar)
+                d_2 += taps[k] * (dl * dl + dr * dr)
+            ma, mean_a = _add_row(mean_a, a_1, taps, RADIUS)
+            md, mean_d = _add_row(mean_d, d_1, taps, RADIUS)
+            saa, square_a = _add_row(square_a, a_2, taps, RADIUS)
+            sdd, square_d = _add_row(square_d, d_2, taps, RADIUS)
+        else:
+            ma, mean_a = _next_row(mean_a, RADIUS)
+            md, mean_d = _next_row(mean_d, RADIUS)
+            saa, square_a = _next_row(square_a, RADIUS)
+            sdd, square_d = _next_row(square_d, RADIUS)
         at = row - RADIUS
         if at >= first:
             maa, mdd = ma * ma, md * md
@@ -152,15 +173,15 @@ def _ssim_fwd_kernel(
             loss = light + form - light * form
             w = 1.0
             if weight[0] is not None:
-                w = tl.load(w_at + (at - MARGIN).to(tl.int64) * weight[3], mask=inside, other=0.0).to(tl.float32)
+                w = tl.load(w_at + (at - MARGIN) * weight[3], mask=inside, other=0.0).to(tl.float32)
             total += tl.where(inside, loss * w, 0.0)
             if KEEP > 0:
                 by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
                 p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
                 p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
                 p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
-                to = partials_ptr + at.to(tl.int64) * lanes + lane
-                step = height.to(tl.int64) * lanes
+                to = partials_ptr + at * lanes + lane
+                step = tl.cast(height, tl.int64) * lanes
                 tl.store(to, p_aa, mask=inside)
                 tl.store(to + step, p_dd, mask=inside)
                 if KEEP & 1:
@@ -184,43 +205,47 @@ def _ssim_bwd_kernel(
     MARGIN: tl.constexpr,
     RADIUS: tl.constexpr,
     KEPT: tl.constexpr,
-    LAST: tl.constexpr,
+    ASIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     channels, height, width, lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, LAST, BLOCK)
+    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, BLOCK)
     inside = column < width
     x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
     upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
-    step = height.to(tl.int64) * lanes
-    aside = channels if LAST else 1  # lanes from one column to the next
+    step = tl.cast(height, tl.int64) * lanes
     of_aa, of_dd = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
     of_x, of_y = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
-    first = tl.program_id(1) * rows
+    at_map, bound = column - MARGIN, tl.cast(width - 2 * MARGIN, tl.uint32)
+    first = tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height)
     for row in range(first - RADIUS, last + RADIUS):
-        here = partials_ptr + row.to(tl.int64) * lanes + lane
-        bound = tl.where((row >= MARGIN) & (row < height - MARGIN), width - 2 * MARGIN, 0).to(tl.uint32)
+        if (row >= MARGIN) & (row < height - MARGIN):
+            here = partials_ptr + row * lanes + lane
+            p_aa, of_aa = _add_row(of_aa, _along_x(here, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
+            p_dd, of_dd = _add_row(of_dd, _along_x(here + step, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
+            if x_grad[0] is not None:
+                row_x = _along_x(here + 2 * step, at_map, bound, taps, ASIDE, RADIUS)
+                p_x, of_x = _add_row(of_x, row_x, taps, RADIUS)
+            if y_grad[0] is not None:
+                row_y = _along_x(here + (3 if KEPT == 3 else 2) * step, at_map, bound, taps, ASIDE, RADIUS)
+                p_y, of_y = _add_row(of_y, row_y, taps, RADIUS)
+        else:
+            p_aa, of_aa = _next_row(of_aa, RADIUS)
+            p_dd, of_dd = _next_row(of_dd, RADIUS)
+            if x_grad[0] is not None:
+                p_x, of_x = _next_row(of_x, RADIUS)
+            if y_grad[0] is not None:
+                p_y, of_y = _next_row(of_y, RADIUS)
         at = row - RADIUS
-        p_aa, of_aa = _add_row(of_aa, _along_x(here, column - MARGIN, aside, bound, taps, RADIUS), taps, RADIUS)
-        p_dd, of_dd = _add_row(of_dd, _along_x(here + step, column - MARGIN, aside, bound, taps, RADIUS), taps, RADIUS)
-        if x_grad[0] is not None:
-            p_x, of_x = _add_row(
-                of_x, _along_x(here + 2 * step, column - MARGIN, aside, bound, taps, RADIUS), taps, RADIUS
-            )
-        if y_grad[0] is not None:
-            p_y, of_y = _add_row(
-                of_y, _along_x(here + (3 if KEPT == 3 else 2) * step, column - MARGIN, aside, bound, taps, RADIUS), taps, RADIUS
-            )
         if at >= first:
-            down = at.to(tl.int64)
-            a, d = _pixels(x_at, y_at, down * x[3], down * y[3], column, width.to(tl.uint32))
+            a, d = _pixels(x_at + at * x[3], y_at + at * y[3], column, tl.cast(width, tl.uint32))
             by_a, by_d = 2.0 * a * p_aa, 2.0 * d * p_dd
             if x_grad[0] is not None:
-                to = _at(x_grad, image, channel, column) + down * x_grad[3]
+                to = _at(x_grad, image, channel, column) + at * x_grad[3]
                 tl.store(to, (upstream * (p_x + by_a + by_d)).to(x_grad[0].dtype.element_ty), mask=inside)
             if y_grad[0] is not None:
-                to = _at(y_grad, image, channel, column) + down * y_grad[3]
+                to = _at(y_grad, image, channel, column) + at * y_grad[3]
                 tl.store(to, (upstream * (p_y + by_a - by_d)).to(y_grad[0].dtype.element_ty), mask=inside)
 
 
@@ -234,21 +259,21 @@ def _strided(tensor: Tensor | None) -> tuple:
     return (None,) if tensor is None else (tensor, *tensor.stride())
 
 
-def _layout(image: Tensor) -> tuple[tuple[int, int, int, int], bool, int]:
-    """(channels, height, width, lanes), whether channels lie next to each other, rows of a program."""
+def _layout(image: Tensor) -> tuple[tuple[int, int, int, int], int, int]:
+    """(channels, height, width, lanes), the lanes from a column to the next, the rows of a program."""
     images, channels, height, width = image.shape
     lanes = images * channels * width
     rows = 64
     while rows > 16 and triton.cdiv(lanes, BLOCK) * triton.cdiv(height, rows) < REDUCE_PROGRAMS:
         rows //= 2
-    return (channels, height, width, lanes), channels > 1 and image.stride(1) == 1 and image.stride(3) != 1, rows
+    return (channels, height, width, lanes), channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
 
 
 def ssim_fwd(
     image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, sigma: float, same: bool, c1: float,
     c2: float, structure_only: bool, keep: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (channels, height, width, lanes), last, rows = _layout(image)
+    (channels, height, width, lanes), aside, rows = _layout(image)
     kept = (3 + (keep == 3), height, lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
     if image.numel() == 0:
@@ -259,10 +284,11 @@ def ssim_fwd(
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, BLOCK), stretches)](
             _strided(image), _strided(image_pred), _strided(weight), sums, partials, _taps(window, sigma),
-            (channels, height, width, lanes), rows, c1, c2, margin, window // 2, structure_only, keep, last, BLOCK,
+            (channels, height, width, lanes), rows, c1, c2, margin, window // 2, structure_only, keep, aside,
+            image.stride(3), image_pred.stride(3), BLOCK,
             **OPTIONS,
         )  # fmt: skip
-    if last:
+    if aside > 1:
         return sums.view(stretches, -1, width, channels).sum((0, 2)), partials
     return sums.view(stretches, -1, channels, width).sum((0, 3)), partials
 
@@ -277,12 +303,12 @@ def ssim_bwd(
         _, partials = ssim_fwd(image, image_pred, weight, window, sigma, same, c1, c2, structure_only, keep)
     x_grad = torch.empty_like(image) if needs_image else None
     y_grad = torch.empty_like(image_pred) if needs_image_pred else None
-    size, last, rows = _layout(image)
+    size, aside, rows = _layout(image)
     if image.numel():
         with on_device(image):
             _ssim_bwd_kernel[(triton.cdiv(size[3], BLOCK), triton.cdiv(size[1], rows))](
                 grad.contiguous(), _strided(image), _strided(image_pred), _strided(x_grad), _strided(y_grad),
-                partials, _taps(window, sigma), size, rows, 0 if same else window // 2, window // 2, keep, last, BLOCK,
+                partials, _taps(window, sigma), size, rows, 0 if same else window // 2, window // 2, keep, aside, BLOCK,
                 **OPTIONS,
             )  # fmt: skip
     none = image.new_empty(0)
