@@ -38,23 +38,32 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _lane(channels, width, lanes, ASIDE: tl.constexpr, BLOCK: tl.constexpr):
+def _lane(channels, width, lanes, ASIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """(lane, image, channel, column), the next column being ASIDE lanes on: 1, or the number of channels.
 
     In a lane past the end the column is one that no image has.
     """
-    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    if WIDE:
+        program = program.to(tl.int64)
+    lane = program * BLOCK + tl.arange(0, BLOCK)
     if ASIDE > 1:
         channel, column, image = lane % ASIDE, lane // ASIDE % width, lane // ASIDE // width
     else:
         column, channel, image = lane % width, lane // width % channels, lane // width // channels
-    return lane, image, channel, tl.where(lane < lanes, column, 1 << 30).to(tl.int32)
+    return lane, image.to(tl.int64), channel, tl.where(lane < lanes, column, 1 << 30).to(tl.int32)
+
+
+@triton.jit
+def _map_lane(lane, width, MARGIN: tl.constexpr, ASIDE: tl.constexpr):
+    """The lane of the same column in the map, which has MARGIN columns less on either side."""
+    return lane - (lane // (width * ASIDE) * 2 + 1) * MARGIN * ASIDE
 
 
 @triton.jit
 def _at(tensor, image, channel, column):
     """Where a lane's column begins. `tensor`: (pointer, strides of image, channel, row and column)."""
-    return tensor[0] + image * tensor[1] + channel * tensor[2] + column.to(tl.int64) * tensor[4]
+    return tensor[0] + image * tensor[1] + channel.to(tl.int64) * tensor[2] + column.to(tl.int64) * tensor[4]
 
 
 @triton.jit
@@ -111,9 +120,9 @@ def _ssim_fwd_kernel(
     y,  # (images, channels, height, width), any strides
     weight,  # (images, channels, height - 2 margin, width - 2 margin), any strides; or (None,)
     sums_ptr,  # (stretches, lanes) float32
-    partials_ptr,  # (maps, height, lanes) float32, written where the map is; maps: p_aa, p_dd, p_a +- p_d
+    partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32; maps: p_aa, p_dd, p_a +- p_d
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, lanes
+    size,  # channels, height, width, lanes of the images and of the map
     rows,
     c1,
     c2,
@@ -124,11 +133,13 @@ def _ssim_fwd_kernel(
     ASIDE: tl.constexpr,
     X_STEP: tl.constexpr,
     Y_STEP: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channels, height, width, lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, BLOCK)
-    inside = (column - MARGIN).to(tl.uint32) < width - 2 * MARGIN
+    channels, height, width, lanes, map_lanes = size
+    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, WIDE, BLOCK)
+    inside = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
+    map_lane = _map_lane(lane, width, MARGIN, ASIDE)
     x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
     if weight[0] is not None:
         w_at = _at(weight, image, channel, column - MARGIN)
@@ -138,14 +149,14 @@ def _ssim_fwd_kernel(
     first = MARGIN + tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height - MARGIN)
     bound = tl.cast(width, tl.uint32)
+    x_at, y_at = x_at + (first - RADIUS) * x[3], y_at + (first - RADIUS) * y[3]
     for row in range(first - RADIUS, last + RADIUS):
         if (row >= 0) & (row < height):
-            x_row, y_row = x_at + row * x[3], y_at + row * y[3]
-            a, d = _pixels(x_row, y_row, column, bound)
+            a, d = _pixels(x_at, y_at, column, bound)
             a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
             for k in tl.static_range(1, RADIUS + 1):
-                al, dl = _pixels(x_row - k * X_STEP, y_row - k * Y_STEP, column - k, bound)
-                ar, dr = _pixels(x_row + k * X_STEP, y_row + k * Y_STEP, column + k, bound)
+                al, dl = _pixels(x_at - k * X_STEP, y_at - k * Y_STEP, column - k, bound)
+                ar, dr = _pixels(x_at + k * X_STEP, y_at + k * Y_STEP, column + k, bound)
                 a_1 += taps[k] * (al + ar)
                 d_1 += taps[k] * (dl + dr)
                 a_2 += taps[k] * (al * al + ar * ar)
@@ -159,6 +170,8 @@ def _ssim_fwd_kernel(
             md, mean_d = _next_row(mean_d, RADIUS)
             saa, square_a = _next_row(square_a, RADIUS)
             sdd, square_d = _next_row(square_d, RADIUS)
+        x_at += x[3]
+        y_at += y[3]
         at = row - RADIUS
         if at >= first:
             maa, mdd = ma * ma, md * md
@@ -174,21 +187,21 @@ def _ssim_fwd_kernel(
             w = 1.0
             if weight[0] is not None:
                 w = tl.load(w_at + (at - MARGIN) * weight[3], mask=inside, other=0.0).to(tl.float32)
-            total += tl.where(inside, loss * w, 0.0)
+            total += loss * w
             if KEEP > 0:
                 by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
                 p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
                 p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
                 p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
-                to = partials_ptr + at * lanes + lane
-                step = tl.cast(height, tl.int64) * lanes
+                to = partials_ptr + (at - MARGIN) * map_lanes + map_lane
+                step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
                 tl.store(to, p_aa, mask=inside)
                 tl.store(to + step, p_dd, mask=inside)
                 if KEEP & 1:
                     tl.store(to + 2 * step, p_a + p_d, mask=inside)
                 if KEEP & 2:
                     tl.store(to + (3 if KEEP == 3 else 2) * step, p_a - p_d, mask=inside)
-    tl.store(sums_ptr + tl.program_id(1) * lanes + lane, total, mask=lane < lanes)
+    tl.store(sums_ptr + tl.program_id(1) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
 
 @triton.jit
@@ -198,22 +211,23 @@ def _ssim_bwd_kernel(
     y,  # (images, channels, height, width), any strides
     x_grad,  # the same, or (None,)
     y_grad,  # the same, or (None,)
-    partials_ptr,  # (maps, height, lanes) float32
+    partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, lanes
+    size,  # channels, height, width, lanes of the images and of the map
     rows,
     MARGIN: tl.constexpr,
     RADIUS: tl.constexpr,
     KEPT: tl.constexpr,
     ASIDE: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channels, height, width, lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, BLOCK)
+    channels, height, width, lanes, map_lanes = size
+    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, WIDE, BLOCK)
     inside = column < width
     x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
     upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
-    step = tl.cast(height, tl.int64) * lanes
+    map_lane, step = _map_lane(lane, width, MARGIN, ASIDE), tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
     of_aa, of_dd = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
     of_x, of_y = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
     at_map, bound = column - MARGIN, tl.cast(width - 2 * MARGIN, tl.uint32)
@@ -221,7 +235,7 @@ def _ssim_bwd_kernel(
     last = tl.minimum(first + rows, height)
     for row in range(first - RADIUS, last + RADIUS):
         if (row >= MARGIN) & (row < height - MARGIN):
-            here = partials_ptr + row * lanes + lane
+            here = partials_ptr + (row - MARGIN) * map_lanes + map_lane
             p_aa, of_aa = _add_row(of_aa, _along_x(here, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
             p_dd, of_dd = _add_row(of_dd, _along_x(here + step, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
             if x_grad[0] is not None:
@@ -259,34 +273,40 @@ def _strided(tensor: Tensor | None) -> tuple:
     return (None,) if tensor is None else (tensor, *tensor.stride())
 
 
-def _layout(image: Tensor) -> tuple[tuple[int, int, int, int], int, int]:
-    """(channels, height, width, lanes), the lanes from a column to the next, the rows of a program."""
+def _layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
+    """What the kernels call size, the lanes from a column to the next, the rows of a program."""
     images, channels, height, width = image.shape
     lanes = images * channels * width
     rows = 64
     while rows > 16 and triton.cdiv(lanes, BLOCK) * triton.cdiv(height, rows) < REDUCE_PROGRAMS:
         rows //= 2
-    return (channels, height, width, lanes), channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
+    size = (channels, height, width, lanes, images * channels * (width - 2 * margin))
+    return size, channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
+
+
+def _wide(size: tuple[int, ...]) -> bool:
+    """Whether a lane's number, or one block past the last, does not fit 32 bits."""
+    return size[3] >= 2**31 - BLOCK
 
 
 def ssim_fwd(
     image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, sigma: float, same: bool, c1: float,
     c2: float, structure_only: bool, keep: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    (channels, height, width, lanes), aside, rows = _layout(image)
-    kept = (3 + (keep == 3), height, lanes) if keep else (0,)
+    margin = 0 if same else window // 2
+    size, aside, rows = _layout(image, margin)
+    channels, height, width, lanes, map_lanes = size
+    kept = (3 + (keep == 3), height - 2 * margin, map_lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
     if image.numel() == 0:
         return image.new_zeros(image.shape[:2], dtype=torch.float32), partials
-    margin = 0 if same else window // 2
     stretches = triton.cdiv(height - 2 * margin, rows)
     sums = image.new_empty((stretches, lanes), dtype=torch.float32)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, BLOCK), stretches)](
-            _strided(image), _strided(image_pred), _strided(weight), sums, partials, _taps(window, sigma),
-            (channels, height, width, lanes), rows, c1, c2, margin, window // 2, structure_only, keep, aside,
-            image.stride(3), image_pred.stride(3), BLOCK,
-            **OPTIONS,
+            _strided(image), _strided(image_pred), _strided(weight), sums, partials, _taps(window, sigma), size, rows,
+            c1, c2, margin, window // 2, structure_only, keep, aside, image.stride(3), image_pred.stride(3),
+            _wide(size), BLOCK, **OPTIONS,
         )  # fmt: skip
     if aside > 1:
         return sums.view(stretches, -1, width, channels).sum((0, 2)), partials
@@ -303,12 +323,13 @@ def ssim_bwd(
         _, partials = ssim_fwd(image, image_pred, weight, window, sigma, same, c1, c2, structure_only, keep)
     x_grad = torch.empty_like(image) if needs_image else None
     y_grad = torch.empty_like(image_pred) if needs_image_pred else None
-    size, aside, rows = _layout(image)
+    margin = 0 if same else window // 2
+    size, aside, rows = _layout(image, margin)
     if image.numel():
         with on_device(image):
             _ssim_bwd_kernel[(triton.cdiv(size[3], BLOCK), triton.cdiv(size[1], rows))](
                 grad.contiguous(), _strided(image), _strided(image_pred), _strided(x_grad), _strided(y_grad),
-                partials, _taps(window, sigma), size, rows, 0 if same else window // 2, window // 2, keep, aside, BLOCK,
+                partials, _taps(window, sigma), size, rows, margin, window // 2, keep, aside, _wide(size), BLOCK,
                 **OPTIONS,
             )  # fmt: skip
     none = image.new_empty(0)
@@ -319,7 +340,9 @@ def aot_cases() -> Iterator[AotCase]:
     """Every dtype, both paddings, with and without weight, one gradient or both; other windows and layouts."""
     def case(label: str, image: Tensor, weight: Tensor | None, keep: int, **changed: Any) -> Iterator[AotCase]:
         o = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "structure_only": False} | changed
-        partials = torch.empty((3 + (keep == 3), image.shape[2], image[:, :, 0].numel()), device="meta")
+        cut = 0 if o["same"] else o["window"] - 1
+        map_lanes = image.shape[0] * image.shape[1] * (image.shape[3] - cut)
+        partials = torch.empty((3 + (keep == 3), image.shape[2] - cut, map_lanes), device="meta")
         grad = torch.empty(image.shape[:2], device="meta")
         inputs = (image, image, weight, *o.values(), keep)
         yield AotCase(f"forward {label}", ssim_fwd, inputs)
@@ -338,4 +361,5 @@ def aot_cases() -> Iterator[AotCase]:
     yield from case("channels last", image.contiguous(memory_format=torch.channels_last), None, 3)
     yield from case("window 1", odd, None, 3, window=1)
     yield from case("window 5", odd, None, 2, window=5)
-    yield from case("int64", meta(1, 1, 65536, 32768), None, 3)
+    yield from case("int64 planes", meta(1, 1, 65536, 32768), None, 3)
+    yield from case("int64 lanes", meta(65536, 1, 16, 32768), None, 3)

@@ -89,7 +89,8 @@ def _ssim_fwd(
 ) -> tuple[Tensor, Tensor]:
     """`keep`: which gradients the partial derivatives are kept for, 1 image, 2 image_pred, 3 both, 0 none."""
     images, channels, height, width = image.shape
-    kept = (3 + (keep == 3), height, images * channels * width) if keep else (0,)
+    cut = 0 if same else window - 1
+    kept = (3 + (keep == 3), height - cut, images * channels * (width - cut)) if keep else (0,)
     return (
         image.new_empty(image.shape[:2], dtype=torch.float32),
         image.new_empty(kept, dtype=torch.float32),
