@@ -11,32 +11,44 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
+// n elements `column` apart, n <= W; the other lanes read 0.
+template <typename T>
+FASTLOSS_INLINE vf ssim_gather(const T* from, int64_t column, int64_t n) {
+  T found[W] = {};
+  for (int64_t k = 0; k < n; ++k) found[k] = from[k * column];
+  return load((const T*)found);
+}
+
 // Columns begin .. begin + n of row y as x + y and x - y, 0 outside the image. Whole vectors, over the end.
 template <typename T>
 static void ssim_read(const SsimPlanes<T>& p, int64_t y, int64_t begin, int64_t n, float* a, float* d) {
+  const T *x = p.x + y * p.x_row + begin * p.x_column, *z = p.y + y * p.y_row + begin * p.y_column;
   const int64_t left = begin < 0 ? (-begin < n ? -begin : n) : 0;
   const int64_t end = begin + n < p.width ? n : p.width - begin;
-  for (int64_t i = 0; i < left; ++i) a[i] = d[i] = 0;
-  const T *x = p.x + y * p.x_row + begin * p.x_column, *z = p.y + y * p.y_row + begin * p.y_column;
-  for (int64_t i = left; i < end; i += W) {
-    const int64_t count = end - i < W ? end - i : W;
-    vf u, v;
-    if (p.x_column == 1 && p.y_column == 1) {
-      u = load_up_to(x + i, count);
-      v = load_up_to(z + i, count);
-    } else {
-      T us[W] = {}, vs[W] = {};
-      for (int64_t k = 0; k < count; ++k) {
-        us[k] = x[(i + k) * p.x_column];
-        vs[k] = z[(i + k) * p.y_column];
-      }
-      u = load((const T*)us);
-      v = load((const T*)vs);
-    }
+  int64_t i = left;
+  const auto keep = [&](vf u, vf v) __attribute__((always_inline)) {
     store(a + i, u + v);
     store(d + i, u - v);
+  };
+  if (p.x_column == 1 && p.y_column == 1) {
+    for (; i + W <= end; i += W) keep(load(x + i), load(z + i));
+    if (i < end) keep(load_some(x + i, end - i), load_some(z + i, end - i));
+  } else {
+    for (; i < end; i += W) {
+      const int64_t count = end - i < W ? end - i : W;
+      keep(ssim_gather(x + i * p.x_column, p.x_column, count), ssim_gather(z + i * p.y_column, p.y_column, count));
+    }
   }
-  for (int64_t i = end < left ? left : end; i < n; ++i) a[i] = d[i] = 0;
+  for (i = 0; i < left; ++i) a[i] = d[i] = 0;
+  for (i = end < left ? left : end; i < n; ++i) a[i] = d[i] = 0;
+}
+
+// Keeps GCC from loading a value again, across a cache line, wherever it is used.
+FASTLOSS_INLINE vf in_register(vf x) {
+#if defined(__x86_64__)
+  __asm__("" : "+v"(x));
+#endif
+  return x;
 }
 
 // The filter along x of columns j .. j + W: `center` is the middle of their windows. R < 0: the radius is o.radius.
@@ -62,16 +74,19 @@ FASTLOSS_INLINE vf ssim_along_y(const SsimOptions& o, const float* const* rows, 
 template <int R>
 static void ssim_moments(const SsimOptions& o, const float* a, const float* d, int64_t n, float* to) {
   const int r = R < 0 ? o.radius : R;
+  vf taps[kSsimRadius + 1];  // o may lie where `to` does, for all the compiler knows
+  for (int k = 0; k <= r; ++k) taps[k] = all(o.taps[k]);
   for (int64_t j = 0; j < n; j += W, to += 4 * W) {
+#pragma GCC unroll 2
     for (int m = 0; m < 2; ++m) {
       const float* center = (m == 0 ? a : d) + j + r;
       const vf c = load(center);
-      vf mean = o.taps[0] * c, square = o.taps[0] * (c * c);
+      vf mean = taps[0] * c, square = taps[0] * (c * c);
 #pragma GCC unroll 5
       for (int k = 1; k <= r; ++k) {
-        const vf before = load(center - k), after = load(center + k);
-        mean += o.taps[k] * (before + after);
-        square += o.taps[k] * (before * before + after * after);
+        const vf before = in_register(load(center - k)), after = in_register(load(center + k));
+        mean += taps[k] * (before + after);
+        square += taps[k] * (before * before + after * after);
       }
       store(to + m * W, mean);
       store(to + (2 + m) * W, square);

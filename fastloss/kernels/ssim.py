@@ -338,6 +338,7 @@ def ssim_bwd(
 
 def aot_cases() -> Iterator[AotCase]:
     """Every dtype, both paddings, with and without weight, one gradient or both; other windows and layouts."""
+
     def case(label: str, image: Tensor, weight: Tensor | None, keep: int, **changed: Any) -> Iterator[AotCase]:
         o = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "structure_only": False} | changed
         cut = 0 if o["same"] else o["window"] - 1
@@ -353,7 +354,9 @@ def aot_cases() -> Iterator[AotCase]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     for dtype, keep in itertools.product(HALF_AND_SINGLE, range(4)):
-        yield from case(f"{str(dtype).removeprefix('torch.')} keeps {keep}", meta(2, 3, 64, 64, dtype=dtype), None, keep)
+        yield from case(
+            f"{str(dtype).removeprefix('torch.')} keeps {keep}", meta(2, 3, 64, 64, dtype=dtype), None, keep
+        )
     image, odd = meta(2, 3, 64, 64), meta(1, 3, 33, 65)
     yield from case("odd, valid, weight", odd, meta(1, 3, 23, 55), 3, same=False)
     yield from case("weight of an image", image, meta(2, 1, 64, 64).expand(2, 3, 64, 64), 2)
