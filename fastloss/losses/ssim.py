@@ -177,7 +177,7 @@ def ssim_loss(
     Args:
         image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
         image_pred: prediction of the same shape. Both may need gradients.
-        window: side of the Gaussian window in pixels, odd.
+        window: side of the Gaussian window in pixels, odd. Above 11 the reference runs instead of the kernels.
         sigma: its standard deviation in pixels, > 0.
         data_range: largest value minus smallest that images can have (1 for [0, 1], 2 for [-1, 1]), > 0.
         padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
