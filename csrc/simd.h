@@ -35,6 +35,12 @@ FASTLOSS_INLINE vf sqrt(vf x) {
   return x;
 #endif
 }
+FASTLOSS_INLINE vi lanes() {
+  vi v{};
+  for (int k = 0; k < W; ++k) v[k] = k;
+  return v;
+}
+FASTLOSS_INLINE vf where(vi chosen, vf x) { return (vf)((vi)x & chosen); }  // 0 in the other lanes, not x * 0
 // 1 / sqrt(x) of a positive normal number, two ulp: the CPU's estimate and a Newton step, several times as fast as root
 // and division. Without an estimate: those.
 FASTLOSS_INLINE vf inverse_sqrt(vf x) {
@@ -163,6 +169,21 @@ template <typename T>
 FASTLOSS_INLINE void store_some(T* to, vf v, int64_t n) {
   const auto stored = as_stored(to, v);
   __builtin_memcpy((void*)to, &stored, n * sizeof(T));
+}
+
+// n elements, n <= W; the other lanes read 0.
+template <typename T>
+FASTLOSS_INLINE vf load_up_to(const T* from, int64_t n) {
+  return n == W ? load(from) : load_some(from, n);
+}
+template <typename T>
+FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
+  if (streamed)
+    stream(to, v);
+  else if (n == W)
+    store(to, v);
+  else
+    store_some(to, v, n);
 }
 
 // x^y for x >= 0 and y > 0, computed in double so that the result is as good as rounded: log2 by its atanh series, 2^t by Taylor.
