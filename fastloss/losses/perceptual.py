@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number, check_same_device, check_same_length, check_same_shape, check_tensor
 from ..core import Loss, check_not_empty, check_reduction, result_dtype
-from .perceptual_ops import distance
+from .perceptual_ops import distance_call
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 
@@ -79,7 +79,8 @@ def feature_distance(
         if reduction != "sum" and not empty_batch:
             check_not_empty(feature.numel())
     parameter = float(beta if criterion == "smooth_l1" else eps)
-    return distance(features, targets, weights, criterion, parameter, reduction)
+    op, args = distance_call(features, targets, weights, criterion, parameter, reduction)
+    return op(*args)
 
 
 def _check_weights(features: Sequence[Tensor], weights: Sequence[float]) -> None:
