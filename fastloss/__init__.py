@@ -21,7 +21,8 @@ from .losses.contrastive_batch import NTXentLoss, SigLipLoss, SupConLoss, nt_xen
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
 from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss
-from .losses.perceptual import FeatureDistance, LPIPSDistance, feature_distance, lpips_distance
+from .losses.lpips import LPIPSDistance, lpips_distance
+from .losses.perceptual import FeatureDistance, feature_distance
 from .losses.perceptual_network import PerceptualLoss
 from .losses.pixel import PixelLoss, pixel_loss
 from .losses.smoothness import SmoothnessLoss, smoothness_loss

@@ -126,7 +126,6 @@ PERCEPTUAL_CASES = [
         eager_lpips_distance,
         shapes=LAYERS,
         options=[{}, {"spatial": True}, {"spatial": True, "size": (13, 4)}, {"eps": 1e-3}],
-        grads=(0, 1, 2),
         reductions=(),
         bad=[
             ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
