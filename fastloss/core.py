@@ -95,7 +95,7 @@ def backend_report() -> dict[str, str]:
     return {name: why or "available" for name, why in _backends.missing.items()}
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """A functorch transform or forward-mode AD is active: `register_autograd` serves neither, the reference does."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -205,7 +205,7 @@ class Op:
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
         tensors = [t for a in args for t in _tensors(a)]
-        if _transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type
         fits = {"cpu": ("triton",) if _interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())

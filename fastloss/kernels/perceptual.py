@@ -30,21 +30,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import STREAM_OPTIONS, AotCase, on_device, total
+from .common import LAYERS, STREAM_OPTIONS, UNIT, AotCase, of_layer, on_device, total
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
-LAYERS = 16  # in one launch
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together
-UNIT = 16  # elements; where all rows have whole units, every access can be 128 bits wide
-
-
-@triton.jit
-def _of_layer(values, tile, starts):
-    """The entry of the layer to which the tile belongs."""
-    found = values[0]
-    for i in tl.static_range(1, len(values)):
-        found = tl.where(tile >= starts[i], values[i], found)
-    return found
 
 
 @triton.jit
@@ -73,12 +62,12 @@ def _slope(d, p, KIND: tl.constexpr):
 @triton.jit
 def _place(tile, row, starts, units, words, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """(first element of the tile in its layer, how many it has, elements in a piece, its first word of signs)."""
-    units_of_row = _of_layer(units, tile, starts).to(tl.int64)
-    nth = (tile - _of_layer(starts, tile, starts)).to(tl.int64)
+    units_of_row = of_layer(units, tile, starts).to(tl.int64)
+    nth = (tile - of_layer(starts, tile, starts)).to(tl.int64)
     units_left = units_of_row - nth * (16 * BLOCK // UNIT)
     count = tl.minimum(units_left, 16 * BLOCK // UNIT).to(tl.int32) * UNIT
     words_of_row = (units_of_row * UNIT + 255) // 256
-    first_word = (_of_layer(words, tile, starts).to(tl.int64) + row * words_of_row) * 16 + nth * BLOCK
+    first_word = (of_layer(words, tile, starts).to(tl.int64) + row * words_of_row) * 16 + nth * BLOCK
     first = row * units_of_row * UNIT + nth * (16 * BLOCK)
     return first, count, (count + 255) // 256 * 16, first_word
 
@@ -103,8 +92,8 @@ def _distance_fwd_kernel(
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
     first, count, step, first_word = _place(tile, row, starts, units, words, UNIT, BLOCK)
-    f_ptr = _of_layer(features, tile, starts) + first
-    t_ptr = _of_layer(targets, tile, starts) + first
+    f_ptr = of_layer(features, tile, starts) + first
+    t_ptr = of_layer(targets, tile, starts) + first
     columns = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     word = tl.zeros((BLOCK,), tl.int32)
@@ -119,7 +108,7 @@ def _distance_fwd_kernel(
             word |= ((d > 0).to(tl.int32) | ((d < 0).to(tl.int32) << 1)) << (2 * r)
     if signs_ptr is not None:
         tl.store(signs_ptr + first_word + columns, word, mask=columns < step)
-    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * _of_layer(scales, tile, starts))
+    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * of_layer(scales, tile, starts))
 
 
 @triton.jit
@@ -144,14 +133,14 @@ def _distance_bwd_kernel(
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
     first, count, step, first_word = _place(tile, row, starts, units, words, UNIT, BLOCK)
-    upstream = tl.load(grad_ptr + row) * _of_layer(scales, tile, starts)
+    upstream = tl.load(grad_ptr + row) * of_layer(scales, tile, starts)
     columns = tl.arange(0, BLOCK)
-    to_ptr = _of_layer(gradients, tile, starts) + first
+    to_ptr = of_layer(gradients, tile, starts) + first
     if signs_ptr is not None:
         word = tl.load(signs_ptr + first_word + columns, mask=columns < step, other=0)
     else:
-        f_ptr = _of_layer(features, tile, starts) + first
-        t_ptr = _of_layer(targets, tile, starts) + first
+        f_ptr = of_layer(features, tile, starts) + first
+        t_ptr = of_layer(targets, tile, starts) + first
     for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL):
         offsets = r * step + columns
         mask = columns < tl.minimum(step, count - r * step)
@@ -164,10 +153,10 @@ def _distance_bwd_kernel(
             slope = _slope(f - t, p, KIND)
         g = upstream * slope
         if negatives is not None:
-            other_ptr = _of_layer(negatives, tile, starts) + first
+            other_ptr = of_layer(negatives, tile, starts) + first
             tl.store(other_ptr + offsets, (-g).to(other_ptr.dtype.element_ty), mask=mask)
         if incoming is not None:
-            in_ptr = _of_layer(incoming, tile, starts) + first
+            in_ptr = of_layer(incoming, tile, starts) + first
             g += tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
 
