@@ -261,7 +261,8 @@ class Op:
         for name, needed in needs.items():
             if needed and name not in self.grads:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-        have = _saved(ctx) | {"grad": grad, "incoming": []} | {f"needs_{name}": needed for name, needed in needs.items()}
+        flags_by_name = {f"needs_{name}": needed for name, needed in needs.items()}
+        have = _saved(ctx) | {"grad": grad, "incoming": []} | flags_by_name
         got = self.bwd(*(have[name] for name in self._bwd_wants))
         if isinstance(got, list):
             rest = iter(got)

@@ -37,8 +37,9 @@ def check(place, features, targets):
     """The battery's rule, against the formula as DISTS has it."""
     errors = Errors(features[0].dtype)
     got = values(dists_distance, place[1], features, targets)
-    same = values(eager_dists_distance, "reference", features, targets)
-    exact = values(eager_dists_distance, "reference", *([t.double() for t in side] for side in (features, targets)))
+    dense = [[t.contiguous() for t in side] for side in (features, targets)]
+    same = values(eager_dists_distance, "reference", *dense)
+    exact = values(eager_dists_distance, "reference", *([t.double() for t in side] for side in dense))
     for i, each in enumerate(zip(got, same, exact, strict=True)):
         errors.add("value" if i == 0 else "gradients", *each, where=str(i))
     errors.check()

@@ -1,4 +1,4 @@
-"""The tap on every backend: value and gradients are those of two terms, in one pass; layouts and lists on all kernels."""
+"""The tap on every backend: value and gradients of two terms, in one pass. Layouts and long lists on all kernels."""
 
 from __future__ import annotations
 

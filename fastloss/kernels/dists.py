@@ -7,8 +7,8 @@ With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
     gradient of f   (g_0 + 2 g_2 f') / n + that of d
     gradient of t   2 g_3 t' / n - that of d
 
-Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes are
-merged about the common mean. So one pass gives the digits of two. Bytes per element of size s: forward 2 s, backward
+Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes
+are merged about the common mean. So one pass gives the digits of two. Bytes per element of size s: forward 2 s, backward
 3 s with one gradient, 4 s with both.
 """
 

@@ -163,7 +163,7 @@ def _distance_bwd_kernel(
 
 @dataclass
 class _Launch:
-    """Up to LAYERS layers of a list, those without elements left out: their places in the list, and kernel arguments."""
+    """Up to LAYERS layers of a list, those without elements left out: which they are, and kernel arguments."""
 
     layers: list[int]
     starts: tuple[int, ...]

@@ -83,8 +83,8 @@ def dists_distance(
     is the variance of f - t over v_f + v_t + c2: small distances keep their digits, equal features have distance 0.
 
     Args:
-        features: one tensor ``[N,C_i,H_i,W_i]`` a layer, float16, bfloat16, float32 or float64, all on one device. DISTS
-            counts the image, normalised as for the network, as the first layer.
+        features: one tensor ``[N,C_i,H_i,W_i]`` a layer, float16, bfloat16, float32 or float64, all on one device.
+            DISTS counts the image, normalised as for the network, as the first layer.
         targets: as many tensors of the same shapes.
         alphas: weights of the means, one tensor a layer, ``[C_i]`` or ``[1,C_i,1,1]``; None means 1 for every channel.
         betas: likewise, of the correlations. All four lists may need gradients.
