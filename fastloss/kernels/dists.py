@@ -8,8 +8,9 @@ With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
     gradient of t   2 g_3 t' / n - that of d
 
 Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes
-are merged about the common mean. So one pass gives the digits of two. Bytes per element of size s: forward 2 s, backward
-3 s with one gradient, 4 s with both.
+are merged about the common mean. So one pass gives the digits of two.
+
+Bytes per element of size s: forward 2 s, backward 3 s with one gradient, 4 s with both.
 """
 
 from __future__ import annotations
