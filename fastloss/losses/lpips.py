@@ -85,6 +85,7 @@ _lpips = Op(
     reference=lpips_reference,
     grads=("features", "targets"),
     outputs=("out", "statistics"),
+    triton="lpips",
     takes=_kernels_take,
 )
 
