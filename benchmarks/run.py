@@ -146,16 +146,18 @@ def measure_case(case: Case, args: argparse.Namespace, ceiling: dict[str, float]
                         row = dict(loss=case.name, options=json.dumps(options), shape=shape_text(shape),
                                    dtype=dtype_name, mode=mode, provider=name, note=note, error=errors[name])
                         if name in times:
-                            row |= figures(case, shape, dtype, mode, times[name], ceiling)
+                            row |= figures(case, shape, options, dtype, mode, times[name], ceiling)
                             row["peak_mib"] = memory(case, row, calls[name], args)
                         yield row
 
 
-def figures(case: Case, shape: Any, dtype: torch.dtype, mode: str, times: list[float], ceiling: dict) -> dict:
+def figures(
+    case: Case, shape: Any, options: dict, dtype: torch.dtype, mode: str, times: list[float], ceiling: dict
+) -> dict:
     bench = case.bench
     assert bench
     p20, p50, p80 = measure.quantiles(times)
-    cost = bench.cost(shape, dtype.itemsize, mode)
+    cost = bench.charge(shape, dtype.itemsize, mode, options)
     unit, scale = ("GB/s", 1e6) if bench.unit == "bytes" else ("TFLOP/s", 1e9)
     top = ceiling["copy"] if bench.unit == "bytes" else ceiling[str(dtype)]
     rate = cost / p50 / scale

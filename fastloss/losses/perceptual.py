@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..checks import check_choice, check_number
-from ..core import Loss, check_not_empty, check_reduction
+from ..core import Loss, Op, check_not_empty, check_reduction
 from .perceptual_checks import check_layers, check_samples, check_weights
-from .perceptual_ops import distance
+from .perceptual_ops import distance_call
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 
@@ -62,6 +62,23 @@ def feature_distance(
         >>> feature_distance(features, [targets[0], 0.5 * features[1]], weights=[1.0, 2.0]).item()
         2.0
     """
+    op, args = feature_distance_call(
+        features, targets, weights=weights, criterion=criterion, eps=eps, beta=beta, reduction=reduction
+    )
+    return op(*args)
+
+
+def feature_distance_call(
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    *,
+    weights: Sequence[float] | None,
+    criterion: str,
+    eps: float,
+    beta: float,
+    reduction: str,
+) -> tuple[Op, tuple]:
+    """The op that computes a `feature_distance`, and its arguments; raises where they do not fit."""
     check_layers(features, targets)
     check_choice("criterion", criterion, CRITERIA)
     check_reduction(reduction)
@@ -77,7 +94,7 @@ def feature_distance(
         if reduction != "sum" and not empty_batch:
             check_not_empty(feature.numel())
     parameter = float(beta if criterion == "smooth_l1" else eps)
-    return distance(features, targets, weights, criterion, parameter, reduction)
+    return distance_call(features, targets, weights, criterion, parameter, reduction)
 
 
 class FeatureDistance(Loss):
