@@ -35,8 +35,8 @@ HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 def _divisor(norm, eps):
     """|x| + eps and its inverse. Both 0 where |x| is 0 or infinite: so then are the quotients (inf over it is NaN)."""
     dead = (norm == 0.0) | (norm == float("inf"))
-    value = norm + eps
-    return tl.where(dead, 0.0, value), tl.where(dead, 0.0, tl.div_rn(1.0, value))
+    value = tl.where(dead, 0.0, norm + eps)
+    return value, tl.where(value == 0.0, 0.0, tl.div_rn(1.0, value))
 
 
 @triton.jit
@@ -44,6 +44,15 @@ def _divide(x, value, inverse):
     """x / value, rounded as a division is: a lone channel gives 1 in u and in v, and their difference is 0."""
     quotient = x * inverse
     return tl.fma(tl.fma(-quotient, value, x), inverse, quotient)
+
+
+@triton.jit
+def _there(pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
+    """Which pixels there are. A constant where all are: it compiles to no mask at all."""
+    if LAYERS[INDEX][6]:
+        return tl.full((LAYERS[INDEX][2],), True, tl.int1)
+    else:
+        return pixel < pixels
 
 
 @triton.jit
@@ -56,7 +65,7 @@ def _where(channel, pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
         offsets = pixel[None, :] * LAYERS[INDEX][0] + channel[:, None]
     else:
         offsets = channel[:, None] * pixels + pixel[None, :]
-    inside = tl.full((LAYERS[INDEX][1], LAYERS[INDEX][2]), True, tl.int1)  # compiles to no mask at all
+    inside = tl.full((LAYERS[INDEX][1], LAYERS[INDEX][2]), True, tl.int1)
     if LAYERS[INDEX][0] % LAYERS[INDEX][1] != 0:
         inside = inside & (channel < LAYERS[INDEX][0])[:, None]
     if not LAYERS[INDEX][6]:
@@ -119,7 +128,7 @@ def _fwd_tile(
             value += more
             k_x += more_k_x
             k_y += more_k_y
-    there = pixel < pixels
+    there = _there(pixel, pixels, INDEX, LAYERS)
     tl.store(kept_ptr + pixel, norm_x, mask=there)
     tl.store(kept_ptr + total + pixel, norm_y, mask=there)
     tl.store(kept_ptr + 2 * total + pixel, tl.sum(k_x, 0), mask=there)
@@ -167,7 +176,7 @@ def _lpips_fwd_kernel(
             lin = None if lins is None else lins[i]
             value = _fwd_tile(xs[i] + start, ys[i] + start, lin, pixel, pixels, kept_ptr + own, total, eps, i, LAYERS)
             if SPATIAL:
-                tl.store(out_ptr + own + pixel, value, mask=pixel < pixels)
+                tl.store(out_ptr + own + pixel, value, mask=_there(pixel, pixels, i, LAYERS))
             else:
                 tl.store(out_ptr + image * sizes[len(xs) + 3] + sizes[len(xs) + 4] + tile, tl.sum(value) / pixels)
 
@@ -223,7 +232,7 @@ def _lpips_bwd_kernel(
         image, pixels, first, last, own = _place(sizes, i, LAYERS)
         if (tile >= first) & (tile < last):
             pixel = (tile - first) * LAYERS[i][2] + tl.arange(0, LAYERS[i][2])
-            there = pixel < pixels
+            there = _there(pixel, pixels, i, LAYERS)
             start = image * LAYERS[i][0] * pixels
             if SPATIAL:
                 g = 2.0 * tl.load(grad_ptr + own + pixel, mask=there, other=0.0)

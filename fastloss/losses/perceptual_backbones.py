@@ -187,7 +187,7 @@ class Backbone(nn.Module):
 
 
 def _check_taps(name: str, layers: Any, steps: list[tuple[str, str]]) -> tuple[str, ...]:
-    """The taps' own names, from these, torchvision's (features.3) or the index of a layer in torchvision's `features`."""
+    """The taps' own names, from these, torchvision's (features.3) or indices into torchvision's `features`."""
     if layers is None:
         return DEFAULT_TAPS[name]
     if isinstance(layers, str) or not isinstance(layers, Sequence):

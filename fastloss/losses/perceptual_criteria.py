@@ -49,8 +49,9 @@ def load_lins(given: Any, name: str | None) -> list[Tensor] | None:
             if key.startswith("lin") and index.isdigit() and key.endswith("weight"):
                 found[int(index)] = value
         if sorted(found) != list(range(len(found))) or not found:
-            raise ValueError(f"lin_weights: {os.fspath(given)!r} has no lin0.model.1.weight and so on, but {list(state)}")
-        return [found[i].float() for i in range(len(found))]
+            there = ", ".join(state)
+            raise ValueError(f"lin_weights: {os.fspath(given)!r} has no lin0.model.1.weight and so on, but {there}")
+        return [found[i] for i in range(len(found))]
     if not isinstance(given, (list, tuple)) or not all(isinstance(w, Tensor) for w in given):
         raise TypeError(
             "lin_weights: expected None (the lpips package's file), False (ones), a path or a list of tensors, "

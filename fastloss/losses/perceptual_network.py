@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_length, check_same_shape, check_tensor
@@ -55,8 +54,8 @@ class PerceptualLoss(nn.Module):
             (relu3_3), torchvision's (features.15) or indices into torchvision's ``features`` (15). Nothing after the
             last tap is computed. Defaults: vgg the last ReLU of each of the first three blocks (vgg16: relu1_2,
             relu2_2, relu3_3, the end of ``features[:16]``; with lpips and dists relu4_3 and relu5_3 too); alexnet and
-            squeezenet1_1 the taps of lpips; resnet relu, layer1 to layer3; inception_v3 Conv2d_2b_3x3, Conv2d_4a_3x3, Mixed_5d, Mixed_6e;
-            convnext_tiny stage1 to stage3. An unknown name raises with the list of those there are.
+            squeezenet1_1 the taps of lpips; resnet relu, layer1 to layer3; inception_v3 Conv2d_2b_3x3, Conv2d_4a_3x3,
+            Mixed_5d, Mixed_6e; convnext_tiny stage1 to stage3. An unknown name raises with the list of those there are.
         layer_weights: :math:`w_i`, one number a layer, for several backbones a list of such lists; None means 1.
         backbone_weights: :math:`\lambda_b`, one number a backbone; None means 1.
         pretrained: True: torchvision's ``IMAGENET1K_V1`` weights (downloaded once); False: random weights; or the path
@@ -76,9 +75,9 @@ class PerceptualLoss(nn.Module):
             checkpoints.
 
     Call:
-        ``loss(image, image_pred, *, pairwise=False)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or float64; C is 3 for
-        the named backbones. The networks compute in the dtype of their weights (or under autocast), the distance in
-        float32 (float64 for float64 features), which is the dtype of the result.
+        ``loss(image, image_pred, *, pairwise=False)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or
+        float64; C is 3 for the named backbones. The networks compute in the dtype of their weights (or under autocast),
+        the distance in float32 (float64 for float64 features), which is the dtype of the result.
 
     Raises:
         TypeError, ValueError: an argument does not fit; FileNotFoundError: no such weights file; ImportError: a name
@@ -228,7 +227,7 @@ class PerceptualLoss(nn.Module):
 
     def _dtype(self) -> torch.dtype | None:
         """In which the networks compute, unless under autocast: float16 if any of them does."""
-        found = [weight.dtype for backbone in self.backbones if (weight := next(backbone.parameters(), None)) is not None]
+        found = [next(backbone.parameters(), self.shift).dtype for backbone in self.backbones]
         return torch.float16 if torch.float16 in found else self.execution.dtype
 
     def _features(self, image: Tensor) -> Targets:
