@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten
 
 from benchmarks import measure
 from benchmarks.providers import providers
-from tests.battery import cast, cast_options, check_error, leaves, ops_of, run
+from tests.battery import cast, cast_options, check_error, first, leaves, ops_of, run
 from tests.cases import CASES, Case, Draw
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -71,8 +71,8 @@ def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, C
     wrt = [t for i in chosen for t in tree_flatten(inputs[i])[0] if isinstance(t, torch.Tensor)]
 
     def loss() -> torch.Tensor:
-        out = fn(*inputs, **options)
-        return out if isinstance(out, torch.Tensor) else out[0]
+        out = first(fn(*inputs, **options))
+        return out if out.ndim == 0 else out.sum()  # one value a sample
 
     for t in leaves(case, inputs):
         t.requires_grad_(False)

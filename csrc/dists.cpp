@@ -1,5 +1,5 @@
-// The statistics of DISTS: of every channel of a sample the means of f and t and the mean squares about them of f, t and
-// f - t, for a list of layers; and the gradient, one pass over both.
+// The statistics of DISTS: of every channel of a sample, with d = f - t, the means of f and d and the mean squares about
+// their means of f, t and d, for a list of layers; and the gradient, one pass over both.
 
 #include "common.h"
 
@@ -7,11 +7,12 @@ namespace fastloss {
 namespace {
 
 struct Moments {
-  double mean_f, mean_t, square_f, square_t, square_d;  // the squares are sums here
+  double mean_f, mean_t, mean_d, square_f, square_t, square_d;  // the squares are sums
 };
-// g_f = f + ff f' + d (f' - t'), g_t likewise with -d, where f' = f - mean_f - rest_f
+// With x' = x - mean_x - rest_x: g_f = constant_f + slope_f f' + g_d, g_t = slope_t t' - g_d,
+// g_d = constant_d + slope_d d'.
 struct Slopes {
-  float mean_f, mean_t, rest_f, rest_t, f, t, ff, tt, d;
+  float mean_f, mean_t, mean_d, rest_f, rest_t, rest_d, constant_f, constant_d, slope_f, slope_t, slope_d;
 };
 template <typename T>
 struct PlaneSides {
@@ -86,7 +87,7 @@ std::tuple<Tensor, Tensor> dists_fwd(std::vector<Tensor> features, std::vector<T
   const PlanePlan plan(features, targets);
   const int64_t table = plan.samples * plan.channels;
   Tensor stats = torch::stable::new_empty(features[0], {5, plan.samples, plan.channels}, ScalarType::Float);
-  Tensor rest = torch::stable::new_empty(features[0], {2, plan.samples, plan.channels}, ScalarType::Float);
+  Tensor rest = torch::stable::new_empty(features[0], {3, plan.samples, plan.channels}, ScalarType::Float);
   float *out = output<float>(stats), *left = output<float>(rest);
   for_dtype(plan.dtype, "dists", [&](auto element) {
     using T = decltype(element);
@@ -94,9 +95,12 @@ std::tuple<Tensor, Tensor> dists_fwd(std::vector<Tensor> features, std::vector<T
     plan.run([&](const PlaneLayer& layer, int64_t, int64_t plane) {
       const int64_t n = layer.pixels, at = plan.column(layer, plane);
       const Moments m = kernels.moments(input<T>(layer.f) + plane * n, input<T>(layer.t) + plane * n, n);
-      const double values[] = {m.mean_f, m.mean_t, m.square_f / n, m.square_t / n, m.square_d / n};
+      const double values[] = {m.mean_f, m.mean_d, m.square_f / n, m.square_t / n, m.square_d / n};
       for (int k = 0; k < 5; ++k) out[k * table + at] = static_cast<float>(values[k]);
-      for (int k = 0; k < 2; ++k) left[k * table + at] = static_cast<float>(values[k] - out[k * table + at]);
+      const float mean_f = out[at], mean_d = out[table + at];
+      left[at] = static_cast<float>(m.mean_f - mean_f);
+      left[table + at] = static_cast<float>(m.mean_t - (mean_f - mean_d));
+      left[2 * table + at] = static_cast<float>(m.mean_d - mean_d);
     });
   });
   return {stats, rest};
@@ -106,7 +110,7 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, 
                               const Tensor& stats, const Tensor& rest, bool needs_features, bool needs_targets) {
   const PlanePlan plan(features, targets);
   const int64_t table = plan.samples * plan.channels;
-  const bool fits = grad.numel() == 5 * table && stats.numel() == 5 * table && rest.numel() == 2 * table;
+  const bool fits = grad.numel() == 5 * table && stats.numel() == 5 * table && rest.numel() == 3 * table;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && fits,
                   "dists: expected a float32 gradient of the statistics");
   const Tensor upstream = torch::stable::contiguous(grad), saved = torch::stable::contiguous(stats), kept = torch::stable::contiguous(rest);
@@ -124,8 +128,10 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, 
     plan.run([&](const PlaneLayer& layer, int64_t index, int64_t plane) {
       const int64_t n = layer.pixels, at = plan.column(layer, plane);
       const float scale = 1.0f / static_cast<float>(n);
-      const Slopes slopes{s[at], s[table + at], r[at], r[table + at], g[at] * scale, g[table + at] * scale, 2 * g[2 * table + at] * scale,
-                          2 * g[3 * table + at] * scale, 2 * g[4 * table + at] * scale};
+      const float mean_f = s[at], mean_d = s[table + at];
+      const Slopes slopes{mean_f, mean_f - mean_d, mean_d, r[at], r[table + at], r[2 * table + at], g[at] * scale,
+                          g[table + at] * scale, 2 * g[2 * table + at] * scale, 2 * g[3 * table + at] * scale,
+                          2 * g[4 * table + at] * scale};
       PlaneSides<T> sides{needs_features ? to[index] + plane * n : nullptr,
                           needs_targets ? to[second + index] + plane * n : nullptr, false};
       const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);

@@ -135,8 +135,9 @@ class Op:
 
     `fwd` and `bwd` carry the schema in their type hints and compute shapes only. `bwd` asks by parameter name for
     what it needs: `grad` (of the first output), any forward input, any name in `outputs`, `needs_<input>` flags, and
-    `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one (`numel() == 0`) where it was not needed. Inputs may
-    be lists of tensors; where those in `grads` are, `bwd` returns one list: the gradients of each needed input in turn.
+    `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
+    (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
+    one list: the gradients of each needed input in turn.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss.kernels` whose
     `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
@@ -261,7 +262,8 @@ class Op:
         for name, needed in needs.items():
             if needed and name not in self.grads:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-        have = _saved(ctx) | {"grad": grad, "incoming": []} | {f"needs_{name}": needed for name, needed in needs.items()}
+        flags_by_name = {f"needs_{name}": needed for name, needed in needs.items()}
+        have = _saved(ctx) | {"grad": grad, "incoming": []} | flags_by_name
         got = self.bwd(*(have[name] for name in self._bwd_wants))
         if isinstance(got, list):
             rest = iter(got)

@@ -113,7 +113,7 @@ def broadcast_offsets(offsets, args):
 def of_layer(values, program, starts):
     """Of a tuple with an entry a layer, the entry of the layer whose programs begin with the last start not past it."""
     found = values[0]
-    for i in tl.static_range(1, len(values)):
+    for i in tl.static_range(len(values)):  # from 0 on: a tensor comes out also of a single number
         found = tl.where(program >= starts[i], values[i], found)
     return found
 

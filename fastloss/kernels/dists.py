@@ -2,13 +2,15 @@
 
 With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
 
-    statistics      m_f, m_t, mean f'^2, mean t'^2, mean d'^2, with gradients g_0 .. g_4
-    gradient of f   (g_0 + 2 g_2 f' + 2 g_4 d') / n
-    gradient of t   (g_1 + 2 g_3 t' - 2 g_4 d') / n
+    statistics      m_f, m_d, mean f'^2, mean t'^2, mean d'^2, with gradients g_0 .. g_4
+    gradient of d   (g_1 + 2 g_4 d') / n
+    gradient of f   (g_0 + 2 g_2 f') / n + that of d
+    gradient of t   2 g_3 t' / n - that of d
 
-Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes are
-merged about the common mean. So one pass gives the digits of two. Bytes per element of size s: forward 2 s, backward
-3 s with one gradient, 4 s with both.
+Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes
+are merged about the common mean. So one pass gives the digits of two.
+
+Bytes per element of size s: forward 2 s, backward 3 s with one gradient, 4 s with both.
 """
 
 from __future__ import annotations
@@ -33,18 +35,18 @@ def _merged(mean, square, weight, n):
     return whole, rest, tl.sum(square + off * off * weight) - n * rest * rest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
 def _dists_fwd_kernel(
     features,  # a pointer a layer: (samples * channels, pixels)
     targets,  # likewise
     stats_ptr,  # (5, samples, all_channels) float32
-    rest_ptr,  # (2, samples, all_channels) float32: what rounding left of the means
+    rest_ptr,  # (3, samples, all_channels) float32: what rounding left of the means of f, t and d
     starts,  # of each layer: its first plane in the launch
     channels,
     firsts,  # its first column in stats
     units,  # its pixels, in UNIT
     all_channels,
-    samples,
+    table,  # samples * all_channels
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -55,6 +57,7 @@ def _dists_fwd_kernel(
     t_ptr = of_layer(targets, program, starts) + plane.to(tl.int64) * count
     mean_f = tl.zeros((BLOCK,), tl.float32)
     mean_t = tl.zeros((BLOCK,), tl.float32)
+    mean_d = tl.zeros((BLOCK,), tl.float32)
     square_f = tl.zeros((BLOCK,), tl.float32)
     square_t = tl.zeros((BLOCK,), tl.float32)
     square_d = tl.zeros((BLOCK,), tl.float32)
@@ -63,40 +66,40 @@ def _dists_fwd_kernel(
         mask = lanes < count - k * BLOCK
         f = tl.load(f_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(t_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
-        share = 1.0 / (k + 1).to(tl.float32)
+        share = 1.0 / (k + 1)
         step_f = tl.where(mask, f - mean_f, 0.0)
         step_t = tl.where(mask, t - mean_t, 0.0)
+        step_d = tl.where(mask, f - t - mean_d, 0.0)
         mean_f += step_f * share
         mean_t += step_t * share
-        rest_f = step_f - step_f * share  # f about the new mean
-        rest_t = step_t - step_t * share
-        square_f += step_f * rest_f
-        square_t += step_t * rest_t
-        square_d += (step_f - step_t) * (rest_f - rest_t)
+        mean_d += step_d * share
+        square_f += step_f * (step_f - step_f * share)
+        square_t += step_t * (step_t - step_t * share)
+        square_d += step_d * (step_d - step_d * share)
     n = count.to(tl.float32)
     weight = (tl.maximum(count - lanes + BLOCK - 1, 0) // BLOCK).to(tl.float32)  # how many pixels a lane has read
-    _, _, all_d = _merged(mean_f - mean_t, square_d, weight, n)
-    mean, rest, all_f = _merged(mean_f, square_f, weight, n)
-    mean_of_t, rest_of_t, all_t = _merged(mean_t, square_t, weight, n)
+    whole_f, rest_f, all_f = _merged(mean_f, square_f, weight, n)
+    whole_t, rest_t, all_t = _merged(mean_t, square_t, weight, n)
+    whole_d, rest_d, all_d = _merged(mean_d, square_d, weight, n)
     of_channels = of_layer(channels, program, starts)
     column = of_layer(firsts, program, starts) + plane % of_channels
     at = (plane // of_channels).to(tl.int64) * all_channels + column
     out_ptr = stats_ptr + at
-    table = samples.to(tl.int64) * all_channels
-    tl.store(out_ptr, mean)
-    tl.store(out_ptr + table, mean_of_t)
+    tl.store(out_ptr, whole_f)
+    tl.store(out_ptr + table, whole_d)
     tl.store(out_ptr + 2 * table, all_f / n)
     tl.store(out_ptr + 3 * table, all_t / n)
     tl.store(out_ptr + 4 * table, all_d / n)
-    tl.store(rest_ptr + at, rest)
-    tl.store(rest_ptr + table + at, rest_of_t)
+    tl.store(rest_ptr + at, rest_f)
+    tl.store(rest_ptr + table + at, whole_t - (whole_f - whole_d) + rest_t)
+    tl.store(rest_ptr + 2 * table + at, rest_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
 def _dists_bwd_kernel(
     grad_ptr,  # (5, samples, all_channels) float32
     stats_ptr,  # likewise
-    rest_ptr,  # (2, samples, all_channels) float32
+    rest_ptr,  # (3, samples, all_channels) float32
     features,  # a pointer a layer: (samples * channels, pixels)
     targets,  # likewise
     feature_grads,  # None, or likewise
@@ -106,7 +109,7 @@ def _dists_bwd_kernel(
     firsts,
     units,
     all_channels,
-    samples,
+    table,  # samples * all_channels
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -119,27 +122,32 @@ def _dists_bwd_kernel(
     of_channels = of_layer(channels, program, starts)
     column = of_layer(firsts, program, starts) + plane % of_channels
     at = (plane // of_channels).to(tl.int64) * all_channels + column
-    table = samples.to(tl.int64) * all_channels
     mean_f = tl.load(stats_ptr + at)
-    mean_t = tl.load(stats_ptr + table + at)
-    left_f = tl.load(rest_ptr + at)
-    left_t = tl.load(rest_ptr + table + at)
+    mean_d = tl.load(stats_ptr + table + at)
+    mean_t = mean_f - mean_d
+    rest_f = tl.load(rest_ptr + at)
+    rest_t = tl.load(rest_ptr + table + at)
+    rest_d = tl.load(rest_ptr + 2 * table + at)
     scale = 1.0 / count.to(tl.float32)
+    constant_f = scale * tl.load(grad_ptr + at)
+    constant_d = scale * tl.load(grad_ptr + table + at)
+    slope_f = 2.0 * scale * tl.load(grad_ptr + 2 * table + at)
+    slope_t = 2.0 * scale * tl.load(grad_ptr + 3 * table + at)
     slope_d = 2.0 * scale * tl.load(grad_ptr + 4 * table + at)
     lanes = tl.arange(0, BLOCK)
     for k in range(0, (count + BLOCK - 1) // BLOCK):
         offsets = k * BLOCK + lanes
         mask = lanes < count - k * BLOCK
-        f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean_f - left_f
-        t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32) - mean_t - left_t
-        d = slope_d * (f - t)
+        f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        d = constant_d + slope_d * (f - t - mean_d - rest_d)
         if feature_grads is not None:
             to_ptr = of_layer(feature_grads, program, starts) + first
-            g = scale * tl.load(grad_ptr + at) + 2.0 * scale * tl.load(grad_ptr + 2 * table + at) * f + d
+            g = constant_f + slope_f * (f - mean_f - rest_f) + d
             tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
         if target_grads is not None:
             other_ptr = of_layer(target_grads, program, starts) + first
-            g = scale * tl.load(grad_ptr + table + at) + 2.0 * scale * tl.load(grad_ptr + 3 * table + at) * t - d
+            g = slope_t * (t - mean_t - rest_t) - d
             tl.store(other_ptr + offsets, g.to(other_ptr.dtype.element_ty), mask=mask)
 
 
@@ -153,13 +161,13 @@ def _launches(features: Sequence[Tensor]) -> Iterator[tuple[slice, int, tuple]]:
         unit = UNIT if all(n % UNIT == 0 for n in pixels) else 1
         planes = list(itertools.accumulate((samples * c for c in channels), initial=0))
         firsts, units = tuple(columns[at : at + len(channels)]), tuple(n // unit for n in pixels)
-        yield part, planes[-1], (tuple(planes[:-1]), channels, firsts, units, columns[-1], samples, unit,
-                                 4096 // features[0].element_size())  # fmt: skip
+        yield part, planes[-1], (tuple(planes[:-1]), channels, firsts, units, columns[-1], samples * columns[-1],
+                                 unit, 4096 // features[0].element_size())  # fmt: skip
 
 
 def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
     stats = features[0].new_empty((5, features[0].shape[0], sum(f.shape[1] for f in features)), dtype=torch.float32)
-    rest = torch.empty_like(stats[:2])
+    rest = torch.empty_like(stats[:3])
     features, targets = [f.contiguous() for f in features], [t.contiguous() for t in targets]
     with on_device(stats):
         for part, programs, plan in _launches(features) if stats.numel() > 0 else ():
@@ -204,5 +212,5 @@ def aot_cases() -> Iterator[AotCase]:
         wide = () if label == "odd" else ("_dists_fwd_kernel", "_dists_bwd_kernel")
         yield AotCase(f"forward {name}", dists_fwd, (features, features), wide)
         for needs in ((True, False), (False, True), (True, True)):
-            args = (stats, features, features, stats, stats[:2], *needs)
+            args = (stats, features, features, stats, stats[:3], *needs)
             yield AotCase(f"backward {name} {needs}", dists_bwd, args, wide)

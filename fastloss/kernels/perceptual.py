@@ -72,7 +72,7 @@ def _place(tile, row, starts, units, words, UNIT: tl.constexpr, BLOCK: tl.conste
     return first, count, (count + 255) // 256 * 16, first_word
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "units", "words", "tiles", "stride"])
 def _distance_fwd_kernel(
     features,  # a pointer a layer: (rows, length)
     targets,  # likewise
@@ -111,7 +111,7 @@ def _distance_fwd_kernel(
     tl.store(out_ptr + row * stride + tile, tl.sum(acc) * of_layer(scales, tile, starts))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["starts", "units", "words", "tiles"])
 def _distance_bwd_kernel(
     grad_ptr,  # (rows,) float32
     signs_ptr,  # (words,) int32, or None
@@ -163,7 +163,7 @@ def _distance_bwd_kernel(
 
 @dataclass
 class _Launch:
-    """Up to LAYERS layers of a list, those without elements left out: their places in the list, and kernel arguments."""
+    """Up to LAYERS layers of a list, those without elements left out: which they are, and kernel arguments."""
 
     layers: list[int]
     starts: tuple[int, ...]
@@ -352,6 +352,7 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls("per sample", even, torch.bfloat16, criterion, "none")
         yield from _aot_calls("one layer", even[:1], torch.bfloat16, criterion, "mean")
         yield from _aot_calls("20 layers", even[1:2] * 20, torch.float32, criterion, "mean")
+        yield from _aot_calls("one element", ((1,),), torch.float32, criterion, "mean", vector=False)
         yield from _aot_calls("int64", ((4, 64, 8192, 8192),) * 2, torch.bfloat16, criterion, "mean")
 
 

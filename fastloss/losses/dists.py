@@ -14,25 +14,23 @@ from .perceptual_checks import check_layers, check_list, check_samples
 
 
 def dists_reference(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """The definition: ``[5, N, C]``, the channels of all layers side by side: the mean over the pixels of f and of t,
-    and the mean square about their means of f, of t and of f - t."""
+    """The definition: ``[5, N, C]``, the channels of all layers side by side: with d = f - t, the means over the pixels
+    of f and d, and the mean squares about their means of f, t and d."""
     dtype = result_dtype(*features, *targets)
     layers = []
     for feature, target in zip(features, targets, strict=True):
         f, t = feature.to(dtype).flatten(2), target.to(dtype).flatten(2)
-        mean_f, mean_t = f.mean(2, keepdim=True), t.mean(2, keepdim=True)
-        f, t = f - mean_f, t - mean_t
-        d = f - t
-        squares = [(x * x).mean(2) for x in (f, t, d)]
-        layers.append(torch.stack([mean_f.squeeze(2), mean_t.squeeze(2), *squares]))
+        means = [x.mean(2, keepdim=True) for x in (f, t, f - t)]
+        squares = [(x - mean).square().mean(2) for x, mean in zip((f, t, f - t), means, strict=True)]
+        layers.append(torch.stack([means[0].squeeze(2), means[2].squeeze(2), *squares]))
     return torch.cat(layers, 2)
 
 
 def _dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The statistics, and what rounding to float32 left of the two means, ``[2, N, C]``, for the backward."""
+    """The statistics, and what rounding left of the means of f, t and d, ``[3, N, C]``, for the backward."""
     samples, channels = features[0].shape[0], sum(f.shape[1] for f in features)
     stats = features[0].new_empty((5, samples, channels), dtype=torch.float32)
-    return stats, features[0].new_empty((2, samples, channels), dtype=torch.float32)
+    return stats, features[0].new_empty((3, samples, channels), dtype=torch.float32)
 
 
 def _dists_bwd(
@@ -85,8 +83,8 @@ def dists_distance(
     is the variance of f - t over v_f + v_t + c2: small distances keep their digits, equal features have distance 0.
 
     Args:
-        features: one tensor ``[N,C_i,H_i,W_i]`` a layer, float16, bfloat16, float32 or float64, all on one device. DISTS
-            counts the image, normalised as for the network, as the first layer.
+        features: one tensor ``[N,C_i,H_i,W_i]`` a layer, float16, bfloat16, float32 or float64, all on one device.
+            DISTS counts the image, normalised as for the network, as the first layer.
         targets: as many tensors of the same shapes.
         alphas: weights of the means, one tensor a layer, ``[C_i]`` or ``[1,C_i,1,1]``; None means 1 for every channel.
         betas: likewise, of the correlations. All four lists may need gradients.
@@ -116,8 +114,8 @@ def dists_distance(
             raise ValueError(f"features[{i}]: expected channels and pixels, got shape {tuple(feature.shape)}")
     stats = _dists(list(features), list(targets))
     alpha, beta = (_weights(name, w, features, stats) for name, w in (("alphas", alphas), ("betas", betas)))
-    mean_f, mean_t, square_f, square_t, square_d = stats.unbind()
-    structure = (mean_f - mean_t).square() / (mean_f.square() + mean_t.square() + c1)
+    mean_f, mean_d, square_f, square_t, square_d = stats.unbind()
+    structure = mean_d.square() / (mean_f.square() + (mean_f - mean_d).square() + c1)
     texture = square_d / (square_f + square_t + c2)
     total = alpha.sum() + beta.sum()
     return (structure * alpha + texture * beta).sum(1) / torch.where(total == 0, torch.ones_like(total), total)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core import Op, result_dtype
 from ..layers import layers_of, layout_of, rows_of, sign_count
 
+
 def feature_distance_reference(
     features: list[Tensor],
     targets: list[Tensor],

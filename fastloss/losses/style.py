@@ -81,7 +81,7 @@ def style_distance(
     beta: float = 1.0,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Distance of the Gram matrices of two lists of features, :math:`\sum_i w_i \cdot \mathrm{mean}\,c(G(f_i) - G(t_i))`.
+    r"""Distance of Gram matrices of two lists of features, :math:`\sum_i w_i \cdot \mathrm{mean}\,c(G(f_i) - G(t_i))`.
 
     Args:
         features: one tensor ``[N,C_i,H_i,W_i]`` a layer, float16, bfloat16, float32 or float64, all on one device.
