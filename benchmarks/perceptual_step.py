@@ -1,4 +1,4 @@
-"""The whole perceptual step, network included: `python -m benchmarks.perceptual_step [--device cuda] [--shape 4x3x128x128]`.
+"""The whole perceptual step, network included: `python -m benchmarks.perceptual_step [--device cuda] [--shape ...]`.
 
 Loss and gradient of the predicted images, VGG16 with the same random weights for everybody. `l1` on the taps of the
 first three blocks, `lpips` on its five. Who computes it, besides fastloss with its `Execution` options:
@@ -148,7 +148,8 @@ def makers(criterion: str, device: str) -> dict[str, Callable[[str], Loss]]:
     own = {name: functools.partial(ours, execution=execution) for name, execution in forms.items()}
     if criterion == "lpips":
         return {"lpips": lpips_package, **own}
-    return {"article": article, "basicsr-style": basicsr_style, "piq-style": piq_style, "torch.compile": compiled, **own}
+    rivals = {"article": article, "basicsr-style": basicsr_style, "piq-style": piq_style, "torch.compile": compiled}
+    return {**rivals, **own}
 
 
 def step_of(loss: Loss, inputs: tuple[Tensor, Tensor]) -> Callable[[], Any]:
@@ -237,8 +238,8 @@ def main() -> int:
         return 0
     rows = [row for criterion in args.criteria for row in measure_criterion(criterion, args)]
     for row in rows:
-        print(f"{row['options']:24} {row['provider']:28} {row.get('p50_ms', ''):>9} ms {row.get('peak_mib', ''):>6} MiB  "
-              f"{row.get('error', '')} {row['note']}")
+        shown = f"{row.get('p50_ms', ''):>9} ms {row.get('peak_mib', ''):>6} MiB  {row.get('error', '')} {row['note']}"
+        print(f"{row['options']:24} {row['provider']:28} {shown}")
     path = args.out / measure.device_folder(args.device) / "perceptual_step.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf8") as file:

@@ -149,7 +149,7 @@ def _place(sizes, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     if LAYERS[INDEX][5]:
         pixels = tl.multiple_of(pixels, 16)
     image = (tl.program_id(0) // sizes[count]).to(tl.int64)
-    start = sizes[count + 1].to(tl.int64) + before.to(tl.int64) * sizes[count + 2] + image * pixels
+    start = sizes[count + 1].to(tl.int64) + before * sizes[count + 2].to(tl.int64) + image * pixels
     return image, pixels, first, first + tl.cdiv(pixels, LAYERS[INDEX][2]), start
 
 

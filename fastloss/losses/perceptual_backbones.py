@@ -192,8 +192,11 @@ def _check_taps(name: str, layers: Any, steps: list[tuple[str, str]]) -> tuple[s
         return DEFAULT_TAPS[name]
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(f"layers: expected a list of names, got {type(layers).__name__} {layers!r}")
-    known: dict[str | int, str] = {tap: tap for tap, _ in steps} | {prefix: tap for tap, prefix in steps}
-    known |= {int(p.removeprefix("features.")): tap for tap, p in steps if p.startswith("features.")}
+    known: dict[str | int, str] = {}
+    for tap, prefix in steps:
+        known |= {tap: tap, prefix: tap}
+        if prefix.startswith("features."):
+            known[int(prefix.removeprefix("features."))] = tap
     for layer in layers:
         if isinstance(layer, bool) or layer not in known:
             names = ", ".join(tap for tap, _ in steps)
