@@ -87,7 +87,7 @@ def test_layouts(place, layout):
 
 @each_place
 def test_more_layers_than_a_launch_takes(place):
-    check(place, *lists(device=place[0], shapes=[(4, 1 + i % 2, 2, 3 + i % 3) for i in range(18)]))
+    check(place, *lists(device=place[0], shapes=[(4, 1 + i % 2, 2, 3 + i % 3) for i in range(10)]))
 
 
 @cpp_only

@@ -17,7 +17,7 @@ STREAM_BLOCK = 2048
 STREAM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 # Programs of a reduction: eight per multiprocessor of a 132-SM device. Fixed, so that a sum has the same order on all.
 REDUCE_PROGRAMS = 1056
-LAYERS = 16  # of a list in one launch: the kernel gets a tuple of pointers
+LAYERS = 8  # of a list in one launch, as pointers among its arguments; with 16, gfx942 runs out of scalar registers
 UNIT = 16  # elements; where all rows of all layers have whole units, every access can be 128 bits wide
 _INT32_SPAN = 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
 
