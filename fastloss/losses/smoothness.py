@@ -99,12 +99,6 @@ def _smoothness_bwd(
     return torch.empty_like(image_pred)
 
 
-def _kernels_take(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> bool:
-    return image_pred.ndim == 4 and order == 1 and guide is None and weight is None
-
-
 _smoothness = Op(
     "smoothness",
     fwd=_smoothness_fwd,
@@ -112,7 +106,6 @@ _smoothness = Op(
     reference=smoothness_reference,
     grads=("image_pred",),
     triton="smoothness",
-    takes=_kernels_take,
 )
 
 
