@@ -108,6 +108,14 @@ def broadcast_offsets(offsets, args):
 
 
 @triton.jit
+def load_broadcast(tensor, offsets, mask):
+    """Elements of a tensor given by `broadcast_args`, as float32."""
+    if len(tensor) > 1:
+        offsets = broadcast_offsets(offsets, tensor)
+    return tl.load(tensor[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sign(x):
     """-1, 0 or 1; 0 for NaN, as torch.sign has it."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
