@@ -8,13 +8,6 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-FASTLOSS_INLINE vi lanes() {
-  vi v{};
-  for (int k = 0; k < W; ++k) v[k] = k;
-  return v;
-}
-FASTLOSS_INLINE vf where(vi chosen, vf x) { return (vf)((vi)x & chosen); }  // 0 in the other lanes, not x * 0
-
 // The lanes at least `from` and less than `to` of W elements that start at x.
 FASTLOSS_INLINE vi between(int64_t x, int64_t from, int64_t to) {
   const int64_t low = from - x, high = to - x;
@@ -30,15 +23,6 @@ FASTLOSS_INLINE vf load_inside(const T* row, int64_t x, int64_t first, int64_t l
   alignas(FASTLOSS_BYTES) unsigned char bytes[W * sizeof(T)] = {};
   __builtin_memcpy(bytes + (from - x) * sizeof(T), (const void*)(row + from), (to - from) * sizeof(T));
   return load((const T*)bytes);
-}
-template <typename T>
-FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
-  if (streamed)
-    stream(to, v);
-  else if (n >= W)
-    store(to, v);
-  else
-    store_some(to, v, n);
 }
 
 // `plain`: first differences without guide and weight, known at compile time.
