@@ -22,14 +22,8 @@ Tensor smoothness_fwd(const Tensor& image_pred, std::optional<Tensor> guide, std
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
     bands.each<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
-      std::fill_n(memory.sums, kAxes * memory.period, 0.0f);
-      std::fill_n(memory.totals, kAxes * memory.period, 0.0);
       kernels.sum(band, memory);
-      double* to = partial.data() + bands.slot(n, plane, band.z, band.begin) * axes;
-      for (int64_t k = 0; k < axes; ++k)
-        for (int64_t i = 0; i < memory.period; i += bands.layout.step)
-          for (int64_t c = 0; c < bands.layout.step; ++c)
-            to[c * axes + k] += memory.totals[(kAxes - axes + k) * memory.period + i + c];
+      add_totals(memory, axes, bands.layout.step, partial.data() + bands.slot(n, plane, band.z, band.begin) * axes);
     });
   });
   float* to = output<float>(out);

@@ -51,7 +51,7 @@ inline int64_t period_of(int64_t step) {
 // What a thread works in. `pulls` holds 5 sets of rows and one of zeros, see band_pulls(); their padding stays 0.
 struct Memory {
   int64_t period, pad, pitch;
-  float *weight, *sums, *up, *pulls;
+  float *weight, *line, *sums, *up, *pulls;
   double* totals;
 };
 
@@ -63,10 +63,10 @@ struct Scratch {
   Scratch(const Layout& at, bool backward) {
     const int64_t period = period_of(at.step), pad = (at.step + 15) / 16 * 16 + 16;
     const int64_t pitch = (at.row + 15) / 16 * 16 + 2 * pad;
-    floats.resize(at.row + kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
+    floats.resize(at.row + pitch + kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
     doubles.resize(backward ? 0 : kAxes * period);
-    float* const sums = floats.data() + at.row;
-    memory = {period, pad, pitch, floats.data(), sums, sums, sums + kAxes * period, doubles.data()};
+    float *const line = floats.data() + at.row, *const sums = line + pitch;
+    memory = {period, pad, pitch, floats.data(), line, sums, sums, sums + kAxes * period, doubles.data()};
   }
 };
 
@@ -75,6 +75,10 @@ struct SmoothnessKernels {
   void (*sum)(const Band<T>&, const Memory&);
   void (*grad)(const Band<T>&, const Memory&, T* plane, bool streamed);
 };
+// The gradient of a band row by row, in float: row(context, y, line).
+using EachRow = void (*)(const void* context, int64_t y, const float* line);
+template <typename T>
+using SmoothnessRows = void (*)(const Band<T>&, const Memory&, EachRow row, const void* context);
 // A row of a guide: `groups` planes with `each` channels side by side, of `width` pixels.
 struct GuideRow {
   const void* at;

@@ -125,6 +125,13 @@ struct Bands {
   }
 };
 
+// Adds what a band's kernel has summed to the sums of its channels, [channels, axes].
+inline void add_totals(const Memory& from, int64_t axes, int64_t step, double* to) {
+  for (int64_t k = 0; k < axes; ++k)
+    for (int64_t i = 0; i < from.period; i += step)
+      for (int64_t c = 0; c < step; ++c) to[c * axes + k] += from.totals[(kAxes - axes + k) * from.period + i + c];
+}
+
 // Writes the upstream gradients of the sums of a plane, [N, C, axes], as a pattern along its rows.
 inline void set_upstream(const float* up, int64_t axes, int64_t step, const Memory& to) {
   for (int64_t k = 0; k < axes; ++k)

@@ -116,6 +116,7 @@ static void smoothness_sum(const Band<T>& band, const Memory& memory) {
   const int64_t period = memory.period;
   float* const sums = memory.sums;
   double* const totals = memory.totals;
+  for (int64_t i = 0; i < kAxes * period; ++i) sums[i] = 0, totals[i] = 0;
   const auto flush = [&] {  // 32 additions or so in float: the error does not grow with the image
     for (int64_t i = 0; i < kAxes * period; i += W) {
       vd total;
