@@ -172,11 +172,12 @@ def test_options(place, kind, options):
             args = (kind, options.get("order", 1))
             errors = Errors(torch.float32)
             runs = [values(b, image, *args, edges, weight) for b in (place[1], "reference")]
-            exact = values("reference", image.double(), *args, *(t if t is None else t.double() for t in (edges, weight)))
+            double = (t if t is None else t.double() for t in (edges, weight))
+            exact = values("reference", image.double(), *args, *double)
             for name, *each in zip(("sums", "gradient"), *runs, exact, strict=True):
                 errors.add(name, *each, str(shape))
             errors.check()
-            assert runs[0][1].stride() == torch.empty_like(image).stride()
+            assert place[1] == "reference" or runs[0][1].stride() == torch.empty_like(image).stride()
 
 
 @each_place
@@ -197,5 +198,6 @@ def test_every_instruction_set_with_a_guide(monkeypatch, cpu):
     weight = random(1, 1, 9, 53).expand(1, 2, 9, 53)
     for order in (1, 2):
         for form in (lambda t: t, last):
-            got, expected = (values(b, form(image), "isotropic", order, form(guide), weight) for b in ("cpp", "reference"))
+            inputs = (form(image), "isotropic", order, form(guide), weight)
+            got, expected = (values(b, *inputs) for b in ("cpp", "reference"))
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

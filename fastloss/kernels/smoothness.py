@@ -16,7 +16,6 @@ those of guide and weight; the neighbours come from the caches, and so does a gu
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -288,17 +287,17 @@ def smoothness_bwd(
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every kind and dtype at even and odd sizes, and offsets past 32 bits; then each option of its own and all."""
-    image = (2, 3, 64, 64)
-    volume = (1, 2, 16, 32, 64)
-    for dtype, kind in itertools.product(HALF_AND_SINGLE, KINDS):
-        for label, shape in (("", image), ("odd", (1, 3, 33, 65)), ("int64", (1, 1, 65536, 32768))):
-            yield from _aot_calls(label, shape, dtype, kind, vector=label != "odd")
-    for kind, last in itertools.product(KINDS, (False, True)):
-        label = "channels_last " if last else ""
-        for more in ({"order": 2}, {"guide": True}, {"weight": True}, {"order": 2, "guide": True, "weight": True}):
-            yield from _aot_calls(label + ",".join(more), image, torch.float32, kind, last=last, **more)
-            yield from _aot_calls(label + ",".join(more), volume, torch.bfloat16, kind, last=last, **more)
+    """Every kind and dtype; odd sizes and offsets past 32 bits; each option; volumes and channels_last with all."""
+    image, volume, everything = (2, 3, 64, 64), (1, 2, 16, 32, 64), {"order": 2, "guide": True, "weight": True}
+    for kind in KINDS:
+        for dtype in HALF_AND_SINGLE:
+            yield from _aot_calls("", image, dtype, kind, vector=True)
+        for label, more in (("second order", {"order": 2}), ("guide", {"guide": True}), ("weight", {"weight": True})):
+            yield from _aot_calls(label, image, torch.float32, kind, **more)
+        yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
+        yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
+    yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
+    yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 
 def _aot_calls(

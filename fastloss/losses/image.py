@@ -222,7 +222,7 @@ def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict,
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:
-    """window, sigma, whether the padding is "same", c1, c2; the weight of the map, and how many elements the map has."""
+    """(window, sigma, whether the padding is "same", c1, c2), the weight of the map, how many elements the map has."""
     check_tensor("image", image, 4)
     o = {"window": 11, "sigma": 1.5, "data_range": 1.0, "padding": "same", "k1": 0.01, "k2": 0.03, **options}
     weight = _expanded(o.pop("weight", None), image)
