@@ -288,11 +288,13 @@ def smoothness_bwd(
 
 def aot_cases() -> Iterator[AotCase]:
     """Every kind and dtype; odd sizes and offsets past 32 bits; each option; volumes and channels_last with all."""
-    image, volume, everything = (2, 3, 64, 64), (1, 2, 16, 32, 64), {"order": 2, "guide": True, "weight": True}
+    image, volume = (2, 3, 64, 64), (1, 2, 16, 32, 64)
+    everything: dict[str, Any] = {"order": 2, "guide": True, "weight": True}
+    each: dict[str, dict[str, Any]] = {name: {name: value} for name, value in everything.items()}
     for kind in KINDS:
         for dtype in HALF_AND_SINGLE:
             yield from _aot_calls("", image, dtype, kind, vector=True)
-        for label, more in (("second order", {"order": 2}), ("guide", {"guide": True}), ("weight", {"weight": True})):
+        for label, more in each.items():
             yield from _aot_calls(label, image, torch.float32, kind, **more)
         yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
         yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
