@@ -74,7 +74,7 @@ def _add_row(sums, value, taps, RADIUS: tl.constexpr):
     else:
         rest = ()
         for j in tl.static_range(1, 2 * RADIUS):
-            rest = rest + (sums[j] + taps[RADIUS - j if j < RADIUS else j - RADIUS] * value,)
+            rest = rest + (sums[j] + taps[RADIUS - j if j < RADIUS else j - RADIUS] * value,)  # type: ignore[assignment]
         return sums[0] + taps[RADIUS] * value, rest + (taps[RADIUS] * value,)
 
 
@@ -92,7 +92,7 @@ def _nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     zero = tl.zeros((BLOCK,), tl.float32)
     sums = (zero,)
     for _ in tl.static_range(1, 2 * RADIUS):
-        sums = sums + (zero,)
+        sums = sums + (zero,)  # type: ignore[assignment]
     return sums
 
 
