@@ -39,7 +39,7 @@ from .common import (
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-MAX_CHANNELS_LAST = 64  # a program adds up each channel by itself; more are copied to be contiguous
+MAX_CHANNELS_LAST = 63  # a program adds up each channel by itself; more are copied to be contiguous
 
 
 @triton.jit
@@ -73,19 +73,38 @@ def _edge(guide, image, pixel, away, mask, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _step(image_ptr, guide, unit, offsets, size, mask, AXIS: tl.constexpr, ORDER: tl.constexpr):
-    """Differences along an axis and their factors e, both 0 where the mask is not set."""
-    _, _, away = _axis(offsets, size, AXIS)
-    at = image_ptr + unit * (size[0] * size[1] * size[2] * size[3]) + offsets
-    here = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(at + away * size[3], mask=mask, other=0.0).to(tl.float32) - here
+def _read(image_ptr, offsets, shift, mask):
+    return tl.load(image_ptr + offsets + shift, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _step(
+    image_ptr, guide, unit, offsets, size, inside, mask,
+    AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set."""
+    _, _, way = _axis(offsets, size, AXIS)
+    _, _, away = _axis(offsets, size, ALONG)
+    image_ptr += unit * (size[0] * size[1] * size[2] * size[3])
+    # the elements themselves are read under one mask, hence once for all the differences, and in whole vectors
+    if SHIFT == 0:
+        here = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    else:
+        here = _read(image_ptr, offsets, SHIFT * way * size[3], mask)
+    if SHIFT == -1 and AXIS == ALONG:
+        d = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - here
+    else:
+        d = _read(image_ptr, offsets, (SHIFT * way + away) * size[3], mask) - here
     if ORDER == 2:
-        d -= here - tl.load(at - away * size[3], mask=mask, other=0.0).to(tl.float32)
+        if SHIFT == 1 and AXIS == ALONG:
+            d -= here - tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * size[3], mask)
     d = tl.where(mask, d, 0.0)
     if guide is None:
         return d, 1.0
     else:
-        e = _edge(guide, unit // size[4], offsets // size[3], away, mask, ORDER)
+        e = _edge(guide, unit // size[4], offsets // size[3] + SHIFT * way, away, mask, ORDER)
         return d, tl.where(mask, e, 0.0)
 
 
@@ -103,13 +122,14 @@ def _pull(
     place, extent, away = _axis(offsets, size, AXIS)
     mask = inside & _has(place + SHIFT, extent, ORDER)
     there = offsets + SHIFT * away * size[3]
-    d, e = _step(image_ptr, guide, unit, there, size, mask, AXIS, ORDER)
+    d, e = _step(image_ptr, guide, unit, offsets, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
     if KIND == "isotropic":
         squares = d * e * d * e
         for other in tl.static_range(AXES):
             if other != AXIS:
                 place, extent, _ = _axis(offsets, size, other)
-                f, h = _step(image_ptr, guide, unit, there, size, mask & _has(place, extent, ORDER), other, ORDER)
+                has = mask & _has(place, extent, ORDER)
+                f, h = _step(image_ptr, guide, unit, offsets, size, inside, has, AXIS, other, SHIFT, ORDER)
                 squares += f * h * f * h
         pull = e * e * d * tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
     elif KIND == "l1":
@@ -152,7 +172,8 @@ def _smoothness_fwd_kernel(
             w = _weight_at(weight, unit, offsets, size, inside)
         for axis in tl.static_range(AXES):
             place, extent, _ = _axis(offsets, size, axis)
-            d, e = _step(image_ptr, guide, unit, offsets, size, inside & _has(place, extent, ORDER), axis, ORDER)
+            has = inside & _has(place, extent, ORDER)
+            d, e = _step(image_ptr, guide, unit, offsets, size, inside, has, axis, axis, 0, ORDER)
             if KIND == "isotropic":
                 squares += d * e * d * e
             else:
@@ -222,6 +243,12 @@ def _smoothness_bwd_kernel(
     tl.store(image_grad_ptr + unit * count + offsets, grad.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
+def _block(guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> int:
+    """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
+    plain = order == 1 and guide is None
+    return STREAM_BLOCK if plain and weight is None and kind != "isotropic" else 1024 if plain else 512
+
+
 def in_order(image: Tensor) -> Tensor:
     """`image` itself where it is contiguous or channels_last, else a contiguous copy."""
     last = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
@@ -254,14 +281,15 @@ def smoothness_fwd(
     image = in_order(image_pred)
     size = sizes(image)
     step, units = size[3], images * size[4]
-    used = STREAM_BLOCK // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
+    block = _block(guide, weight, kind, order)
+    used = block // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
     splits = min(triton.cdiv(image.numel() // units, used), triton.cdiv(REDUCE_PROGRAMS, units))
     out = image.new_empty((images, size[4], splits, step, outs), dtype=torch.float32)
     weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
         _smoothness_fwd_kernel[(units * splits,)](
             image, guide_args(guide), weight_args, out, size, splits, used, kind, order, axes,
-            needs_int64(image, weight, guide), STREAM_BLOCK, **STREAM_OPTIONS,
+            needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
         )  # fmt: skip
     return (out.sum(2) if splits > 1 else out[:, :, 0]).reshape(images, channels, outs)
 
@@ -276,12 +304,13 @@ def smoothness_bwd(
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
     units = image.shape[0] * size[4]
-    splits = triton.cdiv(image.numel() // units, STREAM_BLOCK)
+    block = _block(guide, weight, kind, order)
+    splits = triton.cdiv(image.numel() // units, block)
     weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
         _smoothness_bwd_kernel[(units * splits,)](
             grad.contiguous(), image, guide_args(guide), weight_args, written, size, splits, kind, order,
-            image.ndim - 2, needs_int64(image, weight, guide), STREAM_BLOCK, **STREAM_OPTIONS,
+            image.ndim - 2, needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 
