@@ -39,13 +39,22 @@ from .common import (
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-MAX_CHANNELS_LAST = 63  # a program adds up each channel by itself; more are copied to be contiguous
+MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
+
+
+@triton.jit
+def _apart(size):
+    """Elements of a pixel; size = width, height, depth, units of an image and, if channels_last, channels."""
+    if len(size) == 5:
+        return size[4]
+    else:
+        return 1
 
 
 @triton.jit
 def _axis(offsets, size, AXIS: tl.constexpr):
     """Of elements: their coordinate along an axis (0: x, 1: y, 2: z), its extent, and how many pixels a step is."""
-    pixel = offsets // size[3]
+    pixel = offsets // _apart(size)
     if AXIS == 0:
         return pixel % size[0], size[0], 1
     elif AXIS == 1:
@@ -85,32 +94,32 @@ def _step(
     """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set."""
     _, _, way = _axis(offsets, size, AXIS)
     _, _, away = _axis(offsets, size, ALONG)
-    image_ptr += unit * (size[0] * size[1] * size[2] * size[3])
+    image_ptr += unit * (size[0] * size[1] * size[2] * _apart(size))
     # the elements themselves are read under one mask, hence once for all the differences, and in whole vectors
     if SHIFT == 0:
         here = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
-        here = _read(image_ptr, offsets, SHIFT * way * size[3], mask)
+        here = _read(image_ptr, offsets, SHIFT * way * _apart(size), mask)
     if SHIFT == -1 and AXIS == ALONG:
         d = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - here
     else:
-        d = _read(image_ptr, offsets, (SHIFT * way + away) * size[3], mask) - here
+        d = _read(image_ptr, offsets, (SHIFT * way + away) * _apart(size), mask) - here
     if ORDER == 2:
         if SHIFT == 1 and AXIS == ALONG:
             d -= here - tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         else:
-            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * size[3], mask)
+            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * _apart(size), mask)
     d = tl.where(mask, d, 0.0)
     if guide is None:
         return d, 1.0
     else:
-        e = _edge(guide, unit // size[4], offsets // size[3] + SHIFT * way, away, mask, ORDER)
+        e = _edge(guide, unit // size[3], offsets // _apart(size) + SHIFT * way, away, mask, ORDER)
         return d, tl.where(mask, e, 0.0)
 
 
 @triton.jit
 def _weight_at(weight, unit, offsets, size, mask):
-    return load_broadcast(weight, unit * (size[0] * size[1] * size[2] * size[3]) + offsets, mask)
+    return load_broadcast(weight, unit * (size[0] * size[1] * size[2] * _apart(size)) + offsets, mask)
 
 
 @triton.jit
@@ -121,7 +130,7 @@ def _pull(
     """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
     place, extent, away = _axis(offsets, size, AXIS)
     mask = inside & _has(place + SHIFT, extent, ORDER)
-    there = offsets + SHIFT * away * size[3]
+    there = offsets + SHIFT * away * _apart(size)
     d, e = _step(image_ptr, guide, unit, offsets, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
     if KIND == "isotropic":
         squares = d * e * d * e
@@ -147,7 +156,7 @@ def _smoothness_fwd_kernel(
     guide,  # None or a tuple, see _edge
     weight,  # None or a tuple, see load_broadcast
     out_ptr,  # (units, splits, step, AXES, or 1 if isotropic) float32
-    size,  # width, height, depth, step (elements of a pixel), units of an image
+    size,  # see _apart
     splits,
     used,  # lanes of a block: a multiple of step, so that a lane stays with its channel
     KIND: tl.constexpr,
@@ -158,7 +167,7 @@ def _smoothness_fwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     unit = program // splits
-    count = size[0] * size[1] * size[2] * size[3]
+    count = size[0] * size[1] * size[2] * _apart(size)
     lanes = tl.arange(0, BLOCK)
     sum_x = tl.zeros((BLOCK,), tl.float32)
     sum_y = tl.zeros((BLOCK,), tl.float32)
@@ -187,9 +196,9 @@ def _smoothness_fwd_kernel(
         if KIND == "isotropic":
             sum_x += tl.sqrt(squares) * w
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    out_ptr += program.to(tl.int64) * size[3] * outs + outs - 1
-    for channel in range(size[3]):
-        own = lanes % size[3] == channel
+    out_ptr += program.to(tl.int64) * _apart(size) * outs + outs - 1
+    for channel in range(_apart(size)):
+        own = lanes % _apart(size) == channel
         tl.store(out_ptr + channel * outs, tl.sum(tl.where(own, sum_x, 0.0)))
         if outs > 1:
             tl.store(out_ptr + channel * outs - 1, tl.sum(tl.where(own, sum_y, 0.0)))
@@ -204,7 +213,7 @@ def smoothness_gradient(
 ):  # fmt: skip
     """The gradient of elements; grad_ptr: (units, step, AXES, or 1 if isotropic) float32."""
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    grad_ptr += (unit * size[3] + offsets % size[3]) * outs + outs - 1
+    grad_ptr += unit * _apart(size) * outs + outs - 1
     total = tl.zeros(offsets.shape, tl.float32)
     for axis in tl.static_range(AXES):
         before = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, -1, KIND, ORDER, AXES)
@@ -213,7 +222,11 @@ def smoothness_gradient(
         if ORDER == 2:
             after = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, 1, KIND, ORDER, AXES)
             pulled -= here - after
-        total += tl.load(grad_ptr - (0 if KIND == "isotropic" else axis), mask=inside, other=0.0) * pulled
+        up = grad_ptr - (0 if KIND == "isotropic" else axis)
+        if len(size) == 5:
+            total += tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0) * pulled
+        else:
+            total += tl.load(up) * pulled
     return total
 
 
@@ -234,7 +247,7 @@ def _smoothness_bwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     unit = program // splits
-    count = size[0] * size[1] * size[2] * size[3]
+    count = size[0] * size[1] * size[2] * _apart(size)
     offsets = program % splits * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     grad = smoothness_gradient(
@@ -246,7 +259,9 @@ def _smoothness_bwd_kernel(
 def _block(guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> int:
     """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
     plain = order == 1 and guide is None
-    return STREAM_BLOCK if plain and weight is None and kind != "isotropic" else 1024 if plain else 512
+    if plain:
+        return 1024 if kind == "isotropic" or weight is not None else STREAM_BLOCK
+    return 256 if order == 2 and guide is not None else 512
 
 
 def in_order(image: Tensor) -> Tensor:
@@ -257,11 +272,11 @@ def in_order(image: Tensor) -> Tensor:
     return image.contiguous()
 
 
-def sizes(image: Tensor) -> tuple[int, int, int, int, int]:
-    """Of an image in order: width, height, depth, elements of a pixel, units of an image (planes, or 1)."""
+def sizes(image: Tensor) -> tuple[int, ...]:
+    """Of an image in order: width, height, depth, units (planes, or 1) of an image and, if channels_last, channels."""
     channels, (*depth, height, width) = image.shape[1], image.shape[2:]
-    apart = image.is_contiguous()
-    return width, height, depth[0] if depth else 1, 1 if apart else channels, channels if apart else 1
+    size = width, height, depth[0] if depth else 1
+    return (*size, channels) if image.is_contiguous() else (*size, 1, channels)
 
 
 def guide_args(guide: Tensor | None) -> tuple | None:
@@ -280,11 +295,11 @@ def smoothness_fwd(
         return image_pred.new_zeros((images, channels, outs), dtype=torch.float32)
     image = in_order(image_pred)
     size = sizes(image)
-    step, units = size[3], images * size[4]
+    step, units = image.shape[1] // size[3], images * size[3]
     block = _block(guide, weight, kind, order)
     used = block // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
     splits = min(triton.cdiv(image.numel() // units, used), triton.cdiv(REDUCE_PROGRAMS, units))
-    out = image.new_empty((images, size[4], splits, step, outs), dtype=torch.float32)
+    out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
     weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
         _smoothness_fwd_kernel[(units * splits,)](
@@ -303,7 +318,7 @@ def smoothness_bwd(
     image = in_order(image_pred)
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
-    units = image.shape[0] * size[4]
+    units = image.shape[0] * size[3]
     block = _block(guide, weight, kind, order)
     splits = triton.cdiv(image.numel() // units, block)
     weight_args = None if weight is None else broadcast_args(weight, image)
