@@ -184,8 +184,3 @@ std::tuple<Tensor, Tensor> contrastive_bwd(const Tensor& grad, const Tensor& que
 
 }  // namespace
 }  // namespace fastloss
-
-STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_fwd", TORCH_BOX(&fastloss::contrastive_fwd));
-  m.impl("contrastive_bwd", TORCH_BOX(&fastloss::contrastive_bwd));
-}

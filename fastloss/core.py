@@ -282,10 +282,12 @@ class Op:
                                "use_backend('reference') differentiates any number of times")
         wrt: dict[str, Any] = {}
         for name in self.grads:
+            if have[name] is None:  # an optional input that was not given
+                continue
             leaf = [t.detach().requires_grad_() for t in _tensors(have[name])]
             wrt[name] = leaf if isinstance(have[name], list) else leaf[0]
         out = self.reference(*((have | wrt)[name] for name in self.inputs))
-        used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
+        used = [i for i, name in enumerate(self.grads) if name in wrt and have.get(f"needs_{name}", True)]
         inputs = [t for i in used for t in _tensors(wrt[self.grads[i]])]
         first = torch.autograd.grad(out, inputs, upstream.to(out.dtype), create_graph=True)
         if not isinstance(grad_grads[0], list):  # a list holds the needed ones only
