@@ -4,22 +4,6 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// e^x for x <= 88, two ulp; 0 below the smallest normal number, NaN for NaN.
-FASTLOSS_INLINE vf exp(vf x) {
-  const vf lowest = all(-87.33f);
-  const vf magic = (x < lowest ? lowest : x) * 1.44269504f + 0x1.8p23f;  // rounds to an integer, in the low bits
-  const vf n = magic - 0x1.8p23f;
-  const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const vf power = (vf)(((vi)magic << 23) + 0x3f800000);
-  return x < lowest ? all(0.0f) : p * power;
-}
-
 FASTLOSS_INLINE void store_bits(double* to, vd v) { __builtin_memcpy(to, &v, sizeof v); }
 FASTLOSS_INLINE vf larger(vf a, vf b) { return (a > b) | (a != a) ? a : b; }  // NaN stays
 
