@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -185,6 +186,25 @@ def flops(shape, size, mode):
     return {"forward": 1, "backward": 3, "both": 4}[mode] * 2 * rows * rows * width
 
 
+def frozen_flops(shape, size, mode):
+    """As above for negatives without gradient: one product makes the queries' gradient, and logits may be kept."""
+    rows, keys, width = shape
+    return {"forward": 1, "backward": 1, "both": 2}[mode] * 2 * rows * keys * width
+
+
+def open_clip_rivals():
+    """open_clip's own loss, where it is installed."""
+    if importlib.util.find_spec("open_clip") is None:
+        return {}
+
+    def rival(image, text, logit_scale):
+        from open_clip.loss import ClipLoss
+
+        return ClipLoss()(image, text, logit_scale)
+
+    return {"open_clip": rival}
+
+
 CONTRASTIVE = [
     Case(
         "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
@@ -197,7 +217,8 @@ CONTRASTIVE = [
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
-            shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}], all_grads=True
+            shapes=[(256, 512), (8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}],
+            all_grads=True,
         ),
     ),
     Case(
@@ -206,6 +227,9 @@ CONTRASTIVE = [
             {"query_ids": IDS, "key_ids": IDS}, {"weights": WEIGHTS, "symmetric": True},
             {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "include_positive": False},
             {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
+            {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
+            {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
+            {"bias": torch.linspace(-1, 1, 6), "include_positive": False, "sampling": NegativeSampling(margin=0.3)},
         ],
     ),
     Case(
@@ -213,8 +237,15 @@ CONTRASTIVE = [
         options=[
             {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
             {"in_batch": True, "symmetric": True, "temperature": 0.25},
+            {"in_batch": True, "sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"normalize": False, "temperature": torch.tensor(4.0), "sampling": NegativeSampling(margin=0.5)},
         ],
         grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
+    ),
+    Case(
+        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((3, 5, 4), (4, 40, 6)),
+        grads=(0, 1),
+        bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
     ),
     Case(
         "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
@@ -244,8 +275,10 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(2048, 512), (8192, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}], all_grads=True
+            shapes=[(256, 512), (1024, 512), (2048, 512), (8192, 512)], cost=flops, unit="flops",
+            options=[{"logit_scale": 14.3}], all_grads=True,
         ),
+        extra={"rivals": open_clip_rivals()},
     ),
     Case(
         "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 2)),
