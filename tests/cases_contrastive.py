@@ -229,7 +229,7 @@ CONTRASTIVE = [
             {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
             {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
             {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
-            {"bias": torch.linspace(-1, 1, 6), "include_positive": False, "sampling": NegativeSampling(margin=0.3)},
+            {"query_ids": IDS, "key_ids": IDS, "include_positive": False, "bias": torch.linspace(-1, 1, 6)},
         ],
     ),
     Case(
