@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 
 import torch
@@ -197,19 +196,6 @@ def frozen_flops(shape, size, mode):
     return {"forward": 1, "backward": 1, "both": 2}[mode] * 2 * rows * keys * width
 
 
-def open_clip_rivals():
-    """open_clip's own loss, where it is installed."""
-    if importlib.util.find_spec("open_clip") is None:
-        return {}
-
-    def rival(image, text, logit_scale):
-        from open_clip.loss import ClipLoss
-
-        return ClipLoss()(image, text, logit_scale)
-
-    return {"open_clip": rival}
-
-
 CONTRASTIVE = [
     Case(
         "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
@@ -285,7 +271,6 @@ CONTRASTIVE = [
             options=[{"logit_scale": 14.3}],
             all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
         ),
-        extra={"rivals": open_clip_rivals()},
     ),
     Case(
         "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 2)),
