@@ -6,8 +6,8 @@
 namespace fastloss {
 namespace {
 
-constexpr double kGradientBlock = 32;      // MiB of a block of H at most
-constexpr int64_t kWidest = 65536;  // its columns at most
+constexpr double kGradientBlock = 32;  // MiB of a block of H at most
+constexpr int64_t kWidest = 65536;     // its columns at most
 
 // The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
 struct Upstream {

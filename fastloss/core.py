@@ -90,6 +90,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _backends.forced = before
 
 
+def is_forced() -> bool:
+    """Somebody asked for a backend by name: no shortcut past the ops is taken then."""
+    return _backends.forced is not None
+
+
 def backend_report() -> dict[str, str]:
     """Each backend and "available", or the reason why it is not."""
     return {name: why or "available" for name, why in _backends.missing.items()}

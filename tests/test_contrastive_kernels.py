@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import clip_loss, core, info_nce
+from fastloss.losses import contrastive_forms
 from fastloss.losses.contrastive_softmax import contrastive
 from tests.battery import Errors, recorded
 
@@ -29,15 +30,20 @@ def run(backend: str, loss, *args: Tensor, **options) -> list[Tensor]:
 
 
 def judge(loss, *args: Tensor, **options) -> None:
-    """The kernels against float64 at several scales, by the one rule: at most twice the reference's error, plus eps."""
+    """The kernels against float64 by the one rule: at most twice the reference's error, plus eps."""
     errors = Errors(torch.float32)
+    collect(errors, loss, *args, **options)
+    errors.check()
+
+
+def collect(errors: Errors, loss, *args: Tensor, **options) -> None:
+    """Samples at several scales."""
     for factor in (1.0, 0.97, 0.9, 0.83):
         given = *args[:-1], factor * args[-1]
         exact = run("reference", loss, *(t.double() for t in given), **options)
         results = (run("cpp", loss, *given, **options), run("reference", loss, *given, **options), exact)
         for name, ours, eager, truth in zip(("value", "query", "key", "scale"), *results, strict=True):
-            errors.add(name, ours, eager, truth)
-    errors.check()
+            errors.add(name, ours, eager, truth, str(len(args[0])))
 
 
 def clip(scale: float = 14.3, **options):
@@ -45,11 +51,13 @@ def clip(scale: float = 14.3, **options):
 
 
 @pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
-@pytest.mark.parametrize("rows", [1, 2, 15, 67, 1031])
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_every_instruction_set_and_odd_sizes(monkeypatch, cpu, rows, reduction):
+def test_every_instruction_set_and_odd_sizes(monkeypatch, cpu, reduction):
     monkeypatch.setenv("FASTLOSS_CPU", cpu)
-    judge(clip(normalize=True, reduction=reduction), *pair(rows, 13), torch.ones(()))
+    errors = Errors(torch.float32)
+    for rows in (1, 2, 15, 67, 1031):
+        collect(errors, clip(normalize=True, reduction=reduction), *pair(rows, 13), torch.ones(()))
+    errors.check()
 
 
 @pytest.mark.parametrize("workspace_mib", [1e-6, 0.01, 0.05, 0.2])
@@ -119,7 +127,8 @@ def test_only_what_needs_a_gradient_gets_one():
     both = run("cpp", clip_loss, q, k, logit_scale=1.0)
     for which in (0, 1):
         args = [t.clone().requires_grad_(i == which) for i, t in enumerate((q, k))]
-        (0.5 * clip_loss(*args, logit_scale=1.0)).backward()
+        with core.use_backend("cpp"):
+            (0.5 * clip_loss(*args, logit_scale=1.0)).backward()
         torch.testing.assert_close(args[which].grad, both[1 + which], rtol=1e-6, atol=1e-9)
         assert args[1 - which].grad is None
 
@@ -156,3 +165,49 @@ def test_backward_under_autocast_stays_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         under = run("cpp", clip_loss, q, k, logit_scale=1.0)
     assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
+PLAIN = {
+    "info_nce": lambda q, k, s, **o: info_nce(q, k, temperature=0.3 * s, **o),
+    "symmetric": lambda q, k, s, **o: info_nce(q, k, temperature=0.3 * s, symmetric=True, **o),
+    "clip_loss": lambda q, k, s, **o: clip_loss(q, k, logit_scale=0.7 * s, reduction="none", **o),
+    "normalised": lambda q, k, s, **o: clip_loss(q, k, logit_scale=4.0 * s, normalize=True, **o),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("over", [0, 1])
+def test_both_sides_of_the_shortcut_of_small_batches(monkeypatch, name, over):
+    """Up to SHORT logits dense torch serves the plain losses, above it the op; both obey the one rule."""
+    errors = Errors(torch.float32)
+    for rows in (1, 2, 9, 40):
+        monkeypatch.setattr(contrastive_forms, "SHORT", rows * rows - over)
+        q, k = pair(rows, 11)
+        q[-1] = 0
+        args = q, k, torch.ones(())
+        with recorded() as calls:
+            ours = run(None, PLAIN[name], *args)
+        assert len(calls) == over
+        exact = run("reference", PLAIN[name], *(t.double() for t in args))
+        eager = run("reference", PLAIN[name], *args)
+        for what, *three in zip(("value", "query", "key", "scale"), ours, eager, exact, strict=True):
+            errors.add(what, *three, str(rows))
+    errors.check()
+
+
+def test_what_the_shortcut_leaves_to_the_op():
+    q, k = pair(5, 4)
+    ids = torch.arange(5)
+    for options in ({"return_lse": True}, {"label_smoothing": 0.1}, {"workspace_mib": 1e-4}, {"image_ids": ids}):
+        with recorded() as calls:
+            clip_loss(q, k, logit_scale=1.0, **options)
+        assert len(calls) == 1, options
+    for backend in ("reference", "cpp"):
+        with core.use_backend(backend), recorded() as calls:
+            clip_loss(q, k, logit_scale=1.0)
+        assert len(calls) == 1
+    with recorded() as calls:
+        clip_loss(q, k, logit_scale=1.0, weights=torch.ones(5))
+        clip_loss(q.bfloat16(), k.bfloat16(), logit_scale=1.0)
+        info_nce(q, torch.cat((k, k)))
+    assert not calls

@@ -106,7 +106,9 @@ def info_nce(
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
     with full_precision(query):
-        rows = softmax_rows(query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib)
+        rows = softmax_rows(
+            query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib, return_lse
+        )
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -249,7 +251,7 @@ def clip_loss(
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib)
+        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib, return_lse)
     return finish(out, weights, reduction, return_lse)
 
 

@@ -144,8 +144,10 @@ def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> Tenso
 
 
 def finish(
-    rows: ContrastiveOutput, weights: Tensor | None, reduction: str, return_lse: bool
+    rows: ContrastiveOutput | Tensor, weights: Tensor | None, reduction: str, return_lse: bool
 ) -> Tensor | ContrastiveOutput:
-    """The reduced loss, alone or with its by-products."""
+    """The reduced loss, alone or with its by-products, which `rows` then has."""
+    if isinstance(rows, Tensor):
+        return reduce_rows(rows, weights, reduction)
     loss = reduce_rows(rows.loss, weights, reduction)
     return ContrastiveOutput(loss, rows.lse, rows.top1) if return_lse else loss

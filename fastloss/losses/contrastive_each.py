@@ -4,15 +4,16 @@
     A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
 
 The statistics [S, M] are those of contrastive_softmax.py, without its directions: log-sum-exp, maximum, with `kind`
-"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) s and beta s. With G_ik = d loss / d s_ik,
+"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) s and beta s.
+With G_ik = d loss / d s_ik,
 
     t_i      = sum_k G_ik c_ik n_ik
     d query  = row_scale_i t_i                  d row_scale = <query_i, t_i>
     d n_ik   = G_ik c_ik (row_scale_i query_i - s_ik c_ik n_ik)      without `normalize` the last term is absent
 
 Each statistic's part of t, divided by its upstream gradient, is a sum that the forward has made when `keep` is 1 or 2,
-`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits (-inf
-outside A) and the c are kept as well, M K floats each: the gradient of the negatives is one read and one write of them.
+`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits
+(-inf outside A) and the c are kept too, M K floats each: the gradient of the negatives is one read and write of them.
 """
 
 from __future__ import annotations

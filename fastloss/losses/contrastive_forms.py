@@ -9,19 +9,21 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import result_dtype
+from ..core import is_forced, result_dtype
 from .contrastive_each import each_statistics
 from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
 from .contrastive_softmax import contrastive
+
+SHORT = 256 * 256  # logits of a plain loss up to which dense torch is faster: not the arithmetic but the calls decide
 
 
 def _inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors."""
     length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    tiny = length <= TINY_NORM
-    return (1 / length.masked_fill(tiny, 1.0)).masked_fill(tiny, 0.0)
+    return 1 / length.masked_fill(length <= TINY_NORM, math.inf)
 
 
 def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -56,6 +58,21 @@ def _scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, 
     return torch.full((like.shape[0],), scale, dtype=dtype, device=like.device)
 
 
+def _is_short(logits: int, form: SoftmaxForm, workspace_mib: float, dtype: torch.dtype) -> bool:
+    plain = form == SoftmaxForm(symmetric=form.symmetric, normalize=form.normalize)
+    return plain and logits <= min(SHORT, workspace_mib * 2**16) and dtype == torch.float32 and not is_forced()
+
+
+def _short_rows(query: Tensor, key: Tensor, scale: Tensor | float, form: SoftmaxForm, dtype: torch.dtype) -> Tensor:
+    """The plain loss by its definition, in few calls: softplus(log-sum-exp of the negatives - positive)."""
+    logits = scale * (embed(query, dtype, form.normalize) @ embed(key, dtype, form.normalize).T)
+    positive = logits.diagonal()
+    own = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
+    others = logits.masked_fill(own, -math.inf)
+    loss = F.softplus(others.logsumexp(1) - positive)
+    return (loss + F.softplus(others.logsumexp(0) - positive)) / 2 if form.symmetric else loss
+
+
 def softmax_rows(
     query: Tensor,
     key: Tensor,
@@ -67,9 +84,16 @@ def softmax_rows(
     key_ids: Tensor | None,
     form: SoftmaxForm,
     workspace_mib: float,
-) -> ContrastiveOutput:
-    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions."""
+    return_lse: bool,
+) -> ContrastiveOutput | Tensor:
+    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
+
+    The by-products are left out where they would cost something and nobody asked for them.
+    """
     dtype = result_dtype(query, key, negatives)
+    extras = return_lse or any(x is not None for x in (negatives, bias, targets, query_ids))
+    if not extras and _is_short(query.shape[0] * key.shape[0], form, workspace_mib, dtype):
+        return _short_rows(query, key, scale, form, dtype)
     query, key = _wide(query), _wide(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)

@@ -87,8 +87,7 @@ def embed(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     if not normalize:
         return x
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    tiny = length <= TINY_NORM
-    return torch.where(tiny, torch.zeros_like(x), x / torch.where(tiny, torch.ones_like(length), length))
+    return x / length.masked_fill(length <= TINY_NORM, math.inf)
 
 
 def log_sum_exp(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
