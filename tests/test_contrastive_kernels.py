@@ -21,7 +21,7 @@ def pair(rows: int, width: int, keys: int | None = None, noise: float = 1.0) -> 
     return key[:rows] + noise * torch.randn(rows, width, generator=generator), key
 
 
-def run(backend: str, loss, *args: Tensor, **options) -> list[Tensor]:
+def run(backend: str | None, loss, *args: Tensor, **options) -> list[Tensor]:
     args = tuple(t.detach().requires_grad_() for t in args)
     with core.use_backend(backend):
         out = loss(*args, **options)
@@ -36,12 +36,12 @@ def judge(loss, *args: Tensor, **options) -> None:
     errors.check()
 
 
-def collect(errors: Errors, loss, *args: Tensor, **options) -> None:
+def collect(errors: Errors, loss, *args: Tensor, backend: str | None = "cpp", **options) -> None:
     """Samples at several scales."""
     for factor in (1.0, 0.97, 0.9, 0.83):
         given = *args[:-1], factor * args[-1]
         exact = run("reference", loss, *(t.double() for t in given), **options)
-        results = (run("cpp", loss, *given, **options), run("reference", loss, *given, **options), exact)
+        results = (run(backend, loss, *given, **options), run("reference", loss, *given, **options), exact)
         for name, ours, eager, truth in zip(("value", "query", "key", "scale"), *results, strict=True):
             errors.add(name, ours, eager, truth, str(len(args[0])))
 
@@ -184,14 +184,10 @@ def test_both_sides_of_the_shortcut_of_small_batches(monkeypatch, name, over):
         monkeypatch.setattr(contrastive_forms, "SHORT", rows * rows - over)
         q, k = pair(rows, 11)
         q[-1] = 0
-        args = q, k, torch.ones(())
         with recorded() as calls:
-            ours = run(None, PLAIN[name], *args)
+            run(None, PLAIN[name], q, k, torch.ones(()))
         assert len(calls) == over
-        exact = run("reference", PLAIN[name], *(t.double() for t in args))
-        eager = run("reference", PLAIN[name], *args)
-        for what, *three in zip(("value", "query", "key", "scale"), ours, eager, exact, strict=True):
-            errors.add(what, *three, str(rows))
+        collect(errors, PLAIN[name], q, k, torch.ones(()), backend=None)
     errors.check()
 
 
