@@ -180,7 +180,7 @@ PLAIN = {
 def test_both_sides_of_the_shortcut_of_small_batches(monkeypatch, name, over):
     """Up to SHORT logits dense torch serves the plain losses, above it the op; both obey the one rule."""
     errors = Errors(torch.float32)
-    for rows in (1, 2, 9, 40):
+    for rows in (2, 9, 40):
         monkeypatch.setattr(contrastive_forms, "SHORT", rows * rows - over)
         q, k = pair(rows, 11)
         q[-1] = 0
@@ -198,9 +198,9 @@ def test_what_the_shortcut_leaves_to_the_op():
         with recorded() as calls:
             clip_loss(q, k, logit_scale=1.0, **options)
         assert len(calls) == 1, options
-    for backend in ("reference", "cpp"):
+    for backend, rows in (("reference", 5), ("cpp", 5), (None, 1)):
         with core.use_backend(backend), recorded() as calls:
-            clip_loss(q, k, logit_scale=1.0)
+            clip_loss(q[:rows], k[:rows], logit_scale=1.0)
         assert len(calls) == 1
     with recorded() as calls:
         clip_loss(q, k, logit_scale=1.0, weights=torch.ones(5))

@@ -60,15 +60,15 @@ def _scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, 
 
 def _is_short(logits: int, form: SoftmaxForm, workspace_mib: float, dtype: torch.dtype) -> bool:
     plain = form == SoftmaxForm(symmetric=form.symmetric, normalize=form.normalize)
-    return plain and logits <= min(SHORT, workspace_mib * 2**16) and dtype == torch.float32 and not is_forced()
+    fits = 1 < logits <= min(SHORT, workspace_mib * 2**16)  # a single logit leaves no negatives
+    return plain and fits and dtype == torch.float32 and not is_forced()
 
 
 def _short_rows(query: Tensor, key: Tensor, scale: Tensor | float, form: SoftmaxForm, dtype: torch.dtype) -> Tensor:
     """The plain loss by its definition, in few calls: softplus(log-sum-exp of the negatives - positive)."""
     logits = scale * (embed(query, dtype, form.normalize) @ embed(key, dtype, form.normalize).T)
     positive = logits.diagonal()
-    own = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
-    others = logits.masked_fill(own, -math.inf)
+    others = logits + torch.zeros_like(logits).fill_diagonal_(-math.inf)
     loss = F.softplus(others.logsumexp(1) - positive)
     return (loss + F.softplus(others.logsumexp(0) - positive)) / 2 if form.symmetric else loss
 
