@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
 ARGS ?=
+WORKERS ?= 2
 BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
@@ -14,7 +15,7 @@ train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
 
 test: $(VENV)/.test
-	FASTLOSS_TRITON36=$(wildcard $(VENV)/triton36) $(BIN)/python -m pytest $(ARGS)
+	FASTLOSS_TRITON36=$(wildcard $(VENV)/triton36) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy

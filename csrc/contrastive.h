@@ -21,7 +21,7 @@ constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing
 constexpr int64_t kMiB = 1 << 20;
 constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up in one go
 constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
-constexpr int64_t kWide = 16384;            // its columns at most: fewer rows would not pay for packing the keys
+constexpr int64_t kWide = 2048;             // its columns at most: the more rows, the rarer the keys are packed
 constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
 
 struct RowOf {

@@ -72,6 +72,12 @@ FASTLOSS_INLINE double sum(vd x) {
   return total;
 }
 
+FASTLOSS_INLINE float sum(vf x) {
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int k = 0; k < half; ++k) x[k] += x[k + half];
+  return x[0];
+}
+
 // float16 and back. Without F16C: integer arithmetic, rounding to nearest even.
 FASTLOSS_INLINE vf widen_half(vh h) {
 #if defined(__x86_64__) && FASTLOSS_BYTES == 64
@@ -171,6 +177,26 @@ FASTLOSS_INLINE void store_some(T* to, vf v, int64_t n) {
   __builtin_memcpy((void*)to, &stored, n * sizeof(T));
 }
 
+// The same of W elements, if there are as many.
+template <typename T>
+FASTLOSS_INLINE vf load_up_to(const T* from, int64_t n) {
+  return n >= W ? load(from) : load_some(from, n);
+}
+template <typename T>
+FASTLOSS_INLINE void store_up_to(T* to, vf v, int64_t n) {
+  if (n >= W)
+    store(to, v);
+  else
+    store_some(to, v, n);
+}
+template <typename T>
+FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
+  if (streamed)
+    stream(to, v);
+  else
+    store_up_to(to, v, n);
+}
+
 // e^x for x <= 88, two ulp; 0 below the smallest normal number, NaN for NaN.
 FASTLOSS_INLINE vf exp(vf x) {
   const vf lowest = all(-87.33f);
@@ -185,21 +211,6 @@ FASTLOSS_INLINE vf exp(vf x) {
   p = p * r * r + r + 1.0f;
   const vf power = (vf)(((vi)magic << 23) + 0x3f800000);
   return x < lowest ? all(0.0f) : p * power;
-}
-
-// n elements, n <= W; the other lanes read 0.
-template <typename T>
-FASTLOSS_INLINE vf load_up_to(const T* from, int64_t n) {
-  return n == W ? load(from) : load_some(from, n);
-}
-template <typename T>
-FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
-  if (streamed)
-    stream(to, v);
-  else if (n == W)
-    store(to, v);
-  else
-    store_some(to, v, n);
 }
 
 // x^y for x >= 0 and y > 0, computed in double so that the result is as good as rounded: log2 by its atanh series, 2^t by Taylor.

@@ -24,6 +24,7 @@ from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mo
 from .losses.image import ImageLoss, ImageLosses, image_loss
 from .losses.lpips import LPIPSDistance, lpips_distance
 from .losses.perceptual import FeatureDistance, feature_distance
+from .losses.perceptual_execution import Execution
 from .losses.perceptual_network import PerceptualLoss
 from .losses.perceptual_tap import tap
 from .losses.pixel import PixelLoss, pixel_loss
@@ -40,6 +41,7 @@ __all__ = [
     "ContrastiveOutput",
     "DISTSDistance",
     "DiversityLoss",
+    "Execution",
     "FeatureDistance",
     "ImageLoss",
     "ImageLosses",

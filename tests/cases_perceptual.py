@@ -43,6 +43,13 @@ def gram_flops(shapes: tuple, size: int, mode: str) -> int:
     return one * {"forward": 2, "backward": 1, "both": 3}[mode]
 
 
+def lpips_bytes(shapes: tuple, size: int, mode: str) -> int:
+    """Read both lists and write four numbers a pixel; read all that and write one list of gradients."""
+    count = sum(torch.Size(shape).numel() for shape in shapes)
+    pixels = sum(torch.Size(shape).numel() // shape[1] for shape in shapes)
+    return {"forward": 2, "backward": 3, "both": 5}[mode] * size * count + (32 if mode == "both" else 16) * pixels
+
+
 def feature_pair(draw: Draw, shapes: tuple) -> tuple:
     features = [draw.normal(*shape) for shape in shapes]
     return features, [draw.near(f) for f in features]
@@ -205,6 +212,7 @@ PERCEPTUAL_CASES = [
             ("size", with_options(spatial=True, size=(0, 4)), ValueError, "size: expected (height, width)"),
             ("eps", with_options(eps=0), ValueError, "eps: expected a finite number > 0"),
         ],
+        bench=Bench(shapes=[VGG16], cost=lpips_bytes),
         module=fastloss.LPIPSDistance,
     ),
     Case(

@@ -203,7 +203,9 @@ def test_double_backward_is_the_references(case, place, options, dtype):
             none = [None] * len(wrt)  # a piecewise linear op has gradients that depend on no input
             got = torch.autograd.grad(total, wrt, allow_unused=True) if total.requires_grad else none
         second.append([torch.zeros_like(t) if g is None else g for t, g in zip(wrt, got, strict=True)])
-    torch.testing.assert_close(*second, rtol=1e-4, atol=1e-6, equal_nan=True)  # p=1.5 has none at d=0
+    for ours, theirs in zip(*second, strict=True):  # of many magnitudes in one tensor; p=1.5 has none (NaN) at d=0
+        largest = theirs.abs().nan_to_num(0, 0).max().item() if theirs.numel() else 0.0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * max(1.0, largest), equal_nan=True)
 
 
 @not_interpreted

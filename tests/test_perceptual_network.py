@@ -146,7 +146,7 @@ def test_input_range_and_normalisation():
         scaled = [low + (high - low) * i for i in (image, image_pred)]
         torch.testing.assert_close(PerceptualLoss(twice_pooled, input_range=(low, high))(*scaled), expected)
     seen = []
-    half = PerceptualLoss(lambda x: seen.append(x) or [x], mean=[0.5], std=[0.25])
+    half = PerceptualLoss(lambda x: seen.append(x) or [x], normalize=([0.5], [0.25]))
     half.encode(torch.full((1, 1, 2, 2), 0.75))
     assert torch.equal(seen[0], torch.ones(1, 1, 2, 2))
     plain = PerceptualLoss(lambda x: [x], normalize=False)
@@ -231,8 +231,9 @@ BAD_OPTIONS = [
     ({"layer_weights": 2.0}, TypeError, "layer_weights: expected a list of numbers"),
     ({"backbone_weights": [1.0, 2.0]}, ValueError, "backbone_weights: expected as many entries as backbones, 1"),
     ({"input_range": (1.0, 0.0)}, ValueError, "input_range: expected .low, high. with low < high"),
-    ({"mean": [0.5]}, ValueError, "std: expected as many entries as mean, 1, got 3"),
-    ({"std": [1.0, 0.0, 1.0]}, ValueError, r"std\[1\]: expected a finite number > 0"),
+    ({"normalize": ([0.5], [1.0, 1.0])}, ValueError, "std: expected as many entries as mean, 1, got 2"),
+    ({"normalize": "imagenet"}, TypeError, "normalize: expected True, False or a pair"),
+    ({"normalize": ([0.5] * 3, [1.0, 0.0, 1.0])}, ValueError, r"std\[1\]: expected a finite number > 0"),
     ({"backbones": [twice_pooled] * 2, "layer_weights": [1.0, 2.0]}, TypeError, "one list .or None. for each"),
     ({"backbones": [twice_pooled] * 2, "layers": [None]}, ValueError, "layers: expected as many entries as backbones"),
     ({"backbones": [twice_pooled] * 2, "pretrained": [True]}, ValueError, "pretrained: expected as many entries"),

@@ -14,7 +14,7 @@ from ..checks import check_number, check_same_device, check_same_length, check_t
 from ..core import Loss, Op, result_dtype
 from .perceptual_checks import check_layers, check_list, check_samples
 
-STATISTICS = 4  # what the backward needs of a pixel: 1 / (|f| + eps), the same of t, and a factor for each gradient
+STATISTICS = 4  # that the forward keeps of a pixel: |f|, |t|, and the sums over channels of w d u and w d v
 
 
 def _unit(x: Tensor, eps: float) -> Tensor:
@@ -85,6 +85,7 @@ _lpips = Op(
     reference=lpips_reference,
     grads=("features", "targets"),
     outputs=("out", "statistics"),
+    triton="lpips",
     takes=_kernels_take,
 )
 

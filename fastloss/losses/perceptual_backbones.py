@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Step = tuple[str, str, nn.Module]  # name of the tap, prefix of its weights in torchvision's files, module
 
@@ -33,6 +34,7 @@ DEFAULT_TAPS = {
     "inception_v3": ("Conv2d_2b_3x3", "Conv2d_4a_3x3", "Mixed_5d", "Mixed_6e"),
     "convnext_tiny": ("stage1", "stage2", "stage3"),
 }
+LPIPS_TAPS = {"vgg16": ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3")}  # where they are not the default
 DEFAULT_TAPS |= {f"{name}_bn": DEFAULT_TAPS[name] for name in _VGG_CONFIGURATIONS}
 BACKBONES = tuple(sorted(DEFAULT_TAPS))
 
@@ -125,10 +127,17 @@ class Backbone(nn.Module):
     """A torchvision trunk up to its last tap: `forward(image)` returns the list of features, in the order of `taps`.
 
     The image is [N,3,H,W], normalised with ImageNet's mean and standard deviation. In-place ReLUs are made
-    out-of-place, so that a tap before one stays what it was.
+    out-of-place, so that a tap before one stays what it was. With `checkpointed` a backward runs the steps from one tap
+    to the next once more, instead of keeping what is between them.
     """
 
-    def __init__(self, name: str, layers: Sequence[str] | None = None, pretrained: bool | str | os.PathLike = True):
+    def __init__(
+        self,
+        name: str,
+        layers: Sequence[str | int] | None = None,
+        pretrained: bool | str | os.PathLike = True,
+        checkpointed: bool = False,
+    ) -> None:
         super().__init__()
         if name not in DEFAULT_TAPS:
             raise ValueError(
@@ -137,7 +146,8 @@ class Backbone(nn.Module):
             )
         steps = _steps(name)
         self.name = name
-        self.taps = _check_taps(name, layers, [tap for tap, _, _ in steps])
+        self.checkpointed = checkpointed
+        self.taps = _check_taps(name, layers, [(tap, prefix) for tap, prefix, _ in steps])
         last = max(i for i, (tap, _, _) in enumerate(steps) if tap in self.taps)
         steps = steps[: last + 1]
         if pretrained is not False:
@@ -148,34 +158,53 @@ class Backbone(nn.Module):
                 module.inplace = False
 
     def forward(self, image: Tensor) -> list[Tensor]:
-        found, height, width = {}, image.shape[2], image.shape[3]
-        for tap, step in self.steps.items():
+        found, size, names = {}, f"{image.shape[2]} x {image.shape[3]}", list(self.steps)
+        start = 0
+        for end, tap in enumerate(names, 1):
+            if tap not in self.taps:
+                continue
+            if self.checkpointed and image.requires_grad and torch.is_grad_enabled():
+                image = checkpoint(
+                    self._run, image, names[start:end], size, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                image = self._run(image, names[start:end], size)
+            found[tap], start = image, end
+        return [found[tap] for tap in self.taps]
+
+    def _run(self, image: Tensor, names: Sequence[str], size: str) -> Tensor:
+        for name in names:
             try:
-                image = step(image)
+                image = self.steps[name](image)
             except RuntimeError as error:
                 if not any(words in str(error) for words in _TOO_SMALL):
                     raise
-                at = f"{height} x {width} is too small for {self.name}, at {tap}"
-                raise ValueError(f"image: {at}: {error}") from error
-            if tap in self.taps:
-                found[tap] = image
-        return [found[tap] for tap in self.taps]
+                raise ValueError(f"image: {size} is too small for {self.name}, at {name}: {error}") from error
+        return image
 
     def extra_repr(self) -> str:
         return f"{self.name!r}, taps={self.taps}"
 
 
-def _check_taps(name: str, layers: Any, names: list[str]) -> tuple[str, ...]:
+def _check_taps(name: str, layers: Any, steps: list[tuple[str, str]]) -> tuple[str, ...]:
+    """The taps' own names, from these, torchvision's (features.3) or indices into torchvision's `features`."""
     if layers is None:
         return DEFAULT_TAPS[name]
     if isinstance(layers, str) or not isinstance(layers, Sequence):
         raise TypeError(f"layers: expected a list of names, got {type(layers).__name__} {layers!r}")
-    if len(layers) == 0 or len(set(layers)) != len(layers):
-        raise ValueError(f"layers: expected one or more different names, got {list(layers)}")
+    known: dict[str | int, str] = {}
+    for tap, prefix in steps:
+        known |= {tap: tap, prefix: tap}
+        if prefix.startswith("features."):
+            known[int(prefix.removeprefix("features."))] = tap
     for layer in layers:
-        if layer not in names:
-            raise ValueError(f"layers: {name} has no {layer!r}; the names there are {', '.join(names)}")
-    return tuple(layers)
+        if isinstance(layer, bool) or layer not in known:
+            names = ", ".join(tap for tap, _ in steps)
+            raise ValueError(f"layers: {name} has no {layer!r}; the names there are {names}")
+    taps = tuple(known[layer] for layer in layers)
+    if len(taps) == 0 or len(set(taps)) != len(taps):
+        raise ValueError(f"layers: expected one or more different names, got {list(layers)}")
+    return taps
 
 
 def _load(steps: list[Step], name: str, pretrained: Any) -> None:
@@ -183,7 +212,7 @@ def _load(steps: list[Step], name: str, pretrained: Any) -> None:
     if pretrained is True:
         source, state = f"torchvision's {name} {_WEIGHTS}", _download(name)
     elif isinstance(pretrained, (str, os.PathLike)):
-        source, state = os.fspath(pretrained), _read(os.fspath(pretrained))
+        source, state = os.fspath(pretrained), read_weights(os.fspath(pretrained), "pretrained")
     else:
         raise TypeError(
             "pretrained: expected True (download), False (random weights) or the path of a weights file, "
@@ -210,27 +239,28 @@ def _download(name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def read_weights(path: str, argument: str) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file; `argument` is whose path it was."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"pretrained: there is no weights file {path!r}")
+        raise FileNotFoundError(f"{argument}: there is no weights file {path!r}")
     read: Callable[[str], Any]
     if path.endswith(".safetensors"):
         try:
             from safetensors.torch import load_file as read
         except ImportError as error:
-            raise ImportError(f"pretrained: reading {path!r} needs `pip install safetensors`") from error
+            raise ImportError(f"{argument}: reading {path!r} needs `pip install safetensors`") from error
     else:
         read = _read_pth
     try:
         state = read(path)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"pretrained: {path!r} is no readable weights file: {error}") from error
+        raise ValueError(f"{argument}: {path!r} is no readable weights file: {error}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":  # its class is not public; it subclasses Exception only
             raise
-        raise ValueError(f"pretrained: {path!r} is no readable weights file: {error}") from error
+        raise ValueError(f"{argument}: {path!r} is no readable weights file: {error}") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"pretrained: {path!r} holds no state dict (names and tensors), but {type(state).__name__}")
+        raise ValueError(f"{argument}: {path!r} holds no state dict (names and tensors), but {type(state).__name__}")
     return state
 
 

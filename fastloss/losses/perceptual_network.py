@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_length, check_same_shape, check_tensor
 from ..core import check_reduction, result_dtype
-from .perceptual import CRITERIA, feature_distance
-from .perceptual_backbones import Backbone
+from .perceptual_backbones import LPIPS_TAPS, Backbone
+from .perceptual_criteria import CRITERIA, Lins, criterion_distance, load_lins
+from .perceptual_execution import Execution, gradient_scale, in_pieces, scaled_gradient
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -40,35 +42,42 @@ class PerceptualLoss(nn.Module):
 
     The networks are frozen: their parameters need no gradient and they stay in eval mode even after ``.train()``. The
     features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
-    ``loss(targets, image_pred)`` takes them in place of the image.
+    ``loss(targets, image_pred)`` takes them in place of the image. ``loss(image, image_pred, pairwise=True)`` gives the
+    distances ``[N,M]`` of N targets and M predictions, with each image encoded once (and no reduction).
 
     Args:
         backbones: a name, a module or callable that maps the normalised image to a list of features, or a list of
             these. Names (from torchvision): vgg11, vgg13, vgg16, vgg19, each also as ``_bn``, alexnet,
             squeezenet1_1, resnet18, resnet50, inception_v3, convnext_tiny. A module is frozen in place: pass a
             ``copy.deepcopy`` of one that is to be trained, or ``lambda x: module(x)``, which is left as it is.
-        layers: names of the taps, for several backbones a list of such lists (None: the default of that backbone).
-            Nothing after the last tap is computed. Defaults: vgg the last ReLU of each of the first three blocks
-            (vgg16: relu1_2, relu2_2, relu3_3, the end of ``features[:16]``); alexnet and squeezenet1_1 the taps of
-            lpips; resnet relu, layer1 to layer3; inception_v3 Conv2d_2b_3x3, Conv2d_4a_3x3, Mixed_5d, Mixed_6e;
-            convnext_tiny stage1 to stage3. An unknown name raises with the list of those there are.
+        layers: the taps, for several backbones a list of such lists (None: the default of that backbone): names
+            (relu3_3), torchvision's (features.15) or indices into torchvision's ``features`` (15). Nothing after the
+            last tap is computed. Defaults: vgg the last ReLU of each of the first three blocks (vgg16: relu1_2,
+            relu2_2, relu3_3, the end of ``features[:16]``; with lpips and dists relu4_3 and relu5_3 too); alexnet and
+            squeezenet1_1 the taps of lpips; resnet relu, layer1 to layer3; inception_v3 Conv2d_2b_3x3, Conv2d_4a_3x3,
+            Mixed_5d, Mixed_6e; convnext_tiny stage1 to stage3. An unknown name raises with the list of those there are.
         layer_weights: :math:`w_i`, one number a layer, for several backbones a list of such lists; None means 1.
         backbone_weights: :math:`\lambda_b`, one number a backbone; None means 1.
         pretrained: True: torchvision's ``IMAGENET1K_V1`` weights (downloaded once); False: random weights; or the path
             of a ``.pth`` or ``.safetensors`` file with torchvision's names. A list gives one for each backbone.
             Callables have their own weights: True and False mean nothing to them.
         criterion: ``"l1"``, ``"l2"``, ``"charbonnier"`` (eps 1e-6) or ``"smooth_l1"`` (beta 1), see
-            :func:`feature_distance`.
-        input_range: the values of black and white in the images.
-        normalize: bring the images from `input_range` to [0, 1], subtract `mean`, divide by `std`; False: give them to
-            the networks as they are.
-        mean, std: one number a channel, for images in [0, 1]; the default is ImageNet's.
+            :func:`feature_distance`; ``"lpips"``, see :func:`lpips_distance`; ``"dists"``, see :func:`dists_distance`,
+            with the layers' weights for all their channels; ``"style"``, see :func:`style_distance`.
+        lin_weights: of ``"lpips"``: None: version 0.1 of the installed lpips package (its files, nothing is imported);
+            the path of such a file; a list of tensors, one a layer; False: ones. For several backbones a list of these.
+        input_range: the values of black and white in the images. lpips and most GANs: ``(-1, 1)``.
+        normalize: bring the images from `input_range` to [0, 1], subtract the mean of ImageNet, divide by its standard
+            deviation (which is what lpips does, too); a pair (mean, std), one number a channel: these instead; False:
+            give the images to the networks as they are.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one value a sample), see :func:`feature_distance`.
+        execution: an :class:`Execution`: dtype and memory format of the networks, compilation, pieces of the batch,
+            checkpoints.
 
     Call:
-        ``loss(image, image_pred)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or float64; C is 3 for
-        the named backbones. The networks compute in the dtype of their weights (or under autocast), the distance in
-        float32 (float64 for float64 features), which is the dtype of the result.
+        ``loss(image, image_pred, *, pairwise=False)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or
+        float64; C is 3 for the named backbones. The networks compute in the dtype of their weights (or under autocast),
+        the distance in float32 (float64 for float64 features), which is the dtype of the result.
 
     Raises:
         TypeError, ValueError: an argument does not fit; FileNotFoundError: no such weights file; ImportError: a name
@@ -94,18 +103,21 @@ class PerceptualLoss(nn.Module):
         backbone_weights: Sequence[float] | None = None,
         pretrained: bool | str | os.PathLike | Sequence = True,
         criterion: str = "l1",
+        lin_weights: Any = None,
         input_range: tuple[float, float] = (0.0, 1.0),
-        normalize: bool = True,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
+        normalize: bool | tuple[Sequence[float], Sequence[float]] = True,
         reduction: str = "mean",
+        execution: Execution | None = None,
     ) -> None:
         super().__init__()
         check_choice("criterion", criterion, CRITERIA)
         check_reduction(reduction)
-        self.criterion, self.reduction, self.normalize = criterion, reduction, normalize
+        if not isinstance(execution, (Execution, type(None))):
+            raise TypeError(f"execution: expected an Execution, got {type(execution).__name__}")
+        self.criterion, self.reduction, self.normalize = criterion, reduction, normalize is not False
+        self.execution = execution or Execution()
         self.input_range = _range(input_range)
-        self._affine = _affine(self.input_range, mean, std)
+        self._affine = _affine(self.input_range, *_normalisation(normalize))
         for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
             self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
         several = isinstance(backbones, (list, tuple))  # nn.Sequential is one backbone
@@ -113,19 +125,30 @@ class PerceptualLoss(nn.Module):
         if not given:
             raise ValueError("backbones: expected at least one, got an empty list")
         all_layers = _each("layers", layers, given, several)
+        if criterion in ("lpips", "dists"):
+            all_layers = [_lpips_taps(*pair) for pair in zip(given, all_layers, strict=True)]
         all_weights = _each("layer_weights", layer_weights, given, several)
         spread = pretrained if isinstance(pretrained, (list, tuple)) else [pretrained] * len(given)
         check_same_length("backbones", given, "pretrained", spread)
-        made = [_make(*one) for one in zip(given, all_layers, spread, strict=True)]
+        again = self.execution.checkpoint
+        made = [_make(*one, again) for one in zip(given, all_layers, spread, strict=True)]
         self.layer_weights = [_numbers("layer_weights", w) for w in all_weights]
-        for backbone, w in zip(made, self.layer_weights, strict=True):
-            if w is not None and isinstance(backbone, Backbone):
-                check_same_length("layers", backbone.taps, "layer_weights", w)
         self.backbone_weights = _numbers("backbone_weights", backbone_weights) or [1.0] * len(given)
         check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
+        self.lins = nn.ModuleList(_lins(criterion, lin_weights, made, several))
+        for backbone, w, lins in zip(made, self.layer_weights, self.lins, strict=True):
+            if isinstance(backbone, Backbone):
+                for name, one in (("layer_weights", w), ("lin_weights", lins() if isinstance(lins, Lins) else None)):
+                    if one is not None:
+                        check_same_length("layers", backbone.taps, name, one)
         self.backbones = nn.ModuleList(made)
         self.backbones.requires_grad_(False)
+        self.execution.prepare(self.backbones)
         self.eval()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.execution.compiled(self.backbones)
 
     def train(self, mode: bool = True) -> PerceptualLoss:
         """The mode of this module; the networks stay in eval mode (batch norm and dropout must not move)."""
@@ -145,38 +168,82 @@ class PerceptualLoss(nn.Module):
     def encode(self, image: Tensor) -> Targets:
         """The target's features, for each backbone a list, without a graph; they may be kept and used again."""
         self._check_image("image", image)
+        pieces = image.split(self.execution.chunk) if self.execution.chunk else (image,)
         with torch.no_grad():
-            return self._features(image)
+            found = [self._features(piece) for piece in pieces]
+        if len(found) == 1:
+            return found[0]
+        return [[torch.cat(layer) for layer in zip(*lists, strict=True)] for lists in zip(*found, strict=True)]
 
-    def forward(self, image: Tensor | Targets, image_pred: Tensor) -> Tensor:
+    def forward(self, image: Tensor | Targets, image_pred: Tensor, *, pairwise: bool = False) -> Tensor:
         """The loss; `image` is the target, or what :meth:`encode` made of it."""
         if isinstance(image, Tensor):
             self._check_image("image", image)
             check_tensor("image_pred", image_pred)
-            check_same_shape("image", image, "image_pred", image_pred)
-            targets = self.encode(image)
+            if not pairwise or image.shape[1:] != image_pred.shape[1:]:
+                check_same_shape("image", image, "image_pred", image_pred)
         else:
-            targets = _check_targets(image, len(self.backbones))
+            image = _check_targets(image, len(self.backbones))
             self._check_image("image_pred", image_pred)
+        if pairwise:
+            return self._pairwise(self.encode(image) if isinstance(image, Tensor) else image, image_pred)
+        if self.execution.chunk is None:
+            return self._value(image, image_pred, self.reduction)
+
+        def piece(part: slice, pred: Tensor) -> Tensor:
+            own = image[part] if isinstance(image, Tensor) else [[f[part] for f in features] for features in image]
+            return self._value(own, pred, self.reduction)
+
+        return in_pieces(image_pred, piece, self.execution.chunk, self.reduction)
+
+    def _value(self, image: Tensor | Targets, image_pred: Tensor, reduction: str) -> Tensor:
+        if isinstance(image, Tensor):
+            with torch.no_grad():
+                image = self._features(image)
+        scale = gradient_scale(image_pred, self._dtype(), reduction)
+        features = self._features(scaled_gradient(image_pred, 1 / scale))
+        return scaled_gradient(self._distance(image, features, reduction), scale)
+
+    def _pairwise(self, targets: Targets, image_pred: Tensor) -> Tensor:
+        """Row by row: a target beside all predictions."""
+        scale = gradient_scale(image_pred, self._dtype(), "none")
+        features, rows = self._features(scaled_gradient(image_pred, 1 / scale)), []
+        for i in range(targets[0][0].shape[0]):
+            row = [[t[i : i + 1].expand(image_pred.shape[0], *t.shape[1:]) for t in one] for one in targets]
+            rows.append(self._distance(row, features, "none"))
+        found = torch.stack(rows) if rows else image_pred.new_zeros((0, image_pred.shape[0]), dtype=torch.float32)
+        return scaled_gradient(found, scale)
+
+    def _distance(self, targets: Targets, found: Targets, reduction: str) -> Tensor:
         total: Any = None
-        for features, target, weights, weight in zip(
-            self._features(image_pred), targets, self.layer_weights, self.backbone_weights, strict=True
+        for features, target, weights, lins, weight in zip(
+            found, targets, self.layer_weights, self.lins, self.backbone_weights, strict=True
         ):
-            distance = feature_distance(
-                features, target, weights=weights, criterion=self.criterion, reduction=self.reduction
-            )
+            own = lins() if isinstance(lins, Lins) else None
+            distance = criterion_distance(self.criterion, features, target, weights, own, reduction)
             total = torch.zeros_like(distance) if total is None else total
             total = torch.add(total, distance, alpha=weight)
         return total
+
+    def _dtype(self) -> torch.dtype | None:
+        """In which the networks compute, unless under autocast: float16 if any of them does."""
+        found = [next(backbone.parameters(), self.shift).dtype for backbone in self.backbones]
+        return torch.float16 if torch.float16 in found else self.execution.dtype
 
     def _features(self, image: Tensor) -> Targets:
         if self.normalize:
             dtype = torch.promote_types(image.dtype, self.shift.dtype)
             image = (image.to(dtype) - self.shift.to(dtype)) / self.scale.to(dtype)
+        if self.execution.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
         found = []
         for backbone in self.backbones:
             weight = next(backbone.parameters(), None)
-            features = backbone(image if weight is None else image.to(weight.dtype))
+            dtype = self.execution.dtype or image.dtype if weight is None else weight.dtype
+            if self.execution.checkpoint and not isinstance(backbone, Backbone) and torch.is_grad_enabled():
+                features = checkpoint(backbone, image.to(dtype), use_reentrant=False, preserve_rng_state=False)
+            else:
+                features = backbone(image.to(dtype))
             if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) for f in features):
                 raise TypeError(f"backbones: expected each to return a list of tensors, got {type(features).__name__}")
             found.append(list(features))
@@ -196,13 +263,29 @@ class PerceptualLoss(nn.Module):
         return (
             f"criterion={self.criterion!r}, layer_weights={self.layer_weights}, "
             f"backbone_weights={self.backbone_weights}, input_range={self.input_range}, "
-            f"normalize={self.normalize}, reduction={self.reduction!r}"
+            f"normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}"
         )
 
 
-def _make(backbone: Any, layers: Any, pretrained: Any) -> nn.Module:
+def _lpips_taps(backbone: Any, layers: Any) -> Any:
+    return LPIPS_TAPS.get(backbone) if layers is None and isinstance(backbone, str) else layers
+
+
+def _lins(criterion: str, given: Any, backbones: list, several: bool) -> list[nn.Module]:
+    """One module of LPIPS weights for each network, an empty one where there are none."""
+    if criterion != "lpips":
+        if given is not None:
+            raise ValueError(f"lin_weights: only criterion='lpips' has them, got them with {criterion!r}")
+        return [nn.Identity() for _ in backbones]
+    spread = given if several and isinstance(given, (list, tuple)) else [given] * len(backbones)
+    check_same_length("backbones", backbones, "lin_weights", spread)
+    found = [load_lins(one, getattr(backbone, "name", None)) for one, backbone in zip(spread, backbones, strict=True)]
+    return [nn.Identity() if one is None else Lins(one) for one in found]
+
+
+def _make(backbone: Any, layers: Any, pretrained: Any, checkpointed: bool) -> nn.Module:
     if isinstance(backbone, str):
-        return Backbone(backbone, layers, pretrained)
+        return Backbone(backbone, layers, pretrained, checkpointed)
     if not callable(backbone):
         raise TypeError(
             "backbones: expected a name, or a module or callable that returns a list of features, "
@@ -244,11 +327,19 @@ def _range(values: Any) -> tuple[float, float]:
     return got[0], got[1]
 
 
+def _normalisation(normalize: Any) -> tuple[Any, Any]:
+    if isinstance(normalize, bool):
+        return IMAGENET_MEAN, IMAGENET_STD
+    if not isinstance(normalize, (list, tuple)) or len(normalize) != 2:
+        raise TypeError(f"normalize: expected True, False or a pair (mean, std), got {normalize!r}")
+    return normalize[0], normalize[1]
+
+
 def _affine(input_range: tuple[float, float], mean: Any, std: Any) -> tuple[list[float], list[float]]:
     """`shift` and `scale` of each channel such that (image - shift) / scale is the normalised image."""
     means, stds = _numbers("mean", mean), _numbers("std", std)
     if not means or not stds:
-        raise ValueError("mean, std: expected one number a channel; pass normalize=False for no normalisation")
+        raise ValueError("normalize: expected one number a channel in mean and std; False is for no normalisation")
     check_same_length("mean", means, "std", stds)
     for i, value in enumerate(stds):
         check_number(f"std[{i}]", value, 0, open_low=True)

@@ -1,0 +1,99 @@
+"""What `PerceptualLoss` compares features with: by name, with the layers' weights and the LPIPS weights' files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import reduce
+from .dists import dists_distance
+from .lpips import lpips_distance
+from .perceptual import CRITERIA as ELEMENTWISE
+from .perceptual import feature_distance
+from .perceptual_backbones import read_weights
+from .style import style_distance
+
+CRITERIA = (*ELEMENTWISE, "lpips", "dists", "style")
+LPIPS_FILES = {"alexnet": "alex", "squeezenet1_1": "squeeze", "vgg16": "vgg"}
+
+
+class Lins(nn.Module):
+    """The LPIPS weights of one network, one vector a layer: buffers, so that they move and save with the module."""
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.count = len(weights)
+        for i, weight in enumerate(weights):
+            self.register_buffer(f"lin{i}", weight.detach().flatten().clone())
+
+    def forward(self) -> list[Tensor]:
+        return [getattr(self, f"lin{i}") for i in range(self.count)]
+
+
+def load_lins(given: Any, name: str | None) -> list[Tensor] | None:
+    """The weights for a network: of a file (None: that of the installed lpips package), as given, or None for ones."""
+    if given is False:
+        return None
+    if given is None:
+        given = _package_file(name)
+    if isinstance(given, (str, os.PathLike)):
+        state = read_weights(os.fspath(given), "lin_weights")
+        found: dict[int, Tensor] = {}
+        for key, value in state.items():  # lpips' own names: lin0.model.1.weight
+            index = key.split(".")[0].removeprefix("lin")
+            if key.startswith("lin") and index.isdigit() and key.endswith("weight"):
+                found[int(index)] = value
+        if sorted(found) != list(range(len(found))) or not found:
+            there = ", ".join(state)
+            raise ValueError(f"lin_weights: {os.fspath(given)!r} has no lin0.model.1.weight and so on, but {there}")
+        return [found[i] for i in range(len(found))]
+    if not isinstance(given, (list, tuple)) or not all(isinstance(w, Tensor) for w in given):
+        raise TypeError(
+            "lin_weights: expected None (the lpips package's file), False (ones), a path or a list of tensors, "
+            f"got {type(given).__name__}"
+        )
+    return list(given)
+
+
+def _package_file(name: str | None) -> str:
+    if name not in LPIPS_FILES:
+        raise ValueError(
+            f"lin_weights: lpips has weights for {', '.join(LPIPS_FILES)}, not for {name or 'a callable'}; "
+            "pass a path, a list of tensors (one a layer), or False for ones"
+        )
+    spec = importlib.util.find_spec("lpips")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "lin_weights: the weights are files of the lpips package, which is not installed: `pip install lpips`, "
+            "or pass the path of such a file, a list of tensors, or False for ones"
+        )
+    return os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{LPIPS_FILES[name]}.pth")
+
+
+def criterion_distance(
+    criterion: str,
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    weights: Sequence[float] | None,
+    lins: list[Tensor] | None,
+    reduction: str,
+) -> Tensor:
+    """The distance of two lists of features; `weights` one number a layer."""
+    if criterion == "lpips":
+        if weights is not None:
+            ones = lins or [f.new_ones(f.shape[1], dtype=torch.float32) for f in features]
+            lins = [w * lin for w, lin in zip(weights, ones, strict=True)]
+        return reduce(lpips_distance(features, targets, lins), reduction)
+    if criterion == "dists":
+        each = None
+        if weights is not None:
+            each = [f.new_full((f.shape[1],), w, dtype=torch.float32) for f, w in zip(features, weights, strict=True)]
+        return reduce(dists_distance(features, targets, each, each), reduction)
+    if criterion == "style":
+        return style_distance(features, targets, weights=weights, reduction=reduction)
+    return feature_distance(features, targets, weights=weights, criterion=criterion, reduction=reduction)
