@@ -14,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -135,12 +136,8 @@ class Operand {
       case ScalarType::Double: return gather(static_cast<const double*>(data_), position, n, buffer);
       case ScalarType::BFloat16: return gather(static_cast<const BFloat16*>(data_), position, n, buffer);
       case ScalarType::Half: return gather(static_cast<const Half*>(data_), position, n, buffer);
-      default: break;
+      default: return gather(static_cast<const float*>(data_), position, n, buffer);
     }
-    const auto* data = static_cast<const float*>(data_);
-    const Dim& last = dims_.back();
-    if (dims_.size() == 1 && last.stride == 1) return data + position;
-    return gather(data, position, n, buffer);
   }
 
  private:
@@ -151,13 +148,15 @@ class Operand {
   template <typename T>
   const float* gather(const T* data, int64_t position, int64_t n, float* buffer) const {
     const int64_t rank = static_cast<int64_t>(dims_.size());
-    std::vector<int64_t> index(rank);
+    int64_t index[64];  // as many dimensions as a tensor can have
     for (int64_t d = rank - 1, rest = position; d >= 0; --d) {
       index[d] = rest % dims_[d].size;
       rest /= dims_[d].size;
       data += index[d] * dims_[d].stride;
     }
     const Dim last = dims_.back();
+    if constexpr (std::is_same_v<T, float>)
+      if (last.stride == 1 && index[rank - 1] + n <= last.size) return data;
     for (int64_t done = 0; done < n;) {
       const int64_t run = std::min(n - done, last.size - index[rank - 1]);
       if (last.stride == 0)

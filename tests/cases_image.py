@@ -102,6 +102,25 @@ def guided_smoothness(image_pred, guide, weight, **options):
     return fastloss.smoothness_loss(image_pred, guide=guide, weight=weight, **options)
 
 
+def eager_volume(image_pred, p=1, reduction="mean"):
+    """Total variation of [N, C, D, H, W]."""
+    diffs = [image_pred.diff(dim=dim) for dim in (2, 3, 4)]
+    if p == "isotropic":
+        padded = [F.pad(d, [0, 0] * (2 - i) + [0, 1]) for i, d in enumerate(diffs)]
+        each = torch.linalg.vector_norm(torch.stack(padded), dim=0).mean((1, 2, 3, 4))
+    else:
+        each = sum((d.abs() if p == 1 else d * d).mean((1, 2, 3, 4)) for d in diffs)
+    return each if reduction == "none" else getattr(each, reduction)()
+
+
+def kornia_smoothness(image_pred, p=1, **_):
+    from kornia.losses import total_variation
+
+    if p != 1:
+        raise ValueError("kornia has the distance p=1 only")
+    return total_variation(image_pred, reduction="mean").mean()
+
+
 def weighted_ssim(image, image_pred, weight, **options):
     return fastloss.ssim_loss(image, image_pred, weight=weight, **options)
 
@@ -169,6 +188,7 @@ IMAGE_CASES = [
             options=[{"p": 1}, {"p": 2}, {"p": "isotropic"}],
         ),
         module=fastloss.SmoothnessLoss,
+        extra={"rivals": rivals(kornia=kornia_smoothness)},
     ),
     Case(
         "smoothness_loss with guide and weight",
@@ -177,6 +197,22 @@ IMAGE_CASES = [
         eager_smoothness,
         shapes=((2, 3, 8, 8), (3, 2, 7, 13)),
         options=[{}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": "isotropic", "order": 2}],
+        grads=(0,),
+        bench=Bench(
+            shapes=[(8, 3, 512, 512)],
+            # forward reads the image, as much of a guide, and a weight per pixel; backward the same, and a gradient
+            cost=lambda shape, size, mode: {"forward": 7, "backward": 10, "both": 17}[mode]
+            * size * torch.Size(shape).numel() // 3,
+            options=[{"p": 1}, {"p": "isotropic"}],
+        ),
+    ),
+    Case(
+        "smoothness_loss of volumes",
+        fastloss.smoothness_loss,
+        lambda draw, shape: (draw.uniform(*shape),),
+        eager_volume,
+        shapes=((2, 2, 3, 4, 5), (1, 1, 2, 3, 2)),
+        options=[{}, {"p": 2}, {"p": "isotropic"}],
         grads=(0,),
     ),
     Case(
@@ -252,6 +288,7 @@ IMAGE_CASES = [
         shapes=((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13)),
         options=[
             {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"smoothness": (2, 0.5)},
+            {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": None, "smoothness": (1, 0.3), "ssim": 0.2},
             {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3, "ssim_options": {"window": 5}},
         ],
         reductions=(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastloss import core, smoothness_loss
+from fastloss import core
 from fastloss.losses.smoothness import _smoothness
 from tests.battery import INTERPRETING, Errors, places
 from tests.cases import CASES
@@ -30,11 +30,11 @@ def random(*shape, dtype=torch.float32, device="cpu"):
     return values.to(device, dtype)
 
 
-def values(backend, image, kind):
+def values(backend, image, kind, order=1, guide=None, weight=None):
     """The sums, and the gradient for an upstream gradient that differs from plane to plane and by direction."""
     image = image.detach().requires_grad_()
     with core.use_backend(backend):
-        sums = _smoothness(image, None, None, kind, 1)
+        sums = _smoothness(image, guide, weight, kind, order)
         upstream = torch.linspace(-1, 2, sums.numel(), device=image.device).reshape(sums.shape)
         return sums.detach(), *torch.autograd.grad(sums, image, upstream.to(sums.dtype))
 
@@ -139,15 +139,65 @@ def test_thread_counts_give_the_same_bits(kind):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def last(t):
+    return t.contiguous(memory_format=torch.channels_last if t.ndim == 4 else torch.channels_last_3d)
+
+
+OPTIONS = {
+    "second order": {"order": 2},
+    "guide": {"guide": True},
+    "weight per pixel": {"weight": 0},
+    "weight per channel": {"weight": 1},
+    "all": {"order": 2, "guide": True, "weight": 0},
+}
+
+
 @each_place
-def test_what_the_kernels_lack_goes_to_the_reference(place):
-    """Also where a backend is forced: volumes, second order, guides and weights are served, not refused."""
-    image = random(2, 3, 5, 6, device=place[0])
-    cases = [(image[:, :, None], {}), (image, {"order": 2}), (image, {"guide": image}), (image, {"weight": image})]
-    for x, options in cases:
-        with core.use_backend(place[1]):
-            got = smoothness_loss(x, **options)
-        with core.use_backend("reference"):
-            assert torch.equal(got, smoothness_loss(x, **options))
-    with core.use_backend(place[1]):
-        assert _smoothness.backend(image, None, None, "l1", 1) == place[1]
+@each_kind
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(place, kind, options):
+    """Guides, weights and second differences; images and volumes, of one pixel too; either memory format."""
+    shapes = ((2, 3, 5, 7), (1, 2, 2, 3, 4), (1, 2, 1, 6), (1, 1, 1, 1))
+    more = () if INTERPRETING else ((1, 3, 40, 61), (2, 2, 5, 6, 35), (1, 20, 6, 7), (1, 2, 6, 1, 3))
+    for shape in (*shapes, *more):
+        pixels = (shape[0], 1, *shape[2:])
+        guide = random(shape[0], 3, *shape[2:], device=place[0]) if "guide" in options else None
+        weight = None
+        if "weight" in options:
+            small = (shape[1], *[1] * (len(shape) - 2)) if options["weight"] else pixels
+            weight = (random(*small, device=place[0]) + 0.5).expand(shape)
+        for form in (lambda t: t, last):
+            image = form(random(*shape, device=place[0]))
+            edges = guide if guide is None else form(guide)
+            args = (kind, options.get("order", 1))
+            errors = Errors(torch.float32)
+            runs = [values(b, image, *args, edges, weight) for b in (place[1], "reference")]
+            double = (t if t is None else t.double() for t in (edges, weight))
+            exact = values("reference", image.double(), *args, *double)
+            for name, *each in zip(("sums", "gradient"), *runs, exact, strict=True):
+                errors.add(name, *each, str(shape))
+            errors.check()
+            assert place[1] == "reference" or runs[0][1].stride() == torch.empty_like(image).stride()
+
+
+@each_place
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_half_precision_guides_and_weights(place, dtype):
+    """Guide and weight may have another dtype than the image."""
+    image, guide = random(2, 2, 6, 19, device=place[0]), random(2, 3, 6, 19, dtype=dtype, device=place[0])
+    weight = random(2, 1, 6, 19, dtype=dtype, device=place[0]).expand(2, 2, 6, 19)
+    got, expected = (values(b, image, "l1", 1, guide, weight) for b in (place[1], "reference"))
+    torch.testing.assert_close(got, expected)
+
+
+@cpp_only
+@pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
+def test_every_instruction_set_with_a_guide(monkeypatch, cpu):
+    monkeypatch.setenv("FASTLOSS_CPU", cpu)
+    image, guide = random(1, 2, 9, 53), random(1, 3, 9, 53)
+    weight = random(1, 1, 9, 53).expand(1, 2, 9, 53)
+    for order in (1, 2):
+        for form in (lambda t: t, last):
+            inputs = (form(image), "isotropic", order, form(guide), weight)
+            got, expected = (values(b, *inputs) for b in ("cpp", "reference"))
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)

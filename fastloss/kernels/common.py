@@ -110,6 +110,14 @@ def broadcast_offsets(offsets, args):
 
 
 @triton.jit
+def load_broadcast(tensor, offsets, mask):
+    """Elements of a tensor given by `broadcast_args`, as float32."""
+    if len(tensor) > 1:
+        offsets = broadcast_offsets(offsets, tensor)
+    return tl.load(tensor[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def of_layer(values, program, starts):
     """Of a tuple with an entry a layer, the entry of the layer whose programs begin with the last start not past it."""
     found = values[0]

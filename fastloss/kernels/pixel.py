@@ -28,9 +28,9 @@ from .common import (
     STREAM_OPTIONS,
     AotCase,
     broadcast_args,
-    broadcast_offsets,
     dense,
     laid_out_as,
+    load_broadcast,
     needs_int64,
     on_device,
     runs,
@@ -91,18 +91,10 @@ def _slope(d, p, KIND: tl.constexpr):
 
 
 @triton.jit
-def _weight_at(weight, offsets, mask):
-    """weight = (pointer,) where it lies as the image does, else (pointer, *layout)."""
-    if len(weight) > 1:
-        offsets = broadcast_offsets(offsets, weight)
-    return tl.load(weight[0] + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def _pixel_fwd_kernel(
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a tuple, see _weight_at
+    weight,  # None or a tuple, see load_broadcast
     out_ptr,  # (programs,) float32 if REDUCE, else (count,) float32
     count,
     p,
@@ -121,7 +113,7 @@ def _pixel_fwd_kernel(
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         loss = _distance(pred - image, p, KIND)
         if weight is not None:
-            loss *= _weight_at(weight, offsets, mask)
+            loss *= load_broadcast(weight, offsets, mask)
         if REDUCE:
             acc += tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
         else:
@@ -135,7 +127,7 @@ def _pixel_bwd_kernel(
     grad_ptr,  # (count,) float32 if MAP, else one element
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a tuple, see _weight_at
+    weight,  # None or a tuple, see load_broadcast
     pred_grad_ptr,  # (count,)
     image_grad_ptr,  # (count,) or None
     count,
@@ -156,7 +148,7 @@ def _pixel_bwd_kernel(
     else:
         grad = tl.load(grad_ptr)
     if weight is not None:
-        grad *= _weight_at(weight, offsets, mask)
+        grad *= load_broadcast(weight, offsets, mask)
     grad *= _slope(pred - image, p, KIND)
     tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
     if image_grad_ptr is not None:

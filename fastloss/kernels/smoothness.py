@@ -1,162 +1,312 @@
-"""Triton kernels for the smoothness loss: first differences of [N, C, H, W], without guide and weight.
+"""Triton kernels for the smoothness loss of images and volumes, in their own memory order: contiguous or channels_last.
 
-A program handles blocks of 2048 pixels of one plane (an image's channel). With d_y, d_x the differences towards the
-next pixel (0 where that would leave the image) and m = sqrt(d_y^2 + d_x^2):
+A difference along an axis belongs to one pixel: d = x[i+1] - x[i] to pixel i, and x[i+1] - 2 x[i] + x[i-1] to i as well
+(`ORDER` 2). With e = exp(-mean_c |guide's difference over the same pixels|), 1 without a guide, w the weight of the
+pixel, 1 without, and m = sqrt(sum_axes (e d)^2):
 
-    kind        sums [N, C, directions]     what a difference pulls at: its end with +, its start with -
-    l1          |d_y|, |d_x|                sign(d)
-    l2          d_y^2, d_x^2                2 d
-    isotropic   m                           d / m, 0 where m is 0
+    kind        sums [N, C, axes]     pull p of a difference, by which the gradient of the sums is made
+    l1          w e |d|               w e sign(d)
+    l2          w e d^2               2 w e d
+    isotropic   w m                   w e^2 d / m, 0 where m is 0
 
-The backward gathers: a pixel adds up what the differences that touch it pull, so that it is written once, without
-atomics. Bytes per element of size s: forward s, backward 2 s; the neighbours come from the caches.
+The backward gathers: a pixel's gradient is, summed over the axes, p[i-1] - p[i], or p[i-1] - 2 p[i] + p[i+1] for
+second differences. So it is written once, without atomics. Bytes per element of size s: forward s, backward 2 s, and
+those of guide and weight; the neighbours come from the caches, and so does a guide that several channels share.
 """
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import REDUCE_PROGRAMS, STREAM_BLOCK, STREAM_OPTIONS, AotCase, on_device, sign
+from .common import (
+    REDUCE_PROGRAMS,
+    STREAM_BLOCK,
+    STREAM_OPTIONS,
+    AotCase,
+    broadcast_args,
+    load_broadcast,
+    needs_int64,
+    on_device,
+    sign,
+)
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
 
 
 @triton.jit
-def _read(image_ptr, offsets, mask):
-    return tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _slope(d, KIND: tl.constexpr):
-    if KIND == "l1":
-        return sign(d)
+def _apart(size):
+    """Elements of a pixel; size = width, height, depth, units of an image and, if channels_last, channels."""
+    if len(size) == 5:
+        return size[4]
     else:
-        return 2.0 * d
+        return 1
 
 
 @triton.jit
-def _inverse_length(dy, dx):
-    squares = dy * dy + dx * dx
-    return tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
+def _axis(offsets, size, AXIS: tl.constexpr):
+    """Of elements: their coordinate along an axis (0: x, 1: y, 2: z), its extent, and how many pixels a step is."""
+    pixel = offsets // _apart(size)
+    if AXIS == 0:
+        return pixel % size[0], size[0], 1
+    elif AXIS == 1:
+        return pixel // size[0] % size[1], size[1], size[0]
+    else:
+        return pixel // (size[0] * size[1]), size[2], size[0] * size[1]
+
+
+@triton.jit
+def _has(place, extent, ORDER: tl.constexpr):
+    """Whether a pixel is there and has a difference along the axis."""
+    return (place >= ORDER - 1) & (place + 1 < extent)
+
+
+@triton.jit
+def _edge(guide, image, pixel, away, mask, ORDER: tl.constexpr):
+    """exp(-mean_c |dI|); guide = (pointer, channels, strides of an image, a channel and a pixel)."""
+    total = tl.zeros(pixel.shape, tl.float32)
+    start = pixel - away if ORDER == 2 else pixel
+    for c in range(guide[1]):
+        at = guide[0] + image * guide[2] + c * guide[3]
+        end = tl.load(at + (pixel + away) * guide[4], mask=mask, other=0.0).to(tl.float32)
+        total += tl.abs(end - tl.load(at + start * guide[4], mask=mask, other=0.0).to(tl.float32))
+    return tl.exp(total / -guide[1])
+
+
+@triton.jit
+def _read(image_ptr, offsets, shift, mask):
+    return tl.load(image_ptr + offsets + shift, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _step(
+    image_ptr, guide, unit, offsets, size, inside, mask,
+    AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr,
+):  # fmt: skip
+    """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set."""
+    _, _, way = _axis(offsets, size, AXIS)
+    _, _, away = _axis(offsets, size, ALONG)
+    image_ptr += unit * (size[0] * size[1] * size[2] * _apart(size))
+    # the elements themselves are read under one mask, hence once for all the differences, and in whole vectors
+    if SHIFT == 0:
+        here = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    else:
+        here = _read(image_ptr, offsets, SHIFT * way * _apart(size), mask)
+    if SHIFT == -1 and AXIS == ALONG:
+        d = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - here
+    else:
+        d = _read(image_ptr, offsets, (SHIFT * way + away) * _apart(size), mask) - here
+    if ORDER == 2:
+        if SHIFT == 1 and AXIS == ALONG:
+            d -= here - tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        else:
+            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * _apart(size), mask)
+    d = tl.where(mask, d, 0.0)
+    if guide is None:
+        return d, 1.0
+    else:
+        e = _edge(guide, unit // size[3], offsets // _apart(size) + SHIFT * way, away, mask, ORDER)
+        return d, tl.where(mask, e, 0.0)
+
+
+@triton.jit
+def _weight_at(weight, unit, offsets, size, mask):
+    return load_broadcast(weight, unit * (size[0] * size[1] * size[2] * _apart(size)) + offsets, mask)
+
+
+@triton.jit
+def _pull(
+    image_ptr, guide, weight, unit, offsets, size, inside,
+    AXIS: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
+    place, extent, away = _axis(offsets, size, AXIS)
+    mask = inside & _has(place + SHIFT, extent, ORDER)
+    there = offsets + SHIFT * away * _apart(size)
+    d, e = _step(image_ptr, guide, unit, offsets, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
+    if KIND == "isotropic":
+        squares = d * e * d * e
+        for other in tl.static_range(AXES):
+            if other != AXIS:
+                place, extent, _ = _axis(offsets, size, other)
+                has = mask & _has(place, extent, ORDER)
+                f, h = _step(image_ptr, guide, unit, offsets, size, inside, has, AXIS, other, SHIFT, ORDER)
+                squares += f * h * f * h
+        pull = e * e * d * tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
+    elif KIND == "l1":
+        pull = e * sign(d)
+    else:
+        pull = e * 2.0 * d
+    if weight is not None:
+        pull *= _weight_at(weight, unit, there, size, mask)
+    return pull
 
 
 @triton.jit
 def _smoothness_fwd_kernel(
-    image_ptr,  # (planes, count)
-    out_ptr,  # (planes, splits, directions) float32
-    count,
-    width,
+    image_ptr,  # (units, count)
+    guide,  # None or a tuple, see _edge
+    weight,  # None or a tuple, see load_broadcast
+    out_ptr,  # (units, splits, step, AXES, or 1 if isotropic) float32
+    size,  # see _apart
     splits,
+    used,  # lanes of a block: a multiple of step, so that a lane stays with its channel
     KIND: tl.constexpr,
+    ORDER: tl.constexpr,
+    AXES: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    image_ptr += (program // splits).to(tl.int64) * count
-    split = program % splits
-    if WIDE:
-        split = split.to(tl.int64)
-    down_sum = tl.zeros((BLOCK,), tl.float32)
-    right_sum = tl.zeros((BLOCK,), tl.float32)
-    for start in range(split * BLOCK, count, splits * BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < count
-        has_down = offsets < count - width
-        has_right = inside & (offsets % width != width - 1)
-        pixel = _read(image_ptr, offsets, inside)
-        dy = tl.where(has_down, _read(image_ptr, offsets + width, has_down) - pixel, 0.0)
-        dx = tl.where(has_right, _read(image_ptr, offsets + 1, has_right) - pixel, 0.0)
-        if KIND == "l1":
-            down_sum += tl.abs(dy)
-            right_sum += tl.abs(dx)
-        elif KIND == "l2":
-            down_sum += dy * dy
-            right_sum += dx * dx
+    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    unit = program // splits
+    count = size[0] * size[1] * size[2] * _apart(size)
+    lanes = tl.arange(0, BLOCK)
+    sum_x = tl.zeros((BLOCK,), tl.float32)
+    sum_y = tl.zeros((BLOCK,), tl.float32)
+    sum_z = tl.zeros((BLOCK,), tl.float32)
+    for start in range(program % splits * used, count, splits * used):
+        offsets = start + lanes
+        inside = (lanes < used) & (offsets < count)
+        squares = tl.zeros((BLOCK,), tl.float32)
+        w = 1.0
+        if weight is not None:
+            w = _weight_at(weight, unit, offsets, size, inside)
+        for axis in tl.static_range(AXES):
+            place, extent, _ = _axis(offsets, size, axis)
+            has = inside & _has(place, extent, ORDER)
+            d, e = _step(image_ptr, guide, unit, offsets, size, inside, has, axis, axis, 0, ORDER)
+            if KIND == "isotropic":
+                squares += d * e * d * e
+            else:
+                loss = tl.abs(d) * e * w if KIND == "l1" else d * d * e * w
+                if axis == 0:
+                    sum_x += loss
+                elif axis == 1:
+                    sum_y += loss
+                else:
+                    sum_z += loss
+        if KIND == "isotropic":
+            sum_x += tl.sqrt(squares) * w
+    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
+    out_ptr += program.to(tl.int64) * _apart(size) * outs + outs - 1
+    for channel in range(_apart(size)):
+        own = lanes % _apart(size) == channel
+        tl.store(out_ptr + channel * outs, tl.sum(tl.where(own, sum_x, 0.0)))
+        if outs > 1:
+            tl.store(out_ptr + channel * outs - 1, tl.sum(tl.where(own, sum_y, 0.0)))
+        if outs > 2:
+            tl.store(out_ptr + channel * outs - 2, tl.sum(tl.where(own, sum_z, 0.0)))
+
+
+@triton.jit
+def smoothness_gradient(
+    grad_ptr, image_ptr, guide, weight, unit, offsets, size, inside,
+    KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of elements; grad_ptr: (units, step, AXES, or 1 if isotropic) float32."""
+    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
+    grad_ptr += unit * _apart(size) * outs + outs - 1
+    total = tl.zeros(offsets.shape, tl.float32)
+    for axis in tl.static_range(AXES):
+        before = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, -1, KIND, ORDER, AXES)
+        here = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, 0, KIND, ORDER, AXES)
+        pulled = before - here
+        if ORDER == 2:
+            after = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, 1, KIND, ORDER, AXES)
+            pulled -= here - after
+        up = grad_ptr - (0 if KIND == "isotropic" else axis)
+        if len(size) == 5:
+            total += tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0) * pulled
         else:
-            down_sum += tl.sqrt(dy * dy + dx * dx)
-    if KIND == "isotropic":
-        tl.store(out_ptr + program, tl.sum(down_sum))
-    else:
-        out_ptr += program.to(tl.int64) * 2
-        tl.store(out_ptr, tl.sum(down_sum))
-        tl.store(out_ptr + 1, tl.sum(right_sum))
+            total += tl.load(up) * pulled
+    return total
 
 
 @triton.jit
 def _smoothness_bwd_kernel(
-    grad_ptr,  # (planes, directions) float32
-    image_ptr,  # (planes, count)
-    image_grad_ptr,  # (planes, count)
-    count,
-    width,
+    grad_ptr,  # see smoothness_gradient
+    image_ptr,  # (units, count)
+    guide,  # None or a tuple, see _edge
+    weight,  # None or a tuple, see load_broadcast
+    image_grad_ptr,  # (units, count)
+    size,  # as in the forward
     splits,
     KIND: tl.constexpr,
+    ORDER: tl.constexpr,
+    AXES: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    plane = (program // splits).to(tl.int64)
-    image_ptr += plane * count
-    split = program % splits
-    if WIDE:
-        split = split.to(tl.int64)
-    offsets = split * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
+    unit = program // splits
+    count = size[0] * size[1] * size[2] * _apart(size)
+    offsets = program % splits * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
-    column = offsets % width
-    has_up = inside & (offsets >= width)
-    has_down = offsets < count - width
-    has_left = inside & (column != 0)
-    has_right = inside & (column != width - 1)
-    pixel = _read(image_ptr, offsets, inside)
-    from_up = tl.where(has_up, pixel - _read(image_ptr, offsets - width, has_up), 0.0)
-    to_down = tl.where(has_down, _read(image_ptr, offsets + width, has_down) - pixel, 0.0)
-    from_left = tl.where(has_left, pixel - _read(image_ptr, offsets - 1, has_left), 0.0)
-    to_right = tl.where(has_right, _read(image_ptr, offsets + 1, has_right) - pixel, 0.0)
-    if KIND == "isotropic":
-        # the difference that starts in the pixel above has a component along x, that of the left pixel one along y
-        above, before = has_up & has_right, has_left & has_down
-        aside = _read(image_ptr, offsets - width + 1, above) - (pixel - from_up)
-        below = _read(image_ptr, offsets + width - 1, before) - (pixel - from_left)
-        own = (to_down + to_right) * _inverse_length(to_down, to_right)
-        of_up = from_up * _inverse_length(from_up, tl.where(above, aside, 0.0))
-        of_left = from_left * _inverse_length(tl.where(before, below, 0.0), from_left)
-        grad = tl.load(grad_ptr + plane) * (of_up + of_left - own)
-    else:
-        along_y = _slope(from_up, KIND) - _slope(to_down, KIND)
-        along_x = _slope(from_left, KIND) - _slope(to_right, KIND)
-        grad = tl.load(grad_ptr + 2 * plane) * along_y + tl.load(grad_ptr + 2 * plane + 1) * along_x
-    image_grad_ptr += plane * count
-    tl.store(image_grad_ptr + offsets, grad.to(image_grad_ptr.dtype.element_ty), mask=inside)
+    grad = smoothness_gradient(
+        grad_ptr, image_ptr, guide, weight, unit, offsets, size, inside, KIND, ORDER, AXES
+    )
+    tl.store(image_grad_ptr + unit * count + offsets, grad.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
-def _wide(image: Tensor) -> bool:
-    """Whether an offset within a plane, or one block or row past its end, does not fit 32 bits."""
-    return image.shape[2] * image.shape[3] + image.shape[3] >= 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
+def _block(guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> int:
+    """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
+    plain = order == 1 and guide is None
+    if plain:
+        return 1024 if kind == "isotropic" or weight is not None else STREAM_BLOCK
+    return 256 if order == 2 and guide is not None else 512
+
+
+def in_order(image: Tensor) -> Tensor:
+    """`image` itself where it is contiguous or channels_last, else a contiguous copy."""
+    last = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+    if not image.is_contiguous() and image.shape[1] <= MAX_CHANNELS_LAST and image.is_contiguous(memory_format=last):
+        return image
+    return image.contiguous()
+
+
+def sizes(image: Tensor) -> tuple[int, ...]:
+    """Of an image in order: width, height, depth, units (planes, or 1) of an image and, if channels_last, channels."""
+    channels, (*depth, height, width) = image.shape[1], image.shape[2:]
+    size = width, height, depth[0] if depth else 1
+    return (*size, channels) if image.is_contiguous() else (*size, 1, channels)
+
+
+def guide_args(guide: Tensor | None) -> tuple | None:
+    if guide is None:
+        return None
+    guide = in_order(guide)
+    return guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1)
 
 
 def smoothness_fwd(
     image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
 ) -> Tensor:
-    images, channels, height, width = image_pred.shape
-    planes, count = images * channels, height * width
-    directions = 1 if kind == "isotropic" else 2
-    if planes * count == 0:
-        return image_pred.new_zeros((images, channels, directions), dtype=torch.float32)
-    image = image_pred.contiguous()
-    splits = min(triton.cdiv(count, STREAM_BLOCK), triton.cdiv(REDUCE_PROGRAMS, planes))
-    out = image.new_empty((images, channels, splits, directions), dtype=torch.float32)
+    images, channels, axes = *image_pred.shape[:2], image_pred.ndim - 2
+    outs = 1 if kind == "isotropic" else axes
+    if image_pred.numel() == 0:
+        return image_pred.new_zeros((images, channels, outs), dtype=torch.float32)
+    image = in_order(image_pred)
+    size = sizes(image)
+    step, units = image.shape[1] // size[3], images * size[3]
+    block = _block(guide, weight, kind, order)
+    used = block // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
+    splits = min(triton.cdiv(image.numel() // units, used), triton.cdiv(REDUCE_PROGRAMS, units))
+    out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
+    weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
-        _smoothness_fwd_kernel[(planes * splits,)](
-            image, out, count, width, splits, kind, _wide(image), STREAM_BLOCK, **STREAM_OPTIONS
-        )
-    return out.sum(2) if splits > 1 else out[:, :, 0]
+        _smoothness_fwd_kernel[(units * splits,)](
+            image, guide_args(guide), weight_args, out, size, splits, used, kind, order, axes,
+            needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
+        )  # fmt: skip
+    return (out.sum(2) if splits > 1 else out[:, :, 0]).reshape(images, channels, outs)
 
 
 def smoothness_bwd(
@@ -165,27 +315,51 @@ def smoothness_bwd(
     out = torch.empty_like(image_pred)
     if out.numel() == 0:
         return out
-    image = image_pred.contiguous()
-    written = out if out.is_contiguous() else torch.empty_like(image)
-    count, width = image.shape[2] * image.shape[3], image.shape[3]
-    splits = triton.cdiv(count, STREAM_BLOCK)
+    image = in_order(image_pred)
+    written = out if out.stride() == image.stride() else torch.empty_like(image)
+    size = sizes(image)
+    units = image.shape[0] * size[3]
+    block = _block(guide, weight, kind, order)
+    splits = triton.cdiv(image.numel() // units, block)
+    weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
-        _smoothness_bwd_kernel[(image.shape[0] * image.shape[1] * splits,)](
-            grad.contiguous(), image, written, count, width, splits, kind, _wide(image), STREAM_BLOCK,
-            **STREAM_OPTIONS,
+        _smoothness_bwd_kernel[(units * splits,)](
+            grad.contiguous(), image, guide_args(guide), weight_args, written, size, splits, kind, order,
+            image.ndim - 2, needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every kind and dtype, at even and odd sizes, and planes whose offsets pass 32 bits."""
-    sizes = {"": (2, 3, 64, 64), "odd": (1, 3, 33, 65), "int64": (1, 1, 65536, 32768)}
-    for dtype, kind, (size, shape) in itertools.product(HALF_AND_SINGLE, KINDS, sizes.items()):
-        image = torch.empty(shape, dtype=dtype, device="meta")
-        grad = torch.empty((*shape[:2], 1 if kind == "isotropic" else 2), device="meta")
-        label = f"{kind} {str(dtype).removeprefix('torch.')} {size}".rstrip()
-        forward = () if size == "odd" else ("_smoothness_fwd_kernel",)
-        # isotropic: four of the seven loads are one element off, hence narrow, whatever the size
-        backward = () if size == "odd" or kind == "isotropic" else ("_smoothness_bwd_kernel",)
-        yield AotCase(f"forward {label}", smoothness_fwd, (image, None, None, kind, 1), forward)
-        yield AotCase(f"backward {label}", smoothness_bwd, (grad, image, None, None, kind, 1), backward)
+    """Every kind and dtype; odd sizes and offsets past 32 bits; each option; volumes and channels_last with all."""
+    image, volume = (2, 3, 64, 64), (1, 2, 16, 32, 64)
+    everything: dict[str, Any] = {"order": 2, "guide": True, "weight": True}
+    each: dict[str, dict[str, Any]] = {name: {name: value} for name, value in everything.items()}
+    for kind in KINDS:
+        for dtype in HALF_AND_SINGLE:
+            yield from _aot_calls("", image, dtype, kind, vector=True)
+        for label, more in each.items():
+            yield from _aot_calls(label, image, torch.float32, kind, **more)
+        yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
+        yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
+    yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
+    yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
+
+
+def _aot_calls(
+    label: str, shape: tuple, dtype: torch.dtype, kind: str, *,
+    order: int = 1, guide: bool = False, weight: bool = False, last: bool = False, vector: bool = False,
+) -> Iterator[AotCase]:  # fmt: skip
+    tensor: dict[str, Any] = {"dtype": dtype, "device": "meta"}
+    image = torch.empty(shape, **tensor)
+    if last:
+        image = image.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    edges = torch.empty((shape[0], 3, *shape[2:]), **tensor) if guide else None
+    by_pixel = torch.empty((shape[0], 1, *shape[2:]), device="meta").expand(shape) if weight else None
+    grad = torch.empty((*shape[:2], 1 if kind == "isotropic" else len(shape) - 2), device="meta")
+    label = f"{kind} {str(dtype).removeprefix('torch.')} {len(shape) - 2}-D {label}".rstrip()
+    options = (image, edges, by_pixel, kind, order)
+    yield AotCase(f"forward {label}", smoothness_fwd, options, ("_smoothness_fwd_kernel",) if vector else ())
+    # isotropic: most of the loads are one element off, hence narrow, whatever the size
+    wide = ("_smoothness_bwd_kernel",) if vector and kind != "isotropic" else ()
+    yield AotCase(f"backward {label}", smoothness_bwd, (grad, *options), wide)

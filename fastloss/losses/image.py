@@ -8,17 +8,96 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_shape, check_tensor
-from ..core import Loss
-from .pixel import pixel_loss
-from .smoothness import smoothness_loss
-from .ssim import ssim_loss
+from ..checks import check_number, check_same_shape, check_tensor, check_weight
+from ..core import Loss, Op, result_dtype
+from .pixel import mean_of, pixel_kind, pixel_loss, pixel_reference
+from .smoothness import smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
+from .ssim import LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
     "ssim_options": ("window", "sigma", "data_range", "padding", "k1", "k2", "weight"),
 }
+
+
+def image_reference(
+    image: Tensor,
+    image_pred: Tensor,
+    pixel_weight: Tensor | None,
+    guide: Tensor | None,
+    smoothness_weight: Tensor | None,
+    ssim_weight: Tensor | None,
+    kinds: str,
+    numbers: list[float],
+) -> Tensor:
+    """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
+
+    `kinds`: "pixel,smoothness", empty where off; `numbers`: the pixel loss's parameter, the order of the smoothness,
+    and of SSIM window (0: off), sigma, whether the padding is "same", c1 and c2.
+    """
+    pixel, smoothness = kinds.split(",")
+    p, order, window, sigma, same, c1, c2 = numbers
+    dtype = result_dtype(image, image_pred)
+    sums = [image_pred.new_zeros(1, dtype=dtype)] * 3
+    if pixel:
+        sums[0] = pixel_reference(image, image_pred, pixel_weight, pixel, p, True).reshape(1)
+    if smoothness:
+        sums[1] = smoothness_reference(image_pred, guide, smoothness_weight, smoothness, int(order)).sum((0, 1))
+    else:
+        sums[1] = image_pred.new_zeros(image_pred.ndim - 2, dtype=dtype)
+    if window:
+        args = (int(window), sigma, same != 0, c1, c2, False)
+        sums[2] = ssim_reference(image, image_pred, ssim_weight, *args).sum().reshape(1)
+    return torch.cat(sums)
+
+
+def _image_fwd(
+    image: Tensor,
+    image_pred: Tensor,
+    pixel_weight: Tensor | None,
+    guide: Tensor | None,
+    smoothness_weight: Tensor | None,
+    ssim_weight: Tensor | None,
+    kinds: str,
+    numbers: list[float],
+) -> Tensor:
+    axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
+    return image_pred.new_empty(axes + 2, dtype=torch.float32)
+
+
+def _image_bwd(
+    grad: Tensor,
+    image: Tensor,
+    image_pred: Tensor,
+    pixel_weight: Tensor | None,
+    guide: Tensor | None,
+    smoothness_weight: Tensor | None,
+    ssim_weight: Tensor | None,
+    kinds: str,
+    numbers: list[float],
+    needs_image: bool,
+    needs_image_pred: bool,
+) -> tuple[Tensor, Tensor]:
+    none = image.new_empty(0)
+    return (
+        torch.empty_like(image) if needs_image else none,
+        torch.empty_like(image_pred) if needs_image_pred else none,
+    )
+
+
+def _kernels_take(image: Tensor, *args: Any) -> bool:
+    return image.numel() > 0 and args[-1][2] <= LARGEST_WINDOW
+
+
+_image = Op(
+    "image",
+    fwd=_image_fwd,
+    bwd=_image_bwd,
+    reference=image_reference,
+    grads=("image", "image_pred"),
+    takes=_kernels_take,
+)
 
 
 class ImageLosses(NamedTuple):
@@ -82,22 +161,87 @@ def image_loss(
         "smoothness": _options("smoothness_options", smoothness_options, smoothness is not None),
         "ssim": _options("ssim_options", ssim_options, ssim is not None),
     }
-    values: dict[str, Tensor] = {}
     weights: dict[str, float] = {}
-    if pixel is not None:
-        p, weights["pixel"] = _distance_and_weight("pixel", pixel)
-        values["pixel"] = pixel_loss(image, image_pred, p=p, **more["pixel"])
-    if smoothness is not None:
-        p, weights["smoothness"] = _distance_and_weight("smoothness", smoothness)
-        values["smoothness"] = smoothness_loss(image_pred, p=p, **more["smoothness"])  # type: ignore[arg-type]
+    distances: dict[str, float | str] = {}
+    for name, part in (("pixel", pixel), ("smoothness", smoothness)):
+        if part is not None:
+            distances[name], weights[name] = _distance_and_weight(name, part)
     if ssim is not None:
         check_number("ssim", ssim, 0)
         weights["ssim"] = ssim
-        values["ssim"] = ssim_loss(image, image_pred, **more["ssim"])
-    if not values:
+    if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
+    if len(weights) > 1 and image.device.type == "cpu" and _image.kernels["cpp"]:
+        values = _in_one_pass(image, image_pred, distances, more, ssim is not None)
+    else:
+        values = _part_by_part(image, image_pred, distances, more, ssim is not None)
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     return ImageLosses(total, {name: value.detach() for name, value in values.items()})
+
+
+def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
+    values: dict[str, Tensor] = {}
+    if "pixel" in distances:
+        values["pixel"] = pixel_loss(image, image_pred, p=distances["pixel"], **more["pixel"])
+    if "smoothness" in distances:
+        values["smoothness"] = smoothness_loss(image_pred, p=distances["smoothness"], **more["smoothness"])
+    if ssim:
+        values["ssim"] = ssim_loss(image, image_pred, **more["ssim"])
+    return values
+
+
+def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
+    """The same values from one op, which returns the sum of every part."""
+    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(_OPTIONS)
+    guide, p, order = None, None, 1
+    if "pixel" in distances:
+        options = dict(more["pixel"])
+        maps["pixel_options"] = _expanded(options.pop("weight", None), image)
+        names[0], numbers[0] = pixel_kind(distances["pixel"], **options)
+    if "smoothness" in distances:
+        p, guide, order = distances["smoothness"], more["smoothness"].get("guide"), more["smoothness"].get("order", 1)
+        names[1], maps["smoothness_options"] = smoothness_kind(
+            image_pred, p, order, guide, more["smoothness"].get("weight")
+        )
+        numbers[1] = float(order)
+    if ssim:
+        numbers[2:], maps["ssim_options"], count = _ssim_numbers(image, image_pred, more["ssim"])
+    dtype = torch.promote_types(image.dtype, image_pred.dtype)
+    weights = list(maps.values())
+    sums = _image(
+        image.to(dtype), image_pred.to(dtype), weights[0], guide, weights[1], weights[2], ",".join(names), numbers
+    )
+    values: dict[str, Tensor] = {}
+    if "pixel" in distances:
+        values["pixel"] = mean_of(sums[0], weights[0], image.numel())
+    if p is not None:
+        values["smoothness"] = smoothness_mean(sums[1:-1], image_pred, weights[1], p, order)
+    if ssim:
+        values["ssim"] = mean_of(sums[-1], weights[2], count)
+    return values
+
+
+def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:
+    """(window, sigma, whether the padding is "same", c1, c2), the weight of the map, how many elements the map has."""
+    check_tensor("image", image, 4)
+    o = {"window": 11, "sigma": 1.5, "data_range": 1.0, "padding": "same", "k1": 0.01, "k2": 0.03, **options}
+    weight = _expanded(o.pop("weight", None), image)
+    same, c1, c2 = check_ssim_options(**o)
+    if not same:
+        check_window_fits(image, o["window"], 1)
+    cut = 0 if same else o["window"] // 2
+    height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
+    if weight is not None:
+        weight = weight[:, :, cut : cut + height, cut : cut + width]
+    count = image.shape[0] * image.shape[1] * height * width
+    return [float(o["window"]), float(o["sigma"]), float(same), c1, c2], weight, count
+
+
+def _expanded(weight: Any, image: Tensor) -> Tensor | None:
+    if weight is None:
+        return None
+    check_weight("weight", weight, "image", image)
+    return weight.expand(image.shape)
 
 
 def _distance_and_weight(name: str, part: Any) -> tuple[float | str, float]:

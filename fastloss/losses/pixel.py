@@ -68,7 +68,7 @@ _pixel = Op(
 )
 
 
-def _kind(p: float | str, eps: float, delta: float) -> tuple[str, float]:
+def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
     """The kernel's op code and its one parameter."""
     if p == "charbonnier":
         check_number("eps", eps, 0, open_low=True)
@@ -129,7 +129,7 @@ def pixel_loss(
     check_tensor("image_pred", image_pred)
     check_same_shape("image", image, "image_pred", image_pred)
     check_reduction(reduction)
-    kind, parameter = _kind(p, eps, delta)
+    kind, parameter = pixel_kind(p, eps, delta)
     if weight is not None:
         check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
@@ -137,11 +137,16 @@ def pixel_loss(
     out = _pixel(image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
     if reduction != "mean":
         return out
-    check_not_empty(image.numel())
+    return mean_of(out, weight, image.numel())
+
+
+def mean_of(total: Tensor, weight: Tensor | None, count: int) -> Tensor:
+    """A mean from a sum over `count` elements, or over those of `weight`; 0 where all weights are 0."""
+    check_not_empty(count)
     if weight is None:
-        return out / image.numel()
-    total = weight.sum(dtype=out.dtype)
-    return out / torch.where(total == 0, torch.ones_like(total), total)
+        return total / count
+    weights = weight.sum(dtype=total.dtype)
+    return total / torch.where(weights == 0, torch.ones_like(weights), weights)
 
 
 class PixelLoss(Loss):

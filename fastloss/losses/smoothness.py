@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,12 +100,6 @@ def _smoothness_bwd(
     return torch.empty_like(image_pred)
 
 
-def _kernels_take(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> bool:
-    return image_pred.ndim == 4 and order == 1 and guide is None and weight is None
-
-
 _smoothness = Op(
     "smoothness",
     fwd=_smoothness_fwd,
@@ -112,7 +107,6 @@ _smoothness = Op(
     reference=smoothness_reference,
     grads=("image_pred",),
     triton="smoothness",
-    takes=_kernels_take,
 )
 
 
@@ -180,30 +174,53 @@ def smoothness_loss(
         >>> smoothness_loss(torch.arange(16.0).reshape(1, 1, 4, 4)).item()
         5.0
     """
-    check_tensor("image_pred", image_pred, (4, 5))
-    check_choice("p", p, DISTANCES)
-    check_choice("order", order, (1, 2))
     check_choice("convention", convention, _CONVENTIONS)
     check_reduction(reduction)
     if reduction not in _CONVENTIONS[convention]:
         raise ValueError(f"reduction: {convention!r} has 'mean' and 'sum', got {reduction!r}")
+    kind, weight = smoothness_kind(image_pred, p, order, guide, weight)
+    if reduction == "mean":
+        check_not_empty(image_pred.numel())
+    sums = _smoothness(image_pred, guide, weight, kind, order)
+    over, mean = _CONVENTIONS[convention][reduction]
+    value = _value(sums, _counts(image_pred, weight, kind, order) if mean else None, over, p)
+    return reduce(value, reduction) if over == (1,) else value
+
+
+def smoothness_kind(
+    image_pred: Tensor, p: int | str, order: int, guide: Tensor | None, weight: Tensor | None
+) -> tuple[str, Tensor | None]:
+    """The kernels' name of the distance, and the weight as they take it, after checks of all the arguments."""
+    check_tensor("image_pred", image_pred, (4, 5))
+    check_choice("p", p, DISTANCES)
+    check_choice("order", order, (1, 2))
     if guide is not None:
         _check_guide(guide, image_pred)
     if weight is not None:
         check_weight("weight", weight, "image_pred", image_pred)
         weight = weight.expand(image_pred.shape)
-    if reduction == "mean":
-        check_not_empty(image_pred.numel())
+    return "isotropic" if p == "isotropic" else "l1" if p == 1 else "l2", weight
 
-    kind = "isotropic" if p == "isotropic" else "l1" if p == 1 else "l2"
-    over, mean = _CONVENTIONS[convention][reduction]
-    sums = _smoothness(image_pred, guide, weight, kind, order).unbind(-1)
-    counts = _counts(image_pred, weight, kind, order) if mean else [None] * len(sums)
-    terms = [_normalised(*pair, over) for pair in zip(sums, counts, strict=True)]
+
+def smoothness_mean(sums: Tensor, image_pred: Tensor, weight: Tensor | None, p: int | str, order: int) -> Tensor:
+    """The loss from the sums of each direction over all images and channels, ``[directions]``."""
+    kind = "isotropic" if p == "isotropic" else "l2"
+    check_not_empty(image_pred.numel())
+    counts = [
+        count.sum() if isinstance(count, Tensor) else count * image_pred.shape[0] * image_pred.shape[1]
+        for count in _counts(image_pred, weight, kind, order)
+    ]
+    return _value(sums, counts, (), p)
+
+
+def _value(
+    sums: Tensor, counts: Sequence[Tensor | int] | None, over: tuple[int, ...], p: int | str
+) -> Tensor:
+    """The directions' sums, or means, over the dimensions `over`, added; then the root if p is "norm"."""
+    each = sums.unbind(-1)
+    terms = [_normalised(*pair, over) for pair in zip(each, counts or [None] * len(each), strict=True)]
     value = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-    if p == "norm":
-        value = _root(value)
-    return reduce(value, reduction) if over == (1,) else value
+    return _root(value) if p == "norm" else value
 
 
 def _normalised(total: Tensor, count: Tensor | int | None, over: tuple[int, ...]) -> Tensor:

@@ -202,10 +202,10 @@ def ssim_loss(
         0.0
     """
     _check_pair(image, image_pred)
-    same, c1, c2 = _check_options(window, sigma, data_range, padding, k1, k2)
+    same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
     check_reduction(reduction)
     if not same:
-        _check_fits(image, window, 1)
+        check_window_fits(image, window, 1)
     if reduction == "mean":
         check_not_empty(image.numel())
     cut = 0 if same else window // 2
@@ -282,14 +282,14 @@ def ms_ssim_loss(
         0.0
     """
     _check_pair(image, image_pred)
-    same, c1, c2 = _check_options(window, sigma, data_range, padding, k1, k2)
+    same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
     check_reduction(reduction)
     if not level_weights:
         raise ValueError("level_weights: expected at least one number, got none")
     for i, w in enumerate(level_weights):
         check_number(f"level_weights[{i}]", w, 0)
     if not same:
-        _check_fits(image, window, len(level_weights))
+        check_window_fits(image, window, len(level_weights))
     dtype = result_dtype(image, image_pred)
     if image.numel() == 0:
         return reduce((image * image_pred).to(dtype).flatten(1).sum(1), reduction)
@@ -320,7 +320,7 @@ def _check_pair(image: Tensor, image_pred: Tensor) -> None:
     check_same_shape("image", image, "image_pred", image_pred)
 
 
-def _check_options(
+def check_ssim_options(
     window: int, sigma: float, data_range: float, padding: str, k1: float, k2: float
 ) -> tuple[bool, float, float]:
     """Whether the padding is "same", and the two stabilising constants."""
@@ -334,7 +334,7 @@ def _check_options(
     return padding == "same", (k1 * data_range) ** 2, (k2 * data_range) ** 2
 
 
-def _check_fits(image: Tensor, window: int, levels: int) -> None:
+def check_window_fits(image: Tensor, window: int, levels: int) -> None:
     """Every halving rounds up, so the last of `levels` is ceil(side / 2**(levels - 1)) pixels."""
     height, width = (-(-side // 2 ** (levels - 1)) for side in image.shape[2:])
     if min(height, width) < window:
