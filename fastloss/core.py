@@ -90,6 +90,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         _backends.forced = before
 
 
+def is_forced() -> bool:
+    """Somebody asked for a backend by name: no shortcut past the ops is taken then."""
+    return _backends.forced is not None
+
+
 def backend_report() -> dict[str, str]:
     """Each backend and "available", or the reason why it is not."""
     return {name: why or "available" for name, why in _backends.missing.items()}
@@ -256,12 +261,14 @@ class Op:
         have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
         _save(ctx, {name: have[name] for name in self._bwd_wants if name in have})
 
-    def _backward(self, ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
         needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
         for name, needed in needs.items():
             if needed and name not in self.grads:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+        if grad is None:  # nothing reaches the output (in a double backward)
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)
         flags_by_name = {f"needs_{name}": needed for name, needed in needs.items()}
         have = _saved(ctx) | {"grad": grad, "incoming": []} | flags_by_name
         got = self.bwd(*(have[name] for name in self._bwd_wants))
@@ -303,10 +310,12 @@ class Op:
                                "use_backend('reference') differentiates any number of times")
         wrt: dict[str, Any] = {}
         for name in self.grads:
+            if have[name] is None:  # an optional input that was not given
+                continue
             leaf = [t.detach().requires_grad_() for t in _tensors(have[name])]
             wrt[name] = leaf if isinstance(have[name], list) else leaf[0]
         out = self.reference(*((have | wrt)[name] for name in self.inputs))
-        used = [i for i, name in enumerate(self.grads) if have.get(f"needs_{name}", True)]
+        used = [i for i, name in enumerate(self.grads) if name in wrt and have.get(f"needs_{name}", True)]
         inputs = [t for i in used for t in _tensors(wrt[self.grads[i]])]
         first = torch.autograd.grad(out, inputs, upstream.to(out.dtype), create_graph=True)
         if not isinstance(grad_grads[0], list):  # a list holds the needed ones only

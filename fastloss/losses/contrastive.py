@@ -22,10 +22,9 @@ from .contrastive_checks import (
     finish,
     full_precision,
     inverse,
-    reduce_rows,
 )
-from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm, contrastive_reference
-from .contrastive_softmax import is_plain, softmax_rows
+from .contrastive_forms import softmax_rows
+from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
 
 
 def info_nce(
@@ -79,9 +78,8 @@ def info_nce(
             or ``"none"`` for the (weighted) rows [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0 (one row of logits at least). In-batch negatives with
-            no ids, targets, sampling, smoothing or `return_lse` have a kernel on the CPU; the reference, which serves
-            all else, is dense and holds [M, N + K].
+        workspace_mib: bound of the kernels' workspace in MiB, > 0 (one row of a tile of logits at least), whatever M, N
+            and K. The reference, which serves float64 and devices without kernels, is dense and holds [M, N + K].
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
 
@@ -108,10 +106,9 @@ def info_nce(
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
     with full_precision(query):
-        if not return_lse and is_plain(form, offset, negatives, targets, query_ids, key_ids):
-            losses = softmax_rows(query, key, scale, offset, form, dtype, workspace_mib)
-            return reduce_rows(losses, weights, reduction)
-        rows = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
+        rows = softmax_rows(
+            query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib, return_lse
+        )
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -159,9 +156,9 @@ def _ids(
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, keys = query.shape[0], key.shape[0]
     if query_ids is not None:
-        check_integers("query_ids", query_ids, (rows,), query)
+        query_ids = check_integers("query_ids", query_ids, (rows,), query)
     if key_ids is not None:
-        check_integers("key_ids", key_ids, (keys, columns), query)
+        key_ids = check_integers("key_ids", key_ids, (keys, columns), query)
     if (query_ids is None) == (key_ids is None):
         return query_ids, key_ids
     if rows != keys or not diagonal:
@@ -242,9 +239,10 @@ def clip_loss(
     check_embeddings("text", text, image, "image", rows=True)
     check_flags(normalize=normalize, return_lse=return_lse)
     rows = image.shape[0]
-    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is not None:
-            check_integers(name, ids, (rows,), image)
+    if image_ids is not None:
+        image_ids = check_integers("image_ids", image_ids, (rows,), image)
+    if text_ids is not None:
+        text_ids = check_integers("text_ids", text_ids, (rows,), image)
     check_shared(image, weights, workspace_mib, label_smoothing)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
@@ -253,10 +251,7 @@ def clip_loss(
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
     with full_precision(image):
-        if not return_lse and is_plain(form, bias, one, two):
-            losses = softmax_rows(image, text, scale, bias, form, dtype, workspace_mib)
-            return reduce_rows(losses, weights, reduction)
-        out = contrastive_reference(image, text, None, scale, bias, None, one, two, form)
+        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib, return_lse)
     return finish(out, weights, reduction, return_lse)
 
 
