@@ -43,13 +43,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # log 2 in two parts: whole numbers up to 2^14 times the first are exact
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
-# A tile's references may differ by this much before one exponential no longer serves rows and columns: what a sum needs
-# lies within 25 of its reference, and 2^-126 is the least normal number.
+# One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of a
+# sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
 SPREAD = tl.constexpr(100.0)
+SPREAD_BACK = tl.constexpr(96.0)
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
 GROUP = 8
 _EMPTY = float("-inf")
+DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @triton.jit
@@ -65,25 +67,29 @@ def _below(s, reference):
 
 
 @triton.jit
-def _shift(old, new):
-    """The factor that takes a mass from the reference of the maximum `old` to that of `new`."""
-    return tl.where(old == float("-inf"), 0.0, tl.exp2(_reference(old) - _reference(new)))
+def _shift(old, new, reference):
+    """The factor that takes a mass with maximum `old` from `reference` to the reference of the maximum `new`."""
+    return tl.where(old == float("-inf"), 0.0, tl.exp2(reference - _reference(new)))
 
 
 @triton.jit
-def _merge(a, b, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
-    """The state of the union of two disjoint sets."""
+def _merge(a, b, b_reference, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """The state of the union of two disjoint sets; the mass of the second may have another reference than its own."""
     best = tl.maximum(a[0], b[0])
-    mass = a[1] * _shift(a[0], best) + b[1] * _shift(b[0], best)
+    mass = a[1] * _shift(a[0], best, _reference(a[0])) + b[1] * _shift(b[0], best, b_reference)
     total, count, hard, soft = a[2], a[3], a[4], a[5]
     if MOMENTS:
         total += b[2]
         count += b[3]
     if HARD:
-        up = 1.0 + beta
-        hard = hard * _shift(up * a[0], up * best) + b[4] * _shift(up * b[0], up * best)
-        soft = soft * _shift(beta * a[0], beta * best) + b[5] * _shift(beta * b[0], beta * best)
+        hard = hard * _power_shift(a[0], best, 1.0 + beta) + b[4] * _power_shift(b[0], best, 1.0 + beta)
+        soft = soft * _power_shift(a[0], best, beta) + b[5] * _power_shift(b[0], best, beta)
     return best, mass, total, count, hard, soft
+
+
+@triton.jit
+def _power_shift(old, new, power):
+    return _shift(power * old, power * new, _reference(power * old))
 
 
 @triton.jit
@@ -137,23 +143,6 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
-def _masses(s, best, column_best):
-    """A tile's row masses and column masses, with one exponential per element where none underflows for the columns."""
-    reference = _reference(best)
-    top = tl.max(reference, 0)
-    wide = top - tl.min(column_best, 0) * LOG2E > SPREAD
-    if wide:
-        mass = tl.sum(_below(s, reference[:, None]), 1)
-        column_mass = tl.sum(_below(s, _reference(column_best)[None, :]), 0)
-    else:
-        e = _below(s, reference[:, None])
-        mass = tl.sum(e, 1)
-        column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
-    shift = tl.where(wide, 0.0, top - _reference(column_best))
-    return mass, column_mass * tl.exp2(shift)
-
-
-@triton.jit
 def _contrastive_fwd_kernel(
     operands,  # query (M, D), key (N, D): pointers or tensor descriptors
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
@@ -166,7 +155,7 @@ def _contrastive_fwd_kernel(
     SYMMETRIC: tl.constexpr,
     MOMENTS: tl.constexpr,
     PRECISION: tl.constexpr,
-    TILE: tl.constexpr,  # block of M, of N, of D, whether operands are descriptors
+    TILE: tl.constexpr,  # block of M, of N, of D, whether operands are descriptors, whether to share exponentials
 ):
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
@@ -185,20 +174,31 @@ def _contrastive_fwd_kernel(
                 operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE
             )
             best, column_best = tl.max(s, 1), tl.max(back, 0)
-            if SYMMETRIC and rows[3] is None:
-                mass, column_mass = _masses(s, best, column_best)
+            reference = _reference(best)
+            e = _below(s, reference[:, None])
+            seen = _tile_state(s, best, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
+            state = _merge(state, seen, reference, beta, MOMENTS, HARD)
+            if SYMMETRIC and rows[3] is None and TILE[4]:
+                top = tl.max(reference, 0)
+                wide = top - tl.min(column_best, 0) * LOG2E > SPREAD
+                if wide:  # make the logits once more rather than hold them beside e
+                    s, back = tile_logits(
+                        operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
+                    )
+                    column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
+                else:
+                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
+                reference = tl.where(wide, _reference(column_best), top)
             else:
-                mass = tl.sum(_below(s, _reference(best)[:, None]), 1)
-                column_mass = tl.sum(_below(back, _reference(column_best)[None, :]), 0)
-            state = _merge(state, _tile_state(s, best, mass, beta, 1, MOMENTS, HARD), beta, MOMENTS, HARD)
+                reference = _reference(column_best)
+                column_mass = tl.sum(_below(back, reference[None, :]), 0)
             if SYMMETRIC:
                 index = column0 + tl.arange(0, BN)
                 again = index < tl.where(row_block > group, sizes[1], 0)
                 before = _load_state(column_slot, index, stride, again, MOMENTS, HARD)
                 seen = _tile_state(back, column_best, column_mass, beta, 0, MOMENTS, HARD)
-                _store_state(
-                    column_slot, _merge(before, seen, beta, MOMENTS, HARD), index, stride, index < sizes[1], MOMENTS, HARD
-                )
+                seen = _merge(before, seen, reference, beta, MOMENTS, HARD)
+                _store_state(column_slot, seen, index, stride, index < sizes[1], MOMENTS, HARD)
         index = row0 + tl.arange(0, BM)
         _store_state(row_slot, state, index, stride, index < sizes[0], MOMENTS, HARD)
         if SYMMETRIC:
@@ -227,7 +227,7 @@ def _contrastive_merge_kernel(
     slots_ptr += direction * plan[1] * STATES * stride
     a = _load_state(slots_ptr, where, stride, mask, MOMENTS, HARD)
     best = tl.max(a[0], 0)
-    mass = tl.sum(a[1] * _shift(a[0], best[None, :]), 0)
+    mass = tl.sum(a[1] * _shift(a[0], best[None, :], _reference(a[0])), 0)
     stats_ptr += direction * STATES * stride + index
     inside = index < rows
     tl.store(stats_ptr, _log(best, mass), inside)
@@ -238,8 +238,8 @@ def _contrastive_merge_kernel(
     if HARD:
         stats_ptr += (STATES - 2) * stride
         up = 1.0 + beta
-        tl.store(stats_ptr, _log(up * best, tl.sum(a[4] * _shift(up * a[0], (up * best)[None, :]), 0)), inside)
-        soft = tl.sum(a[5] * _shift(beta * a[0], (beta * best)[None, :]), 0)
+        tl.store(stats_ptr, _log(up * best, tl.sum(a[4] * _power_shift(a[0], best[None, :], up), 0)), inside)
+        soft = tl.sum(a[5] * _power_shift(a[0], best[None, :], beta), 0)
         tl.store(stats_ptr + stride, _log(beta * best, soft), inside)
 
 
@@ -285,10 +285,10 @@ def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.con
     """G_ij of both directions where log-sum-exps alone have an upstream: from one exponential wherever that is exact."""
     own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
     other, down = _log_sum(stats_ptr + STATES * stride, grad_ptr + STATES * stride, column, column < rows)
-    low, high = tl.min(other, 0), tl.max(other, 0)
-    wide = (tl.max(own, 0) - low > SPREAD / 2) | (high - tl.min(own, 0) > SPREAD / 2)
-    if wide:
-        pull = _below(s, own[:, None]) * up[:, None] + _below(s, other[None, :]) * down[None, :]
+    low = tl.min(other, 0)
+    if tl.max(own, 0) - low > SPREAD_BACK:
+        pull = _below(s, other[None, :]) * down[None, :]
+        pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
     else:
         pull = _below(s, own[:, None]) * (up[:, None] + tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :])
     return pull
@@ -604,16 +604,15 @@ def aot_cases() -> Iterator[AotCase]:
     """The forms of the losses in every dtype, widths of common encoders, small, odd and very large batches."""
     clip, one = ("diagonal+symmetric", ("column_scale",), 0.0), ("diagonal", ("column_scale",), 0.0)
     forms = [
-        clip, one, ("diagonal+symmetric", (), 0.0), ("", ("column_scale", "excluded", "ids", "bias"), 0.0),
+        ("diagonal+symmetric", (), 0.0), ("", ("column_scale", "excluded", "ids", "bias"), 0.0),
         ("diagonal+moments", ("column_scale", "excluded"), 0.0), ("diagonal", ("column_scale", "excluded"), 0.5),
         ("diagonal+symmetric+moments", ("column_scale", "ids"), 0.5), ("diagonal+symmetric", ("ceiling", "bias"), 0.0),
     ]  # fmt: skip
-    calls = [(form, (4096, 4096, 512)) for form in forms]
-    calls += [(clip, (4096, 4096, width)) for width in (64, 77, 640, 768, 1024, 1152, 16)]
-    calls += [(form, shape) for form in (clip, one) for shape in ((200, 200, 512), (2**20, 2**20, 768))]
-    for dtype, ((kind, extras, hardness), shape) in itertools.product(
-        (torch.float32, torch.bfloat16, torch.float16), calls
-    ):
+    sizes = [(4096, 4096, width) for width in (512, 64, 77, 640, 768, 1024, 1152, 16)]
+    sizes += [(200, 200, 512), (2**20, 2**20, 768)]
+    shared = [(dtype, form, size) for dtype in DTYPES for form in (clip, one) for size in sizes]
+    others = [(dtype, form, sizes[0]) for dtype in DTYPES[:2] for form in forms]
+    for dtype, (kind, extras, hardness), shape in shared + others:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
         words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", "x".join(map(str, shape)))
         # without tf32 the float32 products of NVIDIA devices are plain multiply-adds
