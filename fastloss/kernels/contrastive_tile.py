@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def products(operands, row0, column0, sizes, PRECISION: tl.constexpr, TILE: tl.constexpr):
     """<q_i, k_j> of a tile; rows and columns outside give anything."""
