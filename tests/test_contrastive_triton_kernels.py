@@ -1,4 +1,4 @@
-"""Contrastive Triton launchers: blocks of G within the workspace, plans, wide spreads, slots written by several walks."""
+"""Contrastive Triton launchers: blocks of G within the workspace, plans, wide spreads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
     """Statistics and gradients of every input for an upstream that differs everywhere."""
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(rows, width, generator=random).bfloat16() for _ in range(2))
-    leaves = [query.to(dtype), key.to(dtype), *(torch.rand(rows, generator=random).to(dtype) * scale + 0.1 for _ in "rc")]
+    scales = [torch.rand(rows, generator=random).to(dtype) * scale + 0.1 for _ in "rc"]
+    leaves = [query.to(dtype), key.to(dtype), *scales]
     leaves = [t.requires_grad_() for t in leaves]
     stats = op(*leaves, None, None, None, None, None, kind, 0.0, workspace_mib)
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(dtype)

@@ -11,8 +11,8 @@ state is
 
 Forward: program (group, split) walks the tiles of its row blocks (group, group + groups, ..) and, within each, of its
 column blocks (split, split + splits, ..). A row's state stays in registers along the walk and goes to slot `split`; the
-columns' states are merged into slot splits + group, which this program alone writes. A second kernel merges the slots in
-fixed order: no atomics. A symmetric tile needs one exponential per element: the columns' sums are those of the rows'
+columns' states are merged into slot splits + group, which it alone writes. A second kernel merges the slots in
+order: no atomics. A symmetric tile needs one exponential per element: the columns' sums are those of the rows'
 exponentials e, c_j = sum_i e_ij 2^(ref_i - t) with t the tile's largest reference, exact unless the tile's spread of
 references is so wide that e could underflow where a column needs it. Such tiles take a second exponential.
 
@@ -173,7 +173,8 @@ class _Side:
         # sums in the gradient itself, where it is float32 or one rounded product is all
         self.direct = needs_x and factor is None and (x.dtype == torch.float32 or (single and not needs_scale))
         self.finishes = self.needed and (needs_scale or not self.direct)
-        self.sums = self.grad if self.direct else x.new_empty((height if self.needed else 0, width), dtype=torch.float32)
+        kept = height if self.needed else 0
+        self.sums = self.grad if self.direct else x.new_empty((kept, width), dtype=torch.float32)
 
     def part(self, start: int, stop: int) -> Tensor:
         """The sums of these rows, which are those of one block when sums are kept for one only."""

@@ -14,7 +14,7 @@ SPREAD_BACK = tl.constexpr(96.0)
 
 @triton.jit
 def _log_sum(stats_ptr, grad_ptr, index, mask):
-    """(n, g) such that upstream times e^(s - lse) is g e^s / 2^n, n a whole number; (0, 0) where the sum has no terms."""
+    """(n, g): upstream times e^(s - lse) is g e^s / 2^n, n a whole number; (0, 0) where it has no terms."""
     lse = tl.load(stats_ptr + index, mask, other=0.0)
     empty = lse == float("-inf")
     reference = _reference(lse)
@@ -44,7 +44,7 @@ def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr,
 
 @triton.jit
 def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.constexpr):
-    """G_ij of both directions where log-sum-exps alone have an upstream: from one exponential wherever that is exact."""
+    """G_ij of both directions of log-sum-exps alone: from one exponential wherever that is exact."""
     own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
     other, down = _log_sum(stats_ptr + STATES * stride, grad_ptr + STATES * stride, column, column < rows)
     low = tl.min(other, 0)
@@ -61,7 +61,7 @@ def _contrastive_bwd_kernel(
     operands,  # query (M, D), key (N, D): pointers or tensor descriptors
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
-    results,  # G r c (block rows, pitch) in the embeddings' dtype, or None; column sums of G (row blocks, pitch), or None
+    results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
     stats,  # stats, its upstream: (directions, states, M); factor of G (1,) or None
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch

@@ -11,8 +11,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # log 2 in two parts: whole numbers up to 2^14 times the first are exact
 LN2_HIGH = tl.constexpr(0.693359375)
 LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
-# One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of a
-# sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
+# One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
+# a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
 SPREAD = tl.constexpr(100.0)
 
 
