@@ -52,7 +52,8 @@ def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.con
         pull = _below(s, other[None, :]) * down[None, :]
         pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
     else:
-        pull = _below(s, own[:, None]) * (up[:, None] + tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :])
+        across = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
+        pull = _below(s, own[:, None]) * (up[:, None] + across)
     return pull
 
 
