@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& ke
   const double mib = std::min<double>(workspace_mib, kStashMiB);
   const bool keep = static_cast<double>(p.rows * p.columns * 4) <= mib * kMiB;
   if (keep && !p.empty()) {
-    const Tensor raw = product(p.query, p.key);
+    const Tensor raw = p.raw(0, p.rows, 0, p.columns);
     forward.start(0, p.rows);
     forward.chunk(raw, 0, p.columns);
     forward.finish_rows();
@@ -199,7 +199,7 @@ std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& ke
   for_pieces(p.rows, height, [&](int64_t begin, int64_t count) {
     forward.start(begin, count);
     for_pieces(p.columns, width, [&](int64_t first, int64_t n) {
-      forward.chunk(product(slice(p.query, 0, begin, count), slice(p.key, 0, first, n)), first, n);
+      forward.chunk(p.raw(begin, count, first, n), first, n);
     });
     forward.finish_rows();
   });

@@ -12,9 +12,6 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
-    AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr,
-    AtenTensorHandle* out);
 
 namespace fastloss {
 
@@ -54,7 +51,10 @@ struct ContrastiveKernels {
   void (*grad_sum)(const float* s, int64_t n, float row, const float* column, float* g);
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
+  void (*add)(const float* from, int64_t n, float* to);
 };
+
+ContrastiveKernels contrastive_kernels();  // of the CPU at hand
 
 using torch::stable::narrow;
 
@@ -79,28 +79,42 @@ inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) {
 }
 inline Tensor flipped(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// a b^T of [m, K] and [n, K], plus `more` [m, n] if given. oneDNN adds up all K terms one after another; in pieces of
-// kTerms the error is that of a BLAS.
-inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> more = std::nullopt) {
-  const int64_t terms = a.size(1);
-  bool good = &aoti_torch_cpu__linear_pointwise != nullptr && &aoti_torch_cpu__linear_pointwise_binary != nullptr;
-  for (int64_t k = 0; good && k < terms; k += kTerms) {
-    const int64_t n = std::min(kTerms, terms - k);
-    const Tensor x = slice(a, 1, k, n), w = slice(b, 1, k, n);
+// to += from, both dense and of one shape
+inline void add(const Tensor& from, const Tensor& to) {
+  const auto kernels = contrastive_kernels();
+  torch::stable::parallel_for(0, blocks_of(to.numel(), kBlock), 2, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kBlock, end = std::min(last * kBlock, to.numel());
+    kernels.add(input<float>(from) + begin, end - begin, output<float>(to) + begin);
+  });
+}
+
+// oneDNN is slow with weights that leave gaps.
+inline Tensor dense(const Tensor& t) {
+  const bool rows = t.stride(1) == 1 && t.stride(0) == t.size(1), columns = t.stride(0) == 1 && t.stride(1) == t.size(0);
+  return rows || columns ? t : torch::stable::contiguous(t);
+}
+
+// a b^T of [m, K] and [n, K], added to `total` [m, n] if given. oneDNN adds up all K terms one after another; in pieces
+// of kTerms the error is that of a BLAS.
+inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
+    const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
     AtenTensorHandle out = nullptr;
-    if (more.has_value())
-      good = aoti_torch_cpu__linear_pointwise_binary(x.get(), more->get(), w.get(), nullptr, "add", &out) == 0;
-    else
-      good = aoti_torch_cpu__linear_pointwise(x.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &out) == 0;
-    if (good) more = Tensor(out);
-    if (good && k + n == terms) return *more;
-    STD_TORCH_CHECK(good || k == 0, "contrastive: oneDNN fails at a product");
-  }
-  Tensor to = torch::stable::new_empty(a, {a.size(0), b.size(0)});
-  if (more.has_value()) torch::stable::copy_(to, *more);
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), flipped(b).get(), more.has_value() ? 1.0 : 0.0, 1.0));
-  return to;
+    if (&aoti_torch_cpu__linear_pointwise != nullptr &&
+        aoti_torch_cpu__linear_pointwise(x.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &out) == 0) {
+      const Tensor part(out);
+      if (total.has_value())
+        add(part, *total);
+      else
+        total = part;
+      return;
+    }
+    const double kept = total.has_value() ? 1 : 0;
+    if (!total.has_value()) total = torch::stable::new_empty(a, {a.size(0), b.size(0)});
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(total->get(), total->get(), x.get(), flipped(w).get(), kept, 1.0));
+  });
+  return *total;
 }
 
 // A vector of `length` values of type T, those that are not given (or beyond the given) filled in.
@@ -117,7 +131,8 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
 
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
-  Tensor query, key;  // float32, contiguous
+  Tensor query, key;               // float32, contiguous
+  std::vector<Tensor> key_pieces;  // the key's columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, symmetric, two_ceilings = false;
   std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
@@ -173,6 +188,19 @@ struct Problem {
     leave_out(excluded[i]);
   }
 
+  // The products of rows begin .. and columns first ..
+  Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
+    if (key_pieces.empty())
+      for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { key_pieces.push_back(dense(slice(key, 1, k, terms))); });
+    std::optional<Tensor> total;
+    for (size_t piece = 0; piece < key_pieces.size(); ++piece) {
+      const Tensor w = slice(key_pieces[piece], 0, first, n);
+      const int64_t k = static_cast<int64_t>(piece) * kTerms;
+      total = product(slice(slice(query, 0, begin, m), 1, k, w.size(1)), w, total);
+    }
+    return *total;
+  }
+
   bool empty() const { return rows == 0 || columns == 0; }
   int64_t directions() const { return symmetric ? 2 : 1; }
   int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
@@ -187,7 +215,5 @@ inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64
   const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, std::max<int64_t>(p.rows, 1));
   return {height > kRows ? height / kRows * kRows : height, width};
 }
-
-ContrastiveKernels contrastive_kernels();  // of the CPU at hand
 
 }  // namespace fastloss

@@ -110,8 +110,8 @@ class Backward {
     row_share_.assign(p_.padded_columns, 0.0f);
     column_share_.assign(p_.padded_columns, 0.0f);
     for (int64_t i = 0; i < p_.rows; ++i) {
-      row_share_[i] = rows_.grad[0][i] * std::exp(common_ - rows_.lse[0][i]);
-      column_share_[i] = back.grad[0][i] * std::exp(common_ - back.lse[0][i]);
+      row_share_[i] = rows_.grad[0][i] * std::exp(static_cast<double>(common_) - rows_.lse[0][i]);
+      column_share_[i] = back.grad[0][i] * std::exp(static_cast<double>(common_) - back.lse[0][i]);
     }
   }
 
@@ -149,15 +149,14 @@ class Backward {
 };
 
 // Makes the block h of H whose first row and column are begin and first.
-void fill(Backward& backward, const Problem& p, const Tensor& stash, double workspace_mib, int64_t begin, int64_t first,
+void fill(Backward& backward, Problem& p, const Tensor& stash, double workspace_mib, int64_t begin, int64_t first,
           const Tensor& h) {
   const auto [height, width] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
   for (int64_t r = 0; r < h.size(0); r += height)
     for (int64_t c = 0; c < h.size(1); c += width) {
       const int64_t m = std::min(height, h.size(0) - r), n = std::min(width, h.size(1) - c);
-      const Tensor raw = stash.numel() > 0
-                             ? slice(slice(stash, 0, begin + r, m), 1, first + c, n)
-                             : product(slice(p.query, 0, begin + r, m), slice(p.key, 0, first + c, n));
+      const Tensor raw = stash.numel() > 0 ? slice(slice(stash, 0, begin + r, m), 1, first + c, n)
+                                           : p.raw(begin + r, m, first + c, n);
       backward.chunk(raw, begin + r, first + c, output<float>(h) + r * h.stride(0) + c, h.stride(0));
     }
 }

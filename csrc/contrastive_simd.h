@@ -130,10 +130,17 @@ static double contrastive_finish(const float* raw, const float* g, int64_t n, fl
   return sum(total);
 }
 
+static void contrastive_add(const float* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(to + i) + load(from + i));
+  for (; i < n; ++i) to[i] += from[i];
+}
+
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
-          contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish};
+          contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
+          contrastive_add};
 }
 
 }  // namespace FASTLOSS_ISA

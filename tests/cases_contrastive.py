@@ -121,6 +121,11 @@ def pair(draw, shape):
     return query, query + draw.normal(*shape)
 
 
+def unit_pair(draw, shape):
+    """As encoders give them to CLIP's loss; `pair` saturates the softmax at its scale."""
+    return tuple(F.normalize(t, dim=1) for t in pair(draw, shape))
+
+
 def with_negatives(draw, shape):
     rows, keys, width = shape
     return *pair(draw, (rows, width)), draw.normal(keys, width)
@@ -185,6 +190,12 @@ def flops(shape, size, mode):
     return {"forward": 1, "backward": 3, "both": 4}[mode] * 2 * rows * rows * width
 
 
+def frozen_flops(shape, size, mode):
+    """As above for negatives without gradient: one product makes the queries' gradient, and logits may be kept."""
+    rows, keys, width = shape
+    return {"forward": 1, "backward": 1, "both": 2}[mode] * 2 * rows * keys * width
+
+
 CONTRASTIVE = [
     Case(
         "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
@@ -197,7 +208,9 @@ CONTRASTIVE = [
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
-            shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}], all_grads=True
+            shapes=[(256, 512), (4096, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}],
+            all_grads=True,
+            cuda_shapes=[(8192, 512), (32768, 512)],
         ),
     ),
     Case(
@@ -206,6 +219,9 @@ CONTRASTIVE = [
             {"query_ids": IDS, "key_ids": IDS}, {"weights": WEIGHTS, "symmetric": True},
             {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "include_positive": False},
             {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
+            {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
+            {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
+            {"query_ids": IDS, "key_ids": IDS, "include_positive": False, "bias": torch.linspace(-1, 1, 6)},
         ],
     ),
     Case(
@@ -213,8 +229,15 @@ CONTRASTIVE = [
         options=[
             {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
             {"in_batch": True, "symmetric": True, "temperature": 0.25},
+            {"in_batch": True, "sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"normalize": False, "temperature": torch.tensor(4.0), "sampling": NegativeSampling(margin=0.5)},
         ],
         grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
+    ),
+    Case(
+        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((3, 5, 4), (4, 40, 6)),
+        grads=(0, 1),
+        bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
     ),
     Case(
         "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
@@ -244,7 +267,9 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(2048, 512), (8192, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}], all_grads=True
+            shapes=[(256, 512), (1024, 512), (2048, 512), (4096, 512)], cost=flops, unit="flops",
+            options=[{"logit_scale": 14.3}],
+            all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
         ),
     ),
     Case(
