@@ -26,7 +26,7 @@ from torch import Tensor
 from ..core import Op, result_dtype
 from .contrastive_reference import SoftmaxForm, embed, log_sum_exp
 
-WIDEST = 16384  # a Triton program holds a whole negative
+WIDEST = 8192  # a Triton program holds a whole negative
 
 
 def contrastive_each_reference(
