@@ -1,191 +1,214 @@
-// Softmax contrastive loss of paired rows, in one direction or both. Logits exist one chunk of rows at a time: a
-// library's matrix product writes them, one pass turns them into log-sum-exps or into their own gradient.
+// Statistics of the logits of softmax contrastive losses: forward. Logits exist one chunk at a time (or as the stash,
+// where they are few): a library's matrix product writes them, one pass over tiles reads them.
 
-#include "common.h"
-
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-
-#include <cmath>
-#include <limits>
-
-namespace fastloss {
-namespace {
-
-constexpr int64_t kColumns = 1024;          // columns a thread takes at a time,
-constexpr int64_t kRows = 64;               // and rows of them: what it reads twice stays in its cache
-constexpr int64_t kHeight = 1024;           // rows of a chunk: fewer make a matrix product slower, more no faster
-constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
-
-struct LogSum {
-  float most;
-  double total;
-};
-struct Row {
-  float grad, positive, loss;
-};
-struct Columns {
-  const float *grad, *positive, *loss;  // grad null: the columns' direction is not asked for
-};
-struct ContrastiveKernels {
-  LogSum (*row)(const float* logits, int64_t n);
-  void (*columns)(const float* logits, int64_t stride, int64_t rows, int64_t n, float* most, double* total);
-  void (*grad)(float* logits, int64_t n, const Row&, const Columns&);
-};
-
-}  // namespace
-}  // namespace fastloss
+#include "contrastive.h"
 
 #define FASTLOSS_KERNELS "contrastive_simd.h"
 #include "each_isa.h"
 
 namespace fastloss {
+
+ContrastiveKernels contrastive_kernels() { return FASTLOSS_PICK(contrastive_kernels()); }
+
 namespace {
 
-using torch::stable::narrow;
-using torch::stable::transpose;
+constexpr size_t kFactors = 3;
 
-// body(i) for i in 0 .. count, over torch's threads.
-template <typename Body>
-void for_each(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i);
-  });
-}
+// What one tile says of one row.
+struct RowPart {
+  float most;
+  double total[kFactors];
+  SumAndCount moments;
+};
 
-// out = a b + beta out
-void product(Tensor& out, const Tensor& a, const Tensor& b, double beta) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), beta, 1.0));
-}
+// What the groups of rows of one chunk say of its columns.
+struct ColumnParts {
+  int64_t width;
+  std::vector<float> most, total[kFactors], sum, count;
 
-// log(1 + e^x), where x = -inf says that a row has no negatives
-double softplus(double x) { return x > 0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x)); }
-
-// The chunks of the logits query key^T in a workspace of bounded size.
-struct Chunks {
-  const Tensor query, keys;  // keys: [D, N]
-  const int64_t rows, columns, padded, stride, height;
-  const Tensor space;
-
-  Chunks(const Tensor& query, const Tensor& key, double workspace_mib)
-      : query(query),
-        keys(transpose(key, 0, 1)),
-        rows(query.size(0)),
-        columns(key.size(0)),
-        padded((columns + 15) / 16 * 16),
-        stride(padded + 16),  // rows of a power of two would fall on the same lines of the cache
-        height(height_for(workspace_mib)),
-        space(torch::stable::new_empty(query, {height, stride})) {
-    const bool fits = query.dim() == 2 && key.dim() == 2 && query.size(1) == key.size(1) && columns >= rows;
-    STD_TORCH_CHECK(fits, "contrastive: expected query [M, D] and key [N, D] with N >= M");
-    const bool single = query.scalar_type() == ScalarType::Float && key.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(single, "contrastive: expected float32 tensors");
-  }
-
-  int64_t height_for(double mib) const {
-    const double fit = mib * 1048576 / static_cast<double>(sizeof(float) * stride);
-    return std::max<int64_t>(1, std::min({rows, kHeight, static_cast<int64_t>(std::min(fit, 1e9))}));
-  }
-
-  float* at(int64_t row) const { return output<float>(space) + row * stride; }
-
-  // body(first row, rows, logits as a tensor) for every chunk
-  template <typename Body>
-  void each(const Body& body) const {
-    for (int64_t begin = 0; begin < rows; begin += height) {
-      const int64_t count = std::min(height, rows - begin);
-      Tensor all = space, some = narrow(all, 0, 0, count), logits = narrow(some, 1, 0, columns), of = query;
-      product(logits, narrow(of, 0, begin, count), keys, 0);
-      body(begin, count, logits);
-    }
+  ColumnParts(const Problem& p, int64_t groups, int64_t columns) : width((columns + 15) / 16 * 16) {
+    if (!p.symmetric) return;
+    const size_t size = groups * width;
+    most.assign(size, kLowest);
+    for (size_t f = 0; f < p.factors.size(); ++f) total[f].assign(size, 0.0f);
+    sum.assign(p.moments ? size : 0, 0.0f);
+    count.assign(p.moments ? size : 0, 0.0f);
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& key, bool symmetric,
-                                                           double workspace_mib) {
-  const Chunks chunks(query, key, workspace_mib);
-  const int64_t rows = chunks.rows, padded = chunks.padded;
-  STD_TORCH_CHECK(!symmetric || rows == chunks.columns, "contrastive: symmetric needs as many keys as queries");
-  const auto kernels = FASTLOSS_PICK(contrastive_kernels());
-  Tensor loss = torch::stable::new_empty(query, {rows}), positive = torch::stable::new_empty(query, {rows});
-  Tensor row_loss = torch::stable::new_empty(query, {rows});
-  Tensor column_loss = torch::stable::new_empty(query, {symmetric ? rows : 0});
-  float *to_loss = output<float>(loss), *to_positive = output<float>(positive), *to_row = output<float>(row_loss);
-  std::vector<float> most(symmetric ? padded : 0, kLowest);
-  std::vector<double> total(symmetric ? padded : 0, 0.0);
-  chunks.each([&](int64_t begin, int64_t count, const Tensor&) {
-    for_each(count, [&](int64_t r) {
-      float* logits = chunks.at(r);
-      const int64_t i = begin + r;
-      to_positive[i] = logits[i];
-      logits[i] = -std::numeric_limits<float>::infinity();  // what follows is of the negatives alone
-      std::fill(logits + chunks.columns, logits + padded, logits[i]);
-      const LogSum negatives = kernels.row(logits, padded);
-      to_row[i] = static_cast<float>(softplus(negatives.most + std::log(negatives.total) - to_positive[i]));
-    });
-    if (!symmetric) return;
-    for_each((padded + kColumns - 1) / kColumns, [&](int64_t block) {
-      const int64_t first = block * kColumns, n = std::min(kColumns, padded - first);
-      for (int64_t r = 0; r < count; r += kRows)
-        kernels.columns(chunks.at(r) + first, chunks.stride, std::min(kRows, count - r), n, &most[first],
-                        &total[first]);
-    });
-  });
-  for (int64_t i = 0; i < rows; ++i) {
-    to_loss[i] = to_row[i];
-    if (!symmetric) continue;
-    float& back = output<float>(column_loss)[i];
-    back = static_cast<float>(softplus(most[i] + std::log(total[i]) - to_positive[i]));
-    to_loss[i] = 0.5f * (to_row[i] + back);
+class Forward {
+ public:
+  Forward(const Problem& p, const Tensor& stats)
+      : p_(p), kernels_(contrastive_kernels()), blocks_(blocks_of(p.columns, kColumns)), stats_(output<float>(stats)) {
+    if (!p.symmetric) return;
+    most_.assign(p.padded_columns, kLowest);
+    for (size_t f = 0; f < p.factors.size(); ++f) total_[f].assign(p.padded_columns, 0.0);
+    moments_.assign(p.moments ? p.columns : 0, {0, 0});
   }
-  return {loss, positive, row_loss, column_loss};
-}
 
-std::tuple<Tensor, Tensor> contrastive_bwd(const Tensor& grad, const Tensor& query, const Tensor& key, bool symmetric,
-                                           double workspace_mib, const Tensor& positive, const Tensor& row_loss,
-                                           const Tensor& column_loss, bool needs_query, bool needs_key) {
-  const Chunks chunks(query, key, workspace_mib);
-  const auto kernels = FASTLOSS_PICK(contrastive_kernels());
-  const int64_t rows = chunks.rows, width = query.size(1);
-  STD_TORCH_CHECK(grad.dim() == 1 && grad.size(0) == rows && grad.scalar_type() == ScalarType::Float,
-                  "contrastive: grad is not float32 [M]");
-  const auto none = [&] { return torch::stable::new_empty(query, {0}); };
-  Tensor to_query = needs_query ? torch::stable::new_empty(query, {rows, width}) : none();
-  Tensor to_key = needs_key ? torch::stable::new_empty(key, {chunks.columns, width}) : none();
-  if (needs_key) torch::stable::zero_(to_key);
-  const int64_t length = symmetric ? chunks.padded : rows;
-  std::vector<float> share(length), at(symmetric ? length : 0), back(symmetric ? length : 0);
-  const Tensor upstream = torch::stable::contiguous(grad);
-  const float* row = input<float>(row_loss);
-  for (int64_t i = 0; i < rows; ++i) {
-    share[i] = input<float>(upstream)[i] * (symmetric ? 0.5f : 1.0f);
-    if (!symmetric) continue;
-    at[i] = input<float>(positive)[i];
-    back[i] = input<float>(column_loss)[i];
+  // Rows begin .. begin + count, all of whose columns come chunk by chunk.
+  void start(int64_t begin, int64_t count) {
+    begin_ = begin;
+    count_ = count;
+    parts_.resize(count * blocks_);
   }
-  const Columns columns{symmetric ? share.data() : nullptr, at.data(), back.data()};
-  chunks.each([&](int64_t begin, int64_t count, const Tensor& logits) {
-    for_each(count, [&](int64_t r) {
-      const int64_t i = begin + r;
-      float* to = chunks.at(r);
-      std::fill(to + chunks.columns, to + chunks.padded, 0.0f);
-      kernels.grad(to, chunks.padded, {share[i], input<float>(positive)[i], row[i]}, columns);
-      // p - 1 = -(1 - e^-loss): all the digits of a positive that has almost all of the probability
-      to[i] = share[i] * (std::expm1(-row[i]) + (symmetric ? std::expm1(-back[i]) : 0.0f));
+
+  // raw [count, n]: the products with columns first .. first + n, first a multiple of kColumns
+  void chunk(const Tensor& raw, int64_t first, int64_t n) {
+    const int64_t groups = blocks_of(count_, kRows), across = blocks_of(n, kColumns);
+    ColumnParts columns(p_, groups, n);
+    torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t to) {
+      std::vector<float> scratch(kRows * kColumns);
+      for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch);
     });
-    if (needs_query) {
-      Tensor part = narrow(to_query, 0, begin, count);
-      product(part, logits, key, 0);
+    if (!p_.symmetric) return;
+    for_each(across, [&](int64_t b) { merge_columns(columns, groups, first, b * kColumns, n); });
+  }
+
+  void finish_rows() {
+    for_each(blocks_of(count_, kRows), [&](int64_t g) {
+      for (int64_t r = g * kRows; r < std::min(count_, (g + 1) * kRows); ++r) finish_row(r);
+    });
+  }
+
+  void finish_columns() {
+    if (!p_.symmetric) return;
+    for (int64_t j = 0; j < p_.columns; ++j) {
+      double total[kFactors];
+      for (size_t f = 0; f < p_.factors.size(); ++f) total[f] = total_[f][j];
+      write(1, j, most_[j], total, p_.moments ? moments_[j] : SumAndCount{0, 0});
     }
-    Tensor of = query, same = logits;
-    if (needs_key) product(to_key, transpose(same, 0, 1), narrow(of, 0, begin, count), 1);
+  }
+
+ private:
+  void tile(const Tensor& raw, int64_t group, int64_t first, int64_t at, int64_t n, ColumnParts& columns,
+            std::vector<float>& scratch) {
+    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), width = std::min(kColumns, n - at);
+    const float* from = input<float>(raw) + row * raw.stride(0) + at;
+    const auto read = [&](bool back) {
+      for (int64_t r = 0; r < rows; ++r)
+        p_.logits(kernels_, from + r * raw.stride(0), begin_ + row + r, first + at, width, back, &scratch[r * kColumns]);
+    };
+    float* sum = p_.moments && p_.symmetric ? &columns.sum[group * columns.width + at] : nullptr;
+    float* number = sum ? &columns.count[group * columns.width + at] : nullptr;
+    float* most = p_.symmetric ? &columns.most[group * columns.width + at] : nullptr;
+    const bool together = !p_.two_ceilings;
+    read(false);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* s = &scratch[r * kColumns];
+      RowPart& part = parts_[(row + r) * blocks_ + (first + at) / kColumns];
+      part.most = kernels_.most(s, width, together ? most : nullptr);
+      for (size_t f = 0; f < p_.factors.size(); ++f)
+        part.total[f] = kernels_.row(s, width, p_.factors[f], part.most);
+      if (p_.moments) part.moments = kernels_.moments(s, width, together ? sum : nullptr, number);
+    }
+    if (!p_.symmetric) return;
+    if (!together) {
+      read(true);
+      for (int64_t r = 0; r < rows; ++r) {
+        kernels_.most(&scratch[r * kColumns], width, most);
+        if (p_.moments) kernels_.moments(&scratch[r * kColumns], width, sum, number);
+      }
+    }
+    for (size_t f = 0; f < p_.factors.size(); ++f)
+      for (int64_t r = 0; r < rows; ++r)
+        kernels_.columns(&scratch[r * kColumns], width, p_.factors[f], most,
+                         &columns.total[f][group * columns.width + at]);
+  }
+
+  void merge_columns(const ColumnParts& columns, int64_t groups, int64_t first, int64_t at, int64_t n) {
+    const int64_t width = std::min(kColumns, n - at), j = first + at;
+    float before[kColumns];
+    std::copy_n(&most_[j], (width + 15) / 16 * 16, before);
+    for (int64_t g = 0; g < groups; ++g) kernels_.raise(width, &columns.most[g * columns.width + at], &most_[j]);
+    for (size_t f = 0; f < p_.factors.size(); ++f)
+      for (int64_t g = 0; g < groups; ++g)
+        kernels_.merge(width, p_.factors[f], g == 0 ? before : &most_[j], &most_[j],
+                       &columns.most[g * columns.width + at], &columns.total[f][g * columns.width + at],
+                       &total_[f][j]);
+    if (!p_.moments) return;
+    for (int64_t g = 0; g < groups; ++g)
+      for (int64_t i = 0; i < width; ++i) {
+        moments_[j + i].sum += columns.sum[g * columns.width + at + i];
+        moments_[j + i].count += columns.count[g * columns.width + at + i];
+      }
+  }
+
+  void finish_row(int64_t r) {
+    const RowPart* parts = &parts_[r * blocks_];
+    float most = kLowest;
+    for (int64_t b = 0; b < blocks_; ++b)
+      if (parts[b].most > most || parts[b].most != parts[b].most) most = parts[b].most;
+    double total[kFactors] = {};
+    SumAndCount moments{0, 0};
+    for (int64_t b = 0; b < blocks_; ++b) {
+      for (size_t f = 0; f < p_.factors.size(); ++f)
+        total[f] += parts[b].total[f] * std::exp(p_.factors[f] * (static_cast<double>(parts[b].most) - most));
+      moments.sum += parts[b].moments.sum;
+      moments.count += parts[b].moments.count;
+    }
+    write(0, begin_ + r, most, total, moments);
+  }
+
+  void write(int64_t direction, int64_t i, float most, const double* total, const SumAndCount& moments) {
+    const auto put = [&](int64_t statistic, double value) {
+      stats_[(direction * p_.statistics() + statistic) * p_.rows + i] = static_cast<float>(value);
+    };
+    const double infinity = std::numeric_limits<double>::infinity();
+    const double top = most <= kLowest ? -infinity : most;
+    for (size_t f = 0; f < p_.factors.size(); ++f)
+      put(p_.lse_of(f), std::isinf(top) ? top : p_.factors[f] * top + std::log(total[f]));
+    put(1, top);
+    if (!p_.moments) return;
+    put(2, moments.sum);
+    put(3, moments.count);
+  }
+
+  const Problem& p_;
+  const ContrastiveKernels kernels_;
+  const int64_t blocks_;
+  float* stats_;
+  int64_t begin_ = 0, count_ = 0;
+  std::vector<RowPart> parts_;
+  std::vector<float> most_;
+  std::vector<double> total_[kFactors];
+  std::vector<SumAndCount> moments_;
+};
+
+std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& key, const Tensor& row_scale,
+                                           std::optional<Tensor> column_scale, std::optional<Tensor> bias,
+                                           std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
+                                           std::optional<Tensor> column_ids, std::optional<Tensor> ceiling,
+                                           std::string kind, double hardness, double workspace_mib) {
+  Problem p(query, key, kind, hardness);
+  p.scales(row_scale, column_scale, bias);
+  p.masks(excluded, row_ids, column_ids, ceiling);
+  Tensor stats = torch::stable::new_empty(row_scale, {p.directions(), p.statistics(), p.rows});
+  Forward forward(p, stats);
+  const double mib = std::min<double>(workspace_mib, kStashMiB);
+  const bool keep = static_cast<double>(p.rows * p.columns * 4) <= mib * kMiB;
+  if (keep && !p.empty()) {
+    const Tensor raw = product(p.query, p.key);
+    forward.start(0, p.rows);
+    forward.chunk(raw, 0, p.columns);
+    forward.finish_rows();
+    forward.finish_columns();
+    return {stats, raw};
+  }
+  const auto [height, width] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
+  for_pieces(p.rows, height, [&](int64_t begin, int64_t count) {
+    forward.start(begin, count);
+    for_pieces(p.columns, width, [&](int64_t first, int64_t n) {
+      forward.chunk(product(slice(p.query, 0, begin, count), slice(p.key, 0, first, n)), first, n);
+    });
+    forward.finish_rows();
   });
-  return {to_query, to_key};
+  forward.finish_columns();
+  if (keep) return {stats, torch::stable::new_empty(row_scale, {p.rows, p.columns})};
+  return {stats, torch::stable::new_empty(row_scale, {0})};
 }
 
 }  // namespace
 }  // namespace fastloss
 
-STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_fwd", TORCH_BOX(&fastloss::contrastive_fwd));
-  m.impl("contrastive_bwd", TORCH_BOX(&fastloss::contrastive_bwd));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("contrastive_fwd", TORCH_BOX(&fastloss::contrastive_fwd)); }

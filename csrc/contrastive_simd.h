@@ -1,75 +1,150 @@
-// Row and column log-sum-exps of a chunk of logits, and the chunk's gradient; included by each_isa.h. Rows are padded
-// to whole vectors, so that nothing here ends in the middle of one.
+// One row of a tile of logits at a time, at most kColumns long and padded to whole vectors with -inf: its maximum, its
+// sums of exponentials, its gradient. Included by each_isa.h.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
 FASTLOSS_INLINE void store_bits(double* to, vd v) { __builtin_memcpy(to, &v, sizeof v); }
+FASTLOSS_INLINE vf larger(vf a, vf b) { return (a > b) | (a != a) ? a : b; }  // NaN stays
 
-// The largest of n > 0 logits and the sum of the exponentials of their differences to it.
-static LogSum contrastive_row(const float* logits, int64_t n) {
-  vf top[4];
-  for (vf& t : top) t = all(kLowest);
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    for (int u = 0; u < 4; ++u) {
-      const vf x = load(logits + i + u * W);
-      top[u] = x > top[u] ? x : top[u];
+// raw products become logits; those that are no negatives, and the padding, become -inf.
+static void contrastive_logits(const float* raw, int64_t n, const RowOf& row, const ColumnsOf& columns, float* to) {
+  const vf none = all(-__builtin_inff());
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = n - i < W ? load_some(raw + i, n - i) : load(raw + i);
+    const vf similar = x * load(columns.scale + i) * row.scale;
+    const vf ceiling = columns.ceiling ? load(columns.ceiling + i) : all(row.ceiling);
+    vf s = similar > ceiling ? none : similar + load(columns.bias + i);
+    if (columns.ids) {
+      const vl same = (vl)(load_bits<vl>(columns.ids + i) == (vl{} + (uint64_t)row.id));
+      s = __builtin_convertvector(same, vu) ? none : s;
     }
-  for (; i < n; i += W) {
-    const vf x = load(logits + i);
-    top[0] = x > top[0] ? x : top[0];
+    store(to + i, s);
   }
-  float most = kLowest;
-  for (const vf& t : top)
-    for (int k = 0; k < W; ++k) most = t[k] > most ? t[k] : most;
+  for (int64_t i = n; i < (n + W - 1) / W * W; ++i) to[i] = -__builtin_inff();
+}
+
+// The row's largest logit; of_columns (or null) takes the columns' largest.
+static float contrastive_most(const float* s, int64_t n, float* of_columns) {
+  vf top[2] = {all(kLowest), all(kLowest)};
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = load(s + i);
+    top[i / W % 2] = larger(x, top[i / W % 2]);
+    if (of_columns) store(of_columns + i, larger(x, load(of_columns + i)));
+  }
+  const vf both = larger(top[0], top[1]);
+  float most = both[0];
+  for (int k = 1; k < W; ++k) most = both[k] > most || both[k] != both[k] ? both[k] : most;
+  return most;
+}
+
+// sum_j e^(factor (s_j - most))
+static double contrastive_row(const float* s, int64_t n, float factor, float most) {
   vd total{};
-  for (i = 0; i < n;) {
+  for (int64_t i = 0; i < n;) {
     vf part{};  // of 32 vectors, before it moves to double: the error does not grow with n
-    for (int step = 0; step < 32 && i < n; ++step, i += W) part += exp(load(logits + i) - most);
+    for (int step = 0; step < 32 && i < n; ++step, i += W) part += exp((load(s + i) - most) * factor);
     total += __builtin_convertvector(part, vd);
   }
-  return {most, sum(total)};
+  return sum(total);
 }
 
-// Adds `rows` rows to the running log-sum-exps of n <= kColumns columns.
-static void contrastive_columns(const float* logits, int64_t stride, int64_t rows, int64_t n, float* most,
-                                double* total) {
-  float top[kColumns], part[kColumns];
-  for (int64_t i = 0; i < n; i += W) store(top + i, load(most + i));
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t i = 0; i < n; i += W) {
-      const vf x = load(logits + r * stride + i), t = load(top + i);
-      store(top + i, x > t ? x : t);
+// total_j += e^(factor (s_j - most_j))
+static void contrastive_columns(const float* s, int64_t n, float factor, const float* most, float* total) {
+  for (int64_t i = 0; i < n; i += W)
+    store(total + i, load(total + i) + exp((load(s + i) - load(most + i)) * factor));
+}
+
+// Sum and number of the row's negatives; also added to the columns' (or null).
+static SumAndCount contrastive_moments(const float* s, int64_t n, float* column_sum, float* column_count) {
+  vd total{}, count{};
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = load(s + i);
+    const vi there = x != -__builtin_inff();
+    const vf value = there ? x : all(0.0f), one = there ? all(1.0f) : all(0.0f);
+    total += __builtin_convertvector(value, vd);
+    count += __builtin_convertvector(one, vd);
+    if (!column_sum) continue;
+    store(column_sum + i, load(column_sum + i) + value);
+    store(column_count + i, load(column_count + i) + one);
+  }
+  return {sum(total), sum(count)};
+}
+
+// Adds a group of rows to the running sums of exponentials of columns whose maximum moves from `before` to `now`.
+static void contrastive_merge(int64_t n, float factor, const float* before, const float* now, const float* most,
+                              const float* part, double* total) {
+  for (int64_t i = 0; i < n; i += W) {
+    const vf m = load(now + i);
+    const vd kept = __builtin_convertvector(exp((load(before + i) - m) * factor), vd);
+    const vd more = __builtin_convertvector(exp((load(most + i) - m) * factor), vd);
+    store_bits(total + i, load_bits<vd>(total + i) * kept + __builtin_convertvector(load(part + i), vd) * more);
+  }
+}
+static void contrastive_raise(int64_t n, const float* most, float* now) {
+  for (int64_t i = 0; i < n; i += W) store(now + i, larger(load(most + i), load(now + i)));
+}
+
+// g_j = (row + column_j) e^(s_j - at): both directions by one exponential, where their log-sum-exps are not far apart.
+static void contrastive_grad_both(const float* s, int64_t n, float at, float row, const float* column, float* g) {
+  for (int64_t i = 0; i < n; i += W) store(g + i, (load(column + i) + row) * exp(load(s + i) - at));
+}
+// g_j += grad e^(factor s_j - lse)
+static void contrastive_grad_row(const float* s, int64_t n, float factor, float lse, float grad, float* g) {
+  for (int64_t i = 0; i < n; i += W) store(g + i, load(g + i) + grad * exp(load(s + i) * factor - lse));
+}
+// g_j += grad_j e^(factor s_j - lse_j)
+static void contrastive_grad_columns(const float* s, int64_t n, float factor, const float* lse, const float* grad,
+                                     float* g) {
+  for (int64_t i = 0; i < n; i += W)
+    store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) * factor - load(lse + i)));
+}
+// g_j += row + column_j (or null) where j is a negative
+static void contrastive_grad_sum(const float* s, int64_t n, float row, const float* column, float* g) {
+  for (int64_t i = 0; i < n; i += W) {
+    const vf more = column ? load(column + i) + row : all(row);
+    store(g + i, load(g + i) + (load(s + i) != -__builtin_inff() ? more : all(0.0f)));
+  }
+}
+
+// The gradient of the raw products, to[j] = g_j row.scale scale_j; added to the columns' sums (or null); the row's sum.
+template <typename T>
+static double contrastive_finish(const float* raw, const float* g, int64_t n, float scale, const float* column_scale,
+                                 float* of_scale, float* of_bias, T* to) {
+  vd total{};
+  for (int64_t i = 0; i < n;) {
+    vf part{};
+    for (int step = 0; step < 32 && i < n; ++step, i += W) {
+      const bool whole = n - i >= W;
+      const vf grad = load(g + i), x = whole ? load(raw + i) : load_some(raw + i, n - i);
+      const vf scaled = grad * load(column_scale + i), h = scaled * scale;
+      part += scaled * x;
+      if (of_scale) store(of_scale + i, load(of_scale + i) + grad * scale * x);
+      if (of_bias) store(of_bias + i, load(of_bias + i) + grad);
+      if (whole)
+        store(to + i, h);
+      else
+        store_some(to + i, h, n - i);
     }
-  for (int64_t i = 0; i < n; i += W) {
-    const vd factor = __builtin_convertvector(exp(load(most + i) - load(top + i)), vd);
-    store_bits(total + i, load_bits<vd>(total + i) * factor);
-    store(most + i, load(top + i));
+    total += __builtin_convertvector(part, vd);
   }
-  for (int64_t r = 0; r < rows;) {
-    for (int64_t i = 0; i < n; i += W) store(part + i, vf{});
-    const int64_t end = r + 32 < rows ? r + 32 : rows;
-    for (; r < end; ++r)
-      for (int64_t i = 0; i < n; i += W)
-        store(part + i, load(part + i) + exp(load(logits + r * stride + i) - load(top + i)));
-    for (int64_t i = 0; i < n; i += W)
-      store_bits(total + i, load_bits<vd>(total + i) + __builtin_convertvector(load(part + i), vd));
-  }
+  return sum(total);
 }
 
-// Logits become g p_row + g_j p_col, in place; the positives' entries are the caller's.
-static void contrastive_grad(float* logits, int64_t n, const Row& row, const Columns& columns) {
+static void contrastive_add(const float* from, int64_t n, float* to) {
   for (int64_t i = 0; i < n; i += W) {
-    const vf x = load(logits + i);
-    vf g = row.grad * exp((x - row.positive) - row.loss);
-    if (columns.grad) g += load(columns.grad + i) * exp((x - load(columns.positive + i)) - load(columns.loss + i));
-    store(logits + i, g);
+    if (n - i >= W)
+      store(to + i, load(to + i) + load(from + i));
+    else
+      store_some(to + i, load_some(to + i, n - i) + load_some(from + i, n - i), n - i);
   }
 }
 
 static ContrastiveKernels contrastive_kernels() {
-  return {contrastive_row, contrastive_columns, contrastive_grad};
+  return {contrastive_logits,       contrastive_most,     contrastive_row,           contrastive_columns,
+          contrastive_moments,      contrastive_merge,    contrastive_raise,         contrastive_grad_both,
+          contrastive_grad_row,     contrastive_grad_columns, contrastive_grad_sum,  contrastive_finish<float>,
+          contrastive_finish<BFloat16>, contrastive_add};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -27,7 +27,10 @@ FASTLOSS_INLINE vf slope(vf d, double p) {
   if constexpr (kind == Kind::l4) return 4.0f * d * d * d;
   if constexpr (kind == Kind::lp) return (float)p * pow(a, p - 1) * sign(d);
   if constexpr (kind == Kind::charbonnier) {
-    const vf root = sqrt(d * d + (float)(p * p));
+    const vf square = d * d + (float)(p * p);
+    const vi normal = (square >= 0x1p-126f) & (square <= 0x1.fffffep127f);
+    if (__builtin_expect(every(normal), 1)) return d * inverse_sqrt(square);
+    const vf root = sqrt(square);
     return d / (root == 0.0f ? all(1.0f) : root);  // eps^2 can underflow
   }
   const vf delta = all((float)p);  // huber

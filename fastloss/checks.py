@@ -50,7 +50,7 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__} {value!r}")
     inside = low < value <= high if open_low else low <= value <= high
-    if not (math.isfinite(value) and inside):
+    if not (inside and -math.inf < value < math.inf):  # not isfinite(), which torch.compile(dynamic=True) cannot trace
         bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         wanted = "a finite number" + (f" {bounds}" if low > -math.inf else "")
         raise ValueError(f"{name}: expected {wanted}, got {value!r}")

@@ -160,3 +160,16 @@ dist.destroy_process_group()
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
+
+
+def test_compiles_with_dynamic_shapes_and_numbers():
+    """torch.compile makes a changing size, and a changing number, symbolic; both must pass through the checks."""
+
+    def both(image, image_pred, eps):
+        pixel = fastloss.pixel_loss(image, image_pred, p="charbonnier", eps=eps)
+        return pixel + fastloss.info_nce(image.flatten(1), image_pred.flatten(1), temperature=eps)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    for size, eps in ((8, 0.1), (9, 0.2), (13, 0.3)):
+        image, image_pred = torch.rand(2, 3, 2, size, 5)
+        torch.testing.assert_close(compiled(image, image_pred, eps), both(image, image_pred, eps))

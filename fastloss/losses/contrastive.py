@@ -22,10 +22,8 @@ from .contrastive_checks import (
     finish,
     full_precision,
     inverse,
-    reduce_rows,
 )
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm, contrastive_reference
-from .contrastive_softmax import is_plain, softmax_rows
 
 
 def info_nce(
@@ -108,9 +106,6 @@ def info_nce(
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
     with full_precision(query):
-        if not return_lse and is_plain(form, offset, negatives, targets, query_ids, key_ids):
-            losses = softmax_rows(query, key, scale, offset, form, dtype, workspace_mib)
-            return reduce_rows(losses, weights, reduction)
         rows = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
         return finish(rows, weights, reduction, return_lse)
 
@@ -253,9 +248,6 @@ def clip_loss(
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
     with full_precision(image):
-        if not return_lse and is_plain(form, bias, one, two):
-            losses = softmax_rows(image, text, scale, bias, form, dtype, workspace_mib)
-            return reduce_rows(losses, weights, reduction)
         out = contrastive_reference(image, text, None, scale, bias, None, one, two, form)
     return finish(out, weights, reduction, return_lse)
 

@@ -1,72 +1,171 @@
-"""The op of the softmax contrastive losses: rows paired with columns, in float32, logits never stored as a whole."""
+"""The op of the softmax contrastive losses: statistics of each row's negative logits, which are never stored whole.
+
+Every form of the loss is assembled from them in O(M) and O(M D) differentiable torch (contrastive_forms.py); what
+needs all M x N logits, the statistics and their gradients, is here.
+
+    logit  s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j           (no column_scale: 1, no bias: 0)
+    A_i    the negatives of row i: all j but
+             j == i             if `kind` has "diagonal"
+             j == excluded_i    if `excluded` is given (an index that no column has leaves out nothing)
+             column_ids_j == row_ids_i                    if both are given
+             s_ij - bias_j > ceiling_i                    if `ceiling` is given (NaN stays in)
+
+    stats [directions, S, M] in float32, of each row:
+      0  lse_A(s)        -inf where A is empty, then without gradient
+      1  max_A(s)        -inf where A is empty; no gradient
+      "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
+      hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
+
+`kind` is "", or its words joined by "+": "diagonal", "moments", "symmetric". With "symmetric", M = N and there are two
+directions: the second has the statistics of column j over the rows i of the transposed mask, {i: j in A_i}, except
+that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+
+Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
+
+    G_ij = g_0 e^(s_ij - lse_i) + g_2 + (1 + beta) g_-2 e^((1 + beta) s_ij - lse'_i) + beta g_-1 e^(beta s_ij - lse''_i)
+           + the same of the column's direction
+    t_i = sum_j G_ij column_scale_j key_j      d query_i = row_scale_i t_i    d row_scale_i = <query_i, t_i>
+    u_j = sum_i G_ij row_scale_i query_i       d key_j = column_scale_j u_j   d column_scale_j = <key_j, u_j>
+    d bias_j = sum_i G_ij
+
+So cosine similarity needs no normalised copy: row_scale = scale / |query|, column_scale = 1 / |key|, 0 for zero
+vectors.
+query and key are float32, bfloat16 or float16 of any strides, the other float arguments float32, integers int64.
+`workspace_mib` bounds what the op holds beyond its results; `stash` is the logits kept for the backward, or empty.
+"""
 
 from __future__ import annotations
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Op
-from .contrastive_reference import SoftmaxForm, contrastive_reference, embed
+from ..core import Op, result_dtype
+from .contrastive_reference import log_sum_exp
+
+STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
 
 
-def _reference(query: Tensor, key: Tensor, symmetric: bool, workspace_mib: float) -> Tensor:
-    form = SoftmaxForm(symmetric=symmetric, normalize=False)
-    return contrastive_reference(query, key, None, 1.0, None, None, None, None, form).loss
+def _side(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) -> Tensor:
+    """[S, M] of one direction, from its logits [M, N]."""
+    flat = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf)
+
+    def lse(x: Tensor) -> Tensor:
+        value, some = log_sum_exp(x, allowed)
+        return torch.where(some, value, torch.full_like(value, -math.inf))
+
+    stats = [lse(logits), flat.amax(1)]
+    if moments:
+        stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
+    if hardness:
+        stats += [lse((1 + hardness) * logits), lse(hardness * logits)]
+    return torch.stack(stats)
+
+
+def contrastive_stats_reference(
+    query: Tensor,
+    key: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    excluded: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    ceiling: Tensor | None,
+    kind: str,
+    hardness: float,
+    workspace_mib: float,
+) -> Tensor:
+    """The statistics [directions, S, M] in dense differentiable torch."""
+    dtype = result_dtype(query, key)
+    similar = row_scale[:, None] * (query.to(dtype) @ key.to(dtype).T)
+    if column_scale is not None:
+        similar = similar * column_scale
+    logits = similar if bias is None else similar + bias
+    row, column = (torch.arange(n, device=query.device) for n in similar.shape)
+    allowed = torch.ones_like(similar, dtype=torch.bool)
+    if "diagonal" in kind:
+        allowed = column != row[:, None]
+    if excluded is not None:
+        allowed = allowed & (column != excluded[:, None])
+    if row_ids is not None and column_ids is not None:
+        allowed = allowed & (column_ids != row_ids[:, None])
+    forth = back = allowed
+    if ceiling is not None:
+        forth = allowed & ~(similar.detach() > ceiling[:, None])
+        back = allowed & ~(similar.detach() > ceiling) if "symmetric" in kind else allowed
+    sides = [_side(logits, forth, "moments" in kind, hardness)]
+    if "symmetric" in kind:
+        sides.append(_side(logits.T, back.T, "moments" in kind, hardness))
+    return torch.stack(sides)
+
+
+def _keeps(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
+    """Whether the forward keeps its logits."""
+    if query.device.type not in ("cpu", "meta"):
+        return False
+    return query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, STASH_MIB) * 1048576
 
 
 def _contrastive_fwd(
-    query: Tensor, key: Tensor, symmetric: bool, workspace_mib: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = query.shape[0]
-    loss, positive, row_loss = (query.new_empty(rows) for _ in range(3))
-    return loss, positive, row_loss, query.new_empty(rows if symmetric else 0)
+    query: Tensor,
+    key: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    excluded: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    ceiling: Tensor | None,
+    kind: str,
+    hardness: float,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = query.shape[0], key.shape[0]
+    count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
+    stats = row_scale.new_empty((2 if "symmetric" in kind else 1, count, rows))
+    return stats, row_scale.new_empty((rows, columns) if _keeps(query, key, workspace_mib) else (0,))
 
 
-def _contrastive_bwd(
+def _contrastive_bwd(  # as many parameters as the forward, the results and the flags are
     grad: Tensor,
     query: Tensor,
     key: Tensor,
-    symmetric: bool,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    excluded: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    ceiling: Tensor | None,
+    kind: str,
+    hardness: float,
     workspace_mib: float,
-    positive: Tensor,
-    row_loss: Tensor,
-    column_loss: Tensor,
+    stats: Tensor,
+    stash: Tensor,
     needs_query: bool,
     needs_key: bool,
-) -> tuple[Tensor, Tensor]:
-    return query.new_empty(query.shape if needs_query else 0), key.new_empty(key.shape if needs_key else 0)
+    needs_row_scale: bool,
+    needs_column_scale: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = query.shape[0], key.shape[0]
+    return (
+        query.new_empty(query.shape if needs_query else 0),
+        key.new_empty(key.shape if needs_key else 0),
+        row_scale.new_empty(rows if needs_row_scale else 0),
+        row_scale.new_empty(columns if needs_column_scale else 0),
+        row_scale.new_empty(columns if needs_bias else 0),
+    )
 
 
-_contrastive = Op(
+contrastive = Op(
     "contrastive",
     fwd=_contrastive_fwd,
     bwd=_contrastive_bwd,
-    reference=_reference,
-    grads=("query", "key"),
-    outputs=("loss", "positive", "row_loss", "column_loss"),
+    reference=contrastive_stats_reference,
+    grads=("query", "key", "row_scale", "column_scale", "bias"),
+    outputs=("stats", "stash"),
 )
-
-
-def softmax_rows(
-    query: Tensor,
-    key: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    form: SoftmaxForm,
-    dtype: torch.dtype,
-    workspace_mib: float,
-) -> Tensor:
-    """Row losses [M] of the plain forms, those that :func:`is_plain` names.
-
-    The scale goes into the queries and the normalisation stays outside, so that autograd has their exact gradients at
-    O(M D); a bias of one element cancels, and so has gradient 0.
-    """
-    q = embed(query, dtype, form.normalize) * scale
-    rows = _contrastive(q, embed(key, dtype, form.normalize), form.symmetric, float(workspace_mib))
-    return rows + 0.0 * bias if isinstance(bias, Tensor) else rows
-
-
-def is_plain(form: SoftmaxForm, bias: Tensor | float | None, *others: object) -> bool:
-    """Whether the op has these options: in-batch negatives only, one positive per row, no `others`."""
-    alike = SoftmaxForm(symmetric=form.symmetric, normalize=form.normalize)
-    return form == alike and not (isinstance(bias, Tensor) and bias.ndim) and all(o is None for o in others)

@@ -1,0 +1,179 @@
+// What the softmax contrastive kernels work on: operands of the op, matrix products, tiles of logits.
+#pragma once
+
+#include "common.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <cmath>
+#include <limits>
+
+// oneDNN's product, two to three times as fast as the BLAS behind addmm on some CPUs; null in a torch built without it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
+    int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
+
+namespace fastloss {
+
+constexpr int64_t kColumns = 1024;          // a tile: what is read twice stays in a thread's cache
+constexpr int64_t kRows = 32;
+constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
+constexpr int64_t kMiB = 1 << 20;
+constexpr double kProduct = 16;             // MiB of logits of one product: a larger one costs page faults
+constexpr int64_t kWide = 16384;            // its columns at most: fewer rows would not pay for packing the keys
+constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
+
+struct RowOf {
+  float scale, ceiling;
+  int64_t id;
+};
+struct ColumnsOf {
+  const float *scale, *bias;
+  const int64_t* ids;    // null: none
+  const float* ceiling;  // null: the row's counts
+};
+struct SumAndCount {
+  double sum, count;
+};
+struct ContrastiveKernels {
+  void (*logits)(const float* raw, int64_t n, const RowOf&, const ColumnsOf&, float* to);
+  float (*most)(const float* s, int64_t n, float* of_columns);
+  double (*row)(const float* s, int64_t n, float factor, float most);
+  void (*columns)(const float* s, int64_t n, float factor, const float* most, float* total);
+  SumAndCount (*moments)(const float* s, int64_t n, float* column_sum, float* column_count);
+  void (*merge)(int64_t n, float factor, const float* before, const float* now, const float* most, const float* part,
+                double* total);
+  void (*raise)(int64_t n, const float* most, float* now);
+  void (*grad_both)(const float* s, int64_t n, float at, float row, const float* column, float* g);
+  void (*grad_row)(const float* s, int64_t n, float factor, float lse, float grad, float* g);
+  void (*grad_columns)(const float* s, int64_t n, float factor, const float* lse, const float* grad, float* g);
+  void (*grad_sum)(const float* s, int64_t n, float row, const float* column, float* g);
+  double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
+                   float* of_bias, float* to);
+  double (*finish_bfloat16)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale,
+                            float* of_scale, float* of_bias, BFloat16* to);
+  void (*add)(const float* from, int64_t n, float* to);
+};
+
+using torch::stable::narrow;
+
+inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// body(i) for i in 0 .. count, over torch's threads.
+template <typename Body>
+void for_each(int64_t count, const Body& body) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i);
+  });
+}
+
+// body(first, count) for the pieces of `size` of 0 .. total
+template <typename Body>
+void for_pieces(int64_t total, int64_t size, const Body& body) {
+  for (int64_t i = 0; i < total; i += size) body(i, std::min(size, total - i));
+}
+
+inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) {
+  return begin == 0 && count == t.size(dim) ? t : narrow(t, dim, begin, count);
+}
+inline Tensor flipped(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+
+// a b^T of [m, K] and [n, K]
+inline Tensor product(const Tensor& a, const Tensor& b) {
+  AtenTensorHandle out = nullptr;
+  if (&aoti_torch_cpu__linear_pointwise != nullptr &&
+      aoti_torch_cpu__linear_pointwise(a.get(), b.get(), nullptr, "none", nullptr, 0, nullptr, &out) == 0)
+    return Tensor(out);
+  Tensor to = torch::stable::new_empty(a, {a.size(0), b.size(0)});
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), flipped(b).get(), 0.0, 1.0));
+  return to;
+}
+
+// A vector of `length` values of type T, those that are not given (or beyond the given) filled in.
+template <typename T>
+std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int64_t n, int64_t length, T filling) {
+  std::vector<T> to(length, filling);
+  if (!given.has_value()) return to;
+  STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == n && given->scalar_type() == dtype,
+                  "contrastive: an operand of rows or columns has a wrong shape or dtype");
+  const Tensor dense = torch::stable::contiguous(*given);
+  std::copy_n(input<T>(dense), n, to.begin());
+  return to;
+}
+
+// The operands of the op; those of columns are padded to whole vectors.
+struct Problem {
+  Tensor query, key;  // float32, contiguous
+  int64_t rows, columns, width, padded_columns;
+  bool diagonal, moments, symmetric, two_ceilings = false;
+  std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
+  std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
+  std::vector<int64_t> excluded, row_ids, column_ids;
+
+  using Given = std::optional<Tensor>;
+
+  Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
+      : query(torch::stable::contiguous(torch::stable::to(q, ScalarType::Float))),
+        key(torch::stable::contiguous(torch::stable::to(k, ScalarType::Float))),
+        rows(q.size(0)),
+        columns(k.size(0)),
+        width(q.size(1)),
+        padded_columns((columns + 15) / 16 * 16),
+        diagonal(kind.find("diagonal") != std::string::npos),
+        moments(kind.find("moments") != std::string::npos),
+        symmetric(kind.find("symmetric") != std::string::npos),
+        factors{1.0f} {
+    STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
+    STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
+    if (hardness > 0) factors = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
+  }
+
+  void scales(const Tensor& row, const Given& column, const Given& column_bias) {
+    row_scale = padded(Given(row), ScalarType::Float, rows, rows, 0.0f);
+    column_scale = padded(column, ScalarType::Float, columns, padded_columns, 1.0f);
+    bias = padded(column_bias, ScalarType::Float, columns, padded_columns, 0.0f);
+  }
+
+  void masks(const Given& out, const Given& ids, const Given& ids_of_columns, const Given& highest) {
+    excluded = padded<int64_t>(out, ScalarType::Long, rows, rows, -1);
+    const bool both = ids.has_value() && ids_of_columns.has_value();
+    row_ids = padded<int64_t>(both ? ids : std::nullopt, ScalarType::Long, rows, rows, 0);
+    if (both) column_ids = padded<int64_t>(ids_of_columns, ScalarType::Long, columns, padded_columns, 0);
+    const float none = std::numeric_limits<float>::infinity();
+    ceiling = padded(highest, ScalarType::Float, rows, rows, none);
+    two_ceilings = symmetric && highest.has_value();
+    if (two_ceilings) column_ceiling = padded(highest, ScalarType::Float, columns, padded_columns, none);
+  }
+
+  // One row of a tile, columns first .. first + n, of one direction (which matters with ceilings only).
+  void logits(const ContrastiveKernels& kernels, const float* raw, int64_t i, int64_t first, int64_t n, bool back,
+              float* to) const {
+    const RowOf row{row_scale[i], ceiling[i], row_ids[i]};
+    const ColumnsOf of{&column_scale[first], &bias[first], column_ids.empty() ? nullptr : &column_ids[first],
+                       back && two_ceilings ? &column_ceiling[first] : nullptr};
+    kernels.logits(raw, n, row, of, to);
+    const auto leave_out = [&](int64_t j) {
+      if (j >= first && j < first + n) to[j - first] = -std::numeric_limits<float>::infinity();
+    };
+    if (diagonal) leave_out(i);
+    leave_out(excluded[i]);
+  }
+
+  bool empty() const { return rows == 0 || columns == 0; }
+  int64_t directions() const { return symmetric ? 2 : 1; }
+  int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
+  // The statistic that holds the log-sum-exp of factors[f].
+  int64_t lse_of(size_t f) const { return f == 0 ? 0 : statistics() - 3 + static_cast<int64_t>(f); }
+};
+
+// Height and width of as many float32 logits as fit in `mib`, one row of a tile at least; widths are whole tiles.
+inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64_t widest) {
+  const int64_t area = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
+  const int64_t width = std::min({widest, std::max(area / kColumns, int64_t{1}) * kColumns, p.columns});
+  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, std::max<int64_t>(p.rows, 1));
+  return {height > kRows ? height / kRows * kRows : height, width};
+}
+
+ContrastiveKernels contrastive_kernels();  // of the CPU at hand
+
+}  // namespace fastloss
