@@ -176,4 +176,18 @@ inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
 
+// Adds part [a, n] to columns first .. of total [a, all], or begins with it.
+inline void accumulate(Tensor& total, const Tensor& part, int64_t first, bool begins) {
+  Tensor to = slice(total, 1, first, part.size(1));
+  if (begins) {
+    torch::stable::copy_(to, part);
+    return;
+  }
+  const ContrastiveKernels kernels = contrastive_kernels();
+  const Tensor from = torch::stable::contiguous(part);
+  for_each(to.size(0), [&](int64_t d) {
+    kernels.add(input<float>(from) + d * from.stride(0), to.size(1), output<float>(to) + d * to.stride(0));
+  });
+}
+
 }  // namespace fastloss

@@ -153,20 +153,6 @@ class Backward {
   std::vector<double> row_parts_, of_scale_, of_bias_;
 };
 
-// Adds part [a, n] to columns first .. of total [a, all], or begins with it.
-void accumulate(Tensor& total, const Tensor& part, int64_t first, bool begins) {
-  Tensor to = slice(total, 1, first, part.size(1));
-  if (begins) {
-    torch::stable::copy_(to, part);
-    return;
-  }
-  const ContrastiveKernels kernels = contrastive_kernels();
-  const Tensor from = torch::stable::contiguous(part);
-  for_each(to.size(0), [&](int64_t d) {
-    kernels.add(input<float>(from) + d * from.stride(0), to.size(1), output<float>(to) + d * to.stride(0));
-  });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& row_scale,
     std::optional<Tensor> column_scale, std::optional<Tensor> bias, std::optional<Tensor> excluded,

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .common import REDUCE_PROGRAMS, AotCase, needs_int64, on_device
 
-TILE = 4096  # elements of negatives in a program at a time
-MERGED = 128  # columns of the vectors that a merging program adds up
+TILE = 16384  # bytes of negatives in a program at a time
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
+MERGED = 128  # columns of the vectors that a merging program adds up
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -275,10 +275,12 @@ def _each_negatives_kernel(
     tl.store(to, grad.to(negatives_grad_ptr.dtype.element_ty), mask=mask)
 
 
-def _tile(width: int) -> tuple[int, int]:
-    """(negatives in a tile, its width)."""
+def _tile(negatives: Tensor) -> tuple[int, int]:
+    """(negatives in a tile, its width). Odd widths have loads of single elements, and so more addresses in registers."""
+    width = negatives.shape[2]
     wide = triton.next_power_of_2(width)
-    return max(1, min(32, TILE // wide)), wide
+    elements = TILE // 4 if width % 8 else TILE // negatives.element_size()
+    return max(1, min(32, elements // wide)), wide
 
 
 def _rows_contiguous(negatives: Tensor) -> Tensor:
@@ -298,7 +300,7 @@ def contrastive_each_fwd(
     rows, count, width = negatives.shape
     moments, powers = int(kind == "moments"), 3 if hardness else 1
     query, negatives, row_scale = query.contiguous(), _rows_contiguous(negatives), row_scale.contiguous()
-    height, wide = _tile(width)
+    height, wide = _tile(negatives)
     splits = max(1, min(triton.cdiv(REDUCE_PROGRAMS, max(rows, 1)), triton.cdiv(count, 4 * height)))
     parts = row_scale.new_empty(rows, splits, 6)
     pulls = row_scale.new_empty(rows if keep else 0, splits, powers + moments, width)
@@ -343,7 +345,7 @@ def contrastive_each_bwd(
     moments, powers = int(kind == "moments"), 3 if hardness else 1
     grad, query, row_scale = grad.contiguous(), query.contiguous(), row_scale.contiguous()
     negatives = _rows_contiguous(negatives)
-    height, wide = _tile(width)
+    height, wide = _tile(negatives)
     to_query, to_scale = torch.empty_like(query), torch.empty_like(row_scale)
     to_negatives = negatives.new_empty(rows if needs_negatives else 0, count, width)
     if rows and (needs_query or needs_row_scale):

@@ -245,24 +245,3 @@ def supcon_reference(
         return ContrastiveOutput(loss, lse, loss.detach() > 0)
     best = flat.masked_fill(~positive, -math.inf).amax(1)
     return ContrastiveOutput(loss, lse, best > flat.masked_fill(~other | positive, -math.inf).amax(1))
-
-
-def siglip_reference(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    ids: tuple[Tensor, Tensor] | None,
-    normalize: bool,
-    negative_only: bool,
-) -> Tensor:
-    """Row sums [M] of -log sigmoid(z_ij s_ij), z = 1 on the diagonal and -1 elsewhere."""
-    dtype = result_dtype(image, text)
-    logits = embed(image, dtype, normalize) @ embed(text, dtype, normalize).T * scale + bias
-    row, column = (torch.arange(n, device=logits.device) for n in logits.shape)
-    positive = (row[:, None] == column) & (not negative_only)
-    pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
-    if ids is not None:
-        kept = positive | (ids[0][:, None] != ids[1])
-        pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
-    return pairs.sum(1)
