@@ -46,6 +46,7 @@ def _down(value: TensorHandle) -> TensorHandle:
 
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
+_fma = InterpreterBuilder.create_fma
 
 
 def _cast_any(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
@@ -75,9 +76,18 @@ def _widened(operation: Callable, compares: bool) -> Callable:
     return apply
 
 
+def _fused(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """A float32 multiply-add that rounds once, as every GPU has it: float64 holds the product exactly."""
+    if x.dtype.scalar != tl.float32:
+        return _fma(self, x, y, z)
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(np.float32), tl.float32)
+
+
 def _patch() -> None:
     InterpreterBuilder.cast_impl = _cast_any
     InterpreterBuilder.create_dot = _dot_wide
+    InterpreterBuilder.create_fma = _fused
     for name in [f"create_{n}" for n in ARITHMETIC.split()] + [f"create_fcmp{n}" for n in COMPARISONS.split()]:
         operation = getattr(InterpreterBuilder, name, None)
         if operation is not None:
