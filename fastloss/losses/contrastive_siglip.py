@@ -10,8 +10,8 @@
 
 H needs no normaliser: with `share` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
 backward multiplies them by its one upstream number. Without `share` the backward does that pass with its upstream
-gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 the texts', any
-bit the scales' and the bias'. Image and text are float32, bfloat16 or float16, the rest is float32, ids are int64, bias has
+gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the texts
+and their scales, bit 2 that of the row scales; any bit that of the bias. Image and text are float32, bfloat16 or float16, the rest is float32, ids are int64, bias has
 one element. The gradients are kept in float32, so that a loss scale reaches them before they are rounded.
 """
 
