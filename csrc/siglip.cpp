@@ -27,7 +27,8 @@ using Given = std::optional<Tensor>;
 
 constexpr int64_t kImage = 1, kText = 2;  // bits of `needs`; 4: only the scales and the bias
 constexpr double kGradientBlock = 64;     // MiB of a block of the products' gradient at most
-constexpr int64_t kWidest = 65536;        // its columns at most
+constexpr int64_t kWidest = 16384;        // its columns at most
+constexpr int64_t kTerms = 256;           // of a product's inner sums: with more, oneDNN loses digits
 
 struct Pairs {
   Problem problem;
@@ -62,10 +63,9 @@ class Siglip {
         kernels_(FASTLOSS_PICK(siglip_kernels())),
         needs_(needs),
         workspace_mib_(workspace_mib),
-        blocks_(blocks_of(p_.columns, kColumns)),
-        loss_(p_.rows * blocks_, 0.0),
-        slope_(p_.rows * blocks_, 0.0),
-        of_row_(p_.rows * blocks_, 0.0),
+        loss_(p_.rows, 0.0),
+        slope_(p_.rows, 0.0),
+        of_row_(p_.rows, 0.0),
         of_column_(p_.columns, 0.0) {}
 
   Gradients run() {
@@ -74,87 +74,84 @@ class Siglip {
                  single({needs_ ? p_.rows : 0}), single({needs_ ? p_.columns : 0}), single({needs_ ? 1 : 0})};
     if (p_.empty()) {
       for (Tensor* t : {&to.image, &to.text}) torch::stable::zero_(*t);
-    } else if (needs_ == 0) {
-      const auto [height, width] = rectangle(p_, std::min(kProduct, workspace_mib_), kWide);
+    } else {
+      const auto [height, width] = rectangle(p_, std::min(kGradientBlock, workspace_mib_ / 4), kWidest);
+      Tensor block = single({needs_ & kText ? height : 0, width}), panel = single({needs_ ? height : 0, kTerms});
       for_pieces(p_.rows, height, [&, width = width](int64_t begin, int64_t m) {
         for_pieces(p_.columns, width, [&](int64_t first, int64_t n) {
-          chunk(product(slice(p_.query, 0, begin, m), slice(p_.key, 0, first, n)), begin, first, nullptr, 0);
+          for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
+            column_panel(begin, m, first + c, some, c, to, panel, block);
+          });
+          for_pieces(needs_ & kText ? m : 0, kTerms, [&](int64_t r, int64_t some) {
+            const Tensor h = slice(slice(block, 0, r, some), 1, 0, n), images = slice(p_.query, 0, begin + r, some);
+            accumulate(to.text, product(flipped(images), flipped(h)), first, begin + r == 0);
+          });
         });
       });
-    } else {
-      blocks(to);
     }
-    for (int64_t i = 0; needs_ && i < p_.rows; ++i)
-      output<float>(to.row_scale)[i] = static_cast<float>(sum(of_row_, i));
-    if (needs_) std::copy(of_column_.begin(), of_column_.end(), output<float>(to.column_scale));
-    if (needs_) output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
-    if (needs_ & kText) {
-      Tensor text = single({p_.columns, p_.width});
-      torch::stable::copy_(text, flipped(to.text));
-      to.text = text;
-    } else {
+    if (needs_ == 0) {
       to.text = single({0, p_.width});
+      return to;
     }
+    output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
+    Tensor text = single({needs_ & kText ? p_.columns : 0, p_.width});
+    if (needs_ & kText) torch::stable::copy_(text, flipped(to.text));
+    to.text = text;
+    for (int64_t i = 0; i < p_.rows; ++i) output<float>(to.row_scale)[i] = static_cast<float>(of_row_[i]);
+    std::copy(of_column_.begin(), of_column_.end(), output<float>(to.column_scale));
+    if (needs_ & kImage) along(p_.query, to.image, p_.row_scale, to.row_scale);
+    if (needs_ & kText) along(p_.key, to.text, p_.column_scale, to.column_scale);
     return to;
   }
 
-  double row_loss(int64_t i) const { return sum(loss_, i); }
+  double row_loss(int64_t i) const { return loss_[i]; }
   double loss() const { return shared(loss_); }
 
  private:
-  double sum(const std::vector<double>& parts, int64_t i) const {
+  double shared(const std::vector<double>& rows) const {
     double total = 0;
-    for (int64_t b = 0; b < blocks_; ++b) total += parts[i * blocks_ + b];
-    return total;
-  }
-  double shared(const std::vector<double>& parts) const {
-    double total = 0;
-    for (int64_t i = 0; i < p_.rows; ++i) total += pairs_.share[i] * sum(parts, i);
+    for (int64_t i = 0; i < p_.rows; ++i) total += pairs_.share[i] * rows[i];
     return total;
   }
 
-  // Blocks of the gradient H of the raw products; H text and H^T image.
-  void blocks(Gradients& to) {
-    const auto [height, width] = rectangle(p_, std::min(kGradientBlock, workspace_mib_ / 2), kWidest);
-    const auto [lower, narrower] = rectangle(p_, std::min(kProduct, workspace_mib_ / 2), kWide);
-    Tensor block = new_empty(p_.query, {height, width});
-    for (int64_t begin = 0; begin < p_.rows; begin += height)
-      for (int64_t first = 0; first < p_.columns; first += width) {
-        const int64_t m = std::min(height, p_.rows - begin), n = std::min(width, p_.columns - first);
-        const Tensor h = slice(slice(block, 0, 0, m), 1, 0, n);
-        for (int64_t r = 0; r < m; r += lower)
-          for (int64_t c = 0; c < n; c += narrower) {
-            const Tensor images = slice(p_.query, 0, begin + r, std::min(lower, m - r));
-            const Tensor texts = slice(p_.key, 0, first + c, std::min(narrower, n - c));
-            chunk(product(images, texts), begin + r, first + c, output<float>(h) + r * width + c, width);
-          }
-        if (needs_ & kImage) {
-          Tensor rows = slice(to.image, 0, begin, m);
-          accumulate(rows, product(h, flipped(slice(p_.key, 0, first, n))), 0, first == 0);
-        }
-        if (needs_ & kText)
-          accumulate(to.text, product(flipped(slice(p_.query, 0, begin, m)), flipped(h)), first, begin == 0);
+  // The gradient of embeddings' scales, <x, dx> / scale: its rounding errors are those of dx, so that the part of dx along
+  // x, which the length takes away again, goes with its errors.
+  void along(const Tensor& x, const Tensor& grad, const std::vector<float>& scale, Tensor& to) const {
+    for_each(blocks_of(x.size(0), kRows), [&](int64_t block) {
+      for (int64_t i = block * kRows; i < std::min((block + 1) * kRows, x.size(0)); ++i) {
+        const float *one = input<float>(x) + i * p_.width, *two = input<float>(grad) + i * p_.width;
+        double total = 0;
+        for (int64_t d = 0; d < p_.width; ++d) total += static_cast<double>(one[d]) * two[d];
+        output<float>(to)[i] = scale[i] == 0 ? 0.0f : static_cast<float>(total / scale[i]);
       }
+    });
   }
 
-  // Rows begin .. and columns first .. from their products `raw`: their losses, and H unless `to` is null.
-  void chunk(const Tensor& raw, int64_t begin, int64_t first, float* to, int64_t stride) {
-    const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
-    const int64_t width = (raw.size(1) + 15) / 16 * 16;
-    std::vector<float> of_scale(to ? groups * width : 0, 0.0f);
-    for_each(groups * across, [&](int64_t t) {
-      const int64_t row = t / across * kRows, at = t % across * kColumns, n = std::min(kColumns, raw.size(1) - at);
-      for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r)
-        line(input<float>(raw) + r * raw.stride(0) + at, begin + r, first + at, n,
-             to ? &of_scale[t / across * width + at] : nullptr, to ? to + r * stride + at : nullptr);
+  // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that, and
+  // H at column `at` of the block.
+  void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
+                    const Tensor& block) {
+    const Tensor texts = slice(p_.key, 0, first, n), raw = product(slice(p_.query, 0, begin, m), texts);
+    float* h = needs_ ? output<float>(panel) : nullptr;
+    float* copy = needs_ & kText ? output<float>(block) + at : nullptr;
+    const int64_t groups = blocks_of(m, kRows), width = (n + 15) / 16 * 16;
+    std::vector<float> of_scale(h ? groups * width : 0, 0.0f);
+    for_each(groups, [&](int64_t g) {
+      for (int64_t r = g * kRows; r < std::min((g + 1) * kRows, m); ++r) {
+        line(input<float>(raw) + r * raw.stride(0), begin + r, first, n, h ? &of_scale[g * width] : nullptr,
+             h ? h + r * kTerms : nullptr);
+        if (copy) std::copy_n(h + r * kTerms, n, copy + r * block.size(1));
+      }
     });
-    for (int64_t g = 0; to && g < groups; ++g)
-      for (int64_t j = 0; j < raw.size(1); ++j) of_column_[first + j] += of_scale[g * width + j];
+    for (int64_t g = 0; h && g < groups; ++g)
+      for (int64_t j = 0; j < n; ++j) of_column_[first + j] += of_scale[g * width + j];
+    if (!(needs_ & kImage)) return;
+    Tensor rows = slice(to.image, 0, begin, m);
+    accumulate(rows, product(slice(slice(panel, 0, 0, m), 1, 0, n), flipped(texts)), 0, first == 0);
   }
 
   void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* to) {
-    alignas(64) float s[kColumns], g[kColumns];
-    const int64_t part = i * blocks_ + first / kColumns;
+    alignas(64) float s[kTerms], g[kTerms];
     p_.logits(contrastive_, raw, i, first, n, false, s);
     SigmoidSums sums = kernels_.row(s, n, pairs_.bias, pairs_.share[i], to ? g : nullptr);
     if (pairs_.positives && i >= first && i < first + n) {
@@ -165,10 +162,10 @@ class Siglip {
       sums.slope -= slope;
       if (to) g[j] = static_cast<float>(-slope * pairs_.share[i]);
     }
-    loss_[part] = sums.loss;
-    slope_[part] = sums.slope;
+    loss_[i] += sums.loss;
+    slope_[i] += sums.slope;
     if (to)
-      of_row_[part] = contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, nullptr, to);
+      of_row_[i] += contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, nullptr, to);
   }
 
   const Pairs& pairs_;
@@ -177,7 +174,6 @@ class Siglip {
   const SiglipKernels kernels_;
   const int64_t needs_;
   const double workspace_mib_;
-  const int64_t blocks_;
   std::vector<double> loss_, slope_, of_row_, of_column_;
 };
 
