@@ -276,7 +276,7 @@ def _each_negatives_kernel(
 
 
 def _tile(negatives: Tensor) -> tuple[int, int]:
-    """(negatives in a tile, its width). Odd widths have loads of single elements, and so more addresses in registers."""
+    """(negatives in a tile, its width). Odd widths load single elements, and so hold more addresses in registers."""
     width = negatives.shape[2]
     wide = triton.next_power_of_2(width)
     elements = TILE // 4 if width % 8 else TILE // negatives.element_size()

@@ -7,8 +7,8 @@ A program makes one tile of logits with `tl.dot`, and from e = exp(-|x|) and one
 
 It leaves the tile's row sums of both, and H_ij = +-share_i sigmoid(x_ij) r_i c_j in the embeddings' dtype in a block of
 `workspace_mib` at most, which two library products turn into the embeddings' gradients, accumulated in float32. Then
-d r_i = <image_i, d image_i> / r_i, c_j alike. 3 U = 6 M N D FLOP; U alone where no gradient is wanted. Beyond the products
-an element of H moves three times, written once and read twice, through the L2 cache or memory.
+d r_i = <image_i, d image_i> / r_i, c_j alike. 3 U = 6 M N D FLOP; U alone where no gradient is wanted. Beyond the
+products an element of H moves three times, written once and read twice, through the L2 cache or memory.
 """
 
 from __future__ import annotations

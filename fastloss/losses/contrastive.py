@@ -23,7 +23,8 @@ from .contrastive_checks import (
     full_precision,
     inverse,
 )
-from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm, contrastive_reference
+from .contrastive_forms import softmax_rows
+from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
 
 
 def info_nce(
@@ -77,9 +78,8 @@ def info_nce(
             or ``"none"`` for the (weighted) rows [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0 (one row of logits at least). In-batch negatives with
-            no ids, targets, sampling, smoothing or `return_lse` have a kernel on the CPU; the reference, which serves
-            all else, is dense and holds [M, N + K].
+        workspace_mib: bound of the kernels' workspace in MiB, > 0 (one row of a tile of logits at least), whatever M, N
+            and K. The reference, which serves float64 and devices without kernels, is dense and holds [M, N + K].
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
 
@@ -106,7 +106,7 @@ def info_nce(
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
     with full_precision(query):
-        rows = contrastive_reference(query, key, negatives, scale, offset, targets, query_ids, key_ids, form)
+        rows = softmax_rows(query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib)
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -154,9 +154,9 @@ def _ids(
 ) -> tuple[Tensor | None, Tensor | None]:
     rows, keys = query.shape[0], key.shape[0]
     if query_ids is not None:
-        check_integers("query_ids", query_ids, (rows,), query)
+        query_ids = check_integers("query_ids", query_ids, (rows,), query)
     if key_ids is not None:
-        check_integers("key_ids", key_ids, (keys, columns), query)
+        key_ids = check_integers("key_ids", key_ids, (keys, columns), query)
     if (query_ids is None) == (key_ids is None):
         return query_ids, key_ids
     if rows != keys or not diagonal:
@@ -237,9 +237,10 @@ def clip_loss(
     check_embeddings("text", text, image, "image", rows=True)
     check_flags(normalize=normalize, return_lse=return_lse)
     rows = image.shape[0]
-    for name, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
-        if ids is not None:
-            check_integers(name, ids, (rows,), image)
+    if image_ids is not None:
+        image_ids = check_integers("image_ids", image_ids, (rows,), image)
+    if text_ids is not None:
+        text_ids = check_integers("text_ids", text_ids, (rows,), image)
     check_shared(image, weights, workspace_mib, label_smoothing)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
@@ -248,7 +249,7 @@ def clip_loss(
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
     with full_precision(image):
-        out = contrastive_reference(image, text, None, scale, bias, None, one, two, form)
+        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib)
     return finish(out, weights, reduction, return_lse)
 
 

@@ -16,12 +16,11 @@ from .contrastive_checks import (
     full_precision,
     inverse,
 )
+from .contrastive_forms import nt_xent_rows, supcon_rows
 from .contrastive_reference import (
     ContrastiveOutput,
     NegativeSampling,
     SoftmaxForm,
-    nt_xent_reference,
-    supcon_reference,
 )
 
 
@@ -55,7 +54,7 @@ def supcon_loss(
         weights: one weight >= 0 per row [M], no gradient.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
+        workspace_mib: as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or [M] for ``"none"``.
@@ -73,12 +72,12 @@ def supcon_loss(
         1.0986
     """
     check_embeddings("features", features)
-    check_integers("labels", labels, (features.shape[0],), features)
+    labels = check_integers("labels", labels, (features.shape[0],), features)
     check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
     check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
     with full_precision(features):
-        out = supcon_reference(features, labels, scale, include_positive, normalize)
+        out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib)
     return finish(out, weights, reduction, return_lse)
 
 
@@ -114,7 +113,7 @@ def nt_xent_loss(
         weights: one weight >= 0 per sample [M], no gradient; both views of the sample get it.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
         return_lse: return ``(loss, lse, top1)`` with [2M] by-products, see :class:`ContrastiveOutput`.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [2M, 2M].
+        workspace_mib: as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 embeddings): a scalar, or [2M] for ``"none"``, view_a's rows first.
@@ -136,13 +135,13 @@ def nt_xent_loss(
     check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
     rows = view_a.shape[0]
     if ids is not None:
-        check_integers("ids", ids, (rows,), view_a)
+        ids = check_integers("ids", ids, (rows,), view_a)
     check_sampling(sampling, normalize)
     check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxForm(include_positive, False, normalize, float(label_smoothing), True, sampling)
     with full_precision(view_a):
-        out = nt_xent_reference(view_a, view_b, scale, ids, form)
+        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib)
     return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)
 
 

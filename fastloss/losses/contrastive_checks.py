@@ -67,8 +67,8 @@ def inverse(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | floa
     return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
 
 
-def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> None:
-    """A 1-D integer tensor of one of the `lengths`, on the device of `like`."""
+def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> Tensor:
+    """A 1-D integer tensor of one of the `lengths`, on the device of `like`, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
     if value.dtype not in INTEGERS:
@@ -77,12 +77,12 @@ def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor
         wanted = " or ".join(f"[{n}]" for n in dict.fromkeys(lengths))
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
     check_same_device("embeddings", like, name, value)
+    return value.long()
 
 
 def check_targets(targets: Any, rows: int, keys: int, like: Tensor) -> Tensor:
     """Indices of keys as int64. Their range is checked on the CPU; a GPU's own index check asserts on the device."""
-    check_integers("targets", targets, (rows,), like)
-    targets = targets.long()
+    targets = check_integers("targets", targets, (rows,), like)
     # Looking at values must not happen while tracing, nor make a GPU wait.
     plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if plain and type(targets) is Tensor and targets.device.type == "cpu" and rows:

@@ -1,4 +1,4 @@
-"""The definition of the contrastive losses, dense and in plain differentiable PyTorch.
+"""The definition of the contrastive losses, from the statistics of each row's negatives, in differentiable PyTorch.
 
 With logits s_ij = scale <q_i, k_j> + b_j, the positive p of row i and the set A of its negatives:
 
@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_number
-from ..core import result_dtype
 
 TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with everything, gradient 0
 
@@ -103,19 +102,45 @@ def log_sum_exp(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
     return torch.logsumexp(masked, 1), some
 
 
+def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) -> Tensor:
+    """[S, M]: log-sum-exp, maximum and so on (as contrastive_softmax.py lists) of each row's allowed logits [M, C]."""
+    flat = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf)
+
+    def lse(x: Tensor) -> Tensor:
+        value, some = log_sum_exp(x, allowed)
+        return torch.where(some, value, torch.full_like(value, -math.inf))
+
+    stats = [lse(logits), flat.amax(1)]
+    if moments:
+        stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
+    if hardness:
+        stats += [lse((1 + hardness) * logits), lse(hardness * logits)]
+    return torch.stack(stats)
+
+
+def merged(one: Tensor, two: Tensor) -> Tensor:
+    """Statistics [S, M] of the union of two sets of negatives."""
+    none = (one == -math.inf) & (two == -math.inf)  # whose logaddexp has the gradient NaN
+    sums = torch.logaddexp(one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)).masked_fill(none, -math.inf)
+    together = list(sums)
+    together[1] = torch.maximum(one[1], two[1])
+    if one.shape[0] in (4, 6):  # moments
+        together[2:4] = one[2] + two[2], one[3] + two[3]
+    return torch.stack(together)
+
+
 def negative_mass(
-    positive: Tensor, logits: Tensor, allowed: Tensor, scale: Tensor | float, sampling: NegativeSampling | None
+    positive: Tensor, stats: tuple[Tensor, ...], scale: Tensor | float, sampling: NegativeSampling | None
 ) -> tuple[Tensor, Tensor]:
-    """The log of the negatives' total, reweighted and debiased, and whether a row has any."""
-    mass, some = log_sum_exp(logits, allowed)
+    """The log of the negatives' total, reweighted and debiased (finite where there are none), and whether there are."""
+    some = stats[0] != -math.inf
+    mass = torch.where(some, stats[0], torch.zeros_like(stats[0]))
     if sampling is None or (sampling.hardness == 0 and sampling.tau_plus == 0):
         return mass, some
-    log_count = allowed.sum(1).clamp_min(1).to(mass.dtype).log()
+    log_count = stats[3].clamp_min(1).log()
     if sampling.hardness:
-        beta = sampling.hardness
-        harder, _ = log_sum_exp((1 + beta) * logits, allowed)
-        weights, _ = log_sum_exp(beta * logits, allowed)
-        mass = harder - weights + log_count
+        zero = torch.zeros_like(mass)
+        mass = torch.where(some, stats[-2], zero) - torch.where(some, stats[-1], zero) + log_count
     if sampling.tau_plus:
         tau = sampling.tau_plus
         shift = torch.maximum(mass, positive).detach()  # cancels in value and gradient
@@ -127,11 +152,10 @@ def negative_mass(
     return mass, some
 
 
-def row_losses(
-    positive: Tensor, logits: Tensor, allowed: Tensor, scale: Tensor | float, form: SoftmaxForm
-) -> ContrastiveOutput:
-    """Loss, log-sum-exp and top-1 of each row from its positive logit and its candidates' logits [M, C]."""
-    mass, some = negative_mass(positive, logits, allowed, scale, form.sampling)
+def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: SoftmaxForm) -> ContrastiveOutput:
+    """Loss, log-sum-exp and top-1 of rows from positive logits [M] and the negatives' statistics [..., S, M]."""
+    each = stats.unbind(-2)
+    mass, some = negative_mass(positive, each, scale, form.sampling)
     if form.include_positive:
         loss = -F.logsigmoid(positive - mass)
         lse = torch.where(some, positive + loss, positive)
@@ -139,109 +163,6 @@ def row_losses(
         loss = mass - positive
         lse = torch.where(some, mass, torch.full_like(mass, -math.inf))
     if form.label_smoothing:
-        count = allowed.sum(1)
-        apart = torch.where(allowed, positive[:, None] - logits, torch.zeros_like(logits)).sum(1)
-        loss = loss + form.label_smoothing * apart / (count + 1)
+        loss = loss + form.label_smoothing * (each[3] * positive - each[2]) / (each[3] + 1)
     loss = torch.where(some, loss, torch.zeros_like(loss))
-    best = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf).amax(1)
-    return ContrastiveOutput(loss, lse, positive.detach() > best)
-
-
-def _without_margin(similar: Tensor, positive: Tensor, allowed: Tensor, form: SoftmaxForm) -> Tensor:
-    if form.sampling is None or form.sampling.margin is None:
-        return allowed
-    return allowed & ~(similar.detach() > positive.detach()[:, None] + form.sampling.margin)
-
-
-def _biased(logits: Tensor, bias: Tensor | float | None, columns: slice | Tensor) -> Tensor:
-    if bias is None:
-        return logits
-    per_column = isinstance(bias, Tensor) and bias.ndim == 1
-    return logits + (bias[columns] if per_column else bias)  # type: ignore[index]
-
-
-def contrastive_reference(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
-    form: SoftmaxForm,
-) -> ContrastiveOutput:
-    """Row losses [M] of the softmax forms; of a symmetric one the mean of the two directions."""
-    dtype = result_dtype(query, key, negatives)
-    q, k = embed(query, dtype, form.normalize), embed(key, dtype, form.normalize)
-    rows, keys = q.shape[0], k.shape[0]
-    if targets is None:
-        targets = torch.arange(rows, device=q.device)
-    column = torch.arange(keys, device=q.device)
-    logits, allowed = [], []
-    if form.in_batch:
-        similar = q @ k.T
-        near = similar.gather(1, targets[:, None]).squeeze(1)
-        mask = column != targets[:, None]
-        if query_ids is not None and key_ids is not None:
-            mask = mask & (query_ids[:, None] != key_ids[:keys])
-        logits.append(_biased(similar * scale, bias, slice(0, keys)))
-        allowed.append(_without_margin(similar, near, mask, form))
-    else:
-        near = (q * k[targets]).sum(1)
-    positive = _biased(near * scale, bias, targets)
-    if negatives is not None:
-        n = embed(negatives, dtype, form.normalize)
-        extra = q @ n.T if n.ndim == 2 else torch.bmm(n, q[:, :, None]).squeeze(2)
-        keep = torch.ones_like(extra, dtype=torch.bool)
-        if query_ids is not None and key_ids is not None and key_ids.shape[0] > keys:
-            keep = query_ids[:, None] != key_ids[keys:]
-        logits.append(_biased(extra * scale, bias, slice(keys, None)))
-        allowed.append(_without_margin(extra, near, keep, form))
-    forth = row_losses(positive, torch.cat(logits, 1), torch.cat(allowed, 1), scale, form)
-    if not form.symmetric:
-        return forth
-    allowed_back = _without_margin(similar.T, near, mask.T, form)
-    back = row_losses(positive, logits[0].T, allowed_back, scale, form)
-    pairs = zip(forth[1:], back[1:], strict=True)
-    return ContrastiveOutput(0.5 * (forth.loss + back.loss), *(torch.stack(pair) for pair in pairs))
-
-
-def nt_xent_reference(
-    view_a: Tensor, view_b: Tensor, scale: Tensor | float, ids: Tensor | None, form: SoftmaxForm
-) -> ContrastiveOutput:
-    """Row losses [2M]: each view of each sample against all the other views of the batch."""
-    dtype = result_dtype(view_a, view_b)
-    z = embed(torch.cat((view_a.to(dtype), view_b.to(dtype))), dtype, form.normalize)
-    similar = z @ z.T
-    index = torch.arange(z.shape[0], device=z.device)
-    partner = index.roll(view_a.shape[0])
-    near = similar.gather(1, partner[:, None]).squeeze(1)
-    allowed = (index != index[:, None]) & (index != partner[:, None])
-    if ids is not None:
-        both = torch.cat((ids, ids))
-        allowed = allowed & (both != both[:, None])
-    allowed = _without_margin(similar, near, allowed, form)
-    return row_losses(near * scale, similar * scale, allowed, scale, form)
-
-
-def supcon_reference(
-    features: Tensor, labels: Tensor, scale: Tensor | float, include_positive: bool, normalize: bool
-) -> ContrastiveOutput:
-    """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives."""
-    z = embed(features, result_dtype(features), normalize)
-    logits = (z @ z.T) * scale
-    index = torch.arange(z.shape[0], device=z.device)
-    other = index != index[:, None]
-    positive = other & (labels == labels[:, None])
-    mass, some = log_sum_exp(logits, other if include_positive else other & ~positive)
-    count = positive.sum(1)
-    lse = torch.where(some, mass, torch.full_like(mass, -math.inf))
-    apart = torch.where(positive, mass[:, None] - logits, torch.zeros_like(logits)).sum(1)
-    loss = apart / count.clamp_min(1)
-    loss = torch.where(some & (count > 0), loss, torch.zeros_like(loss))
-    flat = logits.detach()
-    if flat.shape[1] == 0:
-        return ContrastiveOutput(loss, lse, loss.detach() > 0)
-    best = flat.masked_fill(~positive, -math.inf).amax(1)
-    return ContrastiveOutput(loss, lse, best > flat.masked_fill(~other | positive, -math.inf).amax(1))
+    return ContrastiveOutput(loss, lse, positive.detach() > each[1].detach())

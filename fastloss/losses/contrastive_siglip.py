@@ -5,14 +5,16 @@
     loss_i = sum_j log(1 + e^x_ij)                       [M], or with `share` the scalar sum_i share_i loss_i
 
     H_ij = share_i (dx_ij / ds_ij) sigmoid(x_ij) row_scale_i column_scale_j
-    d image = H text      d text = H^T image      d row_scale_i = sum_j H_ij <image_i, text_j> / row_scale_i, columns alike
+    d image = H text      d text = H^T image
+    d row_scale_i = <image_i, d image_i> / row_scale_i, columns alike
     d bias = sum_ij share_i (dx_ij / ds_ij) sigmoid(x_ij)
 
 H needs no normaliser: with `share` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
 backward multiplies them by its one upstream number. Without `share` the backward does that pass with its upstream
 gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the texts
-and their scales, bit 2 that of the row scales; any bit that of the bias. Image and text are float32, bfloat16 or float16, the rest is float32, ids are int64, bias has
-one element. The gradients are kept in float32, so that a loss scale reaches them before they are rounded.
+and their scales, bit 2 that of the row scales; any bit that of the bias. Image and text are float32, bfloat16 or
+float16, the rest is float32, ids are int64, bias has one element. The gradients are kept in float32, so that a loss
+scale reaches them before they are rounded.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from .contrastive_checks import (
     full_precision,
     reduce_rows,
 )
-from .contrastive_reference import TINY_NORM
+from .contrastive_forms import inverse_length, scale_of_rows, widened
 
 
 def siglip_reference(
@@ -130,25 +132,13 @@ siglip = Op(
 )
 
 
-def _inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
-    length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    tiny = length <= TINY_NORM
-    return (1 / length.masked_fill(tiny, 1.0)).masked_fill(tiny, 0.0)
-
-
-def _vector(value: Tensor | float, count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(value, Tensor):
-        return value.expand(count)
-    return torch.full((count,), value, dtype=dtype, device=like.device)
-
-
 def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What each row counts in the reduced loss; None where rows are returned."""
     if reduction == "none":
         return None
     rows = like.shape[0]
     if weights is None:
-        return _vector(1.0 / rows if reduction == "mean" else 1.0, rows, like, dtype)
+        return torch.full((rows,), 1.0 / rows if reduction == "mean" else 1.0, dtype=dtype, device=like.device)
     weights = weights.to(dtype)
     if reduction == "sum":
         return weights
@@ -225,16 +215,16 @@ def siglip_loss(
     if reduction == "mean":
         check_not_empty(rows)
     with full_precision(image):
-        row_scale, column_scale = _vector(scale, rows, image, dtype), None
-        if normalize:
-            row_scale, column_scale = row_scale * _inverse_length(image, dtype), _inverse_length(text, dtype)
+        image, text = widened(image), widened(text)
+        lengths, column_scale = (inverse_length(t, dtype) if normalize else None for t in (image, text))
+        row_scale = scale_of_rows(lengths, scale, image, dtype)
         share = _share(weights, reduction, image, dtype)
-        shift = _vector(bias, 1, image, dtype)
+        shift = bias if isinstance(bias, Tensor) else torch.tensor(bias, dtype=dtype, device=image.device)
         needs = 0
         if torch.is_grad_enabled() and share is not None:
             needs = image.requires_grad + 2 * text.requires_grad + 4 * (row_scale.requires_grad or shift.requires_grad)
         out = siglip(
-            image, text, row_scale, column_scale, shift, one, two, share, negative_only, needs, float(workspace_mib)
+            image, text, row_scale, column_scale, shift.reshape(1), one, two, share, negative_only, needs, float(workspace_mib)
         )  # fmt: skip
     return out if share is not None else reduce_rows(out, weights, reduction)
 

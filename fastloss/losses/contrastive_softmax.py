@@ -36,32 +36,13 @@ query and key are float32, bfloat16 or float16 of any strides, the other float a
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Op, result_dtype
-from .contrastive_reference import log_sum_exp
+from .contrastive_reference import statistics
 
 STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
-
-
-def _side(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) -> Tensor:
-    """[S, M] of one direction, from its logits [M, N]."""
-    flat = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf)
-
-    def lse(x: Tensor) -> Tensor:
-        value, some = log_sum_exp(x, allowed)
-        return torch.where(some, value, torch.full_like(value, -math.inf))
-
-    stats = [lse(logits), flat.amax(1)]
-    if moments:
-        stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
-    if hardness:
-        stats += [lse((1 + hardness) * logits), lse(hardness * logits)]
-    return torch.stack(stats)
 
 
 def contrastive_stats_reference(
@@ -96,9 +77,9 @@ def contrastive_stats_reference(
     if ceiling is not None:
         forth = allowed & ~(similar.detach() > ceiling[:, None])
         back = allowed & ~(similar.detach() > ceiling) if "symmetric" in kind else allowed
-    sides = [_side(logits, forth, "moments" in kind, hardness)]
+    sides = [statistics(logits, forth, "moments" in kind, hardness)]
     if "symmetric" in kind:
-        sides.append(_side(logits.T, back.T, "moments" in kind, hardness))
+        sides.append(statistics(logits.T, back.T, "moments" in kind, hardness))
     return torch.stack(sides)
 
 

@@ -1,0 +1,183 @@
+"""The softmax forms, assembled from the statistics of their negatives in O(M D): InfoNCE, CLIP, NT-Xent, SupCon.
+
+The positives' logits, the lengths of the embeddings and all that is one number per row are plain torch here, so that
+autograd has their exact gradients, in float32 whatever the kernels' products are in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import result_dtype
+from .contrastive_each import each_statistics
+from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, merged, row_losses
+from .contrastive_softmax import contrastive
+
+
+def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |x| of each row, 0 without gradient for zero vectors."""
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    tiny = length <= TINY_NORM
+    return (1 / length.masked_fill(tiny, 1.0)).masked_fill(tiny, 0.0)
+
+
+def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return (a.to(dtype) * b.to(dtype)).sum(-1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """On the CPU in float32: the parts of a gradient then add up before they are rounded."""
+    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def _kind(diagonal: bool, moments: bool, symmetric: bool = False) -> str:
+    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric}
+    return "+".join(word for word, there in words.items() if there)
+
+
+def _sampling(form: SoftmaxForm) -> tuple[bool, float, float | None]:
+    """Whether the form needs moments, its hardness, and its margin."""
+    sampling = form.sampling
+    if sampling is None:
+        return form.label_smoothing > 0, 0.0, None
+    moments = form.label_smoothing > 0 or sampling.tau_plus > 0 or sampling.hardness > 0
+    return moments, float(sampling.hardness), sampling.margin
+
+
+def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of each row's products: the scale, times the inverse lengths of normalised rows."""
+    if lengths is not None:
+        return lengths * scale
+    if isinstance(scale, Tensor):
+        return scale.expand(like.shape[0])
+    return torch.full((like.shape[0],), scale, dtype=dtype, device=like.device)
+
+
+def softmax_rows(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor | float,
+    bias: Tensor | float | None,
+    targets: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    form: SoftmaxForm,
+    workspace_mib: float,
+) -> ContrastiveOutput:
+    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions."""
+    dtype = result_dtype(query, key, negatives)
+    query, key = widened(query), widened(key)
+    rows, keys = query.shape[0], key.shape[0]
+    moments, hardness, margin = _sampling(form)
+    row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
+    key_scale = inverse_length(key, dtype) if form.normalize else None
+    columns = bias if isinstance(bias, Tensor) and bias.ndim == 1 else None
+    own = slice(0, rows) if targets is None else targets
+    positive = row_scale * _inner(query, key[own] if targets is not None or keys > rows else key, dtype)
+    if key_scale is not None:
+        positive = positive * key_scale[own]
+    ceiling = None if margin is None else (positive + scale * margin).detach()
+    if columns is not None:
+        positive = positive + columns[own]
+    stats = None
+    if form.in_batch:
+        row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
+        stats = contrastive(
+            query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
+            ceiling, _kind(targets is None, moments, form.symmetric), hardness, float(workspace_mib),
+        )  # fmt: skip
+    if negatives is not None and negatives.ndim == 3:
+        extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
+        stats = torch.stack([extra] if stats is None else [merged(stats[0], extra), *stats[1:]])
+    elif negatives is not None:
+        negatives = widened(negatives)
+        covered = key_ids is not None and key_ids.shape[0] > keys
+        row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
+        extra = contrastive(
+            query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
+            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling, _kind(False, moments),
+            hardness, float(workspace_mib),
+        )  # fmt: skip
+        stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
+    assert stats is not None
+    out = row_losses(positive, stats if form.symmetric else stats[0], scale, form)
+    if form.symmetric:
+        out = out._replace(loss=out.loss.mean(0))
+    if bias is None or columns is not None:
+        return out
+    return out._replace(loss=out.loss + 0.0 * bias, lse=out.lse + bias)  # one number for all logits cancels
+
+
+def nt_xent_rows(
+    view_a: Tensor, view_b: Tensor, scale: Tensor | float, ids: Tensor | None, form: SoftmaxForm, workspace_mib: float
+) -> ContrastiveOutput:
+    """Row losses [2M]: each view of each sample against all the other views of the batch."""
+    dtype = result_dtype(view_a, view_b)
+    views, rows = widened(torch.cat((view_a, view_b))), view_a.shape[0]
+    moments, hardness, margin = _sampling(form)
+    lengths = inverse_length(views, dtype) if form.normalize else None
+    row_scale = scale_of_rows(lengths, scale, views, dtype)
+    partner = torch.arange(2 * rows, device=views.device).roll(rows)
+    positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
+    if lengths is not None:
+        positive = positive * lengths.roll(rows)
+    ceiling = None if margin is None else (positive + scale * margin).detach()
+    both = None if ids is None else ids.repeat(2)
+    stats = contrastive(
+        views, views, row_scale, lengths, None, partner, both, both, ceiling, _kind(True, moments), hardness,
+        float(workspace_mib),
+    )  # fmt: skip
+    return row_losses(positive, stats[0], scale, form)
+
+
+def supcon_rows(
+    features: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    include_positive: bool,
+    normalize: bool,
+    return_lse: bool,
+    workspace_mib: float,
+) -> ContrastiveOutput:
+    """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives.
+
+    The mean comes from the sum of each label's rows, in O(M D). `top1` is right with `return_lse` only: it takes the
+    largest logit of the rows of other labels beside that of all, a second call of the op.
+    """
+    dtype = result_dtype(features)
+    features = widened(features)
+    lengths = inverse_length(features, dtype) if normalize else None
+    row_scale = scale_of_rows(lengths, scale, features, dtype)
+
+    def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
+        ids = None if others else labels
+        return contrastive(
+            features, features, row_scale, lengths, None, None, ids, ids, None, "diagonal", 0.0, float(workspace_mib)
+        )[0].unbind(0)
+
+    lse, most = statistics_of(row_scale, include_positive)
+    vectors = features.to(dtype) if lengths is None else features.to(dtype) * lengths[:, None]
+    ordered = labels.sort().values
+    group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
+    count = (end - group - 1).to(dtype)
+    sums = _sums_of_groups(vectors, group)
+    mean = row_scale * _inner(features, sums[group] - vectors, dtype) / count.clamp_min(1)
+    some = lse != -math.inf
+    loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
+    top1 = most > -math.inf
+    if return_lse:
+        with torch.no_grad():
+            other = statistics_of(row_scale, not include_positive)[1]
+        top1 = most > other if include_positive else other > most
+    return ContrastiveOutput(loss, lse, top1)
+
+
+def _sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:
+    """Row g: the sum of the vectors of group g. Always in the same order: index_add is not, on CUDA."""
+    if vectors.is_cuda:
+        return torch.zeros_like(vectors).index_put((group,), vectors, accumulate=True)
+    return torch.zeros_like(vectors).index_add(0, group, vectors)
