@@ -99,7 +99,7 @@ def _kernels_take(query: Tensor, *rest: object) -> bool:
     return query.device.type == "cpu" or query.shape[1] <= WIDEST
 
 
-_contrastive_each = Op(
+contrastive_each = Op(
     "contrastive_each",
     fwd=_contrastive_each_fwd,
     bwd=_contrastive_each_bwd,
@@ -125,4 +125,4 @@ def each_statistics(
         keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
     kind = "moments" if moments else ""
-    return _contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)

@@ -219,12 +219,13 @@ def siglip_loss(
         lengths, column_scale = (inverse_length(t, dtype) if normalize else None for t in (image, text))
         row_scale = scale_of_rows(lengths, scale, image, dtype)
         share = _share(weights, reduction, image, dtype)
-        shift = bias if isinstance(bias, Tensor) else torch.tensor(bias, dtype=dtype, device=image.device)
+        shift = bias if isinstance(bias, Tensor) else torch.full((), bias, dtype=dtype, device=image.device)
         needs = 0
         if torch.is_grad_enabled() and share is not None:
             needs = image.requires_grad + 2 * text.requires_grad + 4 * (row_scale.requires_grad or shift.requires_grad)
         out = siglip(
-            image, text, row_scale, column_scale, shift.reshape(1), one, two, share, negative_only, needs, float(workspace_mib)
+            image, text, row_scale, column_scale, shift.reshape(1), one, two, share, negative_only, needs,
+            float(workspace_mib),
         )  # fmt: skip
     return out if share is not None else reduce_rows(out, weights, reduction)
 
