@@ -12,6 +12,9 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr, const double** scalars,
     int64_t scalars_len, const char** algorithm, AtenTensorHandle* out);
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise_binary(
+    AtenTensorHandle x, AtenTensorHandle other, AtenTensorHandle w, AtenTensorHandle* bias, const char* attr,
+    AtenTensorHandle* out);
 
 namespace fastloss {
 
@@ -19,7 +22,8 @@ constexpr int64_t kColumns = 1024;          // a tile: what is read twice stays 
 constexpr int64_t kRows = 32;
 constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 constexpr int64_t kMiB = 1 << 20;
-constexpr double kProduct = 16;             // MiB of logits of one product: a larger one costs page faults
+constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up in one go
+constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
 constexpr int64_t kWide = 16384;            // its columns at most: fewer rows would not pay for packing the keys
 constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
 
@@ -50,9 +54,6 @@ struct ContrastiveKernels {
   void (*grad_sum)(const float* s, int64_t n, float row, const float* column, float* g);
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
-  double (*finish_bfloat16)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale,
-                            float* of_scale, float* of_bias, BFloat16* to);
-  void (*add)(const float* from, int64_t n, float* to);
 };
 
 using torch::stable::narrow;
@@ -78,14 +79,27 @@ inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) {
 }
 inline Tensor flipped(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
 
-// a b^T of [m, K] and [n, K]
-inline Tensor product(const Tensor& a, const Tensor& b) {
-  AtenTensorHandle out = nullptr;
-  if (&aoti_torch_cpu__linear_pointwise != nullptr &&
-      aoti_torch_cpu__linear_pointwise(a.get(), b.get(), nullptr, "none", nullptr, 0, nullptr, &out) == 0)
-    return Tensor(out);
+// a b^T of [m, K] and [n, K], plus `more` [m, n] if given. oneDNN adds up all K terms one after another; in pieces of
+// kTerms the error is that of a BLAS.
+inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> more = std::nullopt) {
+  const int64_t terms = a.size(1);
+  bool good = &aoti_torch_cpu__linear_pointwise != nullptr && &aoti_torch_cpu__linear_pointwise_binary != nullptr;
+  for (int64_t k = 0; good && k < terms; k += kTerms) {
+    const int64_t n = std::min(kTerms, terms - k);
+    const Tensor x = slice(a, 1, k, n), w = slice(b, 1, k, n);
+    AtenTensorHandle out = nullptr;
+    if (more.has_value())
+      good = aoti_torch_cpu__linear_pointwise_binary(x.get(), more->get(), w.get(), nullptr, "add", &out) == 0;
+    else
+      good = aoti_torch_cpu__linear_pointwise(x.get(), w.get(), nullptr, "none", nullptr, 0, nullptr, &out) == 0;
+    if (good) more = Tensor(out);
+    if (good && k + n == terms) return *more;
+    STD_TORCH_CHECK(good || k == 0, "contrastive: oneDNN fails at a product");
+  }
   Tensor to = torch::stable::new_empty(a, {a.size(0), b.size(0)});
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), flipped(b).get(), 0.0, 1.0));
+  if (more.has_value()) torch::stable::copy_(to, *more);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(to.get(), to.get(), a.get(), flipped(b).get(), more.has_value() ? 1.0 : 0.0, 1.0));
   return to;
 }
 
@@ -175,19 +189,5 @@ inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64
 }
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
-
-// Adds part [a, n] to columns first .. of total [a, all], or begins with it.
-inline void accumulate(Tensor& total, const Tensor& part, int64_t first, bool begins) {
-  Tensor to = slice(total, 1, first, part.size(1));
-  if (begins) {
-    torch::stable::copy_(to, part);
-    return;
-  }
-  const ContrastiveKernels kernels = contrastive_kernels();
-  const Tensor from = torch::stable::contiguous(part);
-  for_each(to.size(0), [&](int64_t d) {
-    kernels.add(input<float>(from) + d * from.stride(0), to.size(1), output<float>(to) + d * to.stride(0));
-  });
-}
 
 }  // namespace fastloss

@@ -6,7 +6,7 @@
 namespace fastloss {
 namespace {
 
-constexpr double kGradientBlock = 64;      // MiB of a block of H at most
+constexpr double kGradientBlock = 32;      // MiB of a block of H at most
 constexpr int64_t kWidest = 65536;  // its columns at most
 
 // The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
@@ -49,8 +49,7 @@ class Backward {
   bool needs_column_scale = false, needs_bias = false;
 
   // H of rows begin .. and columns first .. from their products `raw`; `to` is where they stand in a block.
-  template <typename T>
-  void chunk(const Tensor& raw, int64_t begin, int64_t first, T* to, int64_t stride) {
+  void chunk(const Tensor& raw, int64_t begin, int64_t first, float* to, int64_t stride) {
     const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
     const int64_t width = (raw.size(1) + 15) / 16 * 16;
     std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
@@ -116,8 +115,7 @@ class Backward {
     }
   }
 
-  template <typename T>
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, T* to) {
+  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, float* to) {
     alignas(64) float s[kColumns], g[kColumns];
     p_.logits(kernels_, raw, i, first, n, false, s);
     if (shared_) {
@@ -135,11 +133,8 @@ class Backward {
         kernels_.grad_columns(s, n, p_.factors[f], &back.lse[f][first], &back.grad[f][first], g);
       if (p_.moments) kernels_.grad_sum(s, n, 0.0f, &back.sum[first], g);
     }
-    double* part = &row_parts_[i * blocks_ + first / kColumns];
-    if constexpr (std::is_same_v<T, float>)
-      *part = kernels_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, to);
-    else
-      *part = kernels_.finish_bfloat16(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, to);
+    row_parts_[i * blocks_ + first / kColumns] =
+        kernels_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, to);
   }
 
   const Problem& p_;
@@ -152,6 +147,20 @@ class Backward {
   std::vector<float> row_share_, column_share_;
   std::vector<double> row_parts_, of_scale_, of_bias_;
 };
+
+// Makes the block h of H whose first row and column are begin and first.
+void fill(Backward& backward, const Problem& p, const Tensor& stash, double workspace_mib, int64_t begin, int64_t first,
+          const Tensor& h) {
+  const auto [height, width] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
+  for (int64_t r = 0; r < h.size(0); r += height)
+    for (int64_t c = 0; c < h.size(1); c += width) {
+      const int64_t m = std::min(height, h.size(0) - r), n = std::min(width, h.size(1) - c);
+      const Tensor raw = stash.numel() > 0
+                             ? slice(slice(stash, 0, begin + r, m), 1, first + c, n)
+                             : product(slice(p.query, 0, begin + r, m), slice(p.key, 0, first + c, n));
+      backward.chunk(raw, begin + r, first + c, output<float>(h) + r * h.stride(0) + c, h.stride(0));
+    }
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& row_scale,
@@ -166,39 +175,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
   backward.needs_column_scale = needs_column_scale;
   backward.needs_bias = needs_bias;
   const auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  Tensor to_query = needs_query ? torch::stable::new_empty(p.query, {p.rows, p.width}) : none(query);
-  Tensor to_key = needs_key ? torch::stable::new_empty(p.key, {p.width, p.columns}) : none(key);  // transposed
+  Tensor query_grad = needs_query ? torch::stable::new_empty(query, {p.rows, p.width}) : none(query);
+  Tensor key_grad = needs_key ? torch::stable::new_empty(key, {p.columns, p.width}) : none(key);
   if (p.empty()) {
-    torch::stable::zero_(to_query);
-    torch::stable::zero_(to_key);
+    torch::stable::zero_(query_grad);
+    torch::stable::zero_(key_grad);
   } else {
     const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / 2), kWidest);
-    const auto [lower, narrower] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
-    Tensor block = torch::stable::new_empty(p.query, {height, width});
-    for (int64_t begin = 0; begin < p.rows; begin += height)
+    const Tensor block = torch::stable::new_empty(p.query, {height, width});
+    std::vector<std::optional<Tensor>> of_columns(blocks_of(p.columns, width));  // transposed, of the rows so far
+    for (int64_t begin = 0; begin < p.rows; begin += height) {
+      std::optional<Tensor> of_rows;  // of the columns so far
+      const int64_t m = std::min(height, p.rows - begin);
       for (int64_t first = 0; first < p.columns; first += width) {
-        const int64_t m = std::min(height, p.rows - begin), n = std::min(width, p.columns - first);
+        const int64_t n = std::min(width, p.columns - first);
         const Tensor h = slice(slice(block, 0, 0, m), 1, 0, n);
-        for (int64_t r = 0; r < m; r += lower)
-          for (int64_t c = 0; c < n; c += narrower) {
-            const int64_t rows = std::min(lower, m - r), columns = std::min(narrower, n - c);
-            const Tensor raw = stash.numel() > 0
-                                   ? slice(slice(stash, 0, begin + r, rows), 1, first + c, columns)
-                                   : product(slice(p.query, 0, begin + r, rows), slice(p.key, 0, first + c, columns));
-            backward.chunk(raw, begin + r, first + c, output<float>(h) + r * width + c, width);
-          }
-        if (needs_query) {
-          Tensor rows = slice(to_query, 0, begin, m);
-          accumulate(rows, product(h, flipped(slice(p.key, 0, first, n))), 0, first == 0);
-        }
-        if (needs_key)
-          accumulate(to_key, product(flipped(slice(p.query, 0, begin, m)), flipped(h)), first, begin == 0);
+        fill(backward, p, stash, workspace_mib, begin, first, h);
+        std::optional<Tensor>& transposed = of_columns[first / width];
+        if (needs_query) of_rows = product(h, flipped(slice(p.key, 0, first, n)), of_rows);
+        if (needs_key) transposed = product(flipped(slice(p.query, 0, begin, m)), flipped(h), transposed);
       }
-  }
-  Tensor query_grad = torch::stable::to(to_query, query.scalar_type()), key_grad = none(key);
-  if (needs_key) {
-    key_grad = torch::stable::new_empty(key, {p.columns, p.width});
-    torch::stable::copy_(key_grad, flipped(to_key));
+      if (!needs_query) continue;
+      Tensor rows = slice(query_grad, 0, begin, m);
+      torch::stable::copy_(rows, *of_rows);
+    }
+    for (int64_t first = 0; needs_key && first < p.columns; first += width) {
+      Tensor columns = slice(key_grad, 0, first, std::min(width, p.columns - first));
+      torch::stable::copy_(columns, flipped(*of_columns[first / width]));
+    }
   }
   return {query_grad, key_grad, needs_row_scale ? backward.row_scale(row_scale) : none(row_scale),
           needs_column_scale ? backward.column_scale(row_scale) : none(row_scale),

@@ -108,9 +108,8 @@ static void contrastive_grad_sum(const float* s, int64_t n, float row, const flo
 }
 
 // The gradient of the raw products, to[j] = g_j row.scale scale_j; added to the columns' sums (or null); the row's sum.
-template <typename T>
 static double contrastive_finish(const float* raw, const float* g, int64_t n, float scale, const float* column_scale,
-                                 float* of_scale, float* of_bias, T* to) {
+                                 float* of_scale, float* of_bias, float* to) {
   vd total{};
   for (int64_t i = 0; i < n;) {
     vf part{};
@@ -131,20 +130,10 @@ static double contrastive_finish(const float* raw, const float* g, int64_t n, fl
   return sum(total);
 }
 
-static void contrastive_add(const float* from, int64_t n, float* to) {
-  for (int64_t i = 0; i < n; i += W) {
-    if (n - i >= W)
-      store(to + i, load(to + i) + load(from + i));
-    else
-      store_some(to + i, load_some(to + i, n - i) + load_some(from + i, n - i), n - i);
-  }
-}
-
 static ContrastiveKernels contrastive_kernels() {
-  return {contrastive_logits,       contrastive_most,     contrastive_row,           contrastive_columns,
-          contrastive_moments,      contrastive_merge,    contrastive_raise,         contrastive_grad_both,
-          contrastive_grad_row,     contrastive_grad_columns, contrastive_grad_sum,  contrastive_finish<float>,
-          contrastive_finish<BFloat16>, contrastive_add};
+  return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
+          contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
+          contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish};
 }
 
 }  // namespace FASTLOSS_ISA

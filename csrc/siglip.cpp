@@ -28,7 +28,6 @@ using Given = std::optional<Tensor>;
 constexpr int64_t kImage = 1, kText = 2;  // bits of `needs`; 4: only the scales and the bias
 constexpr double kGradientBlock = 64;     // MiB of a block of the products' gradient at most
 constexpr int64_t kWidest = 16384;        // its columns at most
-constexpr int64_t kTerms = 256;           // of a product's inner sums: with more, oneDNN loses digits
 
 struct Pairs {
   Problem problem;
@@ -48,6 +47,21 @@ struct Pairs {
     bias = input<float>(shift)[0];
   }
 };
+
+// Adds part [a, n] to columns first .. of total [a, all], or begins with it.
+void accumulate(Tensor& total, const Tensor& part, int64_t first, bool begins) {
+  Tensor to = slice(total, 1, first, part.size(1));
+  if (begins) {
+    torch::stable::copy_(to, part);
+    return;
+  }
+  const Tensor from = torch::stable::contiguous(part);
+  for_each(to.size(0), [&](int64_t d) {
+    const float* more = input<float>(from) + d * from.stride(0);
+    float* sum = output<float>(to) + d * to.stride(0);
+    for (int64_t i = 0; i < to.size(1); ++i) sum[i] += more[i];
+  });
+}
 
 // Gradients, all in float32, empty where they are not asked for.
 struct Gradients {

@@ -253,12 +253,14 @@ class Op:
         have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
         _save(ctx, {name: have[name] for name in self._bwd_wants if name in have})
 
-    def _backward(self, ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
         needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
         for name, needed in needs.items():
             if needed and name not in self.grads:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+        if grad is None:  # nothing reaches the output (in a double backward)
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)
         have = _saved(ctx) | {"grad": grad} | {f"needs_{name}": needed for name, needed in needs.items()}
         got = self.bwd(*(have[name] for name in self._bwd_wants))
         if isinstance(got, list):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import result_dtype
 from .contrastive_each import each_statistics
-from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, merged, row_losses
+from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
 from .contrastive_softmax import contrastive
 
 
@@ -117,18 +117,15 @@ def nt_xent_rows(
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
-    views, rows = widened(torch.cat((view_a, view_b))), view_a.shape[0]
+    views, rows = torch.cat([embed(widened(view), dtype, form.normalize) for view in (view_a, view_b)]), view_a.shape[0]
     moments, hardness, margin = _sampling(form)
-    lengths = inverse_length(views, dtype) if form.normalize else None
-    row_scale = scale_of_rows(lengths, scale, views, dtype)
+    row_scale = scale_of_rows(None, scale, views, dtype)
     partner = torch.arange(2 * rows, device=views.device).roll(rows)
-    positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
-    if lengths is not None:
-        positive = positive * lengths.roll(rows)
+    positive = (views[:rows] * views[rows:]).sum(1).repeat(2) * row_scale
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     stats = contrastive(
-        views, views, row_scale, lengths, None, partner, both, both, ceiling, _kind(True, moments), hardness,
+        views, views, row_scale, None, None, partner, both, both, ceiling, _kind(True, moments), hardness,
         float(workspace_mib),
     )  # fmt: skip
     return row_losses(positive, stats[0], scale, form)
@@ -149,23 +146,21 @@ def supcon_rows(
     largest logit of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
-    features = widened(features)
-    lengths = inverse_length(features, dtype) if normalize else None
-    row_scale = scale_of_rows(lengths, scale, features, dtype)
+    vectors = embed(widened(features), dtype, normalize)
+    row_scale = scale_of_rows(None, scale, vectors, dtype)
 
     def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
         return contrastive(
-            features, features, row_scale, lengths, None, None, ids, ids, None, "diagonal", 0.0, float(workspace_mib)
+            vectors, vectors, row_scale, None, None, None, ids, ids, None, "diagonal", 0.0, float(workspace_mib)
         )[0].unbind(0)
 
     lse, most = statistics_of(row_scale, include_positive)
-    vectors = features.to(dtype) if lengths is None else features.to(dtype) * lengths[:, None]
     ordered = labels.sort().values
     group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
     count = (end - group - 1).to(dtype)
     sums = _sums_of_groups(vectors, group)
-    mean = row_scale * _inner(features, sums[group] - vectors, dtype) / count.clamp_min(1)
+    mean = row_scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
     top1 = most > -math.inf
