@@ -78,7 +78,7 @@ def stats(kernel: Any) -> dict[str, float]:
         def number(key: str) -> int:
             return int(re.search(rf"\.{key}:\s+(\d+)", code).group(1))
 
-        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        spills = number("vgpr_spill_count")  # scalar registers go to lanes of vector registers, not to memory
         found |= {"regs": number("vgpr_count"), "spills": max(spills, number("private_segment_fixed_size"))}
         found["matrix"] = len(re.findall(r"\bv_mfma_", code))
         widths = [AMD_BYTES.get(width, 1) for width in AMD_ACCESS.findall(code)]

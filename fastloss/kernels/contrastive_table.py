@@ -18,18 +18,20 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class Tile:
-    """Block of M, of N, of D; whether operands go through tensor descriptors; warps, pipeline stages."""
+    """Block of M, of N, of D; whether operands go through tensor descriptors, and rows and columns share exponentials
+    where they can (fewer, for more code and registers); warps, pipeline stages."""
 
     rows: int
     columns: int
     width: int
     descriptors: bool
+    shares: bool
     warps: int
     stages: int
 
     @property
     def constants(self) -> tuple:
-        return self.rows, self.columns, self.width, self.descriptors
+        return self.rows, self.columns, self.width, self.descriptors, self.shares
 
     @property
     def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
@@ -40,21 +42,21 @@ HALF, TF32, IEEE = "half", "tf32", "ieee"
 # programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
 TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
     "sm_80": (216, {
-        HALF: ((32, Tile(128, 128, 32, False, 8, 3)), (1 << 30, Tile(128, 128, 64, False, 8, 2)), (0, Tile(64, 64, 32, False, 4, 3))),
-        TF32: ((1 << 30, Tile(128, 128, 32, False, 8, 2)), (0, Tile(64, 64, 32, False, 4, 3))),
-        IEEE: ((1 << 30, Tile(64, 64, 16, False, 4, 3)), (0, Tile(32, 32, 16, False, 4, 3))),
+        HALF: ((32, Tile(128, 128, 32, False, False, 8, 3)), (1 << 30, Tile(128, 128, 64, False, False, 8, 3)), (0, Tile(64, 64, 32, False, False, 4, 3))),
+        TF32: ((1 << 30, Tile(128, 128, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 3))),
+        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
     }),
     "sm_90": (264, {
-        HALF: ((32, Tile(128, 128, 32, True, 4, 3)), (1 << 30, Tile(128, 128, 64, True, 4, 3)), (0, Tile(64, 64, 64, True, 4, 4))),
-        TF32: ((1 << 30, Tile(128, 128, 32, True, 4, 3)), (0, Tile(64, 64, 32, True, 4, 4))),
-        IEEE: ((1 << 30, Tile(64, 64, 16, False, 4, 3)), (0, Tile(32, 32, 16, False, 4, 3))),
+        HALF: ((32, Tile(128, 128, 32, True, True, 4, 3)), (1 << 30, Tile(128, 128, 64, True, True, 4, 3)), (0, Tile(64, 64, 64, True, True, 4, 4))),
+        TF32: ((1 << 30, Tile(128, 128, 32, True, True, 4, 3)), (0, Tile(64, 64, 32, True, True, 4, 4))),
+        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
     }),
     "gfx942": (608, {
-        HALF: ((1 << 30, Tile(128, 128, 32, False, 8, 2)), (0, Tile(64, 64, 32, False, 4, 2))),
-        TF32: ((1 << 30, Tile(128, 128, 32, False, 8, 2)), (0, Tile(64, 64, 32, False, 4, 2))),
-        IEEE: ((1 << 30, Tile(128, 128, 32, False, 8, 2)), (0, Tile(64, 64, 32, False, 4, 2))),
+        HALF: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+        TF32: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+        IEEE: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
     }),
-    "interpreter": (6, {kind: ((1 << 30, Tile(16, 16, 16, False, 4, 1)), (0, Tile(16, 16, 16, False, 4, 1))) for kind in (HALF, TF32, IEEE)}),
+    "interpreter": (6, {kind: ((1 << 30, Tile(16, 16, 16, False, True, 4, 1)), (0, Tile(16, 16, 16, False, True, 4, 1))) for kind in (HALF, TF32, IEEE)}),
 }  # fmt: skip
 
 

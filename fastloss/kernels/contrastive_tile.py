@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def products(operands, row0, column0, sizes, PRECISION: tl.constexpr, TILE: tl.constexpr):
     """<q_i, k_j> of a tile; rows and columns outside give anything."""
@@ -62,30 +63,30 @@ def _masked(s, similar, at, rows, columns, sizes, DIAGONAL: tl.constexpr, OWN: t
 
 
 @triton.jit
-def _scaled(acc, at, rows, columns, sizes):
-    """(logits, the same without bias) of a tile from its products."""
-    scale = tl.load(rows[0] + at[0], mask=at[0] < sizes[0], other=0.0)
+def _scaled(acc, at, rows, columns, sizes, AGAIN: tl.constexpr):
+    """(logits, the same without bias) of a tile from its products. AGAIN: read the vectors anew, do not keep them."""
+    scale = tl.load(rows[0] + at[0], mask=at[0] < sizes[0], other=0.0, volatile=AGAIN)
     inside = at[1] < sizes[1]
     if columns[0] is not None:
-        acc *= tl.load(columns[0] + at[1], mask=inside, other=0.0)[None, :]
+        acc *= tl.load(columns[0] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
     similar = acc * scale[:, None]
     s = similar
     if columns[1] is not None:
-        s += tl.load(columns[1] + at[1], mask=inside, other=0.0)[None, :]
+        s += tl.load(columns[1] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
     return s, similar
 
 
 @triton.jit
 def tile_logits(
     operands, row0, column0, rows, columns, sizes, BACK: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Logits of a tile as its rows see them and, with BACK, as its columns do; they differ by the ceiling only."""
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
     at = (row0 + tl.arange(0, BM), column0 + tl.arange(0, BN))
     acc = products(operands, row0, column0, sizes, PRECISION, TILE)
-    s, similar = _scaled(acc, at, rows, columns, sizes)
+    s, similar = _scaled(acc, at, rows, columns, sizes, AGAIN)
     back = s
     if rows[3] is not None:
         if BACK:
