@@ -240,7 +240,7 @@ CONTRASTIVE = [
         options=[
             {"temperature": 0.5}, {"in_batch": True},
             {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
-            {"label_smoothing": 0.2, "normalize": False, "bias": 0.5, "temperature": 2.0},
+            {"label_smoothing": 0.2, "normalize": False, "temperature": 2.0},
             {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},
         ],
         bench=Bench(

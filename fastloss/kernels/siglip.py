@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import STREAM_OPTIONS, AotCase, on_device
-from .contrastive import FINISH_BLOCK, GROUP, _add_product, _Call, _contrastive_finish_kernel, block_plan
+from .contrastive import FINISH_BLOCK, GROUP, _add_product, _Call, block_plan
+from .contrastive_grads import _contrastive_finish_kernel
 from .contrastive_tile import products
 
 
