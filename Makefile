@@ -1,12 +1,14 @@
 # make train: set up .venv and train the reference system on the digits. make test: the same for the tests.
+# make bench: the headline benchmarks on the CPU, the tables and the pictures, ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
 ARGS ?=
 BIN := $(VENV)/bin
+RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: train test lint bench gpu triton36 clean
+.PHONY: train test lint bench bench-check rivals gpu triton36 clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
@@ -17,13 +19,23 @@ test: $(VENV)/.test
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
-bench: $(VENV)/.test
-	$(BIN)/fastloss bench $(ARGS)
+bench: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 7.5 $(ARGS)
+	$(BIN)/python -m benchmarks.steps --device cpu --minutes 1.5
+	$(BIN)/python -m benchmarks.plot
 
-# Device tests, then every benchmark row. Needs no network and no installed project: any python with torch and triton.
+# Measures the headline rows again: did a ratio to eager or torch.compile get worse by more than 15 %?
+bench-check: $(VENV)/.bench
+	$(BIN)/python -m benchmarks.check $(ARGS)
+
+# The other libraries that run on a CPU, each where pip finds it; without them their rows say "absent".
+rivals: $(VENV)/.bench
+	for name in $(RIVALS); do $(BIN)/pip install -q $$name || echo "$$name: not installed"; done
+
+# Device tests, then every headline row, in parts of at most 9 minutes; what has finished for this commit is skipped.
+# Needs no network and no installed project: any python with torch, triton, numpy, pytest and hypothesis.
 gpu:
-	$(PYTHON) -m pytest -m gpu -q -p no:cacheprovider tests/test_losses.py tests/test_gpu.py
-	$(PYTHON) -m benchmarks.run --device cuda $(ARGS)
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # An older Triton beside the installed one, for the ahead-of-time checks.
 triton36: $(VENV)/triton36
@@ -36,7 +48,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
-$(VENV)/.train $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
 	$(BIN)/pip install -q --no-build-isolation -e ".[train,$*]"
 	touch $@
 

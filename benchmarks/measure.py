@@ -1,18 +1,24 @@
-"""Timing, memory and hardware ceilings; knows nothing of losses."""
+"""Timing, counting and hardware ceilings; knows nothing of losses."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
+import pathlib
 import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 MIB = 2**20
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def device_label(device: str) -> str:
@@ -33,57 +39,134 @@ def device_folder(device: str) -> str:
 
 
 def commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """The commit, `-dirty` if a source differs from it; without git, a hash of the sources. FASTLOSS_COMMIT overrides.
 
-
-def keep_freed_memory() -> None:
-    """Start this process again with a malloc that keeps what is freed (CPU, glibc).
-
-    By default it gives blocks of tens of MiB back to the system or not depending on the layout of the heap, and the
-    page faults of getting them again (6 ms for 25 MiB) fall on whichever provider comes next.
+    What a run writes itself (results, pictures, tables) makes nothing dirty, or the second part of a run would have
+    another commit than the first.
     """
+    if os.environ.get("FASTLOSS_COMMIT"):
+        return os.environ["FASTLOSS_COMMIT"]
+    own = [":!benchmarks/results", ":!benchmarks/REPORT.md", ":!README.md"]
+    try:
+        head, changed = (
+            subprocess.run(["git", *words], capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip()
+            for words in (["rev-parse", "--short=10", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", *own])
+        )
+        return head + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        digest = hashlib.sha256()
+        for folder in ("fastloss", "csrc", "tests", "benchmarks"):
+            for path in sorted((ROOT / folder).rglob("*.*")):
+                if path.suffix in (".py", ".cpp", ".h"):
+                    digest.update(path.read_bytes())
+        return f"sources-{digest.hexdigest()[:10]}"
+
+
+def common_columns(device: str) -> dict[str, object]:
+    """What all the rows of a run share."""
+    try:
+        import triton
+
+        version = triton.__version__
+    except ImportError:
+        version = ""
+    return dict(device=device_label(device), threads=torch.get_num_threads(), commit=commit(),
+                torch=torch.__version__, triton=version)
+
+
+def prepare_process() -> None:
+    """Start this process again with what it needs in its environment.
+
+    glibc's malloc by default gives blocks of tens of MiB back to the system or not depending on the layout of the heap,
+    and the page faults of getting them again (6 ms for 25 MiB) fall on whichever provider comes next: it keeps them.
+    Compiled graphs are kept between runs, or a headline suite would compile for most of its ten minutes.
+    """
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "fastloss-inductor"))
+    os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
     wanted = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
+Pass = tuple[Callable[[], Any], Callable[[Any], object]]  # forward, and the backward of what it returned
+
+
 class Clock:
-    """Milliseconds of one call: wall time on the CPU, events around the call (caches flushed) on CUDA."""
+    """Milliseconds of a forward and its backward: wall time on the CPU, events on the stream on CUDA.
+
+    The caches are flushed before each pass on CUDA, which also gives the host time to run ahead of the device.
+    """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self._flush = torch.empty(256 * MIB, dtype=torch.uint8, device=device) if device == "cuda" else None
 
-    def __call__(self, fn: Callable[[], object]) -> float:
+    def __call__(self, forward: Callable[[], Any], backward: Callable[[Any], object]) -> tuple[float, float]:
         if self._flush is None:
             start = time.perf_counter_ns()
-            fn()
-            return (time.perf_counter_ns() - start) / 1e6
+            out = forward()
+            middle = time.perf_counter_ns()
+            backward(out)
+            end = time.perf_counter_ns()
+            return (middle - start) / 1e6, (end - middle) / 1e6
         self._flush.zero_()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        fn()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+        marks[0].record()
+        out = forward()
+        marks[1].record()
+        backward(out)
+        marks[2].record()
+        marks[2].synchronize()
+        return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
 
 
 def interleaved(
-    calls: dict[str, Callable[[], object]], clock: Clock, seconds: float, rounds: int = 200
-) -> dict[str, list[float]]:
-    """Times of every call, one after the other in each round, so that a drift of the machine hits all alike."""
-    for fn in calls.values():  # warm-up: allocators, compilation
-        for _ in range(3):
-            fn()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    stop = time.monotonic() + seconds
-    for done in range(rounds):
-        if done >= 10 and time.monotonic() > stop:
+    passes: dict[str, Pass], clock: Clock, seconds: float, rounds: int = 300, least: int = 10
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, Exception]]:
+    """(times, failures): each round times every pass once, so that a drift of the machine hits all alike.
+
+    Every other round goes backwards, so that nobody always follows the same neighbour. At least `least` rounds are
+    made, or 3 where they take far longer than `seconds`.
+    """
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in passes}
+    failed: dict[str, Exception] = {}
+    start, warming = None, time.monotonic()
+    for done in range(-2, rounds):  # two rounds of warm-up, one where they take long
+        if done == -1 and time.monotonic() - warming > 0.5:
+            continue
+        spent = 0.0 if start is None else time.monotonic() - start
+        if spent > seconds and (done >= least or (done >= 3 and spent > 3 * seconds + 2)):
             break
-        for name, fn in calls.items():
-            times[name].append(clock(fn))
-    return times
+        start = time.monotonic() if done == 0 else start
+        for name in passes if done % 2 else reversed(passes):
+            if name in failed:
+                continue
+            try:
+                pair = clock(*passes[name])
+            except (RuntimeError, MemoryError) as error:
+                failed[name] = error
+                continue
+            if done >= 0:
+                times[name].append(pair)
+    return {name: found for name, found in times.items() if name not in failed}, failed
+
+
+def single(fn: Callable[[], object], device: str, seconds: float, rounds: int) -> float:
+    """The median of one call that has no backward."""
+    times, failed = interleaved({"it": (fn, lambda out: None)}, Clock(device), seconds, rounds, least=3)
+    for error in failed.values():
+        raise error
+    return quantiles([forward for forward, _ in times["it"]])[1]
+
+
+def reason(error: BaseException) -> str:
+    """A failure in one line: `out of memory: ...` or `failed: ...`."""
+    lines = str(error).strip().splitlines() or [""]
+    short = " ".join(lines[0].split())[:200]
+    text = " ".join(lines).lower()
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in text or "out of memory" in text:
+        return f"out of memory: {short}"
+    return f"failed: {type(error).__name__}: {short}"
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -93,27 +176,119 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
     return p20, p50, p80
 
 
-def copy_bandwidth(device: str) -> float:
+def copy_bandwidth(device: str, seconds: float = 0.2) -> float:
     """GB/s of `copy_` between two buffers far larger than the caches: bytes read plus bytes written."""
     source = torch.ones(256 * MIB if device == "cpu" else 2048 * MIB, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    clock = Clock(device)
-    times = interleaved({"copy": lambda: target.copy_(source)}, clock, seconds=2, rounds=30)["copy"]
-    return 2 * source.numel() / quantiles(times)[1] / 1e6
+    return 2 * source.numel() / single(lambda: target.copy_(source), device, seconds, rounds=30) / 1e6
 
 
-def matmul_rate(device: str, dtype: torch.dtype) -> float:
+def matmul_rate(device: str, dtype: torch.dtype, tf32: bool = False, seconds: float = 0.2) -> float:
     """TFLOP/s of one large matrix product."""
     n = 2048 if device == "cpu" else 8192
     a = torch.randn(n, n, device=device).to(dtype)
-    times = interleaved({"mm": lambda: a @ a}, Clock(device), seconds=3, rounds=30)["mm"]
-    return 2 * n**3 / quantiles(times)[1] / 1e9
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if tf32 else before)
+    try:
+        return 2 * n**3 / single(lambda: a @ a, device, seconds, rounds=30) / 1e9
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def ceiling(device: str, unit: str, dtype: str) -> float:
+    """What bounds a row, GB/s or TFLOP/s. Measured next to the row, for the speed of a machine drifts."""
+    return copy_bandwidth(device) if unit == "bytes" else matmul_rate(device, getattr(torch, dtype))
+
+
+def ceilings(device: str) -> dict[str, float]:
+    """All that this device allows: `copy` in GB/s, matrix products by dtype in TFLOP/s."""
+    dtypes = ("float32", "bfloat16") if device == "cuda" else ("float32",)
+    found = {"copy": copy_bandwidth(device, 1.0)} | {n: matmul_rate(device, getattr(torch, n)) for n in dtypes}
+    return found | ({"tf32": matmul_rate(device, torch.float32, tf32=True)} if device == "cuda" else {})
+
+
+def counts(forward: Callable[[], Any], backward: Callable[[Any], object], inputs: list[torch.Tensor], device: str
+           ) -> tuple[int, int]:  # fmt: skip
+    """(bytes saved for the backward, launches) of one forward and backward.
+
+    Saved is what autograd keeps, each storage once, the inputs themselves not counted. Launches are kernels on CUDA; on
+    the CPU operators that ran, a compiled graph counting as one.
+    """
+    own = {t.untyped_storage().data_ptr() for t in inputs}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.layout == torch.strided and (where := t.untyped_storage().data_ptr()) not in own:
+            kept[where] = t.untyped_storage().nbytes()
+        return t
+
+    def step() -> None:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            out = forward()  # alive until all is counted, so that no address comes twice
+        backward(out)
+
+    launched = _launches(step, device)
+    return sum(kept.values()), launched
+
+
+def _launches(step: Callable[[], object], device: str) -> int:
+    if device == "cuda":
+        kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with _no_stderr(), torch.profiler.profile(activities=kinds) as profile:
+            step()
+            torch.cuda.synchronize()
+        kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        return sum(not name.startswith(("Memcpy", "Memset")) for name in kernels)
+    with _no_stderr(), torch.autograd.profiler.profile(use_kineto=False) as legacy:
+        step()
+    events = legacy.function_events
+    graphs = [e for e in events if e.name.startswith("## Call CompiledFxGraph")]
+    operators = [e for e in events if "::" in e.name and not e.name.startswith("autograd::")]
+    return len(graphs) + sum(not any("::" in child.name for child in e.cpu_children) for e in operators)
+
+
+@contextlib.contextmanager
+def _no_stderr() -> Iterator[None]:
+    """The profiler writes to the file descriptor."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+@contextlib.contextmanager
+def address_limit(mib: float) -> Iterator[None]:
+    """What this process allocates inside beyond that many MiB raises, where the system would kill it; 0: no limit."""
+    if not mib or sys.platform != "linux":
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") * 1024 + int(mib * MIB), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def free_mib() -> float:
+    """Memory that is free on this machine; 0 where that is unknown."""
+    try:
+        return status("MemAvailable", "/proc/meminfo") / 1024
+    except (OSError, StopIteration):
+        return 0
 
 
 def peak_mib(fn: Callable[[], object], device: str) -> float:
     """Memory that one call needs beyond what is held before it: allocator peak on CUDA, resident peak on Linux.
 
-    On a CPU call it in a process of its own with MALLOC_MMAP_THRESHOLD_ set, so that freed blocks leave the process.
+    On a CPU call it in a process of its own (memory.py) whose malloc gives freed blocks back.
     """
     fn()  # what is cached for ever is not the call's
     if device == "cuda":
@@ -125,14 +300,12 @@ def peak_mib(fn: Callable[[], object], device: str) -> float:
         return (torch.cuda.max_memory_allocated() - before) / MIB
     with open("/proc/self/clear_refs", "w", encoding="ascii") as refs:
         refs.write("5")  # resets the high-water mark
-    before = _status("VmRSS")
+    before = status("VmRSS")
     fn()
-    return max(0, _status("VmHWM") - before) / 1024
+    return max(0, status("VmHWM") - before) / 1024
 
 
-def _status(field: str) -> int:
-    with open("/proc/self/status", encoding="ascii") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith(field))
-
-
-CHILD_ENV = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+def status(field: str, path: str = "/proc/self/status") -> int:
+    """A figure of the kernel's, KiB."""
+    with open(path, encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith(field))

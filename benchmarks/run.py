@@ -1,233 +1,281 @@
-"""Time the losses: `python -m benchmarks.run [LOSS ...] [--device cuda] [--dtype float32 bfloat16]`.
+"""Time the losses: `python -m benchmarks.run [LOSS ...] [--device cuda] [--dtype float32 bfloat16] [--headline]`.
 
-Each loss writes one CSV, `benchmarks/results/<device>/<loss>.csv`, rewritten whole. A provider that fails, or whose
-value or gradient is wrong at that very shape, gets its message in the `note` column and no time.
+Each loss writes one CSV, `benchmarks/results/<device>/<loss>.csv`, rewritten whole. A provider that is missing, fails,
+runs out of memory, or whose value or gradient is wrong at that very shape has the reason in `note` and no time.
+How it is measured is told in benchmarks/METHOD.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import gc
 import json
-import os
 import pathlib
-import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import measure
-from benchmarks.providers import providers
-from tests.battery import cast, cast_options, check_error, leaves, ops_of, run
-from tests.cases import CASES, Case, Draw
+from benchmarks.memory import Child
+from benchmarks.progress import Progress
+from benchmarks.providers import absent, providers
+from benchmarks.rows import MODES, RESULTS, Item, items, named, passes, write
+from tests.battery import cast, cast_options, ops_of, to_device
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-MODES = ("forward", "backward", "both")
-COLUMNS = (
-    "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,cost,rate,unit,share,ceiling,peak_mib,error,note,"
-    "device,threads,commit,torch,triton"
-).split(",")
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # tf32 passes
+
+
+@dataclass
+class Session:
+    """What the measurements of a run share: the clock, and the child that knows the memory."""
+
+    device: str
+    seconds: float
+    asked: list[str] | None = None
+    child: Child | None = None
+    common: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.clock = measure.Clock(self.device)
+
+
+@dataclass
+class Candidate:
+    """A provider at one item: its pass, or why it has no time."""
+
+    note: str = ""
+    error: str = ""
+    checked: str = ""
+    timed: measure.Pass | None = None
+    facts: dict[str, str] = field(default_factory=dict)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
-    named = [case.name for case in CASES if case.bench]
-    parser.add_argument("losses", nargs="*", metavar="LOSS", help=f"default: all of {', '.join(named)}")
+    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("losses", nargs="*", metavar="LOSS", help=f"default: all of {', '.join(named())}")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", help="default: float32 on the CPU, float32 and bfloat16 on CUDA")
+    parser.add_argument("--sizes", nargs="+", default=(), help="shapes (8x3x512x512), or rows, pixels or tokens (4096)")
     parser.add_argument("--providers", nargs="+", help="default: all there are")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each shape, option and mode")
+    parser.add_argument("--headline", action="store_true", help="the few rows that the README shows")
+    parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each shape and option")
+    parser.add_argument("--minutes", type=float, default=0.0, help="of the whole run; the default is 9 for --headline")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; default: torch's")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # a child process that measures one provider's peak
     args = parser.parse_args(argv)
-    unknown = sorted(set(args.losses) - set(named))
+    unknown = sorted(set(args.losses) - set(named()))
     if unknown:
-        parser.error(f"no benchmark row for {', '.join(unknown)}; there are {', '.join(named)}")
-    args.losses = args.losses or named
+        parser.error(f"no benchmark row for {', '.join(unknown)}; there are {', '.join(named())}")
+    args.losses = args.losses or named()
     args.dtype = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
+    args.minutes = args.minutes or (9.0 if args.headline else 0.0)
     return args
 
 
-def shape_text(shape: Any) -> str:
-    """`8x3x512x512`; the layers of a list of shapes are joined with +."""
-    layers = shape if isinstance(shape[0], (tuple, list)) else (shape,)
-    return "+".join("x".join(map(str, layer)) for layer in layers)
+def once(item: Item, fn: Callable, dtype: torch.dtype, inputs: tuple, device: str) -> list[torch.Tensor]:
+    """The value, and the gradients of what is differentiated, in this dtype."""
+    options = cast_options(to_device(item.options, device), dtype)
+    forward, _, wrt = passes(item.case, fn, cast(inputs, dtype), options)
+    value = forward()
+    return [value.detach(), *torch.autograd.grad(value, wrt)]
 
 
-def shape_of(text: str) -> tuple:
-    layers = tuple(tuple(int(n) for n in layer.split("x")) for layer in text.split("+"))
-    return layers if len(layers) > 1 else layers[0]
-
-
-def modes(case: Case, fn: Callable, inputs: tuple, options: dict) -> dict[str, Callable[[], object]]:
-    """The three calls to time. The backward runs on a graph made once; nothing accumulates into .grad."""
-    assert case.bench
-    # a training loop differentiates the prediction, not the target: the last argument, all layers of a list
-    chosen = case.grads if case.bench.all_grads else case.grads[-1:]
-    wrt = [t for i in chosen for t in tree_flatten(inputs[i])[0] if isinstance(t, torch.Tensor)]
-
-    def loss() -> torch.Tensor:
-        out = fn(*inputs, **options)
-        return out if isinstance(out, torch.Tensor) else out[0]
-
-    for t in leaves(case, inputs):
-        t.requires_grad_(False)
-    for t in wrt:
-        t.requires_grad_()
-    # A graph whose backward may overwrite what it saved (torch.compile) runs once: this one is compiled without that,
-    # the other calls anew, as users have them.
-    torch._dynamo.reset()
-    with torch._functorch.config.patch(donated_buffer=False):
-        made = loss()
-    torch._dynamo.reset()
-    return {
-        "forward": loss,
-        "backward": lambda: torch.autograd.grad(made, wrt, retain_graph=True),
-        "both": lambda: torch.autograd.grad(loss(), wrt),
-    }
-
-
-def correctness(
-    case: Case, name: str, fn: Callable, inputs: tuple, options: dict, dtype: torch.dtype, truth: tuple
-) -> tuple[str, str]:
+def judge(name: str, got: list, eager: list | None, exact: list, dtype: torch.dtype) -> tuple[str, str]:
     """(largest relative error of value and gradients, why it is wrong or empty).
 
-    fastloss must keep the one rule of the tests; others may sum less exactly, and their error stands in the row.
+    fastloss must keep the rule of the tests, error at most 2x eager's plus eps; as a single scalar may be exact by
+    luck, eager's counts as one eps at least. Others may sum less exactly or multiply in tf32, and their error stands
+    in the row: it is wrong only beyond the dtype's tolerance and beyond four times eager's.
     """
-    error = 0.0
+    error, eps, wrong = 0.0, torch.finfo(dtype).eps, ""
+    for i, true in enumerate(exact):
+        scale = true.abs().max().clamp(min=torch.finfo(dtype).tiny)
+        own, eagers = (
+            0.0 if result is None else ((result[i].to(true.dtype) - true).abs().max() / scale).item()
+            for result in (got, eager)
+        )
+        allowed = 2 * max(eagers, eps) + eps if name == "fastloss" else max(TOLERANCE[dtype], 4 * eagers)
+        error = error if own <= error else own  # NaN stays
+        if not own <= allowed and not wrong:
+            wrong = f"wrong: relative error {own:.1e}, allowed {allowed:.1e}"
+        if error != error:
+            break
+    return f"{error:.1e}", wrong
+
+
+def truth(item: Item, inputs: tuple, device: str) -> tuple[list | None, list | None, str]:
+    """Eager's results in this dtype and in float64, and what to call the check. None where they do not fit."""
     try:
-        loss, grads, _ = run(case, fn, inputs, options, truth[2])
-        for got, eager, exact in zip((loss, *grads), truth[0], truth[1], strict=True):
-            if name == "fastloss":
-                check_error("result", got, eager, exact, dtype)
-            largest = exact.abs().max().clamp(min=torch.finfo(dtype).tiny)
-            error = max(error, ((got.double() - exact).abs().max() / largest).item())
-        if not error < 1000 * torch.finfo(dtype).eps:
-            return f"{error:.1e}", f"wrong: relative error {error:.1e} against float64"
-    except (AssertionError, RuntimeError, ValueError) as failure:
-        return f"{error:.1e}", f"{type(failure).__name__}: {str(failure).splitlines()[0]}"
-    return f"{error:.1e}", ""
+        with measure.address_limit(0.6 * measure.free_mib() if device == "cpu" else 0):
+            eager = once(item, item.case.eager, getattr(torch, item.dtype), inputs, device)
+            return eager, once(item, item.case.eager, torch.float64, inputs, device), "float64"
+    except (RuntimeError, MemoryError) as error:
+        if not measure.reason(error).startswith("out of memory"):
+            raise
+        return None, None, ""
 
 
-def truths(case: Case, inputs: tuple, options: dict, dtype: torch.dtype) -> tuple:
-    """Eager's results in this dtype and in float64, and the upstream gradient used."""
-    eager = run(case, case.eager, cast(inputs, dtype), options)
-    exact = run(case, case.eager, cast(inputs, torch.float64), cast_options(options, torch.float64), eager[2])
-    return (eager[0], *eager[1]), (exact[0], *exact[1]), eager[2]
+def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[str, Candidate]:
+    """Every provider checked, compiled and counted at this item."""
+    device, dtype = session.device, getattr(torch, item.dtype)
+    inputs = item.inputs(device)
+    eager, exact, checked = truth(item, inputs, device)
+    torch._dynamo.reset()
+    functions = providers(item.case, item.options, device, session.asked, device == "cuda" and item.headline)
+    if exact is None:  # the others are held against fastloss, itself checked at smaller sizes
+        functions = {n: functions[n] for n in sorted(functions, key=lambda n: n != "fastloss")}
+    found: dict[str, Candidate] = {}
+    for name, function in functions.items():
+        found[name] = candidate = Candidate()
+        if name in left_out or isinstance(function, str):
+            candidate.note = left_out.get(name) or str(function)
+            continue
+        own = cast(inputs, dtype)
+        options = to_device(item.options, device)
+        try:
+            got = once(item, function, dtype, own, device)
+            candidate.checked = checked
+            if exact is None:
+                exact, checked = got, f"{name}, for float64 does not fit"
+                candidate.checked = "not at this size, for float64 does not fit"
+            candidate.error, candidate.note = judge(name, got, eager, exact, dtype)
+            del got
+            if not candidate.note:
+                forward, backward, wrt = passes(item.case, function, own, options)
+                candidate.timed = (forward, backward)
+                candidate.facts = counts(forward, backward, own, device)
+        except ImportError as error:
+            candidate.note = absent(name, error)
+        except Exception as error:
+            candidate.note, candidate.timed = measure.reason(error), None
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return found
 
 
-def measure_case(case: Case, args: argparse.Namespace, ceiling: dict[str, float]) -> Iterable[dict]:
-    assert case.bench
-    clock = measure.Clock(args.device)
-    for shape in case.bench.shapes:
-        for options in case.bench.options:
-            for dtype_name in args.dtype:
-                dtype = getattr(torch, dtype_name)
-                inputs = case.make(Draw(dtype, args.device), shape)
-                truth = truths(case, inputs, options, dtype)
-                torch._dynamo.reset()
-                found, notes, errors = {}, {}, {}
-                for name, fn in providers(case).items():
-                    if args.providers and name not in args.providers:
-                        continue
-                    own = cast(inputs, dtype)
-                    errors[name], notes[name] = correctness(case, name, fn, own, options, dtype, truth)
-                    found[name] = modes(case, fn, own, options) if not notes[name] else None
-                del truth
-                gc.collect()
-                for mode in MODES:
-                    calls = {name: timed[mode] for name, timed in found.items() if timed}
-                    times = measure.interleaved(calls, clock, args.seconds)
-                    for name, note in notes.items():
-                        row = dict(loss=case.name, options=json.dumps(options), shape=shape_text(shape),
-                                   dtype=dtype_name, mode=mode, provider=name, note=note, error=errors[name])
-                        if name in times:
-                            row |= figures(case, shape, dtype, mode, times[name], ceiling)
-                            row["peak_mib"] = memory(case, row, calls[name], args)
-                        yield row
+def counts(forward: Callable, backward: Callable, inputs: tuple, device: str) -> dict[str, str]:
+    """What autograd saves and how much is launched; nothing where the profiler cannot say."""
+    tensors = [t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+    try:
+        saved, launched = measure.counts(forward, backward, tensors, device)
+    except Exception:
+        return {}
+    return {"saved_mib": f"{saved / measure.MIB:.1f}", "launches": str(launched)}
 
 
-def figures(case: Case, shape: Any, dtype: torch.dtype, mode: str, times: list[float], ceiling: dict) -> dict:
-    bench = case.bench
+def measure_item(item: Item, session: Session, left_out: dict[str, str] | None = None) -> list[dict]:
+    """The rows of one item: every mode of every provider. A failure of the whole item is a row as well."""
+    try:
+        rows = _measured_rows(item, session, left_out or {})
+    except Exception as error:
+        rows = [{"mode": "both", "provider": "all", "note": measure.reason(error)}]
+    gc.collect()
+    return [item.columns() | session.common | row for row in rows]
+
+
+def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> list[dict]:
+    found = candidates(item, session, left_out)
+    gc.collect()
+    ready = {name: c.timed for name, c in found.items() if c.timed}
+    top, times, failed = 0.0, {}, {}
+    if ready:
+        unit = item.case.bench.unit  # type: ignore[union-attr]
+        before = measure.ceiling(session.device, unit, item.dtype)
+        times, failed = measure.interleaved(ready, session.clock, session.seconds)
+        top = (before + measure.ceiling(session.device, unit, item.dtype)) / 2
+    for name, failure in failed.items():
+        found[name].note = measure.reason(failure)
+    rows = []
+    for name, candidate in found.items():
+        peak = memory(item, name, candidate, session) if name in times else ""
+        for mode in MODES if name in times else MODES[-1:]:
+            row = {"mode": mode, "provider": name, "note": candidate.note}
+            row |= {"error": candidate.error, "checked": candidate.checked}
+            if name in times:
+                row |= figures(item, mode, times[name], top)
+                row |= candidate.facts | {"peak_mib": peak} if mode == "both" else {}
+            rows.append(row)
+    return sorted(rows, key=lambda row: MODES.index(row["mode"]))
+
+
+def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float) -> dict[str, Any]:
+    """Quantiles, the bytes or FLOPs that the row's formula charges, the rate and its share of the ceiling."""
+    bench = item.case.bench
     assert bench
-    p20, p50, p80 = measure.quantiles(times)
-    cost = bench.cost(shape, dtype.itemsize, mode)
+    take = {"forward": lambda f, b: f, "backward": lambda f, b: b, "both": lambda f, b: f + b}[mode]
+    p20, p50, p80 = measure.quantiles([take(*pair) for pair in pairs])
+    cost = bench.charge(item.shape, getattr(torch, item.dtype).itemsize, mode, item.options)
     unit, scale = ("GB/s", 1e6) if bench.unit == "bytes" else ("TFLOP/s", 1e9)
-    top = ceiling["copy"] if bench.unit == "bytes" else ceiling[str(dtype)]
     rate = cost / p50 / scale
-    return dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", cost=cost, rate=f"{rate:.2f}",
-                unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.1f}")
+    return dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", cost=cost, rate=f"{rate:.4g}",
+                unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.4g}")
 
 
-def memory(case: Case, row: dict, call: Callable, args: argparse.Namespace) -> str:
-    """Peak MiB beyond the inputs. The CPU's is measured in a child process, for it has no allocator statistics."""
-    if args.device == "cuda":
-        return f"{measure.peak_mib(call, 'cuda'):.1f}"
-    if args.memory_of is not None or row["mode"] != "both":
+def memory(item: Item, name: str, candidate: Candidate, session: Session) -> str:
+    """Peak MiB beyond the inputs, forward and backward."""
+    try:
+        if session.device == "cuda":
+            assert candidate.timed
+            forward, backward = candidate.timed
+            return f"{measure.peak_mib(lambda: backward(forward()), 'cuda'):.1f}"
+        return session.child.peak(item.columns(), name)[0] if session.child else ""
+    except Exception:
         return ""
-    spec = json.dumps([case.name, row["options"], row["shape"], row["dtype"], row["provider"]])
-    done = subprocess.run([sys.executable, "-m", "benchmarks.run", "--device", "cpu", "--memory-of", spec],
-                          capture_output=True, text=True, env=measure.CHILD_ENV, timeout=600)
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
 
 
-def memory_child(spec: str) -> None:
-    name, options, shape, dtype, provider = json.loads(spec)
-    case = next(c for c in CASES if c.name == name)
-    inputs = case.make(Draw(getattr(torch, dtype)), shape_of(shape))
-    call = modes(case, providers(case)[provider], inputs, json.loads(options))["both"]
-    print(f"{measure.peak_mib(call, 'cpu'):.1f}")
+def measured(work: list[Item], session: Session, minutes: float, progress: Progress) -> Iterator[tuple[Item, list]]:
+    """Items with their rows; each gets its share of the time that is left, compiling included."""
+    start, seconds, overhead = time.monotonic(), session.seconds, 8.0
+    for done, item in enumerate(work):
+        left = minutes * 60 - (time.monotonic() - start)
+        if minutes and left < 0:
+            rest = ", ".join(i.name for i in work[done:])
+            progress.say(f"not measured, for the {minutes:g} minutes are over: {rest}")
+            return
+        session.seconds = min(seconds, max(0.3, left / (len(work) - done) - overhead)) if minutes else seconds
+        begun = time.monotonic()
+        progress.start(item.name)
+        rows = measure_item(item, session)
+        overhead = (overhead * done + time.monotonic() - begun - session.seconds) / (done + 1)
+        progress.done()
+        yield item, rows
 
 
-def write(path: pathlib.Path, rows: list[dict], common: dict) -> None:
-    """Rewritten whole, and atomically: an interrupted run leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with new.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(row | common for row in rows)
-    os.replace(new, path)
+def show(rows: list[dict], say: Callable[[str], None]) -> None:
+    for row in rows:
+        timed = row.get("p50_ms")
+        figure = f"{timed:>9} ms {row['rate']:>8} {row['unit']:7} {row['share']:>6}" if timed else ""
+        peak = f"{row['peak_mib']:>8} MiB" if row.get("peak_mib") else ""
+        say(f"  {row['mode']:9}{row['provider']:26}{figure}{peak}{row['note']}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    if args.memory_of is not None:
-        memory_child(args.memory_of)
-        return 0
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = ""
-    common = dict(device=measure.device_label(args.device), threads=torch.get_num_threads(), commit=measure.commit(),
-                  torch=torch.__version__, triton=triton_version)
-    ceiling = {"copy": measure.copy_bandwidth(args.device)}
-    chosen = [case for case in CASES if case.name in args.losses]
-    if any(case.bench and case.bench.unit == "flops" for case in chosen):
-        ceiling |= {str(getattr(torch, d)): measure.matmul_rate(args.device, getattr(torch, d)) for d in args.dtype}
-    print(f"{common['device']}, {common['threads']} threads, copy bandwidth {ceiling['copy']:.1f} GB/s", flush=True)
-    for case in chosen:
-        if not ops_of(case.name):
-            print(f"{case.name}: reference form only, nothing to compare yet")
-            continue
-        rows = []
-        for row in measure_case(case, args, ceiling):
-            rows.append(row)
-            shown = f"{row['p50_ms']:>9} ms {row['rate']:>8} {row['unit']}" if not row["note"] else row["note"]
-            print(f"{row['loss']:18} {row['options']:24} {row['shape']:14} {row['dtype']:9} {row['mode']:9} "
-                  f"{row['provider']:14} {shown}  {row.get('peak_mib', '')}", flush=True)
-        path = args.out / measure.device_folder(args.device) / f"{case.name}.csv"
-        write(path, rows, common)
-        print(f"wrote {path}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    work = [i for i in items(args.losses, args.device, args.dtype, args.headline, args.sizes) if ops_of(i.case.name)]
+    common, tops = measure.common_columns(args.device), measure.ceilings(args.device)
+    folder = args.out / measure.device_folder(args.device)
+    roofs = ", ".join(f"{name} {top:.4g} {'GB/s' if name == 'copy' else 'TFLOP/s'}" for name, top in tops.items())
+    print(f"{common['device']}, {common['threads']} threads, commit {common['commit']}; {roofs}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ceilings.json").write_text(json.dumps(tops | common, indent=1) + "\n", encoding="utf8")
+    written: dict[str, list[dict]] = {}
+    with Child() as child, Progress(len(work)) as progress:
+        session = Session(args.device, args.seconds, args.providers, child, common)
+        for item, rows in measured(work, session, args.minutes, progress):
+            show(rows, progress.say)
+            written.setdefault(item.case.name, []).extend(rows)
+            write(folder / f"{item.case.name}.csv", written[item.case.name])  # an interrupted run counts too
+    print(f"wrote {', '.join(f'{name}.csv' for name in written)} to {folder}")
     return 0
 
 
 if __name__ == "__main__":
-    measure.keep_freed_memory()
+    measure.prepare_process()
     sys.exit(main())

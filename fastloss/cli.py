@@ -73,12 +73,15 @@ def info_lines() -> list[str]:
 
 def bench(context: Any) -> None:
     """Time the losses against eager, torch.compile and other libraries; `fastloss bench --help` lists the options."""
-    import importlib.util
+    import os
     import subprocess
 
-    if importlib.util.find_spec("benchmarks.run") is None:
+    root = Path(__file__).parents[1]
+    if not (root / "benchmarks" / "run.py").is_file():
         _fail("the benchmarks are not installed with the package: run it in a checkout of the repository")
-    sys.exit(subprocess.run([sys.executable, "-m", "benchmarks.run", *context.args]).returncode)
+    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmarks.run", *context.args]
+    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
 
 
 def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,14 +42,24 @@ class Draw:
 class Bench:
     """Shapes to time and the bytes (or FLOPs) a perfect kernel moves: `cost(shape, itemsize, mode)`.
 
+    A cost that depends on the options takes them as a fourth argument, `options`.
     `all_grads`: a training loop differentiates all the grad arguments; else only the last, the prediction.
+    `headline`: how many of the options, from the first, the short suite and the README have. `cuda_shapes`: those of a
+    device, if a CPU cannot show them. `make`: the inputs, where the battery's show nothing (a saturated softmax).
     """
 
     shapes: Sequence[Any]
-    cost: Callable[[Any, int, str], int]
+    cost: Callable[..., int]
     unit: str = "bytes"  # or "flops"
     options: Sequence[dict] = ({},)
     all_grads: bool = False
+    headline: int = 1
+    cuda_shapes: Sequence[Any] = ()
+    make: Callable[[Draw, Any], tuple] | None = None
+
+    def charge(self, shape: Any, itemsize: int, mode: str, options: dict) -> int:
+        more = {"options": options} if "options" in inspect.signature(self.cost).parameters else {}
+        return self.cost(shape, itemsize, mode, **more)
 
 
 @dataclass

@@ -122,6 +122,11 @@ def pair(draw, shape):
     return query, query + draw.normal(*shape)
 
 
+def unit_pair(draw, shape):
+    """As encoders give them to CLIP's loss; `pair` saturates the softmax at its scale."""
+    return tuple(F.normalize(t, dim=1) for t in pair(draw, shape))
+
+
 def with_negatives(draw, shape):
     rows, keys, width = shape
     return *pair(draw, (rows, width)), draw.normal(keys, width)
@@ -215,7 +220,8 @@ CONTRASTIVE = [
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
-            shapes=[(8192, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}], all_grads=True
+            shapes=[(4096, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}], all_grads=True,
+            cuda_shapes=[(8192, 512), (32768, 512)],
         ),
     ),
     Case(
@@ -279,7 +285,8 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(2048, 512), (8192, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}], all_grads=True
+            shapes=[(2048, 512), (4096, 512)], cost=flops, unit="flops", options=[{"logit_scale": 14.3}],
+            all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
         ),
     ),
     Case(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastloss
+from benchmarks import measure, rows, run
 from tests.battery import first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
 
@@ -77,6 +78,15 @@ def test_side_streams_do_not_disturb_each_other(case):
     for mine, theirs in zip(got, expected, strict=True):
         for a, b in zip(mine, theirs, strict=True):
             assert torch.equal(a, b)
+
+
+def test_benchmark_rows_are_measured_on_the_device(tmp_path):
+    asked = ["pixel_loss", "--device", "cuda", "--dtype", "bfloat16", "--sizes", "2x3x64x64", "--seconds", "0.1"]
+    assert run.main([*asked, "--providers", "eager", "torch.compile", "fastloss", "--out", str(tmp_path)]) == 0
+    found = [r for r in rows.read_all(tmp_path / measure.device_folder("cuda")) if r["mode"] == "both"]
+    assert found and all(r["note"] == "" and float(r["p50_ms"]) > 0 for r in found)
+    ours = next(r for r in found if r["provider"] == "fastloss")
+    assert int(ours["launches"]) >= 2 and ours["saved_mib"] == "0.0" and float(ours["peak_mib"]) > 0
 
 
 def test_pixel_loss_past_two_to_the_31_elements():

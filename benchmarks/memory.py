@@ -1,0 +1,107 @@
+"""Peak memory of a forward and backward on the CPU: growth of the resident set in a child process.
+
+One child serves a whole run, for importing torch takes longer than most measurements. It may be given a limit: what it
+cannot allocate beyond that many MiB raises, as an allocation does on a full device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks import measure
+
+MARK = "@peak "
+CHILD_ENV = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class Child:
+    """Asks a child process for peaks; one that died or hangs is replaced at the next question."""
+
+    def __init__(self, limit_mib: int = 0, timeout: float = 300.0) -> None:
+        self.limit_mib, self.timeout = limit_mib, timeout
+        self._process: subprocess.Popen[str] | None = None
+
+    def peak(self, columns: dict[str, Any], provider: str) -> tuple[str, str]:
+        """(MiB or empty, why it is empty)."""
+        process = self._alive()
+        assert process.stdin and process.stdout
+        try:
+            process.stdin.write(json.dumps(columns | {"provider": provider}) + "\n")
+            process.stdin.flush()
+            while select.select([process.stdout], [], [], self.timeout)[0]:
+                line = process.stdout.readline()
+                if not line:
+                    break
+                if line.startswith(MARK):
+                    answer = json.loads(line.removeprefix(MARK))
+                    return answer["peak"], answer["why"]
+        except (OSError, ValueError):
+            pass
+        alive = process.poll() is None
+        self.close()
+        return "", "no answer in time" if alive else "the measuring process was killed, as when memory runs out"
+
+    def _alive(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            command = [sys.executable, "-m", "benchmarks.memory", str(self.limit_mib)]
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
+                env=os.environ | CHILD_ENV,
+            )  # fmt: skip
+        return self._process
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(OSError):
+                    pipe.close()  # type: ignore[union-attr]
+            self._process = None
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
+    import gc
+
+    from benchmarks import steps
+    from benchmarks.providers import providers
+    from benchmarks.rows import item_of, passes
+
+    gc.collect()
+    try:
+        if question["loss"] in steps.STEPS:
+            make = steps.STEPS[question["loss"]]
+            call: Callable[[], object] = make(question["shape"], question["dtype"], "cpu", question["provider"])
+        else:
+            item = item_of(question)
+            function = providers(item.case, item.options, "cpu", [question["provider"]])[question["provider"]]
+            if isinstance(function, str):
+                return {"peak": "", "why": function}
+            forward, backward, _ = passes(item.case, function, item.inputs("cpu"), item.options)
+            call = lambda: backward(forward())  # noqa: E731
+        with measure.address_limit(limit_mib):
+            return {"peak": f"{measure.peak_mib(call, 'cpu'):.1f}", "why": ""}
+    except Exception as error:
+        return {"peak": "", "why": measure.reason(error)}
+
+
+def main() -> None:
+    for line in sys.stdin:
+        print(MARK + json.dumps(answer(json.loads(line), int(sys.argv[1]))), flush=True)
+
+
+if __name__ == "__main__":
+    main()

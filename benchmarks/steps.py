@@ -1,0 +1,235 @@
+"""Whole training steps, where a loss is one part: `python -m benchmarks.steps [--device cuda]`.
+
+    imagen_step   the reference system: encoders, decoder, its eight losses, backward, clipping, Adam; the same loop
+                  with the fast losses and with the eager references
+    clip_step     two small encoders, the symmetric contrastive loss with a learnt scale, backward, Adam
+
+Inputs and weights are random, from fixed seeds: no data set and no file is needed. The loss of the first step and the
+norms of its gradients must be those of the eager step (in float64 for clip_step) before a time is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import measure
+from benchmarks.memory import Child
+from benchmarks.progress import Progress
+from benchmarks.providers import providers
+from benchmarks.rows import RESULTS, shape_of, write
+from tests.cases import CASES
+
+WIDTH = 512
+CLIP_OPTIONS = {"logit_scale": 14.3, "normalize": True}
+BATCHES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096, 16384, 65536)}
+TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}
+Step = Callable[[], Tensor]
+
+
+class Towers(nn.Module):
+    """Two encoders, of 3 x 32 x 32 images and of 16 tokens, and the logarithm of the scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Conv2d(3, 32, 4, 4), nn.GELU(), nn.Flatten(), nn.Linear(2048, WIDTH))
+        self.words = nn.EmbeddingBag(8192, WIDTH)
+        self.text = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+        self.log_scale = nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.image(images), self.text(self.words(tokens))
+
+
+def clip_step(shape: str, dtype: str, device: str, provider: str) -> Step:
+    """One step; its loss. With bfloat16 the encoders run under autocast and the parameters stay float32."""
+    case = next(c for c in CASES if c.name == "clip_loss")
+    function = providers(case, CLIP_OPTIONS, device, [provider])[provider]
+    if isinstance(function, str):
+        raise ImportError(function)
+    torch.manual_seed(0)
+    exact = torch.float64 if dtype == "float64" else torch.float32
+    rows = shape_of(shape)[0]
+    model, images = Towers().to(device, exact), torch.randn(rows, 3, 32, 32).to(device, exact)
+    tokens = torch.randint(8192, (rows, 16)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, foreach=True)
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            pair = model(images, tokens)
+            loss = function(*pair, **CLIP_OPTIONS | {"logit_scale": model.log_scale.exp()})
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step.model = model  # type: ignore[attr-defined]
+    return step
+
+
+def imagen_step(shape: str, dtype: str, device: str, provider: str) -> Step:
+    """A step of `fastloss train --data digits`, of its default size, on random images and captions."""
+    from fastloss import PerceptualLoss
+    from fastloss.imagen.backbone import DigitsBackbone, DigitsClassifier
+    from fastloss.imagen.build import make_model, make_tokenizer
+    from fastloss.imagen.config import Config
+    from fastloss.imagen.losses import ImagenLosses, caption_ids, make_views
+
+    torch.manual_seed(0)
+    config = Config(losses="fast" if provider == "fastloss" else "reference")
+    numbers = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    rows = shape_of(shape)[0]
+    captions = [f"a handwritten {numbers[i % 10]} {'bold' if i % 3 else 'thin'}" for i in range(rows)]
+    model = make_model(config, make_tokenizer(config, captions))
+    losses = ImagenLosses(
+        perceptual=PerceptualLoss(DigitsBackbone(DigitsClassifier()), normalize=False),
+        emb_dim=config.dim, reference=config.losses == "reference",
+    )  # fmt: skip
+    images = torch.rand(rows, 1, config.size, config.size)
+    model, losses, images = model.to(device), losses.to(device), images.to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=1e-3, foreach=True)
+    ids = caption_ids(captions).to(device)
+    text = model.text_encoder.encode(captions)  # type: ignore[operator]
+
+    def step() -> Tensor:
+        torch.manual_seed(1)  # the noise of z: the same for every provider
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss, _ = losses(make_views(model, images, text), images, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, config.clip)
+        optimizer.step()
+        return loss.detach()
+
+    step.model = model  # type: ignore[attr-defined]
+    return step
+
+
+STEPS: dict[str, Callable[[str, str, str, str], Step]] = {"imagen_step": imagen_step, "clip_step": clip_step}
+
+
+def first(step: Step) -> tuple[float, Tensor]:
+    """Loss of the first step, and the norms of its gradients by parameter (Adam hides their scale)."""
+    loss = step().item()
+    model: nn.Module = step.model  # type: ignore[attr-defined]
+    none = torch.zeros((), dtype=torch.float64)  # of the scale, where a library takes a fixed one
+    return loss, torch.stack([none if p.grad is None else p.grad.double().norm().cpu() for p in model.parameters()])
+
+
+def work(device: str) -> Iterator[tuple[str, str, str]]:
+    """(step, shape, dtype) of a device."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    yield "imagen_step", "64x1x32x32", "float32"
+    for rows in BATCHES[device]:
+        yield "clip_step", f"{rows}x{WIDTH}", dtype
+
+
+def names_of(step: str, device: str) -> list[str]:
+    if step == "imagen_step":
+        return ["eager", "fastloss"]
+    return list(providers(next(c for c in CASES if c.name == "clip_loss"), CLIP_OPTIONS, device))
+
+
+def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float, child: Child | None) -> list[dict]:
+    """The rows of one step, one per provider."""
+    make = functools.partial(STEPS[loss], shape)
+    true = None
+    try:
+        # the noise of z is drawn in the dtype of the model, so there float64 would be another step
+        true = first(make("float32" if loss == "imagen_step" else "float64", device, "eager"))
+    except Exception as error:
+        if not measure.reason(error).startswith("out of memory"):
+            raise
+    torch._dynamo.reset()
+    notes: dict[str, str] = {}
+    errors: dict[str, str] = {}
+    facts: dict[str, dict[str, str]] = {}
+    calls: dict[str, measure.Pass] = {}
+    for name in names_of(loss, device):
+        notes[name], errors[name], facts[name] = "", "", {}
+        try:
+            step = make(dtype, device, name)
+            value, norms = first(step)
+            if true is not None:
+                worst = ((norms - true[1]).abs().max() / true[1].max()).item()
+                off = max(abs(value / true[0] - 1), worst)
+                errors[name] = f"{off:.1e}"
+                notes[name] = "" if off <= TOLERANCE[dtype] else f"wrong: relative error {off:.1e}"
+            if not notes[name]:
+                calls[name] = (step, lambda out: None)
+                facts[name]["launches"] = str(measure.counts(step, lambda out: None, [], device)[1])
+        except ImportError as error:
+            notes[name] = str(error) if str(error).startswith("absent") else f"absent: {error}"
+        except Exception as error:
+            notes[name] = measure.reason(error)
+    times, failed = measure.interleaved(calls, measure.Clock(device), seconds, least=5)
+    columns = dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", headline=1)
+    checked = "eager" if loss == "imagen_step" else "float64"
+    columns["checked"] = checked if true is not None else "no, for float64 does not fit"
+    rows = []
+    for name, note in notes.items():
+        row = columns | {"provider": name, "note": note, "error": errors[name]}
+        if name in failed:
+            row["note"] = measure.reason(failed[name])
+        if name in times:
+            p20, p50, p80 = measure.quantiles([forward for forward, _ in times[name]])
+            row |= dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}") | facts[name]
+            if device == "cuda":
+                row["peak_mib"] = f"{measure.peak_mib(calls[name][0], device):.1f}"
+            elif child is not None:
+                row["peak_mib"] = child.peak(row, name)[0]
+        rows.append(row)
+    return rows
+
+
+def run(device: str, out: pathlib.Path, seconds: float, minutes: float = 0.0) -> None:
+    common = measure.common_columns(device)
+    path = out / measure.device_folder(device) / "train_step.csv"
+    todo = list(work(device))
+    written: list[dict] = []
+    end = time.monotonic() + 60 * minutes if minutes else math.inf
+    with Child() as child, Progress(len(todo)) as progress:
+        for loss, shape, dtype in todo:
+            if time.monotonic() > end:
+                progress.say(f"not measured, for the {minutes:g} minutes are over: {loss} {shape} and what follows")
+                break
+            progress.start(f"{loss} {shape} {dtype}")
+            try:
+                rows = measure_step(loss, shape, dtype, device, seconds, child)
+            except Exception as error:
+                rows = [dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", provider="all",
+                             note=measure.reason(error))]
+            for row in rows:
+                figures = f"{row['p50_ms']} ms, {row.get('peak_mib') or '-'} MiB" if row.get("p50_ms") else row["note"]
+                progress.say(f"  {row['provider']:26}{figures}")
+            written += [row | common for row in rows]
+            write(path, written)
+            progress.done()
+            if device == "cuda":
+                torch.cuda.empty_cache()
+    print(f"wrote {path}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.steps", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each step and batch")
+    parser.add_argument("--minutes", type=float, default=0.0, help="after which no other step is begun")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    run(args.device, args.out, args.seconds, args.minutes)
+    return 0
+
+
+if __name__ == "__main__":
+    measure.prepare_process()
+    sys.exit(main())
