@@ -4,29 +4,26 @@
     A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
 
 The statistics [S, M] are those of contrastive_softmax.py, without its directions: log-sum-exp, maximum, with `kind`
-"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) s and beta s. With G_ik = d loss / d s_ik,
+"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) s and beta s. With G = d loss / d s,
 
     t_i      = sum_k G_ik c_ik n_ik
     d query  = row_scale_i t_i                  d row_scale = <query_i, t_i>
     d n_ik   = G_ik c_ik (row_scale_i query_i - s_ik c_ik n_ik)      without `normalize` the last term is absent
 
 Each statistic's part of t, divided by its upstream gradient, is a sum that the forward has made when `keep` is 1 or 2,
-`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits (-inf
-outside A) and the c are kept as well, M K floats each: the gradient of the negatives is one read and one write of them.
+`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits
+(-inf outside A) and the c are kept as well, M K floats each: the negatives' gradient is one read and one write of them.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Op, result_dtype
-from .contrastive_reference import SoftmaxForm, embed, log_sum_exp
+from .contrastive_reference import SoftmaxForm, embed, statistics
 
-WIDEST = 16384  # a Triton program holds a whole negative
+WIDEST = 8192  # a Triton program holds a whole negative
 
 
 def contrastive_each_reference(
@@ -39,7 +36,7 @@ def contrastive_each_reference(
     hardness: float,
     keep: int,
 ) -> Tensor:
-    """The statistics [S, M] in dense differentiable torch."""
+    """The definition, dense and in differentiable torch."""
     dtype = result_dtype(query, negatives)
     vectors = embed(negatives, dtype, normalize)
     logits = row_scale[:, None] * torch.bmm(vectors, query.to(dtype)[:, :, None]).squeeze(2)
@@ -47,17 +44,7 @@ def contrastive_each_reference(
     if ceiling is not None:
         allowed = ~(logits.detach() > ceiling[:, None])
 
-    def lse(power: float) -> Tensor:
-        value, some = log_sum_exp(power * logits, allowed)
-        return torch.where(some, value, torch.full_like(value, -math.inf))
-
-    flat = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf)
-    stats = [lse(1.0), flat.amax(1)]
-    if kind == "moments":
-        stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(dtype)]
-    if hardness:
-        stats += [lse(1 + hardness), lse(hardness)]
-    return torch.stack(stats)
+    return statistics(logits, allowed, kind == "moments", hardness)
 
 
 def _contrastive_each_fwd(
@@ -112,7 +99,7 @@ def _kernels_take(query: Tensor, *rest: object) -> bool:
     return query.device.type == "cpu" or query.shape[1] <= WIDEST
 
 
-_contrastive_each = Op(
+contrastive_each = Op(
     "contrastive_each",
     fwd=_contrastive_each_fwd,
     bwd=_contrastive_each_bwd,
@@ -138,4 +125,4 @@ def each_statistics(
         keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
     kind = "moments" if moments else ""
-    return _contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
