@@ -96,17 +96,18 @@ static double feature_sum(const Pair<T>& s, double parameter, uint32_t* signs) {
 
 template <typename T>
 FASTLOSS_INLINE void put(const Sides<T>& to, int64_t i, vf g, bool streamed) {
+  const vf sum = to.incoming ? load(to.incoming + i) + g : g;
   if (streamed) {
-    if (to.feature) stream(to.feature + i, g);
+    if (to.feature) stream(to.feature + i, sum);
     if (to.target) stream(to.target + i, -g);
   } else {
-    if (to.feature) store(to.feature + i, g);
+    if (to.feature) store(to.feature + i, sum);
     if (to.target) store(to.target + i, -g);
   }
 }
 template <typename T>
 FASTLOSS_INLINE void put_some(const Sides<T>& to, int64_t i, vf g, int64_t count) {
-  if (to.feature) store_some(to.feature + i, g, count);
+  if (to.feature) store_some(to.feature + i, to.incoming ? load_some(to.incoming + i, count) + g : g, count);
   if (to.target) store_some(to.target + i, -g, count);
 }
 

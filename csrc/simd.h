@@ -35,6 +35,12 @@ FASTLOSS_INLINE vf sqrt(vf x) {
   return x;
 #endif
 }
+FASTLOSS_INLINE vi lanes() {
+  vi v{};
+  for (int k = 0; k < W; ++k) v[k] = k;
+  return v;
+}
+FASTLOSS_INLINE vf where(vi chosen, vf x) { return (vf)((vi)x & chosen); }  // 0 in the other lanes, not x * 0
 // 1 / sqrt(x) of a positive normal number, two ulp: the CPU's estimate and a Newton step, several times as fast as root
 // and division. Without an estimate: those.
 FASTLOSS_INLINE vf inverse_sqrt(vf x) {
@@ -179,6 +185,21 @@ FASTLOSS_INLINE vf exp(vf x) {
   p = p * r * r + r + 1.0f;
   const vf power = (vf)(((vi)magic << 23) + 0x3f800000);
   return x < lowest ? all(0.0f) : p * power;
+}
+
+// n elements, n <= W; the other lanes read 0.
+template <typename T>
+FASTLOSS_INLINE vf load_up_to(const T* from, int64_t n) {
+  return n == W ? load(from) : load_some(from, n);
+}
+template <typename T>
+FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
+  if (streamed)
+    stream(to, v);
+  else if (n == W)
+    store(to, v);
+  else
+    store_some(to, v, n);
 }
 
 // x^y for x >= 0 and y > 0, computed in double so that the result is as good as rounded: log2 by its atanh series, 2^t by Taylor.

@@ -3,28 +3,6 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-FASTLOSS_INLINE vi lanes() {
-  vi v{};
-  for (int k = 0; k < W; ++k) v[k] = k;
-  return v;
-}
-FASTLOSS_INLINE vf where(vi chosen, vf x) { return (vf)((vi)x & chosen); }  // 0 in the other lanes, not x * 0
-
-// n elements, n <= W; the other lanes read 0.
-template <typename T>
-FASTLOSS_INLINE vf load_up_to(const T* from, int64_t n) {
-  return n == W ? load(from) : load_some(from, n);
-}
-template <typename T>
-FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
-  if (streamed)
-    stream(to, v);
-  else if (n == W)
-    store(to, v);
-  else
-    store_some(to, v, n);
-}
-
 // b - a as it counts in the gradient: its sign, or twice itself.
 template <Step step>
 FASTLOSS_INLINE vf slope(vf a, vf b) {

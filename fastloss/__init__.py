@@ -20,13 +20,17 @@ from .losses.contrastive import (
 from .losses.contrastive_batch import NTXentLoss, SupConLoss, nt_xent_loss, supcon_loss
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
 from .losses.contrastive_siglip import SigLipLoss, siglip_loss
+from .losses.dists import DISTSDistance, dists_distance
 from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss
-from .losses.perceptual import FeatureDistance, LPIPSDistance, feature_distance, lpips_distance
+from .losses.lpips import LPIPSDistance, lpips_distance
+from .losses.perceptual import FeatureDistance, feature_distance
 from .losses.perceptual_network import PerceptualLoss
+from .losses.perceptual_tap import tap
 from .losses.pixel import PixelLoss, pixel_loss
 from .losses.smoothness import SmoothnessLoss, smoothness_loss
 from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
+from .losses.style import StyleDistance, gram_matrix, style_distance
 
 __all__ = [
     "AttentionConsistencyFromQK",
@@ -35,6 +39,7 @@ __all__ = [
     "CompositeLoss",
     "ContrastiveLoss",
     "ContrastiveOutput",
+    "DISTSDistance",
     "DiversityLoss",
     "FeatureDistance",
     "ImageLoss",
@@ -51,13 +56,16 @@ __all__ = [
     "SSIMLoss",
     "SigLipLoss",
     "SmoothnessLoss",
+    "StyleDistance",
     "SupConLoss",
     "__version__",
     "attention_consistency_from_qk",
     "attention_consistency_loss",
     "clip_loss",
+    "dists_distance",
     "diversity_loss",
     "feature_distance",
+    "gram_matrix",
     "image_loss",
     "info_nce",
     "loss_and_grads",
@@ -69,5 +77,7 @@ __all__ = [
     "siglip_loss",
     "smoothness_loss",
     "ssim_loss",
+    "style_distance",
     "supcon_loss",
+    "tap",
 ]

@@ -95,7 +95,7 @@ def backend_report() -> dict[str, str]:
     return {name: why or "available" for name, why in _backends.missing.items()}
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """A functorch transform or forward-mode AD is active: `register_autograd` serves neither, the reference does."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -124,17 +124,20 @@ def _saved(ctx: Any) -> dict[str, Any]:
 
 
 def _no_gradient(like: Any) -> Any:
-    """What autograd takes for an argument without a gradient: None, or a list of None for a list of tensors."""
-    return [None] * len(like) if isinstance(like, list) else None
+    """What autograd takes for an argument without a gradient: None, or a list of None for a list of tensors (or of
+    their needs for gradients)."""
+    tensors = isinstance(like, list) and all(isinstance(item, (Tensor, bool)) for item in like)
+    return [None] * len(like) if tensors else None
 
 
 class Op:
     """A differentiable op with an eager reference and, where they exist, C++ and Triton kernels.
 
     `fwd` and `bwd` carry the schema in their type hints and compute shapes only. `bwd` asks by parameter name for
-    what it needs: `grad` (of the first output), any forward input, any name in `outputs`, and `needs_<input>`
-    flags; it returns one tensor per name in `grads`, an empty one (`numel() == 0`) where it was not needed. Inputs may
-    be lists of tensors; where those in `grads` are, `bwd` returns one list: the gradients of each needed input in turn.
+    what it needs: `grad` (of the first output), any forward input, any name in `outputs`, `needs_<input>` flags, and
+    `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
+    (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
+    one list: the gradients of each needed input in turn.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss.kernels` whose
     `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
@@ -203,7 +206,7 @@ class Op:
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
         tensors = [t for a in args for t in _tensors(a)]
-        if _transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type
         fits = {"cpu": ("triton",) if _interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
@@ -261,7 +264,8 @@ class Op:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
         if grad is None:  # nothing reaches the output (in a double backward)
             return tuple(_no_gradient(flags[n]) for n in self.inputs)
-        have = _saved(ctx) | {"grad": grad} | {f"needs_{name}": needed for name, needed in needs.items()}
+        flags_by_name = {f"needs_{name}": needed for name, needed in needs.items()}
+        have = _saved(ctx) | {"grad": grad, "incoming": []} | flags_by_name
         got = self.bwd(*(have[name] for name in self._bwd_wants))
         if isinstance(got, list):
             rest = iter(got)
@@ -290,7 +294,7 @@ class Op:
             flat = [t for value in wrt.values() for t in _tensors(value)]
             second = iter(torch.autograd.grad(total, flat, create_graph=torch.is_grad_enabled(), allow_unused=True))
         got = {n: [next(second) for _ in v] if isinstance(v, list) else next(second) for n, v in wrt.items()}
-        none = {name: _no_gradient(have[name] if _tensors(have[name]) else None) for name in self._bwd_wants}
+        none = {name: _no_gradient(have[name]) for name in self._bwd_wants}
         return tuple((none | got)[name] for name in self._bwd_wants)
 
     def _first_derivative(self, have: dict, upstream: Tensor, grad_grads: tuple) -> tuple[dict, tuple, tuple]:

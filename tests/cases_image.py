@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 
@@ -104,6 +106,32 @@ def weighted_ssim(image, image_pred, weight, **options):
     return fastloss.ssim_loss(image, image_pred, weight=weight, **options)
 
 
+def rivals(**found):
+    """Of other libraries' functions, those whose library is installed, under the name it is installed by."""
+    return {name.replace("_", "-"): fn for name, fn in found.items() if importlib.util.find_spec(name)}
+
+
+def kornia_ssim(image, image_pred, padding="same", **_):
+    """Windows that would leave the image are cut, and the loss is half of one minus SSIM, not below 0."""
+    if padding != "valid":
+        raise ValueError("pads by reflection, and then by nothing: it has padding='valid' only")
+    from kornia.losses import ssim_loss
+
+    return 2 * ssim_loss(image, image_pred, 11, padding="valid")
+
+
+def msssim_ms_ssim(image, image_pred, **_):
+    from pytorch_msssim import ms_ssim
+
+    return 1 - ms_ssim(image, image_pred, data_range=1.0)
+
+
+def piq_ms_ssim(image, image_pred, **_):
+    from piq import multi_scale_ssim
+
+    return 1 - multi_scale_ssim(image, image_pred)
+
+
 def guided_image(draw, shape):
     return draw.uniform(*shape), draw.uniform(shape[0], 3, *shape[2:]), draw.uniform(shape[0], 1, *shape[2:])
 
@@ -156,18 +184,15 @@ IMAGE_CASES = [
         fastloss.ssim_loss,
         image_pair,
         eager_ssim,
-        shapes=IMAGES,
-        options=[
-            {}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05},
-            {"window": 3},
-        ],
+        shapes=((2, 3, 5, 4), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 12, 33)),
+        options=[{}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05}],
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
             ("even", with_options(window=10), ValueError, "window: expected an odd integer >= 1, got 10"),
             ("window", with_options(window=11.0), TypeError, "window: expected an odd integer, got float 11.0"),
-            ("too large", with_options(padding="valid"), ValueError, "got 11 for images of 8 x 8 pixels"),
+            ("too large", with_options(padding="valid"), ValueError, "got 11 for images of 5 x 4 pixels"),
             ("range", with_options(data_range=0), ValueError, "data_range: expected a finite number > 0, got 0"),
             ("sigma", with_options(sigma=-1.0), ValueError, "sigma: expected a finite number > 0"),
             ("padding", with_options(padding="zeros"), ValueError, "padding: expected one of ('same', 'valid')"),
@@ -180,15 +205,17 @@ IMAGE_CASES = [
             # forward reads both images; backward reads both again and writes one gradient
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel(),
+            options=[{"padding": "valid"}, {}],
         ),
         module=fastloss.SSIMLoss,
+        extra={"rivals": rivals(kornia=kornia_ssim)},
     ),
     Case(
         "ssim_loss with weight",
         weighted_ssim,
         lambda draw, shape: (*image_pair(draw, shape), draw.uniform(shape[0], 1, *shape[2:])),
         eager_ssim,
-        shapes=((2, 3, 8, 8), (1, 2, 7, 13)),
+        shapes=((2, 3, 6, 5), (1, 2, 7, 13)),
         options=[{}, {"window": 5, "padding": "valid"}],
     ),
     Case(
@@ -196,17 +223,26 @@ IMAGE_CASES = [
         fastloss.ms_ssim_loss,
         image_pair,
         eager_ms_ssim,
-        shapes=((2, 3, 12, 12), (1, 2, 9, 13)),
+        shapes=((2, 3, 9, 9), (1, 2, 10, 13)),
         options=[
-            {"window": 3, "level_weights": (0.4, 0.3, 0.3)},
+            {"window": 5, "level_weights": (0.4, 0.6)},
             {"padding": "same", "level_weights": (0.2, 0.8), "sigma": 1.0, "data_range": 2.0},
         ],
         bad=[
-            ("size", with_options(window=5), ValueError, "12 x 12 pixels, which is 3 x 3 at level 3"),
+            ("size", with_options(window=7), ValueError, "9 x 9 pixels, which is 5 x 5 at level 2"),
             ("levels", with_options(level_weights=()), ValueError, "level_weights: expected at least one number"),
             ("weight", with_options(level_weights=(1.0, -1.0)), ValueError, "level_weights[1]: expected a finite"),
         ],
+        bench=Bench(
+            shapes=[(8, 3, 512, 512)],
+            # the same as ssim_loss for five levels of 1, 1/4, 1/16, 1/64 and 1/256 of the pixels; what is written to
+            # make the levels is not counted
+            cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
+            * size * torch.Size(shape).numel() * 341 // 256,
+            options=[{"level_weights": (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)}],
+        ),
         module=fastloss.MSSSIMLoss,
+        extra={"rivals": rivals(pytorch_msssim=msssim_ms_ssim, piq=piq_ms_ssim)},
     ),
     Case(
         "image_loss",

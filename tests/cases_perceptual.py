@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -20,14 +21,26 @@ LAYERS = (
 VGG16 = tuple((4, channels, size, size) for channels, size in ((64, 256), (128, 128), (256, 64), (512, 32), (512, 16)))
 
 
-def feature_bytes(shapes: tuple, size: int, mode: str) -> int:
-    """L1's: read both lists and write two bits an element; read the bits and write one list of gradients.
+def feature_bytes(shapes: tuple, size: int, mode: str, options: dict) -> int:
+    """Forward reads both lists; backward reads both again and writes one list of gradients.
 
-    Every criterion is charged the same, so that the rates compare. The others read both lists again for the backward:
-    they move 20 B an element in float32, not 12.5.
+    L1 writes two bits of sign an element in the forward and reads those alone in the backward.
     """
     count = sum(torch.Size(shape).numel() for shape in shapes)
-    return int(count * {"forward": 2 * size + 0.25, "backward": size + 0.25, "both": 3 * size + 0.5}[mode])
+    if options.get("criterion", "l1") == "l1":
+        return int(count * {"forward": 2 * size + 0.25, "backward": size + 0.25, "both": 3 * size + 0.5}[mode])
+    return list_bytes(shapes, size, mode)
+
+
+def list_bytes(shapes: tuple, size: int, mode: str) -> int:
+    """Of a pair of lists: both read in the forward, both read and one list of gradients written in the backward."""
+    return sum(torch.Size(s).numel() for s in shapes) * size * {"forward": 2, "backward": 3, "both": 5}[mode]
+
+
+def gram_flops(shapes: tuple, size: int, mode: str) -> int:
+    """Two Gram matrices in the forward; one product, of the same size, in the backward."""
+    one = sum(2 * n * c * c * h * w for n, c, h, w in shapes)
+    return one * {"forward": 2, "backward": 1, "both": 3}[mode]
 
 
 def feature_pair(draw: Draw, shapes: tuple) -> tuple:
@@ -77,6 +90,53 @@ def eager_lpips_distance(features, targets, lin_weights, spatial=False, size=Non
     return total
 
 
+def feature_pair_and_weights(draw: Draw, shapes: tuple) -> tuple:
+    features, targets, alphas = feature_pair_and_lins(draw, shapes)
+    return features, targets, alphas, [draw.uniform(shape[1]) for shape in shapes]
+
+
+def eager_dists_distance(features, targets, alphas=None, betas=None, c1=1e-6, c2=1e-6):
+    """The formula as DISTS has it."""
+    alphas, betas = (w or [f.new_ones(f.shape[1]) for f in features] for w in (alphas, betas))
+    total = sum(w.sum() for w in (*alphas, *betas))
+    similarity = 0
+    for x, y, alpha, beta in zip(features, targets, alphas, betas, strict=True):
+        alpha, beta = (w.view(1, -1, 1, 1) / total for w in (alpha, beta))
+        x_mean, y_mean = x.mean([2, 3], keepdim=True), y.mean([2, 3], keepdim=True)
+        structure = (2 * x_mean * y_mean + c1) / (x_mean**2 + y_mean**2 + c1)
+        x_var = ((x - x_mean) ** 2).mean([2, 3], keepdim=True)
+        y_var = ((y - y_mean) ** 2).mean([2, 3], keepdim=True)
+        cov = (x * y).mean([2, 3], keepdim=True) - x_mean * y_mean
+        texture = (2 * cov + c2) / (x_var + y_var + c2)
+        similarity = similarity + (alpha * structure).sum(1) + (beta * texture).sum(1)
+    return 1 - similarity.flatten()
+
+
+def eager_style_distance(features, targets, normalization="chw", **options):
+    def gram(x):
+        n, c, h, w = x.shape
+        x = x.reshape(n, c, h * w)
+        return torch.bmm(x, x.transpose(1, 2)) / {"chw": c * h * w, "hw": h * w, "none": 1}[normalization]
+
+    return eager_feature_distance([gram(f) for f in features], [gram(t) for t in targets], **options)
+
+
+def piq_dists(features, targets, alphas, betas, **options):
+    """piq's own statistics, without the weights it would download."""
+    from piq import DISTS
+
+    of = DISTS.compute_distance(None, features, targets)
+    weights = [w.view(1, -1, 1, 1) for w in (*alphas, *betas)]
+    return 1 - sum((w * d).sum((1, 2, 3)) for w, d in zip(weights, of, strict=True)) / sum(w.sum() for w in weights)
+
+
+def piq_style(features, targets, **options):
+    from piq import StyleLoss
+
+    grams = [[StyleLoss.gram_matrix(x) / x[0].numel() for x in side] for side in (features, targets)]
+    return sum(F.l1_loss(*pair) for pair in zip(*grams, strict=True))
+
+
 def layer(index: int, change: Callable) -> Callable:
     """A change of one tensor of a list."""
     return lambda tensors: [change(t) if i == index else t for i, t in enumerate(tensors)]
@@ -90,9 +150,8 @@ PERCEPTUAL_CASES = [
         eager_feature_distance,
         shapes=LAYERS,
         options=[
-            {}, {"weights": [0.5, 0.0, 2.0]}, {"criterion": "l2"}, {"criterion": "l2", "weights": [1, 2, 3]},
-            {"criterion": "charbonnier"}, {"criterion": "charbonnier", "eps": 0.1},
-            {"criterion": "smooth_l1"}, {"criterion": "smooth_l1", "beta": 0.1, "weights": [0.5, 1.5, 2.0]},
+            {}, {"weights": [0.5, 0.0, 2.0]}, {"criterion": "l2", "weights": [1, 2, 3]}, {"criterion": "charbonnier"},
+            {"criterion": "charbonnier", "eps": 0.1}, {"criterion": "smooth_l1", "beta": 0.1},
         ],
         bad=[
             ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
@@ -126,7 +185,6 @@ PERCEPTUAL_CASES = [
         eager_lpips_distance,
         shapes=LAYERS,
         options=[{}, {"spatial": True}, {"spatial": True, "size": (13, 4)}, {"eps": 1e-3}],
-        grads=(0, 1, 2),
         reductions=(),
         bad=[
             ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
@@ -148,5 +206,53 @@ PERCEPTUAL_CASES = [
             ("eps", with_options(eps=0), ValueError, "eps: expected a finite number > 0"),
         ],
         module=fastloss.LPIPSDistance,
+    ),
+    Case(
+        "dists_distance",
+        fastloss.dists_distance,
+        feature_pair_and_weights,
+        eager_dists_distance,
+        shapes=(*LAYERS[:1], ((1, 2, 2, 1), (1, 3, 1, 4), (1, 5, 3, 3)), LAYERS[2]),
+        options=[{}, {"c1": 1e-2, "c2": 1e-3}],
+        grads=(0, 2, 3, 1),
+        reductions=(),
+        bad=[
+            ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
+            ("alphas", with_argument(2, lambda t: t[:-1]), ValueError, "alphas: expected as many entries as features"),
+            ("betas type", with_argument(3, lambda t: t[0]), TypeError, "betas: expected a list of tensors"),
+            ("beta shape", with_argument(3, layer(1, lambda t: t[1:])), ValueError,
+             "betas[1]: expected shape (4,) or (1, 4, 1, 1) for the 4 channels of features[1], got (3,)"),
+            ("rank", lambda args, options: (([args[0][0][0]], [args[1][0][0]]), options), ValueError,
+             "features[0]: expected a 4-D tensor"),
+            ("pixels", lambda args, options: (([t[..., :0] for t in args[0]], [t[..., :0] for t in args[1]]), options),
+             ValueError, "features[0]: expected channels and pixels"),
+            ("c1", with_options(c1=0), ValueError, "c1: expected a finite number > 0"),
+            ("c2", with_options(c2=-1), ValueError, "c2: expected a finite number > 0"),
+        ],
+        bench=Bench(shapes=[VGG16], cost=list_bytes),
+        module=fastloss.DISTSDistance,
+        extra={"rivals": {"piq": piq_dists} if importlib.util.find_spec("piq") else {}},
+    ),
+    Case(
+        "style_distance",
+        fastloss.style_distance,
+        feature_pair,
+        eager_style_distance,
+        shapes=LAYERS,
+        options=[
+            {}, {"criterion": "l2", "normalization": "none", "weights": [1, 2, 3]},
+            {"criterion": "charbonnier", "eps": 0.1, "normalization": "hw"},
+        ],
+        bad=[
+            ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
+            ("rank", lambda args, options: (([args[0][0][0]], [args[1][0][0]]), options), ValueError,
+             "features[0]: expected a 4-D tensor"),
+            ("normalization", with_options(normalization="c"), ValueError, "normalization: expected one of"),
+            ("criterion", with_options(criterion="fro"), ValueError, "criterion: expected one of"),
+            ("weights", with_options(weights=[1.0]), ValueError, "weights: expected as many entries as features"),
+        ],
+        bench=Bench(shapes=[VGG16], cost=gram_flops, unit="flops"),
+        module=fastloss.StyleDistance,
+        extra={"rivals": {"piq": piq_style} if importlib.util.find_spec("piq") else {}},
     ),
 ]

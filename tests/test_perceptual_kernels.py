@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import core
-from fastloss.losses.perceptual_ops import layout_of
+from fastloss.layers import layout_of
 
 pytestmark = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
 CRITERIA = ({"criterion": "l1"}, {"criterion": "l2"}, {"criterion": "charbonnier", "eps": 0.1},
@@ -130,7 +130,8 @@ def test_equal_strides_are_walked_in_memory_order():
     samples_last = torch.zeros(3, 4, 5, 2).permute(3, 0, 1, 2)
     assert layout_of([samples_last], [samples_last], "mean")[5:] == [1, 40, 10, 2]
     assert layout_of([samples_last], [samples_last], "none")[5:] == [60, 20, 5, 1]  # rows must be whole: copied
-    assert layout_of([x], [x.contiguous()], "mean")[5:] == [60, 20, 5, 1]
+    assert layout_of([x], [x.contiguous()], "mean")[5:] == [60, 1, 15, 3]  # the features'; the targets are copied
+    assert layout_of([x[:1].expand(x.shape)], [x], "mean")[5:] == [60, 1, 15, 3]
 
 
 @pytest.mark.parametrize("options", CRITERIA, ids=str)

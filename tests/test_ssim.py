@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
@@ -84,6 +85,62 @@ def test_pytorch_msssim_ms_ssim():
         return 1 - torch.prod(torch.stack([t**w for t, w in zip(levels, weights, strict=True)]), 0).mean()
 
     torch.testing.assert_close(gradients(ms_ssim_loss, x, y), gradients(library, x, y), rtol=1e-9, atol=1e-13)
+
+
+def reflected(*images):
+    return [F.pad(t, (5, 5, 5, 5), mode="reflect") for t in images]
+
+
+def valid(x, y):
+    return ssim_loss(x, y, padding="valid")
+
+
+def library_msssim(name):
+    import pytorch_msssim as library
+
+    return lambda x, y: 1 - getattr(library, name)(x, y, data_range=1.0)
+
+
+def library_piq(name):
+    import piq
+
+    more = {"downsample": False} if name == "ssim" else {}
+    return lambda x, y: 1 - getattr(piq, name)(x, y, **more)
+
+
+def library_kornia(padding):
+    from kornia.losses import ssim_loss as library
+
+    return lambda x, y: 2 * library(x, y, 11, padding=padding)
+
+
+def library_torchmetrics(_):
+    from torchmetrics.functional.image import structural_similarity_index_measure as library
+
+    return lambda x, y: 1 - library(y, x, data_range=1.0)
+
+
+# (package, its function, ours, relative tolerance): pytorch-msssim's window and weights are float32, kornia adds 1e-12
+LIBRARIES = [
+    ("pytorch_msssim", library_msssim, "ssim", valid, 1e-5),
+    ("pytorch_msssim", library_msssim, "ms_ssim", ms_ssim_loss, 1e-4),
+    ("piq", library_piq, "ssim", valid, 1e-10),
+    ("piq", library_piq, "multi_scale_ssim", ms_ssim_loss, 1e-10),
+    ("kornia", library_kornia, "valid", valid, 1e-8),
+    ("kornia", library_kornia, "same", lambda x, y: valid(*reflected(x, y)), 1e-8),
+    ("torchmetrics", library_torchmetrics, "ssim", lambda x, y: valid(*reflected(x, y)), 1e-10),
+]
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "ours", "rtol"),
+    [pytest.param(*row[1:], id=f"{row[0]}.{row[2]}") for row in LIBRARIES if importlib.util.find_spec(row[0])],
+)
+def test_agrees_with_the_library(make, name, ours, rtol):
+    x, y = pair(1, 2, 176, 192)
+    theirs = gradients(make(name), x, y)
+    for got, expected in zip(gradients(ours, x, y), theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=rtol * expected.abs().max().item())
 
 
 def test_the_smallest_image_for_five_levels():

@@ -17,6 +17,8 @@ STREAM_BLOCK = 2048
 STREAM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 # Programs of a reduction: eight per multiprocessor of a 132-SM device. Fixed, so that a sum has the same order on all.
 REDUCE_PROGRAMS = 1056
+LAYERS = 8  # of a list in one launch, as pointers among its arguments; with 16, gfx942 runs out of scalar registers
+UNIT = 16  # elements; where all rows of all layers have whole units, every access can be 128 bits wide
 _INT32_SPAN = 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
 
 
@@ -105,6 +107,15 @@ def broadcast_offsets(offsets, args):
     """Where the elements lie in a tensor given by `broadcast_args`."""
     rest = offsets // args[1]
     return (offsets % args[1]) * args[3] + (rest % args[2]) * args[4] + (rest // args[2]) * args[5]
+
+
+@triton.jit
+def of_layer(values, program, starts):
+    """Of a tuple with an entry a layer, the entry of the layer whose programs begin with the last start not past it."""
+    found = values[0]
+    for i in tl.static_range(len(values)):  # from 0 on: a tensor comes out also of a single number
+        found = tl.where(program >= starts[i], values[i], found)
+    return found
 
 
 @triton.jit

@@ -5,7 +5,7 @@ state is
 
     best     max of s over its allowed entries
     mass     sum of e^s / 2^reference, reference = ceil(best / log 2): a whole number, so that the powers between
-             references are exact, and each exponential costs one fused multiply-add and one exp2
+             references are exact, and each exponential costs two fused multiply-adds and one exp2
     total, count                  with MOMENTS: sum and number of the allowed s
     hard, soft                    with HARD: mass at (1 + beta) s and at beta s, references ceil((1 + beta) best), ..
 

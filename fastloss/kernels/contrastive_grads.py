@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrastive_states import LN2_HIGH, LN2_LOW, LOG2E, _below, _reference
+from .contrastive_states import _below, _power, _reference
 from .contrastive_tile import tile_logits
 
 # An exponential below a row's reference serves the columns whose references lie no further than this under it.
@@ -18,8 +18,7 @@ def _log_sum(stats_ptr, grad_ptr, index, mask):
     lse = tl.load(stats_ptr + index, mask, other=0.0)
     empty = lse == float("-inf")
     reference = _reference(lse)
-    rest = tl.exp2((reference * LN2_HIGH - lse + reference * LN2_LOW) * LOG2E)
-    upstream = tl.load(grad_ptr + index, mask, other=0.0) * rest
+    upstream = tl.load(grad_ptr + index, mask, other=0.0) * tl.exp2(-_power(lse, reference))
     return reference, tl.where(empty, 0.0, upstream)
 
 

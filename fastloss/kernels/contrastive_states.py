@@ -7,10 +7,10 @@ import triton.language as tl
 
 from .contrastive_tile import tile_logits
 
-LOG2E = tl.constexpr(1.4426950408889634)
-# log 2 in two parts: whole numbers up to 2^14 times the first are exact
-LN2_HIGH = tl.constexpr(0.693359375)
-LN2_LOW = tl.constexpr(-2.12194440054690583e-4)
+LN2 = tl.constexpr(0.6931471805599453)
+# 1 / log 2 in two parts: as float32, and the rest, which times s = 2000 would change e^s by 4e-5
+LOG2E = tl.constexpr(1.4426950216293335)
+LOG2E_REST = tl.constexpr(1.9259629911e-8)
 # One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
 # a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
 SPREAD = tl.constexpr(100.0)
@@ -23,9 +23,15 @@ def _reference(best):
 
 
 @triton.jit
+def _power(s, reference):
+    """log2(e^s / 2^reference), to the digits that the difference has, however large s is."""
+    return tl.fma(s, LOG2E_REST, tl.fma(s, LOG2E, -reference))
+
+
+@triton.jit
 def _below(s, reference):
-    """e^s / 2^reference; rounded once before the power, as s may be large."""
-    return tl.exp2(tl.fma(s, LOG2E, -reference))
+    """e^s / 2^reference."""
+    return tl.exp2(_power(s, reference))
 
 
 @triton.jit
@@ -207,6 +213,7 @@ def _contrastive_merge_kernel(
 
 @triton.jit
 def _log(best, mass):
-    """The log-sum-exp of a state."""
-    reference = _reference(best)
-    return reference * LN2_HIGH + (reference * LN2_LOW + tl.log(mass))
+    """The log-sum-exp of a state: the maximum itself, to the last digit, where that is all of the mass."""
+    rest = tl.log2(mass)
+    above = best + (rest - _power(best, _reference(best))) * LN2
+    return tl.where(tl.abs(best) == float("inf"), rest, above)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_number, check_same_shape, check_tensor, check_weight
-from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
 
 PADDINGS = ("same", "valid")
+LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
@@ -62,13 +64,95 @@ def ssim_reference(
     same: bool,
     c1: float,
     c2: float,
+    structure_only: bool,
+    keep: int = 0,
 ) -> Tensor:
-    """The definition: the (weighted) sum of 1 - SSIM of each image, ``[N]``."""
+    """The definition: (weighted) sums of 1 - SSIM, or of one minus its contrast-structure term alone, ``[N, C]``."""
     luminance, structure = ssim_distances(image, image_pred, window, sigma, same, c1, c2)
-    loss = luminance + structure - luminance * structure
+    loss = structure if structure_only else luminance + structure - luminance * structure
     if weight is not None:
         loss = loss * weight.to(loss.dtype)
-    return loss.flatten(1).sum(1)
+    return loss.flatten(2).sum(2)
+
+
+def _ssim_fwd(
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    structure_only: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: which gradients the partial derivatives are kept for, 1 image, 2 image_pred, 3 both, 0 none."""
+    images, channels, height, width = image.shape
+    cut = 0 if same else window - 1
+    kept = (3 + (keep == 3), height - cut, images * channels * (width - cut)) if keep else (0,)
+    return (
+        image.new_empty(image.shape[:2], dtype=torch.float32),
+        image.new_empty(kept, dtype=torch.float32),
+    )
+
+
+def _ssim_bwd(
+    grad: Tensor,
+    partials: Tensor,
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    structure_only: bool,
+    keep: int,
+    needs_image: bool,
+    needs_image_pred: bool,
+) -> tuple[Tensor, Tensor]:
+    none = image.new_empty(0)
+    return (
+        torch.empty_like(image) if needs_image else none,
+        torch.empty_like(image_pred) if needs_image_pred else none,
+    )
+
+
+def _kernels_take(
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    structure_only: bool,
+    keep: int = 0,
+) -> bool:
+    return window <= LARGEST_WINDOW and image.dtype == image_pred.dtype
+
+
+_ssim = Op(
+    "ssim",
+    fwd=_ssim_fwd,
+    bwd=_ssim_bwd,
+    reference=ssim_reference,
+    grads=("image", "image_pred"),
+    outputs=("out", "partials"),
+    triton="ssim",
+    takes=_kernels_take,
+)
+
+
+def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
+    """The op; on CUDA what the backward needs is kept, on the CPU making it again costs no more time."""
+    keep = 0
+    if torch.is_grad_enabled() and _ssim.backend(image, image_pred, *options) == "triton":
+        keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    return _ssim(image, image_pred, *options, keep)
 
 
 def ssim_loss(
@@ -93,7 +177,7 @@ def ssim_loss(
     Args:
         image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
         image_pred: prediction of the same shape. Both may need gradients.
-        window: side of the Gaussian window in pixels, odd.
+        window: side of the Gaussian window in pixels, odd. Above 11 the reference runs instead of the kernels.
         sigma: its standard deviation in pixels, > 0.
         data_range: largest value minus smallest that images can have (1 for [0, 1], 2 for [-1, 1]), > 0.
         padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
@@ -132,7 +216,7 @@ def ssim_loss(
     if image.numel() == 0:
         sums = (image * image_pred).to(result_dtype(image, image_pred)).flatten(1).sum(1)
     else:
-        sums = ssim_reference(image, image_pred, weight, window, float(sigma), same, c1, c2)
+        sums = _sums(image, image_pred, weight, window, float(sigma), same, c1, c2, False).sum(1)
     if weight is None:
         return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
     counts = weight.to(sums.dtype).flatten(1).sum(1)
@@ -209,14 +293,16 @@ def ms_ssim_loss(
     dtype = result_dtype(image, image_pred)
     if image.numel() == 0:
         return reduce((image * image_pred).to(dtype).flatten(1).sum(1), reduction)
-    x, y = image.to(dtype), image_pred.to(dtype)
+    x, y = image, image_pred
     score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
     last = len(level_weights) - 1
     for level, w in enumerate(level_weights):
-        luminance, structure = ssim_distances(x, y, window, float(sigma), same, c1, c2)
-        values = 1 - structure if level < last else (1 - luminance) * (1 - structure)
-        score = score * _power(values.flatten(2).mean(2), float(w))
+        cut = 0 if same else window - 1
+        count = (x.shape[2] - cut) * (x.shape[3] - cut)
+        sums = _sums(x, y, None, window, float(sigma), same, c1, c2, level < last)
+        score = score * _power(1 - sums / count, float(w))
         if level < last:
+            x, y = x.to(dtype), y.to(dtype)
             odd = (x.shape[2] % 2, x.shape[3] % 2)
             x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
     return reduce(1 - score.mean(1), reduction)

@@ -1,0 +1,216 @@
+"""Triton kernels for the statistics of DISTS: up to 8 layers in one launch, a program a plane (a sample's channel).
+
+With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
+
+    statistics      m_f, m_d, mean f'^2, mean t'^2, mean d'^2, with gradients g_0 .. g_4
+    gradient of d   (g_1 + 2 g_4 d') / n
+    gradient of f   (g_0 + 2 g_2 f') / n + that of d
+    gradient of t   2 g_3 t' / n - that of d
+
+Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes
+are merged about the common mean. So one pass gives the digits of two.
+
+Bytes per element of size s: forward 2 s, backward 3 s with one gradient, 4 s with both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LAYERS, STREAM_OPTIONS, UNIT, AotCase, of_layer, on_device
+
+
+@triton.jit
+def _merged(mean, square, weight, n):
+    """Of all lanes together the mean, what rounding left of it, and the sum of squares about it."""
+    whole = tl.sum(mean * weight) / n
+    off = mean - whole
+    rest = tl.sum(off * weight) / n
+    return whole, rest, tl.sum(square + off * off * weight) - n * rest * rest
+
+
+@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
+def _dists_fwd_kernel(
+    features,  # a pointer a layer: (samples * channels, pixels)
+    targets,  # likewise
+    stats_ptr,  # (5, samples, all_channels) float32
+    rest_ptr,  # (3, samples, all_channels) float32: what rounding left of the means of f, t and d
+    starts,  # of each layer: its first plane in the launch
+    channels,
+    firsts,  # its first column in stats
+    units,  # its pixels, in UNIT
+    all_channels,
+    table,  # samples * all_channels
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    plane = program - of_layer(starts, program, starts)
+    count = of_layer(units, program, starts) * UNIT
+    f_ptr = of_layer(features, program, starts) + plane.to(tl.int64) * count
+    t_ptr = of_layer(targets, program, starts) + plane.to(tl.int64) * count
+    mean_f = tl.zeros((BLOCK,), tl.float32)
+    mean_t = tl.zeros((BLOCK,), tl.float32)
+    mean_d = tl.zeros((BLOCK,), tl.float32)
+    square_f = tl.zeros((BLOCK,), tl.float32)
+    square_t = tl.zeros((BLOCK,), tl.float32)
+    square_d = tl.zeros((BLOCK,), tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for k in range(0, (count + BLOCK - 1) // BLOCK):
+        mask = lanes < count - k * BLOCK
+        f = tl.load(f_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
+        share = 1.0 / (k + 1)
+        step_f = tl.where(mask, f - mean_f, 0.0)
+        step_t = tl.where(mask, t - mean_t, 0.0)
+        step_d = tl.where(mask, f - t - mean_d, 0.0)
+        mean_f += step_f * share
+        mean_t += step_t * share
+        mean_d += step_d * share
+        square_f += step_f * (step_f - step_f * share)
+        square_t += step_t * (step_t - step_t * share)
+        square_d += step_d * (step_d - step_d * share)
+    n = count.to(tl.float32)
+    weight = (tl.maximum(count - lanes + BLOCK - 1, 0) // BLOCK).to(tl.float32)  # how many pixels a lane has read
+    whole_f, rest_f, all_f = _merged(mean_f, square_f, weight, n)
+    whole_t, rest_t, all_t = _merged(mean_t, square_t, weight, n)
+    whole_d, rest_d, all_d = _merged(mean_d, square_d, weight, n)
+    of_channels = of_layer(channels, program, starts)
+    column = of_layer(firsts, program, starts) + plane % of_channels
+    at = (plane // of_channels).to(tl.int64) * all_channels + column
+    out_ptr = stats_ptr + at
+    tl.store(out_ptr, whole_f)
+    tl.store(out_ptr + table, whole_d)
+    tl.store(out_ptr + 2 * table, all_f / n)
+    tl.store(out_ptr + 3 * table, all_t / n)
+    tl.store(out_ptr + 4 * table, all_d / n)
+    tl.store(rest_ptr + at, rest_f)
+    tl.store(rest_ptr + table + at, whole_t - (whole_f - whole_d) + rest_t)
+    tl.store(rest_ptr + 2 * table + at, rest_d)
+
+
+@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
+def _dists_bwd_kernel(
+    grad_ptr,  # (5, samples, all_channels) float32
+    stats_ptr,  # likewise
+    rest_ptr,  # (3, samples, all_channels) float32
+    features,  # a pointer a layer: (samples * channels, pixels)
+    targets,  # likewise
+    feature_grads,  # None, or likewise
+    target_grads,  # None, or likewise
+    starts,
+    channels,
+    firsts,
+    units,
+    all_channels,
+    table,  # samples * all_channels
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    plane = program - of_layer(starts, program, starts)
+    count = of_layer(units, program, starts) * UNIT
+    first = plane.to(tl.int64) * count
+    f_ptr = of_layer(features, program, starts) + first
+    t_ptr = of_layer(targets, program, starts) + first
+    of_channels = of_layer(channels, program, starts)
+    column = of_layer(firsts, program, starts) + plane % of_channels
+    at = (plane // of_channels).to(tl.int64) * all_channels + column
+    mean_f = tl.load(stats_ptr + at)
+    mean_d = tl.load(stats_ptr + table + at)
+    mean_t = mean_f - mean_d
+    rest_f = tl.load(rest_ptr + at)
+    rest_t = tl.load(rest_ptr + table + at)
+    rest_d = tl.load(rest_ptr + 2 * table + at)
+    scale = 1.0 / count.to(tl.float32)
+    constant_f = scale * tl.load(grad_ptr + at)
+    constant_d = scale * tl.load(grad_ptr + table + at)
+    slope_f = 2.0 * scale * tl.load(grad_ptr + 2 * table + at)
+    slope_t = 2.0 * scale * tl.load(grad_ptr + 3 * table + at)
+    slope_d = 2.0 * scale * tl.load(grad_ptr + 4 * table + at)
+    lanes = tl.arange(0, BLOCK)
+    for k in range(0, (count + BLOCK - 1) // BLOCK):
+        offsets = k * BLOCK + lanes
+        mask = lanes < count - k * BLOCK
+        f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        d = constant_d + slope_d * (f - t - mean_d - rest_d)
+        if feature_grads is not None:
+            to_ptr = of_layer(feature_grads, program, starts) + first
+            g = constant_f + slope_f * (f - mean_f - rest_f) + d
+            tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
+        if target_grads is not None:
+            other_ptr = of_layer(target_grads, program, starts) + first
+            g = slope_t * (t - mean_t - rest_t) - d
+            tl.store(other_ptr + offsets, g.to(other_ptr.dtype.element_ty), mask=mask)
+
+
+def _launches(features: Sequence[Tensor]) -> Iterator[tuple[slice, int, tuple]]:
+    """(which layers, programs, kernel arguments) of each launch."""
+    samples, columns = features[0].shape[0], [0, *itertools.accumulate(f.shape[1] for f in features)]
+    for at in range(0, len(features), LAYERS):
+        part = slice(at, at + LAYERS)
+        channels = tuple(f.shape[1] for f in features[part])
+        pixels = [f.shape[2] * f.shape[3] for f in features[part]]
+        unit = UNIT if all(n % UNIT == 0 for n in pixels) else 1
+        planes = list(itertools.accumulate((samples * c for c in channels), initial=0))
+        firsts, units = tuple(columns[at : at + len(channels)]), tuple(n // unit for n in pixels)
+        yield part, planes[-1], (tuple(planes[:-1]), channels, firsts, units, columns[-1], samples * columns[-1],
+                                 unit, 4096 // features[0].element_size())  # fmt: skip
+
+
+def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
+    stats = features[0].new_empty((5, features[0].shape[0], sum(f.shape[1] for f in features)), dtype=torch.float32)
+    rest = torch.empty_like(stats[:3])
+    features, targets = [f.contiguous() for f in features], [t.contiguous() for t in targets]
+    with on_device(stats):
+        for part, programs, plan in _launches(features) if stats.numel() > 0 else ():
+            _dists_fwd_kernel[(programs,)](
+                tuple(features[part]), tuple(targets[part]), stats, rest, *plan, **STREAM_OPTIONS
+            )
+    return stats, rest
+
+
+def dists_bwd(
+    grad: Tensor,
+    features: list[Tensor],
+    targets: list[Tensor],
+    stats: Tensor,
+    rest: Tensor,
+    needs_features: bool,
+    needs_targets: bool,
+) -> list[Tensor]:
+    features, targets, grad = [f.contiguous() for f in features], [t.contiguous() for t in targets], grad.contiguous()
+    made = [
+        [torch.empty_like(t) for t in tensors] if needed else None
+        for tensors, needed in ((features, needs_features), (targets, needs_targets))
+    ]
+    with on_device(grad):
+        for part, programs, plan in _launches(features) if stats.numel() > 0 else ():
+            to = (None if side is None else tuple(side[part]) for side in made)
+            _dists_bwd_kernel[(programs,)](
+                grad, stats, rest, tuple(features[part]), tuple(targets[part]), *to, *plan, **STREAM_OPTIONS
+            )
+    return [gradient for side in made if side is not None for gradient in side]
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every dtype and set of gradients, even and odd planes, many layers, planes of which the list passes 2^31."""
+    even = ((2, 3, 32, 32), (2, 64, 16, 16), (2, 128, 8, 8))
+    lists = {"": even, "odd": ((1, 3, 33, 65), (1, 7, 5, 3)), "10 layers": even[1:2] * 10,
+             "int64": ((4, 64, 8192, 8192),) * 2}  # fmt: skip
+    for dtype, (label, shapes) in itertools.product((torch.float32, torch.bfloat16, torch.float16), lists.items()):
+        features = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
+        stats = torch.empty(5, shapes[0][0], sum(shape[1] for shape in shapes), device="meta")
+        name = f"{str(dtype).removeprefix('torch.')} {label}".rstrip()
+        wide = () if label == "odd" else ("_dists_fwd_kernel", "_dists_bwd_kernel")
+        yield AotCase(f"forward {name}", dists_fwd, (features, features), wide)
+        for needs in ((True, False), (False, True), (True, True)):
+            args = (stats, features, features, stats, stats[:3], *needs)
+            yield AotCase(f"backward {name} {needs}", dists_bwd, args, wide)
