@@ -61,10 +61,6 @@ class Bench:
         more = {"options": options} if "options" in inspect.signature(self.cost).parameters else {}
         return self.cost(shape, itemsize, mode, **more)
 
-    def charge(self, shape: Any, itemsize: int, mode: str, options: dict) -> int:
-        more = {"options": options} if "options" in inspect.signature(self.cost).parameters else {}
-        return self.cost(shape, itemsize, mode, **more)
-
 
 @dataclass
 class Case:

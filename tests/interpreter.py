@@ -60,10 +60,17 @@ def _cast_rounded(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtyp
     return _cast_any(self, source, dtype)
 
 
-def _dot_wide(
+def _dot_fused(
     self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *rest: Any
 ) -> TensorHandle:
-    return _dot(self, _up(a), _up(b), acc, *rest)
+    """The chain of fused multiply-adds along k that a float32 `tl.dot` compiles to; numpy's own sums lose more."""
+    a, b = _up(a), _up(b)
+    if acc.dtype.scalar != tl.float32 or acc.data.ndim != 2:
+        return _dot(self, a, b, acc, *rest)
+    left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), acc.data
+    for k in range(left.shape[1]):
+        total = (left[:, k, None] * right[k] + total).astype(np.float32)
+    return TensorHandle(total, tl.float32)
 
 
 def _widened(operation: Callable, compares: bool) -> Callable:
@@ -86,7 +93,7 @@ def _fused(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: Tensor
 
 def _patch() -> None:
     InterpreterBuilder.cast_impl = _cast_any
-    InterpreterBuilder.create_dot = _dot_wide
+    InterpreterBuilder.create_dot = _dot_fused
     InterpreterBuilder.create_fma = _fused
     for name in [f"create_{n}" for n in ARITHMETIC.split()] + [f"create_fcmp{n}" for n in COMPARISONS.split()]:
         operation = getattr(InterpreterBuilder, name, None)

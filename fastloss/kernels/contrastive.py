@@ -5,7 +5,7 @@ state is
 
     best     max of s over its allowed entries
     mass     sum of e^s / 2^reference, reference = ceil(best / log 2): a whole number, so that the powers between
-             references are exact, and each exponential costs two fused multiply-adds and one exp2
+             references are exact, and each exponential costs one fused multiply-add and one exp2
     total, count                  with MOMENTS: sum and number of the allowed s
     hard, soft                    with HARD: mass at (1 + beta) s and at beta s, references ceil((1 + beta) best), ..
 
@@ -26,7 +26,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..losses.contrastive_softmax import _keeps
 from .common import STREAM_OPTIONS, AotCase, on_device
 from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
@@ -43,7 +45,6 @@ MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
 GROUP = 8
 _EMPTY = float("-inf")
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 def _embeddings(x: Tensor) -> Tensor:
@@ -57,7 +58,9 @@ def _embeddings(x: Tensor) -> Tensor:
 class _Call:
     """What both directions give their kernels: operands, vectors, form, tile."""
 
-    def __init__(self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float) -> None:
+    def __init__(
+        self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float, backward: bool
+    ) -> None:
         self.query, self.key = _embeddings(query), _embeddings(key)
         self.rows = tuple(None if v is None else v.contiguous() for v in rows)
         self.columns = tuple(None if v is None else v.contiguous() for v in columns)
@@ -68,7 +71,10 @@ class _Call:
         self.states = 2 + 2 * self.moments + 2 * (hardness > 0)
         self.sizes = (query.shape[0], key.shape[0], self.query.shape[1])
         self.products = products_kind(query.dtype)
-        self.tile, self.programs = best_tile(query.device, self.products, *self.sizes)
+        ids, limited, biased = (v is not None for v in (*self.rows[2:], self.columns[1]))
+        heavy = hardness > 0 or (self.symmetric and (limited or self.moments))
+        burden = 2 if heavy else int(ids or limited or biased or self.moments or backward)
+        self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.options = self.tile.options
 
     def operands(self) -> tuple:
@@ -90,10 +96,11 @@ def contrastive_fwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness)
+        call = _Call(query, key, rows, columns, kind, hardness, False)
         directions, count = 1 + call.symmetric, query.shape[0]
         stats = row_scale.new_empty((directions, call.states, count))
-        stash = row_scale.new_empty(0)
+        # only the interpreter's tensors are on the CPU, where the op declares a stash
+        stash = row_scale.new_zeros((count, key.shape[0]) if _keeps(query, key, workspace_mib) else 0)
         if count == 0 or key.shape[0] == 0:
             stats.zero_()[:, :2] = _EMPTY
             stats[:, 2 + 2 * call.moments :] = _EMPTY
@@ -201,7 +208,7 @@ def contrastive_bwd(
     (m, width), n = query.shape, key.shape[0]
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness)
+        call = _Call(query, key, rows, columns, kind, hardness, True)
         elements = int(workspace_mib * 2**20) // query.element_size()
         high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile)
         factor = _half_range(grad, call) if query.dtype == torch.float16 and m else None
@@ -263,30 +270,57 @@ def _aot_call(
         for name, size in whole.items()
     }
     given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
-    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, 256.0)
+    workspace_mib = rows * columns / 2**18  # one block of gradients
+    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib)
     count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
     stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
     needs = (True, True, True, "column_scale" in extras, "bias" in extras)
     return forward, (stats, *forward, stats, torch.empty(0, device=meta), *needs)
 
 
+def _with_tf32(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """`launch` as it is where the user has switched tf32 on."""
+
+    def launched(*args: Any) -> Any:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            return launch(*args)
+        finally:
+            matmul.fp32_precision = before
+
+    return launched
+
+
 def aot_cases() -> Iterator[AotCase]:
-    """The forms of the losses in every dtype, widths of common encoders, small, odd and very large batches."""
-    clip, one = ("diagonal+symmetric", ("column_scale",), 0.0), ("diagonal", ("column_scale",), 0.0)
-    forms = [
-        ("diagonal+symmetric", (), 0.0), ("", ("column_scale", "excluded", "ids", "bias"), 0.0),
-        ("diagonal+moments", ("column_scale", "excluded"), 0.0), ("diagonal", ("column_scale", "excluded"), 0.5),
-        ("diagonal+symmetric+moments", ("column_scale", "ids"), 0.5), ("diagonal+symmetric", ("ceiling", "bias"), 0.0),
-    ]  # fmt: skip
-    sizes = [(4096, 4096, width) for width in (512, 64, 77, 640, 768, 1024, 1152, 16)]
-    sizes += [(200, 200, 512), (2**20, 2**20, 768)]
-    shared = [(dtype, form, size) for dtype in DTYPES for form in (clip, one) for size in sizes]
-    others = [(dtype, form, sizes[0]) for dtype in DTYPES[:2] for form in forms]
-    for dtype, (kind, extras, hardness), shape in shared + others:
+    """Every tile of the table once at least, every option once at least, sizes that no block divides."""
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    clip, square, small = "diagonal+symmetric", (4096, 4096, 512), (200, 200, 77)
+    scaled = ("column_scale",)
+    calls: list[tuple[torch.dtype, bool, tuple[int, int, int], str, tuple[str, ...], float]] = [
+        (brain, False, square, clip, scaled, 0.0),
+        (half, False, (4099, 4099, 77), clip, scaled, 0.0),
+        (brain, False, (4096, 4096, 16), clip, scaled, 0.0),
+        (brain, False, small, clip, scaled, 0.0),
+        (full, False, square, clip, scaled, 0.0),
+        (full, False, small, clip, scaled, 0.0),
+        (full, True, square, clip, scaled, 0.0),
+        (full, True, small, clip, scaled, 0.0),
+        (brain, False, (2**20, 2**20, 768), "", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, False, (4096, 65536, 768), "diagonal+moments", ("column_scale", "excluded"), 0.5),
+        (half, False, square, clip, ("ceiling", "bias"), 0.0),
+        (brain, False, square, "diagonal+symmetric+moments", ("column_scale", "ids"), 0.5),
+        (full, False, square, "diagonal+symmetric+moments", ("column_scale", "ceiling"), 0.5),
+        (brain, False, square, clip, ("column_scale", "bias", "ids"), 0.0),
+        (full, False, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
+        (full, True, square, "diagonal+moments", ("column_scale", "ids", "ceiling"), 0.0),
+    ]
+    for dtype, tf32, shape, kind, extras, hardness in calls:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
-        words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", "x".join(map(str, shape)))
+        words = ("tf32" if tf32 else str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
         # without tf32 the float32 products of NVIDIA devices are plain multiply-adds
-        half = dtype != torch.float32
-        label = " ".join(words)
-        yield AotCase(f"forward {label}", contrastive_fwd, forward, (), ("_contrastive_fwd_kernel",) * half)
-        yield AotCase(f"backward {label}", contrastive_bwd, backward, (), ("_contrastive_bwd_kernel",) * half)
+        matrix = dtype != full or tf32
+        sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
+        for name, launch, given, end in sides:
+            kernels = (f"_contrastive_{end}_kernel",) * matrix
+            yield AotCase(" ".join((name, *words)), _with_tf32(launch) if tf32 else launch, given, (), kernels)

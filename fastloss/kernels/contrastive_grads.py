@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrastive_states import _below, _power, _reference
+from .contrastive_states import _below, _binary, _reference
 from .contrastive_tile import tile_logits
 
 # An exponential below a row's reference serves the columns whose references lie no further than this under it.
@@ -14,11 +14,11 @@ SPREAD_BACK = tl.constexpr(96.0)
 
 @triton.jit
 def _log_sum(stats_ptr, grad_ptr, index, mask):
-    """(n, g): upstream times e^(s - lse) is g e^s / 2^n, n a whole number; (0, 0) where it has no terms."""
+    """(n, g): upstream times e^(s - lse) is g _below(s, n), n a whole number; (0, 0) where it has no terms."""
     lse = tl.load(stats_ptr + index, mask, other=0.0)
     empty = lse == float("-inf")
     reference = _reference(lse)
-    upstream = tl.load(grad_ptr + index, mask, other=0.0) * tl.exp2(-_power(lse, reference))
+    upstream = tl.load(grad_ptr + index, mask, other=0.0) * tl.exp2(-_binary(lse, reference))
     return reference, tl.where(empty, 0.0, upstream)
 
 
@@ -96,12 +96,13 @@ def _contrastive_bwd_kernel(
     if results[1] is not None:
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
     if results[0] is not None:
-        scale = tl.load(rows[0] + row, mask=row < sizes[0], other=0.0)
+        # read anew: the registers of a whole tile have no room to keep the scales from the logits on
+        scale = tl.load(rows[0] + row, mask=row < sizes[0], other=0.0, volatile=True)
         if stats[2] is not None:
             scale *= tl.load(stats[2])
         pull *= scale[:, None]
         if columns[0] is not None:
-            pull *= tl.load(columns[0] + column, mask=column < sizes[1], other=0.0)[None, :]
+            pull *= tl.load(columns[0] + column, mask=column < sizes[1], other=0.0, volatile=True)[None, :]
         line = (row - block[0]).to(tl.int64) * block[5]
         out = results[0] + line[:, None] + at[None, :]
         tl.store(out, pull.to(results[0].dtype.element_ty), mask=(row < block[2])[:, None])

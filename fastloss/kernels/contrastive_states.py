@@ -8,9 +8,9 @@ import triton.language as tl
 from .contrastive_tile import tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
-# 1 / log 2 in two parts: as float32, and the rest, which times s = 2000 would change e^s by 4e-5
-LOG2E = tl.constexpr(1.4426950216293335)
-LOG2E_REST = tl.constexpr(1.9259629911e-8)
+# As float32 it is short of 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum or a
+# log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
+LOG2E = tl.constexpr(1.4426950408889634)
 # One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
 # a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
 SPREAD = tl.constexpr(100.0)
@@ -23,15 +23,15 @@ def _reference(best):
 
 
 @triton.jit
-def _power(s, reference):
-    """log2(e^s / 2^reference), to the digits that the difference has, however large s is."""
-    return tl.fma(s, LOG2E_REST, tl.fma(s, LOG2E, -reference))
+def _binary(s, reference):
+    """log2(e^s / 2^reference), rounded once, as s may be large."""
+    return tl.fma(s, LOG2E, -reference)
 
 
 @triton.jit
 def _below(s, reference):
     """e^s / 2^reference."""
-    return tl.exp2(_power(s, reference))
+    return tl.exp2(_binary(s, reference))
 
 
 @triton.jit
@@ -62,7 +62,7 @@ def _power_shift(old, new, power):
 
 @triton.jit
 def _tile_state(s, best, mass, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr, HARD: tl.constexpr):
-    """State of a tile's rows (AXIS 1) or columns (0), given their maxima and masses."""
+    """State of a tile's rows (AXIS 1) or columns (0), given their maxima and sums of exponentials."""
     total, count, hard, soft = mass, mass, mass, mass
     if MOMENTS:
         allowed = s != float("-inf")
@@ -138,9 +138,7 @@ def _contrastive_fwd_kernel(
         state = _no_state(BM)
         for column_block in range(split, tl.cdiv(sizes[1], BN), plan[1]):
             column0 = column_block * BN
-            s, back = tile_logits(
-                operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE
-            )
+            s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE)
             best, column_best = tl.max(s, 1), tl.max(back, 0)
             reference = _reference(best)
             e = _below(s, reference[:, None])
@@ -214,6 +212,6 @@ def _contrastive_merge_kernel(
 @triton.jit
 def _log(best, mass):
     """The log-sum-exp of a state: the maximum itself, to the last digit, where that is all of the mass."""
-    rest = tl.log2(mass)
-    above = best + (rest - _power(best, _reference(best))) * LN2
-    return tl.where(tl.abs(best) == float("inf"), rest, above)
+    whole = tl.log2(mass)
+    above = best + (whole - _binary(best, _reference(best))) * LN2
+    return tl.where(tl.abs(best) == float("inf"), whole, above)

@@ -9,7 +9,7 @@ that sums have one order on all its devices.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,13 +82,18 @@ def products_kind(dtype: torch.dtype) -> str:
     return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else IEEE
 
 
-def best_tile(device: torch.device, kind: str, rows: int, columns: int, width: int) -> tuple[Tile, int]:
-    """The tile for a problem, and the number of programs."""
+def best_tile(
+    device: torch.device, kind: str, rows: int, columns: int, width: int, burden: int = 0
+) -> tuple[Tile, int]:
+    """The tile for a problem, and the number of programs. What options hold takes registers: of more warps if `burden`
+    is 1, and of a smaller tile if it is 2."""
     programs, kinds = TABLE[architecture(device)]
     *tiles, (_, small) = kinds[kind]
     tile = next(tile for limit, tile in tiles if width <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
-    return (small if few else tile), programs
+    if few or burden == 2:
+        return small, programs
+    return (replace(tile, warps=8) if burden else tile), programs
 
 
 @functools.lru_cache(maxsize=256)
