@@ -59,11 +59,12 @@ class _Call:
     """What both directions give their kernels: operands, vectors, form, tile."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float, backward: bool
-    ) -> None:
+        self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float,
+        backward: bool = False,
+    ) -> None:  # fmt: skip
         self.query, self.key = _embeddings(query), _embeddings(key)
-        self.rows = tuple(None if v is None else v.contiguous() for v in rows)
-        self.columns = tuple(None if v is None else v.contiguous() for v in columns)
+        self.rows: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in rows)
+        self.columns: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in columns)
         if self.rows[2] is None or self.columns[2] is None:  # ids count only in pairs
             self.rows, self.columns = (*self.rows[:2], None, self.rows[3]), (*self.columns[:2], None)
         self.diagonal, self.symmetric, self.moments = (word in kind for word in ("diagonal", "symmetric", "moments"))
@@ -72,8 +73,12 @@ class _Call:
         self.sizes = (query.shape[0], key.shape[0], self.query.shape[1])
         self.products = products_kind(query.dtype)
         ids, limited, biased = (v is not None for v in (*self.rows[2:], self.columns[1]))
-        heavy = hardness > 0 or (self.symmetric and (limited or self.moments))
-        burden = 2 if heavy else int(ids or limited or biased or self.moments or backward)
+        options = ids + limited + biased + self.moments
+        hard = hardness > 0
+        if hard or options > (0 if self.symmetric else 2):
+            burden = 3 if hard and self.symmetric else 2
+        else:
+            burden = int(options > 0 or backward)
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.options = self.tile.options
 
@@ -155,7 +160,7 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 def _half_range(grad: Tensor, call: _Call) -> Tensor:
     """A power of two (1,) that takes the largest |G| r c near 2^14: float16's range would lose the small ones."""
     weight = [1.0, 0.0] + [1.0, 0.0] * call.moments + ([1.0 + call.beta, call.beta] if call.beta else [])
-    pulls = sum(w * grad[:, i].abs() for i, w in enumerate(weight) if w)
+    pulls = torch.stack([w * grad[:, i].abs() for i, w in enumerate(weight) if w]).sum(0)
     largest = call.rows[0].abs().amax()
     across = 1.0 if call.columns[0] is None else call.columns[0].abs().amax()
     bound = (pulls[0] * call.rows[0].abs()).amax() * across
@@ -192,10 +197,11 @@ class _Side:
             return
         x, sums = self.x[start:stop], self.part(start, stop)
         grad = None if self.direct or not self.grad.numel() else self.grad[start:stop]
-        scaled = self.dot.numel() > 0
+        scale, dot = None, None
+        if self.dot.numel() and self.scale is not None:
+            scale, dot = self.scale[start:stop], self.dot[start:stop]
         _contrastive_finish_kernel[(triton.cdiv(stop - start, FINISH_BLOCK[0]),)](
-            sums, x, grad, self.scale[start:stop] if scaled else None, self.dot[start:stop] if scaled else None,
-            self.factor, (*sums.shape, x.stride(0)), *FINISH_BLOCK, **STREAM_OPTIONS,
+            sums, x, grad, scale, dot, self.factor, (*sums.shape, x.stride(0)), *FINISH_BLOCK, **STREAM_OPTIONS,
         )  # fmt: skip
 
 
@@ -244,7 +250,9 @@ def _gradients(
         )  # fmt: skip
         if sums is not None:
             bias_grad[column:stop] += sums[: tiles[0], : stop - column].sum(0)
-        block = None if work is None else work[: end - row, : stop - column]
+        if work is None:
+            continue
+        block = work[: end - row, : stop - column]
         if q.needed:
             _add_product(q.part(row, end), block, call.key[column:stop, : q.sums.shape[1]], column == 0)
             if stop == n:

@@ -85,13 +85,17 @@ def products_kind(dtype: torch.dtype) -> str:
 def best_tile(
     device: torch.device, kind: str, rows: int, columns: int, width: int, burden: int = 0
 ) -> tuple[Tile, int]:
-    """The tile for a problem, and the number of programs. What options hold takes registers: of more warps if `burden`
-    is 1, and of a smaller tile if it is 2."""
+    """The tile for a problem, and the number of programs.
+
+    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for half of that.
+    """
     programs, kinds = TABLE[architecture(device)]
     *tiles, (_, small) = kinds[kind]
     tile = next(tile for limit, tile in tiles if width <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
-    if few or burden == 2:
+    if burden > 1:
+        return replace(small, columns=small.columns if burden == 2 else 32, warps=8), programs
+    if few:
         return small, programs
     return (replace(tile, warps=8) if burden else tile), programs
 
