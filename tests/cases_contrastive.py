@@ -264,7 +264,7 @@ CONTRASTIVE = [
             {"temperature": 0.5}, {"in_batch": True},
             {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
             {"label_smoothing": 0.2, "normalize": False, "temperature": 2.0},
-            {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},
+            {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
         ],
         bench=Bench(
             shapes=[(64, 1024, 512)], options=[{"temperature": 0.1}], all_grads=True,

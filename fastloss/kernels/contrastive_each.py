@@ -96,7 +96,7 @@ def _each_fwd_kernel(
         scores = scale * (inverse * product)
         allowed = rows < count
         if ceiling_ptr is not None:
-            allowed = allowed & ((scores <= tl.load(ceiling_ptr + row)) | (scores != scores))  # NaN stays in
+            allowed = allowed & ((scores > tl.load(ceiling_ptr + row)) == 0)  # NaN stays in
         scores = tl.where(allowed, scores, float("-inf"))
         if logits_ptr is not None:
             entry = row * count + rows

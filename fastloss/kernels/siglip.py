@@ -24,6 +24,7 @@ from torch import Tensor
 from .common import STREAM_OPTIONS, AotCase, on_device
 from .contrastive import FINISH_BLOCK, GROUP, _add_product, _Call, block_plan
 from .contrastive_grads import _contrastive_finish_kernel
+from .contrastive_table import best_tile
 from .contrastive_tile import products
 
 
@@ -88,7 +89,8 @@ def _siglip_kernel(
         h = slope * pull[:, None]
         if columns[0] is not None:
             h *= column_scale[None, :]
-        to = work_ptr + (row - block[0]).to(tl.int64)[:, None] * block[6] + (column - block[1])[None, :]
+        corner = (row0 - block[0]).to(tl.int64) * block[6] + (column0 - block[1])
+        to = work_ptr + corner + tl.arange(0, TILE[0])[:, None] * block[6] + tl.arange(0, TILE[1])[None, :]
         tl.store(to, h.to(work_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -116,6 +118,8 @@ def _pass(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Row losses, and with `needs` the float32 gradients: of image, text, row_scale, column_scale, bias."""
     call = _Call(image, text, (row_scale, None, row_ids, None), (column_scale, None, column_ids), "", 0.0)
+    if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
+        call.tile = best_tile(image.device, call.products, 1, 1, width=image.shape[1])[0]
     (m, width), n, tile, share = image.shape, text.shape[0], call.tile, share.contiguous()
     high, wide = block_plan(max(m, 1), max(n, 1), int(workspace_mib * 2**20) // image.element_size(), tile)
     high = min(high, max(m, 1))
@@ -131,13 +135,15 @@ def _pass(
         if needs and image.dtype == torch.float16:
             factor = _half_range(share, call.rows[0], call.columns[0])
         operands = call.operands()
+        # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills
+        options = tile.options | {"num_warps": 8 if tile.rows * tile.columns > 8192 else tile.warps}
         for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
             end, stop = min(row + high, m), min(column + wide, n)
             tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
             _siglip_kernel[(tiles[0] * tiles[1],)](
                 operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
                 work, call.sizes, (row, column, end, *tiles, high, wide), not negative_only, call.precision,
-                tile.constants, GROUP, **call.options,
+                tile.constants, GROUP, **options,
             )  # fmt: skip
             kinds = 2 if needs else 1
             part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
