@@ -8,8 +8,8 @@ import triton.language as tl
 from .contrastive_tile import tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
-# As float32 it is short of 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum or a
-# log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
+# As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
+# or a log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
 LOG2E = tl.constexpr(1.4426950408889634)
 # One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
 # a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.

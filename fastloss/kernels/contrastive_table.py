@@ -87,14 +87,19 @@ def best_tile(
 ) -> tuple[Tile, int]:
     """The tile for a problem, and the number of programs.
 
-    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for half of that.
+    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for a part of that.
     """
-    programs, kinds = TABLE[architecture(device)]
+    line = architecture(device)
+    programs, kinds = TABLE[line]
     *tiles, (_, small) = kinds[kind]
     tile = next(tile for limit, tile in tiles if width <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
-    if burden > 1:
-        return replace(small, columns=small.columns if burden == 2 else 32, warps=8), programs
+    if burden == 3:
+        if line == "gfx942":
+            return replace(small, rows=32, columns=32), programs
+        return replace(small, columns=32, warps=8, stages=2), programs
+    if burden == 2:
+        return replace(small, warps=8), programs
     if few:
         return small, programs
     return (replace(tile, warps=8) if burden else tile), programs

@@ -65,11 +65,11 @@ def _masked(s, similar, at, rows, columns, sizes, DIAGONAL: tl.constexpr, OWN: t
 @triton.jit
 def _scaled(acc, at, rows, columns, sizes, AGAIN: tl.constexpr):
     """(logits, the same without bias) of a tile from its products. AGAIN: read the vectors anew, do not keep them."""
+    scale = tl.load(rows[0] + at[0], mask=at[0] < sizes[0], other=0.0, volatile=AGAIN)
     inside = at[1] < sizes[1]
-    # in the order of the positives' own logits (contrastive_forms.py), whose difference is the loss
-    similar = acc * tl.load(rows[0] + at[0], mask=at[0] < sizes[0], other=0.0, volatile=AGAIN)[:, None]
     if columns[0] is not None:
-        similar *= tl.load(columns[0] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
+        acc *= tl.load(columns[0] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
+    similar = acc * scale[:, None]
     s = similar
     if columns[1] is not None:
         s += tl.load(columns[1] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
