@@ -105,10 +105,11 @@ struct Each {
     const float* found = operand.read(i * width, width, space.data());
     if (found != space.data()) std::copy_n(found, width, space.data());
     const float most = ceilinged_ ? input<float>(ceiling)[i] : std::numeric_limits<float>::infinity();
-    const float easy = static_cast<float>(hardness);
-    return {space.data(), width,  input<float>(scale)[i], most,
-            normalize,    moments, powers,                 {1, 1 + easy, easy}};
+    return {space.data(), width,   input<float>(scale)[i], most,
+            normalize,    moments, powers,                 {power(0), power(1), power(2)}};
   }
+
+  float power(int a) const { return static_cast<float>((a != 2) + (a != 0) * hardness); }
 
   // Where the log-sum-exp of power a is among the statistics, which are as in contrastive_softmax.py.
   int64_t place(int a) const { return (a == 0 ? 0 : statistics - 3 + a) * rows; }
@@ -142,7 +143,7 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
   const float infinity = std::numeric_limits<float>::infinity();
   for (int a = 0; a < call.sums; ++a) {
     const bool plain = a == call.powers;
-    const double power = (a != 2) + (a != 0) * call.hardness;
+    const double power = call.power(a);
     const auto factor = [&](int64_t p) {
       return plain || parts[p].most == all.most ? 1.0 : std::exp(power * (parts[p].most - all.most));
     };

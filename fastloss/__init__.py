@@ -17,8 +17,9 @@ from .losses.contrastive import (
     info_nce,
     loss_and_grads,
 )
-from .losses.contrastive_batch import NTXentLoss, SigLipLoss, SupConLoss, nt_xent_loss, siglip_loss, supcon_loss
+from .losses.contrastive_batch import NTXentLoss, SupConLoss, nt_xent_loss, supcon_loss
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
+from .losses.contrastive_siglip import SigLipLoss, siglip_loss
 from .losses.dists import DISTSDistance, dists_distance
 from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss

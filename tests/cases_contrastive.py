@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -136,6 +137,23 @@ def with_own_negatives(draw, shape):
     return *pair(draw, (rows, width)), draw.normal(rows, keys, width)
 
 
+def library_info_nce(query, key, negatives, temperature):
+    from info_nce import info_nce
+
+    return info_nce(query, key, negatives, temperature=temperature, negative_mode="paired")
+
+
+def library_siglip(image, text, logit_scale, logit_bias, normalize):
+    from open_clip.loss import SigLipLoss
+
+    return SigLipLoss()(F.normalize(image, dim=1), F.normalize(text, dim=1), logit_scale, logit_bias)
+
+
+def rivals(**functions):
+    """Those whose library, the key, is installed."""
+    return {"rivals": {name: fn for name, fn in functions.items() if importlib.util.find_spec(name)}}
+
+
 def with_labels(draw, shape):
     return draw.normal(*shape), torch.arange(shape[0]).to(draw.device) % max(shape[0] // 3, 1)
 
@@ -245,12 +263,29 @@ CONTRASTIVE = [
         options=[
             {"temperature": 0.5}, {"in_batch": True},
             {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
+            {"label_smoothing": 0.2, "normalize": False, "temperature": 2.0},
+            {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
         ],
+        bench=Bench(
+            shapes=[(64, 1024, 512)], options=[{"temperature": 0.1}], all_grads=True,
+            # one read forward, one read and one write backward
+            cost=lambda shape, size, mode: {"forward": 1, "backward": 2, "both": 3}[mode] * size * math.prod(shape),
+        ),
+        extra=rivals(info_nce=library_info_nce),
         bad=[
             *BAD_NEGATIVES,
             ("M", with_argument(2, lambda t: t[:4]), ValueError, "negatives: expected [M, K, D] with query's M=6 rows"),
             ("bias", with_options(bias=torch.zeros(6)), ValueError, "tensor of one element (per-sample"),
         ],
+    ),
+    Case(
+        "info_nce frozen negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
+        shapes=((3, 5, 7), (1, 70, 6)), options=[{"temperature": 0.5}, {"label_smoothing": 0.1, "normalize": False}],
+        bench=Bench(
+            shapes=[(64, 1024, 512)], cost=lambda shape, size, mode: (mode != "backward") * size * math.prod(shape),
+            options=[{"temperature": 0.1}], all_grads=True,
+        ),
+        extra=rivals(info_nce=library_info_nce),
     ),
     Case(
         "clip_loss", fastloss.clip_loss, pair, eager_clip, shapes=((8, 7), (1, 3), (11, 33)),
@@ -273,7 +308,7 @@ CONTRASTIVE = [
         ),
     ),
     Case(
-        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 2)),
+        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 3)),
         options=[
             {"logit_scale": 1.0, "logit_bias": None}, {"logit_scale": 1.0, "logit_bias": 0.0, "negative_only": True},
             {"logit_scale": 1.0, "logit_bias": 0.5, "image_ids": IDS, "text_ids": IDS, "weights": WEIGHTS},
@@ -285,6 +320,12 @@ CONTRASTIVE = [
             ("scale", with_options(logit_scale=0.0), ValueError, "logit_scale: expected a finite number > 0"),
         ],
         module=fastloss.SigLipLoss,
+        bench=Bench(
+            shapes=[(1024, 512), (8192, 512)], unit="flops", all_grads=True,
+            cost=lambda shape, size, mode: (mode != "backward") * 3 * flops(shape, size, "forward"),
+            options=[{"logit_scale": 10.0, "logit_bias": -10.0, "normalize": True}],
+        ),
+        extra=rivals(open_clip=library_siglip),
     ),
     Case(
         "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, shapes=((6, 7), (9, 3)), grads=(0,),

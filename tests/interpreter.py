@@ -46,6 +46,7 @@ def _down(value: TensorHandle) -> TensorHandle:
 
 _cast = InterpreterBuilder.cast_impl
 _dot = InterpreterBuilder.create_dot
+_fma = InterpreterBuilder.create_fma
 
 
 def _cast_any(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtype) -> TensorHandle:
@@ -59,10 +60,17 @@ def _cast_rounded(self: InterpreterBuilder, source: TensorHandle, dtype: tl.dtyp
     return _cast_any(self, source, dtype)
 
 
-def _dot_wide(
+def _dot_fused(
     self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *rest: Any
 ) -> TensorHandle:
-    return _dot(self, _up(a), _up(b), acc, *rest)
+    """The chain of fused multiply-adds along k that a float32 `tl.dot` compiles to; numpy's own sums lose more."""
+    a, b = _up(a), _up(b)
+    if acc.dtype.scalar != tl.float32 or acc.data.ndim != 2:
+        return _dot(self, a, b, acc, *rest)
+    left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), acc.data
+    for k in range(left.shape[1]):
+        total = (left[:, k, None] * right[k] + total).astype(np.float32)
+    return TensorHandle(total, tl.float32)
 
 
 def _widened(operation: Callable, compares: bool) -> Callable:
@@ -75,9 +83,18 @@ def _widened(operation: Callable, compares: bool) -> Callable:
     return apply
 
 
+def _fused(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """A float32 multiply-add that rounds once, as every GPU has it: float64 holds the product exactly."""
+    if x.dtype.scalar != tl.float32:
+        return _fma(self, x, y, z)
+    exact = x.data.astype(np.float64) * y.data + z.data
+    return TensorHandle(exact.astype(np.float32), tl.float32)
+
+
 def _patch() -> None:
     InterpreterBuilder.cast_impl = _cast_any
-    InterpreterBuilder.create_dot = _dot_wide
+    InterpreterBuilder.create_dot = _dot_fused
+    InterpreterBuilder.create_fma = _fused
     for name in [f"create_{n}" for n in ARITHMETIC.split()] + [f"create_fcmp{n}" for n in COMPARISONS.split()]:
         operation = getattr(InterpreterBuilder, name, None)
         if operation is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -99,3 +101,20 @@ def test_pixel_loss_past_two_to_the_31_elements():
     (grad,) = torch.autograd.grad(loss, pred)
     assert loss.item() == 9.0
     assert grad[-1].item() == 6.0 and grad[:-1].count_nonzero().item() == 0
+
+
+def test_clip_loss_past_two_to_the_31_logits():
+    """Rows are unit vectors, so that loss and gradient have a formula; the logits are made, but never held."""
+    rows, width, scale = 65536, 64, 10.0
+    units = torch.eye(width, dtype=torch.bfloat16, device="cuda").repeat(rows // width, 1)
+    image, text = units.clone().requires_grad_(), units.clone().requires_grad_()
+    torch.cuda.reset_peak_memory_stats()
+    loss = fastloss.clip_loss(image, text, logit_scale=scale)
+    grads = torch.autograd.grad(loss, (image, text))
+    assert torch.cuda.max_memory_allocated() < 2**30
+    alike = rows // width
+    total = alike * math.exp(scale) + rows - alike
+    assert loss.item() == pytest.approx(math.log(total) - scale, rel=1e-5)
+    for grad in grads:
+        assert grad[0, 1].item() == pytest.approx(scale / rows * alike / total, rel=0.02)
+        assert grad[-1, 0].item() == pytest.approx(scale / rows * alike / total, rel=0.02)

@@ -380,7 +380,7 @@ def _aot_calls(
         incoming = features if tapped else []
         if criterion == "l1":
             signs = torch.empty(sign_count(layout, reduction), dtype=torch.int32, device="meta")
-            rest = (grad, signs, incoming, weights, layout, dtype, reduction)
+            rest: tuple = (grad, signs, incoming, weights, layout, dtype, reduction)
         else:
             rest = (grad, features, features, incoming, *args[2:])
         which = {(True, False): "", (False, True): " targets", (True, True): " both"}[needs_features, needs_targets]

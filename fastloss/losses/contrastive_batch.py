@@ -1,4 +1,4 @@
-"""Sigmoid (SigLIP), supervised (SupCon) and two-view (NT-Xent) contrastive losses."""
+"""Supervised (SupCon) and two-view (NT-Xent) contrastive losses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..core import Loss, result_dtype
 from .contrastive_checks import (
-    as_scalar,
     check_embeddings,
     check_flags,
     check_integers,
@@ -16,85 +15,13 @@ from .contrastive_checks import (
     finish,
     full_precision,
     inverse,
-    reduce_rows,
 )
 from .contrastive_forms import nt_xent_rows, supcon_rows
 from .contrastive_reference import (
     ContrastiveOutput,
     NegativeSampling,
     SoftmaxForm,
-    siglip_reference,
 )
-
-
-def siglip_loss(
-    image: Tensor,
-    text: Tensor,
-    *,
-    logit_scale: float | Tensor,
-    logit_bias: float | Tensor | None,
-    normalize: bool = False,
-    image_ids: Tensor | None = None,
-    text_ids: Tensor | None = None,
-    weights: Tensor | None = None,
-    negative_only: bool = False,
-    reduction: str = "mean",
-    workspace_mib: float = 256,
-) -> Tensor:
-    r"""SigLIP's pairwise sigmoid loss.
-
-    With :math:`s_{ij} = \mathrm{logit\_scale} \langle I_i, T_j \rangle + b` and z = 1 for i = j, -1 otherwise:
-    :math:`-\frac{1}{M} \sum_{ij} \log \sigma(z_{ij} s_{ij})`.
-
-    Args:
-        image: embeddings [M, D], float16, bfloat16, float32 or float64.
-        text: embeddings [M, D]; row i is the positive of image i.
-        logit_scale: factor of the similarities, > 0, already exponentiated: a number, or a one-element tensor, whose
-            gradient is exact.
-        logit_bias: added to every logit: a number, a one-element tensor with gradient, or None for 0.
-        normalize: False: the embeddings are taken as they are. True: cosine similarity.
-        image_ids: integers [M]; a negative pair with equal ids is left out.
-        text_ids: integers, one per text; when only one of the two is given it serves both.
-        weights: one weight >= 0 per image [M], no gradient.
-        negative_only: every pair is a negative one, the diagonal too (texts of another device); `text` may then have
-            any number of rows.
-        reduction: over images, each with the sum over its texts: ``"mean"`` (weighted as in :func:`info_nce`),
-            ``"sum"`` or ``"none"``.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
-
-    Returns:
-        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
-
-    Raises:
-        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, logit_scale <= 0 or
-            not finite, ``"mean"`` of an empty batch.
-
-    Source: Zhai et al., "Sigmoid loss for language image pre-training", 2023; open_clip's ``SigLipLoss``.
-
-    Example:
-        >>> loss = siglip_loss(torch.zeros(2, 3), torch.zeros(2, 3), logit_scale=10.0, logit_bias=0.0)
-        >>> round(loss.item(), 4)  # 2 log 2
-        1.3863
-    """
-    check_embeddings("image", image)
-    check_flags(normalize=normalize, negative_only=negative_only)
-    check_embeddings("text", text, image, "image", rows=not negative_only)
-    rows, columns = image.shape[0], text.shape[0]
-    for name, ids, count in (("image_ids", image_ids, rows), ("text_ids", text_ids, columns)):
-        if ids is not None:
-            check_integers(name, ids, (count,), image)
-        elif rows != columns and (image_ids is None) != (text_ids is None):
-            raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
-    check_shared(image, weights, workspace_mib)
-    dtype = result_dtype(image, text)
-    scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
-    bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
-    one = text_ids if image_ids is None else image_ids
-    two = image_ids if text_ids is None else text_ids
-    both = None if one is None or two is None else (one, two)
-    with full_precision(image):
-        out = siglip_reference(image, text, scale, bias, both, normalize, negative_only)
-    return reduce_rows(out, weights, reduction)
 
 
 def supcon_loss(
@@ -216,12 +143,6 @@ def nt_xent_loss(
     with full_precision(view_a):
         out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib)
     return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)
-
-
-class SigLipLoss(Loss):
-    """Module form of :func:`siglip_loss`; `logit_scale` and `logit_bias` are given here or at each call."""
-
-    fn = staticmethod(siglip_loss)
 
 
 class SupConLoss(Loss):

@@ -18,16 +18,13 @@ Each statistic's part of t, divided by its upstream gradient, is a sum that the 
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Op, result_dtype
-from .contrastive_reference import SoftmaxForm, embed, log_sum_exp
+from .contrastive_reference import SoftmaxForm, embed, statistics
 
-WIDEST = 16384  # a Triton program holds a whole negative
+WIDEST = 8192  # a Triton program holds a whole negative
 
 
 def contrastive_each_reference(
@@ -40,7 +37,7 @@ def contrastive_each_reference(
     hardness: float,
     keep: int,
 ) -> Tensor:
-    """The statistics [S, M] in dense differentiable torch."""
+    """The definition, dense and in differentiable torch."""
     dtype = result_dtype(query, negatives)
     vectors = embed(negatives, dtype, normalize)
     logits = row_scale[:, None] * torch.bmm(vectors, query.to(dtype)[:, :, None]).squeeze(2)
@@ -48,17 +45,7 @@ def contrastive_each_reference(
     if ceiling is not None:
         allowed = ~(logits.detach() > ceiling[:, None])
 
-    def lse(power: float) -> Tensor:
-        value, some = log_sum_exp(power * logits, allowed)
-        return torch.where(some, value, torch.full_like(value, -math.inf))
-
-    flat = F.pad(logits.detach().masked_fill(~allowed, -math.inf), (0, 1), value=-math.inf)
-    stats = [lse(1.0), flat.amax(1)]
-    if kind == "moments":
-        stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(dtype)]
-    if hardness:
-        stats += [lse(1 + hardness), lse(hardness)]
-    return torch.stack(stats)
+    return statistics(logits, allowed, kind == "moments", hardness)
 
 
 def _contrastive_each_fwd(
@@ -113,7 +100,7 @@ def _kernels_take(query: Tensor, *rest: object) -> bool:
     return query.device.type == "cpu" or query.shape[1] <= WIDEST
 
 
-_contrastive_each = Op(
+contrastive_each = Op(
     "contrastive_each",
     fwd=_contrastive_each_fwd,
     bwd=_contrastive_each_bwd,
@@ -139,4 +126,4 @@ def each_statistics(
         keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
     kind = "moments" if moments else ""
-    return _contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)

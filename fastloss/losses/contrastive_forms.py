@@ -20,7 +20,7 @@ from .contrastive_softmax import contrastive
 SHORT = 256 * 256  # logits of a plain loss up to which dense torch is faster: not the arithmetic but the calls decide
 
 
-def _inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors."""
     length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
     return 1 / length.masked_fill(length <= TINY_NORM, math.inf)
@@ -30,7 +30,7 @@ def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.to(dtype) * b.to(dtype)).sum(-1)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """On the CPU in float32: the parts of a gradient then add up before they are rounded."""
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -49,7 +49,7 @@ def _sampling(form: SoftmaxForm) -> tuple[bool, float, float | None]:
     return moments, float(sampling.hardness), sampling.margin
 
 
-def _scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
     """The factor of each row's products: the scale, times the inverse lengths of normalised rows."""
     if lengths is not None:
         return lengths * scale
@@ -94,11 +94,11 @@ def softmax_rows(
     extras = return_lse or any(x is not None for x in (negatives, bias, targets, query_ids))
     if not extras and _is_short(query.shape[0] * key.shape[0], form, workspace_mib, dtype):
         return _short_rows(query, key, scale, form, dtype)
-    query, key = _wide(query), _wide(key)
+    query, key = widened(query), widened(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
-    row_scale = _scale_of_rows(_inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
-    key_scale = _inverse_length(key, dtype) if form.normalize else None
+    row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
+    key_scale = inverse_length(key, dtype) if form.normalize else None
     columns = bias if isinstance(bias, Tensor) and bias.ndim == 1 else None
     own = slice(0, rows) if targets is None else targets
     positive = row_scale * _inner(query, key[own] if targets is not None or keys > rows else key, dtype)
@@ -115,14 +115,14 @@ def softmax_rows(
             ceiling, _kind(targets is None, moments, form.symmetric), hardness, float(workspace_mib),
         )  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
-        extra = each_statistics(query, _wide(negatives), row_scale, form, ceiling, moments)
+        extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
         stats = torch.stack([extra] if stats is None else [merged(stats[0], extra), *stats[1:]])
     elif negatives is not None:
-        negatives = _wide(negatives)
+        negatives = widened(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = contrastive(
-            query, negatives, row_scale, _inverse_length(negatives, dtype) if form.normalize else None,
+            query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling, _kind(False, moments),
             hardness, float(workspace_mib),
         )  # fmt: skip
@@ -141,9 +141,9 @@ def nt_xent_rows(
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
-    views, rows = torch.cat([embed(_wide(view), dtype, form.normalize) for view in (view_a, view_b)]), view_a.shape[0]
+    views, rows = torch.cat([embed(widened(view), dtype, form.normalize) for view in (view_a, view_b)]), view_a.shape[0]
     moments, hardness, margin = _sampling(form)
-    row_scale = _scale_of_rows(None, scale, views, dtype)
+    row_scale = scale_of_rows(None, scale, views, dtype)
     partner = torch.arange(2 * rows, device=views.device).roll(rows)
     positive = (views[:rows] * views[rows:]).sum(1).repeat(2) * row_scale
     ceiling = None if margin is None else (positive + scale * margin).detach()
@@ -170,8 +170,8 @@ def supcon_rows(
     largest logit of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
-    vectors = embed(_wide(features), dtype, normalize)
-    row_scale = _scale_of_rows(None, scale, vectors, dtype)
+    vectors = embed(widened(features), dtype, normalize)
+    row_scale = scale_of_rows(None, scale, vectors, dtype)
 
     def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels

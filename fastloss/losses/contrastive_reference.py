@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_number
-from ..core import result_dtype
 
 TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with everything, gradient 0
 
@@ -166,24 +165,3 @@ def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: Sof
         loss = loss + form.label_smoothing * (each[3] * positive - each[2]) / (each[3] + 1)
     loss = torch.where(some, loss, torch.zeros_like(loss))
     return ContrastiveOutput(loss, lse, positive.detach() > each[1].detach())
-
-
-def siglip_reference(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor | float,
-    bias: Tensor | float,
-    ids: tuple[Tensor, Tensor] | None,
-    normalize: bool,
-    negative_only: bool,
-) -> Tensor:
-    """Row sums [M] of -log sigmoid(z_ij s_ij), z = 1 on the diagonal and -1 elsewhere."""
-    dtype = result_dtype(image, text)
-    logits = embed(image, dtype, normalize) @ embed(text, dtype, normalize).T * scale + bias
-    row, column = (torch.arange(n, device=logits.device) for n in logits.shape)
-    positive = (row[:, None] == column) & (not negative_only)
-    pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
-    if ids is not None:
-        kept = positive | (ids[0][:, None] != ids[1])
-        pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
-    return pairs.sum(1)

@@ -149,4 +149,5 @@ contrastive = Op(
     reference=contrastive_stats_reference,
     grads=("query", "key", "row_scale", "column_scale", "bias"),
     outputs=("stats", "stash"),
+    triton="contrastive",
 )

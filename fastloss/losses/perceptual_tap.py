@@ -34,7 +34,7 @@ class _Tap(torch.autograd.Function):
         weights, layout, dtype, criterion, parameter, reduction = ctx.options
         if ctx.keeps_signs:
             (signs,) = ctx.saved_tensors
-            args = (signs, incoming, weights, layout, dtype, reduction)
+            args: tuple = (signs, incoming, weights, layout, dtype, reduction)
         else:
             feature, target = ctx.saved_tensors
             args = ([feature], [target], incoming, weights, layout, dtype, criterion, parameter, reduction)

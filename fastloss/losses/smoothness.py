@@ -214,7 +214,7 @@ def smoothness_mean(sums: Tensor, image_pred: Tensor, weight: Tensor | None, p: 
 
 
 def _value(
-    sums: Tensor, counts: Sequence[Tensor | int] | None, over: tuple[int, ...], p: int | str
+    sums: Tensor, counts: Sequence[Tensor | int | None] | None, over: tuple[int, ...], p: int | str
 ) -> Tensor:
     """The directions' sums, or means, over the dimensions `over`, added; then the root if p is "norm"."""
     each = sums.unbind(-1)

@@ -1,0 +1,140 @@
+"""Kernels of the contrastive gradients: blocks of G, and the end of the sums of its products."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .contrastive_states import _below, _binary, _reference
+from .contrastive_tile import tile_logits
+
+# An exponential below a row's reference serves the columns whose references lie no further than this under it.
+SPREAD_BACK = tl.constexpr(96.0)
+
+
+@triton.jit
+def _log_sum(stats_ptr, grad_ptr, index, mask):
+    """(n, g): upstream times e^(s - lse) is g _below(s, n), n a whole number; (0, 0) where it has no terms."""
+    lse = tl.load(stats_ptr + index, mask, other=0.0)
+    empty = lse == float("-inf")
+    reference = _reference(lse)
+    upstream = tl.load(grad_ptr + index, mask, other=0.0) * tl.exp2(-_binary(lse, reference))
+    return reference, tl.where(empty, 0.0, upstream)
+
+
+@triton.jit
+def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr):
+    """G_ij of one direction, whose stats and upstream are (states, M)."""
+    HARD: tl.constexpr = beta is not None
+    reference, up = _log_sum(stats_ptr, grad_ptr, index, mask)
+    pull = _below(s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(up, AXIS)
+    if MOMENTS:
+        up = tl.load(grad_ptr + 2 * stride + index, mask, other=0.0)
+        pull += tl.where(s == float("-inf"), 0.0, tl.expand_dims(up, AXIS))
+    if HARD:
+        at: tl.constexpr = 4 if MOMENTS else 2
+        reference, up = _log_sum(stats_ptr + at * stride, grad_ptr + at * stride, index, mask)
+        more = 1.0 + beta
+        pull += _below(more * s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(more * up, AXIS)
+        reference, up = _log_sum(stats_ptr + (at + 1) * stride, grad_ptr + (at + 1) * stride, index, mask)
+        pull += _below(beta * s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(beta * up, AXIS)
+    return pull
+
+
+@triton.jit
+def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.constexpr):
+    """G_ij of both directions of log-sum-exps alone: from one exponential wherever that is exact."""
+    own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
+    other, down = _log_sum(stats_ptr + STATES * stride, grad_ptr + STATES * stride, column, column < rows)
+    low = tl.min(other, 0)
+    if tl.max(own, 0) - low > SPREAD_BACK:
+        pull = _below(s, other[None, :]) * down[None, :]
+        pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
+    else:
+        across = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
+        pull = _below(s, own[:, None]) * (up[:, None] + across)
+    return pull
+
+
+@triton.jit
+def _contrastive_bwd_kernel(
+    operands,  # query (M, D), key (N, D): pointers or tensor descriptors
+    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
+    columns,  # column_scale, bias, column_ids: (N,) or None
+    results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
+    stats,  # stats, its upstream: (directions, states, M); factor of G (1,) or None
+    sizes,  # M, N, D
+    block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
+    beta,
+    FORM: tl.constexpr,  # diagonal, symmetric, moments
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
+):
+    BM: tl.constexpr = TILE[0]
+    BN: tl.constexpr = TILE[1]
+    STATES: tl.constexpr = 2 + (2 if FORM[2] else 0) + (2 if beta is not None else 0)
+    program = tl.program_id(0)
+    first = program // (GROUP * block[4]) * GROUP
+    height = tl.minimum(block[3] - first, GROUP)
+    rest = program % (GROUP * block[4])
+    row_block, column_block = first + rest % height, rest // height
+    row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
+    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
+    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
+    stride = tl.cast(sizes[0], tl.int64)
+    if not FORM[1]:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+    elif FORM[2] or beta is not None or rows[3] is not None:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+        other = STATES * stride
+        inside = column < sizes[1]
+        pull += _pull(back, stats[0] + other, stats[1] + other, column, stride, inside, beta, 0, FORM[2])
+    else:
+        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], stride, STATES)
+    at = column_block * BN + tl.arange(0, BN)
+    if results[1] is not None:
+        tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
+    if results[0] is not None:
+        # read anew: the registers of a whole tile have no room to keep the scales from the logits on
+        scale = tl.load(rows[0] + row, mask=row < sizes[0], other=0.0, volatile=True)
+        if stats[2] is not None:
+            scale *= tl.load(stats[2])
+        pull *= scale[:, None]
+        if columns[0] is not None:
+            pull *= tl.load(columns[0] + column, mask=column < sizes[1], other=0.0, volatile=True)[None, :]
+        line = (row - block[0]).to(tl.int64) * block[5]
+        out = results[0] + line[:, None] + at[None, :]
+        tl.store(out, pull.to(results[0].dtype.element_ty), mask=(row < block[2])[:, None])
+
+
+@triton.jit
+def _contrastive_finish_kernel(
+    sum_ptr,  # (rows, D) float32, contiguous: a gradient times the factor
+    x_ptr,  # (rows, D), rows `pitch` apart: the embeddings it belongs to
+    grad_ptr,  # (rows, D) contiguous: the gradient, or None
+    scale_ptr,  # (rows,): scale of the embeddings, or None
+    dot_ptr,  # (rows,): its gradient, or None
+    factor_ptr,  # (1,) or None
+    sizes,  # rows, D, pitch
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < sizes[0]
+    line = row.to(tl.int64)[:, None]
+    dot = tl.zeros((ROWS,), tl.float32)
+    factor = 1.0
+    if factor_ptr is not None:
+        factor = 1.0 / tl.load(factor_ptr)
+    for start in range(0, sizes[1], WIDTH):
+        inner = start + tl.arange(0, WIDTH)[None, :]
+        mask = inside[:, None] & (inner < sizes[1])
+        value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
+        if grad_ptr is not None:
+            tl.store(grad_ptr + line * sizes[1] + inner, value.to(grad_ptr.dtype.element_ty), mask=mask)
+        if dot_ptr is not None:
+            dot += tl.sum(value * tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32), 1)
+    if dot_ptr is not None:
+        scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+        tl.store(dot_ptr + row, tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale)), mask=inside)

@@ -1,0 +1,217 @@
+"""Kernels of the contrastive statistics: states of rows and columns from tiles of logits, and their merging."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .contrastive_tile import tile_logits
+
+LN2 = tl.constexpr(0.6931471805599453)
+# As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
+# or a log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
+LOG2E = tl.constexpr(1.4426950408889634)
+# One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
+# a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
+SPREAD = tl.constexpr(100.0)
+
+
+@triton.jit
+def _reference(best):
+    up = tl.ceil(best * LOG2E)
+    return tl.where(tl.abs(up) == float("inf"), 0.0, up)
+
+
+@triton.jit
+def _binary(s, reference):
+    """log2(e^s / 2^reference), rounded once, as s may be large."""
+    return tl.fma(s, LOG2E, -reference)
+
+
+@triton.jit
+def _below(s, reference):
+    """e^s / 2^reference."""
+    return tl.exp2(_binary(s, reference))
+
+
+@triton.jit
+def _shift(old, new, reference):
+    """The factor that takes a mass with maximum `old` from `reference` to the reference of the maximum `new`."""
+    return tl.where(old == float("-inf"), 0.0, tl.exp2(reference - _reference(new)))
+
+
+@triton.jit
+def _merge(a, b, b_reference, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """The state of the union of two disjoint sets; the mass of the second may have another reference than its own."""
+    best = tl.maximum(a[0], b[0])
+    mass = a[1] * _shift(a[0], best, _reference(a[0])) + b[1] * _shift(b[0], best, b_reference)
+    total, count, hard, soft = a[2], a[3], a[4], a[5]
+    if MOMENTS:
+        total += b[2]
+        count += b[3]
+    if HARD:
+        hard = hard * _power_shift(a[0], best, 1.0 + beta) + b[4] * _power_shift(b[0], best, 1.0 + beta)
+        soft = soft * _power_shift(a[0], best, beta) + b[5] * _power_shift(b[0], best, beta)
+    return best, mass, total, count, hard, soft
+
+
+@triton.jit
+def _power_shift(old, new, power):
+    return _shift(power * old, power * new, _reference(power * old))
+
+
+@triton.jit
+def _tile_state(s, best, mass, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """State of a tile's rows (AXIS 1) or columns (0), given their maxima and sums of exponentials."""
+    total, count, hard, soft = mass, mass, mass, mass
+    if MOMENTS:
+        allowed = s != float("-inf")
+        total = tl.sum(tl.where(allowed, s, 0.0), AXIS)
+        count = tl.sum(allowed.to(tl.float32), AXIS)
+    if HARD:
+        up = 1.0 + beta
+        hard = tl.sum(_below(up * s, tl.expand_dims(_reference(up * best), AXIS)), AXIS)
+        soft = tl.sum(_below(beta * s, tl.expand_dims(_reference(beta * best), AXIS)), AXIS)
+    return best, mass, total, count, hard, soft
+
+
+@triton.jit
+def _no_state(SIZE: tl.constexpr):
+    zero = tl.zeros((SIZE,), tl.float32)
+    return zero - float("inf"), zero, zero, zero, zero, zero
+
+
+@triton.jit
+def _store_state(ptr, state, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """`ptr` is a slot: (states, M)."""
+    tl.store(ptr + index, state[0], mask)
+    tl.store(ptr + stride + index, state[1], mask)
+    if MOMENTS:
+        tl.store(ptr + 2 * stride + index, state[2], mask)
+        tl.store(ptr + 3 * stride + index, state[3], mask)
+    if HARD:
+        hard = 4 if MOMENTS else 2
+        tl.store(ptr + hard * stride + index, state[4], mask)
+        tl.store(ptr + (hard + 1) * stride + index, state[5], mask)
+
+
+@triton.jit
+def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    best = tl.load(ptr + index, mask, other=float("-inf"))
+    mass = tl.load(ptr + stride + index, mask, other=0.0)
+    total, count, hard, soft = mass, mass, mass, mass
+    if MOMENTS:
+        total = tl.load(ptr + 2 * stride + index, mask, other=0.0)
+        count = tl.load(ptr + 3 * stride + index, mask, other=0.0)
+    if HARD:
+        at = 4 if MOMENTS else 2
+        hard = tl.load(ptr + at * stride + index, mask, other=0.0)
+        soft = tl.load(ptr + (at + 1) * stride + index, mask, other=0.0)
+    return best, mass, total, count, hard, soft
+
+
+@triton.jit
+def _contrastive_fwd_kernel(
+    operands,  # query (M, D), key (N, D): pointers or tensor descriptors
+    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
+    columns,  # column_scale, bias, column_ids: (N,) or None
+    slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
+    sizes,  # M, N, D
+    plan,  # groups, splits
+    beta,
+    DIAGONAL: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,  # block of M, of N, of D, whether operands are descriptors, whether to share exponentials
+):
+    BM: tl.constexpr = TILE[0]
+    BN: tl.constexpr = TILE[1]
+    HARD: tl.constexpr = beta is not None
+    STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    group, split = tl.program_id(0) % plan[0], tl.program_id(0) // plan[0]
+    stride = tl.cast(sizes[0], tl.int64)
+    row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
+    column_slot = slots_ptr + (plan[1] + group).to(tl.int64) * STATES * stride
+    for row_block in range(group, tl.cdiv(sizes[0], BM), plan[0]):
+        row0 = row_block * BM
+        state = _no_state(BM)
+        for column_block in range(split, tl.cdiv(sizes[1], BN), plan[1]):
+            column0 = column_block * BN
+            s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE)
+            best, column_best = tl.max(s, 1), tl.max(back, 0)
+            reference = _reference(best)
+            e = _below(s, reference[:, None])
+            seen = _tile_state(s, best, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
+            state = _merge(state, seen, reference, beta, MOMENTS, HARD)
+            if SYMMETRIC and rows[3] is None and TILE[4]:
+                top = tl.max(reference, 0)
+                wide = top - tl.min(column_best, 0) * LOG2E > SPREAD
+                if wide:  # make the logits once more rather than hold them beside e
+                    s, back = tile_logits(
+                        operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
+                    )
+                    column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
+                else:
+                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
+                reference = tl.where(wide, _reference(column_best), top)
+            else:
+                reference = _reference(column_best)
+                column_mass = tl.sum(_below(back, reference[None, :]), 0)
+            if SYMMETRIC:
+                index = column0 + tl.arange(0, BN)
+                again = index < tl.where(row_block > group, sizes[1], 0)
+                before = _load_state(column_slot, index, stride, again, MOMENTS, HARD)
+                seen = _tile_state(back, column_best, column_mass, beta, 0, MOMENTS, HARD)
+                seen = _merge(before, seen, reference, beta, MOMENTS, HARD)
+                _store_state(column_slot, seen, index, stride, index < sizes[1], MOMENTS, HARD)
+        index = row0 + tl.arange(0, BM)
+        _store_state(row_slot, state, index, stride, index < sizes[0], MOMENTS, HARD)
+        if SYMMETRIC:
+            tl.debug_barrier()  # the next row block reads what other threads may have stored
+
+
+@triton.jit
+def _contrastive_merge_kernel(
+    slots_ptr,  # (splits + groups, states, M)
+    stats_ptr,  # (directions, states, M)
+    rows,
+    plan,  # groups, splits
+    beta,
+    MOMENTS: tl.constexpr,
+    SLOTS: tl.constexpr,  # a power of two, at least groups and splits
+    BLOCK: tl.constexpr,
+):
+    HARD: tl.constexpr = beta is not None
+    STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    direction = tl.program_id(1)
+    stride = tl.cast(rows, tl.int64)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    slot = tl.arange(0, SLOTS)
+    mask = (slot[:, None] < tl.where(direction == 0, plan[1], plan[0])) & (index < rows)[None, :]
+    where = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
+    slots_ptr += direction * plan[1] * STATES * stride
+    a = _load_state(slots_ptr, where, stride, mask, MOMENTS, HARD)
+    best = tl.max(a[0], 0)
+    mass = tl.sum(a[1] * _shift(a[0], best[None, :], _reference(a[0])), 0)
+    stats_ptr += direction * STATES * stride + index
+    inside = index < rows
+    tl.store(stats_ptr, _log(best, mass), inside)
+    tl.store(stats_ptr + stride, best, inside)
+    if MOMENTS:
+        tl.store(stats_ptr + 2 * stride, tl.sum(a[2], 0), inside)
+        tl.store(stats_ptr + 3 * stride, tl.sum(a[3], 0), inside)
+    if HARD:
+        stats_ptr += (STATES - 2) * stride
+        up = 1.0 + beta
+        tl.store(stats_ptr, _log(up * best, tl.sum(a[4] * _power_shift(a[0], best[None, :], up), 0)), inside)
+        soft = tl.sum(a[5] * _power_shift(a[0], best[None, :], beta), 0)
+        tl.store(stats_ptr + stride, _log(beta * best, soft), inside)
+
+
+@triton.jit
+def _log(best, mass):
+    """The log-sum-exp of a state: the maximum itself, to the last digit, where that is all of the mass."""
+    whole = tl.log2(mass)
+    above = best + (whole - _binary(best, _reference(best))) * LN2
+    return tl.where(tl.abs(best) == float("inf"), whole, above)

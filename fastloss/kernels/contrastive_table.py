@@ -1,0 +1,119 @@
+"""The configurations of the contrastive kernels: one line per architecture, dtype and width of the embeddings.
+
+Chosen by arithmetic and by what compiles without spills at two programs per multiprocessor, so that one program's
+exponentials overlap the other's products; none is measured on a device yet. A tuned line replaces one here, nothing
+else. `programs` is how many the forward launches at most: those that a device holds at once, fixed per architecture so
+that sums have one order on all its devices.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block of M, of N, of D; whether operands go through tensor descriptors, and rows and columns share exponentials
+    where they can (fewer, for more code and registers); warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    width: int
+    descriptors: bool
+    shares: bool
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> tuple:
+        return self.rows, self.columns, self.width, self.descriptors, self.shares
+
+    @property
+    def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+
+
+HALF, TF32, IEEE = "half", "tf32", "ieee"
+# programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
+TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
+    "sm_80": (216, {
+        HALF: ((32, Tile(128, 128, 32, False, False, 8, 3)),
+            (1 << 30, Tile(128, 128, 64, False, False, 8, 3)), (0, Tile(64, 64, 32, False, False, 4, 3))),
+        TF32: ((1 << 30, Tile(128, 128, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 3))),
+        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
+    }),
+    "sm_90": (264, {
+        HALF: ((32, Tile(128, 128, 32, True, True, 4, 3)),
+            (1 << 30, Tile(128, 128, 64, True, True, 4, 3)), (0, Tile(64, 64, 64, True, True, 4, 4))),
+        TF32: ((1 << 30, Tile(128, 128, 32, True, True, 4, 3)), (0, Tile(64, 64, 32, True, True, 4, 4))),
+        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
+    }),
+    "gfx942": (608, {
+        HALF: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+        TF32: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+        IEEE: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+    }),
+    "interpreter": (6, {
+        kind: ((1 << 30, Tile(16, 16, 16, False, True, 4, 1)), (0, Tile(16, 16, 16, False, True, 4, 1)))
+        for kind in (HALF, TF32, IEEE)
+    }),
+}  # fmt: skip
+
+
+def architecture(device: torch.device) -> str:
+    """The line of TABLE for the current device: a newer one than it knows takes the newest line of its kind."""
+    if device.type == "cpu":
+        return "interpreter"
+    target = driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return "sm_90" if target.arch >= 90 else "sm_80"
+
+
+def products_kind(dtype: torch.dtype) -> str:
+    """How `tl.dot` multiplies: float32 as torch's own products do, in tf32 only where that is switched on."""
+    if dtype != torch.float32:
+        return HALF
+    return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else IEEE
+
+
+def best_tile(
+    device: torch.device, kind: str, rows: int, columns: int, width: int, burden: int = 0
+) -> tuple[Tile, int]:
+    """The tile for a problem, and the number of programs.
+
+    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for a part of that.
+    """
+    line = architecture(device)
+    programs, kinds = TABLE[line]
+    *tiles, (_, small) = kinds[kind]
+    tile = next(tile for limit, tile in tiles if width <= limit)
+    few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
+    if burden == 3:
+        if line == "gfx942":
+            return replace(small, rows=32, columns=32), programs
+        return replace(small, columns=32, warps=8, stages=2), programs
+    if burden == 2:
+        return replace(small, warps=8), programs
+    if few:
+        return small, programs
+    return (replace(tile, warps=8) if burden else tile), programs
+
+
+@functools.lru_cache(maxsize=256)
+def walk_plan(row_blocks: int, column_blocks: int, programs: int) -> tuple[int, int]:
+    """(groups of row blocks, splits of column blocks), a program each: the least longest walk, then the fewest slots.
+
+    groups + splits is also what the caches must hold of the embeddings at a time, in blocks.
+    """
+
+    def cost(groups: int, splits: int) -> float:
+        return -(-row_blocks // groups) * -(-column_blocks // splits) * (1 + (groups + splits) / 2000)
+
+    plans = ((min(row_blocks, programs // s), s) for s in range(1, min(column_blocks, programs) + 1))
+    return min(plans, key=lambda plan: cost(*plan))

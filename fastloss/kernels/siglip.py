@@ -1,0 +1,219 @@
+"""Triton kernel of the sigmoid loss (see losses/contrastive_siglip.py for its definition).
+
+A program makes one tile of logits with `tl.dot`, and from e = exp(-|x|) and one division both
+
+    log(1 + e^x) = max(x, 0) + 2 atanh(t), t = e / (2 + e) <= 1/3      atanh(t) / t by a polynomial in t^2, to 2e-8
+    sigmoid(x)   = (x < 0 ? e : 1) / (1 + e)
+
+It leaves the tile's row sums of both, and H_ij = +-share_i sigmoid(x_ij) r_i c_j in the embeddings' dtype in a block of
+`workspace_mib` at most, which two library products turn into the embeddings' gradients, accumulated in float32. Then
+d r_i = <image_i, d image_i> / r_i, c_j alike. 3 U = 6 M N D FLOP; U alone where no gradient is wanted. Beyond the
+products an element of H moves three times, written once and read twice, through the L2 cache or memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import STREAM_OPTIONS, AotCase, on_device
+from .contrastive import FINISH_BLOCK, GROUP, _add_product, _Call, block_plan
+from .contrastive_grads import _contrastive_finish_kernel
+from .contrastive_table import best_tile
+from .contrastive_tile import products
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) and its slope."""
+    e = tl.exp(-tl.abs(x))
+    one, two = e + 1.0, e + 2.0
+    inverse = 1.0 / (one * two)
+    t = e * one * inverse
+    q = t * t
+    series = ((q * 0.1342575 + 0.1411831) * q + 0.2000378) * q + 0.3333332
+    return tl.maximum(x, 0.0) + 2.0 * (t + t * (q * series)), tl.where(x < 0.0, e, 1.0) * (inverse * two)
+
+
+@triton.jit
+def _siglip_kernel(
+    operands,  # image (M, D), text (N, D): pointers or tensor descriptors
+    rows,  # row_scale, share, row_ids: (M,), the last or None
+    columns,  # column_scale, column_ids: (N,) or None
+    bias_ptr,  # (1,)
+    factor_ptr,  # (1,), of H, or None
+    slots_ptr,  # (2, column blocks, block rows) float32: the tiles' row sums of losses and slopes
+    work_ptr,  # H (block rows, pitch), or None
+    sizes,  # M, N, D
+    block,  # first row, first column, end of the rows, row blocks, column blocks, block rows, pitch
+    POSITIVES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the texts of a group
+):
+    program = tl.program_id(0)
+    first = program // (GROUP * block[4]) * GROUP
+    height = tl.minimum(block[3] - first, GROUP)
+    rest = program % (GROUP * block[4])
+    row_block, column_block = first + rest % height, rest // height
+    row0, column0 = block[0] + row_block * TILE[0], block[1] + column_block * TILE[1]
+    row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
+    inside, across = row < block[2], column < sizes[1]
+    acc = products(operands, row0, column0, sizes, PRECISION, TILE)
+    scale = tl.load(rows[0] + row, mask=inside, other=0.0)
+    if columns[0] is not None:
+        column_scale = tl.load(columns[0] + column, mask=across, other=0.0)
+        acc *= column_scale[None, :]
+    s = acc * scale[:, None] + tl.load(bias_ptr)
+    keep = inside[:, None] & across[None, :]
+    positive = (row[:, None] == column[None, :]) & POSITIVES
+    if rows[2] is not None:
+        row_id = tl.load(rows[2] + row, mask=inside, other=0)
+        column_id = tl.load(columns[1] + column, mask=across, other=0)
+        keep &= (row_id[:, None] != column_id[None, :]) | positive
+    x = tl.where(keep, tl.where(positive, -s, s), float("-inf"))
+    loss, slope = _softplus(x)
+    slope = tl.where(positive, -slope, slope)
+    slot = slots_ptr + column_block * block[5] + (row - block[0])
+    tl.store(slot, tl.sum(loss, 1), mask=inside)
+    if work_ptr is not None:
+        tl.store(slot + block[4] * block[5], tl.sum(slope, 1), mask=inside)
+        pull = scale * tl.load(rows[1] + row, mask=inside, other=0.0)
+        if factor_ptr is not None:
+            pull *= tl.load(factor_ptr)
+        h = slope * pull[:, None]
+        if columns[0] is not None:
+            h *= column_scale[None, :]
+        corner = (row0 - block[0]).to(tl.int64) * block[6] + (column0 - block[1])
+        to = work_ptr + corner + tl.arange(0, TILE[0])[:, None] * block[6] + tl.arange(0, TILE[1])[None, :]
+        tl.store(to, h.to(work_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+def _half_range(share: Tensor, row_scale: Tensor, column_scale: Tensor | None) -> Tensor:
+    """A power of two (1,) that takes the largest possible |H| near 2^14: float16's range would lose the small ones."""
+    bound = (share * row_scale).abs().amax()
+    if column_scale is not None:
+        bound = bound * column_scale.abs().amax()
+    power = torch.floor(14.0 - torch.log2(bound))
+    return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
+
+
+def _finish(sums: Tensor, x: Tensor, scale: Tensor, dot: Tensor, factor: Tensor | None) -> None:
+    """The gradient of the scale from that of the embeddings, which loses its factor here."""
+    if sums.shape[0]:
+        _contrastive_finish_kernel[(triton.cdiv(x.shape[0], FINISH_BLOCK[0]),)](
+            sums, x, None if factor is None else sums, scale, dot, factor, (*sums.shape, x.stride(0)), *FINISH_BLOCK,
+            **STREAM_OPTIONS,
+        )  # fmt: skip
+
+
+def _pass(
+    image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor, row_ids: Tensor | None,
+    column_ids: Tensor | None, share: Tensor, negative_only: bool, needs: int, workspace_mib: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Row losses, and with `needs` the float32 gradients: of image, text, row_scale, column_scale, bias."""
+    call = _Call(image, text, (row_scale, None, row_ids, None), (column_scale, None, column_ids), "", 0.0)
+    if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
+        call.tile = best_tile(image.device, call.products, 1, 1, width=image.shape[1])[0]
+    (m, width), n, tile, share = image.shape, text.shape[0], call.tile, share.contiguous()
+    high, wide = block_plan(max(m, 1), max(n, 1), int(workspace_mib * 2**20) // image.element_size(), tile)
+    high = min(high, max(m, 1))
+    made = row_scale.new_zeros(2, m)
+    scaled = column_scale is not None
+    to_image = row_scale.new_zeros(m if needs & 5 else 0, width)  # the scale's gradient comes from it
+    to_text = row_scale.new_zeros(n if needs & 2 else 0, width)
+    to_row, to_column = row_scale.new_zeros(m if needs else 0), row_scale.new_zeros(n if needs else 0)
+    if m and n:
+        slots = row_scale.new_empty(2, triton.cdiv(wide, tile.columns), high)
+        work = call.query.new_empty(high, wide) if needs else None
+        factor = None
+        if needs and image.dtype == torch.float16:
+            factor = _half_range(share, call.rows[0], call.columns[0])
+        operands = call.operands()
+        # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills
+        options = tile.options | {"num_warps": 8 if tile.rows * tile.columns > 8192 else tile.warps}
+        for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
+            end, stop = min(row + high, m), min(column + wide, n)
+            tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
+            _siglip_kernel[(tiles[0] * tiles[1],)](
+                operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
+                work, call.sizes, (row, column, end, *tiles, high, wide), not negative_only, call.precision,
+                tile.constants, GROUP, **options,
+            )  # fmt: skip
+            kinds = 2 if needs else 1
+            part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
+            made[:kinds, row:end] += part.sum(1)
+            if work is None:
+                continue
+            h = work[: end - row, : stop - column]
+            if to_image.shape[0]:
+                _add_product(to_image[row:end], h, call.key[column:stop, :width], column == 0)
+            if to_text.shape[0]:
+                _add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
+        _finish(to_image, call.query, call.rows[0], to_row, factor)
+        if scaled:
+            _finish(to_text, call.key, call.columns[0], to_column, factor)
+        elif factor is not None:
+            to_text /= factor
+    to_bias = (made[1] * share).sum().reshape(1) if needs else to_row.new_empty(0)
+    return made[0], to_image[: m if needs & 1 else 0], to_text, to_row, to_column, to_bias
+
+
+def siglip_fwd(
+    image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor, row_ids: Tensor | None,
+    column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int, workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    with on_device(image):
+        weights, needs = (row_scale, 0) if share is None else (share, needs)
+        losses, *grads = _pass(
+            image, text, row_scale, column_scale, bias, row_ids, column_ids, weights, negative_only, needs,
+            workspace_mib,
+        )  # fmt: skip
+        loss = losses.clone() if share is None else (losses * share).sum()
+    return loss, *grads  # type: ignore[return-value]
+
+
+def siglip_bwd(
+    grad: Tensor, image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor,
+    row_ids: Tensor | None, column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int,
+    workspace_mib: float, image_grad: Tensor, text_grad: Tensor, row_scale_grad: Tensor, column_scale_grad: Tensor,
+    bias_grad: Tensor, needs_image: bool, needs_text: bool, needs_row_scale: bool, needs_column_scale: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = [image_grad, text_grad, row_scale_grad, column_scale_grad, bias_grad]
+    wanted = (needs_image, needs_text, needs_row_scale, needs_column_scale, needs_bias)
+    with on_device(image):
+        if share is None:
+            _, *made = _pass(
+                image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only,
+                needs_image + 2 * (needs_text or needs_column_scale) + 4, workspace_mib,
+            )  # fmt: skip
+            grad = torch.ones_like(grad[0]) if grad.shape[0] else grad.new_ones(())
+        out = [
+            torch.mul(each, grad, out=like.new_empty(each.shape)) if needed else like.new_empty(0)
+            for each, like, needed in zip(made, (image, text, row_scale, row_scale, bias), wanted, strict=True)
+        ]
+    return tuple(out)  # type: ignore[return-value]
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every dtype, with and without what is optional, widths of common encoders, small, odd and very large batches."""
+    calls = [("", (4096, 4096, width)) for width in (64, 77, 512, 768, 1152)]
+    calls += [("cosine ids", (4096, 4096, 512)), ("negative", (200, 300, 512)), ("", (2**20, 2**20, 768))]
+    for dtype, (form, (rows, columns, width)) in itertools.product(
+        (torch.float32, torch.bfloat16, torch.float16), calls
+    ):
+        image, text = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
+        row, column, one = (torch.empty(size, device="meta") for size in (rows, columns, 1))
+        ids = tuple(v.long() for v in (row, column)) if "ids" in form else (None, None)
+        given = (image, text, row, column if "cosine" in form else None, one, *ids)
+        label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{width}".strip()
+        matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
+        for needs in (0, 7):
+            args = (*given, row, "negative" in form, needs, 256.0)
+            yield AotCase(f"{label} needs {needs}", siglip_fwd, args, (), matrix)
