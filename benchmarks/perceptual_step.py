@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.run import shape_text
+from benchmarks.rows import shape_text
 from fastloss import Execution, PerceptualLoss
 
 TAPS = {"l1": (3, 8, 15), "lpips": (3, 8, 15, 22, 29)}  # indices into vgg16.features, all ReLUs
