@@ -186,6 +186,7 @@ IMAGE_CASES = [
             cost=lambda shape, size, mode: {"forward": 1, "backward": 2, "both": 3}[mode]
             * size * torch.Size(shape).numel(),
             options=[{"p": 1}, {"p": 2}, {"p": "isotropic"}],
+            headline=3,
         ),
         module=fastloss.SmoothnessLoss,
         extra={"rivals": rivals(kornia=kornia_smoothness)},
@@ -307,6 +308,7 @@ IMAGE_CASES = [
             # all the parts in one pass: forward reads both images; backward reads both and writes one gradient
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel(),
+            headline=2,
             options=[
                 {"pixel": (1, 1.0), "smoothness": (1, 0.1)},
                 {"pixel": (1, 0.8), "smoothness": (1, 0.1), "ssim": 0.2},
