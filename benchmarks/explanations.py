@@ -12,8 +12,18 @@ EXPLANATIONS = (
     ("cpu", "pixel_loss", "*", "*", "backward", "torch.compile",
      "It keeps the difference (or its sign) from the forward and writes the gradient over it, 8 B per element; ours "
      "keeps nothing and reads both images again, 12 B. Its forward, which stores that, is slower by more."),
-    ("cpu", "pixel_loss", "*charbonnier*", "*", "both", "torch.compile",
-     "Level within the noise of several runs: a square root and a division per element bound both, not bytes."),
+    ("cpu", "clip_loss", "*", "2048x512", "memory", "torch.compile",
+     "The 16 MiB of logits are kept for the backward, as far as 64 MiB allow it: 3 U of arithmetic instead of 4 U."),
+    ("cpu", "*", "*", "256x512", "*", "*",
+     "65536 logits: the calls decide, not the arithmetic. Ours are eleven of dense torch around the log-sum-exp of the "
+     "negatives alone, which keeps the digits of confident rows; one cross_entropy is quicker and loses them."),
+    ("cpu", "siglip_loss", "*", "*", "forward", "*",
+     "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
+    ("cpu", "smoothness_loss with guide and weight", "*", "*", "forward", "torch.compile",
+     "Bound by the exponentials of the guide's differences, which each direction makes again; the sums of the two "
+     "directions are kept apart by position in the row. Why its loop is the faster one is not found yet."),
+    ("cpu", "smoothness_loss with guide and weight", "*", "*", "both", "torch.compile",
+     "The forward above; the backward is the faster one, and the memory a quarter."),
 )  # fmt: skip
 
 
