@@ -102,6 +102,12 @@ def feature_pair_and_weights(draw: Draw, shapes: tuple) -> tuple:
     return features, targets, alphas, [draw.uniform(shape[1]) for shape in shapes]
 
 
+def rectified_pair_and_weights(draw, shape):
+    """Features as they come out of a network: no mean is near zero."""
+    features, targets, *weights = feature_pair_and_weights(draw, shape)
+    return [f.relu() for f in features], [t.relu() for t in targets], *weights
+
+
 def eager_dists_distance(features, targets, alphas=None, betas=None, c1=1e-6, c2=1e-6):
     """The formula as DISTS has it."""
     alphas, betas = (w or [f.new_ones(f.shape[1]) for f in features] for w in (alphas, betas))
@@ -237,7 +243,7 @@ PERCEPTUAL_CASES = [
             ("c1", with_options(c1=0), ValueError, "c1: expected a finite number > 0"),
             ("c2", with_options(c2=-1), ValueError, "c2: expected a finite number > 0"),
         ],
-        bench=Bench(shapes=[VGG16], cost=list_bytes),
+        bench=Bench(shapes=[VGG16], cost=list_bytes, make=rectified_pair_and_weights),
         module=fastloss.DISTSDistance,
         extra={"rivals": {"piq": piq_dists} if importlib.util.find_spec("piq") else {}},
     ),
