@@ -261,7 +261,9 @@ def _block(guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -
     plain = order == 1 and guide is None
     if plain:
         return 1024 if kind == "isotropic" or weight is not None else STREAM_BLOCK
-    return 256 if order == 2 and guide is not None else 512
+    if order == 1 or guide is None:
+        return 512
+    return 256 if weight is None else 128
 
 
 def in_order(image: Tensor) -> Tensor:
