@@ -50,7 +50,7 @@ class Forward {
   void start(int64_t begin, int64_t count) {
     begin_ = begin;
     count_ = count;
-    parts_.resize(count * blocks_);
+    parts_.assign(count * blocks_, {kLowest, {}, {}});
   }
 
   // raw [count, n]: the products with columns first .. first + n, first a multiple of kColumns
@@ -76,14 +76,17 @@ class Forward {
     for (int64_t j = 0; j < p_.columns; ++j) {
       double total[kFactors];
       for (size_t f = 0; f < p_.factors.size(); ++f) total[f] = total_[f][j];
-      write(1, j, most_[j], total, p_.moments ? moments_[j] : SumAndCount{0, 0});
+      write(p_.directions() - 1, j, most_[j], total, p_.moments ? moments_[j] : SumAndCount{0, 0});
     }
   }
 
  private:
   void tile(const Tensor& raw, int64_t group, int64_t first, int64_t at, int64_t n, ColumnParts& columns,
             std::vector<float>& scratch) {
-    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), width = std::min(kColumns, n - at);
+    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), whole = std::min(kColumns, n - at);
+    const int64_t idle = p_.idle(begin_ + row, first + at, whole), width = whole - idle;
+    if (width == 0) return;
+    at += idle;
     const float* from = input<float>(raw) + row * raw.stride(0) + at;
     const auto read = [&](bool back) {
       for (int64_t r = 0; r < rows; ++r)
@@ -147,7 +150,22 @@ class Forward {
       moments.sum += parts[b].moments.sum;
       moments.count += parts[b].moments.count;
     }
-    write(0, begin_ + r, most, total, moments);
+    if (p_.upper)
+      join_column(begin_ + r, most, total, moments);
+    else
+      write(0, begin_ + r, most, total, moments);
+  }
+
+  // What row i found joins what column i did: they are one row of a symmetric matrix.
+  void join_column(int64_t i, float most, const double* total, const SumAndCount& moments) {
+    const double before = most_[i];
+    if (most > most_[i] || most != most) most_[i] = most;
+    for (size_t f = 0; f < p_.factors.size(); ++f)
+      total_[f][i] = total_[f][i] * std::exp(p_.factors[f] * (before - most_[i])) +
+                     total[f] * std::exp(p_.factors[f] * (static_cast<double>(most) - most_[i]));
+    if (!p_.moments) return;
+    moments_[i].sum += moments.sum;
+    moments_[i].count += moments.count;
   }
 
   void write(int64_t direction, int64_t i, float most, const double* total, const SumAndCount& moments) {
@@ -187,25 +205,26 @@ std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& ke
   Forward forward(p, stats);
   const double mib = std::min<double>(workspace_mib, kStashMiB);
   const bool keep = static_cast<double>(p.rows * p.columns * 4) <= mib * kMiB;
-  if (keep && !p.empty()) {
-    const Tensor raw = p.raw(0, p.rows, 0, p.columns);
-    forward.start(0, p.rows);
-    forward.chunk(raw, 0, p.columns);
-    forward.finish_rows();
-    forward.finish_columns();
-    return {stats, raw};
-  }
-  const auto [height, width] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
+  int64_t height = p.rows, width = p.columns;
+  if (!keep || p.upper) std::tie(height, width) = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
+  const bool whole = height >= p.rows && width >= p.columns && !p.empty();  // one product, which may be the stash itself
+  Tensor stash = keep && !whole ? torch::stable::new_empty(row_scale, {p.rows, p.columns})
+                                : torch::stable::new_empty(row_scale, {0});
   for_pieces(p.rows, height, [&](int64_t begin, int64_t count) {
     forward.start(begin, count);
     for_pieces(p.columns, width, [&](int64_t first, int64_t n) {
-      forward.chunk(p.raw(begin, count, first, n), first, n);
+      if (p.below(begin, first + n)) return;
+      const Tensor raw = p.raw(begin, count, first, n);
+      forward.chunk(raw, first, n);
+      if (keep && whole) stash = raw;
+      if (!keep || whole) return;
+      Tensor kept = slice(slice(stash, 0, begin, count), 1, first, n);
+      torch::stable::copy_(kept, raw);
     });
     forward.finish_rows();
   });
   forward.finish_columns();
-  if (keep) return {stats, torch::stable::new_empty(row_scale, {p.rows, p.columns})};
-  return {stats, torch::stable::new_empty(row_scale, {0})};
+  return {stats, stash};
 }
 
 }  // namespace

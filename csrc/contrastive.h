@@ -23,6 +23,7 @@ constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up 
 constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
 constexpr int64_t kWide = 2048;             // its columns at most: the more rows, the rarer the keys are packed
 constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
+constexpr int64_t kUpper = 1024;            // rows and columns of a block at most where the triangle above the diagonal is all
 
 struct RowOf {
   float scale, ceiling;
@@ -134,7 +135,7 @@ struct Problem {
   Tensor query, key;               // float32, contiguous
   std::vector<Tensor> key_pieces;  // the key's columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
-  bool diagonal, moments, symmetric, two_ceilings = false;
+  bool diagonal, moments, upper, symmetric, two_ceilings = false;
   std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
@@ -150,7 +151,8 @@ struct Problem {
         padded_columns((columns + 15) / 16 * 16),
         diagonal(kind.find("diagonal") != std::string::npos),
         moments(kind.find("moments") != std::string::npos),
-        symmetric(kind.find("symmetric") != std::string::npos),
+        upper(kind.find("upper") != std::string::npos),
+        symmetric(upper || kind.find("symmetric") != std::string::npos),
         factors{1.0f} {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
@@ -185,6 +187,7 @@ struct Problem {
       if (j >= first && j < first + n) to[j - first] = -std::numeric_limits<float>::infinity();
     };
     if (diagonal) leave_out(i);
+    if (upper) std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
     leave_out(excluded[i]);
   }
 
@@ -202,7 +205,13 @@ struct Problem {
   }
 
   bool empty() const { return rows == 0 || columns == 0; }
-  int64_t directions() const { return symmetric ? 2 : 1; }
+  int64_t directions() const { return symmetric && !upper ? 2 : 1; }
+  // Whether rows from `begin` on have no pair with columns before `end`.
+  bool below(int64_t begin, int64_t end) const { return upper && end <= begin; }
+  // Of columns first .. first + n those, in whole vectors, that rows from `begin` on have no pair with.
+  int64_t idle(int64_t begin, int64_t first, int64_t n) const {
+    return upper ? std::clamp<int64_t>((begin + 1 - first) / 16 * 16, 0, n) : 0;
+  }
   int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
   // The statistic that holds the log-sum-exp of factors[f].
   int64_t lse_of(size_t f) const { return f == 0 ? 0 : statistics() - 3 + static_cast<int64_t>(f); }
@@ -211,8 +220,10 @@ struct Problem {
 // Height and width of as many float32 logits as fit in `mib`, one row of a tile at least; widths are whole tiles.
 inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64_t widest) {
   const int64_t area = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
+  if (p.upper) widest = std::min(widest, kUpper);
   const int64_t width = std::min({widest, std::max(area / kColumns, int64_t{1}) * kColumns, p.columns});
-  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, std::max<int64_t>(p.rows, 1));
+  const int64_t highest = std::max<int64_t>(p.upper ? std::min(p.rows, kUpper) : p.rows, 1);
+  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, highest);
   return {height > kRows ? height / kRows * kRows : height, width};
 }
 

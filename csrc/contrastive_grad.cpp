@@ -39,7 +39,7 @@ class Backward {
  public:
   Backward(const Problem& p, const Tensor& grads, const Tensor& stats)
       : p_(p), kernels_(contrastive_kernels()), rows_(p, grads, stats, 0), blocks_(blocks_of(p.columns, kColumns)) {
-    if (p.symmetric) columns_.emplace_back(p, grads, stats, 1);
+    if (p.symmetric) columns_.emplace_back(p, grads, stats, p.directions() - 1);
     find_common();
     row_parts_.assign(p.rows * blocks_, 0.0);
     of_scale_.assign(p.columns, 0.0);
@@ -56,13 +56,16 @@ class Backward {
     std::vector<float> of_bias(needs_bias ? groups * width : 0, 0.0f);
     torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t last) {
       for (int64_t t = from; t < last; ++t) {
-        const int64_t row = t / across * kRows, at = t % across * kColumns, sums = t / across * width + at;
-        const int64_t n = std::min(kColumns, raw.size(1) - at);
+        const int64_t row = t / across * kRows, start = t % across * kColumns;
+        const int64_t whole = std::min(kColumns, raw.size(1) - start);
+        const int64_t idle = p_.idle(begin + row, first + start, whole), n = whole - idle, at = start + idle;
+        const int64_t sums = t / across * width + at;
         float* scale = needs_column_scale ? &of_scale[sums] : nullptr;
         float* bias = needs_bias ? &of_bias[sums] : nullptr;
         for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r) {
           const float* x = input<float>(raw) + r * raw.stride(0) + at;
-          line(x, begin + r, first + at, n, scale, bias, to + r * stride + at);
+          std::fill_n(to + r * stride + start, idle, 0.0f);
+          if (n > 0) line(x, begin + r, first + at, n, scale, bias, to + r * stride + at);
         }
       }
     });
@@ -188,6 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
       const int64_t m = std::min(height, p.rows - begin);
       for (int64_t first = 0; first < p.columns; first += width) {
         const int64_t n = std::min(width, p.columns - first);
+        if (p.below(begin, first + n)) continue;
         const Tensor h = slice(slice(block, 0, 0, m), 1, 0, n);
         fill(backward, p, stash, workspace_mib, begin, first, h);
         std::optional<Tensor>& transposed = of_columns[first / width];

@@ -149,7 +149,7 @@ def nt_xent_rows(
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     stats = contrastive(
-        views, views, row_scale, None, None, partner, both, both, ceiling, _kind(True, moments), hardness,
+        views, views, row_scale, None, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
         float(workspace_mib),
     )  # fmt: skip
     return row_losses(positive, stats[0], scale, form)
@@ -176,7 +176,7 @@ def supcon_rows(
     def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
         return contrastive(
-            vectors, vectors, row_scale, None, None, None, ids, ids, None, "diagonal", 0.0, float(workspace_mib)
+            vectors, vectors, row_scale, None, None, None, ids, ids, None, "upper", 0.0, float(workspace_mib)
         )[0].unbind(0)
 
     lse, most = statistics_of(row_scale, include_positive)

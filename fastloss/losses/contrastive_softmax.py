@@ -16,14 +16,16 @@ needs all M x N logits, the statistics and their gradients, is here.
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
       hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
 
-`kind` is "", or its words joined by "+": "diagonal", "moments", "symmetric". With "symmetric", M = N and there are two
-directions: the second has the statistics of column j over the rows i of the transposed mask, {i: j in A_i}, except
-that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+`kind` is "", or its words joined by "+": "diagonal", "moments", "symmetric", "upper". With "symmetric", M = N and there
+are two directions: the second has the statistics of column j over the rows i of the transposed mask, {i: j in A_i},
+except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
+as if s_ji were s_ij and the mask symmetric too; one direction, no bias, and a ceiling is each row's own. Half the work.
 
 Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
 
     G_ij = g_0 e^(s_ij - lse_i) + g_2 + (1 + beta) g_-2 e^((1 + beta) s_ij - lse'_i) + beta g_-1 e^(beta s_ij - lse''_i)
-           + the same of the column's direction
+           + the same of the column's direction, which with "upper" are the statistics of row j
     t_i = sum_j G_ij column_scale_j key_j      d query_i = row_scale_i t_i    d row_scale_i = <query_i, t_i>
     u_j = sum_i G_ij row_scale_i query_i       d key_j = column_scale_j u_j   d column_scale_j = <key_j, u_j>
     d bias_j = sum_i G_ij
@@ -67,12 +69,16 @@ def contrastive_stats_reference(
     logits = similar if bias is None else similar + bias
     row, column = (torch.arange(n, device=query.device) for n in similar.shape)
     allowed = torch.ones_like(similar, dtype=torch.bool)
+    if "upper" in kind:
+        allowed = column > row[:, None]
     if "diagonal" in kind:
         allowed = column != row[:, None]
     if excluded is not None:
         allowed = allowed & (column != excluded[:, None])
     if row_ids is not None and column_ids is not None:
         allowed = allowed & (column_ids != row_ids[:, None])
+    if "upper" in kind:
+        allowed, similar, logits = allowed | allowed.T, *(x.triu(1) + x.triu(1).T for x in (similar, logits))
     forth = back = allowed
     if ceiling is not None:
         forth = allowed & ~(similar.detach() > ceiling[:, None])
