@@ -24,7 +24,6 @@ log-sum-exps of a tile lie too far apart for that, two. Then d r_i = <q_i, dq_i>
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -43,6 +42,7 @@ from .contrastive_table import TF32, Tile, best_tile, products_kind, walk_plan
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
+STRIPS, LOWEST = 16, 1024  # blocks of rows of a triangle, a fraction 1 / STRIPS of which lies below it; least rows
 GROUP = 8
 _EMPTY = float("-inf")
 
@@ -67,7 +67,9 @@ class _Call:
         self.columns: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in columns)
         if self.rows[2] is None or self.columns[2] is None:  # ids count only in pairs
             self.rows, self.columns = (*self.rows[:2], None, self.rows[3]), (*self.columns[:2], None)
-        self.diagonal, self.symmetric, self.moments = (word in kind for word in ("diagonal", "symmetric", "moments"))
+        self.upper, self.moments = "upper" in kind, "moments" in kind
+        self.symmetric, self.directions = self.upper or "symmetric" in kind, 1 + ("symmetric" in kind)
+        self.form = (2 if self.upper else int("diagonal" in kind), self.symmetric, self.moments)
         self.beta = hardness if hardness > 0 else None
         self.states = 2 + 2 * self.moments + 2 * (hardness > 0)
         self.sizes = (query.shape[0], key.shape[0], self.query.shape[1])
@@ -102,8 +104,8 @@ def contrastive_fwd(
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
         call = _Call(query, key, rows, columns, kind, hardness, False)
-        directions, count = 1 + call.symmetric, query.shape[0]
-        stats = row_scale.new_empty((directions, call.states, count))
+        count = query.shape[0]
+        stats = row_scale.new_empty((call.directions, call.states, count))
         # only the interpreter's tensors are on the CPU, where the op declares a stash
         stash = row_scale.new_zeros((count, key.shape[0]) if _keeps(query, key, workspace_mib) else 0)
         if count == 0 or key.shape[0] == 0:
@@ -115,21 +117,25 @@ def contrastive_fwd(
         groups, splits = plan
         slots = row_scale.new_empty((splits + groups * call.symmetric, call.states, count))
         _contrastive_fwd_kernel[(groups * splits,)](
-            call.operands(), call.rows, call.columns, slots, call.sizes, plan, call.beta,
-            call.diagonal, call.symmetric, call.moments, call.precision, tile.constants, **call.options,
+            call.operands(), call.rows, call.columns, slots, call.sizes, plan, call.beta, call.form, call.precision,
+            tile.constants, **call.options,
         )  # fmt: skip
-        _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), directions)](
-            slots, stats, count, plan, call.beta, call.moments, triton.next_power_of_2(max(splits, groups)),
-            MERGE_BLOCK, **STREAM_OPTIONS,
+        upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
+        _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
+            slots, stats, count, plan, call.beta, call.moments, upper, triton.next_power_of_2(most), MERGE_BLOCK,
+            **STREAM_OPTIONS,
         )  # fmt: skip
         return stats, stash
 
 
-def block_plan(rows: int, columns: int, elements: int, tile: Tile) -> tuple[int, int]:
+def block_plan(rows: int, columns: int, elements: int, tile: Tile, upper: bool = False) -> tuple[int, int]:
     """(rows, columns) of the blocks of G that `elements` hold, whole tiles of columns: square where not all fits.
 
-    Each block reads and writes the gradients' sums once, so that a square has the least of that per product.
+    Each block reads and writes the gradients' sums once, so that a square has the least of that per product. `upper`:
+    blocks begin at the diagonal, below which they have the more in vain the higher they are.
     """
+    if upper and rows > LOWEST:
+        rows = _even(rows, max(LOWEST, rows // STRIPS), max(tile.rows, tile.columns))
     padded = triton.cdiv(columns, tile.columns) * tile.columns
     if rows * padded <= elements:
         return rows, padded
@@ -165,7 +171,7 @@ def _half_range(grad: Tensor, call: _Call) -> Tensor:
     across = 1.0 if call.columns[0] is None else call.columns[0].abs().amax()
     bound = (pulls[0] * call.rows[0].abs()).amax() * across
     if call.symmetric:
-        bound = bound + pulls[1].amax() * largest * across
+        bound = bound + pulls[-1].amax() * largest * across
     power = torch.floor(14.0 - torch.log2(bound))
     return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
 
@@ -216,7 +222,7 @@ def contrastive_bwd(
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
         call = _Call(query, key, rows, columns, kind, hardness, True)
         elements = int(workspace_mib * 2**20) // query.element_size()
-        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile)
+        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
         factor = _half_range(grad, call) if query.dtype == torch.float16 and m else None
         needs = ((needs_query, needs_row_scale), (needs_key, needs_column_scale))
         q = _Side(call.query, width, call.rows[0], needs[0], min(high, m), wide >= n, factor)
@@ -236,17 +242,19 @@ def _gradients(
 ) -> None:
     """Fill the gradients block by block."""
     (m, n, _), (high, wide), tile = call.sizes, blocks, call.tile
+    starts = [(row, row // tile.columns * tile.columns if call.upper else 0) for row in range(0, m, high)]
     work = call.query.new_empty((high, wide)) if q.needed or k.needed else None
     sums = grad.new_empty((triton.cdiv(high, tile.rows), wide)) if bias_grad.numel() else None
     if work is None and sums is None:
         return
-    form, operands = (call.diagonal, call.symmetric, call.moments), call.operands()
-    for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
+    operands = call.operands()
+    for row, start, column in ((row, start, column) for row, start in starts for column in range(start, n, wide)):
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
         _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
             operands, call.rows, call.columns, (work, sums), (stats, grad, q.factor), call.sizes,
-            (row, column, end, *tiles, wide), call.beta, form, call.precision, tile.constants, GROUP, **call.options,
+            (row, column, end, *tiles, wide), call.beta, call.form, call.precision, tile.constants, GROUP,
+            **call.options,
         )  # fmt: skip
         if sums is not None:
             bias_grad[column:stop] += sums[: tiles[0], : stop - column].sum(0)
@@ -254,13 +262,13 @@ def _gradients(
             continue
         block = work[: end - row, : stop - column]
         if q.needed:
-            _add_product(q.part(row, end), block, call.key[column:stop, : q.sums.shape[1]], column == 0)
+            _add_product(q.part(row, end), block, call.key[column:stop, : q.sums.shape[1]], column == start)
             if stop == n:
                 q.finish(row, end)
         if k.needed:
             _add_product(k.part(column, stop), block.T, call.query[row:end, : k.sums.shape[1]], row == 0)
-            if end == m:
-                k.finish(column, stop)
+    if k.needed:
+        k.finish(0, n)
 
 
 def _aot_call(
@@ -322,6 +330,10 @@ def aot_cases() -> Iterator[AotCase]:
         (brain, False, square, clip, ("column_scale", "bias", "ids"), 0.0),
         (full, False, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
         (full, True, square, "diagonal+moments", ("column_scale", "ids", "ceiling"), 0.0),
+        (brain, False, square, "upper", ("excluded",), 0.0),
+        (full, False, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
+        (full, True, square, "upper", ("excluded",), 0.0),
+        (half, False, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
     ]
     for dtype, tf32, shape, kind, extras, hardness in calls:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)

@@ -42,17 +42,17 @@ def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr,
 
 
 @triton.jit
-def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.constexpr):
+def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
     """G_ij of both directions of log-sum-exps alone: from one exponential wherever that is exact."""
     own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
-    other, down = _log_sum(stats_ptr + STATES * stride, grad_ptr + STATES * stride, column, column < rows)
+    other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows)
     low = tl.min(other, 0)
     if tl.max(own, 0) - low > SPREAD_BACK:
         pull = _below(s, other[None, :]) * down[None, :]
         pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
     else:
-        across = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
-        pull = _below(s, own[:, None]) * (up[:, None] + across)
+        back = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
+        pull = _below(s, own[:, None]) * (up[:, None] + back)
     return pull
 
 
@@ -66,7 +66,7 @@ def _contrastive_bwd_kernel(
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
     beta,
-    FORM: tl.constexpr,  # diagonal, symmetric, moments
+    FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
@@ -83,15 +83,16 @@ def _contrastive_bwd_kernel(
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
     s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
     stride = tl.cast(sizes[0], tl.int64)
+    # from a row's statistics to those of a column, which are a row's where rows and columns are the same
+    across = (0 if FORM[0] == 2 else STATES) * stride
     if not FORM[1]:
         pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
     elif FORM[2] or beta is not None or rows[3] is not None:
         pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-        other = STATES * stride
         inside = column < sizes[1]
-        pull += _pull(back, stats[0] + other, stats[1] + other, column, stride, inside, beta, 0, FORM[2])
+        pull += _pull(back, stats[0] + across, stats[1] + across, column, stride, inside, beta, 0, FORM[2])
     else:
-        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], stride, STATES)
+        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], across)
     at = column_block * BN + tl.arange(0, BN)
     if results[1] is not None:
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
