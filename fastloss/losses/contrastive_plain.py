@@ -4,7 +4,7 @@
                                                                   else 1; no `scale`: 1
     p_i    = s_i,target_i, without `targets` the diagonal         the positive; the other columns are negatives
     n_i    = log sum_{j != target_i} e^s_ij
-    loss_i = softplus(n_i - p_i)                                  0 without negatives; n_i - p_i without `include_positive`
+    loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
              with `symmetric` (M = N, no targets): the mean of this and the same of column i
     out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
 
