@@ -53,6 +53,10 @@ struct ContrastiveKernels {
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
   void (*add)(const float* from, int64_t n, float* to);
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t back);
+  double (*pull)(const float* s, int64_t n, float factor, float most, const float* column_scale, float* to);
+  void (*pull_sum)(const float* s, int64_t n, const float* column_scale, float* to);
+  void (*rescale)(const float* from, int64_t n, float factor, float* to);
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
@@ -130,6 +134,11 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
   return to;
 }
 
+inline Tensor single(const Tensor& t) {
+  const Tensor wide = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+}
+
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
   Tensor query, key;               // float32, contiguous
@@ -143,8 +152,8 @@ struct Problem {
   using Given = std::optional<Tensor>;
 
   Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
-      : query(torch::stable::contiguous(torch::stable::to(q, ScalarType::Float))),
-        key(torch::stable::contiguous(torch::stable::to(k, ScalarType::Float))),
+      : query(single(q)),
+        key(single(k)),
         rows(q.size(0)),
         columns(k.size(0)),
         width(q.size(1)),
@@ -213,6 +222,8 @@ struct Problem {
     return upper ? std::clamp<int64_t>((begin + 1 - first) / 16 * 16, 0, n) : 0;
   }
   int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
+  // Statistics with a gradient, in the order of the pulls: the log-sum-exps, then the sum.
+  int64_t sums() const { return static_cast<int64_t>(factors.size()) + moments; }
   // The statistic that holds the log-sum-exp of factors[f].
   int64_t lse_of(size_t f) const { return f == 0 ? 0 : statistics() - 3 + static_cast<int64_t>(f); }
 };

@@ -19,7 +19,7 @@ def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
     scales = [torch.rand(rows, generator=random).to(dtype) * scale + 0.1 for _ in "rc"]
     leaves = [query.to(dtype), key.to(dtype), *scales]
     leaves = [t.requires_grad_() for t in leaves]
-    stats = op(*leaves, None, None, None, None, None, kind, 0.0, workspace_mib)
+    stats = op(*leaves, None, None, None, None, None, kind, 0.0, workspace_mib, False)
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(dtype)
     upstream[:, 1] = 0  # the maximum has no gradient
     return stats.detach(), *torch.autograd.grad(stats, leaves, upstream)

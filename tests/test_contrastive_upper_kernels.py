@@ -27,7 +27,7 @@ def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
     ids = torch.arange(rows) % max(rows // 3, 1) if option == "ids" else None
     ceiling = (scale * (draws[1] - 0.5)).to(dtype) if option == "ceiling" else None
     words, hardness = kind + "+moments" * (option == "moments"), 0.5 * (option == "hardness")
-    stats = op(x, x, factor.expand(rows), None, None, partner, ids, ids, ceiling, words, hardness, workspace_mib)
+    stats = op(x, x, factor.expand(rows), None, None, partner, ids, ids, ceiling, words, hardness, workspace_mib, False)
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(dtype)
     upstream[:, 1] = 0  # the maximum has no gradient, neither has the count
     if option == "moments":

@@ -99,8 +99,8 @@ class _Call:
 def contrastive_fwd(
     query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
     excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hardness: float, workspace_mib: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
         call = _Call(query, key, rows, columns, kind, hardness, False)
@@ -108,10 +108,11 @@ def contrastive_fwd(
         stats = row_scale.new_empty((call.directions, call.states, count))
         # only the interpreter's tensors are on the CPU, where the op declares a stash
         stash = row_scale.new_zeros((count, key.shape[0]) if _keeps(query, key, workspace_mib) else 0)
+        pulls = row_scale.new_empty(0, count, query.shape[1])  # softmax_statistics asks for none here
         if count == 0 or key.shape[0] == 0:
             stats.zero_()[:, :2] = _EMPTY
             stats[:, 2 + 2 * call.moments :] = _EMPTY
-            return stats, stash
+            return stats, stash, pulls
         tile = call.tile
         plan = walk_plan(triton.cdiv(count, tile.rows), triton.cdiv(key.shape[0], tile.columns), call.programs)
         groups, splits = plan
@@ -125,7 +126,7 @@ def contrastive_fwd(
             slots, stats, count, plan, call.beta, call.moments, upper, triton.next_power_of_2(most), MERGE_BLOCK,
             **STREAM_OPTIONS,
         )  # fmt: skip
-        return stats, stash
+        return stats, stash, pulls
 
 
 def block_plan(rows: int, columns: int, elements: int, tile: Tile, upper: bool = False) -> tuple[int, int]:
@@ -214,8 +215,8 @@ class _Side:
 def contrastive_bwd(
     grad: Tensor, query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
     excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float, stats: Tensor, stash: Tensor, needs_query: bool, needs_key: bool,
-    needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
+    hardness: float, workspace_mib: float, keep: bool, stats: Tensor, stash: Tensor, pulls: Tensor, needs_query: bool,
+    needs_key: bool, needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (m, width), n = query.shape, key.shape[0]
     with on_device(query):
@@ -287,11 +288,11 @@ def _aot_call(
     }
     given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
     workspace_mib = rows * columns / 2**18  # one block of gradients
-    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib)
+    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib, False)
     count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
     stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
     needs = (True, True, True, "column_scale" in extras, "bias" in extras)
-    return forward, (stats, *forward, stats, torch.empty(0, device=meta), *needs)
+    return forward, (stats, *forward, stats, *(torch.empty(0, device=meta) for _ in range(2)), *needs)
 
 
 def _with_tf32(launch: Callable[..., Any]) -> Callable[..., Any]:

@@ -33,7 +33,11 @@ Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j
 So cosine similarity needs no normalised copy: row_scale = scale / |query|, column_scale = 1 / |key|, 0 for zero
 vectors.
 query and key are float32, bfloat16 or float16 of any strides, the other float arguments float32, integers int64.
-`workspace_mib` bounds what the op holds beyond its results; `stash` is the logits kept for the backward, or empty.
+`workspace_mib` bounds what the op holds beyond its results. What is kept for the backward: with `keep`, which serves
+one direction whose columns (keys, their scales and biases) need no gradient, `pulls` [S - 2 or S - 3, M, D]: for each
+statistic with a gradient (the log-sum-exp, then with hardness those of (1 + beta) s and beta s, last the sum), its part
+of t divided by its upstream gradient and its factor: the backward multiplies no matrices, 2 U in all. Without `keep`,
+`stash`: the logits, where they are few.
 """
 
 from __future__ import annotations
@@ -60,6 +64,7 @@ def contrastive_stats_reference(
     kind: str,
     hardness: float,
     workspace_mib: float,
+    keep: bool,
 ) -> Tensor:
     """The statistics [directions, S, M] in dense differentiable torch."""
     dtype = result_dtype(query, key)
@@ -89,9 +94,9 @@ def contrastive_stats_reference(
     return torch.stack(sides)
 
 
-def _keeps(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
+def _keeps(query: Tensor, key: Tensor, workspace_mib: float, keep: bool = False) -> bool:
     """Whether the forward keeps its logits."""
-    if query.device.type not in ("cpu", "meta"):
+    if keep or query.device.type not in ("cpu", "meta"):
         return False
     return query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, STASH_MIB) * 1048576
 
@@ -109,11 +114,15 @@ def _contrastive_fwd(
     kind: str,
     hardness: float,
     workspace_mib: float,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = query.shape[0], key.shape[0]
-    count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
-    stats = row_scale.new_empty((2 if "symmetric" in kind else 1, count, rows))
-    return stats, row_scale.new_empty((rows, columns) if _keeps(query, key, workspace_mib) else (0,))
+    moments, hard = int("moments" in kind), int(hardness > 0)
+    return (
+        row_scale.new_empty((2 if "symmetric" in kind else 1, 2 + 2 * moments + 2 * hard, rows)),
+        row_scale.new_empty((rows, columns) if _keeps(query, key, workspace_mib, keep) else (0,)),
+        row_scale.new_empty(1 + moments + 2 * hard if keep else 0, rows, query.shape[1]),
+    )
 
 
 def _contrastive_bwd(  # as many parameters as the forward, the results and the flags are
@@ -130,8 +139,10 @@ def _contrastive_bwd(  # as many parameters as the forward, the results and the 
     kind: str,
     hardness: float,
     workspace_mib: float,
+    keep: bool,
     stats: Tensor,
     stash: Tensor,
+    pulls: Tensor,
     needs_query: bool,
     needs_key: bool,
     needs_row_scale: bool,
@@ -154,6 +165,30 @@ contrastive = Op(
     bwd=_contrastive_bwd,
     reference=contrastive_stats_reference,
     grads=("query", "key", "row_scale", "column_scale", "bias"),
-    outputs=("stats", "stash"),
+    outputs=("stats", "stash", "pulls"),
     triton="contrastive",
 )
+
+
+def softmax_statistics(
+    query: Tensor,
+    key: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    excluded: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    ceiling: Tensor | None,
+    kind: str,
+    hardness: float,
+    workspace_mib: float,
+) -> Tensor:
+    """The op, which keeps its pulls where only the rows need a gradient."""
+    frozen = torch.is_grad_enabled() and not any(t is not None and t.requires_grad for t in (key, column_scale, bias))
+    # no Triton kernel makes pulls yet
+    keep = frozen and "symmetric" not in kind and query.device.type == "cpu" and contrastive.kernels["cpp"]
+    return contrastive(
+        query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
+        float(workspace_mib), keep and (query.requires_grad or row_scale.requires_grad),
+    )  # fmt: skip

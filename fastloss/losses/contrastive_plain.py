@@ -1,0 +1,161 @@
+"""The op of the plain softmax losses: one call from embeddings to loss, CLIP's above all.
+
+    s_ij   = scale factor c(query_i) c(key_j) <query_i, key_j>    c(x) = 1 / |x| with `normalize` (0 for zero vectors),
+                                                                  else 1; no `scale`: 1
+    p_i    = s_i,target_i, without `targets` the diagonal         the positive; the other columns are negatives
+    n_i    = log sum_{j != target_i} e^s_ij
+    loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
+             with `symmetric` (M = N, no targets): the mean of this and the same of column i
+    out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
+
+softplus and n keep the digits of rows whose positive has almost all of the probability. With w_i = d out / d loss_i,
+a_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i; halved with `symmetric`), and b_j the same of column j:
+
+    G_ij = a_i e^(s_ij - n_i) + b_j e^(s_ij - n'_j) off the positives, -a_i - b_i on them
+    v_i  = scale factor c(query_i) sum_j G_ij c(key_j) key_j
+    d query_i = v_i - c(query_i)^2 <query_i, v_i> query_i         without `normalize`: v_i; keys alike
+    d scale   = sum_ij G_ij s_ij / scale
+
+U = 2 M N D FLOP. `needs` says what will be differentiated: bit 0 the queries, bit 1 the keys, bit 2 the scale. `saves`
+decides what the forward leaves for the backward:
+
+    nothing                `needs` is 0: 1 U
+    "rows"    one direction, keys without gradient: the gradient of each row's loss, 2 U and a backward without products
+    "grads"   one direction, reduced: the same and the keys' gradient, 3 U, if the workspace holds some rows of logits
+    "stash"   the products <query_i, key_j> [M, N], 3 U, up to STASH_MIB and the workspace
+    "again"   n and p alone: the backward makes the products again, 4 U
+
+query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
+Gradients that the forward makes are float32, so that a loss scale reaches them before they are rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import Op, reduce, result_dtype
+from .contrastive_reference import SoftmaxForm, embed, row_losses, statistics
+from .contrastive_softmax import STASH_MIB
+
+QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs`
+LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
+
+
+def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
+    """What the forward leaves for the backward, as above; csrc/contrastive_plain.cpp has the same."""
+    mib = 4 * columns / 1048576
+    if needs == 0:
+        return ""
+    if not symmetric and not needs & KEY:
+        return "rows"
+    if not symmetric and reduction != "none" and min(rows, LEAST_ROWS) * mib <= workspace_mib:
+        return "grads"
+    return "stash" if rows * mib <= min(workspace_mib, STASH_MIB) else "again"
+
+
+def contrastive_plain_reference(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor | None,
+    share: Tensor | None,
+    targets: Tensor | None,
+    factor: float,
+    include_positive: bool,
+    symmetric: bool,
+    normalize: bool,
+    reduction: str,
+    needs: int,
+    workspace_mib: float,
+) -> Tensor:
+    """The loss in dense differentiable torch."""
+    dtype = result_dtype(query, key)
+    logits = embed(query, dtype, normalize) @ embed(key, dtype, normalize).T * factor
+    if scale is not None:
+        logits = logits * scale.reshape(())
+    column = torch.arange(key.shape[0], device=query.device)
+    target = column[: query.shape[0]] if targets is None else targets
+    positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxForm(include_positive)
+    allowed = column != target[:, None]
+    loss = row_losses(positive, statistics(logits, allowed, False, 0.0), factor, form).loss
+    if symmetric:
+        loss = (loss + row_losses(positive, statistics(logits.T, allowed.T, False, 0.0), factor, form).loss) / 2
+    return reduce(loss if share is None else loss * share, reduction)
+
+
+def _contrastive_plain_fwd(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor | None,
+    share: Tensor | None,
+    targets: Tensor | None,
+    factor: float,
+    include_positive: bool,
+    symmetric: bool,
+    normalize: bool,
+    reduction: str,
+    needs: int,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, p and n [2 + symmetric, M], c of queries and keys [M + N], products, d loss_i / d query_i, d out / d key,
+    d loss_i / d scale."""
+    (rows, width), columns = query.shape, key.shape[0]
+    saved = saves(rows, columns, symmetric, reduction, needs, workspace_mib)
+    made, again, kept = saved in ("rows", "grads"), saved in ("stash", "again"), saved == "stash"
+    single = query.new_empty(0, dtype=torch.float32)
+    return (
+        single.new_empty(rows if reduction == "none" else ()),
+        single.new_empty(2 + symmetric if again else 0, rows),
+        single.new_empty(rows + columns if again and normalize else 0),
+        single.new_empty(rows if kept else 0, columns),
+        single.new_empty(rows if made and needs & QUERY else 0, width),
+        single.new_empty(columns if made and needs & KEY else 0, width),
+        single.new_empty(rows if made and needs & SCALE else 0),
+    )
+
+
+def _contrastive_plain_bwd(  # as many parameters as the forward, the results and the flags are
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor | None,
+    share: Tensor | None,
+    targets: Tensor | None,
+    factor: float,
+    include_positive: bool,
+    symmetric: bool,
+    normalize: bool,
+    reduction: str,
+    needs: int,
+    workspace_mib: float,
+    stats: Tensor,
+    lengths: Tensor,
+    stash: Tensor,
+    query_grad: Tensor,
+    key_grad: Tensor,
+    scale_grad: Tensor,
+    needs_query: bool,
+    needs_key: bool,
+    needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        query.new_empty(query.shape if needs_query else 0),
+        key.new_empty(key.shape if needs_key else 0),
+        grad.new_empty(0) if scale is None or not needs_scale else scale.new_empty(scale.shape),
+    )
+
+
+def _kernels_take(query: Tensor, *rest: object) -> bool:
+    return query.device.type == "cpu" and contrastive_plain.kernels["cpp"]
+
+
+contrastive_plain = Op(
+    "contrastive_plain",
+    fwd=_contrastive_plain_fwd,
+    bwd=_contrastive_plain_bwd,
+    reference=contrastive_plain_reference,
+    grads=("query", "key", "scale"),
+    outputs=("out", "stats", "lengths", "stash", "query_grad", "key_grad", "scale_grad"),
+    triton="contrastive_plain",
+    takes=_kernels_take,  # no Triton kernels yet: there :mod:`contrastive_forms` assembles the loss
+)
