@@ -32,13 +32,13 @@ _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
 
 
-def _interpreting() -> bool:
+def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load_extension() -> str | None:
     """Load the compiled CPU kernels; None when they are there, else the reason why not."""
-    if _interpreting():
+    if is_interpreting():
         return "not loaded while TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors instead"
     found = sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
     if not found:
@@ -53,7 +53,7 @@ def _load_extension() -> str | None:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (it comes with torch's CUDA build on Linux)"
-    if not (_interpreting() or torch.cuda.is_available()):
+    if not (is_interpreting() or torch.cuda.is_available()):
         return "no CUDA or ROCm device is visible to torch"
     return None
 
@@ -180,7 +180,7 @@ class Op:
         self.fwd = getattr(namespace, f"{name}_fwd").default
         self.bwd = getattr(namespace, f"{name}_bwd").default
         has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
-        self.kernels = {"cpp": has_cpp and not _interpreting(), "triton": triton is not None, "cuda": False}
+        self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
         setup, backward = self._setup, self._backward
 
         def forward(ctx: Any, *args: Any) -> Any:
@@ -205,7 +205,7 @@ class Op:
             kernels = importlib.import_module(f"{__package__}.kernels.{triton}")
             return getattr(kernels, name)(*args, **kwargs)
 
-        for key in ("CUDA", "CPU") if _interpreting() else ("CUDA",):
+        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
             _LIB.impl(name, launch, key)
 
     def backend(self, *args: Any) -> str:
@@ -214,7 +214,7 @@ class Op:
         if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type
-        fits = {"cpu": ("triton",) if _interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
+        fits = {"cpu": ("triton",) if is_interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
         forced = _backends.forced
         if forced == "reference":
             return forced

@@ -9,7 +9,7 @@ from fastloss.losses.contrastive_softmax import contrastive, contrastive_stats_r
 from tests.battery import INTERPRETING, Errors
 
 triton_only = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1; test_triton.py runs it so")
-KINDS = ("diagonal", "diagonal+symmetric")
+KINDS = ("diagonal", "diagonal+stash", "diagonal+symmetric", "diagonal+symmetric+stash", "upper+stash")
 
 
 def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
@@ -28,7 +28,7 @@ def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
 @triton_only
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [1.0, 12.0, 100.0])
-@pytest.mark.parametrize("workspace_mib", [0.002, 256.0])
+@pytest.mark.parametrize("workspace_mib", [0.002, 0.035, 256.0])  # of a stash 0.022 and blocks; with none, blocks too
 def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
     """From scale 12 on a tile is too wide for one exponential to serve rows and columns."""
     errors = Errors(torch.float32)

@@ -34,7 +34,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..losses.contrastive_softmax import _keeps
+from ..losses.contrastive_softmax import kept_exponentials
 from .common import STREAM_OPTIONS, AotCase, on_device
 from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
@@ -60,7 +60,7 @@ class _Call:
 
     def __init__(
         self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float,
-        backward: bool = False,
+        backward: bool = False, keeps: bool = False,
     ) -> None:  # fmt: skip
         self.query, self.key = _embeddings(query), _embeddings(key)
         self.rows: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in rows)
@@ -79,8 +79,10 @@ class _Call:
         hard = hardness > 0
         if hard or options > (0 if self.symmetric else 2):
             burden = 3 if hard and self.symmetric else 2
+        elif keeps and self.symmetric and query.dtype == torch.float32:
+            burden = 2
         else:
-            burden = int(options > 0 or backward)
+            burden = int(options > 0 or backward or (keeps and self.symmetric))
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.options = self.tile.options
 
@@ -103,11 +105,11 @@ def contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness, False)
+        elements, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = _Call(query, key, rows, columns, kind, hardness, False, elements > 0)
         count = query.shape[0]
         stats = row_scale.new_empty((call.directions, call.states, count))
-        # only the interpreter's tensors are on the CPU, where the op declares a stash
-        stash = row_scale.new_zeros((count, key.shape[0]) if _keeps(query, key, workspace_mib) else 0)
+        stash = query.new_empty(elements)
         pulls = row_scale.new_empty(0, count, query.shape[1])  # softmax_statistics asks for none here
         if count == 0 or key.shape[0] == 0:
             stats.zero_()[:, :2] = _EMPTY
@@ -116,10 +118,10 @@ def contrastive_fwd(
         tile = call.tile
         plan = walk_plan(triton.cdiv(count, tile.rows), triton.cdiv(key.shape[0], tile.columns), call.programs)
         groups, splits = plan
+        keep = kept(stash, count, pitch)
         slots = row_scale.new_empty((splits + groups * call.symmetric, call.states, count))
         _contrastive_fwd_kernel[(groups * splits,)](
-            call.operands(), call.rows, call.columns, slots, call.sizes, plan, call.beta, call.form, call.precision,
-            tile.constants, **call.options,
+            call.operands(), call.rows, call.columns, slots, keep, call.sizes, plan, call.beta, call.form, call.precision, tile.constants, **call.options,
         )  # fmt: skip
         upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
         _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
@@ -127,6 +129,13 @@ def contrastive_fwd(
             **STREAM_OPTIONS,
         )  # fmt: skip
         return stats, stash, pulls
+
+
+def kept(stash: Tensor, rows: int, pitch: int) -> tuple[Tensor, Tensor, int] | tuple[None, None, None]:
+    """The exponentials, their references and the pitch of `stash`, as the kernels take them."""
+    if not stash.numel():
+        return None, None, None
+    return stash[: rows * pitch], stash[rows * pitch :].view(torch.float32), pitch
 
 
 def block_plan(rows: int, columns: int, elements: int, tile: Tile, upper: bool = False) -> tuple[int, int]:
@@ -221,8 +230,9 @@ def contrastive_bwd(
     (m, width), n = query.shape, key.shape[0]
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness, True)
-        elements = int(workspace_mib * 2**20) // query.element_size()
+        _, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = _Call(query, key, rows, columns, kind, hardness, True, pitch > 0)
+        elements = int(workspace_mib * 2**20) // query.element_size() - stash.numel()
         high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
         factor = _half_range(grad, call) if query.dtype == torch.float16 and m else None
         needs = ((needs_query, needs_row_scale), (needs_key, needs_column_scale))
@@ -234,18 +244,19 @@ def contrastive_bwd(
             for each in out:
                 each.zero_()
             return out
-        _gradients(call, grad.contiguous(), stats, (high, wide), q, k, bias_grad)
+        given = (stats, grad.contiguous(), factor, *kept(stash, m, pitch))
+        _gradients(call, given, (high, wide), q, k, bias_grad)
     return out
 
 
 def _gradients(
-    call: _Call, grad: Tensor, stats: Tensor, blocks: tuple[int, int], q: _Side, k: _Side, bias_grad: Tensor
+    call: _Call, given: tuple, blocks: tuple[int, int], q: _Side, k: _Side, bias_grad: Tensor
 ) -> None:
-    """Fill the gradients block by block."""
+    """Fill the gradients block by block; `given` is what the kernel takes of the forward and from upstream."""
     (m, n, _), (high, wide), tile = call.sizes, blocks, call.tile
     starts = [(row, row // tile.columns * tile.columns if call.upper else 0) for row in range(0, m, high)]
     work = call.query.new_empty((high, wide)) if q.needed or k.needed else None
-    sums = grad.new_empty((triton.cdiv(high, tile.rows), wide)) if bias_grad.numel() else None
+    sums = bias_grad.new_empty((triton.cdiv(high, tile.rows), wide)) if bias_grad.numel() else None
     if work is None and sums is None:
         return
     operands = call.operands()
@@ -253,9 +264,8 @@ def _gradients(
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
         _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
-            operands, call.rows, call.columns, (work, sums), (stats, grad, q.factor), call.sizes,
-            (row, column, end, *tiles, wide), call.beta, call.form, call.precision, tile.constants, GROUP,
-            **call.options,
+            operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, wide),
+            call.beta, call.form, call.precision, tile.constants, GROUP, **call.options,
         )  # fmt: skip
         if sums is not None:
             bias_grad[column:stop] += sums[: tiles[0], : stop - column].sum(0)
@@ -287,12 +297,14 @@ def _aot_call(
         for name, size in whole.items()
     }
     given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
-    workspace_mib = rows * columns / 2**18  # one block of gradients
+    workspace_mib = rows * columns / 2**17  # one block of gradients, and a stash
     forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib, False)
     count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
     stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
     needs = (True, True, True, "column_scale" in extras, "bias" in extras)
-    return forward, (stats, *forward, stats, *(torch.empty(0, device=meta) for _ in range(2)), *needs)
+    elements, _ = kept_exponentials(query, key, vectors["ceiling"], kind, hardness, workspace_mib)
+    stash = torch.empty(elements, dtype=dtype, device=meta)
+    return forward, (stats, *forward, stats, stash, torch.empty(0, device=meta), *needs)
 
 
 def _with_tf32(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -331,6 +343,14 @@ def aot_cases() -> Iterator[AotCase]:
         (brain, False, square, clip, ("column_scale", "bias", "ids"), 0.0),
         (full, False, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
         (full, True, square, "diagonal+moments", ("column_scale", "ids", "ceiling"), 0.0),
+        (brain, False, square, clip + "+stash", scaled, 0.0),
+        (brain, False, small, clip + "+stash", scaled, 0.0),
+        (full, False, square, clip + "+stash", scaled, 0.0),
+        (full, True, (4099, 4099, 77), clip + "+stash", scaled, 0.0),
+        (half, False, square, "diagonal+stash", scaled, 0.0),
+        (brain, False, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, False, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
+        (brain, False, square, "upper+stash", ("excluded",), 0.0),
         (brain, False, square, "upper", ("excluded",), 0.0),
         (full, False, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
         (full, True, square, "upper", ("excluded",), 0.0),
@@ -343,5 +363,6 @@ def aot_cases() -> Iterator[AotCase]:
         matrix = dtype != full or tf32
         sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
         for name, launch, given, end in sides:
-            kernels = (f"_contrastive_{end}_kernel",) * matrix
+            rescales = end == "bwd" and "stash" in kind and not {"symmetric", "upper"} & set(kind.split("+"))
+            kernels = (f"_contrastive_{end}_kernel",) * (matrix and not rescales)
             yield AotCase(" ".join((name, *words)), _with_tf32(launch) if tf32 else launch, given, (), kernels)

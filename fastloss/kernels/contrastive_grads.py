@@ -57,12 +57,50 @@ def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
 
 
 @triton.jit
+def _pull_again(
+    operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """G_ij from logits that are made again."""
+    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
+    row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
+    stride = tl.cast(sizes[0], tl.int64)
+    if not FORM[1]:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+    elif FORM[2] or beta is not None or rows[3] is not None:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+        inside = column < sizes[1]
+        pull += _pull(back, stats[0] + across, stats[1] + across, column, stride, inside, beta, 0, FORM[2])
+    else:
+        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], across)
+    return pull
+
+
+@triton.jit
+def _pull_kept(reference, stats, row, column, sizes, across, FORM: tl.constexpr):
+    """G_ij from the exponentials that the forward has kept, those of row i below its reference in this tile."""
+    inside = (row < sizes[0])[:, None]
+    if FORM[0] == 2:
+        inside &= row[:, None] < column[None, :]
+    e = tl.load(stats[3] + row.to(tl.int64)[:, None] * stats[5] + column[None, :], mask=inside, other=0.0)
+    e = e.to(tl.float32)
+    own, up = _log_sum(stats[0], stats[1], row, row < sizes[0])
+    pull = (up * tl.exp2(reference - own))[:, None]
+    if FORM[1]:
+        other, down = _log_sum(stats[0] + across, stats[1] + across, column, column < sizes[1])
+        top = tl.max(reference, 0)
+        pull += tl.exp2(reference - top)[:, None] * (tl.exp2(top - other) * down)[None, :]
+    return tl.where(e == 0.0, 0.0, e * pull)  # the references of rows without exponentials mean nothing
+
+
+@triton.jit
 def _contrastive_bwd_kernel(
     operands,  # query (M, D), key (N, D): pointers or tensor descriptors
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
-    stats,  # stats, its upstream: (directions, states, M); factor of G (1,) or None
+    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None:
+    stats,  # e (M, pitch), its references (column blocks, M), the pitch
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
     beta,
@@ -81,18 +119,21 @@ def _contrastive_bwd_kernel(
     row_block, column_block = first + rest % height, rest // height
     row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
     stride = tl.cast(sizes[0], tl.int64)
     # from a row's statistics to those of a column, which are a row's where rows and columns are the same
     across = (0 if FORM[0] == 2 else STATES) * stride
-    if not FORM[1]:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-    elif FORM[2] or beta is not None or rows[3] is not None:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-        inside = column < sizes[1]
-        pull += _pull(back, stats[0] + across, stats[1] + across, column, stride, inside, beta, 0, FORM[2])
+    if stats[3] is None:
+        pull = _pull_again(
+            operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
+        )
     else:
-        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], across)
+        reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
+        if FORM[1] and tl.max(reference, 0) == float("inf"):
+            pull = _pull_again(
+                operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
+            )
+        else:
+            pull = _pull_kept(reference, stats, row, column, sizes, across, FORM)
     at = column_block * BN + tl.arange(0, BN)
     if results[1] is not None:
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))

@@ -111,6 +111,17 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
+def _keep(kept, e, reference, row0, column0, sizes):
+    """Store a tile's exponentials and their references, infinite where they do not serve the columns."""
+    row, column = row0 + tl.arange(0, e.shape[0]), column0 + tl.arange(0, e.shape[1])
+    inside = row < sizes[0]
+    to = kept[0] + row.to(tl.int64)[:, None] * kept[2] + column[None, :]
+    tl.store(to, e.to(kept[0].dtype.element_ty), mask=inside[:, None])
+    line = (column0 // e.shape[1]).to(tl.int64) * sizes[0]
+    tl.store(kept[1] + line + row, reference, mask=inside)
+
+
+@triton.jit
 def _first_above(row0, BN: tl.constexpr):
     """The first block of columns with some above the diagonal of the rows from row0 on."""
     return (row0 + 1) // BN
@@ -122,6 +133,7 @@ def _contrastive_fwd_kernel(
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
+    kept,  # e (M, pitch), its references (column blocks, M) and pitch, for the backward; all None: nothing
     sizes,  # M, N, D
     plan,  # groups, splits
     beta,
@@ -154,16 +166,21 @@ def _contrastive_fwd_kernel(
             e = _below(s, reference[:, None])
             seen = _tile_state(s, best, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
             state = _merge(state, seen, reference, beta, MOMENTS, HARD)
-            if SYMMETRIC and rows[3] is None and TILE[4]:
+            if not SYMMETRIC:
+                if kept[0] is not None:
+                    _keep(kept, e, reference, row0, column0, sizes)
+            if SYMMETRIC and rows[3] is None and (TILE[4] or kept[0] is not None):
                 top = tl.max(reference, 0)
-                wide = top - tl.min(column_best, 0) * LOG2E > SPREAD
+                least = tl.min(tl.where(column_best == float("-inf"), float("inf"), column_best), 0)
+                wide = top - least * LOG2E > SPREAD
+                if kept[0] is not None:
+                    _keep(kept, e, tl.where(wide, float("inf"), reference), row0, column0, sizes)
+                column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 if wide:  # make the logits once more rather than hold them beside e
                     s, back = tile_logits(
                         operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
                     )
                     column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
-                else:
-                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 reference = tl.where(wide, _reference(column_best), top)
             else:
                 reference = _reference(column_best)

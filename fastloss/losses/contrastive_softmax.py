@@ -16,9 +16,9 @@ needs all M x N logits, the statistics and their gradients, is here.
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
       hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
 
-`kind` is "", or its words joined by "+": "diagonal", "moments", "symmetric", "upper". With "symmetric", M = N and there
-are two directions: the second has the statistics of column j over the rows i of the transposed mask, {i: j in A_i},
-except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "stash" (see below). With "symmetric",
+M = N and there are two directions: the second has the statistics of column j over the rows i of the transposed mask,
+{i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
 With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
 as if s_ji were s_ij and the mask symmetric too; one direction, no bias, and a ceiling is each row's own. Half the work.
 
@@ -37,7 +37,8 @@ query and key are float32, bfloat16 or float16 of any strides, the other float a
 one direction whose columns (keys, their scales and biases) need no gradient, `pulls` [S - 2 or S - 3, M, D]: for each
 statistic with a gradient (the log-sum-exp, then with hardness those of (1 + beta) s and beta s, last the sum), its part
 of t divided by its upstream gradient and its factor: the backward multiplies no matrices, 2 U in all. Without `keep`,
-`stash`: the logits, where they are few.
+`stash`: of the C++ kernels the logits, where they are few; of the Triton kernels, with "stash" in `kind`, what
+`kept_exponentials` says: 3 U, else 4 U.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Op, result_dtype
+from ..core import Op, is_interpreting, result_dtype
 from .contrastive_reference import statistics
 
 STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
+KEPT_SHARE = 0.75  # of the workspace at most, for exponentials; the rest is for the gradients of a block of logits
+NARROWEST_TILE, WIDEST_TILE = 16, 128  # columns of the Triton kernels' tiles
 
 
 def contrastive_stats_reference(
@@ -94,11 +97,28 @@ def contrastive_stats_reference(
     return torch.stack(sides)
 
 
-def _keeps(query: Tensor, key: Tensor, workspace_mib: float, keep: bool = False) -> bool:
-    """Whether the forward keeps its logits."""
-    if keep or query.device.type not in ("cpu", "meta"):
-        return False
+def _keeps_logits(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
+    """Whether the C++ forward keeps its logits."""
     return query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, STASH_MIB) * 1048576
+
+
+def kept_exponentials(
+    query: Tensor, key: Tensor, ceiling: Tensor | None, kind: str, hardness: float, workspace_mib: float
+) -> tuple[int, int]:
+    """(elements, row pitch) of the exponentials of the logits that the Triton kernels keep; (0, 0): none.
+
+    In the embeddings' dtype, each row of a tile by a power of two of its own, which are kept behind them. float16 has
+    too few powers for one exponential to serve a row and a column; moments, hardness and ceilings of both directions
+    would need the logits.
+    """
+    rows, columns, size = query.shape[0], key.shape[0], query.element_size()
+    both = "symmetric" in kind or "upper" in kind
+    serves = "stash" in kind and "moments" not in kind and hardness == 0
+    if not serves or (both and (ceiling is not None or query.dtype == torch.float16)):
+        return 0, 0
+    pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
+    elements = rows * pitch + rows * pitch // NARROWEST_TILE * (4 // size)
+    return (elements, pitch) if elements * size <= KEPT_SHARE * workspace_mib * 1048576 else (0, 0)
 
 
 def _contrastive_fwd(
@@ -118,9 +138,14 @@ def _contrastive_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = query.shape[0], key.shape[0]
     moments, hard = int("moments" in kind), int(hardness > 0)
+    if query.is_cuda or is_interpreting():
+        stash = query.new_empty(kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)[0])
+    else:
+        logits = not keep and _keeps_logits(query, key, workspace_mib)
+        stash = row_scale.new_empty((rows, columns) if logits else 0)
     return (
         row_scale.new_empty((2 if "symmetric" in kind else 1, 2 + 2 * moments + 2 * hard, rows)),
-        row_scale.new_empty((rows, columns) if _keeps(query, key, workspace_mib, keep) else (0,)),
+        stash,
         row_scale.new_empty(1 + moments + 2 * hard if keep else 0, rows, query.shape[1]),
     )
 
@@ -185,10 +210,14 @@ def softmax_statistics(
     workspace_mib: float,
 ) -> Tensor:
     """The op, which keeps its pulls where only the rows need a gradient."""
-    frozen = torch.is_grad_enabled() and not any(t is not None and t.requires_grad for t in (key, column_scale, bias))
+    given = query, row_scale, key, column_scale, bias
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
+    frozen = any(needed[:2]) and not any(needed[2:])
     # no Triton kernel makes pulls yet
     keep = frozen and "symmetric" not in kind and query.device.type == "cpu" and contrastive.kernels["cpp"]
+    if any(needed) and not keep:
+        kind += "+stash"
     return contrastive(
         query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
-        float(workspace_mib), keep and (query.requires_grad or row_scale.requires_grad),
+        float(workspace_mib), keep,
     )  # fmt: skip
