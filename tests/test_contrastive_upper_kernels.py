@@ -18,7 +18,7 @@ OPTIONS = ["", "ids", "moments", "ceiling", "hardness"]
 
 
 def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
-    """Statistics of rows against themselves, each without its partner, and the gradients of the rows and their scale."""
+    """Statistics of rows against themselves, each without its partner, and gradients of rows and scale."""
     random = torch.Generator().manual_seed(rows)
     draws = torch.randn(rows, 20, generator=random).bfloat16(), torch.rand(rows, generator=random)
     x = torch.nn.functional.normalize(draws[0].float(), dim=1).to(dtype).requires_grad_()
@@ -51,8 +51,8 @@ def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
 
 def test_reference_of_upper_is_the_whole_square():
     for option in OPTIONS:
-        whole, half = (values(contrastive_stats_reference, torch.float64, 9, option, k, 1.0) for k in ("diagonal", "upper"))
-        for a, b in zip(whole, half, strict=True):
+        results = (values(contrastive_stats_reference, torch.float64, 9, option, k, 1.0) for k in ("diagonal", "upper"))
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

@@ -99,8 +99,9 @@ def _contrastive_bwd_kernel(
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
-    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None:
-    stats,  # e (M, pitch), its references (column blocks, M), the pitch
+    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None: e (M,
+    # pitch), its references (column blocks, M), the pitch; G of the positives (M,), which are no negatives, or None
+    stats,
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
     beta,
@@ -134,6 +135,12 @@ def _contrastive_bwd_kernel(
             )
         else:
             pull = _pull_kept(reference, stats, row, column, sizes, across, FORM)
+    if stats[6] is not None:
+        own = row
+        if rows[1] is not None:
+            own = tl.load(rows[1] + row, mask=row < sizes[0], other=-1)
+        positive = tl.load(stats[6] + row, mask=row < sizes[0], other=0.0)
+        pull = tl.where(own[:, None] == column[None, :], positive[:, None], pull)
     at = column_block * BN + tl.arange(0, BN)
     if results[1] is not None:
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
@@ -156,9 +163,10 @@ def _contrastive_finish_kernel(
     x_ptr,  # (rows, D), rows `pitch` apart: the embeddings it belongs to
     grad_ptr,  # (rows, D) contiguous: the gradient, or None
     scale_ptr,  # (rows,): scale of the embeddings, or None
-    dot_ptr,  # (rows,): its gradient, or None
+    dot_ptr,  # (rows,): its gradient, or None; without a scale <x, gradient>
     factor_ptr,  # (1,) or None
     sizes,  # rows, D, pitch
+    NORMALIZE: tl.constexpr,  # the gradient has no part along x, as that of x / |x|
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -169,14 +177,26 @@ def _contrastive_finish_kernel(
     factor = 1.0
     if factor_ptr is not None:
         factor = 1.0 / tl.load(factor_ptr)
-    for start in range(0, sizes[1], WIDTH):
-        inner = start + tl.arange(0, WIDTH)[None, :]
-        mask = inside[:, None] & (inner < sizes[1])
-        value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
-        if grad_ptr is not None:
+    square = tl.zeros((ROWS,), tl.float32)
+    if NORMALIZE or dot_ptr is not None:
+        for start in range(0, sizes[1], WIDTH):
+            inner = start + tl.arange(0, WIDTH)[None, :]
+            mask = inside[:, None] & (inner < sizes[1])
+            x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
+            dot += tl.sum(x * (tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor), 1)
+            square += tl.sum(x * x, 1)
+    if grad_ptr is not None:
+        along = tl.where(square > 0.0, dot / square, 0.0)
+        for start in range(0, sizes[1], WIDTH):
+            inner = start + tl.arange(0, WIDTH)[None, :]
+            mask = inside[:, None] & (inner < sizes[1])
+            value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
+            if NORMALIZE:
+                x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
+                value -= along[:, None] * x
             tl.store(grad_ptr + line * sizes[1] + inner, value.to(grad_ptr.dtype.element_ty), mask=mask)
-        if dot_ptr is not None:
-            dot += tl.sum(value * tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32), 1)
     if dot_ptr is not None:
-        scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
-        tl.store(dot_ptr + row, tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale)), mask=inside)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+            dot = tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale))
+        tl.store(dot_ptr + row, dot, mask=inside)

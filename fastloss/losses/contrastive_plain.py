@@ -34,9 +34,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Op, reduce, result_dtype
+from ..core import Op, is_interpreting, reduce, result_dtype
 from .contrastive_reference import SoftmaxForm, embed, row_losses, statistics
-from .contrastive_softmax import STASH_MIB
+from .contrastive_softmax import STASH_MIB, kept_exponentials
 
 QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs`
 LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
@@ -52,6 +52,18 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
     if not symmetric and reduction != "none" and min(rows, LEAST_ROWS) * mib <= workspace_mib:
         return "grads"
     return "stash" if rows * mib <= min(workspace_mib, STASH_MIB) else "again"
+
+
+def triton_saves(symmetric: bool, reduction: str, needs: int) -> str:
+    """The same of the Triton kernels, whose chunks of rows may be as low as the workspace is small.
+
+    They leave "grads" for "rows" too, which then are those of each share_i loss_i, and for "stash" and "again" alike
+    `stash` as in :mod:`contrastive_softmax`, empty where it does not fit; `lengths` are the row scales and c(key),
+    `stats` log-sum-exps and maxima of each direction, and p.
+    """
+    if needs == 0:
+        return ""
+    return "again" if symmetric or (needs & KEY and reduction == "none") else "grads"
 
 
 def contrastive_plain_reference(
@@ -100,6 +112,8 @@ def _contrastive_plain_fwd(
     """out, p and n [2 + symmetric, M], c of queries and keys [M + N], products, d loss_i / d query_i, d out / d key,
     d loss_i / d scale."""
     (rows, width), columns = query.shape, key.shape[0]
+    if query.is_cuda or is_interpreting():
+        return _made_by_triton(query, key, symmetric, normalize, reduction, needs, workspace_mib)
     saved = saves(rows, columns, symmetric, reduction, needs, workspace_mib)
     made, again, kept = saved in ("rows", "grads"), saved in ("stash", "again"), saved == "stash"
     single = query.new_empty(0, dtype=torch.float32)
@@ -111,6 +125,25 @@ def _contrastive_plain_fwd(
         single.new_empty(rows if made and needs & QUERY else 0, width),
         single.new_empty(columns if made and needs & KEY else 0, width),
         single.new_empty(rows if made and needs & SCALE else 0),
+    )
+
+
+def _made_by_triton(
+    query: Tensor, key: Tensor, symmetric: bool, normalize: bool, reduction: str, needs: int, workspace_mib: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (rows, width), columns = query.shape, key.shape[0]
+    saved = triton_saves(symmetric, reduction, needs)
+    again, grads = saved == "again", saved == "grads"
+    single = query.new_empty(0, dtype=torch.float32)
+    kind = "symmetric" * symmetric + "+stash" * again
+    return (
+        single.new_empty(rows if reduction == "none" else ()),
+        single.new_empty(2 * (1 + symmetric) + 1, rows if again else 0),
+        single.new_empty(rows + columns * normalize if again else 0),
+        query.new_empty(kept_exponentials(query, key, None, kind, 0.0, workspace_mib)[0]),
+        single.new_empty(rows if grads and needs & QUERY else 0, width),
+        single.new_empty(columns if grads and needs & KEY else 0, width),
+        single.new_empty(rows if grads and needs & SCALE else 0),
     )
 
 
@@ -145,10 +178,6 @@ def _contrastive_plain_bwd(  # as many parameters as the forward, the results an
     )
 
 
-def _kernels_take(query: Tensor, *rest: object) -> bool:
-    return query.device.type == "cpu" and contrastive_plain.kernels["cpp"]
-
-
 contrastive_plain = Op(
     "contrastive_plain",
     fwd=_contrastive_plain_fwd,
@@ -157,5 +186,4 @@ contrastive_plain = Op(
     grads=("query", "key", "scale"),
     outputs=("out", "stats", "lengths", "stash", "query_grad", "key_grad", "scale_grad"),
     triton="contrastive_plain",
-    takes=_kernels_take,  # no Triton kernels yet: there :mod:`contrastive_forms` assembles the loss
 )

@@ -16,7 +16,7 @@ needs all M x N logits, the statistics and their gradients, is here.
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
       hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
 
-`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "stash" (see below). With "symmetric",
+`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "stash" (below). With "symmetric",
 M = N and there are two directions: the second has the statistics of column j over the rows i of the transposed mask,
 {i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
 With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
@@ -116,9 +116,14 @@ def kept_exponentials(
     serves = "stash" in kind and "moments" not in kind and hardness == 0
     if not serves or (both and (ceiling is not None or query.dtype == torch.float16)):
         return 0, 0
-    pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
-    elements = rows * pitch + rows * pitch // NARROWEST_TILE * (4 // size)
+    elements, pitch = exponentials(rows, columns, size)
     return (elements, pitch) if elements * size <= KEPT_SHARE * workspace_mib * 1048576 else (0, 0)
+
+
+def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """(elements, row pitch) of as many exponentials and their references."""
+    pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
+    return rows * pitch + rows * pitch // NARROWEST_TILE * (4 // itemsize), pitch
 
 
 def _contrastive_fwd(
@@ -213,8 +218,11 @@ def softmax_statistics(
     given = query, row_scale, key, column_scale, bias
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
     frozen = any(needed[:2]) and not any(needed[2:])
-    # no Triton kernel makes pulls yet
-    keep = frozen and "symmetric" not in kind and query.device.type == "cpu" and contrastive.kernels["cpp"]
+    keep = frozen and "symmetric" not in kind and "upper" not in kind
+    if query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
+        keep &= "moments" not in kind and hardness == 0 and (excluded is None or "diagonal" not in kind)
+    else:
+        keep &= contrastive.kernels["cpp"]
     if any(needed) and not keep:
         kind += "+stash"
     return contrastive(
