@@ -5,8 +5,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 // oneDNN's product, two to three times as fast as the BLAS behind addmm on some CPUs; null in a torch built without it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
@@ -22,6 +24,8 @@ constexpr int64_t kMiB = 1 << 20;
 constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up in one go
 constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
 constexpr int64_t kWide = 2048;             // its columns at most: the more rows, the rarer the keys are packed
+constexpr int64_t kSmall = 1 << 21;         // multiplications of a product that the BLAS starts, and ends, sooner
+constexpr int64_t kSmallInPieces = 1 << 25;  // the same of one that oneDNN would make in pieces
 constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
 constexpr int64_t kUpper = 1024;            // rows and columns of a block at most where the triangle above the diagonal is all
 
@@ -73,16 +77,45 @@ void for_each(int64_t count, const Body& body) {
   });
 }
 
+// body(i) for i in 0 .. rows of `width` elements: over the threads where they have something to do.
+template <typename Body>
+void each_row(int64_t rows, int64_t width, const Body& body) {
+  const int64_t grain = std::max<int64_t>(1, kBlock / std::max<int64_t>(width, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) body(i);
+  });
+}
+
 // body(first, count) for the pieces of `size` of 0 .. total
 template <typename Body>
 void for_pieces(int64_t total, int64_t size, const Body& body) {
   for (int64_t i = 0; i < total; i += size) body(i, std::min(size, total - i));
 }
 
-inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) {
-  return begin == 0 && count == t.size(dim) ? t : narrow(t, dim, begin, count);
+// Views of a matrix, past the dispatcher: a small loss makes dozens.
+inline Tensor view_of(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset) {
+  AtenTensorHandle to = nullptr;
+  // the offset is added to that of t
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &to));
+  return Tensor(to);
 }
-inline Tensor flipped(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) {
+  if (begin == 0 && count == t.size(dim)) return t;
+  std::array<int64_t, 2> sizes{t.size(0), t.size(1)};
+  sizes[dim] = count;
+  return view_of(t, sizes, {t.stride(0), t.stride(1)}, begin * t.stride(dim));
+}
+inline Tensor flipped(const Tensor& t) {
+  return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0);
+}
+// Float32, dense, on the CPU.
+inline Tensor floats(std::array<int64_t, 2> sizes) {
+  const std::array<int64_t, 2> strides{std::max<int64_t>(sizes[1], 1), 1};
+  AtenTensorHandle to = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
 
 // to += from, both dense and of one shape
 inline void add(const Tensor& from, const Tensor& to) {
@@ -99,9 +132,22 @@ inline Tensor dense(const Tensor& t) {
   return rows || columns ? t : torch::stable::contiguous(t);
 }
 
+inline bool is_small(int64_t m, int64_t n, int64_t terms) {
+  return m * n * terms <= (terms > kTerms ? kSmallInPieces : kSmall);
+}
+
+// a b^T by the BLAS, added to `total` if given.
+inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tensor> total) {
+  const double kept = total.has_value() ? 1 : 0;
+  if (!total.has_value()) total = floats({a.size(0), b.size(0)});
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total->get(), total->get(), a.get(), flipped(b).get(), kept, 1.0));
+  return *total;
+}
+
 // a b^T of [m, K] and [n, K], added to `total` [m, n] if given. oneDNN adds up all K terms one after another; in pieces
 // of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  if (is_small(a.size(0), b.size(0), a.size(1))) return blas_product(a, b, total);
   for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
     const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
     AtenTensorHandle out = nullptr;
@@ -114,10 +160,7 @@ inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> to
         total = part;
       return;
     }
-    const double kept = total.has_value() ? 1 : 0;
-    if (!total.has_value()) total = torch::stable::new_empty(a, {a.size(0), b.size(0)});
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(total->get(), total->get(), x.get(), flipped(w).get(), kept, 1.0));
+    total = blas_product(x, w, total);
   });
   return *total;
 }
@@ -202,6 +245,7 @@ struct Problem {
 
   // The products of rows begin .. and columns first ..
   Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
+    if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
     if (key_pieces.empty())
       for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { key_pieces.push_back(dense(slice(key, 1, k, terms))); });
     std::optional<Tensor> total;

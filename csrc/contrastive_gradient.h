@@ -60,13 +60,6 @@ class Gradient {
 
   bool needs_column_scale = false, needs_bias = false;
 
-  // What a forward that makes gradients learns row by row.
-  void set(int64_t i, float grad, float lse, float positive) {
-    rows_.grad[0][i] = grad;
-    rows_.lse[0][i] = lse;
-    positives_[i] = positive;
-  }
-
   // H of rows begin .. and columns first .. from their products `raw`; `to` is where they stand in a block, `back` (or
   // null) where in its transpose. `to` may be where raw is.
   void chunk(const Tensor& raw, int64_t begin, int64_t first, float* to, int64_t stride, float* back,
@@ -188,8 +181,8 @@ void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double 
                     bool needs_key, const Rows& rows, const Columns& columns) {
   const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / (needs_key ? 4 : 2)), kWidest);
   const auto [high, wide] = rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
-  const Tensor block = torch::stable::new_empty(p.query, {height, width});
-  const Tensor back = torch::stable::new_empty(p.query, {needs_key ? width : 0, height});
+  const Tensor block = floats({height, width});
+  const Tensor back = floats({needs_key ? width : 0, height});
   std::vector<std::optional<Tensor>> of_columns(blocks_of(p.columns, width));  // of the rows so far
   for (int64_t begin = 0; begin < p.rows; begin += height) {
     std::optional<Tensor> of_rows;  // of the columns so far

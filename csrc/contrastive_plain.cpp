@@ -39,8 +39,8 @@ enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
 Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, double workspace_mib) {
   if (needs == 0) return Saves::kNothing;
   if (!p.symmetric && !(needs & kKey)) return Saves::kRows;
-  const double least = static_cast<double>(std::min(p.rows, kLeastRows) * p.columns * 4);
-  if (!p.symmetric && reduction != "none" && least <= workspace_mib * kMiB) return Saves::kGrads;
+  const int64_t least = p.symmetric ? p.rows : std::min(p.rows, kLeastRows);
+  if (reduction != "none" && fits_stash(least, p.columns, workspace_mib / 2)) return Saves::kGrads;
   return fits_stash(p.rows, p.columns, workspace_mib) ? Saves::kStash : Saves::kAgain;
 }
 
@@ -98,24 +98,17 @@ struct Plain {
       return length <= kTiny ? 0.0f : static_cast<float>(1 / length);
     };
     if (normalize)
-      each_row(p.columns, [&](int64_t j) {
+      each_row(p.columns, p.width, [&](int64_t j) {
         const float* key = input<float>(p.key) + j * p.width;
         key_c[j] = inverse(kernels.products(key, key, p.width).own);
       });
-    each_row(p.rows, [&](int64_t i) {
+    each_row(p.rows, p.width, [&](int64_t i) {
       const PlainProducts got =
           kernels.products(input<float>(p.query) + i * p.width, input<float>(p.key) + target[i] * p.width, p.width);
       if (normalize) c[i] = inverse(got.own);
       positive[i] = static_cast<float>(got.both * c[i] * key_c[target[i]] * (scale * factor));
     });
     set_scales();
-  }
-
-  template <typename Body>
-  static void each_row(int64_t rows, const Body& body) {
-    for_each(blocks_of(rows, kRows), [&](int64_t block) {
-      for (int64_t i = block * kRows; i < std::min((block + 1) * kRows, rows); ++i) body(i);
-    });
   }
 
   static double loss(bool include_positive, double n, double positive) {
@@ -137,7 +130,7 @@ struct Plain {
   template <typename T>
   void put(const Tensor& x, const std::vector<float>& lengths, int64_t begin, const Tensor& v, T* to) const {
     const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
-    each_row(v.size(0), [&](int64_t r) {
+    each_row(v.size(0), p.width, [&](int64_t r) {
       const float *from = input<float>(v) + r * v.stride(0), *row = input<float>(x) + (begin + r) * p.width;
       const bool turned = normalize && lengths[begin + r] != 0;
       const double square = static_cast<double>(lengths[begin + r]) * lengths[begin + r];
@@ -157,7 +150,19 @@ struct Plain {
   }
 };
 
-Tensor floats(const Tensor& like, std::vector<int64_t> shape) { return new_empty(like, shape, ScalarType::Float); }
+Tensor vector(int64_t size) {
+  AtenTensorHandle to = nullptr;
+  const int64_t stride = 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
+Tensor scalar() {
+  AtenTensorHandle to = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
 
 struct Made {
   Tensor query, key, scale;
@@ -168,7 +173,7 @@ void rows_pass(const Plain& call, const std::vector<float>& stats, Tensor& pulls
   const Problem& p = call.p;
   const auto kernels = FASTLOSS_PICK(plain_kernels<float>());
   float* to = output<float>(pulls);
-  Plain::each_row(p.rows, [&](int64_t i) {
+  each_row(p.rows, p.width, [&](int64_t i) {
     float* t = to + i * p.width;
     const int64_t j = call.target[i];
     const float* row = input<float>(p.query) + i * p.width;
@@ -179,10 +184,25 @@ void rows_pass(const Plain& call, const std::vector<float>& stats, Tensor& pulls
     const double share = slope * p.row_scale[i], less = call.normalize ? share * along * call.c[i] * call.c[i] : 0;
     kernels.combine(t, static_cast<float>(share), row, static_cast<float>(-less), p.width, t);
   });
-  if (made.query.numel() > 0) made.query = torch::stable::view(pulls, {p.rows, p.width});
+  if (made.query.numel() > 0) made.query = pulls;
 }
 
-// "grads": loss and gradients of all columns of a chunk of rows at a time.
+// The gradients of the log-sum-exps of row i (and column i) for a weight w of loss_i; returns that of the positive.
+float set_slopes(const Plain& call, int64_t i, double w, double forth, double back, Upstream& rows, Upstream& columns) {
+  float total = 0;
+  const auto set = [&](Upstream& to, double n) {
+    if (n == -std::numeric_limits<double>::infinity()) return;
+    to.grad[0][i] = static_cast<float>(w * call.slope(n, call.positive[i]));
+    to.lse[0][i] = static_cast<float>(n);
+    total -= to.grad[0][i];
+  };
+  if (call.p.symmetric) w /= 2;
+  set(rows, forth);
+  if (call.p.symmetric) set(columns, back);
+  return total;
+}
+
+// "grads": loss and gradients of all columns of a chunk of rows at a time; with two directions the chunk is the whole.
 void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
   Problem& p = call.p;
   if (p.empty()) {
@@ -190,35 +210,37 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
     return;
   }
   Statistics forward(p, stats);
-  Gradient gradient(p, Upstream(p.rows), Upstream(), std::vector<float>(p.rows, 0.0f));
   const double row_mib = static_cast<double>(p.columns * 4) / kMiB;
   const int64_t fit = static_cast<int64_t>(std::min(kChunk, workspace_mib / 2) / row_mib);
-  const int64_t height = std::min({p.rows, kMostRows, fit > kRows ? fit / kRows * kRows : std::max<int64_t>(fit, 1)});
+  const int64_t some = std::min({p.rows, kMostRows, fit > kRows ? fit / kRows * kRows : std::max<int64_t>(fit, 1)});
+  const int64_t height = p.symmetric ? p.rows : some;
   const bool of_keys = made.key.numel() > 0;
-  const Tensor back = floats(p.query, {of_keys ? p.columns : 0, height});
+  const Tensor back = floats({of_keys ? p.columns : 0, height});
   std::optional<Tensor> below;
   for_pieces(p.rows, height, [&](int64_t begin, int64_t m) {
     const Tensor raw = p.raw(begin, m, 0, p.columns);
     forward.start(begin, m);
     forward.chunk(raw, 0, p.columns);
     forward.finish_rows();
-    for (int64_t i = begin; i < begin + m; ++i) {
-      const float n = stats[i], a = static_cast<float>(call.share[i] * call.slope(n, call.positive[i]));
-      gradient.set(i, std::isinf(n) && n < 0 ? 0.0f : a, std::isinf(n) && n < 0 ? 0.0f : n, -a);
-    }
+    forward.finish_columns();
+    Upstream rows(p.rows), columns(p.symmetric ? p.rows : 0);
+    std::vector<float> positives(p.rows);
+    for (int64_t i = begin; i < begin + m; ++i)
+      positives[i] = set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
+    Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
     gradient.chunk(raw, begin, 0, output<float>(raw), raw.stride(0), of_keys ? output<float>(back) : nullptr, height);
     if (made.query.numel() > 0) call.put(p.query, call.c, begin, product(raw, flipped(p.key)), made.query);
     if (of_keys) below = product(slice(back, 1, 0, m), flipped(slice(p.query, 0, begin, m)), below);
+    for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)
+      output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
   });
   if (of_keys) call.put(p.key, call.key_c, 0, *below, made.key);
-  for (int64_t i = 0; i < (made.scale.numel() > 0 ? p.rows : 0); ++i)
-    output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
 }
 
 // Losses [rows], or reduced.
-Tensor losses(const Plain& call, const Tensor& like, const std::string& reduction) {
+Tensor losses(const Plain& call, const std::string& reduction) {
   const bool each = reduction == "none";
-  Tensor out = each ? floats(like, {call.p.rows}) : floats(like, {});
+  Tensor out = each ? vector(call.p.rows) : scalar();
   double total = 0;
   for (int64_t i = 0; i < call.p.rows; ++i) {
     const double loss = call.share[i] * call.loss_of(i);
@@ -239,13 +261,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   const Saves saves = saves_of(p, reduction, needs, workspace_mib);
   const bool made = saves == Saves::kRows || saves == Saves::kGrads;
   const bool again = saves == Saves::kStash || saves == Saves::kAgain;
-  Made grads{floats(query, {made && needs & kQuery ? p.rows : 0, p.width}),
-             floats(query, {made && needs & kKey ? p.columns : 0, p.width}),
-             floats(query, {made && needs & kScale ? p.rows : 0})};
+  Made grads{floats({made && needs & kQuery ? p.rows : 0, p.width}),
+             floats({made && needs & kKey ? p.columns : 0, p.width}),
+             vector(made && needs & kScale ? p.rows : 0)};
   std::vector<float> stats(p.directions() * 2 * p.rows);
-  Tensor stash = floats(query, {saves == Saves::kStash ? p.rows : 0, p.columns});
+  Tensor stash = floats({saves == Saves::kStash ? p.rows : 0, p.columns});
   if (saves == Saves::kRows) {
-    Tensor pulls = floats(query, {1, p.rows, p.width});
+    Tensor pulls = floats({p.rows, p.width});
     make_pulls(p, workspace_mib, stats.data(), pulls);
     rows_pass(call, stats, pulls, grads);
   } else if (saves == Saves::kGrads) {
@@ -256,15 +278,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   }
   std::copy_n(stats.begin(), p.rows, call.lse.begin());
   if (symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());
-  Tensor state = floats(query, {again ? 2 + symmetric : 0, p.rows});
-  Tensor lengths = floats(query, {again && normalize ? p.rows + p.columns : 0});
+  Tensor state = floats({again ? 2 + symmetric : 0, p.rows});
+  Tensor lengths = vector(again && normalize ? p.rows + p.columns : 0);
   if (again) {
     float* to = std::copy_n(call.positive.begin(), p.rows, output<float>(state));
     std::copy(call.back.begin(), call.back.end(), std::copy_n(call.lse.begin(), p.rows, to));
   }
   if (lengths.numel() > 0)
     std::copy_n(call.key_c.begin(), p.columns, std::copy_n(call.c.begin(), p.rows, output<float>(lengths)));
-  return {losses(call, query, reduction), state, lengths, stash, grads.query, grads.key, grads.scale};
+  return {losses(call, reduction), state, lengths, stash, grads.query, grads.key, grads.scale};
 }
 
 // factor_i from_i in the dtype of `like`
@@ -274,7 +296,7 @@ Tensor scaled(const Tensor& from, const std::vector<float>& factors, const Tenso
   for_dtype(like.scalar_type(), "contrastive_plain", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
-    Plain::each_row(from.size(0), [&](int64_t i) {
+    each_row(from.size(0), width, [&](int64_t i) {
       const float* row = input<float>(from) + i * width;
       kernels.combine(row, factors[i], nullptr, 0.0f, width, output<T>(to) + i * width);
     });
@@ -288,21 +310,11 @@ Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upst
   Problem& p = call.p;
   Upstream forth(p.rows), back(p.symmetric ? p.rows : 0);
   std::vector<float> positives(p.rows, 0.0f);
-  const double part = p.symmetric ? 0.5 : 1;
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const double w = part * upstream[i];
-    const auto set = [&](Upstream& to, float n) {
-      if (n == -std::numeric_limits<float>::infinity()) return;
-      to.grad[0][i] = static_cast<float>(w * call.slope(n, call.positive[i]));
-      to.lse[0][i] = n;
-      positives[i] -= to.grad[0][i];
-    };
-    set(forth, call.lse[i]);
-    if (p.symmetric) set(back, call.back[i]);
-  }
+  for (int64_t i = 0; i < p.rows; ++i)
+    positives[i] = set_slopes(call, i, upstream[i], call.lse[i], p.symmetric ? call.back[i] : 0, forth, back);
   Gradient gradient(p, std::move(forth), std::move(back), std::move(positives));
   Made made{new_empty(query, {needs_query ? p.rows : 0, p.width}), new_empty(key, {needs_key ? p.columns : 0, p.width}),
-            floats(query, {p.rows})};
+            vector(p.rows)};
   if (p.empty())
     torch::stable::zero_(made.key);
   else
@@ -348,7 +360,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
   }
   if (!needs_query) made.query = new_empty(query, {0});
   if (!needs_key) made.key = new_empty(key, {0});
-  if (!needs_scale || !scale.has_value()) return {made.query, made.key, floats(query, {0})};
+  if (!needs_scale || !scale.has_value()) return {made.query, made.key, vector(0)};
   double total = 0;
   for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(made.scale)[i];
   Tensor of_scale = empty_like(*scale, ScalarType::Float);

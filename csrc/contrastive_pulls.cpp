@@ -38,8 +38,7 @@ class Pulls {
   void block(int64_t begin, int64_t m, int64_t first, int64_t n, Tensor& pulls) {
     const Tensor raw = p_.raw(begin, m, first, n), keys = flipped(slice(p_.key, 0, first, n));
     std::vector<Tensor> weights{raw};  // of one kind of sum they take the place of the products
-    while (weights.size() < static_cast<size_t>(p_.sums()))
-      weights.push_back(torch::stable::new_empty(p_.query, {m, n}));
+    while (weights.size() < static_cast<size_t>(p_.sums())) weights.push_back(floats({m, n}));
     for_each(blocks_of(m, kGroup), [&](int64_t g) {
       std::vector<float> s((n + 15) / 16 * 16);
       for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) line(begin, r, first, n, weights, s.data());

@@ -52,8 +52,8 @@ class Statistics {
     const int64_t groups = blocks_of(count_, kRows), across = blocks_of(n, kColumns);
     ColumnParts columns(p_, groups, n);
     torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> scratch(kRows * kColumns);
-      for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch);
+      const auto scratch = std::make_unique_for_overwrite<float[]>(std::min(kRows, count_) * kColumns);
+      for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
     });
     if (!p_.symmetric) return;
     for_each(across, [&](int64_t b) { merge_columns(columns, groups, first, b * kColumns, n); });
@@ -76,11 +76,16 @@ class Statistics {
 
  private:
   void tile(const Tensor& raw, int64_t group, int64_t first, int64_t at, int64_t n, ColumnParts& columns,
+<<<<<<< HEAD
             std::vector<float>& scratch) {
     const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), whole = std::min(kColumns, n - at);
     const int64_t idle = p_.idle(begin_ + row, first + at, whole), width = whole - idle;
     if (width == 0) return;
     at += idle;
+=======
+            float* scratch) {
+    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), width = std::min(kColumns, n - at);
+>>>>>>> h-a1
     const float* from = input<float>(raw) + row * raw.stride(0) + at;
     const auto read = [&](bool back) {
       for (int64_t r = 0; r < rows; ++r)

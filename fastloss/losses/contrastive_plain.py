@@ -19,10 +19,11 @@ a_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i; halved with `symm
 U = 2 M N D FLOP. `needs` says what will be differentiated: bit 0 the queries, bit 1 the keys, bit 2 the scale. `saves`
 decides what the forward leaves for the backward:
 
-    nothing                `needs` is 0: 1 U
+    nothing   `needs` is 0: 1 U
     "rows"    one direction, keys without gradient: the gradient of each row's loss, 2 U and a backward without products
-    "grads"   one direction, reduced: the same and the keys' gradient, 3 U, if the workspace holds some rows of logits
-    "stash"   the products <query_i, key_j> [M, N], 3 U, up to STASH_MIB and the workspace
+    "grads"   reduced: the gradients of queries and keys, 3 U, where all logits (of one direction: LEAST_ROWS rows of
+              them), twice, are in STASH_MIB each and in the workspace
+    "stash"   not reduced: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
     "again"   n and p alone: the backward makes the products again, 4 U
 
 query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
@@ -44,12 +45,13 @@ LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
 
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
     """What the forward leaves for the backward, as above; csrc/contrastive_plain.cpp has the same."""
-    mib = 4 * columns / 1048576
     if needs == 0:
         return ""
     if not symmetric and not needs & KEY:
         return "rows"
-    if not symmetric and reduction != "none" and min(rows, LEAST_ROWS) * mib <= workspace_mib:
+    mib = 4 * columns / 1048576
+    least = rows if symmetric else min(rows, LEAST_ROWS)
+    if reduction != "none" and least * mib <= min(workspace_mib / 2, STASH_MIB):
         return "grads"
     return "stash" if rows * mib <= min(workspace_mib, STASH_MIB) else "again"
 
@@ -109,8 +111,8 @@ def _contrastive_plain_fwd(
     needs: int,
     workspace_mib: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, p and n [2 + symmetric, M], c of queries and keys [M + N], products, d loss_i / d query_i, d out / d key,
-    d loss_i / d scale."""
+    """out; p and n [2 + symmetric, M]; c of queries and keys [M + N]; products; gradients of query, key, and of scale by
+    rows, those of out ("grads") or of each loss_i ("rows")."""
     (rows, width), columns = query.shape, key.shape[0]
     if query.is_cuda or is_interpreting():
         return _made_by_triton(query, key, symmetric, normalize, reduction, needs, workspace_mib)
