@@ -76,16 +76,11 @@ class Statistics {
 
  private:
   void tile(const Tensor& raw, int64_t group, int64_t first, int64_t at, int64_t n, ColumnParts& columns,
-<<<<<<< HEAD
-            std::vector<float>& scratch) {
+            float* scratch) {
     const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), whole = std::min(kColumns, n - at);
     const int64_t idle = p_.idle(begin_ + row, first + at, whole), width = whole - idle;
     if (width == 0) return;
     at += idle;
-=======
-            float* scratch) {
-    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), width = std::min(kColumns, n - at);
->>>>>>> h-a1
     const float* from = input<float>(raw) + row * raw.stride(0) + at;
     const auto read = [&](bool back) {
       for (int64_t r = 0; r < rows; ++r)
