@@ -30,7 +30,8 @@ using torch::stable::new_empty;
 using Given = std::optional<Tensor>;
 
 constexpr int64_t kQuery = 1, kKey = 2, kScale = 4;  // bits of `needs`
-constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each
+constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each; where there
+constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
 constexpr int64_t kLeastRows = 64;  // of a chunk whose gradients the forward makes, at most
 constexpr double kChunk = 16;  // MiB of its logits at most; and of their gradient, and of its transpose
 constexpr double kTiny = 1e-12;                       // as TINY_NORM in contrastive_reference.py
@@ -233,7 +234,8 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
     const Panels h(block, m, p.columns), back(turned, p.columns, m);
     gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);
     // Two small products start sooner side by side than each on all threads.
-    const bool apart = p.rows * p.columns * p.width > kBeside;
+    const int64_t multiplications = p.rows * p.columns * p.width;
+    const bool apart = multiplications > (torch::stable::get_num_threads() == 2 ? kBesideOfTwo : kBeside);
     for_each(
         2,
         [&](int64_t side) {
