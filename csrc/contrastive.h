@@ -69,10 +69,10 @@ using torch::stable::narrow;
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// body(i) for i in 0 .. count, over torch's threads.
+// body(i) for i in 0 .. count, over torch's threads, `grain` of them at least to each.
 template <typename Body>
-void for_each(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+void for_each(int64_t count, const Body& body, int64_t grain = 1) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) body(i);
   });
 }
@@ -80,10 +80,12 @@ void for_each(int64_t count, const Body& body) {
 // body(i) for i in 0 .. rows of `width` elements: over the threads where they have something to do.
 template <typename Body>
 void each_row(int64_t rows, int64_t width, const Body& body) {
-  const int64_t grain = std::max<int64_t>(1, kBlock / std::max<int64_t>(width, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i);
-  });
+  for_each(rows, body, std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(width, 1)));
+}
+
+// Tiles of a chunk that are worth a thread.
+inline int64_t tiles_grain(int64_t rows, int64_t columns) {
+  return std::max<int64_t>(1, kBlock / std::max<int64_t>(std::min(rows, kRows) * std::min(columns, kColumns), 1));
 }
 
 // body(first, count) for the pieces of `size` of 0 .. total
@@ -165,6 +167,34 @@ inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> to
   return *total;
 }
 
+// A matrix [rows, columns] in dense panels of kTerms columns, one below the other: what product() wants on its left.
+struct Panels {
+  Tensor memory;
+  int64_t rows, columns;
+
+  // in memory that is given, of rows * columns elements at least
+  Panels(const Tensor& given, int64_t m, int64_t n) : memory(given), rows(m), columns(n), data_(output<float>(given)) {}
+
+  int64_t width(int64_t column) const { return std::min(kTerms, columns - column / kTerms * kTerms); }
+  float* at(int64_t row, int64_t column) const {
+    return data_ + column / kTerms * kTerms * rows + row * width(column) + column % kTerms;
+  }
+  Tensor panel(int64_t column) const {
+    const int64_t n = width(column);
+    return view_of(memory, {rows, n}, {n, 1}, column / kTerms * kTerms * rows);
+  }
+
+ private:
+  float* data_;
+};
+
+// panels b^T, added to `total` if given
+inline Tensor product(const Panels& panels, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  for_pieces(panels.columns, kTerms,
+             [&](int64_t k, int64_t n) { total = product(panels.panel(k), slice(b, 1, k, n), total); });
+  return *total;
+}
+
 // A vector of `length` values of type T, those that are not given (or beyond the given) filled in.
 template <typename T>
 std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int64_t n, int64_t length, T filling) {
@@ -185,7 +215,7 @@ inline Tensor single(const Tensor& t) {
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
   Tensor query, key;               // float32, contiguous
-  std::vector<Tensor> key_pieces;  // the key's columns, kTerms at a time, where products need them
+  std::vector<Tensor> query_pieces, key_pieces;  // their columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
   std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
@@ -246,14 +276,15 @@ struct Problem {
   // The products of rows begin .. and columns first ..
   Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
     if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
-    if (key_pieces.empty())
-      for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { key_pieces.push_back(dense(slice(key, 1, k, terms))); });
+    const auto cut = [&](const Tensor& x, std::vector<Tensor>& pieces) {
+      if (pieces.empty())
+        for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
+    };
+    cut(query, query_pieces);
+    cut(key, key_pieces);
     std::optional<Tensor> total;
-    for (size_t piece = 0; piece < key_pieces.size(); ++piece) {
-      const Tensor w = slice(key_pieces[piece], 0, first, n);
-      const int64_t k = static_cast<int64_t>(piece) * kTerms;
-      total = product(slice(slice(query, 0, begin, m), 1, k, w.size(1)), w, total);
-    }
+    for (size_t k = 0; k < key_pieces.size(); ++k)
+      total = product(slice(query_pieces[k], 0, begin, m), slice(key_pieces[k], 0, first, n), total);
     return *total;
   }
 

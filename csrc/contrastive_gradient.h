@@ -60,15 +60,15 @@ class Gradient {
 
   bool needs_column_scale = false, needs_bias = false;
 
-  // H of rows begin .. and columns first .. from their products `raw`; `to` is where they stand in a block, `back` (or
-  // null) where in its transpose. `to` may be where raw is.
-  void chunk(const Tensor& raw, int64_t begin, int64_t first, float* to, int64_t stride, float* back,
-             int64_t back_stride) {
+  // H of rows begin .. and columns first .. from their products `raw`, to row and column of `to` and, transposed, of `back`
+  // (or null).
+  void chunk(const Tensor& raw, int64_t begin, int64_t first, const Panels& to, int64_t to_row, int64_t to_column,
+             const Panels* back) {
     const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
     const int64_t width = (raw.size(1) + 15) / 16 * 16;
     std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
     std::vector<float> of_bias(needs_bias ? groups * width : 0, 0.0f);
-    torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t last) {
+    torch::stable::parallel_for(0, groups * across, tiles_grain(raw.size(0), raw.size(1)), [&](int64_t from, int64_t last) {
       for (int64_t t = from; t < last; ++t) {
         const int64_t row = t / across * kRows, start = t % across * kColumns;
         const int64_t whole = std::min(kColumns, raw.size(1) - start);
@@ -78,12 +78,10 @@ class Gradient {
         float* bias = needs_bias ? &of_bias[sums] : nullptr;
         for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r) {
           const float* x = input<float>(raw) + r * raw.stride(0) + at;
-          std::fill_n(to + r * stride + start, idle, 0.0f);
-          if (n > 0) line(x, begin + r, first + at, n, scale, bias, to + r * stride + at);
+          clear(to, to_row + r, to_column + start, idle);
+          if (n > 0) line(x, begin + r, first + at, n, scale, bias, to, to_row + r, to_column + at);
         }
-        if (back)
-          kernels_.transpose(to + row * stride + start, stride, std::min(kRows, raw.size(0) - row), whole,
-                             back + start * back_stride + row, back_stride);
+        if (back) turn(to, to_row + row, std::min(kRows, raw.size(0) - row), to_column + start, whole, *back);
       }
     });
     for (int64_t g = 0; g < groups; ++g) {
@@ -108,6 +106,12 @@ class Gradient {
   Tensor bias(const Tensor& like) const { return vector(like, of_bias_); }
 
  private:
+  static void clear(const Panels& to, int64_t row, int64_t column, int64_t n) {
+    for (int64_t c = 0, some; c < n; c += some) {
+      some = std::min(n - c, kTerms - (column + c) % kTerms);
+      std::fill_n(to.at(row, column + c), some, 0.0f);
+    }
+  }
   static Tensor vector(const Tensor& like, const std::vector<double>& values) {
     Tensor to = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
     std::copy(values.begin(), values.end(), output<float>(to));
@@ -136,7 +140,19 @@ class Gradient {
     }
   }
 
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, float* to) {
+  // Copies m rows and n columns to the transpose.
+  void turn(const Panels& from, int64_t row, int64_t m, int64_t column, int64_t n, const Panels& to) const {
+    for (int64_t r = row, rows; r < row + m; r += rows) {
+      rows = std::min(row + m - r, kTerms - r % kTerms);
+      for (int64_t c = column, columns; c < column + n; c += columns) {
+        columns = std::min(column + n - c, kTerms - c % kTerms);
+        kernels_.transpose(from.at(r, c), from.width(c), rows, columns, to.at(c, r), to.width(r));
+      }
+    }
+  }
+
+  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, const Panels& to,
+            int64_t to_row, int64_t to_column) {
     alignas(64) float s[kColumns], g[kColumns];
     p_.logits(kernels_, raw, i, first, n, false, s);
     if (shared_) {
@@ -158,8 +174,14 @@ class Gradient {
       const int64_t own = (p_.diagonal ? i : p_.excluded[i]) - first;
       if (own >= 0 && own < n) g[own] = positives_[i];
     }
-    row_parts_[i * blocks_ + first / kColumns] =
-        kernels_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, to);
+    double total = 0;
+    for (int64_t c = 0, some; c < n; c += some) {
+      some = std::min(n - c, kTerms - (to_column + c) % kTerms);
+      total += kernels_.finish(raw + c, g + c, some, p_.row_scale[i], &p_.column_scale[first + c],
+                               of_scale ? of_scale + c : nullptr, of_bias ? of_bias + c : nullptr,
+                               to.at(to_row, to_column + c));
+    }
+    row_parts_[i * blocks_ + first / kColumns] = total;
   }
 
   const Problem& p_;
@@ -181,8 +203,7 @@ void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double 
                     bool needs_key, const Rows& rows, const Columns& columns) {
   const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / (needs_key ? 4 : 2)), kWidest);
   const auto [high, wide] = rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
-  const Tensor block = floats({height, width});
-  const Tensor back = floats({needs_key ? width : 0, height});
+  const Tensor block = floats({height, width}), turned = floats({needs_key ? width : 0, height});
   std::vector<std::optional<Tensor>> of_columns(blocks_of(p.columns, width));  // of the rows so far
   for (int64_t begin = 0; begin < p.rows; begin += height) {
     std::optional<Tensor> of_rows;  // of the columns so far
@@ -190,19 +211,17 @@ void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double 
     for (int64_t first = 0; first < p.columns; first += width) {
       const int64_t n = std::min(width, p.columns - first);
       if (p.below(begin, first + n)) continue;
+      const Panels h(block, m, n), back(turned, n, m);
       for_pieces(m, high, [&, wide = wide](int64_t r, int64_t some) {
         for_pieces(n, wide, [&](int64_t c, int64_t across) {
           const Tensor raw = stash.numel() > 0 ? slice(slice(stash, 0, begin + r, some), 1, first + c, across)
                                                : p.raw(begin + r, some, first + c, across);
-          gradient.chunk(raw, begin + r, first + c, output<float>(block) + r * block.stride(0) + c, block.stride(0),
-                         needs_key ? output<float>(back) + c * back.stride(0) + r : nullptr, back.stride(0));
+          gradient.chunk(raw, begin + r, first + c, h, r, c, needs_key ? &back : nullptr);
         });
       });
       std::optional<Tensor>& below = of_columns[first / width];
-      if (needs_query)
-        of_rows = product(slice(slice(block, 0, 0, m), 1, 0, n), flipped(slice(p.key, 0, first, n)), of_rows);
-      if (needs_key)
-        below = product(slice(slice(back, 0, 0, n), 1, 0, m), flipped(slice(p.query, 0, begin, m)), below);
+      if (needs_query) of_rows = product(h, flipped(slice(p.key, 0, first, n)), of_rows);
+      if (needs_key) below = product(back, flipped(slice(p.query, 0, begin, m)), below);
     }
     if (needs_query) rows(begin, *of_rows);
   }

@@ -30,8 +30,10 @@ using torch::stable::new_empty;
 using Given = std::optional<Tensor>;
 
 constexpr int64_t kQuery = 1, kKey = 2, kScale = 4;  // bits of `needs`
-constexpr int64_t kLeastRows = 64, kMostRows = 1024;  // of a chunk whose gradients the forward makes
-constexpr double kChunk = 32;                         // MiB of its logits at most, and of their transpose
+constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each; where there
+constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
+constexpr int64_t kLeastRows = 64;  // of a chunk whose gradients the forward makes, at most
+constexpr double kChunk = 16;  // MiB of its logits at most; and of their gradient, and of its transpose
 constexpr double kTiny = 1e-12;                       // as TINY_NORM in contrastive_reference.py
 
 enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
@@ -40,7 +42,8 @@ Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, do
   if (needs == 0) return Saves::kNothing;
   if (!p.symmetric && !(needs & kKey)) return Saves::kRows;
   const int64_t least = p.symmetric ? p.rows : std::min(p.rows, kLeastRows);
-  if (reduction != "none" && fits_stash(least, p.columns, workspace_mib / 2)) return Saves::kGrads;
+  const double mib = p.symmetric ? std::min(kChunk, workspace_mib / 3) : workspace_mib / 3;
+  if (reduction != "none" && static_cast<double>(least * p.columns * 4) <= mib * kMiB) return Saves::kGrads;
   return fits_stash(p.rows, p.columns, workspace_mib) ? Saves::kStash : Saves::kAgain;
 }
 
@@ -211,11 +214,11 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
   }
   Statistics forward(p, stats);
   const double row_mib = static_cast<double>(p.columns * 4) / kMiB;
-  const int64_t fit = static_cast<int64_t>(std::min(kChunk, workspace_mib / 2) / row_mib);
-  const int64_t some = std::min({p.rows, kMostRows, fit > kRows ? fit / kRows * kRows : std::max<int64_t>(fit, 1)});
-  const int64_t height = p.symmetric ? p.rows : some;
+  const int64_t fit = std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib),
+                               std::min(p.rows, kLeastRows));
+  const int64_t height = p.symmetric ? p.rows : std::min(p.rows, fit > kRows ? fit / kRows * kRows : fit);
   const bool of_keys = made.key.numel() > 0;
-  const Tensor back = floats({of_keys ? p.columns : 0, height});
+  const Tensor block = floats({height, p.columns}), turned = floats({of_keys ? p.columns : 0, height});
   std::optional<Tensor> below;
   for_pieces(p.rows, height, [&](int64_t begin, int64_t m) {
     const Tensor raw = p.raw(begin, m, 0, p.columns);
@@ -228,9 +231,19 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
     for (int64_t i = begin; i < begin + m; ++i)
       positives[i] = set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
     Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
-    gradient.chunk(raw, begin, 0, output<float>(raw), raw.stride(0), of_keys ? output<float>(back) : nullptr, height);
-    if (made.query.numel() > 0) call.put(p.query, call.c, begin, product(raw, flipped(p.key)), made.query);
-    if (of_keys) below = product(slice(back, 1, 0, m), flipped(slice(p.query, 0, begin, m)), below);
+    const Panels h(block, m, p.columns), back(turned, p.columns, m);
+    gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);
+    // Two small products start sooner side by side than each on all threads.
+    const int64_t multiplications = p.rows * p.columns * p.width;
+    const bool apart = multiplications > (torch::stable::get_num_threads() == 2 ? kBesideOfTwo : kBeside);
+    for_each(
+        2,
+        [&](int64_t side) {
+          if (side == 0 && made.query.numel() > 0)
+            call.put(p.query, call.c, begin, product(h, flipped(p.key)), made.query);
+          if (side == 1 && of_keys) below = product(back, flipped(slice(p.query, 0, begin, m)), below);
+        },
+        apart ? 2 : 1);
     for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)
       output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
   });

@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t kGroup = 8;     // rows of a block that a thread takes at a time
 constexpr size_t kSums = 4;       // three log-sum-exps and the plain sum
-constexpr double kPullBlock = 8;  // MiB of a block of logits, and of each of its weights, at most
+constexpr double kPullBlock = 8;  // MiB of a block of logits at most, and of the weights of each sum
 
 // What the blocks so far say of a row; `kept` is what the last one leaves of the pulls before it.
 struct Running {
@@ -37,11 +37,11 @@ class Pulls {
  private:
   void block(int64_t begin, int64_t m, int64_t first, int64_t n, Tensor& pulls) {
     const Tensor raw = p_.raw(begin, m, first, n), keys = flipped(slice(p_.key, 0, first, n));
-    std::vector<Tensor> weights{raw};  // of one kind of sum they take the place of the products
-    while (weights.size() < static_cast<size_t>(p_.sums())) weights.push_back(floats({m, n}));
+    std::vector<Panels> weights;
+    while (weights.size() < static_cast<size_t>(p_.sums())) weights.emplace_back(floats({m, n}), m, n);
     for_each(blocks_of(m, kGroup), [&](int64_t g) {
       std::vector<float> s((n + 15) / 16 * 16);
-      for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) line(begin, r, first, n, weights, s.data());
+      for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) line(begin, r, first, n, input<float>(raw) + r * raw.stride(0), weights, s.data());
     });
     for (size_t a = 0; a < weights.size(); ++a) {
       const Tensor part = product(weights[a], keys);
@@ -58,26 +58,31 @@ class Pulls {
     }
   }
 
-  void line(int64_t begin, int64_t r, int64_t first, int64_t n, const std::vector<Tensor>& weights, float* s) {
-    const auto at = [&](size_t a) { return output<float>(weights[a]) + r * weights[a].stride(0); };
+  void line(int64_t begin, int64_t r, int64_t first, int64_t n, const float* raw, const std::vector<Panels>& weights,
+            float* s) {
     Running& row = rows_[r];
     for_pieces(n, kColumns, [&](int64_t c, int64_t some) {
-      p_.logits(kernels_, at(0) + c, begin + r, first + c, some, false, s + c);
+      p_.logits(kernels_, raw + c, begin + r, first + c, some, false, s + c);
     });
     const float before = row.most, now = kernels_.most(s, n, nullptr);
     if (now > before || now != now) row.most = now;
     for (size_t f = 0; f < p_.factors.size(); ++f) {
       const double kept = std::exp(p_.factors[f] * (static_cast<double>(before) - row.most));
       row.kept[f] = static_cast<float>(kept);
-      row.total[f] =
-          row.total[f] * kept + kernels_.pull(s, n, p_.factors[f], row.most, &p_.column_scale[first], at(f));
+      row.total[f] *= kept;
+      for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
+        row.total[f] += kernels_.pull(s + c, some, p_.factors[f], row.most, &p_.column_scale[first + c],
+                                      weights[f].at(r, c));
+      });
     }
     if (!p_.moments) return;
     const SumAndCount more = kernels_.moments(s, n, nullptr, nullptr);
     row.sum += more.sum;
     row.count += more.count;
     row.kept[p_.factors.size()] = 1;
-    kernels_.pull_sum(s, n, &p_.column_scale[first], at(p_.factors.size()));
+    for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
+      kernels_.pull_sum(s + c, some, &p_.column_scale[first + c], weights[p_.factors.size()].at(r, c));
+    });
   }
 
   void finish(int64_t begin, int64_t r, float* stats, Tensor& pulls) {

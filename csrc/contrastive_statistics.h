@@ -51,7 +51,7 @@ class Statistics {
   void chunk(const Tensor& raw, int64_t first, int64_t n) {
     const int64_t groups = blocks_of(count_, kRows), across = blocks_of(n, kColumns);
     ColumnParts columns(p_, groups, n);
-    torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t to) {
+    torch::stable::parallel_for(0, groups * across, tiles_grain(count_, n), [&](int64_t from, int64_t to) {
       const auto scratch = std::make_unique_for_overwrite<float[]>(std::min(kRows, count_) * kColumns);
       for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
     });
@@ -60,9 +60,7 @@ class Statistics {
   }
 
   void finish_rows() {
-    for_each(blocks_of(count_, kRows), [&](int64_t g) {
-      for (int64_t r = g * kRows; r < std::min(count_, (g + 1) * kRows); ++r) finish_row(r);
-    });
+    for_each(count_, [&](int64_t r) { finish_row(r); }, 512);
   }
 
   void finish_columns() {

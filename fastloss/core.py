@@ -184,6 +184,7 @@ class Op:
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
         self._flags = {name: f"needs_{name}" for name in grads}
+        self._kept = [(i, name) for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
         for stage, fake in (("fwd", fwd), ("bwd", bwd)):
             self._define(f"{name}_{stage}", fake, triton)
         qualified = f"{NAMESPACE}::{name}"
@@ -283,18 +284,18 @@ class Op:
     def _keep(self, ctx: Any, inputs: tuple, outputs: tuple) -> tuple:
         if len(outputs) > 1:
             ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
-        have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
-        _save(ctx, {name: have[name] for name in self._bwd_wants if name in have})
+        values = (*inputs, *outputs)
+        _save(ctx, {name: values[i] for i, name in self._kept})
         return outputs
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
         needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
-        for name, needed in needs.items():
-            if needed and name not in self.grads:
-                raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-        if grad is None:  # nothing reaches the output (in a double backward)
-            return tuple(_no_gradient(flags[n]) for n in self.inputs)
+        if grad is None or sum(needs.values()) > sum(needs[name] for name in self.grads):
+            for name, needed in needs.items():
+                if needed and name not in self.grads:
+                    raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)  # nothing reaches the output (in a double backward)
         have = _saved(ctx)
         have["grad"], have["incoming"] = grad, []
         for name, flag in self._flags.items():

@@ -67,7 +67,7 @@ def softmax_loss(
     workspace_mib: float,
 ) -> Tensor | None:
     """The reduced loss of a form without options (see :mod:`contrastive_plain`); None where its op does not serve."""
-    plain = form == SoftmaxForm(form.include_positive, form.symmetric, form.normalize)
+    plain = form.in_batch and form.sampling is None and form.label_smoothing == 0
     if not plain or contrastive_plain.backend(query, key) == "reference":
         return None
     check_reduction(reduction)

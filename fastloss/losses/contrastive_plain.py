@@ -21,9 +21,9 @@ decides what the forward leaves for the backward:
 
     nothing   `needs` is 0: 1 U
     "rows"    one direction, keys without gradient: the gradient of each row's loss, 2 U and a backward without products
-    "grads"   reduced: the gradients of queries and keys, 3 U, where all logits (of one direction: LEAST_ROWS rows of
-              them), twice, are in STASH_MIB each and in the workspace
-    "stash"   not reduced: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
+    "grads"   reduced: the gradients of queries and keys, 3 U, where the workspace holds three times all logits of a
+              symmetric loss, CHUNK_MIB at most, or three times LEAST_ROWS rows of logits of one direction
+    "stash"   else: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
     "again"   n and p alone: the backward makes the products again, 4 U
 
 query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
@@ -40,6 +40,7 @@ from .contrastive_reference import SoftmaxForm, embed, row_losses, statistics
 from .contrastive_softmax import STASH_MIB, kept_exponentials
 
 QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs`
+CHUNK_MIB = 16
 LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
 
 
@@ -51,7 +52,7 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
         return "rows"
     mib = 4 * columns / 1048576
     least = rows if symmetric else min(rows, LEAST_ROWS)
-    if reduction != "none" and least * mib <= min(workspace_mib / 2, STASH_MIB):
+    if reduction != "none" and least * mib <= min(workspace_mib / 3, CHUNK_MIB if symmetric else workspace_mib):
         return "grads"
     return "stash" if rows * mib <= min(workspace_mib, STASH_MIB) else "again"
 
