@@ -295,7 +295,7 @@ class Op:
             for name, needed in needs.items():
                 if needed and name not in self.grads:
                     raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-            return tuple(_no_gradient(flags[n]) for n in self.inputs)  # nothing reaches the output (in a double backward)
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)  # nothing reaches the output (a double backward)
         have = _saved(ctx)
         have["grad"], have["incoming"] = grad, []
         for name, flag in self._flags.items():

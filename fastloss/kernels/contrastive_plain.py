@@ -186,16 +186,18 @@ def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor]
     like, width, whole = plain.query, plain.width, slice(0, plain.m)
     height, size, pitch = chunk_plan(plain.m, plain.n, like.element_size(), workspace_mib)
     stash, factor = like.new_empty(size), None
-    excluded = torch.arange(plain.m, device=like.device) if plain.targets is None else plain.targets
+    kind, excluded = plain.kind, plain.targets
+    if excluded is None and height < plain.m:  # a chunk knows no diagonal
+        kind, excluded = "", torch.arange(plain.m, device=like.device)
     if like.dtype == torch.float16:
         bound = loss.new_full((1, 2, plain.m), plain.factor)
         factor = half_range(
-            bound if plain.share is None else bound * plain.share, plain.call(whole, "", excluded, False, True)
+            bound if plain.share is None else bound * plain.share, plain.call(whole, kind, excluded, False, True)
         )
     for start in range(0, plain.m, height):
         part = slice(start, min(start + height, plain.m))
         count = part.stop - start
-        call, keep = plain.call(part, "", excluded, False, True), kept(stash, count, pitch)
+        call, keep = plain.call(part, kind, excluded, False, True), kept(stash, count, pitch)
         stats, pulls = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
         make_statistics(call, stats, keep)
         plain.losses(part, stats, None, loss, pulls)
@@ -267,7 +269,8 @@ def contrastive_plain_bwd(
         if triton_saves(symmetric, reduction, needs) == "grads":
             rows = grad[:, None] if reduction == "none" else grad
             of_query = _scaled(query_grad, rows, query, needs_query)
-            of_key, dot = _scaled(key_grad, grad, key, needs_key), scale_grad * grad
+            of_key = _scaled(key_grad, grad, key, needs_key)
+            dot = scale_grad * grad if needs_scale else none
         else:
             plain = _Plain(
                 query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
@@ -307,7 +310,7 @@ def _again(
 
 def _both_ways(*args: Any) -> None:
     out, *made = contrastive_plain_fwd(*args)
-    contrastive_plain_bwd(torch.empty_like(out), *args, *made, True, True, True)
+    contrastive_plain_bwd(*(torch.empty_like(out), *args, *made, True, True, True))
 
 
 def aot_cases() -> Iterator[AotCase]:
