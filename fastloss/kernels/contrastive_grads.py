@@ -124,9 +124,7 @@ def _contrastive_bwd_kernel(
     # from a row's statistics to those of a column, which are a row's where rows and columns are the same
     across = (0 if FORM[0] == 2 else STATES) * stride
     if stats[3] is None:
-        pull = _pull_again(
-            operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
-        )
+        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE)
     else:
         reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
         if FORM[1] and tl.max(reference, 0) == float("inf"):
