@@ -53,14 +53,14 @@ def _inverse_length(square):
 
 @triton.jit
 def _plain_prepare_kernel(
-    query_ptr,  # (M, D), rows `pitch` apart
-    key_ptr,  # (N, D), rows `pitch` apart
+    query_ptr,  # (M, D)
+    key_ptr,  # (N, D)
     scale_ptr,  # (1,) or None
     targets_ptr,  # (M,) or None: the diagonal
     row_ptr,  # (M,): scale factor c(query)
     column_ptr,  # (N,): c(key), or None: not normalised
     positive_ptr,  # (M,)
-    sizes,  # M, N, D, pitch
+    sizes,  # M, N, D
     factor,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -75,9 +75,9 @@ def _plain_prepare_kernel(
     for start in range(0, sizes[2], WIDTH):
         inner = start + tl.arange(0, WIDTH)
         inside = (inner < sizes[2])[None, :]
-        at = index.to(tl.int64)[:, None] * sizes[3] + inner[None, :]
+        at = index.to(tl.int64)[:, None] * sizes[2] + inner[None, :]
         q = tl.load(query_ptr + at, mask=row[:, None] & inside, other=0.0).to(tl.float32)
-        of_target = target.to(tl.int64)[:, None] * sizes[3] + inner[None, :]
+        of_target = target.to(tl.int64)[:, None] * sizes[2] + inner[None, :]
         t = tl.load(key_ptr + of_target, mask=there[:, None] & inside, other=0.0).to(tl.float32)
         dot += tl.sum(q * t, 1)
         queries += tl.sum(q * q, 1)
@@ -157,7 +157,7 @@ class _Plain:
         self.column_scale = lengths[self.m :] if normalize else None
 
     def prepare(self, scale: Tensor | None, factor: float) -> None:
-        sizes = (self.m, self.n, self.query.shape[1], self.query.stride(0))
+        sizes = (self.m, self.n, self.query.shape[1])
         _plain_prepare_kernel[(triton.cdiv(max(self.m, self.n), PREPARE_BLOCK[0]),)](
             self.query, self.key, scale, self.targets, self.row_scale, self.column_scale, self.positive, sizes, factor,
             *PREPARE_BLOCK, **STREAM_OPTIONS,
