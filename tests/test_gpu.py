@@ -9,7 +9,8 @@ import torch
 
 import fastloss
 from benchmarks import measure, rows, run
-from tests.battery import first, leaves, ops_of, to_device
+from fastloss import core
+from tests.battery import Errors, first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +119,56 @@ def test_clip_loss_past_two_to_the_31_logits():
     for grad in grads:
         assert grad[0, 1].item() == pytest.approx(scale / rows * alike / total, rel=0.02)
         assert grad[-1, 0].item() == pytest.approx(scale / rows * alike / total, rel=0.02)
+
+
+def contrastive_inputs(rows, keys, width=256, dtype=torch.bfloat16):
+    random = torch.Generator(device="cuda").manual_seed(0)
+    return [torch.randn(n, width, generator=random, device="cuda", dtype=dtype) for n in (rows, keys)]
+
+
+# exponentials kept and not; chunks of rows; frozen keys; the triangle: at sizes of several tiles that divide none
+@pytest.mark.parametrize("workspace_mib", [2.0, 256.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("name", ["clip", "info_nce", "targets", "frozen", "nt_xent", "supcon", "ids"])
+def test_contrastive_paths_against_dense_float64(name, dtype, workspace_mib):
+    rows, keys = 1500, 2100
+    query, key = contrastive_inputs(rows, keys, dtype=dtype)
+    square, labels = name not in ("info_nce", "targets"), torch.arange(rows, device="cuda") // 3
+    key = key[:rows] if square else key
+    losses = {
+        "clip": lambda q, k: fastloss.clip_loss(q, k, logit_scale=14.3, normalize=True, workspace_mib=workspace_mib),
+        "info_nce": lambda q, k: fastloss.info_nce(q, k, workspace_mib=workspace_mib),
+        "targets": lambda q, k: fastloss.info_nce(q, k, targets=labels * 4, workspace_mib=workspace_mib),
+        "frozen": lambda q, k: fastloss.info_nce(q, k, k.detach(), workspace_mib=workspace_mib),
+        "nt_xent": lambda q, k: fastloss.nt_xent_loss(q, k, temperature=0.5, workspace_mib=workspace_mib),
+        "supcon": lambda q, k: fastloss.supcon_loss(q, labels, workspace_mib=workspace_mib) + 0.0 * k.sum(),
+        "ids": lambda q, k: fastloss.info_nce(q, k, symmetric=True, query_ids=labels, workspace_mib=workspace_mib),
+    }
+    results = []
+    for backend, given in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+        leaves = [t.to(given).requires_grad_() for t in (query, key)]
+        with core.use_backend(backend):
+            loss = losses[name](*leaves)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    errors = Errors(dtype)
+    for i, each in enumerate(zip(*results, strict=True)):
+        errors.add(str(i), *each)
+    errors.check()
+
+
+@pytest.mark.parametrize("rows", [64, 256, 512, 1024])
+def test_small_plain_losses_launch_no_more_than_eager(rows):
+    query, key = (t.requires_grad_() for t in contrastive_inputs(rows, rows))
+
+    def eager():
+        logits, own = 14.3 * (query @ key.T), torch.arange(rows, device="cuda")
+        return torch.nn.functional.cross_entropy(logits, own) + torch.nn.functional.cross_entropy(logits.T, own)
+
+    def launches(loss):
+        torch.autograd.grad(loss(), (query, key))  # compiles
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            torch.autograd.grad(loss(), (query, key))
+            torch.cuda.synchronize()
+        return sum(event.count for event in profile.key_averages())
+
+    assert launches(lambda: fastloss.clip_loss(query, key, logit_scale=14.3)) <= launches(eager)
