@@ -75,6 +75,12 @@ def number_of(values, layer, starts, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def small_number_of(values, layer, table):
+    """A number below 2^31 of a table: its lower half is all that is read."""
+    return tl.load(table.to(tl.pointer_type(tl.int32)) + 2 * (values * LANES + layer))
+
+
+@triton.jit
 def factor_of(values, layer, starts, DTYPE: tl.constexpr):
     found = _entry(values, layer, starts, DTYPE)
     return found if DTYPE is None else found.to(tl.int32).to(tl.float32, bitcast=True)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .common import AotCase, on_device
 from .layers import DIRECT, MOST, columns_of, layer_of
-from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointer, place, pointer, there
+from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
 
 TILE = 8192  # elements of x, and of y: 32 of each in every thread
 MOST_CHANNELS = 1024  # of a tile: its rows of pixels are 32 bytes then
@@ -35,7 +35,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # the default of enable_fp
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit(do_not_specialize=["total", "tiles", "all_tiles", "first_tile"])
+@triton.jit(do_not_specialize=["tiles", "all_tiles", "first_tile"])
 def _lpips_fwd_kernel(
     xs,  # columns, see layers.py: of each layer (images, channels, pixels), or (images, pixels, channels) in rows
     ys,  # the same
@@ -61,14 +61,17 @@ def _lpips_fwd_kernel(
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
     layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
     for i in tl.static_range(len(LAYERS)):
-        if is_of(tile, layer, starts, pixels, kinds, i, LAYERS, DTYPE):
-            width, count, pixel, start, own = place(
-                tile, image, layer, starts, pixels, firsts, channels, i, LAYERS, DTYPE
-            )
-            x_ptr = pointer(xs, layer, starts, i, DTYPE, ALIGNED) + start
-            y_ptr = pointer(ys, layer, starts, i, DTYPE, ALIGNED) + start
-            lin_ptr = lin_pointer(lins, layer, starts, i, DTYPE)
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
             value = fwd_tile(x_ptr, y_ptr, lin_ptr, width, pixel, count, kept_ptr + own, total, eps, i, LAYERS)
             if SPATIAL:
                 tl.store(out_ptr + own + pixel, value, mask=there(pixel, count, i, LAYERS))
@@ -76,7 +79,7 @@ def _lpips_fwd_kernel(
                 tl.store(out_ptr + image * all_tiles + first_tile + tile, tl.sum(value) / count)
 
 
-@triton.jit(do_not_specialize=["total", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def _lpips_bwd_kernel(
     xs,  # as in the forward
     ys,
@@ -102,11 +105,16 @@ def _lpips_bwd_kernel(
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
     layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
+    x_grad_ptrs = pointers(x_grads, layer, starts, DTYPE, ALIGNED)
+    y_grad_ptrs = pointers(y_grads, layer, starts, DTYPE, ALIGNED)
     for i in tl.static_range(len(LAYERS)):
-        if is_of(tile, layer, starts, pixels, kinds, i, LAYERS, DTYPE):
-            width, count, pixel, start, own = place(
-                tile, image, layer, starts, pixels, firsts, channels, i, LAYERS, DTYPE
-            )
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
             inside = there(pixel, count, i, LAYERS)
             if SPATIAL:
                 g = 2.0 * tl.load(grad_ptr + own + pixel, mask=inside, other=0.0)
@@ -115,11 +123,11 @@ def _lpips_bwd_kernel(
             kept = kept_ptr + own
             of_x = factors(kept, kept + 2 * total, pixel, inside, g, eps)
             of_y = factors(kept + total, kept + 3 * total, pixel, inside, g, eps)
-            x_ptr = pointer(xs, layer, starts, i, DTYPE, ALIGNED) + start
-            y_ptr = pointer(ys, layer, starts, i, DTYPE, ALIGNED) + start
-            lin_ptr = lin_pointer(lins, layer, starts, i, DTYPE)
-            x_grad = None if x_grads is None else pointer(x_grads, layer, starts, i, DTYPE, ALIGNED) + start
-            y_grad = None if y_grads is None else pointer(y_grads, layer, starts, i, DTYPE, ALIGNED) + start
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
+            x_grad = None if x_grad_ptrs is None else x_grad_ptrs[nth] + start
+            y_grad = None if y_grad_ptrs is None else y_grad_ptrs[nth] + start
             bwd_tile(x_ptr, y_ptr, lin_ptr, x_grad, y_grad, width, pixel, count, of_x, of_y, i, LAYERS)
 
 
@@ -128,20 +136,23 @@ def _in_rows(t: Tensor) -> bool:
     return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _describe(x: Tensor, rows: bool, backward: bool) -> tuple:
+def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
     """Of a layer's tile: its channels and pixels, whether it lies in rows, whether offsets need 64 bits, whether the
-    layer's pixels are a multiple of 16, and of the tile's, whether its channels are none of the tile's, whether they
-    are more than those, and how many they are. A backward takes them in two halves: it holds more of each."""
+    layer's pixels, and those before it, are a multiple of 16, and of the tile's, whether its channels are none of the
+    tile's, whether they are more than those, and how many they are. A backward takes them in two halves: it holds more
+    of each."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(channels), MOST_CHANNELS)
     tile = min(TILE // block, triton.next_power_of_2(pixels))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0, channels > block
-    return block, tile, rows, wide, pixels % 16 == 0, pixels % tile == 0, ragged, more, channels
+    return block, tile, rows, wide, (pixels | before) % 16 == 0, pixels % tile == 0, ragged, more, channels
 
 
-def _shared(xs: Sequence[Tensor], rows: Sequence[bool], backward: bool) -> tuple[list[tuple], list[int]]:
+def _shared(
+    xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
+) -> tuple[list[tuple], list[int]]:
     """The tiles of a list with a table, and which of them each layer has. They are described as by `_describe`, but for
     all layers that have one; its last item is whether their channels are multiples of 16."""
     keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
@@ -149,13 +160,11 @@ def _shared(xs: Sequence[Tensor], rows: Sequence[bool], backward: bool) -> tuple
     wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
     kinds, tiles = sorted(set(keys)), []
     for key in kinds:
+        own = [(x.shape[1], x.shape[2] * x.shape[3] | n) for x, n, k in zip(xs, befores, keys, strict=True) if k == key]
         block, row = key
-        own = [x for x, k in zip(xs, keys, strict=True) if k == key]
         part = block // 2 if backward else block
-        more = any(x.shape[1] > part for x in own)
-        pixels = all(x.shape[2] * x.shape[3] % 16 == 0 for x in own)
-        channels = all(x.shape[1] % 16 == 0 for x in own)
-        tiles.append((part, TILE // block, row, wide, pixels, False, True, more, channels))
+        more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
+        tiles.append((part, TILE // block, row, wide, all(p % 16 == 0 for _, p in own), False, True, more, channels))
     return tiles, [kinds.index(key) for key in keys]
 
 
@@ -172,25 +181,25 @@ class _Launches:
         self.images = features[0].shape[0]
         self.pixels = [f.shape[2] * f.shape[3] for f in features]
         self.total = self.images * sum(self.pixels)
+        self.firsts = [self.images * n for n in itertools.accumulate(self.pixels[:-1], initial=0)]
         self.groups = []  # layers, their tiles, which of these each has, first tile of each
         self.tiles = 0
         for low in range(0, len(features), MOST):
             part = slice(low, low + MOST)
-            xs, rows = self.xs[part], self.rows[part]
-            kinds = list(range(len(xs)))
-            if len(xs) > DIRECT:
-                layers, kinds = _shared(xs, rows, backward)
+            each = (self.xs[part], self.rows[part], self.firsts[part])
+            if len(each[0]) > DIRECT:
+                layers, kinds = _shared(*each, backward)
             else:
-                layers = [_describe(x, row, backward) for x, row in zip(xs, rows, strict=True)]
+                layers = [_describe(*one, backward) for one in zip(*each, strict=True)]
+                kinds = list(range(len(layers)))
             counts = [triton.cdiv(n, layers[kind][1]) for n, kind in zip(self.pixels[part], kinds, strict=True)]
             self.groups.append((part, layers, kinds, list(itertools.accumulate(counts, initial=0)), self.tiles))
             self.tiles += sum(counts)
 
     def launches(self, *grads: Sequence[Tensor] | None) -> Iterator[tuple]:
         """Of each launch its programs, the columns of pointers and numbers, its tiles and the first, its constants."""
-        firsts = [self.images * n for n in itertools.accumulate(self.pixels, initial=0)]
         for part, layers, kinds, starts, first_tile in self.groups if self.images else ():
-            numbers = [starts[:-1], self.pixels[part], firsts[: len(self.pixels)][part]]
+            numbers = [starts[:-1], self.pixels[part], self.firsts[part]]
             if len(kinds) > DIRECT:
                 numbers += [[x.shape[1] for x in self.xs[part]], kinds]
             sides = (self.xs, self.ys, self.lins, *grads)
@@ -249,7 +258,7 @@ def aot_cases() -> Iterator[AotCase]:
     yield from _aot_calls([(2, 64, 8192, 8192)], torch.bfloat16, False, True, False)  # offsets pass 2**31
     for rows in (False, True):
         yield from _aot_calls(vgg * 8, torch.float32, rows, True, False)
-        yield from _aot_calls(vgg * 2, torch.bfloat16, rows, rows, rows)
+        yield from _aot_calls(vgg * 2, torch.bfloat16, rows, rows, not rows)
     yield from _aot_calls([*odd, *[(2, 8, 4, 4)] * 9], torch.float32, False, True, False, vector=False)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .layers import number_of, pointer_of
+from .layers import number_of, pointer_of, small_number_of
 
 
 @triton.jit
@@ -117,57 +117,62 @@ def fwd_tile(
 
 
 @triton.jit
-def _number(values, layer, starts, INDEX: tl.constexpr, DTYPE: tl.constexpr):
+def pointers(values, layer, starts, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Of a column of pointers the layer's, alone in a tuple, where there is a table; else the column."""
+    if values is None or DTYPE is None:
+        return values
+    else:
+        return (pointer_of(values, layer, starts, DTYPE, ALIGNED),)
+
+
+@triton.jit
+def lin_pointers(lins, layer, starts, DTYPE: tl.constexpr):
+    if lins is None or DTYPE is None:
+        return lins
+    else:
+        return (pointer_of(lins, layer, starts, tl.float32, False),)
+
+
+@triton.jit
+def sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE: tl.constexpr):
+    """Likewise the layer's first tile, pixels, first pixel in `kept`, channels and kind of tile."""
     if DTYPE is None:
-        return (values[INDEX] - 3) >> 1
+        return starts, pixels, firsts, None, None
     else:
-        return number_of(values, layer, starts, DTYPE)
+        count = small_number_of(pixels, layer, starts)
+        width = small_number_of(channels, layer, starts)
+        kind = small_number_of(kinds, layer, starts)
+        return small_number_of(0, layer, starts), count, number_of(firsts, layer, starts, DTYPE), width, kind
 
 
 @triton.jit
-def pointer(values, layer, starts, INDEX: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    if values is None:
-        return None
-    elif DTYPE is None:
-        return values[INDEX]
-    else:
-        return pointer_of(values, layer, starts, DTYPE, ALIGNED)
-
-
-@triton.jit
-def lin_pointer(lins, layer, starts, INDEX: tl.constexpr, DTYPE: tl.constexpr):
-    return pointer(lins, layer, starts, INDEX, None if DTYPE is None else tl.float32, False)
-
-
-@triton.jit
-def is_of(tile, layer, starts, pixels, kinds, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
+def is_of(tile, of, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
     """Whether this program's tile is LAYERS[INDEX]'s: of the layer INDEX, or of one with that tile."""
     if DTYPE is None:
-        nth = tile - _number(starts, layer, starts, INDEX, DTYPE)
-        return (nth >= 0) & (nth < tl.cdiv(_number(pixels, layer, starts, INDEX, DTYPE), LAYERS[INDEX][1]))
+        nth = tile - ((of[0][INDEX] - 3) >> 1)
+        return (nth >= 0) & (nth < tl.cdiv((of[1][INDEX] - 3) >> 1, LAYERS[INDEX][1]))
     else:
-        return number_of(kinds, layer, starts, DTYPE) == INDEX
+        return of[4] == INDEX
 
 
 @triton.jit
-def place(
-    tile, image, layer, starts, pixels, firsts, channels, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr
-):
+def place(tile, image, of, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
     """The layer's channels and pixels, this tile's pixels, and where the image starts in the layer and in `kept`."""
-    count = _number(pixels, layer, starts, INDEX, DTYPE).to(tl.int32)
-    if LAYERS[INDEX][4]:
-        count = tl.multiple_of(count, 16)
     if DTYPE is None:
+        nth = tile - ((of[0][INDEX] - 3) >> 1)
+        count = (of[1][INDEX] - 3) >> 1
+        first = (of[2][INDEX] - 3) >> 1
         width = LAYERS[INDEX][8]
-        nth = tile - _number(starts, layer, starts, INDEX, DTYPE)
     else:
-        width = number_of(channels, layer, starts, DTYPE).to(tl.int32)
-        if LAYERS[INDEX][8]:
-            width = tl.multiple_of(width, 16)
-        nth = tile - tl.load(starts + layer).to(tl.int32)
+        nth = tile - of[0]
+        count = of[1]
+        first = of[2]
+        width = of[3] // 16 * 16 if LAYERS[INDEX][8] else of[3]
+    if LAYERS[INDEX][4]:
+        count = count // 16 * 16  # the same, and now the compiler knows it
+        first = first // 16 * 16
     pixel = nth * LAYERS[INDEX][1] + tl.arange(0, LAYERS[INDEX][1])
-    own = _number(firsts, layer, starts, INDEX, DTYPE).to(tl.int64) + image * count
-    return width, count, pixel, image * width * count, own
+    return width, count, pixel, image * width * count, first.to(tl.int64) + image * count
 
 
 @triton.jit
