@@ -6,22 +6,22 @@ namespace FASTLOSS_ISA {
 constexpr int64_t kPiece = 2048;  // elements: both planes' stay in the L1 cache between the two passes
 
 struct Sums {
-  double f, t;
+  double f, t, d;
 };
-// In double: where a mean is near zero the gradient divides by it, and what floats lose of the sum would show.
+// In double: where a mean is near zero the gradient divides by it, and what floats lose of the sum would show. That of d
+// is of the rounded differences, which the gradient takes it from: of a single pixel nothing must be left.
 template <typename T>
 FASTLOSS_INLINE Sums add_up(const T* f, const T* t, int64_t n) {
-  vd of_f{}, of_t{};
+  vd of_f{}, of_t{}, of_d{};
+  const auto add = [&](vf x, vf y) __attribute__((always_inline)) {
+    of_f += __builtin_convertvector(x, vd);
+    of_t += __builtin_convertvector(y, vd);
+    of_d += __builtin_convertvector(x - y, vd);
+  };
   int64_t i = 0;
-  for (; i + W <= n; i += W) {
-    of_f += __builtin_convertvector(load(f + i), vd);
-    of_t += __builtin_convertvector(load(t + i), vd);
-  }
-  if (i < n) {
-    of_f += __builtin_convertvector(load_some(f + i, n - i), vd);
-    of_t += __builtin_convertvector(load_some(t + i, n - i), vd);
-  }
-  return {sum(of_f), sum(of_t)};
+  for (; i + W <= n; i += W) add(load(f + i), load(t + i));
+  if (i < n) add(load_some(f + i, n - i), load_some(t + i, n - i));
+  return {sum(of_f), sum(of_t), sum(of_d)};
 }
 
 struct Squares {
@@ -78,7 +78,7 @@ static Moments plane_moments(const T* f, const T* t, int64_t n) {
   for (int64_t at = 0; at < n; at += kPiece) {
     const int64_t count = n - at < kPiece ? n - at : kPiece;
     const Sums sums = add_up(f + at, t + at, count);
-    const double mean_f = sums.f / count, mean_t = sums.t / count, mean_d = (sums.f - sums.t) / count;
+    const double mean_f = sums.f / count, mean_t = sums.t / count, mean_d = sums.d / count;
     const float about_f = (float)mean_f, about_t = (float)mean_t, about_d = (float)mean_d;
     const Squares p = add_squares(f + at, t + at, count, about_f, about_t, about_d);
     merge(of_f, at, count, mean_f, about_f, p.f);
