@@ -118,8 +118,8 @@ def test_one_launch_a_pass_for_up_to_64_layers():
 @needs_triton
 def test_sizes_and_lengths_compile_nothing_anew():
     in_a_process("""
-        sizes = [[(2, 16, 16 * k, 16 * k)] * 3 for k in (2, 3, 4, 5, 7)]  # the tile of LPIPS: whole, or not
-        long = [[(2, 16, 4 * k, 8)] * n for k, n in ((2, 17), (5, 30), (8, 40), (3, 64))]
+        sizes = [[(2, 16, 16 * k, 16 * k)] * 3 for k in (2, 3, 4)]  # the tile of LPIPS: whole, or not
+        long = [[(2, 16, 4 * k, 8)] * n for k, n in ((2, 17), (5, 40), (3, 64))]
         for shapes in (sizes, long):
             kernels = [set() for _ in range(6)]
             for one in shapes:

@@ -30,12 +30,17 @@ ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float1
 
 
 @triton.jit
+def _halves(table):
+    return table.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
 def layer_of(program, starts, DTYPE: tl.constexpr):
     """What the layer is found by whose programs begin with the last start not past this one: its row in the table."""
     if DTYPE is None:
         return program
     else:
-        return tl.sum((tl.load(starts + tl.arange(0, LANES)) <= program).to(tl.int32)) - 1
+        return tl.sum((tl.load(_halves(starts) + 2 * tl.arange(0, LANES)) <= program).to(tl.int32)) - 1
 
 
 @triton.jit
@@ -65,7 +70,7 @@ def start_of(layer, starts, DTYPE: tl.constexpr):
     if DTYPE is None:
         return number_of(starts, layer, starts, DTYPE)
     else:
-        return tl.load(starts + layer)
+        return small_number_of(0, layer, starts)
 
 
 @triton.jit
@@ -77,7 +82,7 @@ def number_of(values, layer, starts, DTYPE: tl.constexpr):
 @triton.jit
 def small_number_of(values, layer, table):
     """A number below 2^31 of a table: its lower half is all that is read."""
-    return tl.load(table.to(tl.pointer_type(tl.int32)) + 2 * (values * LANES + layer))
+    return tl.load(_halves(table) + 2 * (values * LANES + layer))
 
 
 @triton.jit

@@ -101,7 +101,7 @@ def _distance_fwd_kernel(
     columns = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     word = tl.zeros((BLOCK,), tl.int32)
-    for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL):
+    for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL if UNIT > 1 else 2):
         offsets = r * step + columns
         mask = columns < tl.minimum(step, count - r * step)
         f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
