@@ -49,7 +49,8 @@ def parts(device: str, out: pathlib.Path) -> list[Part]:
     run = ["-m", "benchmarks.run", "--headline", *more]
     loss = [Part(f"bench-{name}".replace(" ", "-"), [*run, name], True) for name in named()]
     steps = Part("steps", ["-m", "benchmarks.steps", *more], True)
-    return [*tests, *loss, steps, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
+    perceptual = Part("perceptual-step", ["-m", "benchmarks.perceptual_step", *more])
+    return [*tests, *loss, steps, perceptual, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
 
 
 def finished(record: pathlib.Path, commit: str) -> bool:

@@ -76,7 +76,7 @@ class Child:
 def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
     import gc
 
-    from benchmarks import steps
+    from benchmarks import perceptual_step, steps
     from benchmarks.providers import providers
     from benchmarks.rows import item_of, passes
 
@@ -85,6 +85,8 @@ def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
         if question["loss"] in steps.STEPS:
             make = steps.STEPS[question["loss"]]
             call: Callable[[], object] = make(question["shape"], question["dtype"], "cpu", question["provider"])
+        elif question["loss"] == "perceptual_step":
+            call = perceptual_step.step_of(question, "cpu")[0]
         else:
             item = item_of(question)
             function = providers(item.case, item.options, "cpu", [question["provider"]])[question["provider"]]

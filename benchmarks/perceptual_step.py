@@ -1,28 +1,28 @@
 """The whole perceptual step, network included: `python -m benchmarks.perceptual_step [--device cuda] [--shape ...]`.
 
 Loss and gradient of the predicted images, VGG16 with the same random weights for everybody. `l1` on the taps of the
-first three blocks, `lpips` on its five. Who computes it, besides fastloss with its `Execution` options:
+first three blocks, `lpips` on its five. Who computes it, besides fastloss:
 
-    article        vgg16.features as it comes: unfrozen, so the backward makes gradients of the weights too; both
-                   images with a graph, all features kept
+    eager          the article's own code, vgg16.features as it comes: unfrozen, so the backward makes gradients of the
+                   weights too; both images with a graph, all features kept
     basicsr-style  frozen, target without a graph, every tap cloned because the next ReLU is in-place
     piq-style      frozen, target with a graph, mean absolute difference over the pixels, sum over the channels
     torch.compile  frozen, target without a graph, compiled as a whole
     lpips          the lpips package
 
-Values must agree with those of the article's form (piq's with its own formula's) before a time is kept.
+Rows with an `execution` among their options are fastloss with that `Execution`. On CUDA everybody runs under autocast
+to bfloat16. Values must agree with those of the first (piq's formula is another) before a time is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import csv
+import contextlib
 import functools
+import json
 import pathlib
-import subprocess
 import sys
-import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -30,13 +30,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import measure
-from benchmarks.rows import shape_text
+from benchmarks.memory import Child
+from benchmarks.rows import RESULTS, options_text, shape_of, write
 from fastloss import Execution, PerceptualLoss
 
 TAPS = {"l1": (3, 8, 15), "lpips": (3, 8, 15, 22, 29)}  # indices into vgg16.features, all ReLUs
-COLUMNS = (
-    "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,peak_mib,error,note,device,threads,commit,torch"
-).split(",")
+SHAPES = {"cpu": "4x3x128x128", "cuda": "16x3x256x256"}
+EXECUTIONS = {
+    "channels_last": Execution(channels_last=True),
+    "chunk=1": Execution(chunk=1),
+    "bfloat16 channels_last": Execution(dtype=torch.bfloat16, channels_last=True),
+    "bfloat16 channels_last compiled": Execution(dtype=torch.bfloat16, channels_last=True, compile=True),
+}
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,7 +127,9 @@ def lpips_package(device: str) -> Loss:
     import lpips
 
     torch.manual_seed(0)
-    model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of arguments that torchvision has renamed since
+        model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False).to(device)
     layers = [m for m in model.net.modules() if isinstance(m, nn.Conv2d)]
     for own, shared in zip(layers, (m for m in network("lpips") if isinstance(m, nn.Conv2d)), strict=True):
         own.load_state_dict(shared.state_dict())
@@ -135,120 +143,106 @@ def fastloss_step(device: str, criterion: str, execution: Execution) -> Loss:
     return loss.to(device)
 
 
-def makers(criterion: str, device: str) -> dict[str, Callable[[str], Loss]]:
-    ours = functools.partial(fastloss_step, criterion=criterion)
-    forms = {
-        "fastloss": Execution(),
-        "fastloss channels_last": Execution(channels_last=True),
-        "fastloss chunk=1": Execution(chunk=1),
-    }
-    if device == "cuda":
-        forms["fastloss bfloat16"] = Execution(dtype=torch.bfloat16, channels_last=True)
-        forms["fastloss bfloat16 compiled"] = Execution(dtype=torch.bfloat16, channels_last=True, compile=True)
-    own = {name: functools.partial(ours, execution=execution) for name, execution in forms.items()}
-    if criterion == "lpips":
-        return {"lpips": lpips_package, **own}
-    rivals = {"article": article, "basicsr-style": basicsr_style, "piq-style": piq_style, "torch.compile": compiled}
-    return {**rivals, **own}
+def who(criterion: str, device: str) -> list[tuple[dict, str]]:
+    """(options, provider) of the rows, the first of which is what the others' values are compared with."""
+    rivals = ["lpips"] if criterion == "lpips" else ["eager", "basicsr-style", "piq-style", "torch.compile"]
+    forms = [name for name in EXECUTIONS if device == "cuda" or "bfloat16" not in name]
+    main = {"criterion": criterion}
+    return [(main, name) for name in (*rivals, "fastloss")] + [(main | {"execution": f}, "fastloss") for f in forms]
 
 
-def step_of(loss: Loss, inputs: tuple[Tensor, Tensor]) -> Callable[[], Any]:
-    wrt = [inputs[1], *getattr(loss, "unfrozen", [])]
-    return lambda: torch.autograd.grad(loss(*inputs), wrt)
+def make(options: dict, provider: str, device: str) -> Loss:
+    if provider == "fastloss":
+        return fastloss_step(device, options["criterion"], EXECUTIONS.get(options.get("execution", ""), Execution()))
+    forms = {"eager": article, "basicsr-style": basicsr_style, "piq-style": piq_style, "torch.compile": compiled}
+    return (forms | {"lpips": lpips_package})[provider](device)
 
 
-def draw(shape: tuple[int, ...], device: str) -> tuple[Tensor, Tensor]:
+def draw(shape: str, device: str) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
-    image = torch.rand(shape)
-    pred = (image + 0.1 * torch.randn(shape)).clamp(0, 1)
+    image = torch.rand(shape_of(shape))
+    pred = (image + 0.1 * torch.randn(image.shape)).clamp(0, 1)
     return image.to(device), pred.to(device).requires_grad_()
 
 
-def timed(fn: Callable[[], Any], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    fn()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
+def step_of(row: dict, device: str) -> tuple[Callable[[], Any], Callable[[], float]]:
+    """The step of a row, and its loss alone."""
+    loss = make(json.loads(row["options"]), row["provider"], device)
+    inputs = draw(row["shape"], device)
+    wrt = [inputs[1], *getattr(loss, "unfrozen", [])]
+    half = contextlib.nullcontext if device == "cpu" else functools.partial(torch.autocast, device, torch.bfloat16)
+
+    def value() -> Tensor:
+        with half():
+            return loss(*inputs)
+
+    return lambda: torch.autograd.grad(value(), wrt), lambda: value().item()
 
 
-def measure_criterion(criterion: str, args: argparse.Namespace) -> list[dict[str, str]]:
-    shape = tuple(int(n) for n in args.shape.split("x"))
-    inputs = draw(shape, args.device)
-    rows: list[dict[str, str]] = []
-    steps: dict[str, Callable[[], Any]] = {}
+def measure_criterion(criterion: str, shape: str, device: str, seconds: float, child: Child) -> list[dict]:
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    rows: list[dict] = []
+    calls: dict[str, measure.Pass] = {}
     truth = None
-    for name, make in makers(criterion, args.device).items():
-        row = dict(loss="perceptual_step", options=f'{{"criterion": "{criterion}"}}', shape=shape_text(shape),
-                   dtype="float32", mode="both", provider=name, note="", device=measure.device_label(args.device),
-                   threads=str(torch.get_num_threads()), commit=measure.commit(), torch=torch.__version__)
+    for options, provider in who(criterion, device):
+        row = dict(loss="perceptual_step", options=options_text(options), shape=shape, dtype=dtype, mode="step",
+                   provider=provider, headline=int("execution" not in options), checked=who(criterion, device)[0][1],
+                   note="")  # fmt: skip
         rows.append(row)
         try:
-            loss = make(args.device)
-            value = loss(*inputs).item()
-        except (ImportError, RuntimeError) as error:
-            row["note"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            step, value = step_of(row, device)
+            got = value()
+        except ImportError as error:
+            row["note"] = f"absent: {error}"
             continue
-        truth = value if truth is None else truth
-        error = abs(value - truth) / abs(truth)
-        row["error"] = f"{error:.1e}" if name != "piq-style" else ""
-        if name != "piq-style" and error > (2e-2 if "bfloat16" in name else 1e-4):
-            row["note"] = f"wrong: {value} where the first gives {truth}"
+        except Exception as error:
+            row["note"] = measure.reason(error)
             continue
-        steps[name] = step_of(loss, inputs)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-    stop = time.monotonic() + args.seconds
-    while time.monotonic() < stop or len(next(iter(times.values()))) < 3:
-        for name, step in steps.items():
-            times[name].append(timed(step, args.device))
+        truth = got if truth is None else truth
+        if provider != "piq-style":
+            error = abs(got / truth - 1)
+            row["error"] = f"{error:.1e}"
+            if error > TOLERANCE[dtype]:
+                row["note"] = f"wrong: relative error {error:.1e}"
+                continue
+        calls[row["options"] + provider] = (step, lambda out: None)
+    times, failed = measure.interleaved(calls, measure.Clock(device), seconds, least=5)
     for row in rows:
-        if row["provider"] in times:
-            p20, p50, p80 = measure.quantiles(times[row["provider"]])
-            row |= dict(p20_ms=f"{p20:.2f}", p50_ms=f"{p50:.2f}", p80_ms=f"{p80:.2f}")
-            row["peak_mib"] = memory(criterion, row["provider"], steps[row["provider"]], args)
+        name = row["options"] + row["provider"]
+        if name in failed:
+            row["note"] = measure.reason(failed[name])
+        if name in times:
+            p20, p50, p80 = measure.quantiles([forward for forward, _ in times[name]])
+            row |= dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}")
+            if device == "cuda":
+                row["peak_mib"] = f"{measure.peak_mib(calls[name][0], device):.1f}"
+            else:
+                row["peak_mib"] = child.peak(row, row["provider"])[0]
     return rows
 
 
-def memory(criterion: str, provider: str, step: Callable[[], Any], args: argparse.Namespace) -> str:
-    """Peak MiB beyond weights and images; on the CPU in a process of its own."""
-    if args.device == "cuda":
-        return f"{measure.peak_mib(step, 'cuda'):.0f}"
-    command = [sys.executable, "-m", "benchmarks.perceptual_step", "--shape", args.shape, "--of", criterion, provider]
-    done = subprocess.run(command, capture_output=True, text=True, env=measure.CHILD_ENV, timeout=300)
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else ""
-
-
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.perceptual_step", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--shape", default="4x3x128x128")
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each criterion")
+    parser.add_argument("--shape", help="of the images, such as 4x3x128x128")
+    parser.add_argument("--seconds", type=float, default=6.0, help="time to spend on each criterion")
     parser.add_argument("--criteria", nargs="+", default=list(TAPS), choices=list(TAPS))
-    parser.add_argument("--of", nargs=2, metavar=("CRITERION", "PROVIDER"), help="its peak memory alone")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent / "results")
-    args = parser.parse_args()
-    if args.of:
-        inputs = draw(tuple(int(n) for n in args.shape.split("x")), "cpu")
-        loss = makers(args.of[0], "cpu")[args.of[1]]("cpu")
-        print(f"{measure.peak_mib(step_of(loss, copy.copy(inputs)), 'cpu'):.0f}")
-        return 0
-    rows = [row for criterion in args.criteria for row in measure_criterion(criterion, args)]
-    for row in rows:
-        shown = f"{row.get('p50_ms', ''):>9} ms {row.get('peak_mib', ''):>6} MiB  {row.get('error', '')} {row['note']}"
-        print(f"{row['options']:24} {row['provider']:28} {shown}")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    common, rows = measure.common_columns(args.device), []
     path = args.out / measure.device_folder(args.device) / "perceptual_step.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
+    with Child() as child:
+        for criterion in args.criteria:
+            shape = args.shape or SHAPES[args.device]
+            for row in measure_criterion(criterion, shape, args.device, args.seconds, child):
+                figures = f"{row['p50_ms']} ms, {row['peak_mib'] or '-'} MiB" if row.get("p50_ms") else row["note"]
+                print(f"  {row['provider']:16}{row['options']:64}{figures}", flush=True)
+                rows.append(row | common)
+            write(path, rows)
     print(f"wrote {path}")
     return 0
 
 
 if __name__ == "__main__":
+    measure.prepare_process()
     sys.exit(main())

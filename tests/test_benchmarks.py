@@ -12,7 +12,21 @@ import pytest
 import torch
 
 import fastloss
-from benchmarks import check, explanations, gpu, measure, memory, plot, providers, rows, run, scaling, steps, tables
+from benchmarks import (
+    check,
+    explanations,
+    gpu,
+    measure,
+    memory,
+    perceptual_step,
+    plot,
+    providers,
+    rows,
+    run,
+    scaling,
+    steps,
+    tables,
+)
 from tests.cases import CASES, Draw
 
 PIXEL = next(c for c in CASES if c.name == "pixel_loss")
@@ -243,6 +257,17 @@ def test_a_training_step_is_measured(small, monkeypatch):
         found = steps.measure_step(loss, shape, "float32", "cpu", 0.0, FakeChild())
         assert [(r["provider"], r["note"]) for r in found] == [("eager", ""), ("fastloss", "")]
         assert all(float(r["p50_ms"]) > 0 for r in found)
+
+
+def test_a_perceptual_step_is_measured(small, monkeypatch):
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(perceptual_step, "who", lambda *a: [
+        ({"criterion": "l1"}, name) for name in ("eager", "basicsr-style", "piq-style", "fastloss")
+    ] + [({"criterion": "l1", "execution": "chunk=1"}, "fastloss")])  # fmt: skip
+    found = perceptual_step.measure_criterion("l1", "2x3x32x32", "cpu", 0.0, FakeChild())
+    assert [(r["note"], r["headline"]) for r in found] == [("", 1)] * 4 + [("", 0)]
+    assert all(float(r["p50_ms"]) > 0 and r["mode"] == "step" for r in found)
+    assert {r["error"] for r in found if r["provider"] == "eager"} == {"0.0e+00"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
