@@ -39,7 +39,7 @@ struct Kept {
   int64_t count;
 
   explicit Kept(int64_t keep) : image(keep & 1), image_pred(keep & 2), count(image + image_pred) {
-    STD_TORCH_CHECK(keep == 0 || (keep & 4 && count > 0), "ssim: the CPU kernels keep gradients, or nothing");
+    STD_TORCH_CHECK(keep == 0 || (keep & 8 && count > 0), "ssim: the CPU kernels keep gradients, or nothing");
   }
   Tensor empty(const Tensor& like) const {
     if (count == 0) return torch::stable::new_empty(like, {0}, ScalarType::Float);
@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients,
     Kept kept(keep);
     Tensor found = gradients;
     if (keep == 0) {  // nobody asked for a gradient when the forward ran
-      kept = Kept(needs_image + 2 * needs_image_pred + 4);
+      kept = Kept(needs_image + 2 * needs_image_pred + 8);
       found = kept.empty(image);
       make<T>(call, Tiles(call), kept, output<float>(found), nullptr);
     }

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstddef>
+#include <memory>
 
 namespace fastloss {
 
@@ -98,15 +99,15 @@ struct SsimPlaneWeights {
 // Whether the channels of each pixel lie side by side, and nothing between the pixels.
 inline bool channels_last(const Tensor& t) { return t.size(1) > 1 && is_dense(t, true); }
 
-// What one walk needs.
+// What one walk needs; nothing of it is read before it is written, but for lanes that nobody uses.
 struct SsimRoom {
-  std::vector<float> room;
+  std::unique_ptr<float[]> room;
   std::vector<std::max_align_t> walk;
   float* scratch;
 
   SsimRoom(int64_t columns, size_t size)
-      : room(ssim_scratch(columns) + 16), walk(size / sizeof(std::max_align_t) + 1),
-        scratch(room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float)) {}
+      : room(new float[ssim_scratch(columns) + 16]), walk(size / sizeof(std::max_align_t) + 1),
+        scratch(room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float)) {}
 };
 
 // The checked arguments of a call.

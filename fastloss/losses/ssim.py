@@ -14,7 +14,7 @@ from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dt
 
 PADDINGS = ("same", "valid")
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
-KEEP_GRADIENTS = 4  # of `keep`, see _ssim_fwd
+KEEP_GRADIENTS = 8  # of `keep`, see _ssim_fwd
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
