@@ -113,9 +113,12 @@ struct SsimRoom {
   }
 };
 
-Tensor image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> pixel_weight,
-                 std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
-                 std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers) {
+// Nothing is kept for the backward, whatever `keep` says: the images are read again.
+std::tuple<Tensor, Tensor> image_fwd(const Tensor& image, const Tensor& image_pred,
+                                     std::optional<Tensor> pixel_weight,
+                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                     std::optional<Tensor> ssim_weight, std::string kinds,
+                                     std::vector<double> numbers, int64_t) {
   const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
   const Bands& bands = pair.bands;
   const int64_t sums = pair.sums(), step = bands.layout.step;
@@ -158,7 +161,7 @@ Tensor image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Te
     for (int64_t i = 0; i < bands.slots(); ++i) total += partial[i * sums + k];
     output<float>(out)[k] = static_cast<float>(total);
   }
-  return out;
+  return {out, torch::stable::new_empty(out, {0})};
 }
 
 // The rows of one band, as the kernels of the smoothness loss hand them over.
@@ -183,10 +186,10 @@ struct Rows {
   }
 };
 
-std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
+std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor&, const Tensor& image, const Tensor& image_pred,
                                      std::optional<Tensor> pixel_weight, std::optional<Tensor> guide,
                                      std::optional<Tensor> smoothness_weight, std::optional<Tensor> ssim_weight,
-                                     std::string kinds, std::vector<double> numbers, bool needs_image,
+                                     std::string kinds, std::vector<double> numbers, int64_t, bool needs_image,
                                      bool needs_image_pred) {
   const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
   const Bands& bands = pair.bands;

@@ -121,6 +121,11 @@ def kornia_smoothness(image_pred, p=1, **_):
     return total_variation(image_pred, reduction="mean").mean()
 
 
+def unit_pair(draw, shape):
+    """Images within [0, 1], which piq insists on."""
+    return tuple(t.clamp(0, 1) for t in image_pair(draw, shape))
+
+
 def weighted_ssim(image, image_pred, weight, **options):
     return fastloss.ssim_loss(image, image_pred, weight=weight, **options)
 
@@ -243,6 +248,7 @@ IMAGE_CASES = [
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel(),
             options=[{"padding": "valid"}, {}],
+            make=unit_pair,
         ),
         module=fastloss.SSIMLoss,
         extra={"rivals": rivals(kornia=kornia_ssim)},
@@ -277,6 +283,7 @@ IMAGE_CASES = [
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel() * 341 // 256,
             options=[{"level_weights": (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)}],
+            make=unit_pair,
         ),
         module=fastloss.MSSSIMLoss,
         extra={"rivals": rivals(pytorch_msssim=msssim_ms_ssim, piq=piq_ms_ssim)},

@@ -14,6 +14,7 @@ from .pixel import mean_of, pixel_kind, pixel_loss, pixel_reference
 from .smoothness import smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
 from .ssim import LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
+SIGNS = 8  # of `keep`, see _image_fwd
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
@@ -30,6 +31,7 @@ def image_reference(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int = 0,
 ) -> Tensor:
     """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
 
@@ -61,13 +63,25 @@ def _image_fwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
-) -> Tensor:
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: what the backward needs beside the images: 0 nothing; SIGNS a byte an element; the partial derivatives
+    of SSIM for 1 image, 2 image_pred, 3 both."""
     axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
-    return image_pred.new_empty(axes + 2, dtype=torch.float32)
+    out = image_pred.new_empty(axes + 2, dtype=torch.float32)
+    if keep == SIGNS:
+        return out, image_pred.new_empty(image_pred.numel(), dtype=torch.uint8)
+    if not keep:
+        return out, image_pred.new_empty(0, dtype=torch.float32)
+    images, channels, height, width = image_pred.shape
+    cut = 0 if numbers[4] else int(numbers[2]) - 1
+    kept = (3 + (keep == 3), height - cut, images * channels * (width - cut))
+    return out, image_pred.new_empty(kept, dtype=torch.float32)
 
 
 def _image_bwd(
     grad: Tensor,
+    kept: Tensor,
     image: Tensor,
     image_pred: Tensor,
     pixel_weight: Tensor | None,
@@ -76,6 +90,7 @@ def _image_bwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int,
     needs_image: bool,
     needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +102,7 @@ def _image_bwd(
 
 
 def _kernels_take(image: Tensor, *args: Any) -> bool:
-    return image.numel() > 0 and args[-1][2] <= LARGEST_WINDOW
+    return image.numel() > 0 and args[6][2] <= LARGEST_WINDOW
 
 
 _image = Op(
@@ -96,6 +111,8 @@ _image = Op(
     bwd=_image_bwd,
     reference=image_reference,
     grads=("image", "image_pred"),
+    outputs=("out", "kept"),
+    triton="image",
     takes=_kernels_take,
 )
 
@@ -171,10 +188,8 @@ def image_loss(
         weights["ssim"] = ssim
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
-    if len(weights) > 1 and image.device.type == "cpu" and _image.kernels["cpp"]:
-        values = _in_one_pass(image, image_pred, distances, more, ssim is not None)
-    else:
-        values = _part_by_part(image, image_pred, distances, more, ssim is not None)
+    one_pass = len(weights) > 1
+    values = (_in_one_pass if one_pass else _part_by_part)(image, image_pred, distances, more, ssim is not None)
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     return ImageLosses(total, {name: value.detach() for name, value in values.items()})
 
@@ -191,7 +206,7 @@ def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict
 
 
 def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
-    """The same values from one op, which returns the sum of every part."""
+    """The same values from one op, which returns the sum of every part, where a kernel takes it."""
     names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(_OPTIONS)
     guide, p, order = None, None, 1
     if "pixel" in distances:
@@ -208,9 +223,12 @@ def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict,
         numbers[2:], maps["ssim_options"], count = _ssim_numbers(image, image_pred, more["ssim"])
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
     weights = list(maps.values())
-    sums = _image(
-        image.to(dtype), image_pred.to(dtype), weights[0], guide, weights[1], weights[2], ",".join(names), numbers
-    )
+    args: list[Any] = [image.to(dtype), image_pred.to(dtype), weights[0], guide, *weights[1:], ",".join(names), numbers]
+    backend = _image.backend(*args)
+    heavy = backend == "triton" and p == "isotropic" and order == 2 and guide is not None  # more than registers hold
+    if backend == "reference" or heavy:
+        return _part_by_part(image, image_pred, distances, more, ssim)
+    sums = _image(*args, _keep(*args) if backend == "triton" else 0)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = mean_of(sums[0], weights[0], image.numel())
@@ -219,6 +237,18 @@ def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict,
     if ssim:
         values["ssim"] = mean_of(sums[-1], weights[2], count)
     return values
+
+
+def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
+    """What the Triton kernels keep for a backward; the C++ ones keep nothing."""
+    needs = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    *maps, kinds, numbers = args
+    if not (needs and torch.is_grad_enabled()):
+        return 0
+    if numbers[2]:
+        return needs
+    signs = kinds == "l1,l1" and image.ndim == 4 and all(t is None for t in maps)
+    return SIGNS if signs else 0
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:
