@@ -21,7 +21,8 @@ MIXES = {
     "streamed": ("huber,isotropic", 0.3, 1, "off", False),
     "streamed with maps": ("lp,l2", 1.5, 2, "off", True),
     "sweep": ("l1,l1", 1.0, 1, "same", False),
-    "sweep with maps": ("charbonnier,isotropic", 0.1, 1, "same", True),
+    "sweep with maps": ("charbonnier,l1", 0.1, 2, "same", True),
+    "sweep, isotropic": ("huber,isotropic", 0.3, 1, "same", False),
     "sweep without pixels": (",l2", 0.0, 2, "valid", False),
     "sweep without smoothness": ("l2,", 2.0, 1, "valid", True),
 }
@@ -179,12 +180,12 @@ def test_a_backward_without_what_the_forward_kept(place, name):
 
 @pytest.mark.parametrize("place", TRITON)
 def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
-    """Larger windows, and isotropic second differences with a guide: the parts' own kernels then."""
+    """Larger windows, and an isotropic smoothness with a guide: the parts' own kernels then."""
     called = []
     original = module._part_by_part
     monkeypatch.setattr(module, "_part_by_part", lambda *args: called.append(1) or original(*args))
     (x, y), _ = inputs((1, 1, 5, 6), MIXES["signs"], place[0])
-    options = {"smoothness": ("isotropic", 1.0), "smoothness_options": {"order": 2, "guide": x}}
+    options = {"smoothness": ("isotropic", 1.0), "smoothness_options": {"guide": x}}
     with core.use_backend(place[1]):
         image_loss(x, y, pixel=(1, 1.0), smoothness=(1, 1.0))
         assert not called

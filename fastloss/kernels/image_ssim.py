@@ -37,17 +37,14 @@ def _spot(column, at, start, size):
 @triton.jit
 def _columns(weight, image, channel, column):
     """A map of weights, as smoothness.py takes it for the columns of an image."""
-    if weight[0] is None:
-        return None
-    else:
-        return at_column(weight, image, channel, column), weight[3], weight[4]
+    return at_column(weight, image, channel, column), weight[3], weight[4]
 
 
 @triton.jit
 def image_ssim_fwd_kernel(
     x_ptr,  # (units, count)
     y_ptr,  # (units, count)
-    pixel_weight,  # (images, channels, height, width), any strides; or (None,)
+    pixel_weight,  # (images, channels, height, width), any strides; or None
     guide,  # None or a tuple, see smoothness.py
     weight,  # of the smoothness: as that of the pixels
     map_weight,  # (images, channels, height - 2 margin, width - 2 margin), any strides; or (None,)
@@ -77,8 +74,10 @@ def image_ssim_fwd_kernel(
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)
     x_at = x_ptr + start_of(unit, size)
     y_at = y_ptr + start_of(unit, size)
-    pixel_weight = _columns(pixel_weight, image, channel, column)
-    weight = _columns(weight, image, channel, column)
+    if pixel_weight is not None:
+        pixel_weight = _columns(pixel_weight, image, channel, column)
+    if weight is not None:
+        weight = _columns(weight, image, channel, column)
     inside = column < width
     in_map = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
@@ -99,7 +98,7 @@ def image_ssim_fwd_kernel(
         )
         at = row - RADIUS
         if at >= first:
-            spot = _spot(column, at.to(tl.int64) if WIDE else at, start, size)
+            spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
             if PIXEL != "":
                 x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
                 y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
@@ -113,9 +112,9 @@ def image_ssim_fwd_kernel(
             if (at >= MARGIN) & (at < height - MARGIN):
                 w = 1.0
                 if map_weight[0] is not None:
-                    there = w_at + (at - MARGIN).to(tl.int64) * map_weight[3]
+                    there = w_at + tl.cast(at - MARGIN, tl.int64) * map_weight[3]
                     w = tl.load(there, mask=in_map, other=0.0).to(tl.float32)
-                to = partials_ptr + (at - MARGIN).to(tl.int64) * lanes[1] + map_lane
+                to = partials_ptr + tl.cast(at - MARGIN, tl.int64) * lanes[1] + map_lane
                 of_map += tl.where(in_map, map_loss(moments, w, to, step, in_map, c1, c2, False, KEEP), 0.0)
     programs = tl.num_programs(0) * tl.num_programs(1)
     out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -132,7 +131,7 @@ def image_ssim_bwd_kernel(
     y_ptr,  # (units, count)
     x_grad,  # (pointer,) of the same, or (None,)
     y_grad,  # (pointer,) of the same, or (None,)
-    pixel_weight,  # (images, channels, height, width), any strides; or (None,)
+    pixel_weight,  # (images, channels, height, width), any strides; or None
     guide,  # None or a tuple, see smoothness.py
     weight,  # of the smoothness: as that of the pixels
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
@@ -158,8 +157,10 @@ def image_ssim_bwd_kernel(
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)
     x_at = x_ptr + start_of(unit, size)
     y_at = y_ptr + start_of(unit, size)
-    pixel_weight = _columns(pixel_weight, image, channel, column)
-    weight = _columns(weight, image, channel, column)
+    if pixel_weight is not None:
+        pixel_weight = _columns(pixel_weight, image, channel, column)
+    if weight is not None:
+        weight = _columns(weight, image, channel, column)
     inside = column < width
     map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
@@ -171,14 +172,14 @@ def image_ssim_bwd_kernel(
     last = tl.minimum(first + rows, height)
     for row in range(first - RADIUS, last + RADIUS):
         has = (row >= MARGIN) & (row < height - MARGIN)
-        here = partials_ptr + (row - MARGIN).to(tl.int64) * lanes[1] + map_lane
+        here = partials_ptr + tl.cast(row - MARGIN, tl.int64) * lanes[1] + map_lane
         filtered, moving = next_filtered(
             moving, here, step, column - MARGIN, width - 2 * MARGIN, has, taps, needs, KEPT, ASIDE, RADIUS
         )
         at = row - RADIUS
         if at >= first:
             p_aa, p_dd, p_x, p_y = filtered
-            spot = _spot(column, at.to(tl.int64) if WIDE else at, start, size)
+            spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
             x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
             y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
             by_a, by_d = 2.0 * (x + y) * p_aa, 2.0 * (x - y) * p_dd

@@ -225,7 +225,7 @@ def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict,
     weights = list(maps.values())
     args: list[Any] = [image.to(dtype), image_pred.to(dtype), weights[0], guide, *weights[1:], ",".join(names), numbers]
     backend = _image.backend(*args)
-    heavy = backend == "triton" and p == "isotropic" and order == 2 and guide is not None  # more than registers hold
+    heavy = backend == "triton" and p == "isotropic" and guide is not None  # more than registers hold
     if backend == "reference" or heavy:
         return _part_by_part(image, image_pred, distances, more, ssim)
     sums = _image(*args, _keep(*args) if backend == "triton" else 0)
