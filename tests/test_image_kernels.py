@@ -57,7 +57,7 @@ def values(backend, pair, rest, needs=(True, True)):
     """The sums, and the gradients asked for under an upstream gradient that differs from sum to sum."""
     pair = [t.detach().requires_grad_(needed) for t, needed in zip(pair, needs, strict=True)]
     with core.use_backend(backend):
-        sums = _image(*pair, *rest, _keep(*pair, *rest) if backend == "triton" else 0)
+        sums = _image(*pair, *rest, _keep(*pair, *rest) if backend == "triton" else 0, None)
         upstream = torch.linspace(-0.7, 2, sums.numel(), device=sums.device).to(sums.dtype)
         wrt = [t for t in pair if t.requires_grad]
         return sums.detach(), *torch.autograd.grad(sums, wrt, upstream)
@@ -165,7 +165,7 @@ def test_what_is_kept(place):
         pair, rest = inputs(shape, mix, place[0])
         pair[1].requires_grad_()
         keep = _keep(*pair, *rest)
-        return keep, _image.fwd(*pair, *rest, keep)[1]
+        return keep, _image.fwd(*pair, *rest, keep, None)[1]
 
     keep, signs = kept(MIXES["signs"])
     assert keep == SIGNS and (signs.dtype, signs.shape) == (torch.uint8, (84,))
@@ -181,8 +181,8 @@ def test_what_is_kept(place):
 def test_a_backward_without_what_the_forward_kept(place, name):
     pair, rest = inputs((1, 2, 7, 6), MIXES[name], place[0])
     grad = torch.linspace(-1, 2, 4, device=place[0])
-    sums, kept = _image.fwd(*pair, *rest, 0)
-    got = _image.bwd(grad, kept, *pair, *rest, 0, True, True)
+    sums, kept = _image.fwd(*pair, *rest, 0, None)
+    got = _image.bwd(grad, kept, *pair, *rest, 0, None, True, True)
     wrt = [t.clone().requires_grad_() for t in pair]
     expected = _image.reference(*wrt, *rest)
     torch.testing.assert_close(sums, expected.detach())

@@ -267,6 +267,7 @@ def _sweep(call: _Call, numbers: list[float]) -> _Sweep:
 def image_fwd(
     image: Tensor, image_pred: Tensor, pixel_weight: Tensor | None, guide: Tensor | None,
     smoothness_weight: Tensor | None, ssim_weight: Tensor | None, kinds: str, numbers: list[float], keep: int,
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
     window, sigma, _, c1, c2 = numbers[2:]
@@ -297,7 +298,7 @@ def image_fwd(
 def image_bwd(
     grad: Tensor, kept: Tensor, image: Tensor, image_pred: Tensor, pixel_weight: Tensor | None, guide: Tensor | None,
     smoothness_weight: Tensor | None, ssim_weight: Tensor | None, kinds: str, numbers: list[float], keep: int,
-    needs_image: bool, needs_image_pred: bool,
+    shares: Tensor | None, needs_image: bool, needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
     grad = grad.contiguous()
@@ -381,7 +382,7 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     weight = torch.empty((shape[0], 1, *shape[2:]), device="meta").expand(shape) if o.get("weights") else None
     on_map = None if weight is None or not window else weight[..., cut // 2 : shape[2] - cut // 2, :]
     signs = pixel == smoothness == "l1" and not (guide is not None or weight is not None or window) and axes == 2
-    keep = o.get("keep", 2) if window else 8 * signs
+    keep = o.get("keep", 2) if window else 4 * signs
     partials = (3 + (keep == 3), shape[2] - cut, shape[0] * shape[1] * (shape[3] - cut)) if window else (image.numel(),)
     kept = torch.empty(partials, dtype=torch.float32 if window else torch.uint8, device="meta")
     grad = torch.empty(3 if smoothness == "isotropic" else axes + 2, device="meta")
@@ -391,4 +392,4 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))
     yield AotCase(f"forward {label}", image_fwd, args, ("_image_fwd_kernel",) if streams else ())
     wide = ("_image_bwd_kernel", "_image_signs_bwd_kernel") if streams else ()
-    yield AotCase(f"backward {label}", image_bwd, (grad, kept, *args, o.get("keep", 2) == 3, True), wide)
+    yield AotCase(f"backward {label}", image_bwd, (grad, kept, *args, None, o.get("keep", 2) == 3, True), wide)
