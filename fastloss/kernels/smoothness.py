@@ -157,6 +157,9 @@ def _pull(
 ):  # fmt: skip
     """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
     mask = inside & _has(spot, size, AXIS, SHIFT, ORDER)
+    w = 1.0
+    if weight is not None:
+        w = weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
     d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
     if KIND == "isotropic":
         squares = d * e * d * e
@@ -170,9 +173,7 @@ def _pull(
         pull = e * sign(d)
     else:
         pull = e * 2.0 * d
-    if weight is not None:
-        pull *= weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
-    return pull
+    return pull * w
 
 
 @triton.jit
