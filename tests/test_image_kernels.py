@@ -108,8 +108,10 @@ def test_half_precision(place, dtype, name):
 @each_place
 @pytest.mark.parametrize("name", ["signs", "streamed", "sweep"])
 def test_one_pixel_wide_and_constant_images(place, name):
+    errors = Errors(torch.float32)  # of one pixel the reference may be exact by luck
     for shape in ((1, 1, 1, 1), (1, 2, 1, 9), (1, 2, 9, 1)):
-        check(place, *inputs(shape, MIXES[name], place[0]), where=str(shape))
+        compare(errors, place, *inputs(shape, MIXES[name], place[0]), where=str(shape))
+    errors.check()
     pair, rest = inputs((1, 2, 6, 5), MIXES[name], place[0])
     same = torch.full_like(pair[0], 0.3)
     sums, *gradients = values(place[1], [same, same.clone()], rest)
