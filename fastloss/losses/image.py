@@ -14,6 +14,7 @@ from .pixel import pixel_kind, pixel_loss, pixel_reference
 from .smoothness import smoothness_counts, smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
 from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
+SIGNS = 4  # of `keep`, see _image_fwd
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
@@ -70,10 +71,21 @@ def _image_fwd(
 
     KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the gradients of a total that counts each sum by its share, each
     in the order of the prediction's memory. Any other upstream gradient makes the backward do the pass again.
+    1, 2 or 3 alone: the partial derivatives of SSIM. SIGNS: a byte an element, in the order of the prediction's memory.
     """
     axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
-    kept = ((keep & 1) + (keep >> 1 & 1), image_pred.numel()) if keep else (0,)
-    return image_pred.new_empty(axes + 2, dtype=torch.float32), image_pred.new_empty(kept, dtype=torch.float32)
+    out = image_pred.new_empty(axes + 2, dtype=torch.float32)
+    if keep == SIGNS:
+        return out, image_pred.new_empty(image_pred.numel(), dtype=torch.uint8)
+    count = (keep & 1) + (keep >> 1 & 1)
+    kept: tuple[int, ...] = (0,)
+    if keep & KEEP_GRADIENTS:
+        kept = (count, image_pred.numel())
+    elif keep:
+        images, channels, height, width = image_pred.shape
+        cut = 0 if numbers[4] else int(numbers[2]) - 1
+        kept = (2 + count, height - cut, images * channels * (width - cut))
+    return out, image_pred.new_empty(kept, dtype=torch.float32)
 
 
 def _image_bwd(
@@ -110,6 +122,7 @@ _image = Op(
     reference=image_reference,
     grads=("image", "image_pred"),
     outputs=("out", "kept"),
+    triton="image",
     takes=_kernels_take,
 )
 
@@ -185,21 +198,20 @@ def image_loss(
         weights["ssim"] = ssim
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
-    if len(weights) > 1 and image.device.type == "cpu" and _image.kernels["cpp"]:
-        values = _in_one_pass(image, image_pred, distances, more, weights)
-    else:
-        values = _part_by_part(image, image_pred, distances, more, ssim is not None)
+    values = (_in_one_pass if len(weights) > 1 else _part_by_part)(image, image_pred, distances, more, weights)
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     return ImageLosses(total, {name: value.detach() for name, value in values.items()})
 
 
-def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
+def _part_by_part(
+    image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
+) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = pixel_loss(image, image_pred, p=distances["pixel"], **more["pixel"])
     if "smoothness" in distances:
         values["smoothness"] = smoothness_loss(image_pred, p=distances["smoothness"], **more["smoothness"])
-    if ssim:
+    if "ssim" in weights:
         values["ssim"] = ssim_loss(image, image_pred, **more["ssim"])
     return values
 
@@ -207,7 +219,7 @@ def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict
 def _in_one_pass(
     image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
 ) -> dict[str, Tensor]:
-    """The same values from one op, which returns the sum of every part."""
+    """The same values from one op, which returns the sum of every part, where a kernel takes it."""
     names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(weights)
     guide, p, order = more["smoothness"].get("guide"), distances.get("smoothness", 1), 1
     counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
@@ -225,12 +237,19 @@ def _in_one_pass(
         numbers[2:], maps["ssim"], count = _ssim_numbers(image, image_pred, more["ssim"])
         counts["ssim"] = [_count(maps["ssim"], count, result_dtype(image, image_pred))]
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    given = (maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"), ",".join(names), numbers)
+    args = (image.to(dtype), image_pred.to(dtype), maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"))
+    kinds = ",".join(names)
+    backend = _image.backend(*args, kinds, numbers)
+    heavy = backend == "triton" and p == "isotropic" and guide is not None  # more than registers hold
+    if backend == "reference" or heavy:
+        return _part_by_part(image, image_pred, distances, more, weights)
     keep, shares = 0, None
-    if "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's share depends on the sums
+    if backend == "triton":
+        keep = _keep(*args, kinds, numbers)
+    elif "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's share depends on the sums
         keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
         keep, shares = (keep + KEEP_GRADIENTS, _shares(weights, counts, image_pred)) if keep else (0, None)
-    sums = _image(image.to(dtype), image_pred.to(dtype), *given, keep, shares)
+    sums = _image(*args, kinds, numbers, keep, shares)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = sums[0] / counts["pixel"][0]
@@ -239,6 +258,18 @@ def _in_one_pass(
     if "ssim" in weights:
         values["ssim"] = sums[-1] / counts["ssim"][0]
     return values
+
+
+def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
+    """What the Triton kernels keep for a backward."""
+    needs = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    *maps, kinds, numbers = args
+    if not (needs and torch.is_grad_enabled()):
+        return 0
+    if numbers[2]:
+        return needs
+    signs = kinds == "l1,l1" and image.ndim == 4 and all(t is None for t in maps)
+    return SIGNS if signs else 0
 
 
 def _count(weight: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | int:
