@@ -218,6 +218,7 @@ struct Problem {
   std::vector<Tensor> query_pieces, key_pieces;  // their columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
+  bool once = false;           // each key is in one product: none of them is copied before
   std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
@@ -281,10 +282,13 @@ struct Problem {
         for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
     };
     cut(query, query_pieces);
-    cut(key, key_pieces);
+    if (!once) cut(key, key_pieces);
     std::optional<Tensor> total;
-    for (size_t k = 0; k < key_pieces.size(); ++k)
-      total = product(slice(query_pieces[k], 0, begin, m), slice(key_pieces[k], 0, first, n), total);
+    for_pieces(width, kTerms, [&](int64_t k, int64_t terms) {
+      const size_t piece = static_cast<size_t>(k / kTerms);
+      const Tensor w = once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
+      total = product(slice(query_pieces[piece], 0, begin, m), w, total);
+    });
     return *total;
   }
 

@@ -25,6 +25,7 @@ class Pulls {
   }
 
   void run(float* stats, Tensor& pulls) {
+    p_.once = height_ >= p_.rows;
     for_pieces(p_.rows, height_, [&](int64_t begin, int64_t m) {
       rows_.assign(m, Running());
       for_pieces(p_.columns, width_, [&](int64_t first, int64_t n) { block(begin, m, first, n, pulls); });

@@ -202,14 +202,23 @@ BAD_NEGATIVES = [
 ]
 
 
-def flops(shape, size, mode):
-    """2 M N D for the similarities, twice that for the gradients, and once more to recompute."""
-    rows, width = shape
-    return {"forward": 1, "backward": 3, "both": 4}[mode] * 2 * rows * rows * width
+def pairs_flops(times):
+    """`times` 2 M N D in all: one for the similarities, two for the gradients, one more where logits are made again."""
+
+    def cost(shape, size, mode):
+        rows, width = shape
+        return {"forward": 1, "backward": times - 1, "both": times}[mode] * 2 * rows * rows * width
+
+    return cost
+
+
+def clip_flops(shape, size, mode):
+    """Logits up to 64 MiB are not made again."""
+    return pairs_flops(3 if shape[0] ** 2 * 4 <= 64 * 2**20 else 4)(shape, size, mode)
 
 
 def frozen_flops(shape, size, mode):
-    """As above for negatives without gradient: one product makes the queries' gradient, and logits may be kept."""
+    """Without a gradient of the keys, one product makes that of the queries."""
     rows, keys, width = shape
     return {"forward": 1, "backward": 1, "both": 2}[mode] * 2 * rows * keys * width
 
@@ -226,7 +235,7 @@ CONTRASTIVE = [
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
-            shapes=[(256, 512), (4096, 512)], cost=flops, unit="flops", options=[{}, {"symmetric": True}],
+            shapes=[(256, 512), (4096, 512)], cost=pairs_flops(3), unit="flops", options=[{}, {"symmetric": True}],
             all_grads=True,
             cuda_shapes=[(8192, 512), (32768, 512)],
         ),
@@ -255,7 +264,21 @@ CONTRASTIVE = [
     Case(
         "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((3, 5, 4), (4, 40, 6)),
         grads=(0, 1),
+        options=[
+            {}, {"label_smoothing": 0.1, "normalize": False, "temperature": 3.0},
+            {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"sampling": NegativeSampling(margin=0.4, hardness=1.0), "temperature": 1.0, "include_positive": False},
+        ],
         bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
+    ),
+    Case(
+        "info_nce frozen keys", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (6, 2)), grads=(0,),
+        options=[
+            {}, {"include_positive": False, "normalize": False, "temperature": torch.tensor(6.0)},
+            {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "weights": WEIGHTS},
+            {"query_ids": IDS, "key_ids": IDS, "label_smoothing": 0.2, "bias": torch.linspace(-1, 1, 6)},
+            {"sampling": NegativeSampling(hardness=0.5, margin=0.4), "temperature": 1.0},
+        ],
     ),
     Case(
         "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
@@ -302,7 +325,7 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(8192, 512), (2048, 512), (256, 512)], cost=flops, unit="flops",
+            shapes=[(8192, 512), (2048, 512), (256, 512)], cost=clip_flops, unit="flops",
             options=[{"logit_scale": 14.3}],
             all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
         ),
@@ -322,7 +345,7 @@ CONTRASTIVE = [
         module=fastloss.SigLipLoss,
         bench=Bench(
             shapes=[(1024, 512), (8192, 512)], unit="flops", all_grads=True,
-            cost=lambda shape, size, mode: (mode != "backward") * 3 * flops(shape, size, "forward"),
+            cost=lambda shape, size, mode: (mode != "backward") * pairs_flops(3)(shape, size, "both"),
             options=[{"logit_scale": 10.0, "logit_bias": -10.0, "normalize": True}],
         ),
         extra=rivals(open_clip=library_siglip),
