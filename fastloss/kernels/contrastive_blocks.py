@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
 STRIPS, LOWEST = 16, 1024  # blocks of rows of a triangle, a fraction 1 / STRIPS of which lies below it; least rows
 GROUP = 8
+HALF_TILE = 64  # columns
 DEFINED = 2**16  # elements
 CHUNK = 128  # rows of a chunk are a multiple, where the workspace holds as many
 
@@ -62,6 +64,8 @@ class Call:
         else:
             burden = int(options > 0 or backward or (keeps and self.products != IEEE))
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
+        if keeps and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
+            self.tile = replace(self.tile, columns=HALF_TILE)
         self.options = self.tile.options
 
     def operands(self) -> tuple:
