@@ -100,8 +100,8 @@ def _contrastive_plain_fwd(
     needs: int,
     workspace_mib: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out; p and n [2 + symmetric, M]; c of queries and keys [M + N]; products; gradients of query, key, and of scale by
-    rows, those of out ("grads") or of each loss_i ("rows")."""
+    """out; p and n [2 + symmetric, M]; c of queries and keys [M + N]; products; the gradients of query, key, and scale
+    (by rows), those of out ("grads") or of each loss_i ("rows")."""
     (rows, width), columns = query.shape, key.shape[0]
     saved = saves(rows, columns, symmetric, reduction, needs, workspace_mib)
     made, again, kept = saved in ("rows", "grads"), saved in ("stash", "again"), saved == "stash"
