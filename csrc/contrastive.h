@@ -286,7 +286,8 @@ struct Problem {
     std::optional<Tensor> total;
     for_pieces(width, kTerms, [&](int64_t k, int64_t terms) {
       const size_t piece = static_cast<size_t>(k / kTerms);
-      const Tensor w = once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
+      const Tensor w =
+          once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
       total = product(slice(query_pieces[piece], 0, begin, m), w, total);
     });
     return *total;

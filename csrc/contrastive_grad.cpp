@@ -6,7 +6,8 @@ namespace fastloss {
 namespace {
 
 // The gradients of queries and their scales (empty: not needed) from what the forward has made.
-void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls, Tensor& query_grad, Tensor& scale_grad) {
+void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls, Tensor& query_grad,
+                Tensor& scale_grad) {
   const size_t factors = p.factors.size();
   const float* from = input<float>(pulls);
   for_dtype(query_grad.scalar_type(), "contrastive", [&](auto element) {

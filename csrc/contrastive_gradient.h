@@ -17,7 +17,7 @@ struct Upstream {
   Upstream() = default;
   // of the log-sum-exps alone
   explicit Upstream(int64_t rows)
-      : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)) {}
+      : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(grad) {}
 
   Upstream(const Problem& p, const Tensor& grads, const Tensor& stats, int64_t direction) {
     const auto row = [&](const Tensor& t, int64_t k) {
@@ -60,15 +60,16 @@ class Gradient {
 
   bool needs_column_scale = false, needs_bias = false;
 
-  // H of rows begin .. and columns first .. from their products `raw`, to row and column of `to` and, transposed, of `back`
-  // (or null).
+  // H of rows begin .. and columns first .. from their products `raw`, to row and column of `to` and, transposed, of
+  // `back` (or null).
   void chunk(const Tensor& raw, int64_t begin, int64_t first, const Panels& to, int64_t to_row, int64_t to_column,
              const Panels* back) {
     const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
     const int64_t width = (raw.size(1) + 15) / 16 * 16;
     std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
     std::vector<float> of_bias(needs_bias ? groups * width : 0, 0.0f);
-    torch::stable::parallel_for(0, groups * across, tiles_grain(raw.size(0), raw.size(1)), [&](int64_t from, int64_t last) {
+    const int64_t grain = tiles_grain(raw.size(0), raw.size(1));
+    torch::stable::parallel_for(0, groups * across, grain, [&](int64_t from, int64_t last) {
       for (int64_t t = from; t < last; ++t) {
         const int64_t row = t / across * kRows, start = t % across * kColumns;
         const int64_t whole = std::min(kColumns, raw.size(1) - start);
@@ -196,8 +197,8 @@ class Gradient {
   std::vector<double> row_parts_, of_scale_, of_bias_;
 };
 
-// Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a time,
-// columns(first, u [n, D]) of n columns at a time.
+// Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a
+// time, columns(first, u [n, D]) of n columns at a time.
 template <typename Rows, typename Columns>
 void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double workspace_mib, bool needs_query,
                     bool needs_key, const Rows& rows, const Columns& columns) {

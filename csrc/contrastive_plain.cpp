@@ -1,5 +1,5 @@
-// The plain softmax losses from embeddings to loss, as contrastive_plain.py defines them. With a_i, b_i the gradients of
-// the log-sum-exps n_i, n'_i, the positive's logit has the gradient -a_i - b_i; `gradient` makes H from both.
+// The plain softmax losses from embeddings to loss, as contrastive_plain.py defines them. With a_i, b_i the gradients
+// of the log-sum-exps n_i, n'_i, the positive's logit has the gradient -a_i - b_i; Gradient makes H from them all.
 
 #include "contrastive_gradient.h"
 #include "contrastive_pulls.h"
@@ -229,7 +229,8 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
     Upstream rows(p.rows), columns(p.symmetric ? p.rows : 0);
     std::vector<float> positives(p.rows);
     for (int64_t i = begin; i < begin + m; ++i)
-      positives[i] = set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
+      positives[i] =
+          set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
     Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
     const Panels h(block, m, p.columns), back(turned, p.columns, m);
     gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);

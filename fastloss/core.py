@@ -58,9 +58,6 @@ def _why_no_triton() -> str | None:
     return None
 
 
-_FITS = {"cpu": ("triton",) if is_interpreting() else ("cpp",), "cuda": ("triton",)}  # backends by device
-
-
 class _Backends:
     """Why a backend is missing (None: it is there), and the forced one."""
 
@@ -116,7 +113,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _below_autograd(op: Callable, *args: Any) -> Any:
-    """The op's kernel at once: autograd is taken care of, and its dispatch in Python costs more than a small kernel."""
+    """The op's kernel at once: autograd's dispatch in Python costs more than a small kernel."""
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)
 
@@ -125,11 +122,8 @@ def _save(ctx: Any, values: dict[str, Any]) -> None:
     """Keep named values for the backward, the tensors (and lists of them) where autograd can watch them."""
     ctx.plain, ctx.lengths, kept = {}, {}, []
     for name, value in values.items():
-        if isinstance(value, Tensor):
-            ctx.lengths[name] = None
-            kept.append(value)
-        elif own := _tensors(value):
-            ctx.lengths[name] = len(value)
+        if own := _tensors(value):
+            ctx.lengths[name] = None if isinstance(value, Tensor) else len(value)
             kept += own
         else:
             ctx.plain[name] = value
@@ -183,7 +177,6 @@ class Op:
         self.takes = takes or (lambda *args: True)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
-        self._flags = {name: f"needs_{name}" for name in grads}
         self._kept = [(i, name) for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
         for stage, fake in (("fwd", fwd), ("bwd", bwd)):
             self._define(f"{name}_{stage}", fake, triton)
@@ -227,16 +220,11 @@ class Op:
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if len(tensors) == 0 or any(isinstance(a, (list, tuple)) for a in args):
-            tensors = [t for a in args for t in _tensors(a)]
-        if transformed() or not self.takes(*args):
+        tensors = [t for a in args for t in _tensors(a)]
+        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
-        for t in tensors:
-            if t.dtype == torch.float64:
-                return "reference"
         device = tensors[0].device.type
-        fits = _FITS.get(device, ())
+        fits = {"cpu": ("triton",) if is_interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
         forced = _backends.forced
         if forced == "reference":
             return forced
@@ -291,15 +279,12 @@ class Op:
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
         needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
-        if grad is None or sum(needs.values()) > sum(needs[name] for name in self.grads):
-            for name, needed in needs.items():
-                if needed and name not in self.grads:
-                    raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-            return tuple(_no_gradient(flags[n]) for n in self.inputs)  # nothing reaches the output (a double backward)
-        have = _saved(ctx)
-        have["grad"], have["incoming"] = grad, []
-        for name, flag in self._flags.items():
-            have[flag] = needs[name]
+        for name, needed in needs.items():
+            if needed and name not in self.grads:
+                raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+        if grad is None:  # nothing reaches the output (in a double backward)
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)
+        have = _saved(ctx) | {"grad": grad, "incoming": []} | {f"needs_{name}": needs[name] for name in self.grads}
         args = [have[name] for name in self._bwd_wants]
         got = self.bwd(*args) if torch.is_grad_enabled() else _below_autograd(self.bwd, *args)
         if isinstance(got, list):
