@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
-from ..core import Loss, Op, result_dtype
-from .pixel import mean_of, pixel_kind, pixel_loss, pixel_reference
-from .smoothness import smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
-from .ssim import LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
+from ..core import Loss, Op, check_not_empty, result_dtype
+from .pixel import pixel_kind, pixel_loss, pixel_reference
+from .smoothness import smoothness_counts, smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
+from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
@@ -30,6 +30,8 @@ def image_reference(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int = 0,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
 
@@ -61,13 +63,22 @@ def _image_fwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
-) -> Tensor:
+    keep: int,
+    shares: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: what the backward finds beside the inputs, 0 nothing.
+
+    KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the gradients of a total that counts each sum by its share, each
+    in the order of the prediction's memory. Any other upstream gradient makes the backward do the pass again.
+    """
     axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
-    return image_pred.new_empty(axes + 2, dtype=torch.float32)
+    kept = ((keep & 1) + (keep >> 1 & 1), image_pred.numel()) if keep else (0,)
+    return image_pred.new_empty(axes + 2, dtype=torch.float32), image_pred.new_empty(kept, dtype=torch.float32)
 
 
 def _image_bwd(
     grad: Tensor,
+    kept: Tensor,
     image: Tensor,
     image_pred: Tensor,
     pixel_weight: Tensor | None,
@@ -76,6 +87,8 @@ def _image_bwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int,
+    shares: Tensor | None,
     needs_image: bool,
     needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +100,7 @@ def _image_bwd(
 
 
 def _kernels_take(image: Tensor, *args: Any) -> bool:
-    return image.numel() > 0 and args[-1][2] <= LARGEST_WINDOW
+    return image.numel() > 0 and args[6][2] <= LARGEST_WINDOW
 
 
 _image = Op(
@@ -96,6 +109,7 @@ _image = Op(
     bwd=_image_bwd,
     reference=image_reference,
     grads=("image", "image_pred"),
+    outputs=("out", "kept"),
     takes=_kernels_take,
 )
 
@@ -172,7 +186,7 @@ def image_loss(
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
     if len(weights) > 1 and image.device.type == "cpu" and _image.kernels["cpp"]:
-        values = _in_one_pass(image, image_pred, distances, more, ssim is not None)
+        values = _in_one_pass(image, image_pred, distances, more, weights)
     else:
         values = _part_by_part(image, image_pred, distances, more, ssim is not None)
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
@@ -190,35 +204,62 @@ def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict
     return values
 
 
-def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
+def _in_one_pass(
+    image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
+) -> dict[str, Tensor]:
     """The same values from one op, which returns the sum of every part."""
-    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(_OPTIONS)
-    guide, p, order = None, None, 1
+    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(weights)
+    guide, p, order = more["smoothness"].get("guide"), distances.get("smoothness", 1), 1
+    counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
     if "pixel" in distances:
         options = dict(more["pixel"])
-        maps["pixel_options"] = _expanded(options.pop("weight", None), image)
+        maps["pixel"] = _expanded(options.pop("weight", None), image)
         names[0], numbers[0] = pixel_kind(distances["pixel"], **options)
+        counts["pixel"] = [_count(maps["pixel"], image.numel(), result_dtype(image, image_pred))]
     if "smoothness" in distances:
-        p, guide, order = distances["smoothness"], more["smoothness"].get("guide"), more["smoothness"].get("order", 1)
-        names[1], maps["smoothness_options"] = smoothness_kind(
-            image_pred, p, order, guide, more["smoothness"].get("weight")
-        )
+        order = more["smoothness"].get("order", 1)
+        names[1], maps["smoothness"] = smoothness_kind(image_pred, p, order, guide, more["smoothness"].get("weight"))
         numbers[1] = float(order)
-    if ssim:
-        numbers[2:], maps["ssim_options"], count = _ssim_numbers(image, image_pred, more["ssim"])
+        counts["smoothness"] = smoothness_counts(image_pred, maps["smoothness"], p, order)
+    if "ssim" in weights:
+        numbers[2:], maps["ssim"], count = _ssim_numbers(image, image_pred, more["ssim"])
+        counts["ssim"] = [_count(maps["ssim"], count, result_dtype(image, image_pred))]
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    weights = list(maps.values())
-    sums = _image(
-        image.to(dtype), image_pred.to(dtype), weights[0], guide, weights[1], weights[2], ",".join(names), numbers
-    )
+    given = (maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"), ",".join(names), numbers)
+    keep, shares = 0, None
+    if "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's share depends on the sums
+        keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+        keep, shares = (keep + KEEP_GRADIENTS, _shares(weights, counts, image_pred)) if keep else (0, None)
+    sums = _image(image.to(dtype), image_pred.to(dtype), *given, keep, shares)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
-        values["pixel"] = mean_of(sums[0], weights[0], image.numel())
-    if p is not None:
-        values["smoothness"] = smoothness_mean(sums[1:-1], image_pred, weights[1], p, order)
-    if ssim:
-        values["ssim"] = mean_of(sums[-1], weights[2], count)
+        values["pixel"] = sums[0] / counts["pixel"][0]
+    if "smoothness" in distances:
+        values["smoothness"] = smoothness_mean(sums[1:-1], counts["smoothness"], p)
+    if "ssim" in weights:
+        values["ssim"] = sums[-1] / counts["ssim"][0]
     return values
+
+
+def _count(weight: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | int:
+    """What a mean divides by: `count`, or the sum of the weights, 1 where they are all zero."""
+    check_not_empty(count)
+    if weight is None:
+        return count
+    total = weight.sum(dtype=dtype)
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
+    """What each sum counts in the total."""
+    shares = [
+        weights.get(name, 0.0) / torch.where(c == 0, torch.ones_like(c), c).float() if isinstance(c, Tensor) else
+        weights.get(name, 0.0) / max(c, 1)
+        for name, each in counts.items() for c in each
+    ]  # fmt: skip
+    if not any(isinstance(share, Tensor) for share in shares):
+        return torch.tensor(shares, dtype=torch.float32, device=like.device)
+    return torch.stack([torch.as_tensor(s, dtype=torch.float32, device=like.device) for s in shares]).detach()
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:

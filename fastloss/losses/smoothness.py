@@ -116,8 +116,11 @@ def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list
     if weight is None:
         sizes = ([max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape)] for dim in dims)
         return [math.prod(size[2:]) for size in sizes]
+    for dim in (0, 1):  # what is broadcast along images or channels is added up once
+        weight = weight.narrow(dim, 0, min(weight.shape[dim], 1)) if weight.stride(dim) == 0 else weight
     here = (weight if dim is None else _weight_at(weight, dim, order) for dim in dims)
-    return [w.to(result_dtype(image)).flatten(2).sum(2) for w in here]
+    sums = (w.sum(list(range(2, image.ndim)), dtype=result_dtype(image)) for w in here)
+    return [total.expand(image.shape[:2]) for total in sums]
 
 
 def smoothness_loss(
@@ -202,14 +205,16 @@ def smoothness_kind(
     return "isotropic" if p == "isotropic" else "l1" if p == 1 else "l2", weight
 
 
-def smoothness_mean(sums: Tensor, image_pred: Tensor, weight: Tensor | None, p: int | str, order: int) -> Tensor:
-    """The loss from the sums of each direction over all images and channels, ``[directions]``."""
-    kind = "isotropic" if p == "isotropic" else "l2"
+def smoothness_counts(image_pred: Tensor, weight: Tensor | None, p: int | str, order: int) -> list[Tensor | int]:
+    """How many differences each direction has over all images and channels, or how much weight."""
     check_not_empty(image_pred.numel())
-    counts = [
-        count.sum() if isinstance(count, Tensor) else count * image_pred.shape[0] * image_pred.shape[1]
-        for count in _counts(image_pred, weight, kind, order)
-    ]
+    planes = image_pred.shape[0] * image_pred.shape[1]
+    counts = _counts(image_pred, weight, "isotropic" if p == "isotropic" else "l2", order)
+    return [count.sum() if isinstance(count, Tensor) else count * planes for count in counts]
+
+
+def smoothness_mean(sums: Tensor, counts: list[Tensor | int], p: int | str) -> Tensor:
+    """The loss from the sums of each direction over all images and channels, ``[directions]``."""
     return _value(sums, counts, (), p)
 
 
