@@ -24,6 +24,10 @@ EXPLANATIONS = (
      "each with its own weights. The backward makes the factors again and is the faster one; compare both."),
     ("cpu", "smoothness_loss with guide and weight", "*", "*", "both", "torch.compile",
      "The forward above; the backward is the faster one, and the memory a quarter."),
+    ("cpu", "perceptual_step", "*", "*", "memory", "torch.compile",
+     "By arithmetic: it keeps 8 bits of max_pool2d's 64-bit indices (10 MiB less), and fuses the backward of pooling, "
+     "tap and ReLU, where autograd holds one gradient of the first block more (16 MiB). `Execution(chunk=1)` needs a "
+     "third."),
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ MOST = 64  # layers of a table: five columns of pointers and four of numbers are
 BUCKETS = (16, MOST)  # layers that the writing kernel is compiled for
 UNIT = 16  # elements; where all rows of all layers have whole units, every access can be 128 bits wide
 LANES = tl.constexpr(MOST)
-FAR = tl.constexpr(2**30)  # programs: where layers start that are not there
+FAR = tl.constexpr(2**29)  # programs: where layers start that are not there; 2 n + 3 of it has 32 bits, too
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

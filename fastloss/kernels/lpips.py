@@ -64,7 +64,7 @@ def _lpips_fwd_kernel(
     of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
     x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
     y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
-    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
+    lin_ptrs = None if lins is None else lin_pointers(lins, layer, starts, DTYPE)
     for i in tl.static_range(len(LAYERS)):
         if is_of(tile, of, i, LAYERS, DTYPE):
             width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
@@ -108,9 +108,9 @@ def _lpips_bwd_kernel(
     of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
     x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
     y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
-    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
-    x_grad_ptrs = pointers(x_grads, layer, starts, DTYPE, ALIGNED)
-    y_grad_ptrs = pointers(y_grads, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = None if lins is None else lin_pointers(lins, layer, starts, DTYPE)
+    x_grad_ptrs = None if x_grads is None else pointers(x_grads, layer, starts, DTYPE, ALIGNED)
+    y_grad_ptrs = None if y_grads is None else pointers(y_grads, layer, starts, DTYPE, ALIGNED)
     for i in tl.static_range(len(LAYERS)):
         if is_of(tile, of, i, LAYERS, DTYPE):
             width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)

@@ -137,7 +137,7 @@ def lin_pointers(lins, layer, starts, DTYPE: tl.constexpr):
 def sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE: tl.constexpr):
     """Likewise the layer's first tile, pixels, first pixel in `kept`, channels and kind of tile."""
     if DTYPE is None:
-        return starts, pixels, firsts, None, None
+        return starts, pixels, firsts
     else:
         count = small_number_of(pixels, layer, starts)
         width = small_number_of(channels, layer, starts)
