@@ -20,8 +20,8 @@ EXPLANATIONS = (
     ("cpu", "siglip_loss", "*", "*", "forward", "*",
      "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
     ("cpu", "smoothness_loss with guide and weight", "*", "*", "forward", "torch.compile",
-     "Bound by the exponentials of the guide's differences, which each direction makes again; the sums of the two "
-     "directions are kept apart by position in the row. Why its loop is the faster one is not found yet."),
+     "Bound by the factors of the guide, made in one sweep for both directions, and by the sums of the two directions, "
+     "each with its own weights. The backward makes the factors again and is the faster one; compare both."),
     ("cpu", "smoothness_loss with guide and weight", "*", "*", "both", "torch.compile",
      "The forward above; the backward is the faster one, and the memory a quarter."),
 )  # fmt: skip

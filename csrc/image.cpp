@@ -164,7 +164,8 @@ struct Strip {
       s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.p, s.up[0],
                     line, {more.image ? more.image + within : nullptr,
                            more.image_pred ? more.image_pred + within : nullptr, false},
-                    {s.to.image ? s.to.image + i : nullptr, s.to.image_pred ? s.to.image_pred + i : nullptr, s.streamed});
+                    {s.to.image ? s.to.image + i : nullptr, s.to.image_pred ? s.to.image_pred + i : nullptr,
+                     s.streamed});
     }
   };
 };

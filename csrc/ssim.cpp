@@ -57,7 +57,8 @@ void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to,
     const SsimWeights reader{weights.weights == nullptr ? nullptr : SsimPlaneWeights::read, &weights};
     const auto gradients = call.gradients(kept.image ? to : nullptr, kept.image_pred ? second : nullptr, plane);
     void* const walk = room.walk.data();
-    kernels.start(walk, call.plane<T>(plane), tile, call.options, reader, 1.0f, kept.image, kept.image_pred, room.scratch);
+    kernels.start(walk, call.plane<T>(plane), tile, call.options, reader, 1.0f, kept.image, kept.image_pred,
+                  room.scratch);
     const double sum = kernels.advance(walk, tile.y1, gradients);
     if (partial != nullptr) partial[i] = sum;
   });
@@ -92,7 +93,9 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
   const int64_t channels = like.size(1), size = like.size(2) * like.size(3), total = like.numel();
   const bool last = channels_last(like);
   const Tensor out = empty_like(like, like.scalar_type());
-  Tensor written = last || is_dense(out, false) ? out : torch::stable::new_empty(like, {like.size(0), channels, like.size(2), like.size(3)});
+  Tensor written = out;
+  if (!last && !is_dense(out, false))
+    written = torch::stable::new_empty(like, {like.size(0), channels, like.size(2), like.size(3)});
   T* const to = output<T>(written);
   const bool large = total * static_cast<int64_t>(sizeof(T)) >= kSsimStreamed && size % 16 == 0;
   const bool streamed = large && reinterpret_cast<uintptr_t>(to) % 64 == 0;
@@ -126,8 +129,9 @@ std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients,
   const float* up = input<float>(upstream);
   const auto none = [&] { return torch::stable::new_empty(image, {0}); };
   Tensor x = none(), y = none();
-  if (image.numel() == 0) return {needs_image ? empty_like(image, image.scalar_type()) : x,
-                                  needs_image_pred ? empty_like(image_pred, image.scalar_type()) : y};
+  if (image.numel() == 0)
+    return {needs_image ? empty_like(image, image.scalar_type()) : x,
+            needs_image_pred ? empty_like(image_pred, image.scalar_type()) : y};
   for_dtype(image.scalar_type(), "ssim", [&](auto element) {
     using T = decltype(element);
     Kept kept(keep);

@@ -67,10 +67,10 @@ struct SsimKernels {
   void (*scale)(const float* from, const float* factors, float factor, int64_t n, T* to, bool streamed);
 };
 
-// The largest tile: what is kept of it, some 40 rows, stays in the L2 cache.
+// The largest tile: what a walk keeps of it, 36 rows of four maps, stays in the L2 cache.
 constexpr int64_t kSsimRows = 256, kSsimColumns = 512;
-constexpr int64_t kSsimPad = 16;      // elements on either side of the tile's columns in a row of scratch
-constexpr int kSsimRowsAtOnce = 4;    // at most, filtered along y
+constexpr int64_t kSsimPad = 16;    // elements on either side of the tile's columns in a row of scratch
+constexpr int kSsimRowsAtOnce = 4;  // at most, filtered along y
 
 // Floats in a row of scratch for `columns` columns.
 constexpr int64_t ssim_step(int64_t columns) { return (columns + 15) / 16 * 16 + 4 * kSsimPad; }
@@ -160,7 +160,8 @@ struct SsimCall {
     lies(image, x, to.x, to.x_row, to.x_column);
     lies(image_pred, y, to.y, to.y_row, to.y_column);
     const bool aligned = (reinterpret_cast<uintptr_t>(to.x) | reinterpret_cast<uintptr_t>(to.y)) % 64 == 0;
-    to.streamed = aligned && to.x_column == 1 && to.y_column == 1 && width % 16 == 0 && planes * size * 4 >= kSsimStreamed;
+    const bool large = planes * size * 4 >= kSsimStreamed && width % 16 == 0;
+    to.streamed = large && aligned && to.x_column == 1 && to.y_column == 1;
     return to;
   }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastloss import ImageLoss, core, image_loss, pixel_loss, smoothness_loss, ssim_loss
+from fastloss.losses.image import _image
 
 
 @pytest.fixture
@@ -112,6 +113,54 @@ def test_one_pass_agrees_with_the_reference(monkeypatch, cpu, mix):
                     wrt = leaves if needs_image else leaves[1:]
                     found.append([total.detach(), *parts.values(), *torch.autograd.grad(total, wrt)])
             torch.testing.assert_close(*found, rtol=2e-5, atol=2e-7)
+
+
+@pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_upstream_gradient_of_the_sums(dtype):
+    """A multiple of the shares takes the gradient that was kept, all else makes it again; any number of times."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = (torch.rand(2, 3, 20, 23, generator=generator).to(dtype).requires_grad_() for _ in range(2))
+    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4]
+    args, shares = (x, y, None, None, None, None, "l1,l2", numbers), torch.tensor([0.5, 0.0, 0.25, 0.125])
+    with core.use_backend("cpp"):
+        sums = _image(*args, 11, shares)
+    wide = [t.detach().double().requires_grad_() for t in (x, y)]
+    expected = _image.reference(*wide, *args[2:])
+    for upstream in (4 * shares, torch.tensor([1.0, -2.0, 0.5, 3.0]), shares, 0 * shares):
+        found = torch.autograd.grad(sums, (x, y), upstream, retain_graph=True)
+        exact = torch.autograd.grad(expected, wide, upstream.double(), retain_graph=True)
+        rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-2, 1e-3)
+        torch.testing.assert_close([g.double() for g in found], list(exact), rtol=rtol, atol=atol)
+
+
+@pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
+def test_thread_counts_give_the_same_bits():
+    generator = torch.Generator().manual_seed(6)
+    x, y = (torch.rand(2, 3, 300, 70, generator=generator).requires_grad_() for _ in range(2))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            total, parts = image_loss(x, y, pixel=(1, 0.8), smoothness=(1, 0.1), ssim=0.2)
+            found.append([total.detach(), *parts.values(), *torch.autograd.grad(total, (x, y))])
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (13, 14)])
+def test_constant_and_narrow_images(backend, size):
+    """Equal constant images: every part and every gradient is 0."""
+    if core.backend_report()[backend] != "available":
+        pytest.skip("the C++ kernels are not built")
+    x, y = (torch.full((2, 3, *size), 0.5).requires_grad_() for _ in range(2))
+    with core.use_backend(backend):
+        total, parts = image_loss(x, y, pixel=(1, 1.0), smoothness=("isotropic", 0.1), ssim=0.2)
+    assert total.item() == 0 and not any(part.any() for part in parts.values())
+    assert not any(g.any() for g in torch.autograd.grad(total, (x, y)))
 
 
 def test_module_form(images):

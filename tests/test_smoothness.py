@@ -231,6 +231,16 @@ def test_weights_that_are_all_zero_give_zero(image):
         assert loss.item() == 0.0 and not gradient.any()
 
 
+def test_weights_count_once_per_image_and_channel_that_they_are_broadcast_to():
+    image, weight = torch.rand(2, 3, 5, 6).double(), torch.rand(1, 1, 5, 6).double()
+    whole = smoothness_loss(image, weight=weight.expand(2, 3, 5, 6).contiguous(), reduction="none")
+    for broadcast in (weight, weight[0], weight[0, 0], weight.expand(2, 1, 5, 6).contiguous()):
+        torch.testing.assert_close(smoothness_loss(image, weight=broadcast, reduction="none"), whole)
+    row = torch.rand(6).double()
+    full = row.expand(2, 3, 5, 6).contiguous()
+    torch.testing.assert_close(smoothness_loss(image, weight=row), smoothness_loss(image, weight=full))
+
+
 def test_a_constant_weight_changes_no_mean(image):
     weight = torch.full((1,), 3.0)
     for p in DISTANCES:

@@ -252,3 +252,21 @@ def test_thread_counts_give_the_same_bits():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@cpp_only
+@each_padding
+def test_the_kept_gradient_serves_every_upstream_gradient(same):
+    """Each plane has its own; two calls of one graph, the first of which must not scale what the second finds."""
+    for layout in LAYOUTS.values():
+        x, y = (layout(t).requires_grad_() for t in pair(2, 3, 13, 15))
+        wide = [t.detach().double().requires_grad_() for t in (x, y)]
+        options = (None, 5, 1.5, same, 1e-4, 9e-4, False)
+        with core.use_backend("cpp"):
+            sums = _sums(x, y, *options)
+        expected = _ssim.reference(*wide, *options)
+        for seed in (0, 1):
+            upstream = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+            found = torch.autograd.grad(sums, (x, y), upstream, retain_graph=True)
+            exact = torch.autograd.grad(expected, wide, upstream.double(), retain_graph=True)
+            torch.testing.assert_close([g.double() for g in found], list(exact), rtol=1e-4, atol=1e-5)

@@ -116,8 +116,11 @@ def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list
     if weight is None:
         sizes = ([max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape)] for dim in dims)
         return [math.prod(size[2:]) for size in sizes]
+    for dim in (0, 1):  # what is broadcast along images or channels is added up once
+        weight = weight.narrow(dim, 0, min(weight.shape[dim], 1)) if weight.stride(dim) == 0 else weight
     here = (weight if dim is None else _weight_at(weight, dim, order) for dim in dims)
-    return [w.to(result_dtype(image)).flatten(2).sum(2) for w in here]
+    sums = (w.sum(list(range(2, image.ndim)), dtype=result_dtype(image)) for w in here)
+    return [total.expand(image.shape[:2]) for total in sums]
 
 
 def smoothness_loss(
