@@ -204,7 +204,9 @@ def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
         assert not called
         image_loss(x, y, pixel=(1, 1.0), **options)
         image_loss(x, y, pixel=(1, 1.0), ssim=1.0, ssim_options={"window": 13})
-    assert len(called) == 2
+        both = {"order": 2, "weight": x}
+        image_loss(x, y, pixel=(1, 1.0), smoothness=(1, 1.0), ssim=1.0, smoothness_options=both)
+    assert len(called) == 3
 
 
 @pytest.mark.parametrize("place", TRITON)

@@ -240,8 +240,7 @@ def _in_one_pass(
     args = (image.to(dtype), image_pred.to(dtype), maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"))
     kinds = ",".join(names)
     backend = _image.backend(*args, kinds, numbers)
-    heavy = backend == "triton" and p == "isotropic" and guide is not None  # more than registers hold
-    if backend == "reference" or heavy:
+    if backend == "reference" or (backend == "triton" and _is_heavy(kinds, guide, maps, numbers)):
         return _part_by_part(image, image_pred, distances, more, weights)
     keep, shares = 0, None
     if backend == "triton":
@@ -258,6 +257,14 @@ def _in_one_pass(
     if "ssim" in weights:
         values["ssim"] = sums[-1] / counts["ssim"][0]
     return values
+
+
+def _is_heavy(kinds: str, guide: Tensor | None, maps: dict, numbers: list[float]) -> bool:
+    """More than the registers of a device hold at once: an isotropic smoothness with a guide; and beside SSIM more than
+    one of a guide, maps of weights and second differences."""
+    weighted = any(weight is not None for weight in maps.values())
+    many = (guide is not None) + weighted + (numbers[1] == 2) > 1
+    return (kinds.endswith("isotropic") and guide is not None) or (numbers[2] > 0 and many)
 
 
 def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
