@@ -1,7 +1,8 @@
 // Statistics of the logits of softmax contrastive losses: forward. Logits exist one chunk at a time (or as the stash,
 // where they are few): a library's matrix product writes them, one pass over tiles reads them.
 
-#include "contrastive.h"
+#include "contrastive_pulls.h"
+#include "contrastive_statistics.h"
 
 #define FASTLOSS_KERNELS "contrastive_simd.h"
 #include "each_isa.h"
@@ -12,200 +13,25 @@ ContrastiveKernels contrastive_kernels() { return FASTLOSS_PICK(contrastive_kern
 
 namespace {
 
-constexpr size_t kFactors = 3;
-
-// What one tile says of one row.
-struct RowPart {
-  float most;
-  double total[kFactors];
-  SumAndCount moments;
-};
-
-// What the groups of rows of one chunk say of its columns.
-struct ColumnParts {
-  int64_t width;
-  std::vector<float> most, total[kFactors], sum, count;
-
-  ColumnParts(const Problem& p, int64_t groups, int64_t columns) : width((columns + 15) / 16 * 16) {
-    if (!p.symmetric) return;
-    const size_t size = groups * width;
-    most.assign(size, kLowest);
-    for (size_t f = 0; f < p.factors.size(); ++f) total[f].assign(size, 0.0f);
-    sum.assign(p.moments ? size : 0, 0.0f);
-    count.assign(p.moments ? size : 0, 0.0f);
-  }
-};
-
-class Forward {
- public:
-  Forward(const Problem& p, const Tensor& stats)
-      : p_(p), kernels_(contrastive_kernels()), blocks_(blocks_of(p.columns, kColumns)), stats_(output<float>(stats)) {
-    if (!p.symmetric) return;
-    most_.assign(p.padded_columns, kLowest);
-    for (size_t f = 0; f < p.factors.size(); ++f) total_[f].assign(p.padded_columns, 0.0);
-    moments_.assign(p.moments ? p.columns : 0, {0, 0});
-  }
-
-  // Rows begin .. begin + count, all of whose columns come chunk by chunk.
-  void start(int64_t begin, int64_t count) {
-    begin_ = begin;
-    count_ = count;
-    parts_.resize(count * blocks_);
-  }
-
-  // raw [count, n]: the products with columns first .. first + n, first a multiple of kColumns
-  void chunk(const Tensor& raw, int64_t first, int64_t n) {
-    const int64_t groups = blocks_of(count_, kRows), across = blocks_of(n, kColumns);
-    ColumnParts columns(p_, groups, n);
-    torch::stable::parallel_for(0, groups * across, 1, [&](int64_t from, int64_t to) {
-      std::vector<float> scratch(kRows * kColumns);
-      for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch);
-    });
-    if (!p_.symmetric) return;
-    for_each(across, [&](int64_t b) { merge_columns(columns, groups, first, b * kColumns, n); });
-  }
-
-  void finish_rows() {
-    for_each(blocks_of(count_, kRows), [&](int64_t g) {
-      for (int64_t r = g * kRows; r < std::min(count_, (g + 1) * kRows); ++r) finish_row(r);
-    });
-  }
-
-  void finish_columns() {
-    if (!p_.symmetric) return;
-    for (int64_t j = 0; j < p_.columns; ++j) {
-      double total[kFactors];
-      for (size_t f = 0; f < p_.factors.size(); ++f) total[f] = total_[f][j];
-      write(1, j, most_[j], total, p_.moments ? moments_[j] : SumAndCount{0, 0});
-    }
-  }
-
- private:
-  void tile(const Tensor& raw, int64_t group, int64_t first, int64_t at, int64_t n, ColumnParts& columns,
-            std::vector<float>& scratch) {
-    const int64_t row = group * kRows, rows = std::min(kRows, count_ - row), width = std::min(kColumns, n - at);
-    const float* from = input<float>(raw) + row * raw.stride(0) + at;
-    const auto read = [&](bool back) {
-      for (int64_t r = 0; r < rows; ++r)
-        p_.logits(kernels_, from + r * raw.stride(0), begin_ + row + r, first + at, width, back, &scratch[r * kColumns]);
-    };
-    float* sum = p_.moments && p_.symmetric ? &columns.sum[group * columns.width + at] : nullptr;
-    float* number = sum ? &columns.count[group * columns.width + at] : nullptr;
-    float* most = p_.symmetric ? &columns.most[group * columns.width + at] : nullptr;
-    const bool together = !p_.two_ceilings;
-    read(false);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* s = &scratch[r * kColumns];
-      RowPart& part = parts_[(row + r) * blocks_ + (first + at) / kColumns];
-      part.most = kernels_.most(s, width, together ? most : nullptr);
-      for (size_t f = 0; f < p_.factors.size(); ++f)
-        part.total[f] = kernels_.row(s, width, p_.factors[f], part.most);
-      if (p_.moments) part.moments = kernels_.moments(s, width, together ? sum : nullptr, number);
-    }
-    if (!p_.symmetric) return;
-    if (!together) {
-      read(true);
-      for (int64_t r = 0; r < rows; ++r) {
-        kernels_.most(&scratch[r * kColumns], width, most);
-        if (p_.moments) kernels_.moments(&scratch[r * kColumns], width, sum, number);
-      }
-    }
-    for (size_t f = 0; f < p_.factors.size(); ++f)
-      for (int64_t r = 0; r < rows; ++r)
-        kernels_.columns(&scratch[r * kColumns], width, p_.factors[f], most,
-                         &columns.total[f][group * columns.width + at]);
-  }
-
-  void merge_columns(const ColumnParts& columns, int64_t groups, int64_t first, int64_t at, int64_t n) {
-    const int64_t width = std::min(kColumns, n - at), j = first + at;
-    float before[kColumns];
-    std::copy_n(&most_[j], (width + 15) / 16 * 16, before);
-    for (int64_t g = 0; g < groups; ++g) kernels_.raise(width, &columns.most[g * columns.width + at], &most_[j]);
-    for (size_t f = 0; f < p_.factors.size(); ++f)
-      for (int64_t g = 0; g < groups; ++g)
-        kernels_.merge(width, p_.factors[f], g == 0 ? before : &most_[j], &most_[j],
-                       &columns.most[g * columns.width + at], &columns.total[f][g * columns.width + at],
-                       &total_[f][j]);
-    if (!p_.moments) return;
-    for (int64_t g = 0; g < groups; ++g)
-      for (int64_t i = 0; i < width; ++i) {
-        moments_[j + i].sum += columns.sum[g * columns.width + at + i];
-        moments_[j + i].count += columns.count[g * columns.width + at + i];
-      }
-  }
-
-  void finish_row(int64_t r) {
-    const RowPart* parts = &parts_[r * blocks_];
-    float most = kLowest;
-    for (int64_t b = 0; b < blocks_; ++b)
-      if (parts[b].most > most || parts[b].most != parts[b].most) most = parts[b].most;
-    double total[kFactors] = {};
-    SumAndCount moments{0, 0};
-    for (int64_t b = 0; b < blocks_; ++b) {
-      for (size_t f = 0; f < p_.factors.size(); ++f)
-        total[f] += parts[b].total[f] * std::exp(p_.factors[f] * (static_cast<double>(parts[b].most) - most));
-      moments.sum += parts[b].moments.sum;
-      moments.count += parts[b].moments.count;
-    }
-    write(0, begin_ + r, most, total, moments);
-  }
-
-  void write(int64_t direction, int64_t i, float most, const double* total, const SumAndCount& moments) {
-    const auto put = [&](int64_t statistic, double value) {
-      stats_[(direction * p_.statistics() + statistic) * p_.rows + i] = static_cast<float>(value);
-    };
-    const double infinity = std::numeric_limits<double>::infinity();
-    const double top = most <= kLowest ? -infinity : most;
-    for (size_t f = 0; f < p_.factors.size(); ++f)
-      put(p_.lse_of(f), std::isinf(top) ? top : p_.factors[f] * top + std::log(total[f]));
-    put(1, top);
-    if (!p_.moments) return;
-    put(2, moments.sum);
-    put(3, moments.count);
-  }
-
-  const Problem& p_;
-  const ContrastiveKernels kernels_;
-  const int64_t blocks_;
-  float* stats_;
-  int64_t begin_ = 0, count_ = 0;
-  std::vector<RowPart> parts_;
-  std::vector<float> most_;
-  std::vector<double> total_[kFactors];
-  std::vector<SumAndCount> moments_;
-};
-
-std::tuple<Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& key, const Tensor& row_scale,
-                                           std::optional<Tensor> column_scale, std::optional<Tensor> bias,
-                                           std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
-                                           std::optional<Tensor> column_ids, std::optional<Tensor> ceiling,
-                                           std::string kind, double hardness, double workspace_mib) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(
+    const Tensor& query, const Tensor& key, const Tensor& row_scale, std::optional<Tensor> column_scale,
+    std::optional<Tensor> bias, std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
+    std::optional<Tensor> column_ids, std::optional<Tensor> ceiling, std::string kind, double hardness,
+    double workspace_mib, bool keep_pulls) {
   Problem p(query, key, kind, hardness);
   p.scales(row_scale, column_scale, bias);
   p.masks(excluded, row_ids, column_ids, ceiling);
   Tensor stats = torch::stable::new_empty(row_scale, {p.directions(), p.statistics(), p.rows});
-  Forward forward(p, stats);
-  const double mib = std::min<double>(workspace_mib, kStashMiB);
-  const bool keep = static_cast<double>(p.rows * p.columns * 4) <= mib * kMiB;
-  if (keep && !p.empty()) {
-    const Tensor raw = p.raw(0, p.rows, 0, p.columns);
-    forward.start(0, p.rows);
-    forward.chunk(raw, 0, p.columns);
-    forward.finish_rows();
-    forward.finish_columns();
-    return {stats, raw};
+  const auto single = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(row_scale, shape); };
+  Tensor pulls = single({keep_pulls ? p.sums() : 0, p.rows, p.width});
+  if (keep_pulls) {
+    make_pulls(p, workspace_mib, output<float>(stats), pulls);
+    return {stats, single({0}), pulls};
   }
-  const auto [height, width] = rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
-  for_pieces(p.rows, height, [&](int64_t begin, int64_t count) {
-    forward.start(begin, count);
-    for_pieces(p.columns, width, [&](int64_t first, int64_t n) {
-      forward.chunk(p.raw(begin, count, first, n), first, n);
-    });
-    forward.finish_rows();
-  });
-  forward.finish_columns();
-  if (keep) return {stats, torch::stable::new_empty(row_scale, {p.rows, p.columns})};
-  return {stats, torch::stable::new_empty(row_scale, {0})};
+  const bool keep = fits_stash(p.rows, p.columns, workspace_mib);
+  const std::optional<Tensor> kept = make_statistics(p, workspace_mib, keep && !p.empty(), output<float>(stats));
+  if (kept.has_value()) return {stats, *kept, pulls};
+  return {stats, keep ? single({p.rows, p.columns}) : single({0}), pulls};
 }
 
 }  // namespace

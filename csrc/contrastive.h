@@ -5,8 +5,10 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#include <array>
 #include <cmath>
 #include <limits>
+#include <memory>
 
 // oneDNN's product, two to three times as fast as the BLAS behind addmm on some CPUs; null in a torch built without it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
@@ -22,7 +24,10 @@ constexpr int64_t kMiB = 1 << 20;
 constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up in one go
 constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
 constexpr int64_t kWide = 2048;             // its columns at most: the more rows, the rarer the keys are packed
+constexpr int64_t kSmall = 1 << 21;         // multiplications of a product that the BLAS starts, and ends, sooner
+constexpr int64_t kSmallInPieces = 1 << 25;  // the same of one that oneDNN would make in pieces
 constexpr int64_t kStashMiB = 64;           // as in contrastive_softmax.py
+constexpr int64_t kUpper = 1024;            // rows and columns of a block at most where the triangle above the diagonal is all
 
 struct RowOf {
   float scale, ceiling;
@@ -52,6 +57,10 @@ struct ContrastiveKernels {
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
   void (*add)(const float* from, int64_t n, float* to);
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t back);
+  double (*pull)(const float* s, int64_t n, float factor, float most, const float* column_scale, float* to);
+  void (*pull_sum)(const float* s, int64_t n, const float* column_scale, float* to);
+  void (*rescale)(const float* from, int64_t n, float factor, float* to);
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
@@ -60,12 +69,23 @@ using torch::stable::narrow;
 
 inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// body(i) for i in 0 .. count, over torch's threads.
+// body(i) for i in 0 .. count, over torch's threads, `grain` of them at least to each.
 template <typename Body>
-void for_each(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+void for_each(int64_t count, const Body& body, int64_t grain = 1) {
+  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) body(i);
   });
+}
+
+// body(i) for i in 0 .. rows of `width` elements: over the threads where they have something to do.
+template <typename Body>
+void each_row(int64_t rows, int64_t width, const Body& body) {
+  for_each(rows, body, std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(width, 1)));
+}
+
+// Tiles of a chunk that are worth a thread.
+inline int64_t tiles_grain(int64_t rows, int64_t columns) {
+  return std::max<int64_t>(1, kBlock / std::max<int64_t>(std::min(rows, kRows) * std::min(columns, kColumns), 1));
 }
 
 // body(first, count) for the pieces of `size` of 0 .. total
@@ -74,10 +94,30 @@ void for_pieces(int64_t total, int64_t size, const Body& body) {
   for (int64_t i = 0; i < total; i += size) body(i, std::min(size, total - i));
 }
 
-inline Tensor slice(Tensor t, int64_t dim, int64_t begin, int64_t count) {
-  return begin == 0 && count == t.size(dim) ? t : narrow(t, dim, begin, count);
+// Views of a matrix, past the dispatcher: a small loss makes dozens.
+inline Tensor view_of(const Tensor& t, std::array<int64_t, 2> sizes, std::array<int64_t, 2> strides, int64_t offset) {
+  AtenTensorHandle to = nullptr;
+  // the offset is added to that of t
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), 2, sizes.data(), strides.data(), offset, &to));
+  return Tensor(to);
 }
-inline Tensor flipped(const Tensor& t) { return torch::stable::transpose(t, 0, 1); }
+inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) {
+  if (begin == 0 && count == t.size(dim)) return t;
+  std::array<int64_t, 2> sizes{t.size(0), t.size(1)};
+  sizes[dim] = count;
+  return view_of(t, sizes, {t.stride(0), t.stride(1)}, begin * t.stride(dim));
+}
+inline Tensor flipped(const Tensor& t) {
+  return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0);
+}
+// Float32, dense, on the CPU.
+inline Tensor floats(std::array<int64_t, 2> sizes) {
+  const std::array<int64_t, 2> strides{std::max<int64_t>(sizes[1], 1), 1};
+  AtenTensorHandle to = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
 
 // to += from, both dense and of one shape
 inline void add(const Tensor& from, const Tensor& to) {
@@ -94,9 +134,22 @@ inline Tensor dense(const Tensor& t) {
   return rows || columns ? t : torch::stable::contiguous(t);
 }
 
+inline bool is_small(int64_t m, int64_t n, int64_t terms) {
+  return m * n * terms <= (terms > kTerms ? kSmallInPieces : kSmall);
+}
+
+// a b^T by the BLAS, added to `total` if given.
+inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tensor> total) {
+  const double kept = total.has_value() ? 1 : 0;
+  if (!total.has_value()) total = floats({a.size(0), b.size(0)});
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total->get(), total->get(), a.get(), flipped(b).get(), kept, 1.0));
+  return *total;
+}
+
 // a b^T of [m, K] and [n, K], added to `total` [m, n] if given. oneDNN adds up all K terms one after another; in pieces
 // of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  if (is_small(a.size(0), b.size(0), a.size(1))) return blas_product(a, b, total);
   for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
     const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
     AtenTensorHandle out = nullptr;
@@ -109,11 +162,36 @@ inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> to
         total = part;
       return;
     }
-    const double kept = total.has_value() ? 1 : 0;
-    if (!total.has_value()) total = torch::stable::new_empty(a, {a.size(0), b.size(0)});
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(total->get(), total->get(), x.get(), flipped(w).get(), kept, 1.0));
+    total = blas_product(x, w, total);
   });
+  return *total;
+}
+
+// A matrix [rows, columns] in dense panels of kTerms columns, one below the other: what product() wants on its left.
+struct Panels {
+  Tensor memory;
+  int64_t rows, columns;
+
+  // in memory that is given, of rows * columns elements at least
+  Panels(const Tensor& given, int64_t m, int64_t n) : memory(given), rows(m), columns(n), data_(output<float>(given)) {}
+
+  int64_t width(int64_t column) const { return std::min(kTerms, columns - column / kTerms * kTerms); }
+  float* at(int64_t row, int64_t column) const {
+    return data_ + column / kTerms * kTerms * rows + row * width(column) + column % kTerms;
+  }
+  Tensor panel(int64_t column) const {
+    const int64_t n = width(column);
+    return view_of(memory, {rows, n}, {n, 1}, column / kTerms * kTerms * rows);
+  }
+
+ private:
+  float* data_;
+};
+
+// panels b^T, added to `total` if given
+inline Tensor product(const Panels& panels, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  for_pieces(panels.columns, kTerms,
+             [&](int64_t k, int64_t n) { total = product(panels.panel(k), slice(b, 1, k, n), total); });
   return *total;
 }
 
@@ -129,12 +207,17 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
   return to;
 }
 
+inline Tensor single(const Tensor& t) {
+  const Tensor wide = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+}
+
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
   Tensor query, key;               // float32, contiguous
-  std::vector<Tensor> key_pieces;  // the key's columns, kTerms at a time, where products need them
+  std::vector<Tensor> query_pieces, key_pieces;  // their columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
-  bool diagonal, moments, symmetric, two_ceilings = false;
+  bool diagonal, moments, upper, symmetric, two_ceilings = false;
   std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
@@ -142,15 +225,16 @@ struct Problem {
   using Given = std::optional<Tensor>;
 
   Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
-      : query(torch::stable::contiguous(torch::stable::to(q, ScalarType::Float))),
-        key(torch::stable::contiguous(torch::stable::to(k, ScalarType::Float))),
+      : query(single(q)),
+        key(single(k)),
         rows(q.size(0)),
         columns(k.size(0)),
         width(q.size(1)),
         padded_columns((columns + 15) / 16 * 16),
         diagonal(kind.find("diagonal") != std::string::npos),
         moments(kind.find("moments") != std::string::npos),
-        symmetric(kind.find("symmetric") != std::string::npos),
+        upper(kind.find("upper") != std::string::npos),
+        symmetric(upper || kind.find("symmetric") != std::string::npos),
         factors{1.0f} {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
@@ -185,25 +269,36 @@ struct Problem {
       if (j >= first && j < first + n) to[j - first] = -std::numeric_limits<float>::infinity();
     };
     if (diagonal) leave_out(i);
+    if (upper) std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
     leave_out(excluded[i]);
   }
 
   // The products of rows begin .. and columns first ..
   Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
-    if (key_pieces.empty())
-      for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { key_pieces.push_back(dense(slice(key, 1, k, terms))); });
+    if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
+    const auto cut = [&](const Tensor& x, std::vector<Tensor>& pieces) {
+      if (pieces.empty())
+        for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
+    };
+    cut(query, query_pieces);
+    cut(key, key_pieces);
     std::optional<Tensor> total;
-    for (size_t piece = 0; piece < key_pieces.size(); ++piece) {
-      const Tensor w = slice(key_pieces[piece], 0, first, n);
-      const int64_t k = static_cast<int64_t>(piece) * kTerms;
-      total = product(slice(slice(query, 0, begin, m), 1, k, w.size(1)), w, total);
-    }
+    for (size_t k = 0; k < key_pieces.size(); ++k)
+      total = product(slice(query_pieces[k], 0, begin, m), slice(key_pieces[k], 0, first, n), total);
     return *total;
   }
 
   bool empty() const { return rows == 0 || columns == 0; }
-  int64_t directions() const { return symmetric ? 2 : 1; }
+  int64_t directions() const { return symmetric && !upper ? 2 : 1; }
+  // Whether rows from `begin` on have no pair with columns before `end`.
+  bool below(int64_t begin, int64_t end) const { return upper && end <= begin; }
+  // Of columns first .. first + n those, in whole vectors, that rows from `begin` on have no pair with.
+  int64_t idle(int64_t begin, int64_t first, int64_t n) const {
+    return upper ? std::clamp<int64_t>((begin + 1 - first) / 16 * 16, 0, n) : 0;
+  }
   int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
+  // Statistics with a gradient, in the order of the pulls: the log-sum-exps, then the sum.
+  int64_t sums() const { return static_cast<int64_t>(factors.size()) + moments; }
   // The statistic that holds the log-sum-exp of factors[f].
   int64_t lse_of(size_t f) const { return f == 0 ? 0 : statistics() - 3 + static_cast<int64_t>(f); }
 };
@@ -211,8 +306,10 @@ struct Problem {
 // Height and width of as many float32 logits as fit in `mib`, one row of a tile at least; widths are whole tiles.
 inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64_t widest) {
   const int64_t area = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
+  if (p.upper) widest = std::min(widest, kUpper);
   const int64_t width = std::min({widest, std::max(area / kColumns, int64_t{1}) * kColumns, p.columns});
-  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, std::max<int64_t>(p.rows, 1));
+  const int64_t highest = std::max<int64_t>(p.upper ? std::min(p.rows, kUpper) : p.rows, 1);
+  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, highest);
   return {height > kRows ? height / kRows * kRows : height, width};
 }
 

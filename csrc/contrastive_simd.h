@@ -136,11 +136,52 @@ static void contrastive_add(const float* from, int64_t n, float* to) {
   for (; i < n; ++i) to[i] += from[i];
 }
 
+// to[j][i] = from[i][j]
+static void contrastive_transpose(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to,
+                                  int64_t back) {
+  for (int64_t j = 0; j < columns; j += 16)
+    for (int64_t i = 0; i < rows; i += 16) {
+      const int64_t m = rows - i < 16 ? rows - i : 16, n = columns - j < 16 ? columns - j : 16;
+      float part[16][16];
+      for (int64_t r = 0; r < m; ++r)
+        for (int64_t c = 0; c < n; ++c) part[c][r] = from[(i + r) * stride + j + c];
+      for (int64_t c = 0; c < n; ++c) __builtin_memcpy(to + (j + c) * back + i, part[c], m * sizeof(float));
+    }
+}
+
+// to_j = e^(factor (s_j - most)) scale_j, where `to` has n elements; the sum of the exponentials.
+static double contrastive_pull(const float* s, int64_t n, float factor, float most, const float* column_scale,
+                               float* to) {
+  vd total{};
+  for (int64_t i = 0; i < n;) {
+    vf part{};
+    for (int step = 0; step < 32 && i < n; ++step, i += W) {
+      const vf e = exp((load(s + i) - most) * factor);
+      part += e;
+      store_up_to(to + i, e * load(column_scale + i), n - i);
+    }
+    total += __builtin_convertvector(part, vd);
+  }
+  return sum(total);
+}
+// to_j = scale_j where j is a negative, else 0
+static void contrastive_pull_sum(const float* s, int64_t n, const float* column_scale, float* to) {
+  for (int64_t i = 0; i < n; i += W)
+    store_up_to(to + i, load(s + i) != -__builtin_inff() ? load(column_scale + i) : all(0.0f), n - i);
+}
+// to = factor to + from
+static void contrastive_rescale(const float* from, int64_t n, float factor, float* to) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) store(to + i, load(to + i) * factor + load(from + i));
+  for (; i < n; ++i) to[i] = to[i] * factor + from[i];
+}
+
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
           contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
-          contrastive_add};
+          contrastive_add,       contrastive_transpose, contrastive_pull,        contrastive_pull_sum,
+          contrastive_rescale};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -32,13 +32,13 @@ _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
 
 
-def _interpreting() -> bool:
+def is_interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load_extension() -> str | None:
     """Load the compiled CPU kernels; None when they are there, else the reason why not."""
-    if _interpreting():
+    if is_interpreting():
         return "not loaded while TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors instead"
     found = sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
     if not found:
@@ -53,9 +53,12 @@ def _load_extension() -> str | None:
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (it comes with torch's CUDA build on Linux)"
-    if not (_interpreting() or torch.cuda.is_available()):
+    if not (is_interpreting() or torch.cuda.is_available()):
         return "no CUDA or ROCm device is visible to torch"
     return None
+
+
+_FITS = {"cpu": ("triton",) if is_interpreting() else ("cpp",), "cuda": ("triton",)}  # backends by device
 
 
 class _Backends:
@@ -112,12 +115,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return [v for v in value if isinstance(v, Tensor)] if isinstance(value, (list, tuple)) else []
 
 
+def _below_autograd(op: Callable, *args: Any) -> Any:
+    """The op's kernel at once: autograd is taken care of, and its dispatch in Python costs more than a small kernel."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
+
+
 def _save(ctx: Any, values: dict[str, Any]) -> None:
     """Keep named values for the backward, the tensors (and lists of them) where autograd can watch them."""
-    kept = {name: value for name, value in values.items() if _tensors(value)}
-    ctx.plain = {name: value for name, value in values.items() if name not in kept}
-    ctx.lengths = {name: None if isinstance(value, Tensor) else len(value) for name, value in kept.items()}
-    ctx.save_for_backward(*(t for value in kept.values() for t in _tensors(value)))
+    ctx.plain, ctx.lengths, kept = {}, {}, []
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            ctx.lengths[name] = None
+            kept.append(value)
+        elif own := _tensors(value):
+            ctx.lengths[name] = len(value)
+            kept += own
+        else:
+            ctx.plain[name] = value
+    ctx.save_for_backward(*kept)
 
 
 def _saved(ctx: Any) -> dict[str, Any]:
@@ -167,6 +183,8 @@ class Op:
         self.takes = takes or (lambda *args: True)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
+        self._flags = {name: f"needs_{name}" for name in grads}
+        self._kept = [(i, name) for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
         for stage, fake in (("fwd", fwd), ("bwd", bwd)):
             self._define(f"{name}_{stage}", fake, triton)
         qualified = f"{NAMESPACE}::{name}"
@@ -180,13 +198,12 @@ class Op:
         self.fwd = getattr(namespace, f"{name}_fwd").default
         self.bwd = getattr(namespace, f"{name}_bwd").default
         has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
-        self.kernels = {"cpp": has_cpp and not _interpreting(), "triton": triton is not None, "cuda": False}
-        setup, backward = self._setup, self._backward
+        self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
+        keep, backward = self._keep, self._backward
 
-        def forward(ctx: Any, *args: Any) -> Any:
-            out = self.fwd(*args)
-            setup(ctx, args, out)
-            return out
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            out = _below_autograd(self.fwd, *args)
+            return keep(ctx, args, (out,) if isinstance(out, Tensor) else out)[0]
 
         # The same autograd as the dispatcher's at a third of its time on the host; it sees no tensors within lists.
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
@@ -205,16 +222,21 @@ class Op:
             kernels = importlib.import_module(f"{__package__}.kernels.{triton}")
             return getattr(kernels, name)(*args, **kwargs)
 
-        for key in ("CUDA", "CPU") if _interpreting() else ("CUDA",):
+        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
             _LIB.impl(name, launch, key)
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
-        tensors = [t for a in args for t in _tensors(a)]
-        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if len(tensors) == 0 or any(isinstance(a, (list, tuple)) for a in args):
+            tensors = [t for a in args for t in _tensors(a)]
+        if transformed() or not self.takes(*args):
             return "reference"
+        for t in tensors:
+            if t.dtype == torch.float64:
+                return "reference"
         device = tensors[0].device.type
-        fits = {"cpu": ("triton",) if _interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
+        fits = _FITS.get(device, ())
         forced = _backends.forced
         if forced == "reference":
             return forced
@@ -247,9 +269,9 @@ class Op:
         return out if isinstance(out, Tensor) else out[0]
 
     def _differentiable(self, args: tuple) -> Any:
-        if any(isinstance(a, list) for a in args) or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if any(isinstance(a, list) for a in args) or torch.compiler.is_compiling():
             return self.fwd(*args)
-        return self._function.apply(*args)
+        return self._function.apply(*args) if torch.is_grad_enabled() else _below_autograd(self.fwd, *args)
 
     # autograd of the forward op: save what the backward names, and nothing else
 
@@ -257,21 +279,29 @@ class Op:
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*outputs[1:])
+        self._keep(ctx, inputs, outputs)
+
+    def _keep(self, ctx: Any, inputs: tuple, outputs: tuple) -> tuple:
+        if len(outputs) > 1:
             ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
-        have = dict(zip(self.inputs, inputs, strict=True)) | dict(zip(self.outputs, outputs, strict=True))
-        _save(ctx, {name: have[name] for name in self._bwd_wants if name in have})
+        values = (*inputs, *outputs)
+        _save(ctx, {name: values[i] for i, name in self._kept})
+        return outputs
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
         flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
         needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
-        for name, needed in needs.items():
-            if needed and name not in self.grads:
-                raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
-        if grad is None:  # nothing reaches the output (in a double backward)
-            return tuple(_no_gradient(flags[n]) for n in self.inputs)
-        flags_by_name = {f"needs_{name}": needed for name, needed in needs.items()}
-        have = _saved(ctx) | {"grad": grad, "incoming": []} | flags_by_name
-        got = self.bwd(*(have[name] for name in self._bwd_wants))
+        if grad is None or sum(needs.values()) > sum(needs[name] for name in self.grads):
+            for name, needed in needs.items():
+                if needed and name not in self.grads:
+                    raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+            return tuple(_no_gradient(flags[n]) for n in self.inputs)  # nothing reaches the output (a double backward)
+        have = _saved(ctx)
+        have["grad"], have["incoming"] = grad, []
+        for name, flag in self._flags.items():
+            have[flag] = needs[name]
+        args = [have[name] for name in self._bwd_wants]
+        got = self.bwd(*args) if torch.is_grad_enabled() else _below_autograd(self.bwd, *args)
         if isinstance(got, list):
             rest = iter(got)
             by_name: dict = {name: [next(rest) for _ in flags[name]] for name in self.grads if needs[name]}

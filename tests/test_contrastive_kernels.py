@@ -152,7 +152,7 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(contrastive.fwd(q, k, torch.ones(300), *[None] * 6, "diagonal+symmetric", 0.0, 0.1))
+            results.append(contrastive.fwd(q, k, torch.ones(300), *[None] * 6, "diagonal+symmetric", 0.0, 0.1, False))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -24,243 +24,118 @@ log-sum-exps of a tile lie too far apart for that, two. Then d r_i = <q_i, dq_i>
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..losses.contrastive_softmax import _keeps
-from .common import STREAM_OPTIONS, AotCase, on_device
-from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
-from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
-from .contrastive_table import TF32, Tile, best_tile, products_kind, walk_plan
+from ..losses.contrastive_softmax import kept_exponentials
+from .common import AotCase, on_device
+from .contrastive_blocks import (
+    Call,
+    Side,
+    add_product,
+    block_plan,
+    chunk_plan,
+    embeddings,
+    half_range,
+    kept,
+    make_block,
+    make_gradients,
+    make_statistics,
+    new_stash,
+)
 
-MERGE_BLOCK = 32  # rows per program of the merging kernel
-FINISH_BLOCK = (8, 256)
-GROUP = 8
 _EMPTY = float("-inf")
-
-
-def _embeddings(x: Tensor) -> Tensor:
-    """`x` contiguous, aligned, and its rows padded with zeros to a multiple of 16 elements."""
-    if x.shape[1] % 16:
-        return F.pad(x, (0, -x.shape[1] % 16))
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-class _Call:
-    """What both directions give their kernels: operands, vectors, form, tile."""
-
-    def __init__(
-        self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float,
-        backward: bool = False,
-    ) -> None:  # fmt: skip
-        self.query, self.key = _embeddings(query), _embeddings(key)
-        self.rows: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in rows)
-        self.columns: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in columns)
-        if self.rows[2] is None or self.columns[2] is None:  # ids count only in pairs
-            self.rows, self.columns = (*self.rows[:2], None, self.rows[3]), (*self.columns[:2], None)
-        self.diagonal, self.symmetric, self.moments = (word in kind for word in ("diagonal", "symmetric", "moments"))
-        self.beta = hardness if hardness > 0 else None
-        self.states = 2 + 2 * self.moments + 2 * (hardness > 0)
-        self.sizes = (query.shape[0], key.shape[0], self.query.shape[1])
-        self.products = products_kind(query.dtype)
-        ids, limited, biased = (v is not None for v in (*self.rows[2:], self.columns[1]))
-        options = ids + limited + biased + self.moments
-        hard = hardness > 0
-        if hard or options > (0 if self.symmetric else 2):
-            burden = 3 if hard and self.symmetric else 2
-        else:
-            burden = int(options > 0 or backward)
-        self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
-        self.options = self.tile.options
-
-    def operands(self) -> tuple:
-        if not self.tile.descriptors:
-            return self.query, self.key
-        blocks = (self.tile.rows, self.tile.columns)
-        pairs = zip((self.query, self.key), blocks, strict=True)
-        return tuple(TensorDescriptor.from_tensor(x, [block, self.tile.width]) for x, block in pairs)
-
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.products == TF32 else "ieee"
 
 
 def contrastive_fwd(
     query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
     excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hardness: float, workspace_mib: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness, False)
-        directions, count = 1 + call.symmetric, query.shape[0]
-        stats = row_scale.new_empty((directions, call.states, count))
-        # only the interpreter's tensors are on the CPU, where the op declares a stash
-        stash = row_scale.new_zeros((count, key.shape[0]) if _keeps(query, key, workspace_mib) else 0)
+        elements, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = Call(query, key, rows, columns, kind, hardness, False, elements > 0)
+        count = query.shape[0]
+        stats = row_scale.new_empty((call.directions, call.states, count))
+        stash = new_stash(query, elements)
+        if keep:
+            return make_pulls(query, key, rows, columns, kind, workspace_mib)
+        pulls = row_scale.new_empty(0, count, query.shape[1])
         if count == 0 or key.shape[0] == 0:
             stats.zero_()[:, :2] = _EMPTY
             stats[:, 2 + 2 * call.moments :] = _EMPTY
-            return stats, stash
-        tile = call.tile
-        plan = walk_plan(triton.cdiv(count, tile.rows), triton.cdiv(key.shape[0], tile.columns), call.programs)
-        groups, splits = plan
-        slots = row_scale.new_empty((splits + groups * call.symmetric, call.states, count))
-        _contrastive_fwd_kernel[(groups * splits,)](
-            call.operands(), call.rows, call.columns, slots, call.sizes, plan, call.beta,
-            call.diagonal, call.symmetric, call.moments, call.precision, tile.constants, **call.options,
-        )  # fmt: skip
-        _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), directions)](
-            slots, stats, count, plan, call.beta, call.moments, triton.next_power_of_2(max(splits, groups)),
-            MERGE_BLOCK, **STREAM_OPTIONS,
-        )  # fmt: skip
-        return stats, stash
+            return stats, stash, pulls
+        make_statistics(call, stats, kept(stash, count, pitch))
+        return stats, stash, pulls
 
 
-def block_plan(rows: int, columns: int, elements: int, tile: Tile) -> tuple[int, int]:
-    """(rows, columns) of the blocks of G that `elements` hold, whole tiles of columns: square where not all fits.
-
-    Each block reads and writes the gradients' sums once, so that a square has the least of that per product.
-    """
-    padded = triton.cdiv(columns, tile.columns) * tile.columns
-    if rows * padded <= elements:
-        return rows, padded
-    wide = min(padded, max(math.isqrt(elements), elements // rows)) // tile.columns * tile.columns
-    wide = _even(columns, max(wide, tile.columns), tile.columns)
-    high = elements // wide
-    return min(rows, _even(rows, high // tile.rows * tile.rows, tile.rows) if high >= tile.rows else max(high, 1)), wide
-
-
-def _even(total: int, most: int, unit: int) -> int:
-    """The size, at most `most` and a multiple of `unit`, of the fewest pieces of `total`, alike in size."""
-    pieces = triton.cdiv(total, most)
-    return triton.cdiv(triton.cdiv(total, pieces), unit) * unit
-
-
-def _add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out (+)= a @ b; float32 sums of half-precision products."""
-    if not a.is_cuda:  # the interpreter
-        a, b = a.to(out.dtype), b.to(out.dtype)
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif first:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-
-def _half_range(grad: Tensor, call: _Call) -> Tensor:
-    """A power of two (1,) that takes the largest |G| r c near 2^14: float16's range would lose the small ones."""
-    weight = [1.0, 0.0] + [1.0, 0.0] * call.moments + ([1.0 + call.beta, call.beta] if call.beta else [])
-    pulls = torch.stack([w * grad[:, i].abs() for i, w in enumerate(weight) if w]).sum(0)
-    largest = call.rows[0].abs().amax()
-    across = 1.0 if call.columns[0] is None else call.columns[0].abs().amax()
-    bound = (pulls[0] * call.rows[0].abs()).amax() * across
-    if call.symmetric:
-        bound = bound + pulls[1].amax() * largest * across
-    power = torch.floor(14.0 - torch.log2(bound))
-    return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
-
-
-class _Side:
-    """The gradient of one of the embeddings, made of blocks, and of its scale."""
-
-    def __init__(
-        self, x: Tensor, width: int, scale: Tensor | None, needs: tuple[bool, bool], height: int, single: bool,
-        factor: Tensor | None,
-    ) -> None:  # fmt: skip
-        self.x, self.scale, self.factor, self.height = x, scale, factor, height
-        rows, (needs_x, needs_scale) = x.shape[0], needs
-        self.grad = x.new_empty((rows, width) if needs_x else 0)
-        self.dot = x.new_empty(rows if needs_scale else 0, dtype=torch.float32)
-        self.needed = needs_x or needs_scale
-        # sums in the gradient itself, where it is float32 or one rounded product is all
-        self.direct = needs_x and factor is None and (x.dtype == torch.float32 or (single and not needs_scale))
-        self.finishes = self.needed and (needs_scale or not self.direct)
-        kept = height if self.needed else 0
-        self.sums = self.grad if self.direct else x.new_empty((kept, width), dtype=torch.float32)
-
-    def part(self, start: int, stop: int) -> Tensor:
-        """The sums of these rows, which are those of one block when sums are kept for one only."""
-        return self.sums[start:stop] if self.direct or self.height == self.x.shape[0] else self.sums[: stop - start]
-
-    def finish(self, start: int, stop: int) -> None:
-        if not self.finishes:
-            return
-        x, sums = self.x[start:stop], self.part(start, stop)
-        grad = None if self.direct or not self.grad.numel() else self.grad[start:stop]
-        scale, dot = None, None
-        if self.dot.numel() and self.scale is not None:
-            scale, dot = self.scale[start:stop], self.dot[start:stop]
-        _contrastive_finish_kernel[(triton.cdiv(stop - start, FINISH_BLOCK[0]),)](
-            sums, x, grad, scale, dot, self.factor, (*sums.shape, x.stride(0)), *FINISH_BLOCK, **STREAM_OPTIONS,
-        )  # fmt: skip
+def make_pulls(
+    query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, workspace_mib: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, no stash, and the pull of each row's log-sum-exp on it, a chunk of rows at a time."""
+    (m, width), n = query.shape, key.shape[0]
+    query, key = embeddings(query), embeddings(key)
+    stats, pulls = rows[0].new_empty((1, 2, m)), rows[0].new_empty((1, m, width))
+    if m == 0 or n == 0:
+        return stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_()
+    ones = torch.ones_like(stats)
+    rows = (rows[0], torch.arange(m, device=query.device) if "diagonal" in kind else rows[1], *rows[2:])
+    height, size, pitch = chunk_plan(m, n, query.element_size(), workspace_mib)
+    stash, factor = query.new_empty(size), None
+    if query.dtype == torch.float16:
+        factor = half_range(ones, Call(query, key, (torch.ones_like(rows[0]), None, None, None), columns, "", 0.0))
+    for start in range(0, m, height):
+        part = slice(start, min(start + height, m))
+        count, some = part.stop - start, tuple(None if v is None else v[part] for v in rows)
+        call = Call(query[part], key, some, columns, "", 0.0, False, True)
+        made, keep = stats.new_empty((1, 2, count)), kept(stash, count, pitch)
+        make_statistics(call, made, keep)
+        stats[:, :, part] = made
+        call.rows = (ones[0, 0, :count], *call.rows[1:])  # the pulls are those before the rows' own scale
+        block = make_block(call, keep[0], None, (made, ones, factor, *keep, None), (0, 0, count, n), pitch)
+        add_product(pulls[0, part], block, key[:, :width], True)
+    if factor is not None:
+        pulls /= factor
+    return stats, query.new_empty(0), pulls
 
 
 def contrastive_bwd(
     grad: Tensor, query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
     excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float, stats: Tensor, stash: Tensor, needs_query: bool, needs_key: bool,
-    needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
+    hardness: float, workspace_mib: float, keep: bool, stats: Tensor, stash: Tensor, pulls: Tensor, needs_query: bool,
+    needs_key: bool, needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     (m, width), n = query.shape, key.shape[0]
     with on_device(query):
+        if keep:
+            empty = row_scale.new_empty(0)
+            query_grad = query.new_empty(query.shape if needs_query else 0)
+            if needs_query:
+                torch.mul(pulls[0], (grad[0, 0] * row_scale)[:, None], out=query_grad)
+            dot = (pulls[0] * query).sum(1) * grad[0, 0] if needs_row_scale else empty
+            return query_grad, key.new_empty(0), dot, empty, empty
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        call = _Call(query, key, rows, columns, kind, hardness, True)
-        elements = int(workspace_mib * 2**20) // query.element_size()
-        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile)
-        factor = _half_range(grad, call) if query.dtype == torch.float16 and m else None
+        _, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = Call(query, key, rows, columns, kind, hardness, True, pitch > 0)
+        elements = int(workspace_mib * 2**20) // query.element_size() - stash.numel()
+        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
+        factor = half_range(grad, call) if query.dtype == torch.float16 and m else None
         needs = ((needs_query, needs_row_scale), (needs_key, needs_column_scale))
-        q = _Side(call.query, width, call.rows[0], needs[0], min(high, m), wide >= n, factor)
-        k = _Side(call.key, width, call.columns[0], needs[1], n, high >= m, factor)
+        q = Side(call.query, width, call.rows[0], needs[0], min(high, m), wide >= n, factor)
+        k = Side(call.key, width, call.columns[0], needs[1], n, high >= m, factor)
         bias_grad = row_scale.new_zeros(n if needs_bias else 0)
         out = (q.grad, k.grad, q.dot, k.dot, bias_grad)
         if m == 0 or n == 0:
             for each in out:
                 each.zero_()
             return out
-        _gradients(call, grad.contiguous(), stats, (high, wide), q, k, bias_grad)
+        given = (stats, grad.contiguous(), factor, *kept(stash, m, pitch), None)
+        make_gradients(call, given, (high, wide), q, k, bias_grad)
     return out
-
-
-def _gradients(
-    call: _Call, grad: Tensor, stats: Tensor, blocks: tuple[int, int], q: _Side, k: _Side, bias_grad: Tensor
-) -> None:
-    """Fill the gradients block by block."""
-    (m, n, _), (high, wide), tile = call.sizes, blocks, call.tile
-    work = call.query.new_empty((high, wide)) if q.needed or k.needed else None
-    sums = grad.new_empty((triton.cdiv(high, tile.rows), wide)) if bias_grad.numel() else None
-    if work is None and sums is None:
-        return
-    form, operands = (call.diagonal, call.symmetric, call.moments), call.operands()
-    for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
-        end, stop = min(row + high, m), min(column + wide, n)
-        tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
-        _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
-            operands, call.rows, call.columns, (work, sums), (stats, grad, q.factor), call.sizes,
-            (row, column, end, *tiles, wide), call.beta, form, call.precision, tile.constants, GROUP, **call.options,
-        )  # fmt: skip
-        if sums is not None:
-            bias_grad[column:stop] += sums[: tiles[0], : stop - column].sum(0)
-        if work is None:
-            continue
-        block = work[: end - row, : stop - column]
-        if q.needed:
-            _add_product(q.part(row, end), block, call.key[column:stop, : q.sums.shape[1]], column == 0)
-            if stop == n:
-                q.finish(row, end)
-        if k.needed:
-            _add_product(k.part(column, stop), block.T, call.query[row:end, : k.sums.shape[1]], row == 0)
-            if end == m:
-                k.finish(column, stop)
 
 
 def _aot_call(
@@ -278,12 +153,14 @@ def _aot_call(
         for name, size in whole.items()
     }
     given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
-    workspace_mib = rows * columns / 2**18  # one block of gradients
-    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib)
+    workspace_mib = rows * columns / 2**17  # one block of gradients, and a stash
+    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib, False)
     count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
     stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
     needs = (True, True, True, "column_scale" in extras, "bias" in extras)
-    return forward, (stats, *forward, stats, torch.empty(0, device=meta), *needs)
+    elements, _ = kept_exponentials(query, key, vectors["ceiling"], kind, hardness, workspace_mib)
+    stash = torch.empty(elements, dtype=dtype, device=meta)
+    return forward, (stats, *forward, stats, stash, torch.empty(0, device=meta), *needs)
 
 
 def _with_tf32(launch: Callable[..., Any]) -> Callable[..., Any]:
@@ -322,6 +199,18 @@ def aot_cases() -> Iterator[AotCase]:
         (brain, False, square, clip, ("column_scale", "bias", "ids"), 0.0),
         (full, False, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
         (full, True, square, "diagonal+moments", ("column_scale", "ids", "ceiling"), 0.0),
+        (brain, False, square, clip + "+stash", scaled, 0.0),
+        (brain, False, small, clip + "+stash", scaled, 0.0),
+        (full, False, square, clip + "+stash", scaled, 0.0),
+        (full, True, (4099, 4099, 77), clip + "+stash", scaled, 0.0),
+        (half, False, square, "diagonal+stash", scaled, 0.0),
+        (brain, False, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, False, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
+        (brain, False, square, "upper+stash", ("excluded",), 0.0),
+        (brain, False, square, "upper", ("excluded",), 0.0),
+        (full, False, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
+        (full, True, square, "upper", ("excluded",), 0.0),
+        (half, False, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
     ]
     for dtype, tf32, shape, kind, extras, hardness in calls:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
@@ -330,5 +219,6 @@ def aot_cases() -> Iterator[AotCase]:
         matrix = dtype != full or tf32
         sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
         for name, launch, given, end in sides:
-            kernels = (f"_contrastive_{end}_kernel",) * matrix
+            rescales = end == "bwd" and "stash" in kind and not {"symmetric", "upper"} & set(kind.split("+"))
+            kernels = (f"_contrastive_{end}_kernel",) * (matrix and not rescales)
             yield AotCase(" ".join((name, *words)), _with_tf32(launch) if tf32 else launch, given, (), kernels)

@@ -42,18 +42,55 @@ def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr,
 
 
 @triton.jit
-def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, stride, STATES: tl.constexpr):
+def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
     """G_ij of both directions of log-sum-exps alone: from one exponential wherever that is exact."""
     own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
-    other, down = _log_sum(stats_ptr + STATES * stride, grad_ptr + STATES * stride, column, column < rows)
+    other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows)
     low = tl.min(other, 0)
     if tl.max(own, 0) - low > SPREAD_BACK:
         pull = _below(s, other[None, :]) * down[None, :]
         pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
     else:
-        across = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
-        pull = _below(s, own[:, None]) * (up[:, None] + across)
+        back = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
+        pull = _below(s, own[:, None]) * (up[:, None] + back)
     return pull
+
+
+@triton.jit
+def _pull_again(
+    operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """G_ij from logits that are made again."""
+    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
+    row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
+    stride = tl.cast(sizes[0], tl.int64)
+    if not FORM[1]:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+    elif FORM[2] or beta is not None or rows[3] is not None:
+        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
+        inside = column < sizes[1]
+        pull += _pull(back, stats[0] + across, stats[1] + across, column, stride, inside, beta, 0, FORM[2])
+    else:
+        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], across)
+    return pull
+
+
+@triton.jit
+def _pull_kept(reference, stats, row, column, sizes, across, FORM: tl.constexpr):
+    """G_ij from the exponentials that the forward has kept, those of row i below its reference in this tile."""
+    inside = (row < sizes[0])[:, None]
+    if FORM[0] == 2:
+        inside &= row[:, None] < column[None, :]
+    e = tl.load(stats[3] + row.to(tl.int64)[:, None] * stats[5] + column[None, :], mask=inside, other=0.0)
+    e = e.to(tl.float32)
+    own, up = _log_sum(stats[0], stats[1], row, row < sizes[0])
+    pull = (up * tl.exp2(reference - own))[:, None]
+    if FORM[1]:
+        other, down = _log_sum(stats[0] + across, stats[1] + across, column, column < sizes[1])
+        top = tl.max(reference, 0)
+        pull += tl.exp2(reference - top)[:, None] * (tl.exp2(top - other) * down)[None, :]
+    return tl.where(e == 0.0, 0.0, e * pull)  # the references of rows without exponentials mean nothing
 
 
 @triton.jit
@@ -62,11 +99,13 @@ def _contrastive_bwd_kernel(
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
-    stats,  # stats, its upstream: (directions, states, M); factor of G (1,) or None
+    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None: e (M,
+    # pitch), its references (column blocks, M), the pitch; G of the positives (M,), which are no negatives, or None
+    stats,
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
     beta,
-    FORM: tl.constexpr,  # diagonal, symmetric, moments
+    FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
@@ -81,17 +120,27 @@ def _contrastive_bwd_kernel(
     row_block, column_block = first + rest % height, rest // height
     row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
     stride = tl.cast(sizes[0], tl.int64)
-    if not FORM[1]:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-    elif FORM[2] or beta is not None or rows[3] is not None:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-        other = STATES * stride
-        inside = column < sizes[1]
-        pull += _pull(back, stats[0] + other, stats[1] + other, column, stride, inside, beta, 0, FORM[2])
+    # from a row's statistics to those of a column, which are a row's where rows and columns are the same
+    across = (0 if FORM[0] == 2 else STATES) * stride
+    if stats[3] is None:
+        pull = _pull_again(
+            operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
+        )
     else:
-        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], stride, STATES)
+        reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
+        if FORM[1] and tl.max(reference, 0) == float("inf"):
+            pull = _pull_again(
+                operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
+            )
+        else:
+            pull = _pull_kept(reference, stats, row, column, sizes, across, FORM)
+    if stats[6] is not None:
+        own = row
+        if rows[1] is not None:
+            own = tl.load(rows[1] + row, mask=row < sizes[0], other=-1)
+        positive = tl.load(stats[6] + row, mask=row < sizes[0], other=0.0)
+        pull = tl.where(own[:, None] == column[None, :], positive[:, None], pull)
     at = column_block * BN + tl.arange(0, BN)
     if results[1] is not None:
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
@@ -114,9 +163,10 @@ def _contrastive_finish_kernel(
     x_ptr,  # (rows, D), rows `pitch` apart: the embeddings it belongs to
     grad_ptr,  # (rows, D) contiguous: the gradient, or None
     scale_ptr,  # (rows,): scale of the embeddings, or None
-    dot_ptr,  # (rows,): its gradient, or None
+    dot_ptr,  # (rows,): its gradient, or None; without a scale <x, gradient>
     factor_ptr,  # (1,) or None
     sizes,  # rows, D, pitch
+    NORMALIZE: tl.constexpr,  # the gradient has no part along x, as that of x / |x|
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -127,14 +177,26 @@ def _contrastive_finish_kernel(
     factor = 1.0
     if factor_ptr is not None:
         factor = 1.0 / tl.load(factor_ptr)
-    for start in range(0, sizes[1], WIDTH):
-        inner = start + tl.arange(0, WIDTH)[None, :]
-        mask = inside[:, None] & (inner < sizes[1])
-        value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
-        if grad_ptr is not None:
+    square = tl.zeros((ROWS,), tl.float32)
+    if NORMALIZE or dot_ptr is not None:
+        for start in range(0, sizes[1], WIDTH):
+            inner = start + tl.arange(0, WIDTH)[None, :]
+            mask = inside[:, None] & (inner < sizes[1])
+            x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
+            dot += tl.sum(x * (tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor), 1)
+            square += tl.sum(x * x, 1)
+    if grad_ptr is not None:
+        along = tl.where(square > 0.0, dot / square, 0.0)
+        for start in range(0, sizes[1], WIDTH):
+            inner = start + tl.arange(0, WIDTH)[None, :]
+            mask = inside[:, None] & (inner < sizes[1])
+            value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
+            if NORMALIZE:
+                x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
+                value -= along[:, None] * x
             tl.store(grad_ptr + line * sizes[1] + inner, value.to(grad_ptr.dtype.element_ty), mask=mask)
-        if dot_ptr is not None:
-            dot += tl.sum(value * tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32), 1)
     if dot_ptr is not None:
-        scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
-        tl.store(dot_ptr + row, tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale)), mask=inside)
+        if scale_ptr is not None:
+            scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
+            dot = tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale))
+        tl.store(dot_ptr + row, dot, mask=inside)

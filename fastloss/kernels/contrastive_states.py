@@ -111,22 +111,41 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
+def _keep(kept, e, reference, row0, column0, sizes):
+    """Store a tile's exponentials and their references, infinite where they do not serve the columns."""
+    row, column = row0 + tl.arange(0, e.shape[0]), column0 + tl.arange(0, e.shape[1])
+    inside = row < sizes[0]
+    to = kept[0] + row.to(tl.int64)[:, None] * kept[2] + column[None, :]
+    tl.store(to, e.to(kept[0].dtype.element_ty), mask=inside[:, None])
+    line = (column0 // e.shape[1]).to(tl.int64) * sizes[0]
+    tl.store(kept[1] + line + row, reference, mask=inside)
+
+
+@triton.jit
+def _first_above(row0, BN: tl.constexpr):
+    """The first block of columns with some above the diagonal of the rows from row0 on."""
+    return (row0 + 1) // BN
+
+
+@triton.jit
 def _contrastive_fwd_kernel(
     operands,  # query (M, D), key (N, D): pointers or tensor descriptors
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
+    kept,  # e (M, pitch), its references (column blocks, M) and pitch, for the backward; all None: nothing
     sizes,  # M, N, D
     plan,  # groups, splits
     beta,
-    DIAGONAL: tl.constexpr,
-    SYMMETRIC: tl.constexpr,
-    MOMENTS: tl.constexpr,
+    FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
     PRECISION: tl.constexpr,
     TILE: tl.constexpr,  # block of M, of N, of D, whether operands are descriptors, whether to share exponentials
 ):
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
+    DIAGONAL: tl.constexpr = FORM[0]
+    SYMMETRIC: tl.constexpr = FORM[1]
+    MOMENTS: tl.constexpr = FORM[2]
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
     group, split = tl.program_id(0) % plan[0], tl.program_id(0) // plan[0]
@@ -136,7 +155,10 @@ def _contrastive_fwd_kernel(
     for row_block in range(group, tl.cdiv(sizes[0], BM), plan[0]):
         row0 = row_block * BM
         state = _no_state(BM)
-        for column_block in range(split, tl.cdiv(sizes[1], BN), plan[1]):
+        first = split
+        if DIAGONAL == 2:  # the first of the split's blocks that has columns above the diagonal
+            first += tl.cdiv(tl.maximum(_first_above(row0, BN) - split, 0), plan[1]) * plan[1]
+        for column_block in range(first, tl.cdiv(sizes[1], BN), plan[1]):
             column0 = column_block * BN
             s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE)
             best, column_best = tl.max(s, 1), tl.max(back, 0)
@@ -144,16 +166,21 @@ def _contrastive_fwd_kernel(
             e = _below(s, reference[:, None])
             seen = _tile_state(s, best, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
             state = _merge(state, seen, reference, beta, MOMENTS, HARD)
-            if SYMMETRIC and rows[3] is None and TILE[4]:
+            if not SYMMETRIC:
+                if kept[0] is not None:
+                    _keep(kept, e, reference, row0, column0, sizes)
+            if SYMMETRIC and rows[3] is None and (TILE[4] or kept[0] is not None):
                 top = tl.max(reference, 0)
-                wide = top - tl.min(column_best, 0) * LOG2E > SPREAD
+                least = tl.min(tl.where(column_best == float("-inf"), float("inf"), column_best), 0)
+                wide = top - least * LOG2E > SPREAD
+                if kept[0] is not None:
+                    _keep(kept, e, tl.where(wide, float("inf"), reference), row0, column0, sizes)
+                column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 if wide:  # make the logits once more rather than hold them beside e
                     s, back = tile_logits(
                         operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
                     )
                     column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
-                else:
-                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 reference = tl.where(wide, _reference(column_best), top)
             else:
                 reference = _reference(column_best)
@@ -179,7 +206,8 @@ def _contrastive_merge_kernel(
     plan,  # groups, splits
     beta,
     MOMENTS: tl.constexpr,
-    SLOTS: tl.constexpr,  # a power of two, at least groups and splits
+    UPPER: tl.constexpr,  # (block of M, of N) of the tiles if rows and columns are the same, else None
+    SLOTS: tl.constexpr,  # a power of two, at least groups and splits; with UPPER at least their sum
     BLOCK: tl.constexpr,
 ):
     HARD: tl.constexpr = beta is not None
@@ -188,7 +216,12 @@ def _contrastive_merge_kernel(
     stride = tl.cast(rows, tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.arange(0, SLOTS)
-    mask = (slot[:, None] < tl.where(direction == 0, plan[1], plan[0])) & (index < rows)[None, :]
+    if UPPER is None:
+        there = (slot < tl.where(direction == 0, plan[1], plan[0]))[:, None]
+    else:  # a group of row blocks begins with its first, and has columns above the diagonal of that only
+        above = index[None, :] // UPPER[1] >= _first_above((slot - plan[1]) * UPPER[0], UPPER[1])[:, None]
+        there = (slot < plan[1])[:, None] | ((slot < plan[1] + plan[0])[:, None] & above)
+    mask = there & (index < rows)[None, :]
     where = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
     slots_ptr += direction * plan[1] * STATES * stride
     a = _load_state(slots_ptr, where, stride, mask, MOMENTS, HARD)

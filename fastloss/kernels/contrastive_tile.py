@@ -2,7 +2,8 @@
 
 s_ij = r_i c_j <q_i, k_j> + b_j. What a kernel is given: `operands` query (M, D) and key (N, D), as pointers or
 tensor descriptors; `rows` (r, excluded, row_ids, ceiling), each (M,) and all but r possibly None; `columns` (c, b,
-column_ids), each (N,) or None; `sizes` (M, N, D); TILE (block of M, of N, of D, whether operands are descriptors).
+column_ids), each (N,) or None; `sizes` (M, N, D); DIAGONAL, what is left out: 0 nothing, 1 the diagonal, 2 all but what
+is above it; TILE (block of M, of N, of D, whether operands are descriptors).
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def _masked(s, similar, at, rows, columns, sizes, DIAGONAL: tl.constexpr, OWN: t
     """Logits with -inf at what is no negative. OWN: 0, the row's ceiling; 1, the column's."""
     row, column = at[0][:, None], at[1][None, :]
     keep = (row < sizes[0]) & (column < sizes[1])
-    if DIAGONAL:
+    if DIAGONAL == 1:
         keep &= row != column
+    if DIAGONAL == 2:
+        keep &= row < column
     if rows[1] is not None:
         excluded = tl.load(rows[1] + at[0], mask=at[0] < sizes[0], other=-1)
         keep &= excluded[:, None] != column
@@ -96,8 +99,10 @@ def tile_logits(
         s = _masked(s, similar, at, rows, columns, sizes, DIAGONAL, 0)
     else:
         special = (row0 + BM > sizes[0]) | (column0 + BN > sizes[1])
-        if DIAGONAL:
+        if DIAGONAL == 1:
             special |= (row0 < column0 + BN) & (column0 < row0 + BM)
+        if DIAGONAL == 2:
+            special |= column0 < row0 + BM
         if rows[1] is not None:
             special |= _excludes(tl.load(rows[1] + at[0], mask=at[0] < sizes[0], other=-1), column0, BN)
         if special:

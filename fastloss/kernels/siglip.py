@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import STREAM_OPTIONS, AotCase, on_device
-from .contrastive import FINISH_BLOCK, GROUP, _add_product, _Call, block_plan
+from .contrastive_blocks import FINISH_BLOCK, GROUP, Call, add_product, block_plan
 from .contrastive_grads import _contrastive_finish_kernel
 from .contrastive_table import best_tile
 from .contrastive_tile import products
@@ -107,8 +107,8 @@ def _finish(sums: Tensor, x: Tensor, scale: Tensor, dot: Tensor, factor: Tensor 
     """The gradient of the scale from that of the embeddings, which loses its factor here."""
     if sums.shape[0]:
         _contrastive_finish_kernel[(triton.cdiv(x.shape[0], FINISH_BLOCK[0]),)](
-            sums, x, None if factor is None else sums, scale, dot, factor, (*sums.shape, x.stride(0)), *FINISH_BLOCK,
-            **STREAM_OPTIONS,
+            sums, x, None if factor is None else sums, scale, dot, factor, (*sums.shape, x.stride(0)), False,
+            *FINISH_BLOCK, **STREAM_OPTIONS,
         )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def _pass(
     column_ids: Tensor | None, share: Tensor, negative_only: bool, needs: int, workspace_mib: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Row losses, and with `needs` the float32 gradients: of image, text, row_scale, column_scale, bias."""
-    call = _Call(image, text, (row_scale, None, row_ids, None), (column_scale, None, column_ids), "", 0.0)
+    call = Call(image, text, (row_scale, None, row_ids, None), (column_scale, None, column_ids), "", 0.0)
     if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
         call.tile = best_tile(image.device, call.products, 1, 1, width=image.shape[1])[0]
     (m, width), n, tile, share = image.shape, text.shape[0], call.tile, share.contiguous()
@@ -152,9 +152,9 @@ def _pass(
                 continue
             h = work[: end - row, : stop - column]
             if to_image.shape[0]:
-                _add_product(to_image[row:end], h, call.key[column:stop, :width], column == 0)
+                add_product(to_image[row:end], h, call.key[column:stop, :width], column == 0)
             if to_text.shape[0]:
-                _add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
+                add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
         _finish(to_image, call.query, call.rows[0], to_row, factor)
         if scaled:
             _finish(to_text, call.key, call.columns[0], to_column, factor)

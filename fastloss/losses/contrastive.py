@@ -23,7 +23,7 @@ from .contrastive_checks import (
     full_precision,
     inverse,
 )
-from .contrastive_forms import softmax_rows
+from .contrastive_forms import softmax_loss, softmax_rows
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
 
 
@@ -105,10 +105,12 @@ def info_nce(
     dtype = result_dtype(query, key, negatives)
     scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
+    if not return_lse and negatives is None and query_ids is None and not isinstance(offset, Tensor):
+        loss = softmax_loss(query, key, scale, targets, weights, form, reduction, workspace_mib)
+        if loss is not None:
+            return loss
     with full_precision(query):
-        rows = softmax_rows(
-            query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib, return_lse
-        )
+        rows = softmax_rows(query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib)
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -250,9 +252,13 @@ def clip_loss(
     form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
     one = text_ids if image_ids is None else image_ids
     two = image_ids if text_ids is None else text_ids
+    if not return_lse and one is None and not isinstance(bias, Tensor):
+        loss = softmax_loss(image, text, scale, None, weights, form, reduction, workspace_mib)
+        if loss is not None:
+            return loss
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib, return_lse)
-    return finish(out, weights, reduction, return_lse)
+        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib)
+        return finish(out, weights, reduction, return_lse)
 
 
 class LossAndGrads(NamedTuple):

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import is_forced, result_dtype
+from ..core import check_not_empty, check_reduction, result_dtype
 from .contrastive_each import each_statistics
+from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
 from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
-from .contrastive_softmax import contrastive
-
-SHORT = 256 * 256  # logits of a plain loss up to which dense torch is faster: not the arithmetic but the calls decide
+from .contrastive_softmax import softmax_statistics
 
 
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -58,19 +56,38 @@ def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, d
     return torch.full((like.shape[0],), scale, dtype=dtype, device=like.device)
 
 
-def _is_short(logits: int, form: SoftmaxForm, workspace_mib: float, dtype: torch.dtype) -> bool:
-    plain = form == SoftmaxForm(symmetric=form.symmetric, normalize=form.normalize)
-    fits = 1 < logits <= min(SHORT, workspace_mib * 2**16)  # a single logit leaves no negatives
-    return plain and fits and dtype == torch.float32 and not is_forced()
-
-
-def _short_rows(query: Tensor, key: Tensor, scale: Tensor | float, form: SoftmaxForm, dtype: torch.dtype) -> Tensor:
-    """The plain loss by its definition, in few calls: softplus(log-sum-exp of the negatives - positive)."""
-    logits = scale * (embed(query, dtype, form.normalize) @ embed(key, dtype, form.normalize).T)
-    positive = logits.diagonal()
-    others = logits + torch.zeros_like(logits).fill_diagonal_(-math.inf)
-    loss = F.softplus(others.logsumexp(1) - positive)
-    return (loss + F.softplus(others.logsumexp(0) - positive)) / 2 if form.symmetric else loss
+def softmax_loss(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor | float,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    form: SoftmaxForm,
+    reduction: str,
+    workspace_mib: float,
+) -> Tensor | None:
+    """The reduced loss of a form without options (see :mod:`contrastive_plain`); None where its op does not serve."""
+    plain = form.in_batch and form.sampling is None and form.label_smoothing == 0
+    if not plain or contrastive_plain.backend(query, key) == "reference":
+        return None
+    check_reduction(reduction)
+    rows, dtype = query.shape[0], result_dtype(query, key)
+    share = None if weights is None else weights.to(dtype)
+    if reduction == "mean":
+        check_not_empty(rows)
+        if share is not None:
+            total = share.sum()
+            share, reduction = share / torch.where(total == 0, torch.ones_like(total), total), "sum"
+    learned = scale if isinstance(scale, Tensor) else None
+    needs = 0
+    if torch.is_grad_enabled():
+        scaled = learned is not None and learned.requires_grad
+        needs = QUERY * query.requires_grad + KEY * key.requires_grad + SCALE * scaled
+    factor = scale if isinstance(scale, float) else 1.0
+    return contrastive_plain(
+        query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
+        needs, float(workspace_mib),
+    )  # fmt: skip
 
 
 def softmax_rows(
@@ -84,16 +101,9 @@ def softmax_rows(
     key_ids: Tensor | None,
     form: SoftmaxForm,
     workspace_mib: float,
-    return_lse: bool,
-) -> ContrastiveOutput | Tensor:
-    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
-
-    The by-products are left out where they would cost something and nobody asked for them.
-    """
+) -> ContrastiveOutput:
+    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions."""
     dtype = result_dtype(query, key, negatives)
-    extras = return_lse or any(x is not None for x in (negatives, bias, targets, query_ids))
-    if not extras and _is_short(query.shape[0] * key.shape[0], form, workspace_mib, dtype):
-        return _short_rows(query, key, scale, form, dtype)
     query, key = widened(query), widened(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
@@ -110,9 +120,9 @@ def softmax_rows(
     stats = None
     if form.in_batch:
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
-        stats = contrastive(
+        stats = softmax_statistics(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, _kind(targets is None, moments, form.symmetric), hardness, float(workspace_mib),
+            ceiling, _kind(targets is None, moments, form.symmetric), hardness, workspace_mib,
         )  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
@@ -121,10 +131,10 @@ def softmax_rows(
         negatives = widened(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
-        extra = contrastive(
+        extra = softmax_statistics(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling, _kind(False, moments),
-            hardness, float(workspace_mib),
+            hardness, workspace_mib,
         )  # fmt: skip
         stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
     assert stats is not None
@@ -148,9 +158,9 @@ def nt_xent_rows(
     positive = (views[:rows] * views[rows:]).sum(1).repeat(2) * row_scale
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
-    stats = contrastive(
-        views, views, row_scale, None, None, partner, both, both, ceiling, _kind(True, moments), hardness,
-        float(workspace_mib),
+    stats = softmax_statistics(
+        views, views, row_scale, None, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
+        workspace_mib,
     )  # fmt: skip
     return row_losses(positive, stats[0], scale, form)
 
@@ -175,8 +185,8 @@ def supcon_rows(
 
     def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
-        return contrastive(
-            vectors, vectors, row_scale, None, None, None, ids, ids, None, "diagonal", 0.0, float(workspace_mib)
+        return softmax_statistics(
+            vectors, vectors, row_scale, None, None, None, ids, ids, None, "upper", 0.0, workspace_mib
         )[0].unbind(0)
 
     lse, most = statistics_of(row_scale, include_positive)

@@ -16,14 +16,16 @@ needs all M x N logits, the statistics and their gradients, is here.
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
       hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
 
-`kind` is "", or its words joined by "+": "diagonal", "moments", "symmetric". With "symmetric", M = N and there are two
-directions: the second has the statistics of column j over the rows i of the transposed mask, {i: j in A_i}, except
-that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "stash" (below). With "symmetric",
+M = N and there are two directions: the second has the statistics of column j over the rows i of the transposed mask,
+{i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
+as if s_ji were s_ij and the mask symmetric too; one direction, no bias, and a ceiling is each row's own. Half the work.
 
 Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
 
     G_ij = g_0 e^(s_ij - lse_i) + g_2 + (1 + beta) g_-2 e^((1 + beta) s_ij - lse'_i) + beta g_-1 e^(beta s_ij - lse''_i)
-           + the same of the column's direction
+           + the same of the column's direction, which with "upper" are the statistics of row j
     t_i = sum_j G_ij column_scale_j key_j      d query_i = row_scale_i t_i    d row_scale_i = <query_i, t_i>
     u_j = sum_i G_ij row_scale_i query_i       d key_j = column_scale_j u_j   d column_scale_j = <key_j, u_j>
     d bias_j = sum_i G_ij
@@ -31,7 +33,12 @@ Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j
 So cosine similarity needs no normalised copy: row_scale = scale / |query|, column_scale = 1 / |key|, 0 for zero
 vectors.
 query and key are float32, bfloat16 or float16 of any strides, the other float arguments float32, integers int64.
-`workspace_mib` bounds what the op holds beyond its results; `stash` is the logits kept for the backward, or empty.
+`workspace_mib` bounds what the op holds beyond its results. What is kept for the backward: with `keep`, which serves
+one direction whose columns (keys, their scales and biases) need no gradient, `pulls` [S - 2 or S - 3, M, D]: for each
+statistic with a gradient (the log-sum-exp, then with hardness those of (1 + beta) s and beta s, last the sum), its part
+of t divided by its upstream gradient and its factor: the backward multiplies no matrices, 2 U in all. Without `keep`,
+`stash`: of the C++ kernels the logits, where they are few; of the Triton kernels, with "stash" in `kind`, what
+`kept_exponentials` says: 3 U, else 4 U.
 """
 
 from __future__ import annotations
@@ -39,10 +46,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Op, result_dtype
+from ..core import Op, is_interpreting, result_dtype
 from .contrastive_reference import statistics
 
 STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
+KEPT_SHARE = 0.75  # of the workspace at most, for exponentials; the rest is for the gradients of a block of logits
+NARROWEST_TILE, WIDEST_TILE = 16, 128  # columns of the Triton kernels' tiles
 
 
 def contrastive_stats_reference(
@@ -58,6 +67,7 @@ def contrastive_stats_reference(
     kind: str,
     hardness: float,
     workspace_mib: float,
+    keep: bool,
 ) -> Tensor:
     """The statistics [directions, S, M] in dense differentiable torch."""
     dtype = result_dtype(query, key)
@@ -67,12 +77,16 @@ def contrastive_stats_reference(
     logits = similar if bias is None else similar + bias
     row, column = (torch.arange(n, device=query.device) for n in similar.shape)
     allowed = torch.ones_like(similar, dtype=torch.bool)
+    if "upper" in kind:
+        allowed = column > row[:, None]
     if "diagonal" in kind:
         allowed = column != row[:, None]
     if excluded is not None:
         allowed = allowed & (column != excluded[:, None])
     if row_ids is not None and column_ids is not None:
         allowed = allowed & (column_ids != row_ids[:, None])
+    if "upper" in kind:
+        allowed, similar, logits = allowed | allowed.T, *(x.triu(1) + x.triu(1).T for x in (similar, logits))
     forth = back = allowed
     if ceiling is not None:
         forth = allowed & ~(similar.detach() > ceiling[:, None])
@@ -83,11 +97,33 @@ def contrastive_stats_reference(
     return torch.stack(sides)
 
 
-def _keeps(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
-    """Whether the forward keeps its logits."""
-    if query.device.type not in ("cpu", "meta"):
-        return False
+def _keeps_logits(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
+    """Whether the C++ forward keeps its logits."""
     return query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, STASH_MIB) * 1048576
+
+
+def kept_exponentials(
+    query: Tensor, key: Tensor, ceiling: Tensor | None, kind: str, hardness: float, workspace_mib: float
+) -> tuple[int, int]:
+    """(elements, row pitch) of the exponentials of the logits that the Triton kernels keep; (0, 0): none.
+
+    In the embeddings' dtype, each row of a tile by a power of two of its own, which are kept behind them. float16 has
+    too few powers for one exponential to serve a row and a column; moments, hardness and ceilings of both directions
+    would need the logits.
+    """
+    rows, columns, size = query.shape[0], key.shape[0], query.element_size()
+    both = "symmetric" in kind or "upper" in kind
+    serves = "stash" in kind and "moments" not in kind and hardness == 0
+    if not serves or (both and (ceiling is not None or query.dtype == torch.float16)):
+        return 0, 0
+    elements, pitch = exponentials(rows, columns, size)
+    return (elements, pitch) if elements * size <= KEPT_SHARE * workspace_mib * 1048576 else (0, 0)
+
+
+def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
+    """(elements, row pitch) of as many exponentials and their references."""
+    pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
+    return rows * pitch + rows * pitch // NARROWEST_TILE * (4 // itemsize), pitch
 
 
 def _contrastive_fwd(
@@ -103,11 +139,20 @@ def _contrastive_fwd(
     kind: str,
     hardness: float,
     workspace_mib: float,
-) -> tuple[Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = query.shape[0], key.shape[0]
-    count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
-    stats = row_scale.new_empty((2 if "symmetric" in kind else 1, count, rows))
-    return stats, row_scale.new_empty((rows, columns) if _keeps(query, key, workspace_mib) else (0,))
+    moments, hard = int("moments" in kind), int(hardness > 0)
+    if query.is_cuda or is_interpreting():
+        stash = query.new_empty(kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)[0])
+    else:
+        logits = not keep and _keeps_logits(query, key, workspace_mib)
+        stash = row_scale.new_empty((rows, columns) if logits else 0)
+    return (
+        row_scale.new_empty((2 if "symmetric" in kind else 1, 2 + 2 * moments + 2 * hard, rows)),
+        stash,
+        row_scale.new_empty(1 + moments + 2 * hard if keep else 0, rows, query.shape[1]),
+    )
 
 
 def _contrastive_bwd(  # as many parameters as the forward, the results and the flags are
@@ -124,8 +169,10 @@ def _contrastive_bwd(  # as many parameters as the forward, the results and the 
     kind: str,
     hardness: float,
     workspace_mib: float,
+    keep: bool,
     stats: Tensor,
     stash: Tensor,
+    pulls: Tensor,
     needs_query: bool,
     needs_key: bool,
     needs_row_scale: bool,
@@ -148,6 +195,37 @@ contrastive = Op(
     bwd=_contrastive_bwd,
     reference=contrastive_stats_reference,
     grads=("query", "key", "row_scale", "column_scale", "bias"),
-    outputs=("stats", "stash"),
+    outputs=("stats", "stash", "pulls"),
     triton="contrastive",
 )
+
+
+def softmax_statistics(
+    query: Tensor,
+    key: Tensor,
+    row_scale: Tensor,
+    column_scale: Tensor | None,
+    bias: Tensor | None,
+    excluded: Tensor | None,
+    row_ids: Tensor | None,
+    column_ids: Tensor | None,
+    ceiling: Tensor | None,
+    kind: str,
+    hardness: float,
+    workspace_mib: float,
+) -> Tensor:
+    """The op, which keeps its pulls where only the rows need a gradient."""
+    given = query, row_scale, key, column_scale, bias
+    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
+    frozen = any(needed[:2]) and not any(needed[2:])
+    keep = frozen and "symmetric" not in kind and "upper" not in kind
+    if query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
+        keep &= "moments" not in kind and hardness == 0 and (excluded is None or "diagonal" not in kind)
+    else:
+        keep &= contrastive.kernels["cpp"]
+    if any(needed) and not keep:
+        kind += "+stash"
+    return contrastive(
+        query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
+        float(workspace_mib), keep,
+    )  # fmt: skip

@@ -1,0 +1,390 @@
+// The plain softmax losses from embeddings to loss, as contrastive_plain.py defines them. With a_i, b_i the gradients of
+// the log-sum-exps n_i, n'_i, the positive's logit has the gradient -a_i - b_i; `gradient` makes H from both.
+
+#include "contrastive_gradient.h"
+#include "contrastive_pulls.h"
+#include "contrastive_statistics.h"
+
+namespace fastloss {
+namespace {
+
+struct PlainProducts {
+  double own, both;
+};
+template <typename T>
+struct PlainKernels {
+  PlainProducts (*products)(const float* a, const float* b, int64_t n);
+  void (*combine)(const float* v, float factor, const float* x, float along, int64_t n, T* to);
+};
+
+}  // namespace
+}  // namespace fastloss
+
+#define FASTLOSS_KERNELS "contrastive_plain_simd.h"
+#include "each_isa.h"
+
+namespace fastloss {
+namespace {
+
+using torch::stable::new_empty;
+using Given = std::optional<Tensor>;
+
+constexpr int64_t kQuery = 1, kKey = 2, kScale = 4;  // bits of `needs`
+constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each; where there
+constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
+constexpr int64_t kLeastRows = 64;  // of a chunk whose gradients the forward makes, at most
+constexpr double kChunk = 16;  // MiB of its logits at most; and of their gradient, and of its transpose
+constexpr double kTiny = 1e-12;                       // as TINY_NORM in contrastive_reference.py
+
+enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
+
+Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, double workspace_mib) {
+  if (needs == 0) return Saves::kNothing;
+  if (!p.symmetric && !(needs & kKey)) return Saves::kRows;
+  const int64_t least = p.symmetric ? p.rows : std::min(p.rows, kLeastRows);
+  const double mib = p.symmetric ? std::min(kChunk, workspace_mib / 3) : workspace_mib / 3;
+  if (reduction != "none" && static_cast<double>(least * p.columns * 4) <= mib * kMiB) return Saves::kGrads;
+  return fits_stash(p.rows, p.columns, workspace_mib) ? Saves::kStash : Saves::kAgain;
+}
+
+struct Plain {
+  Problem p;
+  double scale = 1;  // of `scale` itself; `factor` is the number beside it
+  const double factor;
+  const bool include_positive, normalize;
+  std::vector<int64_t> target;
+  std::vector<float> share;           // w_i, but for the upstream gradient
+  std::vector<float> c, key_c;        // inverse lengths, or 1
+  std::vector<float> positive, lse, back;  // p, n, n'
+
+  Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
+        const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
+        const std::string& reduction)
+      : p(query, key, std::string(targets.has_value() ? "" : "diagonal") + (symmetric ? "+symmetric" : ""), 0.0),
+        factor(factor_given),
+        include_positive(positives),
+        normalize(cosine) {
+    if (scale_given.has_value()) {
+      STD_TORCH_CHECK(scale_given->numel() == 1 && scale_given->scalar_type() == ScalarType::Float,
+                      "contrastive_plain: expected one float32 scale");
+      scale = input<float>(*scale_given)[0];
+    }
+    STD_TORCH_CHECK(!symmetric || !targets.has_value(), "contrastive_plain: symmetric takes no targets");
+    p.masks(targets, std::nullopt, std::nullopt, std::nullopt);
+    target = p.excluded;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      if (p.diagonal) target[i] = i;
+      STD_TORCH_CHECK(target[i] >= 0 && target[i] < p.columns, "contrastive_plain: targets are out of key's rows");
+    }
+    const double rows = reduction == "mean" ? static_cast<double>(p.rows) : 1.0;
+    share = padded(share_given, ScalarType::Float, p.rows, p.rows, 1.0f);
+    for (float& w : share) w = static_cast<float>(w / rows);
+    c.assign(p.rows, 1.0f);
+    key_c.assign(p.padded_columns, 1.0f);
+    positive.resize(p.rows);
+    lse.resize(p.rows);
+    back.resize(p.symmetric ? p.rows : 0);
+  }
+
+  // The scales of rows and columns from the inverse lengths.
+  void set_scales() {
+    p.bias.assign(p.padded_columns, 0.0f);
+    p.column_scale = key_c;
+    p.row_scale.resize(p.rows);
+    for (int64_t i = 0; i < p.rows; ++i) p.row_scale[i] = static_cast<float>(c[i] * (scale * factor));
+  }
+
+  void measure() {
+    const auto kernels = FASTLOSS_PICK(plain_kernels<float>());
+    const auto inverse = [](double square) {
+      const double length = std::sqrt(square);
+      return length <= kTiny ? 0.0f : static_cast<float>(1 / length);
+    };
+    if (normalize)
+      each_row(p.columns, p.width, [&](int64_t j) {
+        const float* key = input<float>(p.key) + j * p.width;
+        key_c[j] = inverse(kernels.products(key, key, p.width).own);
+      });
+    each_row(p.rows, p.width, [&](int64_t i) {
+      const PlainProducts got =
+          kernels.products(input<float>(p.query) + i * p.width, input<float>(p.key) + target[i] * p.width, p.width);
+      if (normalize) c[i] = inverse(got.own);
+      positive[i] = static_cast<float>(got.both * c[i] * key_c[target[i]] * (scale * factor));
+    });
+    set_scales();
+  }
+
+  static double loss(bool include_positive, double n, double positive) {
+    if (n == -std::numeric_limits<double>::infinity()) return 0;
+    const double x = n - positive;
+    return include_positive ? std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))) : x;
+  }
+  // d loss / d n
+  double slope(double n, double at) const {
+    if (n == -std::numeric_limits<double>::infinity()) return 0;
+    return include_positive ? 1 / (1 + std::exp(at - n)) : 1;
+  }
+  double loss_of(int64_t i) const {
+    const double forth = loss(include_positive, lse[i], positive[i]);
+    return p.symmetric ? (forth + loss(include_positive, back[i], positive[i])) / 2 : forth;
+  }
+
+  // v becomes the gradient of embeddings x: what the length takes away again goes with its rounding errors.
+  template <typename T>
+  void put(const Tensor& x, const std::vector<float>& lengths, int64_t begin, const Tensor& v, T* to) const {
+    const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
+    each_row(v.size(0), p.width, [&](int64_t r) {
+      const float *from = input<float>(v) + r * v.stride(0), *row = input<float>(x) + (begin + r) * p.width;
+      const bool turned = normalize && lengths[begin + r] != 0;
+      const double square = static_cast<double>(lengths[begin + r]) * lengths[begin + r];
+      const double along = turned ? -kernels.products(row, from, p.width).both * square : 0;
+      kernels.combine(from, 1.0f, turned ? row : nullptr, static_cast<float>(along), p.width,
+                      to + (begin + r) * p.width);
+    });
+  }
+  // The same of `to`'s dtype; v itself is the result where nothing is left to do.
+  void put(const Tensor& x, const std::vector<float>& lengths, int64_t begin, const Tensor& v, Tensor& to) const {
+    if (!normalize && to.scalar_type() == ScalarType::Float && v.size(0) == to.size(0) && v.is_contiguous()) {
+      to = v;
+      return;
+    }
+    for_dtype(to.scalar_type(), "contrastive_plain",
+              [&](auto element) { put(x, lengths, begin, v, output<decltype(element)>(to)); });
+  }
+};
+
+Tensor vector(int64_t size) {
+  AtenTensorHandle to = nullptr;
+  const int64_t stride = 1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
+Tensor scalar() {
+  AtenTensorHandle to = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(),
+                                                  aoti_torch_device_type_cpu(), 0, &to));
+  return Tensor(to);
+}
+
+struct Made {
+  Tensor query, key, scale;
+};
+
+// "rows": t_i, the pull of n_i, becomes the gradient of loss_i.
+void rows_pass(const Plain& call, const std::vector<float>& stats, Tensor& pulls, Made& made) {
+  const Problem& p = call.p;
+  const auto kernels = FASTLOSS_PICK(plain_kernels<float>());
+  float* to = output<float>(pulls);
+  each_row(p.rows, p.width, [&](int64_t i) {
+    float* t = to + i * p.width;
+    const int64_t j = call.target[i];
+    const float* row = input<float>(p.query) + i * p.width;
+    kernels.combine(t, 1.0f, input<float>(p.key) + j * p.width, -call.key_c[j], p.width, t);
+    const double slope = call.slope(stats[i], call.positive[i]), along = kernels.products(row, t, p.width).both;
+    if (made.scale.numel() > 0)
+      output<float>(made.scale)[i] = static_cast<float>(slope * along * call.c[i] * call.factor);
+    const double share = slope * p.row_scale[i], less = call.normalize ? share * along * call.c[i] * call.c[i] : 0;
+    kernels.combine(t, static_cast<float>(share), row, static_cast<float>(-less), p.width, t);
+  });
+  if (made.query.numel() > 0) made.query = pulls;
+}
+
+// The gradients of the log-sum-exps of row i (and column i) for a weight w of loss_i; returns that of the positive.
+float set_slopes(const Plain& call, int64_t i, double w, double forth, double back, Upstream& rows, Upstream& columns) {
+  float total = 0;
+  const auto set = [&](Upstream& to, double n) {
+    if (n == -std::numeric_limits<double>::infinity()) return;
+    to.grad[0][i] = static_cast<float>(w * call.slope(n, call.positive[i]));
+    to.lse[0][i] = static_cast<float>(n);
+    total -= to.grad[0][i];
+  };
+  if (call.p.symmetric) w /= 2;
+  set(rows, forth);
+  if (call.p.symmetric) set(columns, back);
+  return total;
+}
+
+// "grads": loss and gradients of all columns of a chunk of rows at a time; with two directions the chunk is the whole.
+void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
+  Problem& p = call.p;
+  if (p.empty()) {
+    torch::stable::zero_(made.key);
+    return;
+  }
+  Statistics forward(p, stats);
+  const double row_mib = static_cast<double>(p.columns * 4) / kMiB;
+  const int64_t fit = std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib),
+                               std::min(p.rows, kLeastRows));
+  const int64_t height = p.symmetric ? p.rows : std::min(p.rows, fit > kRows ? fit / kRows * kRows : fit);
+  const bool of_keys = made.key.numel() > 0;
+  const Tensor block = floats({height, p.columns}), turned = floats({of_keys ? p.columns : 0, height});
+  std::optional<Tensor> below;
+  for_pieces(p.rows, height, [&](int64_t begin, int64_t m) {
+    const Tensor raw = p.raw(begin, m, 0, p.columns);
+    forward.start(begin, m);
+    forward.chunk(raw, 0, p.columns);
+    forward.finish_rows();
+    forward.finish_columns();
+    Upstream rows(p.rows), columns(p.symmetric ? p.rows : 0);
+    std::vector<float> positives(p.rows);
+    for (int64_t i = begin; i < begin + m; ++i)
+      positives[i] = set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
+    Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
+    const Panels h(block, m, p.columns), back(turned, p.columns, m);
+    gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);
+    // Two small products start sooner side by side than each on all threads.
+    const int64_t multiplications = p.rows * p.columns * p.width;
+    const bool apart = multiplications > (torch::stable::get_num_threads() == 2 ? kBesideOfTwo : kBeside);
+    for_each(
+        2,
+        [&](int64_t side) {
+          if (side == 0 && made.query.numel() > 0)
+            call.put(p.query, call.c, begin, product(h, flipped(p.key)), made.query);
+          if (side == 1 && of_keys) below = product(back, flipped(slice(p.query, 0, begin, m)), below);
+        },
+        apart ? 2 : 1);
+    for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)
+      output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
+  });
+  if (of_keys) call.put(p.key, call.key_c, 0, *below, made.key);
+}
+
+// Losses [rows], or reduced.
+Tensor losses(const Plain& call, const std::string& reduction) {
+  const bool each = reduction == "none";
+  Tensor out = each ? vector(call.p.rows) : scalar();
+  double total = 0;
+  for (int64_t i = 0; i < call.p.rows; ++i) {
+    const double loss = call.share[i] * call.loss_of(i);
+    if (each) output<float>(out)[i] = static_cast<float>(loss);
+    total += loss;
+  }
+  if (!each) output<float>(out)[0] = static_cast<float>(total);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_plain_fwd(
+    const Tensor& query, const Tensor& key, std::optional<Tensor> scale, std::optional<Tensor> share,
+    std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric, bool normalize,
+    std::string reduction, int64_t needs, double workspace_mib) {
+  Plain call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+  Problem& p = call.p;
+  call.measure();
+  const Saves saves = saves_of(p, reduction, needs, workspace_mib);
+  const bool made = saves == Saves::kRows || saves == Saves::kGrads;
+  const bool again = saves == Saves::kStash || saves == Saves::kAgain;
+  Made grads{floats({made && needs & kQuery ? p.rows : 0, p.width}),
+             floats({made && needs & kKey ? p.columns : 0, p.width}),
+             vector(made && needs & kScale ? p.rows : 0)};
+  std::vector<float> stats(p.directions() * 2 * p.rows);
+  Tensor stash = floats({saves == Saves::kStash ? p.rows : 0, p.columns});
+  if (saves == Saves::kRows) {
+    Tensor pulls = floats({p.rows, p.width});
+    make_pulls(p, workspace_mib, stats.data(), pulls);
+    rows_pass(call, stats, pulls, grads);
+  } else if (saves == Saves::kGrads) {
+    grads_pass(call, workspace_mib, stats.data(), grads);
+  } else {
+    const bool keep = saves == Saves::kStash && !p.empty();
+    if (const auto kept = make_statistics(p, workspace_mib, keep, stats.data()); kept.has_value()) stash = *kept;
+  }
+  std::copy_n(stats.begin(), p.rows, call.lse.begin());
+  if (symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());
+  Tensor state = floats({again ? 2 + symmetric : 0, p.rows});
+  Tensor lengths = vector(again && normalize ? p.rows + p.columns : 0);
+  if (again) {
+    float* to = std::copy_n(call.positive.begin(), p.rows, output<float>(state));
+    std::copy(call.back.begin(), call.back.end(), std::copy_n(call.lse.begin(), p.rows, to));
+  }
+  if (lengths.numel() > 0)
+    std::copy_n(call.key_c.begin(), p.columns, std::copy_n(call.c.begin(), p.rows, output<float>(lengths)));
+  return {losses(call, reduction), state, lengths, stash, grads.query, grads.key, grads.scale};
+}
+
+// factor_i from_i in the dtype of `like`
+Tensor scaled(const Tensor& from, const std::vector<float>& factors, const Tensor& like) {
+  Tensor to = new_empty(like, {from.size(0), from.size(1)});
+  const int64_t width = from.size(1);
+  for_dtype(like.scalar_type(), "contrastive_plain", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
+    each_row(from.size(0), width, [&](int64_t i) {
+      const float* row = input<float>(from) + i * width;
+      kernels.combine(row, factors[i], nullptr, 0.0f, width, output<T>(to) + i * width);
+    });
+  });
+  return to;
+}
+
+// Both directions' gradients of the log-sum-exps, of the positives, and so those of the embeddings.
+Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upstream, double workspace_mib,
+                const Tensor& query, const Tensor& key, bool needs_query, bool needs_key) {
+  Problem& p = call.p;
+  Upstream forth(p.rows), back(p.symmetric ? p.rows : 0);
+  std::vector<float> positives(p.rows, 0.0f);
+  for (int64_t i = 0; i < p.rows; ++i)
+    positives[i] = set_slopes(call, i, upstream[i], call.lse[i], p.symmetric ? call.back[i] : 0, forth, back);
+  Gradient gradient(p, std::move(forth), std::move(back), std::move(positives));
+  Made made{new_empty(query, {needs_query ? p.rows : 0, p.width}), new_empty(key, {needs_key ? p.columns : 0, p.width}),
+            vector(p.rows)};
+  if (p.empty())
+    torch::stable::zero_(made.key);
+  else
+    make_gradients(
+        gradient, p, stash, workspace_mib, needs_query, needs_key,
+        [&](int64_t begin, const Tensor& v) { call.put(p.query, call.c, begin, v, made.query); },
+        [&](int64_t first, const Tensor& u) { call.put(p.key, call.key_c, first, u, made.key); });
+  for (int64_t i = 0; i < p.rows; ++i)
+    output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
+  return made;
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
+    const Tensor& grad, const Tensor& query, const Tensor& key, std::optional<Tensor> scale,
+    std::optional<Tensor> share, std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric,
+    bool normalize, std::string reduction, int64_t needs, double workspace_mib, const Tensor& state,
+    const Tensor& lengths, const Tensor& stash, const Tensor& query_grad, const Tensor& key_grad,
+    const Tensor& scale_grad, bool needs_query, bool needs_key, bool needs_scale) {
+  Plain call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+  const Problem& p = call.p;
+  const Saves saves = saves_of(p, reduction, needs, workspace_mib);
+  const Tensor up = torch::stable::contiguous(grad);
+  std::vector<float> upstream(p.rows);
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const float g = input<float>(up)[reduction == "none" ? i : 0];
+    upstream[i] = saves == Saves::kGrads ? g : g * call.share[i];
+  }
+  Made made{new_empty(query, {0}), new_empty(key, {0}), scale_grad};
+  if (saves == Saves::kRows || saves == Saves::kGrads) {
+    if (needs_query) made.query = scaled(query_grad, upstream, query);
+    if (needs_key) made.key = scaled(key_grad, std::vector<float>(p.columns, input<float>(up)[0]), key);
+  } else {
+    std::copy_n(input<float>(state), p.rows, call.positive.begin());
+    std::copy_n(input<float>(state) + p.rows, p.rows, call.lse.begin());
+    if (symmetric) std::copy_n(input<float>(state) + 2 * p.rows, p.rows, call.back.begin());
+    if (normalize) {
+      std::copy_n(input<float>(lengths), p.rows, call.c.begin());
+      std::copy_n(input<float>(lengths) + p.rows, p.columns, call.key_c.begin());
+    }
+    call.set_scales();
+    made = from_state(call, stash, upstream, workspace_mib, query, key, needs_query, needs_key);
+    upstream.assign(p.rows, 1.0f);
+  }
+  if (!needs_query) made.query = new_empty(query, {0});
+  if (!needs_key) made.key = new_empty(key, {0});
+  if (!needs_scale || !scale.has_value()) return {made.query, made.key, vector(0)};
+  double total = 0;
+  for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(made.scale)[i];
+  Tensor of_scale = empty_like(*scale, ScalarType::Float);
+  output<float>(of_scale)[0] = static_cast<float>(total);
+  return {made.query, made.key, of_scale};
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("contrastive_plain_fwd", TORCH_BOX(&fastloss::contrastive_plain_fwd));
+  m.impl("contrastive_plain_bwd", TORCH_BOX(&fastloss::contrastive_plain_bwd));
+}

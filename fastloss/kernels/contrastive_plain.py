@@ -1,0 +1,342 @@
+"""Triton kernels of the plain softmax losses (see losses/contrastive_plain.py): the tiles' are those of the softmax op.
+
+Around them one kernel makes the scales r_i = scale factor c(query_i), c(key_j) and the positives p_i; one the losses
+from p and the log-sum-exps n; the same makes what the kernel of G takes, the gradients of n and, of the positives,
+
+    -sum of d out / d n_i over the directions        (the loss depends on n - p alone)
+
+and one ends the embeddings' gradients, v - <v, x> x / |x|^2 in their dtype. A forward that makes the gradients does all
+of this a chunk of rows at a time, as high as the exponentials that the workspace holds, which G then replaces in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..losses.contrastive_plain import KEY, QUERY, SCALE, triton_saves
+from ..losses.contrastive_softmax import exponentials, kept_exponentials
+from .common import STREAM_OPTIONS, AotCase, on_device
+from .contrastive_blocks import (
+    Call,
+    Side,
+    add_product,
+    block_plan,
+    chunk_plan,
+    embeddings,
+    finish,
+    half_range,
+    kept,
+    make_block,
+    make_gradients,
+    make_statistics,
+    new_stash,
+)
+from .siglip import _softplus
+
+PREPARE_BLOCK = (8, 256)
+LOSS_BLOCK = 256
+
+
+@triton.jit
+def _inverse_length(square):
+    """1 / |x|, 0 for zero vectors."""
+    length = tl.sqrt_rn(square)
+    small = length <= 1e-12  # TINY_NORM; False for NaN
+    return tl.where(small, 0.0, tl.div_rn(1.0, tl.where(small, 1.0, length)))
+
+
+@triton.jit
+def _plain_prepare_kernel(
+    query_ptr,  # (M, D), rows `pitch` apart
+    key_ptr,  # (N, D), rows `pitch` apart
+    scale_ptr,  # (1,) or None
+    targets_ptr,  # (M,) or None: the diagonal
+    row_ptr,  # (M,): scale factor c(query)
+    column_ptr,  # (N,): c(key), or None: not normalised
+    positive_ptr,  # (M,)
+    sizes,  # M, N, D, pitch
+    factor,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row, column = index < sizes[0], index < sizes[1]
+    target, there = index, column
+    if targets_ptr is not None:
+        target, there = tl.load(targets_ptr + index, mask=row, other=0), row
+    zero = tl.zeros((ROWS,), tl.float32)
+    dot, queries, targets, keys = zero, zero, zero, zero
+    for start in range(0, sizes[2], WIDTH):
+        inner = start + tl.arange(0, WIDTH)
+        inside = (inner < sizes[2])[None, :]
+        at = index.to(tl.int64)[:, None] * sizes[3] + inner[None, :]
+        q = tl.load(query_ptr + at, mask=row[:, None] & inside, other=0.0).to(tl.float32)
+        of_target = target.to(tl.int64)[:, None] * sizes[3] + inner[None, :]
+        t = tl.load(key_ptr + of_target, mask=there[:, None] & inside, other=0.0).to(tl.float32)
+        dot += tl.sum(q * t, 1)
+        queries += tl.sum(q * q, 1)
+        targets += tl.sum(t * t, 1)
+        if targets_ptr is not None and column_ptr is not None:
+            k = tl.load(key_ptr + at, mask=column[:, None] & inside, other=0.0).to(tl.float32)
+            keys += tl.sum(k * k, 1)
+    scale = zero + factor
+    if scale_ptr is not None:
+        scale *= tl.load(scale_ptr)
+    if column_ptr is not None:
+        scale *= _inverse_length(queries)
+        dot *= _inverse_length(targets)
+        tl.store(column_ptr + index, _inverse_length(targets if targets_ptr is None else keys), column)
+    tl.store(row_ptr + index, scale, row)
+    tl.store(positive_ptr + index, scale * dot, row)
+
+
+@triton.jit
+def _plain_loss_kernel(
+    stats_ptr,  # (directions, 2, M): log-sum-exps and maxima
+    positive_ptr,  # (M,)
+    share_ptr,  # (M,) or None
+    grad_ptr,  # upstream (M,) or, without EACH, (1,); None: 1
+    loss_ptr,  # (M,) or None: share_i loss_i
+    pull_ptr,  # (2 directions + 1, M) or None: gradients of stats, then those of the positives
+    rows,
+    factor,  # of the gradients
+    POSITIVE: tl.constexpr,  # include_positive
+    DIRECTIONS: tl.constexpr,
+    EACH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < rows
+    positive = tl.load(positive_ptr + index, mask=inside, other=0.0)
+    weight = tl.zeros((BLOCK,), tl.float32) + 1.0 / DIRECTIONS
+    if share_ptr is not None:
+        weight *= tl.load(share_ptr + index, mask=inside, other=0.0)
+    up = weight * factor
+    if grad_ptr is not None:
+        up *= tl.load(grad_ptr + index, mask=inside, other=0.0) if EACH else tl.load(grad_ptr)
+    total, pulled = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for direction in tl.static_range(DIRECTIONS):
+        negatives = tl.load(stats_ptr + 2 * direction * rows + index, mask=inside, other=0.0)
+        some = negatives != float("-inf")
+        x = tl.where(some, negatives, 0.0) - positive
+        loss, slope = x, tl.zeros((BLOCK,), tl.float32) + 1.0
+        if POSITIVE:
+            loss, slope = _softplus(x)
+        total += tl.where(some, loss, 0.0)
+        pull = tl.where(some, slope * up, 0.0)
+        pulled += pull
+        if pull_ptr is not None:
+            tl.store(pull_ptr + 2 * direction * rows + index, pull, inside)
+    if loss_ptr is not None:
+        tl.store(loss_ptr + index, total * weight, inside)
+    if pull_ptr is not None:
+        tl.store(pull_ptr + 2 * DIRECTIONS * rows + index, -pulled, inside)
+
+
+class _Plain:
+    """One call's operands: padded embeddings, their scales, the positives, weights."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, targets: Tensor | None, include_positive: bool, symmetric: bool,
+        normalize: bool, share: Tensor | None, reduction: str, lengths: Tensor, positive: Tensor,
+    ) -> None:  # fmt: skip
+        self.query, self.key, self.width = embeddings(query), embeddings(key), query.shape[1]
+        self.m, self.n = query.shape[0], key.shape[0]
+        self.targets = None if targets is None else targets.contiguous()
+        self.share = None if share is None else share.contiguous()
+        self.normalize, self.include_positive, self.directions = normalize, include_positive, 1 + symmetric
+        self.kind = "+".join(["diagonal"] * (targets is None) + ["symmetric"] * symmetric)
+        self.each, self.factor = reduction == "none", 1.0 / self.m if reduction == "mean" and self.m else 1.0
+        self.row_scale, self.positive = lengths[: self.m], positive
+        self.column_scale = lengths[self.m :] if normalize else None
+
+    def prepare(self, scale: Tensor | None, factor: float) -> None:
+        sizes = (self.m, self.n, self.query.shape[1], self.query.stride(0))
+        _plain_prepare_kernel[(triton.cdiv(max(self.m, self.n), PREPARE_BLOCK[0]),)](
+            self.query, self.key, scale, self.targets, self.row_scale, self.column_scale, self.positive, sizes, factor,
+            *PREPARE_BLOCK, **STREAM_OPTIONS,
+        )  # fmt: skip
+
+    def call(self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool) -> Call:
+        rows = (self.row_scale[part], None if excluded is None else excluded[part], None, None)
+        columns = (self.column_scale, None, None)
+        return Call(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps)
+
+    def losses(
+        self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, pulls: Tensor | None
+    ) -> None:
+        """Losses of these rows and, where `pulls` is given, what the kernel of G takes."""
+        count = part.stop - part.start
+        _plain_loss_kernel[(triton.cdiv(count, LOSS_BLOCK),)](
+            stats, self.positive[part], None if self.share is None else self.share[part], grad,
+            None if loss is None else loss[part], pulls, count, self.factor, self.include_positive, self.directions,
+            self.each, LOSS_BLOCK, **STREAM_OPTIONS,
+        )  # fmt: skip
+
+
+def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor], workspace_mib: float) -> None:
+    """Losses and gradients of one direction, chunk by chunk: `made` are those of query, key and the scale, or empty."""
+    of_query, of_key, of_scale = made
+    like, width, whole = plain.query, plain.width, slice(0, plain.m)
+    height, size, pitch = chunk_plan(plain.m, plain.n, like.element_size(), workspace_mib)
+    stash, factor = like.new_empty(size), None
+    kind, excluded = plain.kind, plain.targets
+    if excluded is None and height < plain.m:  # a chunk knows no diagonal
+        kind, excluded = "", torch.arange(plain.m, device=like.device)
+    if like.dtype == torch.float16:
+        bound = loss.new_full((1, 2, plain.m), plain.factor)
+        factor = half_range(
+            bound if plain.share is None else bound * plain.share, plain.call(whole, kind, excluded, False, True)
+        )
+    for start in range(0, plain.m, height):
+        part = slice(start, min(start + height, plain.m))
+        count = part.stop - start
+        call, keep = plain.call(part, kind, excluded, False, True), kept(stash, count, pitch)
+        stats, pulls = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
+        make_statistics(call, stats, keep)
+        plain.losses(part, stats, None, loss, pulls)
+        given = (stats, pulls, factor, *keep, pulls[2])
+        block = make_block(call, keep[0], None, given, (0, 0, count, plain.n), pitch)
+        if of_query.shape[0] or of_scale.shape[0]:
+            v = of_query[part] if of_query.shape[0] else loss.new_empty((count, width))
+            add_product(v, block, plain.key[:, :width], True)
+            dot = of_scale[part] if of_scale.shape[0] else None
+            if plain.normalize or factor is not None or dot is not None:
+                finish(v, call.query, v, None, dot, factor, plain.normalize)
+        if of_key.shape[0]:
+            add_product(of_key, block.T, call.query[:, :width], start == 0)
+    if of_key.shape[0] and (plain.normalize or factor is not None):
+        finish(of_key, plain.key, of_key, None, None, factor, plain.normalize)
+
+
+def contrastive_plain_fwd(
+    query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None, factor: float,
+    include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int, workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (m, width), n = query.shape, key.shape[0]
+    with on_device(query):
+        single = query.new_empty(0, dtype=torch.float32)
+        saved = triton_saves(symmetric, reduction, needs)
+        loss, stats = single.new_empty(m), single.new_empty((2 * (1 + symmetric) + 1, m))
+        lengths = single.new_empty(m + n * normalize)
+        grads = saved == "grads"
+        made = (
+            single.new_empty((m if grads and needs & QUERY else 0, width)),
+            single.new_empty((n if grads and needs & KEY else 0, width)),
+            single.new_empty(m if grads and needs & SCALE else 0),
+        )
+        kind = "symmetric" * symmetric + "+stash" * (saved == "again")
+        elements, pitch = kept_exponentials(query, key, None, kind, 0.0, workspace_mib)
+        stash = new_stash(query, elements)
+        if m and n:
+            plain = _Plain(
+                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
+            )
+            plain.prepare(scale, factor)
+            if grads:
+                _make_grads(plain, loss, made, workspace_mib)
+            else:
+                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0)
+                make_statistics(call, stats[:-1].view(1 + symmetric, 2, m), kept(stash, m, pitch))
+                plain.losses(slice(0, m), stats, None, loss, None)
+        else:
+            for each in (loss, *made):
+                each.zero_()
+        out = loss if reduction == "none" else getattr(loss, reduction)()
+        again = saved == "again"
+        kept_stats, kept_lengths = (stats, lengths) if again else (single.new_empty((stats.shape[0], 0)), single)
+        return out, kept_stats, kept_lengths, stash, *made
+
+
+def contrastive_plain_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None,
+    factor: float, include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int,
+    workspace_mib: float, stats: Tensor, lengths: Tensor, stash: Tensor, query_grad: Tensor, key_grad: Tensor,
+    scale_grad: Tensor, needs_query: bool, needs_key: bool, needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, n = query.shape[0], key.shape[0]
+    none = grad.new_empty(0)
+    with on_device(query):
+        if m == 0 or n == 0:
+            grads = (query.new_zeros(query.shape if needs_query else 0), key.new_zeros(key.shape if needs_key else 0))
+            return *grads, torch.zeros_like(scale) if needs_scale and scale is not None else none
+        if triton_saves(symmetric, reduction, needs) == "grads":
+            rows = grad[:, None] if reduction == "none" else grad
+            of_query = _scaled(query_grad, rows, query, needs_query)
+            of_key = _scaled(key_grad, grad, key, needs_key)
+            dot = scale_grad * grad if needs_scale else none
+        else:
+            plain = _Plain(
+                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
+            )
+            of_query, of_key, dot = _again(
+                plain, grad.contiguous(), stats[:-1], stash, workspace_mib, (needs_query, needs_key, needs_scale)
+            )
+        if not needs_scale or scale is None:
+            return of_query, of_key, none
+        return of_query, of_key, (dot.sum() / scale).reshape(scale.shape)
+
+
+def _scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+    return torch.mul(made, grad, out=like.new_empty(like.shape)) if needed else like.new_empty(0)
+
+
+def _again(
+    plain: _Plain, grad: Tensor, stats: Tensor, stash: Tensor, workspace_mib: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query and key from the statistics, and those of the scale times it, by rows."""
+    m, n, like, whole = plain.m, plain.n, plain.query, slice(0, plain.m)
+    call = plain.call(whole, plain.kind, plain.targets, True, stash.numel() > 0)
+    pulls = stats.new_empty((stats.shape[0] + 1, m))
+    plain.losses(whole, stats, grad, None, pulls)
+    elements = int(workspace_mib * 2**20) // like.element_size() - stash.numel()
+    high, wide = block_plan(m, n, elements, call.tile)
+    upstream = pulls[:-1].view(plain.directions, 2, m)
+    factor = half_range(upstream, call) if like.dtype == torch.float16 else None
+    needs_query, needs_key, needs_scale = needs
+    q = Side(like, plain.width, None, (needs_query, needs_scale), min(high, m), wide >= n, factor, plain.normalize)
+    k = Side(plain.key, plain.width, None, (needs_key, False), n, high >= m, factor, plain.normalize)
+    _, pitch = exponentials(m, n, like.element_size())
+    given = (stats, upstream, factor, *kept(stash, m, pitch), pulls[-1])
+    make_gradients(call, given, (high, wide), q, k, stats.new_empty(0))
+    return q.grad, k.grad, q.dot
+
+
+def _both_ways(*args: Any) -> None:
+    out, *made = contrastive_plain_fwd(*args)
+    contrastive_plain_bwd(*(torch.empty_like(out), *args, *made, True, True, True))
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every dtype, both directions and one, cosine or not, with targets and weights or not; small, odd, long."""
+    calls: list[tuple[torch.dtype, tuple[int, int, int], bool, bool, str]] = [
+        (torch.bfloat16, (8192, 8192, 768), True, True, "mean"),
+        (torch.bfloat16, (512, 512, 768), True, False, "mean"),
+        (torch.float16, (4099, 4099, 77), True, True, "none"),
+        (torch.float32, (1024, 1024, 512), True, True, "sum"),
+        (torch.bfloat16, (4096, 65536, 512), False, True, "mean"),
+        (torch.bfloat16, (300, 300, 512), False, False, "sum"),
+        (torch.float16, (4096, 4096, 512), False, True, "mean"),
+        (torch.float32, (4099, 5000, 77), False, True, "none"),
+    ]
+    for dtype, (rows, columns, width), symmetric, normalize, reduction in calls:
+        query, key = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
+        scale, share = (torch.empty(size, device="meta") for size in (1, rows))
+        targets = share.long() if rows < columns else None
+        matrix = ("_contrastive_fwd_kernel",) if dtype != torch.float32 else ()
+        for needs in (0, QUERY + KEY + SCALE):
+            args = (
+                query, key, scale, share if reduction == "sum" else None, targets, 1.0, True, symmetric, normalize,
+                reduction, needs, 256.0,
+            )  # fmt: skip
+            words = (str(dtype).removeprefix("torch."), (rows, columns, width), reduction)
+            label = " ".join(map(str, (*words, *["symmetric"] * symmetric, *["cosine"] * normalize, f"needs {needs}")))
+            yield AotCase(f"forward {label}", contrastive_plain_fwd, args, (), matrix)
+            if needs:
+                yield AotCase(f"backward {label}", _both_ways, args)
