@@ -5,24 +5,36 @@ namespace FASTLOSS_ISA {
 
 constexpr int64_t kPiece = 2048;  // elements: both planes' stay in the L1 cache between the two passes
 
-struct Piece {
-  double sum_f, sum_t, sum_d;  // about what is subtracted
-  double square_f, square_t, square_d;
+struct Sums {
+  double f, t, d;
 };
+// In double: where a mean is near zero the gradient divides by it, and what floats lose of the sum would show. That of d
+// is of the rounded differences, which the gradient takes it from: of a single pixel nothing must be left.
+template <typename T>
+FASTLOSS_INLINE Sums add_up(const T* f, const T* t, int64_t n) {
+  vd of_f{}, of_t{}, of_d{};
+  const auto add = [&](vf x, vf y) __attribute__((always_inline)) {
+    of_f += __builtin_convertvector(x, vd);
+    of_t += __builtin_convertvector(y, vd);
+    of_d += __builtin_convertvector(x - y, vd);
+  };
+  int64_t i = 0;
+  for (; i + W <= n; i += W) add(load(f + i), load(t + i));
+  if (i < n) add(load_some(f + i, n - i), load_some(t + i, n - i));
+  return {sum(of_f), sum(of_t), sum(of_d)};
+}
 
-// Sums over n <= kPiece elements of f, t and d = f - t about the numbers given, and with `squares` of their squares.
-template <bool squares, typename T>
-FASTLOSS_INLINE Piece add_up(const T* f, const T* t, int64_t n, float about_f, float about_t, float about_d) {
-  vf sf[2] = {}, st[2] = {}, sd[2] = {}, ff[2] = {}, tt[2] = {}, dd[2] = {};
+struct Squares {
+  double f, t, d;
+};
+// The squares of n <= kPiece elements of f, t and d = f - t about the numbers given.
+template <typename T>
+FASTLOSS_INLINE Squares add_squares(const T* f, const T* t, int64_t n, float about_f, float about_t, float about_d) {
+  vf ff[2] = {}, tt[2] = {}, dd[2] = {};
   const auto add = [&](int k, vf x, vf y, vf d) __attribute__((always_inline)) {
-    sf[k] += x;
-    st[k] += y;
-    sd[k] += d;
-    if constexpr (squares) {
-      ff[k] += x * x;
-      tt[k] += y * y;
-      dd[k] += d * d;
-    }
+    ff[k] += x * x;
+    tt[k] += y * y;
+    dd[k] += d * d;
   };
   const auto full = [&](int k, int64_t i) __attribute__((always_inline)) {
     const vf x = load(f + i), y = load(t + i);
@@ -45,17 +57,16 @@ FASTLOSS_INLINE Piece add_up(const T* f, const T* t, int64_t n, float about_f, f
   const auto total = [](const vf* v) __attribute__((always_inline)) {
     return sum(__builtin_convertvector(v[0], vd) + __builtin_convertvector(v[1], vd));
   };
-  return {total(sf), total(st), total(sd), total(ff), total(tt), total(dd)};
+  return {total(ff), total(tt), total(dd)};
 }
 
 // Mean and sum of squares about it, so far; `at` elements of them.
 struct Running {
   double mean, square;
 };
-// Merges the `count` elements whose sums about a number are given (Chan, Golub and LeVeque).
-FASTLOSS_INLINE void merge(Running& r, int64_t at, int64_t count, float about, double sum_about, double square_about) {
-  const double off = sum_about / (double)count;  // what rounding left of the mean
-  const double step = about + off - r.mean, share = (double)count / (double)(at + count);
+// Merges `count` elements of which the mean, and the squares about a number close to it, are given (Chan, Golub, LeVeque).
+FASTLOSS_INLINE void merge(Running& r, int64_t at, int64_t count, double mean, float about, double square_about) {
+  const double off = mean - about, step = mean - r.mean, share = (double)count / (double)(at + count);
   r.square += square_about - (double)count * off * off + step * step * (double)at * share;
   r.mean += step * share;
 }
@@ -66,13 +77,13 @@ static Moments plane_moments(const T* f, const T* t, int64_t n) {
   Running of_f{}, of_t{}, of_d{};
   for (int64_t at = 0; at < n; at += kPiece) {
     const int64_t count = n - at < kPiece ? n - at : kPiece;
-    const Piece sums = add_up<false>(f + at, t + at, count, 0.0f, 0.0f, 0.0f);
-    const float about_f = (float)(sums.sum_f / count), about_t = (float)(sums.sum_t / count);
-    const float about_d = (float)(sums.sum_d / count);
-    const Piece p = add_up<true>(f + at, t + at, count, about_f, about_t, about_d);
-    merge(of_f, at, count, about_f, p.sum_f, p.square_f);
-    merge(of_t, at, count, about_t, p.sum_t, p.square_t);
-    merge(of_d, at, count, about_d, p.sum_d, p.square_d);
+    const Sums sums = add_up(f + at, t + at, count);
+    const double mean_f = sums.f / count, mean_t = sums.t / count, mean_d = sums.d / count;
+    const float about_f = (float)mean_f, about_t = (float)mean_t, about_d = (float)mean_d;
+    const Squares p = add_squares(f + at, t + at, count, about_f, about_t, about_d);
+    merge(of_f, at, count, mean_f, about_f, p.f);
+    merge(of_t, at, count, mean_t, about_t, p.t);
+    merge(of_d, at, count, mean_d, about_d, p.d);
   }
   return {of_f.mean, of_t.mean, of_d.mean, of_f.square, of_t.square, of_d.square};
 }

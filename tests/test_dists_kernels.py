@@ -54,6 +54,14 @@ def test_means_far_above_the_deviations(place, dtype, mean):
 
 
 @each_place
+@pytest.mark.parametrize("noise", [0.3, 1.0])
+def test_means_near_zero(place, noise):
+    """Of many pixels about zero the means are tiny, and the gradients are divided by them: they need all digits."""
+    shapes = ((1, 12, 64, 64),) if INTERPRETING else ((2, 64, 256, 256), (4, 64, 32, 32), (2, 64, 1, 1))
+    check(place, *lists(device=place[0], noise=noise, shapes=shapes))
+
+
+@each_place
 def test_small_distances_keep_their_digits(place):
     """At a distance of 1e-8 the formula itself has no digit left in float32; the statistics of f - t have all."""
     features, targets = lists(device=place[0], noise=1e-4)

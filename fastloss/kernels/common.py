@@ -17,8 +17,6 @@ STREAM_BLOCK = 2048
 STREAM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 # Programs of a reduction: eight per multiprocessor of a 132-SM device. Fixed, so that a sum has the same order on all.
 REDUCE_PROGRAMS = 1056
-LAYERS = 8  # of a list in one launch, as pointers among its arguments; with 16, gfx942 runs out of scalar registers
-UNIT = 16  # elements; where all rows of all layers have whole units, every access can be 128 bits wide
 _INT32_SPAN = 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
 
 
@@ -115,15 +113,6 @@ def load_broadcast(tensor, offsets, mask):
     if len(tensor) > 1:
         offsets = broadcast_offsets(offsets, tensor)
     return tl.load(tensor[0] + offsets, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def of_layer(values, program, starts):
-    """Of a tuple with an entry a layer, the entry of the layer whose programs begin with the last start not past it."""
-    found = values[0]
-    for i in tl.static_range(len(values)):  # from 0 on: a tensor comes out also of a single number
-        found = tl.where(program >= starts[i], values[i], found)
-    return found
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Triton kernels for the statistics of DISTS: up to 8 layers in one launch, a program a plane (a sample's channel).
+"""Triton kernels for the statistics of DISTS: up to 64 layers in one launch, a program a plane (a sample's channel).
 
 With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
 
@@ -7,8 +7,9 @@ With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
     gradient of f   (g_0 + 2 g_2 f') / n + that of d
     gradient of t   2 g_3 t' / n - that of d
 
-Each lane keeps the mean and the sum of squares about it of what it has read (Welford's update); at the end the lanes
-are merged about the common mean. So one pass gives the digits of two.
+Each lane keeps the sum of what it has read, with what rounding took from it, and the sum of squares about the mean so
+far (Welford's update); at the end the lanes are merged about the common mean, which is formed in float64. So one pass
+gives the digits of two; those of a mean near zero count, for there the gradient is divided by it.
 
 Bytes per element of size s: forward 2 s, backward 3 s with one gradient, 4 s with both.
 """
@@ -22,22 +23,32 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from .common import LAYERS, STREAM_OPTIONS, UNIT, AotCase, of_layer, on_device
+from .common import STREAM_OPTIONS, AotCase, on_device
+from .layers import MOST, UNIT, columns_of, layer_of, number_of, pointer_of, start_of
 
 
 @triton.jit
-def _merged(mean, square, weight, n):
-    """Of all lanes together the mean, what rounding left of it, and the sum of squares about it."""
-    whole = tl.sum(mean * weight) / n
-    off = mean - whole
-    rest = tl.sum(off * weight) / n
-    return whole, rest, tl.sum(square + off * off * weight) - n * rest * rest
+def _add(x, total, lost):
+    """`total` plus x, and what rounding took from it (Kahan)."""
+    x = x - lost
+    after = total + x
+    return after, (after - total) - x
 
 
-@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
+@triton.jit
+def _merged(of_lanes, square, weight, mean, n):
+    """The mean in float32, what rounding left of it, and the mean square about it, of lanes with means of their own."""
+    whole = mean.to(tl.float32)
+    rest = (mean - whole).to(tl.float32)
+    off = of_lanes - whole - rest
+    return whole, rest, tl.sum(square + off * off * weight) / n
+
+
+@triton.jit(do_not_specialize=["all_channels", "table"])
 def _dists_fwd_kernel(
-    features,  # a pointer a layer: (samples * channels, pixels)
+    features,  # columns, see layers.py: a pointer a layer, (samples * channels, pixels)
     targets,  # likewise
     stats_ptr,  # (5, samples, all_channels) float32
     rest_ptr,  # (3, samples, all_channels) float32: what rounding left of the means of f, t and d
@@ -47,55 +58,66 @@ def _dists_fwd_kernel(
     units,  # its pixels, in UNIT
     all_channels,
     table,  # samples * all_channels
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    plane = program - of_layer(starts, program, starts)
-    count = of_layer(units, program, starts) * UNIT
-    f_ptr = of_layer(features, program, starts) + plane.to(tl.int64) * count
-    t_ptr = of_layer(targets, program, starts) + plane.to(tl.int64) * count
-    mean_f = tl.zeros((BLOCK,), tl.float32)
-    mean_t = tl.zeros((BLOCK,), tl.float32)
-    mean_d = tl.zeros((BLOCK,), tl.float32)
+    layer = layer_of(program, starts, DTYPE)
+    plane = program - start_of(layer, starts, DTYPE).to(tl.int32)
+    count = number_of(units, layer, starts, DTYPE).to(tl.int32) * UNIT
+    f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + plane.to(tl.int64) * count
+    t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + plane.to(tl.int64) * count
+    total_f = tl.zeros((BLOCK,), tl.float32)
+    total_t = tl.zeros((BLOCK,), tl.float32)
+    lost_f = tl.zeros((BLOCK,), tl.float32)
+    lost_t = tl.zeros((BLOCK,), tl.float32)
+    total_d = tl.zeros((BLOCK,), tl.float32)
+    lost_d = tl.zeros((BLOCK,), tl.float32)
     square_f = tl.zeros((BLOCK,), tl.float32)
     square_t = tl.zeros((BLOCK,), tl.float32)
     square_d = tl.zeros((BLOCK,), tl.float32)
     lanes = tl.arange(0, BLOCK)
-    for k in range(0, (count + BLOCK - 1) // BLOCK):
+    for k in tl.range(0, (count + BLOCK - 1) // BLOCK, loop_unroll_factor=2):
         mask = lanes < count - k * BLOCK
         f = tl.load(f_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(t_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
+        before = 1.0 / tl.maximum(k, 1)
         share = 1.0 / (k + 1)
-        step_f = tl.where(mask, f - mean_f, 0.0)
-        step_t = tl.where(mask, t - mean_t, 0.0)
-        step_d = tl.where(mask, f - t - mean_d, 0.0)
-        mean_f += step_f * share
-        mean_t += step_t * share
-        mean_d += step_d * share
-        square_f += step_f * (step_f - step_f * share)
-        square_t += step_t * (step_t - step_t * share)
-        square_d += step_d * (step_d - step_d * share)
+        step_f = f - total_f * before
+        step_t = t - total_t * before
+        step_d = f - t - total_d * before
+        total_f, lost_f = _add(f, total_f, lost_f)
+        total_t, lost_t = _add(t, total_t, lost_t)
+        total_d, lost_d = _add(f - t, total_d, lost_d)
+        square_f += tl.where(mask, step_f * (f - total_f * share), 0.0)
+        square_t += tl.where(mask, step_t * (t - total_t * share), 0.0)
+        square_d += tl.where(mask, step_d * (f - t - total_d * share), 0.0)
     n = count.to(tl.float32)
     weight = (tl.maximum(count - lanes + BLOCK - 1, 0) // BLOCK).to(tl.float32)  # how many pixels a lane has read
-    whole_f, rest_f, all_f = _merged(mean_f, square_f, weight, n)
-    whole_t, rest_t, all_t = _merged(mean_t, square_t, weight, n)
-    whole_d, rest_d, all_d = _merged(mean_d, square_d, weight, n)
-    of_channels = of_layer(channels, program, starts)
-    column = of_layer(firsts, program, starts) + plane % of_channels
+    one = 1.0 / tl.maximum(weight, 1.0)
+    mean_f = tl.sum(total_f.to(tl.float64) - lost_f) / n
+    mean_t = tl.sum(total_t.to(tl.float64) - lost_t) / n
+    mean_d = tl.sum(total_d.to(tl.float64) - lost_d) / n  # of the rounded differences, which the gradient takes it from
+    whole_f, rest_f, all_f = _merged(total_f * one, square_f, weight, mean_f, n)
+    whole_t, rest_t, all_t = _merged(total_t * one, square_t, weight, mean_t, n)
+    whole_d, rest_d, all_d = _merged(total_d * one, square_d, weight, mean_d, n)
+    of_channels = number_of(channels, layer, starts, DTYPE).to(tl.int32)
+    column = number_of(firsts, layer, starts, DTYPE).to(tl.int32) + plane % of_channels
     at = (plane // of_channels).to(tl.int64) * all_channels + column
     out_ptr = stats_ptr + at
     tl.store(out_ptr, whole_f)
     tl.store(out_ptr + table, whole_d)
-    tl.store(out_ptr + 2 * table, all_f / n)
-    tl.store(out_ptr + 3 * table, all_t / n)
-    tl.store(out_ptr + 4 * table, all_d / n)
+    tl.store(out_ptr + 2 * table, all_f)
+    tl.store(out_ptr + 3 * table, all_t)
+    tl.store(out_ptr + 4 * table, all_d)
     tl.store(rest_ptr + at, rest_f)
     tl.store(rest_ptr + table + at, whole_t - (whole_f - whole_d) + rest_t)
     tl.store(rest_ptr + 2 * table + at, rest_d)
 
 
-@triton.jit(do_not_specialize=["starts", "channels", "firsts", "units", "all_channels", "table"])
+@triton.jit(do_not_specialize=["all_channels", "table"])
 def _dists_bwd_kernel(
     grad_ptr,  # (5, samples, all_channels) float32
     stats_ptr,  # likewise
@@ -110,17 +132,20 @@ def _dists_bwd_kernel(
     units,
     all_channels,
     table,  # samples * all_channels
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
-    plane = program - of_layer(starts, program, starts)
-    count = of_layer(units, program, starts) * UNIT
+    layer = layer_of(program, starts, DTYPE)
+    plane = program - start_of(layer, starts, DTYPE).to(tl.int32)
+    count = number_of(units, layer, starts, DTYPE).to(tl.int32) * UNIT
     first = plane.to(tl.int64) * count
-    f_ptr = of_layer(features, program, starts) + first
-    t_ptr = of_layer(targets, program, starts) + first
-    of_channels = of_layer(channels, program, starts)
-    column = of_layer(firsts, program, starts) + plane % of_channels
+    f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
+    t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
+    of_channels = number_of(channels, layer, starts, DTYPE).to(tl.int32)
+    column = number_of(firsts, layer, starts, DTYPE).to(tl.int32) + plane % of_channels
     at = (plane // of_channels).to(tl.int64) * all_channels + column
     mean_f = tl.load(stats_ptr + at)
     mean_d = tl.load(stats_ptr + table + at)
@@ -135,34 +160,46 @@ def _dists_bwd_kernel(
     slope_t = 2.0 * scale * tl.load(grad_ptr + 3 * table + at)
     slope_d = 2.0 * scale * tl.load(grad_ptr + 4 * table + at)
     lanes = tl.arange(0, BLOCK)
-    for k in range(0, (count + BLOCK - 1) // BLOCK):
+    for k in tl.range(0, (count + BLOCK - 1) // BLOCK, loop_unroll_factor=2):
         offsets = k * BLOCK + lanes
         mask = lanes < count - k * BLOCK
         f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         d = constant_d + slope_d * (f - t - mean_d - rest_d)
         if feature_grads is not None:
-            to_ptr = of_layer(feature_grads, program, starts) + first
+            to_ptr = pointer_of(feature_grads, layer, starts, DTYPE, ALIGNED) + first
             g = constant_f + slope_f * (f - mean_f - rest_f) + d
             tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
         if target_grads is not None:
-            other_ptr = of_layer(target_grads, program, starts) + first
+            other_ptr = pointer_of(target_grads, layer, starts, DTYPE, ALIGNED) + first
             g = slope_t * (t - mean_t - rest_t) - d
             tl.store(other_ptr + offsets, g.to(other_ptr.dtype.element_ty), mask=mask)
 
 
-def _launches(features: Sequence[Tensor]) -> Iterator[tuple[slice, int, tuple]]:
-    """(which layers, programs, kernel arguments) of each launch."""
+def _block(model: Tensor) -> int:
+    """Pixels of a step: eight of each plane in every thread."""
+    threads_of_warp = 32 if model.device.type == "cpu" else driver.active.get_current_target().warp_size
+    return 8 * STREAM_OPTIONS["num_warps"] * threads_of_warp
+
+
+def _launches(
+    features: Sequence[Tensor], sides: Sequence[Sequence[Tensor] | None]
+) -> Iterator[tuple[int, list, tuple]]:
+    """(programs, columns of pointers, further arguments) of each launch for the layers' tensors of all sides."""
     samples, columns = features[0].shape[0], [0, *itertools.accumulate(f.shape[1] for f in features)]
-    for at in range(0, len(features), LAYERS):
-        part = slice(at, at + LAYERS)
-        channels = tuple(f.shape[1] for f in features[part])
+    for at in range(0, len(features), MOST):
+        part = slice(at, at + MOST)
+        channels = [f.shape[1] for f in features[part]]
         pixels = [f.shape[2] * f.shape[3] for f in features[part]]
         unit = UNIT if all(n % UNIT == 0 for n in pixels) else 1
-        planes = list(itertools.accumulate((samples * c for c in channels), initial=0))
-        firsts, units = tuple(columns[at : at + len(channels)]), tuple(n // unit for n in pixels)
-        yield part, planes[-1], (tuple(planes[:-1]), channels, firsts, units, columns[-1], samples * columns[-1],
-                                 unit, 4096 // features[0].element_size())  # fmt: skip
+        starts = list(itertools.accumulate((samples * c for c in channels), initial=0))
+        numbers = (starts[:-1], channels, columns[at : at + len(channels)], [n // unit for n in pixels])
+        of = columns_of(numbers, [None if side is None else side[part] for side in sides])
+        yield (
+            starts[-1],
+            of.pointers,
+            (*of.numbers, columns[-1], samples * columns[-1], of.dtype, of.aligned, unit, _block(features[0])),
+        )
 
 
 def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -170,10 +207,8 @@ def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Te
     rest = torch.empty_like(stats[:3])
     features, targets = [f.contiguous() for f in features], [t.contiguous() for t in targets]
     with on_device(stats):
-        for part, programs, plan in _launches(features) if stats.numel() > 0 else ():
-            _dists_fwd_kernel[(programs,)](
-                tuple(features[part]), tuple(targets[part]), stats, rest, *plan, **STREAM_OPTIONS
-            )
+        for programs, pointers, plan in _launches(features, (features, targets)) if stats.numel() > 0 else ():
+            _dists_fwd_kernel[(programs,)](*pointers, stats, rest, *plan, **STREAM_OPTIONS)
     return stats, rest
 
 
@@ -192,11 +227,8 @@ def dists_bwd(
         for tensors, needed in ((features, needs_features), (targets, needs_targets))
     ]
     with on_device(grad):
-        for part, programs, plan in _launches(features) if stats.numel() > 0 else ():
-            to = (None if side is None else tuple(side[part]) for side in made)
-            _dists_bwd_kernel[(programs,)](
-                grad, stats, rest, tuple(features[part]), tuple(targets[part]), *to, *plan, **STREAM_OPTIONS
-            )
+        for programs, pointers, plan in _launches(features, (features, targets, *made)) if stats.numel() > 0 else ():
+            _dists_bwd_kernel[(programs,)](grad, stats, rest, *pointers, *plan, **STREAM_OPTIONS)
     return [gradient for side in made if side is not None for gradient in side]
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels for the LPIPS head: one launch forward and one backward for up to eight layers.
+"""Triton kernels for the LPIPS head: one launch forward and one backward for up to 64 layers.
 
 With u = x / (|x| + eps) over the channels of a pixel, v the same of y, and d = u - v:
 
@@ -9,6 +9,8 @@ A program handles a tile of one image of one layer: all channels of some pixels,
 in registers from the norms to the sums. It keeps |x|, |y| and both k of a pixel; from them the backward is one pass.
 More channels than a tile has are read twice by the forward, the second time from the caches. Bytes per element of size
 s: forward 2 s, backward 3 s (4 s with both gradients), and 32 per pixel in all.
+
+Shapes of tiles are compiled in: up to eight layers have one each, longer lists share those of 16 to 1024 channels.
 """
 
 from __future__ import annotations
@@ -23,228 +25,110 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import AotCase, on_device
+from .layers import DIRECT, MOST, columns_of, layer_of
+from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
 
 TILE = 8192  # elements of x, and of y: 32 of each in every thread
 MOST_CHANNELS = 1024  # of a tile: its rows of pixels are 32 bytes then
-MOST_LAYERS = 8  # of a launch: the code grows with them
+SHARED_CHANNELS = 16  # of the smallest tile that layers share
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit
-def _divisor(norm, eps):
-    """|x| + eps and its inverse. Both 0 where |x| is 0 or infinite: so then are the quotients (inf over it is NaN)."""
-    dead = (norm == 0.0) | (norm == float("inf"))
-    value = tl.where(dead, 0.0, norm + eps)
-    return value, tl.where(value == 0.0, 0.0, tl.div_rn(1.0, value))
-
-
-@triton.jit
-def _divide(x, value, inverse):
-    """x / value, rounded as a division is: a lone channel gives 1 in u and in v, and their difference is 0."""
-    quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, value, x), inverse, quotient)
-
-
-@triton.jit
-def _there(pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
-    """Which pixels there are. A constant where all are: it compiles to no mask at all."""
-    if LAYERS[INDEX][6]:
-        return tl.full((LAYERS[INDEX][2],), True, tl.int1)
-    else:
-        return pixel < pixels
-
-
-@triton.jit
-def _where(channel, pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
-    """Offsets within an image, and which of them lie inside. LAYERS[INDEX] as `_describe` makes it."""
-    if LAYERS[INDEX][4]:
-        channel = channel.to(tl.int64)
-        pixel = pixel.to(tl.int64)
-    if LAYERS[INDEX][3]:
-        offsets = pixel[None, :] * LAYERS[INDEX][0] + channel[:, None]
-    else:
-        offsets = channel[:, None] * pixels + pixel[None, :]
-    inside = tl.full((LAYERS[INDEX][1], LAYERS[INDEX][2]), True, tl.int1)
-    if LAYERS[INDEX][0] % LAYERS[INDEX][1] != 0:
-        inside = inside & (channel < LAYERS[INDEX][0])[:, None]
-    if not LAYERS[INDEX][6]:
-        inside = inside & (pixel < pixels)[None, :]
-    return offsets, inside
-
-
-@triton.jit
-def _read(x_ptr, offsets, inside):
-    return tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _lin(lin_ptr, channel, channels: tl.constexpr):
-    if lin_ptr is None:
-        return tl.where(channel < channels, 1.0, 0.0)[:, None]
-    else:
-        return tl.load(lin_ptr + channel, mask=channel < channels, other=0.0)[:, None]
-
-
-@triton.jit
-def _compare(x, y, lin, by_x, inverse_x, by_y, inverse_y):
-    u = _divide(x, by_x[None, :], inverse_x[None, :])
-    v = _divide(y, by_y[None, :], inverse_y[None, :])
-    d = u - v
-    weighted = lin * d
-    return weighted * d, weighted * u, weighted * v
-
-
-@triton.jit
-def _fwd_tile(
-    x_ptr, y_ptr, lin_ptr, pixel, pixels, kept_ptr, total, eps, INDEX: tl.constexpr, LAYERS: tl.constexpr
-):
-    """The values of the pixels; their statistics go to `kept_ptr`, which points to the image's first pixel."""
-    channel = tl.arange(0, LAYERS[INDEX][1])
-    offsets, inside = _where(channel, pixel, pixels, INDEX, LAYERS)
-    x = _read(x_ptr, offsets, inside)
-    y = _read(y_ptr, offsets, inside)
-    square_x = x * x
-    square_y = y * y
-    if LAYERS[INDEX][1] < LAYERS[INDEX][0]:
-        for start in range(LAYERS[INDEX][1], LAYERS[INDEX][0], LAYERS[INDEX][1]):
-            offsets, inside = _where(start + channel, pixel, pixels, INDEX, LAYERS)
-            more_x = _read(x_ptr, offsets, inside)
-            more_y = _read(y_ptr, offsets, inside)
-            square_x += more_x * more_x
-            square_y += more_y * more_y
-    norm_x = tl.sqrt_rn(tl.sum(square_x, 0))
-    norm_y = tl.sqrt_rn(tl.sum(square_y, 0))
-    by_x, inverse_x = _divisor(norm_x, eps)
-    by_y, inverse_y = _divisor(norm_y, eps)
-    value, k_x, k_y = _compare(x, y, _lin(lin_ptr, channel, LAYERS[INDEX][0]), by_x, inverse_x, by_y, inverse_y)
-    if LAYERS[INDEX][1] < LAYERS[INDEX][0]:
-        for start in range(LAYERS[INDEX][1], LAYERS[INDEX][0], LAYERS[INDEX][1]):
-            offsets, inside = _where(start + channel, pixel, pixels, INDEX, LAYERS)
-            x = _read(x_ptr, offsets, inside)
-            y = _read(y_ptr, offsets, inside)
-            lin = _lin(lin_ptr, start + channel, LAYERS[INDEX][0])
-            more, more_k_x, more_k_y = _compare(x, y, lin, by_x, inverse_x, by_y, inverse_y)
-            value += more
-            k_x += more_k_x
-            k_y += more_k_y
-    there = _there(pixel, pixels, INDEX, LAYERS)
-    tl.store(kept_ptr + pixel, norm_x, mask=there)
-    tl.store(kept_ptr + total + pixel, norm_y, mask=there)
-    tl.store(kept_ptr + 2 * total + pixel, tl.sum(k_x, 0), mask=there)
-    tl.store(kept_ptr + 3 * total + pixel, tl.sum(k_y, 0), mask=there)
-    return tl.sum(value, 0)
-
-
-@triton.jit
-def _place(sizes, INDEX: tl.constexpr, LAYERS: tl.constexpr):
-    """This program's image; of layer INDEX its pixels, first and last tile, and where that image starts in `kept`."""
-    count: tl.constexpr = len(LAYERS)
-    first = 0
-    before = 0
-    for i in tl.static_range(INDEX):
-        first += tl.cdiv(sizes[i], LAYERS[i][2])
-        before += sizes[i]
-    pixels = sizes[INDEX]
-    if LAYERS[INDEX][5]:
-        pixels = tl.multiple_of(pixels, 16)
-    image = (tl.program_id(0) // sizes[count]).to(tl.int64)
-    start = sizes[count + 1].to(tl.int64) + before * sizes[count + 2].to(tl.int64) + image * pixels
-    return image, pixels, first, first + tl.cdiv(pixels, LAYERS[INDEX][2]), start
-
-
-@triton.jit(do_not_specialize=["sizes", "total"])
+@triton.jit(do_not_specialize=["tiles", "all_tiles", "first_tile"])
 def _lpips_fwd_kernel(
-    xs,  # of each layer (images, channels, pixels), or (images, pixels, channels) in rows
+    xs,  # columns, see layers.py: of each layer (images, channels, pixels), or (images, pixels, channels) in rows
     ys,  # the same
     lins,  # of each layer (channels,) float32, or None
-    sizes,  # each layer's pixels, tiles, first pixel in `kept`, images, tiles of all launches, the first of this one
+    starts,  # of each layer its first tile
+    pixels,
+    firsts,  # its first pixel in `kept`
+    channels,  # None, or with a table
+    kinds,  # None, or with a table: where its tile is in LAYERS
     out_ptr,  # (images, tiles of all launches), or SPATIAL (total,); float32
     kept_ptr,  # (4, total) float32
     total,  # pixels of all layers and images
     eps,
+    tiles,  # of an image in this launch
+    all_tiles,
+    first_tile,  # of this launch
     SPATIAL: tl.constexpr,
     LAYERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     total = total.to(tl.int64)
-    tile = tl.program_id(0) % sizes[len(xs)]
-    for i in tl.static_range(len(xs)):
-        image, pixels, first, last, own = _place(sizes, i, LAYERS)
-        if (tile >= first) & (tile < last):
-            pixel = (tile - first) * LAYERS[i][2] + tl.arange(0, LAYERS[i][2])
-            start = image * LAYERS[i][0] * pixels
-            lin = None if lins is None else lins[i]
-            value = _fwd_tile(xs[i] + start, ys[i] + start, lin, pixel, pixels, kept_ptr + own, total, eps, i, LAYERS)
+    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
+    for i in tl.static_range(len(LAYERS)):
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
+            value = fwd_tile(x_ptr, y_ptr, lin_ptr, width, pixel, count, kept_ptr + own, total, eps, i, LAYERS)
             if SPATIAL:
-                tl.store(out_ptr + own + pixel, value, mask=_there(pixel, pixels, i, LAYERS))
+                tl.store(out_ptr + own + pixel, value, mask=there(pixel, count, i, LAYERS))
             else:
-                tl.store(out_ptr + image * sizes[len(xs) + 3] + sizes[len(xs) + 4] + tile, tl.sum(value) / pixels)
+                tl.store(out_ptr + image * all_tiles + first_tile + tile, tl.sum(value) / count)
 
 
-@triton.jit
-def _factors(norm_ptr, k_ptr, pixel, there, g, eps):
-    """What x is divided by and the inverse of that, what u pulls with, and the factor of all."""
-    norm = tl.load(norm_ptr + pixel, mask=there, other=0.0)
-    k = tl.load(k_ptr + pixel, mask=there, other=0.0)
-    by, inverse = _divisor(norm, eps)
-    # |x| + eps over |x|: 1, unless |x| is as small as eps
-    pull = k * tl.where(norm == 0.0, 0.0, tl.div_rn(by, tl.where(norm == 0.0, 1.0, norm)))
-    return by[None, :], inverse[None, :], pull[None, :], (g * inverse)[None, :]
-
-
-@triton.jit
-def _bwd_tile(
-    x_ptr, y_ptr, lin_ptr, x_grad_ptr, y_grad_ptr, pixel, pixels, of_x, of_y,
-    INDEX: tl.constexpr, LAYERS: tl.constexpr,
-):  # fmt: skip
-    for start in range(0, LAYERS[INDEX][0], LAYERS[INDEX][1]):
-        channel = start + tl.arange(0, LAYERS[INDEX][1])
-        offsets, inside = _where(channel, pixel, pixels, INDEX, LAYERS)
-        u = _divide(_read(x_ptr, offsets, inside), of_x[0], of_x[1])
-        v = _divide(_read(y_ptr, offsets, inside), of_y[0], of_y[1])
-        weighted = _lin(lin_ptr, channel, LAYERS[INDEX][0]) * (u - v)
-        if x_grad_ptr is not None:
-            dx = (weighted - u * of_x[2]) * of_x[3]
-            tl.store(x_grad_ptr + offsets, dx.to(x_grad_ptr.dtype.element_ty), mask=inside)
-        if y_grad_ptr is not None:
-            dy = (v * of_y[2] - weighted) * of_y[3]
-            tl.store(y_grad_ptr + offsets, dy.to(y_grad_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit(do_not_specialize=["sizes", "total"])
+@triton.jit(do_not_specialize=["tiles"])
 def _lpips_bwd_kernel(
     xs,  # as in the forward
     ys,
     lins,
     x_grads,  # like xs, or None
     y_grads,  # the same
-    sizes,  # as in the forward
+    starts,  # as in the forward
+    pixels,
+    firsts,
+    channels,
+    kinds,
     grad_ptr,  # (images,), or SPATIAL (total,); float32
     kept_ptr,  # (4, total) float32
     total,
     eps,
+    tiles,
     SPATIAL: tl.constexpr,
     LAYERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     total = total.to(tl.int64)
-    tile = tl.program_id(0) % sizes[len(xs)]
-    for i in tl.static_range(len(xs)):
-        image, pixels, first, last, own = _place(sizes, i, LAYERS)
-        if (tile >= first) & (tile < last):
-            pixel = (tile - first) * LAYERS[i][2] + tl.arange(0, LAYERS[i][2])
-            there = _there(pixel, pixels, i, LAYERS)
-            start = image * LAYERS[i][0] * pixels
+    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = lin_pointers(lins, layer, starts, DTYPE)
+    x_grad_ptrs = pointers(x_grads, layer, starts, DTYPE, ALIGNED)
+    y_grad_ptrs = pointers(y_grads, layer, starts, DTYPE, ALIGNED)
+    for i in tl.static_range(len(LAYERS)):
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
+            inside = there(pixel, count, i, LAYERS)
             if SPATIAL:
-                g = 2.0 * tl.load(grad_ptr + own + pixel, mask=there, other=0.0)
+                g = 2.0 * tl.load(grad_ptr + own + pixel, mask=inside, other=0.0)
             else:
-                g = 2.0 * tl.load(grad_ptr + image) / pixels
+                g = 2.0 * tl.load(grad_ptr + image) / count
             kept = kept_ptr + own
-            of_x = _factors(kept, kept + 2 * total, pixel, there, g, eps)
-            of_y = _factors(kept + total, kept + 3 * total, pixel, there, g, eps)
-            lin = None if lins is None else lins[i]
-            x_grad = None if x_grads is None else x_grads[i] + start
-            y_grad = None if y_grads is None else y_grads[i] + start
-            _bwd_tile(xs[i] + start, ys[i] + start, lin, x_grad, y_grad, pixel, pixels, of_x, of_y, i, LAYERS)
+            of_x = factors(kept, kept + 2 * total, pixel, inside, g, eps)
+            of_y = factors(kept + total, kept + 3 * total, pixel, inside, g, eps)
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
+            x_grad = None if x_grad_ptrs is None else x_grad_ptrs[nth] + start
+            y_grad = None if y_grad_ptrs is None else y_grad_ptrs[nth] + start
+            bwd_tile(x_ptr, y_ptr, lin_ptr, x_grad, y_grad, width, pixel, count, of_x, of_y, i, LAYERS)
 
 
 def _in_rows(t: Tensor) -> bool:
@@ -252,38 +136,76 @@ def _in_rows(t: Tensor) -> bool:
     return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _describe(x: Tensor, rows: bool, backward: bool) -> tuple:
-    """Channels of the layer, channels and pixels of a tile, whether it lies in rows, whether its offsets need 64 bits,
-    whether its pixels are a multiple of 16, and of the tile's. A backward takes the channels in two halves: it holds
-    more of each."""
+def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
+    """Of a layer's tile: its channels and pixels, whether it lies in rows, whether offsets need 64 bits, whether the
+    layer's pixels, and those before it, are a multiple of 16, and of the tile's, whether its channels are none of the
+    tile's, whether they are more than those, and how many they are. A backward takes them in two halves: it holds more
+    of each."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(channels), MOST_CHANNELS)
     tile = min(TILE // block, triton.next_power_of_2(pixels))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
-    return channels, block, tile, rows, wide, pixels % 16 == 0, pixels % tile == 0
+    ragged, more = channels % block != 0, channels > block
+    return block, tile, rows, wide, (pixels | before) % 16 == 0, pixels % tile == 0, ragged, more, channels
+
+
+def _shared(
+    xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
+) -> tuple[list[tuple], list[int]]:
+    """The tiles of a list with a table, and which of them each layer has. They are described as by `_describe`, but for
+    all layers that have one; its last item is whether their channels are multiples of 16."""
+    keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
+            for x, row in zip(xs, rows, strict=True)]  # fmt: skip
+    wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
+    kinds, tiles = sorted(set(keys)), []
+    for key in kinds:
+        own = [(x.shape[1], x.shape[2] * x.shape[3] | n) for x, n, k in zip(xs, befores, keys, strict=True) if k == key]
+        block, row = key
+        part = block // 2 if backward else block
+        more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
+        tiles.append((part, TILE // block, row, wide, all(p % 16 == 0 for _, p in own), False, True, more, channels))
+    return tiles, [kinds.index(key) for key in keys]
 
 
 class _Launches:
-    """The layers, laid out, in groups of MOST_LAYERS."""
+    """The layers, laid out, in groups of up to MOST."""
 
     def __init__(
         self, features: Sequence[Tensor], targets: Sequence[Tensor], lins: Sequence[Tensor], backward: bool
     ) -> None:
-        rows = [_in_rows(f) and _in_rows(t) for f, t in zip(features, targets, strict=True)]
-        self.xs = [f if row else f.contiguous() for f, row in zip(features, rows, strict=True)]
-        self.ys = [t if row else t.contiguous() for t, row in zip(targets, rows, strict=True)]
-        self.lins = [lin.contiguous() for lin in lins]
-        self.layers = [_describe(x, row, backward) for x, row in zip(self.xs, rows, strict=True)]
+        self.rows = [_in_rows(f) and _in_rows(t) for f, t in zip(features, targets, strict=True)]
+        self.xs = [f if row else f.contiguous() for f, row in zip(features, self.rows, strict=True)]
+        self.ys = [t if row else t.contiguous() for t, row in zip(targets, self.rows, strict=True)]
+        self.lins = [lin.contiguous() for lin in lins] or None
         self.images = features[0].shape[0]
-        pixels = [f.shape[2] * f.shape[3] for f in features]
-        tiles = [triton.cdiv(count, layer[2]) for count, layer in zip(pixels, self.layers, strict=True)]
-        self.total, self.tiles = self.images * sum(pixels), sum(tiles)
-        self.groups: list[tuple[slice, int, tuple[int, ...]]] = []  # layers, tiles, sizes
-        for low in range(0, len(features), MOST_LAYERS):
-            part, own = slice(low, low + MOST_LAYERS), sum(tiles[low : low + MOST_LAYERS])
-            at = (self.images * sum(pixels[:low]), self.images, self.tiles, sum(tiles[:low]))
-            self.groups.append((part, own, (*pixels[part], own, *at)))
+        self.pixels = [f.shape[2] * f.shape[3] for f in features]
+        self.total = self.images * sum(self.pixels)
+        self.firsts = [self.images * n for n in itertools.accumulate(self.pixels[:-1], initial=0)]
+        self.groups = []  # layers, their tiles, which of these each has, first tile of each
+        self.tiles = 0
+        for low in range(0, len(features), MOST):
+            part = slice(low, low + MOST)
+            each = (self.xs[part], self.rows[part], self.firsts[part])
+            if len(each[0]) > DIRECT:
+                layers, kinds = _shared(*each, backward)
+            else:
+                layers = [_describe(*one, backward) for one in zip(*each, strict=True)]
+                kinds = list(range(len(layers)))
+            counts = [triton.cdiv(n, layers[kind][1]) for n, kind in zip(self.pixels[part], kinds, strict=True)]
+            self.groups.append((part, layers, kinds, list(itertools.accumulate(counts, initial=0)), self.tiles))
+            self.tiles += sum(counts)
+
+    def launches(self, *grads: Sequence[Tensor] | None) -> Iterator[tuple]:
+        """Of each launch its programs, the columns of pointers and numbers, its tiles and the first, its constants."""
+        for part, layers, kinds, starts, first_tile in self.groups if self.images else ():
+            numbers = [starts[:-1], self.pixels[part], self.firsts[part]]
+            if len(kinds) > DIRECT:
+                numbers += [[x.shape[1] for x in self.xs[part]], kinds]
+            sides = (self.xs, self.ys, self.lins, *grads)
+            of = columns_of(numbers, [None if side is None else side[part] for side in sides])
+            columns = (*of.pointers, *of.numbers, *[None] * (5 - len(numbers)))
+            yield self.images * starts[-1], columns, starts[-1], first_tile, (tuple(layers), of.dtype, of.aligned)
 
 
 def lpips_fwd(
@@ -294,12 +216,10 @@ def lpips_fwd(
     out = features[0].new_empty(shape, dtype=torch.float32)
     kept = features[0].new_empty((4, plan.total), dtype=torch.float32)
     with on_device(features[0]):
-        for part, tiles, sizes in plan.groups if plan.images else ():
-            lins = tuple(plan.lins[part]) or None
-            _lpips_fwd_kernel[(plan.images * tiles,)](
-                tuple(plan.xs[part]), tuple(plan.ys[part]), lins, sizes, out, kept, plan.total, eps,
-                spatial, tuple(plan.layers[part]), **OPTIONS,
-            )  # fmt: skip
+        for programs, columns, tiles, first_tile, constants in plan.launches():
+            _lpips_fwd_kernel[(programs,)](
+                *columns, out, kept, plan.total, eps, tiles, plan.tiles, first_tile, spatial, *constants, **OPTIONS
+            )
     return out if spatial else out.sum(1), kept
 
 
@@ -316,13 +236,10 @@ def lpips_bwd(
     y_grads = written[-count:] if needs_targets else None
     grad = grad.contiguous()
     with on_device(features[0]):
-        for part, tiles, sizes in plan.groups if plan.images else ():
-            lins = tuple(plan.lins[part]) or None
-            to_x, to_y = (None if side is None else tuple(side[part]) for side in (x_grads, y_grads))
-            _lpips_bwd_kernel[(plan.images * tiles,)](
-                tuple(plan.xs[part]), tuple(plan.ys[part]), lins, to_x, to_y, sizes, grad, statistics, plan.total, eps,
-                spatial, tuple(plan.layers[part]), **OPTIONS,
-            )  # fmt: skip
+        for programs, columns, tiles, _, constants in plan.launches(x_grads, y_grads):
+            _lpips_bwd_kernel[(programs,)](
+                *columns, grad, statistics, plan.total, eps, tiles, spatial, *constants, **OPTIONS
+            )
     return [m if m is w else m.copy_(w) for m, w in zip(made, written, strict=True)]
 
 
@@ -339,7 +256,10 @@ def aot_cases() -> Iterator[AotCase]:
     for rows in (False, True):
         yield from _aot_calls(odd, torch.bfloat16, rows, True, False, vector=False)
     yield from _aot_calls([(2, 64, 8192, 8192)], torch.bfloat16, False, True, False)  # offsets pass 2**31
-    yield from _aot_calls([(2, 8, 4, 4)] * 9, torch.float32, False, True, False, vector=False)
+    for rows in (False, True):
+        yield from _aot_calls(vgg * 8, torch.float32, rows, True, False)
+        yield from _aot_calls(vgg * 2, torch.bfloat16, rows, rows, not rows)
+    yield from _aot_calls([*odd, *[(2, 8, 4, 4)] * 9], torch.float32, False, True, False, vector=False)
 
 
 def _aot_calls(

@@ -1,4 +1,4 @@
-"""Triton kernels for the distance of two lists of deep features: up to 8 layers in one launch.
+"""Triton kernels for the distance of two lists of deep features: up to 64 layers in one launch.
 
 With d = f - t, p the parameter of the criterion and g the gradient of the sum of the layer:
 
@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import LAYERS, STREAM_OPTIONS, UNIT, AotCase, of_layer, on_device, total
+from .common import STREAM_OPTIONS, AotCase, on_device, total
+from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together
@@ -60,21 +61,21 @@ def _slope(d, p, KIND: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, row, starts, units, words, UNIT: tl.constexpr, BLOCK: tl.constexpr):
+def _place(tile, layer, row, starts, units, words, DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
     """(first element of the tile in its layer, how many it has, elements in a piece, its first word of signs)."""
-    units_of_row = of_layer(units, tile, starts).to(tl.int64)
-    nth = (tile - of_layer(starts, tile, starts)).to(tl.int64)
+    units_of_row = number_of(units, layer, starts, DTYPE).to(tl.int64)
+    nth = (tile - start_of(layer, starts, DTYPE)).to(tl.int64)
     units_left = units_of_row - nth * (16 * BLOCK // UNIT)
     count = tl.minimum(units_left, 16 * BLOCK // UNIT).to(tl.int32) * UNIT
     words_of_row = (units_of_row * UNIT + 255) // 256
-    first_word = (of_layer(words, tile, starts).to(tl.int64) + row * words_of_row) * 16 + nth * BLOCK
+    first_word = (number_of(words, layer, starts, DTYPE).to(tl.int64) + row * words_of_row) * 16 + nth * BLOCK
     first = row * units_of_row * UNIT + nth * (16 * BLOCK)
     return first, count, (count + 255) // 256 * 16, first_word
 
 
-@triton.jit(do_not_specialize=["starts", "units", "words", "tiles", "stride"])
+@triton.jit(do_not_specialize=["tiles", "stride"])
 def _distance_fwd_kernel(
-    features,  # a pointer a layer: (rows, length)
+    features,  # columns, see layers.py: a pointer a layer, (rows, length)
     targets,  # likewise
     signs_ptr,  # (words,) int32, or None
     out_ptr,  # (rows, tiles) float32, rows `stride` apart
@@ -86,14 +87,17 @@ def _distance_fwd_kernel(
     stride,
     p,
     KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first, count, step, first_word = _place(tile, row, starts, units, words, UNIT, BLOCK)
-    f_ptr = of_layer(features, tile, starts) + first
-    t_ptr = of_layer(targets, tile, starts) + first
+    layer = layer_of(tile, starts, DTYPE)
+    first, count, step, first_word = _place(tile, layer, row, starts, units, words, DTYPE, UNIT, BLOCK)
+    f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
+    t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
     columns = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     word = tl.zeros((BLOCK,), tl.int32)
@@ -108,10 +112,10 @@ def _distance_fwd_kernel(
             word |= ((d > 0).to(tl.int32) | ((d < 0).to(tl.int32) << 1)) << (2 * r)
     if signs_ptr is not None:
         tl.store(signs_ptr + first_word + columns, word, mask=columns < step)
-    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * of_layer(scales, tile, starts))
+    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * factor_of(scales, layer, starts, DTYPE))
 
 
-@triton.jit(do_not_specialize=["starts", "units", "words", "tiles"])
+@triton.jit(do_not_specialize=["tiles"])
 def _distance_bwd_kernel(
     grad_ptr,  # (rows,) float32
     signs_ptr,  # (words,) int32, or None
@@ -127,20 +131,23 @@ def _distance_bwd_kernel(
     tiles,
     p,
     KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    first, count, step, first_word = _place(tile, row, starts, units, words, UNIT, BLOCK)
-    upstream = tl.load(grad_ptr + row) * of_layer(scales, tile, starts)
+    layer = layer_of(tile, starts, DTYPE)
+    first, count, step, first_word = _place(tile, layer, row, starts, units, words, DTYPE, UNIT, BLOCK)
+    upstream = tl.load(grad_ptr + row) * factor_of(scales, layer, starts, DTYPE)
     columns = tl.arange(0, BLOCK)
-    to_ptr = of_layer(gradients, tile, starts) + first
+    to_ptr = pointer_of(gradients, layer, starts, DTYPE, ALIGNED) + first
     if signs_ptr is not None:
         word = tl.load(signs_ptr + first_word + columns, mask=columns < step, other=0)
     else:
-        f_ptr = of_layer(features, tile, starts) + first
-        t_ptr = of_layer(targets, tile, starts) + first
+        f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
+        t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
     for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL):
         offsets = r * step + columns
         mask = columns < tl.minimum(step, count - r * step)
@@ -153,17 +160,17 @@ def _distance_bwd_kernel(
             slope = _slope(f - t, p, KIND)
         g = upstream * slope
         if negatives is not None:
-            other_ptr = of_layer(negatives, tile, starts) + first
+            other_ptr = pointer_of(negatives, layer, starts, DTYPE, ALIGNED) + first
             tl.store(other_ptr + offsets, (-g).to(other_ptr.dtype.element_ty), mask=mask)
         if incoming is not None:
-            in_ptr = of_layer(incoming, tile, starts) + first
+            in_ptr = pointer_of(incoming, layer, starts, DTYPE, ALIGNED) + first
             g += tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
 
 
 @dataclass
 class _Launch:
-    """Up to LAYERS layers of a list, those without elements left out: which they are, and kernel arguments."""
+    """Up to MOST layers of a list, those without elements left out: which they are, and the numbers of each."""
 
     layers: list[int]
     starts: tuple[int, ...]
@@ -174,12 +181,11 @@ class _Launch:
     first_tile: int
     unit: int
 
-    @property
-    def plan(self) -> tuple:
-        return self.starts, tuple(n // self.unit for n in self.lengths), self.words, self.scales, self.tiles
-
-    def of(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        return tuple(tensors[i] for i in self.layers)
+    def columns(self, *sides: Sequence[Tensor] | None) -> Columns:
+        """The kernel's columns, with the layers' tensors of each side."""
+        units = [n // self.unit for n in self.lengths]
+        chosen = [None if side is None else [side[i] for i in self.layers] for side in sides]
+        return columns_of((self.starts, units, self.words), chosen, [self.scales])
 
 
 def _block(dtype: torch.dtype) -> int:
@@ -196,8 +202,8 @@ def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, r
             entries.append((i, length, word // 16, scale, triton.cdiv(length, per_tile)))
         word += rows * sign_words(length)
     found, first = [], 0
-    for at in range(0, len(entries), LAYERS):
-        layers, lengths, words, scales, tiles = zip(*entries[at : at + LAYERS], strict=True)
+    for at in range(0, len(entries), MOST):
+        layers, lengths, words, scales, tiles = zip(*entries[at : at + MOST], strict=True)
         starts = tuple(itertools.accumulate(tiles, initial=0))
         unit = UNIT if all(n % UNIT == 0 for n in lengths) else 1
         found.append(_Launch(list(layers), starts[:-1], lengths, words, scales, starts[-1], first, unit))
@@ -236,9 +242,10 @@ def _sum_layers(
     features, targets = _laid_out(features, layout), _laid_out(targets, layout)
     with on_device(partials):
         for launch in launches:
+            of = launch.columns(features, targets)
             _distance_fwd_kernel[(rows * launch.tiles,)](
-                launch.of(features), launch.of(targets), signs, partials[:, launch.first_tile :], *launch.plan, tiles,
-                parameter, criterion, launch.unit, _block(dtype), **STREAM_OPTIONS,
+                *of.pointers, signs, partials[:, launch.first_tile :], *of.numbers, *of.factors, launch.tiles, tiles,
+                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **STREAM_OPTIONS,
             )  # fmt: skip
     return partials.sum(1) if reduction == "none" else total(partials)
 
@@ -334,10 +341,10 @@ def _gradients(
     sides = [_laid_out(tensors, layout) if tensors else None for tensors in (features, targets, incoming)]
     with on_device(grad):
         for launch in _launches(layout, weights, dtype, reduction):
-            read = (None if side is None else launch.of(side) for side in sides)
+            of = launch.columns(*sides, made[0], made[1] if len(made) > 1 else None)
             _distance_bwd_kernel[(rows * launch.tiles,)](
-                grad, signs, *read, launch.of(made[0]), launch.of(made[1]) if len(made) > 1 else None, *launch.plan,
-                parameter, criterion, launch.unit, _block(dtype), **STREAM_OPTIONS,
+                grad, signs, *of.pointers, *of.numbers, *of.factors, launch.tiles,
+                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **STREAM_OPTIONS,
             )  # fmt: skip
     return [gradient for side in made for gradient in side]
 
@@ -351,7 +358,8 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls("odd", ((1, 3, 33, 65), (1, 7, 5, 3)), torch.float32, criterion, "mean", vector=False)
         yield from _aot_calls("per sample", even, torch.bfloat16, criterion, "none")
         yield from _aot_calls("one layer", even[:1], torch.bfloat16, criterion, "mean")
-        yield from _aot_calls("10 layers", even[1:2] * 10, torch.float32, criterion, "mean")
+        for count in (10, 64):
+            yield from _aot_calls(f"{count} layers", even[1:2] * count, torch.float32, criterion, "mean")
         yield from _aot_calls("one element", ((1,),), torch.float32, criterion, "mean", vector=False)
         yield from _aot_calls("int64", ((4, 64, 8192, 8192),) * 2, torch.bfloat16, criterion, "mean")
 
