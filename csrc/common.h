@@ -107,6 +107,17 @@ inline std::optional<std::vector<int64_t>> memory_order(const Tensor& t) {
   return order;
 }
 
+// Whether the elements lie densely with the last dimension or, with `channels_last`, dimension 1 as the fastest.
+inline bool is_dense(const Tensor& t, bool channels_last) {
+  int64_t expected = 1;
+  for (int64_t i = t.dim() - 1; i >= 0; --i) {
+    const int64_t d = !channels_last || i == 0 ? i : i == t.dim() - 1 ? 1 : i + 1;
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
 inline bool same_strides(const Tensor& a, const Tensor& b) {
   for (int64_t d = 0; d < a.dim(); ++d)
     if (a.size(d) != 1 && a.stride(d) != b.stride(d)) return false;

@@ -1,5 +1,9 @@
-// Image loss: pixel, smoothness and SSIM losses of an image pair, term after term on bands of rows that stay in the L2
-// cache, so that memory is passed over once in each direction.
+// Image loss: pixel, smoothness and SSIM losses of an image pair, term after term on bands of rows that stay in the
+// caches, so that memory is passed over once in each direction.
+//
+// With SSIM, which would otherwise be made twice, the forward makes the gradient of the total too, in float32, and the
+// backward multiplies it by its one upstream number. `shares` says what each sum counts in the total. An upstream
+// gradient that is no multiple of the shares is as right: the pass is then made again with it.
 
 #include "pixel.h"
 #include "smoothness.h"
@@ -8,10 +12,11 @@
 namespace fastloss {
 namespace {
 
-template <typename T>
+template <typename T, typename G>
 struct ImageKernels {
   double (*pixel)(const Stretch<T>&, double p);
-  void (*row)(const Stretch<T>&, double p, float scale, const float* line, bool add, const Gradients<T>&);
+  void (*row)(const Stretch<T>&, double p, float scale, const float* line, const Gradients<const float>& more,
+              const Gradients<G>&);
   void (*smoothness)(const Band<T>&, const Memory&);
   SmoothnessRows<T> rows;
   SsimKernels<T> ssim;
@@ -85,156 +90,255 @@ struct Pair {
   // What a call returns: the sums of the pixel loss, of the smoothness along each axis, of SSIM.
   int64_t sums() const { return axes + 2; }
 
-  template <typename T>
+  template <typename T, typename G>
   auto kernels() const {
-    return FASTLOSS_PICK(image_kernels<T>(terms.pixel, terms.kind, terms.step, bands.plain()));
-  }
-
-  // body(plane, tile) for each channel and stretch of columns of a band, with the SSIM map's margin cut off.
-  template <typename Body>
-  void tiles(int64_t n, int64_t plane, int64_t begin, int64_t end, int64_t margin, const Body& body) const {
-    const int64_t step = bands.layout.step, width = bands.layout.row / step;
-    const int64_t top = std::max(begin, margin), bottom = std::min(end, bands.layout.height - margin);
-    if (top >= bottom) return;
-    for (int64_t c = 0; c < step; ++c)
-      for (int64_t x = margin; x < width - margin; x += kSsimColumns)
-        body(n * bands.channels + plane * step + c,
-             SsimTile{top, bottom, x, std::min(width - margin, x + kSsimColumns)});
-  }
-  int64_t columns() const { return std::min(bands.layout.row / bands.layout.step, kSsimColumns); }
-};
-
-struct SsimRoom {
-  std::vector<float> room;
-  float* at = nullptr;
-
-  explicit SsimRoom(int64_t columns) : room(ssim_scratch(columns) + 16) {
-    at = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / sizeof(float);
+    return FASTLOSS_PICK(image_kernels<T, G>(terms.pixel, terms.kind, terms.step, bands.plain()));
   }
 };
 
-Tensor image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> pixel_weight,
-                 std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
-                 std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers) {
-  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+// Where gradients go, in the order of the prediction in bands; null where one is not needed.
+template <typename G>
+struct Targets {
+  G *image = nullptr, *image_pred = nullptr;
+  bool needed() const { return image != nullptr || image_pred != nullptr; }
+};
+
+constexpr int64_t kRowsTogether = 16;  // of a band, from term to term
+
+// A band of rows: what all the terms need of it.
+template <typename T, typename G>
+struct Strip {
+  const Pair& pair;
+  const ImageKernels<T, G>& kernels;
+  const float* up;  // of each sum
+  Targets<G> to;
+  bool streamed;
+  int64_t n, plane;
+  Band<T> band;
+  const Memory& memory;
+
+  int64_t row_size() const { return band.layout.row; }
+  int64_t at(int64_t y) const { return band.position + (band.z * band.layout.height + y) * row_size(); }
+  bool second() const { return pair.terms.smoothness && to.image_pred != nullptr; }
+
+  double pixel() const {
+    float buffer[kChunk];
+    double total = 0;
+    for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunk) {
+      const int64_t count = std::min(kChunk, end - i);
+      const float* weight = pair.weight ? pair.weight->read(i, count, buffer) : nullptr;
+      total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count}, pair.terms.p);
+    }
+    return total;
+  }
+
+  void smoothness(double* to_axes) const {
+    kernels.smoothness(band, memory);
+    std::vector<double> totals(band.layout.step * pair.axes);
+    add_totals(memory, pair.axes, band.layout.step, totals.data());
+    for (size_t i = 0; i < totals.size(); ++i) to_axes[i % pair.axes] += totals[i];
+  }
+
+  // `more`: SSIM's gradients of the rows, or null.
+  void gradients(const Targets<const float>& more) const {
+    std::vector<float> buffer(pair.weight ? row_size() : 0);
+    const Rows rows{*this, buffer.data(), more};
+    if (second()) {
+      kernels.rows(band, memory, Rows::row, &rows);
+    } else {
+      for (int64_t y = band.begin; y < band.end; ++y) Rows::row(&rows, y, nullptr);
+    }
+  }
+
+ private:
+  // As the kernels of the smoothness loss hand rows over.
+  struct Rows {
+    const Strip& strip;
+    float* buffer;
+    Targets<const float> more;
+
+    static void row(const void* context, int64_t y, const float* line) {
+      const auto& [s, buffer, more] = *static_cast<const Rows*>(context);
+      const int64_t n = s.row_size(), i = s.at(y), within = (y - s.band.begin) * n;
+      const float* weight = s.pair.weight ? s.pair.weight->read(i, n, buffer) : nullptr;
+      s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.p, s.up[0],
+                    line, {more.image ? more.image + within : nullptr,
+                           more.image_pred ? more.image_pred + within : nullptr, false},
+                    {s.to.image ? s.to.image + i : nullptr, s.to.image_pred ? s.to.image_pred + i : nullptr, s.streamed});
+    }
+  };
+};
+
+// SSIM over a band: a walk for each channel and stretch of columns, and the gradients of the rows just passed.
+template <typename T>
+struct SsimStrip {
+  const SsimKernels<T>& kernels;
+  const Layout& layout;
+  int64_t size;
+  std::vector<SsimPlaneWeights> weights;
+  std::vector<SsimRoom> rooms;
+  std::vector<float> image, image_pred;
+
+  template <typename G>
+  explicit SsimStrip(const Strip<T, G>& s) : kernels(s.kernels.ssim), layout(s.band.layout) {
+    const SsimCall& call = *s.pair.ssim;
+    const int64_t step = layout.step, width = layout.row / step, across = (width + kSsimColumns - 1) / kSsimColumns;
+    size = kRowsTogether * layout.row;
+    image.resize(s.to.image ? size : 0);
+    image_pred.resize(s.to.image_pred ? size : 0);
+    weights.reserve(step * across);
+    for (int64_t i = 0; i < step * across; ++i) {
+      const int64_t plane = s.n * s.pair.bands.channels + s.plane * step + i / across, x = i % across * kSsimColumns;
+      const SsimTile tile{s.band.begin, s.band.end, x, std::min(width, x + kSsimColumns)};
+      const SsimPlaneWeights& w = weights.emplace_back(call.weights_of(plane));
+      SsimRoom& room = rooms.emplace_back(tile.x1 - tile.x0, kernels.size);
+      kernels.start(room.walk.data(), call.plane<T>(plane), tile, call.options,
+                    {w.weights ? SsimPlaneWeights::read : nullptr, &w}, s.up ? s.up[s.pair.sums() - 1] : 0.0f,
+                    s.to.image != nullptr, s.to.image_pred != nullptr, room.scratch);
+    }
+  }
+
+  double advance(int64_t begin, int64_t end) {
+    double total = 0;
+    const int64_t across = static_cast<int64_t>(rooms.size()) / layout.step, row = layout.row, step = layout.step;
+    for (size_t i = 0; i < rooms.size(); ++i) {
+      const int64_t at = static_cast<int64_t>(i) / across - begin * row;
+      total += kernels.advance(rooms[i].walk.data(), end,
+                               {image.empty() ? nullptr : image.data() + at,
+                                image_pred.empty() ? nullptr : image_pred.data() + at, row, step, row, step, false});
+    }
+    return total;
+  }
+  Targets<const float> gradients() const {
+    return {image.empty() ? nullptr : image.data(), image_pred.empty() ? nullptr : image_pred.data()};
+  }
+};
+
+// All the terms: the sums into `partial` (or null), in the slot of a band's first channel, and the gradients.
+template <typename T, typename G>
+void pass(const Pair& pair, const float* up, const Targets<G>& to, double* partial) {
   const Bands& bands = pair.bands;
-  const int64_t sums = pair.sums(), step = bands.layout.step;
+  const int64_t sums = pair.sums(), step = bands.layout.step, row = bands.layout.row;
+  const auto kernels = pair.kernels<T, G>();
+  const bool aligned = (reinterpret_cast<uintptr_t>(to.image) | reinterpret_cast<uintptr_t>(to.image_pred)) % 64 == 0;
+  const bool streamed = aligned && row % 16 == 0 && bands.image.numel() * static_cast<int64_t>(sizeof(G)) >= kStreamed;
+  std::vector<float> along;
+  for (int64_t c = 0; up != nullptr && c < step; ++c) along.insert(along.end(), up + 1, up + 1 + pair.axes);
+  bands.each<T>(to.needed(), [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+    Strip<T, G> strip{pair, kernels, up, to, streamed, n, plane, band, memory};
+    double* const sum = partial == nullptr ? nullptr : partial + bands.slot(n, plane, band.z, band.begin) * sums;
+    std::optional<SsimStrip<T>> ssim;
+    if (pair.terms.ssim) ssim.emplace(strip);
+    if (strip.second()) set_upstream(along.data(), pair.axes, step, memory);
+    const int64_t together = pair.terms.ssim ? kRowsTogether : band.end - band.begin;
+    for (int64_t y = band.begin; y < band.end; y += together) {
+      strip.band.begin = y;
+      strip.band.end = std::min(band.end, y + together);
+      if (band.edges) strip.band.edges = band.edges + (y - band.begin) * kAxes * Edges::pitch(band.layout);
+      const double structure = ssim ? ssim->advance(y, strip.band.end) : 0;
+      if (sum != nullptr) {
+        if (pair.terms.pixel) sum[0] += strip.pixel();
+        if (pair.terms.smoothness) strip.smoothness(sum + 1);
+        sum[sums - 1] += structure;
+      }
+      if (to.needed()) strip.gradients(ssim ? ssim->gradients() : Targets<const float>{});
+    }
+  });
+}
+
+// What `keep` asks for: the gradients of the total, one after the other, in the order of the prediction in bands.
+struct Kept {
+  Tensor gradients;
+  Targets<float> at;
+
+  Kept(const Tensor& like, bool image, bool image_pred)
+      : gradients(torch::stable::new_empty(like, {0}, ScalarType::Float)) {
+    if (!image && !image_pred) return;
+    gradients = torch::stable::new_empty(like, {image + image_pred, like.numel()}, ScalarType::Float);
+    float* const data = output<float>(gradients);
+    at = {image ? data : nullptr, image_pred ? data + (image ? like.numel() : 0) : nullptr};
+  }
+};
+
+constexpr int64_t kKeepGradients = 8;  // of `keep`, beside 1 for the image's and 2 for the prediction's
+
+std::tuple<Tensor, Tensor> image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> pixel_weight,
+                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
+                                     int64_t keep, std::optional<Tensor> shares) {
+  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+  const int64_t sums = pair.sums(), slots = pair.bands.slots();
+  STD_TORCH_CHECK(keep == 0 || (keep & kKeepGradients && shares && shares->numel() == sums && shares->is_contiguous() &&
+                                shares->scalar_type() == ScalarType::Float),
+                  "image: the CPU kernels keep the gradient of a total with float32 shares of each sum, or nothing");
+  const Kept kept(image_pred, keep & 1, keep & 2);
   Tensor out = torch::stable::new_empty(image_pred, {sums}, ScalarType::Float);
-  std::vector<double> partial(bands.slots() * sums);  // in the slot of a band's first channel
+  std::vector<double> partial(slots * sums);
   for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
-    using T = decltype(element);
-    const auto kernels = pair.kernels<T>();
-    bands.each<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
-      double* to = partial.data() + bands.slot(n, plane, band.z, band.begin) * sums;
-      const int64_t from = band.position + (band.z * bands.layout.height + band.begin) * bands.layout.row;
-      if (pair.terms.pixel) {
-        float buffer[kChunk];
-        const int64_t end = from + (band.end - band.begin) * bands.layout.row;
-        for (int64_t i = from; i < end; i += kChunk) {
-          const int64_t count = std::min(kChunk, end - i);
-          to[0] += kernels.pixel({input<T>(pair.image) + i, input<T>(bands.image) + i,
-                                  pair.weight ? pair.weight->read(i, count, buffer) : nullptr, count},
-                                 pair.terms.p);
-        }
-      }
-      if (pair.terms.smoothness) {
-        kernels.smoothness(band, memory);
-        std::vector<double> totals(step * pair.axes);
-        add_totals(memory, pair.axes, step, totals.data());
-        for (int64_t i = 0; i < step * pair.axes; ++i) to[1 + i % pair.axes] += totals[i];
-      }
-      if (pair.terms.ssim) {
-        const SsimRoom room(pair.columns());
-        pair.tiles(n, plane, band.begin, band.end, pair.ssim->options.margin, [&](int64_t index, const SsimTile& tile) {
-          const SsimPlaneWeights weights = pair.ssim->weights_of(index);
-          to[sums - 1] += kernels.ssim.sum(pair.ssim->template plane<T>(index), tile, pair.ssim->options,
-                                           {weights.weights ? SsimPlaneWeights::read : nullptr, &weights}, room.at);
-        });
-      }
-    });
+    pass<decltype(element), float>(pair, keep ? input<float>(*shares) : nullptr, kept.at, partial.data());
   });
   for (int64_t k = 0; k < sums; ++k) {
     double total = 0;
-    for (int64_t i = 0; i < bands.slots(); ++i) total += partial[i * sums + k];
+    for (int64_t i = 0; i < slots; ++i) total += partial[i * sums + k];
     output<float>(out)[k] = static_cast<float>(total);
   }
-  return out;
+  return {out, kept.gradients};
 }
 
-// The rows of one band, as the kernels of the smoothness loss hand them over.
-template <typename T>
-struct Rows {
-  const Pair& pair;
-  const ImageKernels<T>& kernels;
-  int64_t from;  // of the slice's first element
-  float scale;
-  float* buffer;
-  T *image, *image_pred;
-  bool streamed;
+// The number that makes `shares` the upstream gradient, but for rounding; nothing if there is none.
+std::optional<float> multiple(const float* up, const float* shares, int64_t n) {
+  int64_t largest = 0;
+  for (int64_t k = 1; k < n; ++k)
+    if (std::abs(shares[k]) > std::abs(shares[largest])) largest = k;
+  const float by = shares[largest] == 0 ? 0 : up[largest] / shares[largest];
+  for (int64_t k = 0; k < n; ++k)
+    if (!(std::abs(up[k] - by * shares[k]) <= 0x1p-20f * std::abs(up[k]))) return std::nullopt;
+  return by;
+}
 
-  static void row(const void* context, int64_t y, const float* line) {
-    const auto& r = *static_cast<const Rows*>(context);
-    const Pair& pair = r.pair;
-    const int64_t n = pair.bands.layout.row, i = r.from + y * n;
-    r.kernels.row({input<T>(pair.image) + i, input<T>(pair.bands.image) + i,
-                   pair.weight ? pair.weight->read(i, n, r.buffer) : nullptr, n},
-                  pair.terms.p, r.scale, line, pair.terms.ssim,
-                  {r.image ? r.image + i : nullptr, r.image_pred ? r.image_pred + i : nullptr, r.streamed});
-  }
-};
-
-std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
-                                     std::optional<Tensor> pixel_weight, std::optional<Tensor> guide,
-                                     std::optional<Tensor> smoothness_weight, std::optional<Tensor> ssim_weight,
-                                     std::string kinds, std::vector<double> numbers, bool needs_image,
+std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
+                                     const Tensor& image_pred, std::optional<Tensor> pixel_weight,
+                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
+                                     int64_t keep, std::optional<Tensor> shares, bool needs_image,
                                      bool needs_image_pred) {
   const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
-  const Bands& bands = pair.bands;
-  const int64_t step = bands.layout.step;
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == pair.sums(),
+  const Tensor& laid_out = pair.bands.image;
+  const int64_t sums = pair.sums(), total = laid_out.numel();
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == sums,
                   "image: expected a float32 gradient of the sums");
   const Tensor upstream = torch::stable::contiguous(grad);
   const float* up = input<float>(upstream);
-  std::vector<float> along;
-  for (int64_t c = 0; c < step; ++c) along.insert(along.end(), up + 1, up + 1 + pair.axes);
-  std::optional<Result> to_image, to_pred;
-  if (needs_image) to_image.emplace(image, image.scalar_type(), bands.image);
-  if (needs_image_pred) to_pred.emplace(image_pred, image.scalar_type(), bands.image);
-  std::optional<Tensor> x, y;
-  if (to_image) x = to_image->written;
-  if (to_pred) y = to_pred->written;
+  std::optional<Result> x, y;
+  if (needs_image) x.emplace(image, image.scalar_type(), laid_out);
+  if (needs_image_pred) y.emplace(image_pred, image.scalar_type(), laid_out);
   for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = pair.kernels<T>();
-    T *first = x ? output<T>(*x) : nullptr, *second = y ? output<T>(*y) : nullptr;
-    const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
-    const bool streamed = aligned && !pair.terms.ssim && bands.layout.row % 16 == 0 &&
-                          image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamed;
-    bands.each<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
-      if (pair.terms.ssim) {  // it writes, the others add while the band is in the caches
-        const SsimRoom room(pair.columns());
-        pair.tiles(n, plane, band.begin, band.end, 0, [&](int64_t index, const SsimTile& tile) {
-          const SsimPlaneWeights weights = pair.ssim->weights_of(index);
-          auto to = pair.ssim->template gradients<T>(x, y, index);
-          to.streamed = false;
-          kernels.ssim.grad(pair.ssim->template plane<T>(index), tile, pair.ssim->options,
-                            {weights.weights ? SsimPlaneWeights::read : nullptr, &weights}, up[pair.sums() - 1], to,
-                            room.at);
-        });
-      }
-      std::vector<float> buffer(pair.weight ? bands.layout.row : 0);
-      const Rows<T> rows{pair, kernels, band.position + band.z * bands.layout.height * bands.layout.row, up[0],
-                         buffer.data(), first, second, streamed};
-      if (pair.terms.smoothness && second) {
-        set_upstream(along.data(), pair.axes, step, memory);
-        kernels.rows(band, memory, Rows<T>::row, &rows);
-      } else {
-        for (int64_t row = band.begin; row < band.end; ++row) Rows<T>::row(&rows, row, nullptr);
-      }
-    });
+    const Targets<T> to{x ? output<T>(x->written) : nullptr, y ? output<T>(y->written) : nullptr};
+    if (!pair.terms.ssim) return pass<T, T>(pair, up, to, nullptr);
+    const bool there = (!needs_image || keep & 1) && (!needs_image_pred || keep & 2) && shares;
+    std::optional<float> by;
+    if (there) by = multiple(up, input<float>(*shares), sums);
+    std::optional<Kept> made;
+    if (!by) {
+      made.emplace(laid_out, needs_image, needs_image_pred);
+      pass<T, float>(pair, up, made->at, nullptr);
+    }
+    const float* from = input<float>(made ? made->gradients : gradients);
+    const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
+    const auto write = [&](const float* values, T* result) {
+      const bool streamed = reinterpret_cast<uintptr_t>(result) % 64 == 0 && total % 16 == 0 &&
+                            total * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+      for_blocks(total, [&](int64_t begin, int64_t end) {
+        scale(values + begin, nullptr, by.value_or(1.0f), end - begin, result + begin, streamed);
+      });
+    };
+    const bool image_first = made ? needs_image : keep & 1;
+    if (needs_image) write(from, to.image);
+    if (needs_image_pred) write(from + (image_first ? total : 0), to.image_pred);
   });
   const auto none = [&] { return torch::stable::new_empty(image, {0}); };
-  return {to_image ? to_image->take() : none(), to_pred ? to_pred->take() : none()};
+  return {x ? x->take() : none(), y ? y->take() : none()};
 }
 
 }  // namespace

@@ -7,10 +7,10 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// Writes the gradients of a row: the pixel loss's (`on`), `line` for the prediction (or null) and, if `add`, what
-// stands there already.
-template <Kind kind, bool on, typename T>
-static void image_row(const Stretch<T>& s, double p, float scale, const float* line, bool add, const Gradients<T>& to) {
+// Writes the gradients of a row: the pixel loss's (`on`), `line` for the prediction (or null), and `more` (or null).
+template <Kind kind, bool on, typename T, typename G>
+static void image_row(const Stretch<T>& s, double p, float scale, const float* line, const Gradients<const float>& more,
+                      const Gradients<G>& to) {
   for (int64_t i = 0; i < s.n; i += W) {
     const int64_t n = s.n - i < W ? s.n - i : W;
     vf g{};
@@ -20,10 +20,10 @@ static void image_row(const Stretch<T>& s, double p, float scale, const float* l
     }
     if (to.image_pred) {
       vf own = line ? g + load_up_to(line + i, n) : g;
-      if (add) own += load_up_to((const T*)to.image_pred + i, n);
+      if (more.image_pred) own += load_up_to(more.image_pred + i, n);
       put(to.image_pred + i, own, n, to.streamed);
     }
-    if (to.image) put(to.image + i, add ? load_up_to((const T*)to.image + i, n) - g : -g, n, to.streamed);
+    if (to.image) put(to.image + i, more.image ? load_up_to(more.image + i, n) - g : -g, n, to.streamed);
   }
   if (to.streamed) fence();
 }
@@ -42,13 +42,14 @@ static SmoothnessRows<T> smoothness_rows_of(bool plain) {
   return plain ? image_smoothness<step, true, T> : image_smoothness<step, false, T>;
 }
 
-template <typename T>
-static ImageKernels<T> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
-  ImageKernels<T> found{pixel_kernels<T>(kind).sum, image_row<Kind::l2, false, T>, smoothness_kernels<T>(step, plain).sum,
-                        nullptr, ssim_kernels<T>()};
+// G: the type of the gradients.
+template <typename T, typename G>
+static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
+  ImageKernels<T, G> found{pixel_kernels<T>(kind).sum, image_row<Kind::l2, false, T, G>,
+                           smoothness_kernels<T>(step, plain).sum, nullptr, ssim_kernels<T>()};
 #define FASTLOSS_KIND(k) \
   case Kind::k:          \
-    found.row = image_row<Kind::k, true, T>; break;
+    found.row = image_row<Kind::k, true, T, G>; break;
   if (pixel) switch (kind) {
       FASTLOSS_KIND(l1)
       FASTLOSS_KIND(l2)

@@ -63,10 +63,10 @@ struct Scratch {
   Scratch(const Layout& at, bool backward) {
     const int64_t period = period_of(at.step), pad = (at.step + 15) / 16 * 16 + 16;
     const int64_t pitch = (at.row + 15) / 16 * 16 + 2 * pad;
-    floats.resize(at.row + pitch + kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
-    doubles.resize(backward ? 0 : kAxes * period);
-    float *const line = floats.data() + at.row, *const sums = line + pitch;
-    memory = {period, pad, pitch, floats.data(), line, sums, sums, sums + kAxes * period, doubles.data()};
+    floats.resize(at.row + pitch + 2 * kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
+    doubles.resize(kAxes * period);
+    float *const line = floats.data() + at.row, *const sums = line + pitch, *const up = sums + kAxes * period;
+    memory = {period, pad, pitch, floats.data(), line, sums, up, up + kAxes * period, doubles.data()};
   }
 };
 

@@ -4,6 +4,8 @@
 #include "common.h"
 
 #include <cmath>
+#include <cstddef>
+#include <memory>
 
 namespace fastloss {
 
@@ -49,30 +51,34 @@ struct SsimWeights {
 };
 
 // Where the gradients go, by strides; null where one is not needed.
-template <typename T>
 struct SsimGradients {
-  T *x, *y;
+  float *x, *y;
   int64_t x_row, x_column, y_row, y_column;
   bool streamed;  // rows are dense, aligned, and of whole vectors: written past the caches
 };
 
+// A tile is walked down, its state in `walk`, `size` bytes: start once, then advance from row to row.
 template <typename T>
 struct SsimKernels {
-  double (*sum)(const SsimPlanes<T>&, const SsimTile&, const SsimOptions&, const SsimWeights&, float* scratch);
-  void (*grad)(const SsimPlanes<T>&, const SsimTile&, const SsimOptions&, const SsimWeights&, float upstream,
-               const SsimGradients<T>&, float* scratch);
+  size_t size;
+  void (*start)(void* walk, const SsimPlanes<T>&, const SsimTile&, const SsimOptions&, const SsimWeights&, float scale,
+                bool x, bool y, float* scratch);
+  double (*advance)(void* walk, int64_t end, const SsimGradients&);
+  void (*scale)(const float* from, const float* factors, float factor, int64_t n, T* to, bool streamed);
 };
 
-// The largest tile: what a backward keeps of it, some 100 rows, stays in the L2 cache.
-constexpr int64_t kSsimRows = 128, kSsimColumns = 512;
+// The largest tile: what is kept of it, some 40 rows, stays in the L2 cache.
+constexpr int64_t kSsimRows = 256, kSsimColumns = 512;
+constexpr int64_t kSsimPad = 16;      // elements on either side of the tile's columns in a row of scratch
+constexpr int kSsimRowsAtOnce = 4;    // at most, filtered along y
 
-// Floats in a row of scratch for `columns` columns: the windows reach two radii to either side, vectors over the end.
-constexpr int64_t ssim_step(int64_t columns) { return (columns + 4 * kSsimRadius + 15) / 16 * 16 + 32; }
+// Floats in a row of scratch for `columns` columns.
+constexpr int64_t ssim_step(int64_t columns) { return (columns + 15) / 16 * 16 + 4 * kSsimPad; }
 
-// Floats of scratch, aligned to 64 bytes, for tiles of so many columns: rows of both images, rings of window rows for
-// four moments and four partial derivatives, the partial derivatives, weights, both gradients.
+// Floats of scratch, aligned to 64 bytes, for tiles of so many columns: rows of both images, weights, both gradients,
+// four partials, and two rings of four filtered rows.
 constexpr int64_t ssim_scratch(int64_t columns) {
-  return (2 + (2 * kSsimRadius + 1) * 8 + 4 + 1 + 2) * ssim_step(columns);
+  return (9 * kSsimRowsAtOnce + (2 * kSsimRadius + 2 * kSsimRowsAtOnce) * 8) * ssim_step(columns) + 2 * kSsimPad;
 }
 
 namespace {
@@ -88,6 +94,20 @@ struct SsimPlaneWeights {
     const auto& w = *static_cast<const SsimPlaneWeights*>(from);
     return w.weights->read(w.start + (y - w.margin) * w.width + (x - w.margin), n, buffer);
   }
+};
+
+// Whether the channels of each pixel lie side by side, and nothing between the pixels.
+inline bool channels_last(const Tensor& t) { return t.size(1) > 1 && is_dense(t, true); }
+
+// What one walk needs; nothing of it is read before it is written, but for lanes that nobody uses.
+struct SsimRoom {
+  std::unique_ptr<float[]> room;
+  std::vector<std::max_align_t> walk;
+  float* scratch;
+
+  SsimRoom(int64_t columns, size_t size)
+      : room(new float[ssim_scratch(columns) + 16]), walk(size / sizeof(std::max_align_t) + 1),
+        scratch(room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float)) {}
 };
 
 // The checked arguments of a call.
@@ -127,20 +147,20 @@ struct SsimCall {
             image_pred.stride(2),      image_pred.stride(3),           height, width};
   }
 
-  template <typename T>
-  SsimGradients<T> gradients(const std::optional<Tensor>& x, const std::optional<Tensor>& y, int64_t index) const {
-    SsimGradients<T> to{};
-    to.streamed = planes * height * width * static_cast<int64_t>(sizeof(T)) >= kSsimStreamed && width % 16 == 0;
-    const auto lies = [&](const std::optional<Tensor>& t, T*& data, int64_t& row, int64_t& column) {
-      if (!t) return;
-      data = at<T>(*t, index);
-      row = t->stride(2);
-      column = t->stride(3);
-      const int64_t bytes = row * static_cast<int64_t>(sizeof(T));
-      to.streamed = to.streamed && column == 1 && bytes % 64 == 0 && reinterpret_cast<uintptr_t>(data) % 64 == 0;
+  // Where the gradients of a plane go, from the first: in the order of its image's memory if
+  // that is channels_last, else one plane after the other.
+  SsimGradients gradients(float* x, float* y, int64_t index) const {
+    SsimGradients to{};
+    const int64_t within = index % channels, size = height * width;
+    const auto lies = [&](const Tensor& like, float* data, float*& begin, int64_t& row, int64_t& column) {
+      column = channels_last(like) ? channels : 1;
+      row = width * column;
+      if (data != nullptr) begin = data + (column == 1 ? index * size : (index - within) * size + within);
     };
-    lies(x, to.x, to.x_row, to.x_column);
-    lies(y, to.y, to.y_row, to.y_column);
+    lies(image, x, to.x, to.x_row, to.x_column);
+    lies(image_pred, y, to.y, to.y_row, to.y_column);
+    const bool aligned = (reinterpret_cast<uintptr_t>(to.x) | reinterpret_cast<uintptr_t>(to.y)) % 64 == 0;
+    to.streamed = aligned && to.x_column == 1 && to.y_column == 1 && width % 16 == 0 && planes * size * 4 >= kSsimStreamed;
     return to;
   }
 

@@ -2,14 +2,21 @@
 //
 //   ma = G a, md = G d, va = G a^2 - ma^2, vd = G d^2 - md^2
 //   l = md^2 / ((ma^2 + md^2) / 2 + C1), s = vd / ((va + vd) / 2 + C2)      one minus luminance, minus structure
-//   1 - SSIM = l + s - l s
+//   loss = l + s - l s                                                      one minus SSIM
 //
-// A tile goes from row to row. Each row is filtered along x once, into a ring of as many rows as the window has; the
-// filter along y then reads the ring. The backward makes the moments again, the partial derivatives of the map with
-// respect to them, and filters those in the same way: the window is symmetric, so it is its own transpose.
+//   p_aa, p_dd, p_a, p_d    d loss / d (G a^2, G d^2, ma, md)               the partials
+//   grad x = G (p_a + p_d) + 2 a G p_aa + 2 d G p_dd
+//   grad y = G (p_a - p_d) + 2 a G p_aa - 2 d G p_dd
+//
+// A tile goes from row to row. Each row is filtered along x once, into a ring; the filter along y reads the ring, a few
+// rows at a time, so that each row is loaded once for all of them. The partials go the same way through a second ring:
+// the window is symmetric, so it is its own transpose. In every row of scratch, column x0 of the tile is element
+// kSsimPad: what a window reads to either side lies there too, and vectors are aligned.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
+
+constexpr int kRows = W == 16 ? kSsimRowsAtOnce : 2;  // filtered along y at once: their windows fit the registers
 
 // n elements `column` apart, n <= W; the other lanes read 0.
 template <typename T>
@@ -51,274 +58,379 @@ FASTLOSS_INLINE vf in_register(vf x) {
   return x;
 }
 
-// The filter along x of columns j .. j + W: `center` is the middle of their windows. R < 0: the radius is o.radius.
-template <int R>
-FASTLOSS_INLINE vf ssim_along_x(const SsimOptions& o, const float* center) {
-  vf total = o.taps[0] * load(center);
-#pragma GCC unroll 5
-  for (int k = 1; k <= (R < 0 ? o.radius : R); ++k) total += o.taps[k] * (load(center - k) + load(center + k));
-  return total;
+// The vector K elements after that at `at`, which is aligned.
+template <int K>
+FASTLOSS_INLINE vf ssim_shifted(const float* at) {
+#if defined(__x86_64__) && FASTLOSS_BYTES == 64  // every load off the alignment would touch two cache lines
+  if constexpr (K > 0) return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(at + W), (__m512i)load(at), K);
+  if constexpr (K < 0) return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(at), (__m512i)load(at - W), W + K);
+#endif
+  return in_register(load(at + K));
 }
 
-// The filter along y of the vector at `at` in each of the rows.
-template <int R>
-FASTLOSS_INLINE vf ssim_along_y(const SsimOptions& o, const float* const* rows, int64_t at) {
-  const int r = R < 0 ? o.radius : R;
-  vf total = o.taps[0] * load(rows[r] + at);
-#pragma GCC unroll 5
-  for (int k = 1; k <= r; ++k) total += o.taps[k] * (load(rows[r - k] + at) + load(rows[r + k] + at));
-  return total;
+// add(k, before, after) for the pairs of vectors k elements before and after that at `at`. R < 0: the radius is `r`.
+template <int R, int K = 1, typename Add>
+FASTLOSS_INLINE void ssim_pairs(int r, const float* at, const Add& add) {
+  if constexpr (R < 0) {
+    for (int k = 1; k <= r; ++k) add(k, load(at - k), load(at + k));
+  } else if constexpr (K <= R) {
+    add(K, ssim_shifted<-K>(at), ssim_shifted<K>(at));
+    ssim_pairs<R, K + 1>(r, at, add);
+  }
 }
 
-// G a, G d, G a^2, G d^2 along x of n columns, vector by vector side by side. a and d begin a radius to the left.
+struct SsimTaps {
+  vf of[kSsimRadius + 1];
+};
+FASTLOSS_INLINE SsimTaps ssim_taps(const SsimOptions& o) {
+  SsimTaps taps;
+  for (int k = 0; k <= kSsimRadius; ++k) taps.of[k] = all(o.taps[k]);
+  return taps;
+}
+
+// Rows to fetch from memory while others are worked on: column j is `x_column` j bytes on.
+struct SsimAhead {
+  const char *x, *y;
+  int64_t x_column, y_column;
+};
+constexpr int64_t kSsimAhead = 8;
+
+// G a, G d, G a^2, G d^2 along x, columns begin .. end, vector by vector side by side.
 template <int R>
-static void ssim_moments(const SsimOptions& o, const float* a, const float* d, int64_t n, float* to) {
-  const int r = R < 0 ? o.radius : R;
-  vf taps[kSsimRadius + 1];  // o may lie where `to` does, for all the compiler knows
-  for (int k = 0; k <= r; ++k) taps[k] = all(o.taps[k]);
-  for (int64_t j = 0; j < n; j += W, to += 4 * W) {
+static void ssim_moments(const SsimOptions& o, const float* a, const float* d, int64_t begin, int64_t end,
+                         const SsimAhead& ahead, float* to) {
+  const SsimTaps taps = ssim_taps(o);
+  const int r = o.radius;
+  for (int64_t j = begin; j < end; j += W) {
+    __builtin_prefetch(ahead.x + j * ahead.x_column);
+    __builtin_prefetch(ahead.y + j * ahead.y_column);
 #pragma GCC unroll 2
     for (int m = 0; m < 2; ++m) {
-      const float* center = (m == 0 ? a : d) + j + r;
-      const vf c = load(center);
-      vf mean = taps[0] * c, square = taps[0] * (c * c);
-#pragma GCC unroll 5
-      for (int k = 1; k <= r; ++k) {
-        const vf before = in_register(load(center - k)), after = in_register(load(center + k));
-        mean += taps[k] * (before + after);
-        square += taps[k] * (before * before + after * after);
-      }
-      store(to + m * W, mean);
-      store(to + (2 + m) * W, square);
+      const float* at = (m == 0 ? a : d) + j;
+      const vf c = load(at);
+      vf mean = taps.of[0] * c, square = taps.of[0] * (c * c);
+      ssim_pairs<R>(r, at, [&](int k, vf before, vf after) __attribute__((always_inline)) {
+        mean += taps.of[k] * (before + after);
+        square += taps.of[k] * (before * before + after * after);
+      });
+      store(to + 4 * j + m * W, mean);
+      store(to + 4 * j + (2 + m) * W, square);
     }
   }
 }
 
-// One minus luminance and one minus structure, the reciprocals of their denominators, and the two means.
-struct SsimMap {
-  vf l, s, per_l, per_s, mean_a, mean_d;
-};
-
-template <int R>
-FASTLOSS_INLINE SsimMap ssim_map(const SsimOptions& o, const float* const* rows, int64_t j) {
-  SsimMap m;
-  m.mean_a = ssim_along_y<R>(o, rows, 4 * j);
-  m.mean_d = ssim_along_y<R>(o, rows, 4 * j + W);
-  const vf mean_aa = m.mean_a * m.mean_a, mean_dd = m.mean_d * m.mean_d;
-  const vf var_a = ssim_along_y<R>(o, rows, 4 * j + 2 * W) - mean_aa;
-  const vf var_d = ssim_along_y<R>(o, rows, 4 * j + 3 * W) - mean_dd;
-  m.per_l = 1.0f / (0.5f * (mean_aa + mean_dd) + o.c1);
-  m.per_s = 1.0f / (0.5f * (var_a + var_d) + o.c2);
-  m.l = mean_dd * m.per_l;
-  m.s = var_d * m.per_s;
-  if (o.structure) m.l = m.per_l = vf{};
-  return m;
-}
-
-// The (weighted) sum of a row of the map; accumulators run over 16 vectors before they move to double.
-template <int R>
-static double ssim_sum_row(const SsimOptions& o, const float* const* rows, int64_t n, const float* weights) {
-  vd total{};
-  for (int64_t j = 0; j < n;) {
-    vf part{};
-    for (int i = 0; i < 16 && j < n; ++i, j += W) {
-      const SsimMap m = ssim_map<R>(o, rows, j);
-      vf loss = m.l + m.s - m.l * m.s;
-      if (weights != nullptr) loss *= load(weights + j);
-      part += n - j < W ? where(lanes() < (int)(n - j), loss) : loss;
-    }
-    total += __builtin_convertvector(part, vd);
-  }
-  return sum(total);
-}
-
-// Partial derivatives of the map of a row, times upstream and weight, with respect to G a^2, G d^2, and to the means:
-// of x, of y, or of both, each in a row of its own.
-template <int R>
-static void ssim_partials(const SsimOptions& o, const float* const* rows, int64_t n, const float* weights,
-                          float upstream, bool needs_x, bool needs_y, float* to, int64_t step) {
-  for (int64_t j = 0; j < n; j += W, to += W) {
-    const SsimMap m = ssim_map<R>(o, rows, j);
-    const vf g = weights == nullptr ? all(upstream) : upstream * load(weights + j);
-    const vf by_s = g * (1.0f - m.l) * m.per_s, by_l = g * (1.0f - m.s) * m.per_l;
-    const vf half_s = 0.5f * m.s, half_l = 0.5f * m.l;
-    const vf square_a = -by_s * half_s, square_d = by_s * (1.0f - half_s);
-    const vf of_a = 2.0f * m.mean_a * (-by_l * half_l - square_a);
-    const vf of_d = 2.0f * m.mean_d * (by_l * (1.0f - half_l) - square_d);
-    store(to, square_a);
-    store(to + step, square_d);
-    if (needs_x) store(to + 2 * step, of_a + of_d);
-    if (needs_y) store(to + (needs_x ? 3 : 2) * step, of_a - of_d);
-  }
-}
-
-// The filter along x of M rows `step` apart, vector by vector side by side; `from` begins a radius to the left.
+// The filter along x of M rows `step` apart, n columns from kSsimPad on, vector by vector side by side.
 template <int R, int M>
 static void ssim_filter(const SsimOptions& o, const float* from, int64_t step, int64_t n, float* to) {
-  for (int64_t j = 0; j < n; j += W, to += M * W)
-    for (int m = 0; m < M; ++m) store(to + m * W, ssim_along_x<R>(o, from + m * step + j + (R < 0 ? o.radius : R)));
-}
-
-// The gradients of a row from the filtered partial derivatives and its own pixels.
-template <int R, int M>
-static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_t n, const float* a, const float* d,
-                          float* first, float* second) {
-  for (int64_t j = 0; j < n; j += W) {
-    const vf of_a = 2.0f * load(a + j) * ssim_along_y<R>(o, rows, M * j);
-    const vf of_d = 2.0f * load(d + j) * ssim_along_y<R>(o, rows, M * j + W);
-    const vf mean = ssim_along_y<R>(o, rows, M * j + 2 * W);
-    if constexpr (M == 4) {
-      store(first + j, mean + of_a + of_d);
-      store(second + j, ssim_along_y<R>(o, rows, M * j + 3 * W) + of_a - of_d);
-    } else if (first != nullptr) {
-      store(first + j, mean + of_a + of_d);
-    } else {
-      store(second + j, mean + of_a - of_d);
+  const SsimTaps taps = ssim_taps(o);
+  const int r = o.radius;
+  for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
+    for (int m = 0; m < M; ++m) {
+      const float* at = from + m * step + j;
+      vf total = taps.of[0] * load(at);
+      ssim_pairs<R>(r, at, [&](int k, vf before, vf after) __attribute__((always_inline)) {
+        total += taps.of[k] * (before + after);
+      });
+      store(to + M * j + m * W, total);
     }
   }
 }
 
-// The steps that know the window but not the type in memory: unrolled for the usual window, a loop for the others.
+// The filter along y of kRows rows: of the vectors at `at` in the rows of their windows.
+template <int R>
+FASTLOSS_INLINE void ssim_along_y(const SsimTaps& taps, int radius, const float* const* rows, int64_t at, vf* to) {
+  if constexpr (R < 0) {
+    for (int b = 0; b < kRows; ++b) {
+      to[b] = taps.of[0] * load(rows[b + radius] + at);
+      for (int k = 1; k <= radius; ++k)
+        to[b] += taps.of[k] * (load(rows[b + radius - k] + at) + load(rows[b + radius + k] + at));
+    }
+  } else {
+    vf in[2 * R + kRows];
+#pragma GCC unroll 18
+    for (int i = 0; i < 2 * R + kRows; ++i) in[i] = load(rows[i] + at);
+#pragma GCC unroll 8
+    for (int b = 0; b < kRows; ++b) {
+      vf total = taps.of[0] * in[b + R];
+#pragma GCC unroll 5
+      for (int k = 1; k <= R; ++k) total += taps.of[k] * (in[b + R - k] + in[b + R + k]);
+      to[b] = total;
+    }
+  }
+}
+
+// kRows rows of the map, columns begin .. end of scratch. Rows top .. bottom of them and columns left .. right are of
+// the tile, and count in the sum. The partials of row b begin at partials + b * maps * step, those of each kind `step`
+// apart: by G a^2, by G d^2, by the means of x, of y, or of both.
+struct SsimMap {
+  int64_t begin, end, left, right;
+  int top, bottom;
+  const float* weights;  // or null; rows `step` apart
+  float scale;           // of the partials
+  bool needs_x, needs_y;
+  float* partials;
+  int64_t step;
+};
+
+// The (weighted) sum of the map, and the partials if `grad`; accumulators run over 32 vectors before they move to double.
+// l / 2 and s / 2 come without a multiplication by 2 in the denominators, and the partials are doubled for the same end.
+template <int R, bool grad>
+static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* const* rows) {
+  const SsimMap map = given;
+  const SsimTaps taps = ssim_taps(o);
+  const vf c1 = all(2 * o.c1), c2 = all(2 * o.c2), scale = all(4 * map.scale);
+  const bool structure = o.structure;
+  const int maps = 2 + map.needs_x + map.needs_y, r = o.radius;
+  vd total{};
+  vf part{};
+  int added = 0;
+  for (int64_t j = map.begin; j < map.end; j += W) {
+    vf moments[4][kRows];
+#pragma GCC unroll 4
+    for (int m = 0; m < 4; ++m) ssim_along_y<R>(taps, r, rows, 4 * j + m * W, moments[m]);
+    const bool inside = j >= map.left && j + W <= map.right;
+    for (int b = 0; b < kRows; ++b) {
+      const vf mean_a = moments[0][b], mean_d = moments[1][b];
+      const vf mean_aa = in_register(mean_a * mean_a), mean_dd = in_register(mean_d * mean_d);
+      const vf var_a = moments[2][b] - mean_aa, var_d = moments[3][b] - mean_dd;
+      vf per_l = inverse(mean_aa + mean_dd + c1), half_l = mean_dd * per_l;
+      const vf per_s = inverse(var_a + var_d + c2), half_s = var_d * per_s;
+      if (structure) half_l = per_l = vf{};
+      const vf s = half_s + half_s, l = half_l + half_l;
+      vf loss = half_l + half_s - s * half_l, g = scale;
+      if (map.weights != nullptr) {
+        const vf weight = load(map.weights + b * map.step + j);
+        loss *= weight;
+        g *= weight;
+      }
+      if (b >= map.top && b < map.bottom) {
+        if (!inside) loss = where((lanes() >= (int)(map.left - j)) & (lanes() < (int)(map.right - j)), loss);
+        part += loss;
+      }
+      if constexpr (grad) {
+        float* const to = map.partials + b * maps * map.step + j;
+        const vf by_s = g * per_s * (1.0f - l), by_l = g * per_l * (1.0f - s);
+        const vf square_a = half_s * by_s, square_d = by_s - square_a, t = half_l * by_l;  // 2 p_aa = -square_a
+        const vf of_a = mean_a * (square_a - t), of_d = mean_d * (by_l - t - square_d);
+        store(to, square_a);
+        store(to + map.step, square_d);
+        if (map.needs_x) store(to + 2 * map.step, of_a + of_d);
+        if (map.needs_y) store(to + (map.needs_x ? 3 : 2) * map.step, of_a - of_d);
+      }
+    }
+    added += kRows;
+    if (added >= 32) {
+      total += __builtin_convertvector(part, vd);
+      part = vf{};
+      added = 0;
+    }
+  }
+  return 2 * sum(total + __builtin_convertvector(part, vd));
+}
+
+// The gradients of kRows rows, `step` apart, from the filtered partials and their own pixels.
+template <int R, int M>
+static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_t n, const float* a, const float* d,
+                          int64_t step, float* first, float* second) {
+  const SsimTaps taps = ssim_taps(o);
+  const int r = o.radius;
+  for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
+    vf filtered[M][kRows];
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) ssim_along_y<R>(taps, r, rows, M * j + m * W, filtered[m]);
+    for (int b = 0; b < kRows; ++b) {
+      const int64_t at = b * step + j;
+      const vf of_a = load(a + at) * filtered[0][b], of_d = load(d + at) * filtered[1][b];
+      if (M == 4 || first != nullptr) store(first + at, filtered[2][b] - of_a + of_d);
+      if (M == 4 || first == nullptr) store(second + at, filtered[M - 1][b] - of_a - of_d);
+    }
+  }
+}
+
+// The steps that know the window but not the type in memory: unrolled for the usual window, loops for the others.
 struct SsimSteps {
   decltype(&ssim_moments<-1>) moments;
-  decltype(&ssim_sum_row<-1>) sum_row;
-  decltype(&ssim_partials<-1>) partials;
+  decltype(&ssim_map<-1, true>) map;
   decltype(&ssim_filter<-1, 3>) filter;
   decltype(&ssim_gradient<-1, 3>) gradient;
 };
 template <int R>
-FASTLOSS_INLINE SsimSteps ssim_steps_of(bool both) {
-  if (both) return {ssim_moments<R>, ssim_sum_row<R>, ssim_partials<R>, ssim_filter<R, 4>, ssim_gradient<R, 4>};
-  return {ssim_moments<R>, ssim_sum_row<R>, ssim_partials<R>, ssim_filter<R, 3>, ssim_gradient<R, 3>};
+FASTLOSS_INLINE SsimSteps ssim_steps_of(int maps) {
+  if (maps == 4) return {ssim_moments<R>, ssim_map<R, true>, ssim_filter<R, 4>, ssim_gradient<R, 4>};
+  return {ssim_moments<R>, maps == 3 ? ssim_map<R, true> : ssim_map<R, false>, ssim_filter<R, 3>, ssim_gradient<R, 3>};
 }
-FASTLOSS_INLINE SsimSteps ssim_steps(int radius, bool both) {
-  return radius == kSsimRadius ? ssim_steps_of<kSsimRadius>(both) : ssim_steps_of<-1>(both);
-}
-
-// Columns begin .. end of row y of the weights, at to[0] for column x; nothing where there are none.
-static const float* ssim_weights(const SsimWeights& w, int64_t y, int64_t x, int64_t begin, int64_t end, float* to) {
-  if (w.read == nullptr) return nullptr;
-  const float* found = w.read(w.from, y, begin, end - begin, to + (begin - x));
-  if (found != to + (begin - x)) __builtin_memcpy(to + (begin - x), found, (end - begin) * sizeof(float));
-  return to;
+FASTLOSS_INLINE SsimSteps ssim_steps(int radius, int maps) {
+  return radius == kSsimRadius ? ssim_steps_of<kSsimRadius>(maps) : ssim_steps_of<-1>(maps);
 }
 
-// A ring of rows filtered along x, as many as a window has.
+// A ring of rows filtered along x.
 struct SsimRing {
   float* data;
   int64_t count, size;
 
-  FASTLOSS_INLINE float* row(const SsimRing& ring, int64_t k) {  // k may be as low as minus two windows
-    return ring.data + (k + 2 * ring.count) % ring.count * ring.size;
+  FASTLOSS_INLINE float* row(const SsimRing& ring, int64_t k) {  // k may be as low as minus a ring
+    return ring.data + (k + ring.count) % ring.count * ring.size;
   }
   FASTLOSS_INLINE void clear(const SsimRing& ring, int64_t k) {
     float* const to = row(ring, k);
     for (int64_t i = 0; i < ring.size; ++i) to[i] = 0;
   }
-  FASTLOSS_INLINE void window(const SsimRing& ring, int64_t y, const float** rows) {
-    for (int64_t k = 0; k < ring.count; ++k) rows[k] = row(ring, y - ring.count / 2 + k);
+  FASTLOSS_INLINE void windows(const SsimRing& ring, int64_t first, int radius, const float** rows) {
+    for (int i = 0; i < kRows + 2 * radius; ++i) rows[i] = row(ring, first - radius + i);
   }
 };
 
-// The filtered moments of row k, n columns from column x on.
+// What a tile's walk works in and on.
 template <typename T>
-FASTLOSS_INLINE void ssim_fill(const SsimPlanes<T>& p, const SsimOptions& o, const SsimSteps& steps,
-                               const SsimRing& ring, int64_t k, int64_t x, int64_t n, float* a, float* d) {
-  if (k < 0 || k >= p.height) return SsimRing::clear(ring, k);
-  ssim_read(p, k, x - o.radius, n + 2 * o.radius, a, d);
-  steps.moments(o, a, d, n, SsimRing::row(ring, k));
+struct SsimWalk {
+  SsimPlanes<T> p;
+  SsimTile tile;
+  SsimOptions o;
+  SsimWeights weights;
+  SsimSteps steps;
+  SsimMap map;
+  int64_t n, step;                    // columns; floats of a row of scratch
+  int64_t next, at, row;              // the next rows to filter along x, to emit, of the map
+  int64_t top, bottom, left, right;   // the part of the map to make: what is in the tile, or what the tile sees
+  float *a, *d, *w, *x_line, *y_line;  // kRows rows each
+  SsimRing moments, filtered;
+};
+
+// `scale`: of the gradients; x, y: which are asked for.
+template <typename T>
+static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, const SsimOptions& o,
+                       const SsimWeights& weights, float scale, bool x, bool y, float* scratch) {
+  const int64_t n = t.x1 - t.x0, step = ssim_step(n), reach = x || y ? o.radius : 0, bound = o.margin;
+  const int64_t count = 2 * o.radius + 2 * kRows, all_rows = kRows * step;
+  const auto from = [&](int64_t at) { return at > bound ? at : bound; };
+  const auto to = [&](int64_t at, int64_t size) { return at < size - bound ? at : size - bound; };
+  SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
+  k = {p, t, o, weights, ssim_steps(o.radius, 2 + x + y), {}, n, step, 0, t.y0, t.y0 - reach,
+       from(t.y0 - reach), to(t.y1 + reach, p.height), from(t.x0 - reach), to(t.x1 + reach, p.width),
+       scratch + kSsimPad, nullptr, nullptr, nullptr, nullptr, {}, {}};
+  const int64_t origin = t.x0 - kSsimPad;
+  k.next = k.top - o.radius;
+  k.d = k.a + all_rows;
+  k.w = k.d + all_rows;
+  k.x_line = k.w + all_rows;
+  k.y_line = k.x_line + all_rows;
+  float* const partials = k.y_line + all_rows;
+  k.moments = {partials + 4 * all_rows, count, 4 * step};
+  k.filtered = {k.moments.data + count * 4 * step, count, 4 * step};
+  k.map = {(k.left - origin) / W * W, k.right - origin, from(t.x0) - origin, to(t.x1, p.width) - origin, 0, 0, nullptr,
+           scale, x, y, partials, step};
 }
 
-// The (weighted) sum of the map over a tile that lies within it.
+// Rows y .. y + kRows of the map: their sum, and their partials filtered along x.
 template <typename T>
-static double ssim_sum(const SsimPlanes<T>& p, const SsimTile& t, const SsimOptions& o, const SsimWeights& weights,
-                       float* scratch) {
-  const int64_t n = t.x1 - t.x0, step = ssim_step(n);
-  const SsimSteps steps = ssim_steps(o.radius, false);
-  float *a = scratch, *d = a + step, *w = d + step;
-  const SsimRing ring{w + step, 2 * o.radius + 1, 4 * step};
-  const float* rows[2 * kSsimRadius + 1];
-  double total = 0;
-  int64_t next = t.y0 - o.radius;
-  for (int64_t y = t.y0; y < t.y1; ++y) {
-    for (; next <= y + o.radius; ++next) ssim_fill(p, o, steps, ring, next, t.x0, n, a, d);
-    SsimRing::window(ring, y, rows);
-    total += steps.sum_row(o, rows, n, ssim_weights(weights, y, t.x0, t.x0, t.x1, w));
+static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
+  const int64_t origin = k.tile.x0 - kSsimPad, width = k.n + 2 * kSsimPad;
+  const float* rows[2 * kSsimRadius + kRows];
+  for (; k.next < y + kRows + k.o.radius; ++k.next) {
+    if (k.next < 0 || k.next >= k.p.height) {
+      SsimRing::clear(k.moments, k.next);
+    } else {
+      ssim_read(k.p, k.next, origin, width, k.a, k.d);
+      const int64_t later = k.next + kSsimAhead < k.p.height ? kSsimAhead : 0;
+      const T* const x = k.p.x + (k.next + later) * k.p.x_row + (k.tile.x0 - kSsimPad) * k.p.x_column;
+      const T* const z = k.p.y + (k.next + later) * k.p.y_row + (k.tile.x0 - kSsimPad) * k.p.y_column;
+      const SsimAhead ahead{(const char*)x, (const char*)z, k.p.x_column * (int64_t)sizeof(T),
+                            k.p.y_column * (int64_t)sizeof(T)};
+      k.steps.moments(k.o, k.a, k.d, k.map.begin, k.map.end, ahead, SsimRing::row(k.moments, k.next));
+    }
+  }
+  const int64_t last = k.bottom - y < kRows ? k.bottom - y : kRows;
+  if (k.weights.read != nullptr) {
+    for (int64_t b = 0; b < last; ++b) {
+      float* const to = k.w + b * k.step + (k.left - origin);
+      const float* found = k.weights.read(k.weights.from, y + b, k.left, k.right - k.left, to);
+      if (found != to) __builtin_memcpy(to, found, (k.right - k.left) * sizeof(float));
+    }
+    k.map.weights = k.w;
+  }
+  const auto row = [&](int64_t at) { return (int)(at < y ? 0 : at - y < last ? at - y : last); };
+  k.map.top = row(k.tile.y0);
+  k.map.bottom = row(k.tile.y1);
+  SsimRing::windows(k.moments, y, k.o.radius, rows);
+  const double total = k.steps.map(k.o, k.map, rows);
+  for (int64_t b = 0; b < kRows && maps > 2; ++b) {
+    if (b >= last) {
+      SsimRing::clear(k.filtered, y + b);
+      continue;
+    }
+    float* const from = k.map.partials + b * maps * k.step;
+    for (int m = 0; m < maps; ++m) {  // nothing comes from beyond the map
+      float* const line = from + m * k.step;
+      for (int64_t i = 0; i < k.left - origin; ++i) line[i] = 0;
+      for (int64_t i = k.right - origin; i < width; ++i) line[i] = 0;
+    }
+    k.steps.filter(k.o, from, k.step, k.n, SsimRing::row(k.filtered, y + b));
   }
   return total;
 }
 
-// The gradient of upstream * ssim_sum of the whole map with respect to the pixels of a tile of the plane, row by row:
-// emit(y, gx, gy), each null or the floats of columns x0 .. x1.
-template <typename T, typename Emit>
-static void ssim_rows(const SsimPlanes<T>& p, const SsimTile& t, const SsimOptions& o, const SsimWeights& weights,
-                      float upstream, bool needs_x, bool needs_y, float* scratch, const Emit& emit) {
-  const int64_t r = o.radius, n = t.x1 - t.x0, wide = n + 2 * r, step = ssim_step(n);
-  const int maps = 2 + needs_x + needs_y;
-  const SsimSteps steps = ssim_steps(o.radius, needs_x && needs_y);
-  float *a = scratch, *d = a + step, *w = d + step, *gx = w + step, *gy = gx + step, *partials = gy + step;
-  const SsimRing moments{partials + 4 * step, 2 * r + 1, 4 * step};
-  const SsimRing filtered{moments.data + moments.count * moments.size, 2 * r + 1, maps * step};
-  const float* rows[2 * kSsimRadius + 1];
-  // the part of the map whose windows see the tile
-  const int64_t top = t.y0 - r > o.margin ? t.y0 - r : o.margin;
-  const int64_t left = t.x0 - r > o.margin ? t.x0 - r : o.margin;
-  const int64_t right = t.x1 + r < p.width - o.margin ? t.x1 + r : p.width - o.margin;
-  int64_t next = top - r;
-  for (int64_t y = t.y0 - r; y < t.y1 + r; ++y) {
-    if (y < top || y >= p.height - o.margin || left >= right) {
-      SsimRing::clear(filtered, y);
-    } else {
-      for (; next <= y + r; ++next) ssim_fill(p, o, steps, moments, next, t.x0 - r, wide, a, d);
-      SsimRing::window(moments, y, rows);
-      steps.partials(o, rows, wide, ssim_weights(weights, y, t.x0 - r, left, right, w), upstream, needs_x, needs_y,
-                     partials, step);
-      for (int m = 0; m < maps; ++m) {  // nothing comes from beyond the map
-        float* const row = partials + m * step;
-        for (int64_t i = 0; i < left - (t.x0 - r); ++i) row[i] = 0;
-        for (int64_t i = right - (t.x0 - r); i < wide; ++i) row[i] = 0;
-      }
-      steps.filter(o, partials, step, n, SsimRing::row(filtered, y));
-    }
-    const int64_t at = y - r;
-    if (at < t.y0) continue;
-    ssim_read(p, at, t.x0, n, a, d);
-    SsimRing::window(filtered, at, rows);
-    steps.gradient(o, rows, n, a, d, needs_x ? gx : nullptr, needs_y ? gy : nullptr);
-    emit(at, needs_x ? gx : nullptr, needs_y ? gy : nullptr);
+// n floats to where they go, `column` elements apart.
+FASTLOSS_INLINE void ssim_write(const float* from, int64_t n, float* to, int64_t column, bool streamed) {
+  if (column == 1) {
+    for (int64_t i = 0; i < n; i += W) put(to + i, load(from + i), n - i, streamed);
+  } else {
+    for (int64_t i = 0; i < n; ++i) to[i * column] = from[i];
   }
 }
 
-// n floats in the type of the gradient, `column` elements apart.
+// to = factor * from, or factors[i] * from[i].
 template <typename T>
-FASTLOSS_INLINE void ssim_write(const float* from, int64_t n, T* to, int64_t column, bool streamed) {
+static void ssim_scale(const float* from, const float* factors, float factor, int64_t n, T* to, bool streamed) {
   for (int64_t i = 0; i < n; i += W) {
-    const int64_t count = n - i < W ? n - i : W;
-    if (column == 1) {
-      put(to + i, load(from + i), count, streamed);
-    } else {
-      T narrow[W];
-      store(narrow, load(from + i));
-      for (int64_t k = 0; k < count; ++k) to[(i + k) * column] = narrow[k];
-    }
+    const vf by = factors == nullptr ? all(factor) : load_up_to(factors + i, n - i);
+    put(to + i, by * load_up_to(from + i, n - i), n - i, streamed);
   }
+  if (streamed) fence();
 }
 
+// Writes the gradients of rows at .. at + count from the filtered partials around them.
 template <typename T>
-static void ssim_grad(const SsimPlanes<T>& p, const SsimTile& t, const SsimOptions& o, const SsimWeights& weights,
-                      float upstream, const SsimGradients<T>& to, float* scratch) {
-  const int64_t n = t.x1 - t.x0;
-  ssim_rows(p, t, o, weights, upstream, to.x != nullptr, to.y != nullptr, scratch,
-            [&](int64_t y, const float* gx, const float* gy) __attribute__((always_inline)) {
-              if (gx != nullptr) ssim_write(gx, n, to.x + y * to.x_row + t.x0 * to.x_column, to.x_column, to.streamed);
-              if (gy != nullptr) ssim_write(gy, n, to.y + y * to.y_row + t.x0 * to.y_column, to.y_column, to.streamed);
-            });
+static void ssim_emit(SsimWalk<T>& k, int64_t count, const SsimGradients& to) {
+  const float* rows[2 * kSsimRadius + kRows];
+  const int64_t x0 = k.tile.x0;
+  for (int64_t b = 0; b < count; ++b)
+    ssim_read(k.p, k.at + b, x0, k.n, k.a + b * k.step + kSsimPad, k.d + b * k.step + kSsimPad);
+  SsimRing::windows(k.filtered, k.at, k.o.radius, rows);
+  k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? k.x_line : nullptr, to.y ? k.y_line : nullptr);
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t from = b * k.step + kSsimPad, y = k.at + b;
+    if (to.x) ssim_write(k.x_line + from, k.n, to.x + y * to.x_row + x0 * to.x_column, to.x_column, to.streamed);
+    if (to.y) ssim_write(k.y_line + from, k.n, to.y + y * to.y_row + x0 * to.y_column, to.y_column, to.streamed);
+  }
   if (to.streamed) fence();
+}
+
+// Goes on from row `at` of the tile to row `end`, a multiple of 4 rows on or the tile's last: the (weighted) sum of the
+// rows of the map made on the way and, if asked for at the start, the gradients of the rows passed.
+template <typename T>
+static double ssim_advance(void* walk, int64_t end, const SsimGradients& to) {
+  SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
+  const int maps = 2 + k.map.needs_x + k.map.needs_y;
+  const int64_t reach = maps == 2 ? 0 : k.o.radius;
+  double total = 0;
+  while (k.at < end) {
+    for (; k.row < k.top; ++k.row)  // blocks of rows begin where the map does
+      if (maps > 2) SsimRing::clear(k.filtered, k.row);
+    if (k.row < k.bottom && k.left < k.right) {
+      total += ssim_make(k, k.row, maps);
+    } else if (maps > 2) {
+      for (int64_t b = 0; b < kRows; ++b) SsimRing::clear(k.filtered, k.row + b);
+    }
+    for (; k.at < end && k.at + reach <= k.row; k.at += kRows)
+      if (maps > 2) ssim_emit(k, k.tile.y1 - k.at < kRows ? k.tile.y1 - k.at : kRows, to);
+    k.row += kRows;
+  }
+  return total;
 }
 
 template <typename T>
 static SsimKernels<T> ssim_kernels() {
-  return {ssim_sum<T>, ssim_grad<T>};
+  return {sizeof(SsimWalk<T>), ssim_start<T>, ssim_advance<T>, ssim_scale<T>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -121,6 +121,11 @@ def kornia_smoothness(image_pred, p=1, **_):
     return total_variation(image_pred, reduction="mean").mean()
 
 
+def unit_pair(draw, shape):
+    """Images within [0, 1], which piq insists on."""
+    return tuple(t.clamp(0, 1) for t in image_pair(draw, shape))
+
+
 def weighted_ssim(image, image_pred, weight, **options):
     return fastloss.ssim_loss(image, image_pred, weight=weight, **options)
 
@@ -149,6 +154,15 @@ def piq_ms_ssim(image, image_pred, **_):
     from piq import multi_scale_ssim
 
     return 1 - multi_scale_ssim(image, image_pred)
+
+
+def image_cost(shape, size, mode, options):
+    """All the parts in one pass: forward reads both images; backward reads both and writes one gradient. Where every
+    gradient is a sign, those of d, d_y and d_x (two bits each) are written and read in place of the images."""
+    forward, backward = 2 * size, 3 * size
+    if options.get("ssim") is None and options["pixel"][0] == options["smoothness"][0] == 1:
+        forward, backward = 2 * size + 0.75, 0.75 + size
+    return int({"forward": forward, "backward": backward, "both": forward + backward}[mode] * torch.Size(shape).numel())
 
 
 def guided_image(draw, shape):
@@ -226,6 +240,7 @@ IMAGE_CASES = [
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
+            ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
             ("even", with_options(window=10), ValueError, "window: expected an odd integer >= 1, got 10"),
             ("window", with_options(window=11.0), TypeError, "window: expected an odd integer, got float 11.0"),
@@ -243,6 +258,7 @@ IMAGE_CASES = [
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel(),
             options=[{"padding": "valid"}, {}],
+            make=unit_pair,
         ),
         module=fastloss.SSIMLoss,
         extra={"rivals": rivals(kornia=kornia_ssim)},
@@ -267,6 +283,9 @@ IMAGE_CASES = [
         ],
         bad=[
             ("size", with_options(window=7), ValueError, "9 x 9 pixels, which is 5 x 5 at level 2"),
+            ("even", with_options(window=4), ValueError, "window: expected an odd integer >= 1, got 4"),
+            ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
+            ("integer", with_argument(1, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
             ("levels", with_options(level_weights=()), ValueError, "level_weights: expected at least one number"),
             ("weight", with_options(level_weights=(1.0, -1.0)), ValueError, "level_weights[1]: expected a finite"),
         ],
@@ -277,6 +296,7 @@ IMAGE_CASES = [
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel() * 341 // 256,
             options=[{"level_weights": (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)}],
+            make=unit_pair,
         ),
         module=fastloss.MSSSIMLoss,
         extra={"rivals": rivals(pytorch_msssim=msssim_ms_ssim, piq=piq_ms_ssim)},
@@ -295,6 +315,11 @@ IMAGE_CASES = [
         reductions=(),
         bad=[
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
+            ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
+            ("rank", lambda args, options: ([t[0] for t in args], {"smoothness": (1, 1.0)}), ValueError,
+             "image_pred: expected a 4-D or 5-D tensor"),
+            ("even", with_options(ssim=1.0, ssim_options={"window": 4}), ValueError, "window: expected an odd integer"),
+            ("too large", with_options(ssim=1.0, ssim_options={"padding": "valid"}), ValueError, "got 11 for images"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "image: expected a float16"),
             ("all off", with_options(pixel=None), ValueError, "expected at least one part that is not None"),
             ("pair", with_options(pixel=1.0), TypeError, "pixel: expected (p, w)"),
@@ -305,9 +330,7 @@ IMAGE_CASES = [
         ],
         bench=Bench(
             shapes=[(8, 3, 512, 512)],
-            # all the parts in one pass: forward reads both images; backward reads both and writes one gradient
-            cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
-            * size * torch.Size(shape).numel(),
+            cost=image_cost,
             headline=2,
             options=[
                 {"pixel": (1, 1.0), "smoothness": (1, 0.1)},

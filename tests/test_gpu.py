@@ -9,12 +9,16 @@ import torch
 
 import fastloss
 from benchmarks import measure, rows, run
+from fastloss.losses.image import _image, _keep
 from tests.battery import first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
+from tests.cases_image import IMAGE_CASES
 
 pytestmark = pytest.mark.gpu
 WITH_KERNELS = [c for c in CASES if any(op.kernels["triton"] for op in ops_of(c.name))]
-by_case = pytest.mark.parametrize("case", WITH_KERNELS, ids=lambda c: c.name)
+# the first options of every case; all of the image-plane losses, whose options are kernels of their own
+ROWS = [(c, o) for c in WITH_KERNELS for o in (c.options if c in IMAGE_CASES else c.options[:1])]
+by_case = pytest.mark.parametrize(("case", "options"), [pytest.param(c, o, id=f"{c.name} {o}") for c, o in ROWS])
 
 
 def step(case, args, options):
@@ -23,8 +27,8 @@ def step(case, args, options):
 
 
 @by_case
-def test_no_host_sync(case):
-    options = to_device(case.options[0], "cuda")
+def test_no_host_sync(case, options):
+    options = to_device(options, "cuda")
     args = case.make(Draw(device="cuda"), case.shapes[0])
     for t in leaves(case, args):
         t.requires_grad_()
@@ -37,8 +41,8 @@ def test_no_host_sync(case):
 
 
 @by_case
-def test_cuda_graph_replay_sees_new_inputs(case):
-    options = to_device(case.options[0], "cuda")
+def test_cuda_graph_replay_sees_new_inputs(case, options):
+    options = to_device(options, "cuda")
     args = case.make(Draw(device="cuda"), case.shapes[0])
     new = case.make(Draw(device="cuda", seed=1), case.shapes[0])
     for a in (args, new):
@@ -63,8 +67,8 @@ def test_cuda_graph_replay_sees_new_inputs(case):
 
 
 @by_case
-def test_side_streams_do_not_disturb_each_other(case):
-    options = to_device(case.options[0], "cuda")
+def test_side_streams_do_not_disturb_each_other(case, options):
+    options = to_device(options, "cuda")
     batches = [case.make(Draw(device="cuda", seed=s), case.shapes[0]) for s in range(2)]
     for args in batches:
         for t in leaves(case, args):
@@ -101,6 +105,59 @@ def test_pixel_loss_past_two_to_the_31_elements():
     (grad,) = torch.autograd.grad(loss, pred)
     assert loss.item() == 9.0
     assert grad[-1].item() == 6.0 and grad[:-1].count_nonzero().item() == 0
+
+
+def large_pair():
+    """Black images of more than 2**31 elements in one plane but for a white pixel in the last corner of the second."""
+    image = torch.zeros(1, 1, 65536, 32776, dtype=torch.bfloat16, device="cuda")
+    pred = torch.zeros_like(image)
+    pred[..., -1, -1] = 1.0
+    return image, pred.requires_grad_()
+
+
+def test_smoothness_of_an_image_past_two_to_the_31_elements():
+    _, pred = large_pair()
+    loss = fastloss.smoothness_loss(pred, convention="torchmetrics", reduction="sum")
+    (grad,) = torch.autograd.grad(loss, pred)
+    assert loss.item() == 2.0
+    assert grad[0, 0, -2:, -2:].tolist() == [[0.0, -1.0], [-1.0, 2.0]] and grad.count_nonzero().item() == 3
+
+
+def test_ssim_of_an_image_past_two_to_the_31_elements():
+    """The corner has the sums and gradients of itself alone."""
+    image, pred = large_pair()
+    part = pred.detach()[..., -64:, -64:].clone().requires_grad_()
+    found = []
+    for x, y in ((image, pred), (image[..., -64:, -64:].contiguous(), part)):
+        loss = fastloss.ssim_loss(x, y) * y.numel()
+        found.append((loss.detach(), torch.autograd.grad(loss, y)[0][..., -32:, -32:]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0.0, 11.0])
+def test_image_loss_of_an_image_past_two_to_the_31_elements(window):
+    image, pred = large_pair()
+    part = pred.detach()[..., -64:, -64:].clone().requires_grad_()
+    found = []
+    for x, y in ((image, pred), (image[..., -64:, -64:].contiguous(), part)):
+        args = (x, y, None, None, None, None, "l1,l1", [1.0, 1.0, window, 1.5, 1.0, 1e-4, 9e-4])
+        sums = _image(*args, _keep(*args), None)
+        upstream = torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda")
+        found.append((sums.detach(), torch.autograd.grad(sums, y, upstream)[0][..., -32:, -32:]))
+    assert found[0][0][:3].tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"smoothness": (1, 0.1)}, {"smoothness": (1, 0.1), "ssim": 0.2}], ids=str)
+def test_image_loss_is_one_launch_a_direction(options):
+    """Beside the second stage of the sums and the few numbers that make a total of them."""
+    image, pred = (torch.rand(2, 3, 64, 64, device="cuda") for _ in range(2))
+    pred.requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fastloss.image_loss(image, pred, pixel=(1, 1.0), **options).total.backward()
+        torch.cuda.synchronize()
+    ours = [e.key for e in profile.key_averages() if "image" in e.key]
+    assert len(ours) == 2
 
 
 def test_clip_loss_past_two_to_the_31_logits():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,6 +92,51 @@ def test_basicsr_weighted_tv(image, channels, reduction):
     same_gradient(
         lambda x: smoothness_loss(x, weight=weight, convention="basicsr", reduction=reduction), weighted_tv, image
     )
+
+
+def library_kornia(reduction):
+    from kornia.losses import total_variation
+
+    return lambda x: total_variation(x, reduction=reduction)
+
+
+def library_kornia_depth(_):
+    from kornia.losses import inverse_depth_smoothness_loss
+
+    return lambda x: inverse_depth_smoothness_loss(x[:, :1], GUIDE)
+
+
+def library_torchmetrics(reduction):
+    from torchmetrics.functional.image import total_variation  # its module sums in float32
+
+    return lambda x: total_variation(x, reduction=reduction)
+
+
+def library_piq(norm_type, reduction):
+    from piq import TVLoss
+
+    return TVLoss(norm_type=norm_type, reduction=reduction)
+
+
+GUIDE = torch.rand(3, 3, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+LIBRARIES = [
+    *(("kornia", library_kornia, (r,), {"convention": "kornia", "reduction": r}) for r in ("mean", "sum")),
+    ("kornia", library_kornia_depth, ("mean",), {"guide": GUIDE}),
+    *(("torchmetrics", library_torchmetrics, (r,), {"convention": "torchmetrics", "reduction": r})
+      for r in ("none", "mean", "sum")),
+    *(("piq", library_piq, (norm, r), {"convention": "piq", "p": p, "reduction": r})
+      for p, norm in ((1, "l1"), ("norm", "l2"), (2, "l2_squared")) for r in ("none", "mean", "sum")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "named", "options"),
+    [pytest.param(*row[1:], id=".".join(row[:1] + row[2])) for row in LIBRARIES if importlib.util.find_spec(row[0])],
+)
+def test_agrees_with_the_library(image, make, named, options):
+    """As installed; the tests above have their printed formulas, for where they are not."""
+    ours = (lambda x: smoothness_loss(x[:, :1], **options)) if "guide" in options else None
+    same_gradient(ours or (lambda x: smoothness_loss(x, **options)), make(*named), image)
 
 
 @pytest.mark.parametrize("convention", ["kornia", "basicsr"])

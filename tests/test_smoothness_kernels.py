@@ -201,3 +201,22 @@ def test_every_instruction_set_with_a_guide(monkeypatch, cpu):
             inputs = (form(image), "isotropic", order, form(guide), weight)
             got, expected = (values(b, *inputs) for b in ("cpp", "reference"))
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", [p for p in PLACES if "triton" in str(p)])
+def test_elements_of_a_plane_are_counted_in_64_bits(place):
+    """Where the plane alone has more than 2**31, no product on the way is one of 32 bits."""
+    import triton
+    import triton.language as tl
+
+    from fastloss.kernels.smoothness import count_of, start_of
+
+    @triton.jit
+    def kernel(out_ptr, size):
+        tl.store(out_ptr, count_of(size, True))
+        tl.store(out_ptr + 1, start_of(tl.cast(3, tl.int64), size))
+
+    kernel.__globals__.update(tl=tl, count_of=count_of, start_of=start_of)
+    out = torch.zeros(2, dtype=torch.int64, device=place[0])
+    kernel[(1,)](out, (32768, 65536, 1, 1, 3))
+    assert out.tolist() == [3 * 2**31, 9 * 2**31]

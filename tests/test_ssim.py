@@ -108,6 +108,12 @@ def library_piq(name):
     return lambda x, y: 1 - getattr(piq, name)(x, y, **more)
 
 
+def library_piq_loss(name):
+    import piq
+
+    return getattr(piq, name)(downsample=False)
+
+
 def library_kornia(padding):
     from kornia.losses import ssim_loss as library
 
@@ -125,6 +131,7 @@ LIBRARIES = [
     ("pytorch_msssim", library_msssim, "ssim", valid, 1e-5),
     ("pytorch_msssim", library_msssim, "ms_ssim", ms_ssim_loss, 1e-4),
     ("piq", library_piq, "ssim", valid, 1e-10),
+    ("piq", library_piq_loss, "SSIMLoss", valid, 1e-10),
     ("piq", library_piq, "multi_scale_ssim", ms_ssim_loss, 1e-10),
     ("kornia", library_kornia, "valid", valid, 1e-8),
     ("kornia", library_kornia, "same", lambda x, y: valid(*reflected(x, y)), 1e-8),

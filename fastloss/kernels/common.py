@@ -119,3 +119,21 @@ def load_broadcast(tensor, offsets, mask):
 def sign(x):
     """-1, 0 or 1; 0 for NaN, as torch.sign has it."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums that nothing has been added to."""
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums = sums + (tl.zeros((BLOCK,), tl.float32),)  # type: ignore[assignment]
+    return sums
+
+
+@triton.jit
+def added(sums, terms):
+    """A tuple of sums, a term added to each."""
+    new = ()
+    for i in tl.static_range(len(sums)):
+        new = new + (sums[i] + terms[i],)  # type: ignore[assignment]
+    return new

@@ -62,7 +62,7 @@ def _power(a, p):
 
 
 @triton.jit
-def _distance(d, p, KIND: tl.constexpr):
+def distance(d, p, KIND: tl.constexpr):
     if KIND == "l1":
         return tl.abs(d)
     elif KIND == "l2":
@@ -77,7 +77,7 @@ def _distance(d, p, KIND: tl.constexpr):
 
 
 @triton.jit
-def _slope(d, p, KIND: tl.constexpr):
+def slope(d, p, KIND: tl.constexpr):
     if KIND == "l1":
         return sign(d)
     elif KIND == "l2":
@@ -111,7 +111,7 @@ def _pixel_fwd_kernel(
         mask = offsets < count
         image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-        loss = _distance(pred - image, p, KIND)
+        loss = distance(pred - image, p, KIND)
         if weight is not None:
             loss *= load_broadcast(weight, offsets, mask)
         if REDUCE:
@@ -149,7 +149,7 @@ def _pixel_bwd_kernel(
         grad = tl.load(grad_ptr)
     if weight is not None:
         grad *= load_broadcast(weight, offsets, mask)
-    grad *= _slope(pred - image, p, KIND)
+    grad *= slope(pred - image, p, KIND)
     tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
     if image_grad_ptr is not None:
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)

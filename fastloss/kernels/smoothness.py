@@ -30,11 +30,13 @@ from .common import (
     STREAM_BLOCK,
     STREAM_OPTIONS,
     AotCase,
+    added,
     broadcast_args,
     load_broadcast,
     needs_int64,
     on_device,
     sign,
+    zeros,
 )
 
 KINDS = ("l1", "l2", "isotropic")
@@ -43,7 +45,7 @@ MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are cop
 
 
 @triton.jit
-def _apart(size):
+def apart(size):
     """Elements of a pixel; size = width, height, depth, units of an image and, if channels_last, channels."""
     if len(size) == 5:
         return size[4]
@@ -52,21 +54,40 @@ def _apart(size):
 
 
 @triton.jit
-def _axis(offsets, size, AXIS: tl.constexpr):
-    """Of elements: their coordinate along an axis (0: x, 1: y, 2: z), its extent, and how many pixels a step is."""
-    pixel = offsets // _apart(size)
-    if AXIS == 0:
-        return pixel % size[0], size[0], 1
-    elif AXIS == 1:
-        return pixel // size[0] % size[1], size[1], size[0]
-    else:
-        return pixel // (size[0] * size[1]), size[2], size[0] * size[1]
+def start_of(unit, size):
+    """Where a unit begins; factor by factor, for the elements of a unit alone may not fit 32 bits."""
+    return unit * size[0] * size[1] * size[2] * apart(size)
 
 
 @triton.jit
-def _has(place, extent, ORDER: tl.constexpr):
-    """Whether a pixel is there and has a difference along the axis."""
-    return (place >= ORDER - 1) & (place + 1 < extent)
+def count_of(size, WIDE: tl.constexpr):
+    """Elements of a unit."""
+    return start_of(tl.cast(1, tl.int64 if WIDE else tl.int32), size)
+
+
+@triton.jit
+def spot_of(offsets, size):
+    """Elements of a unit: their offsets, those of their pixels, and the coordinates x, y and z."""
+    pixel = offsets // apart(size)
+    return offsets, pixel, pixel % size[0], pixel // size[0] % size[1], pixel // (size[0] * size[1])
+
+
+@triton.jit
+def _way(size, AXIS: tl.constexpr):
+    """How many pixels a step along an axis is (0: x, 1: y, 2: z)."""
+    if AXIS == 0:
+        return 1
+    elif AXIS == 1:
+        return size[0]
+    else:
+        return size[0] * size[1]
+
+
+@triton.jit
+def _has(spot, size, AXIS: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr):
+    """Whether the pixel SHIFT steps along an axis is there and has a difference along it."""
+    place = spot[2 + AXIS] + SHIFT
+    return (place >= ORDER - 1) & (place + 1 < size[AXIS])
 
 
 @triton.jit
@@ -88,57 +109,61 @@ def _read(image_ptr, offsets, shift, mask):
 
 @triton.jit
 def _step(
-    image_ptr, guide, unit, offsets, size, inside, mask,
+    image_ptr, guide, unit, spot, size, inside, mask,
     AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr,
 ):  # fmt: skip
     """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set."""
-    _, _, way = _axis(offsets, size, AXIS)
-    _, _, away = _axis(offsets, size, ALONG)
-    image_ptr += unit * (size[0] * size[1] * size[2] * _apart(size))
+    way, away, offsets = _way(size, AXIS), _way(size, ALONG), spot[0]
+    image_ptr += start_of(unit, size)
     # the elements themselves are read under one mask, hence once for all the differences, and in whole vectors
     if SHIFT == 0:
         here = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     else:
-        here = _read(image_ptr, offsets, SHIFT * way * _apart(size), mask)
+        here = _read(image_ptr, offsets, SHIFT * way * apart(size), mask)
     if SHIFT == -1 and AXIS == ALONG:
         d = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - here
     else:
-        d = _read(image_ptr, offsets, (SHIFT * way + away) * _apart(size), mask) - here
+        d = _read(image_ptr, offsets, (SHIFT * way + away) * apart(size), mask) - here
     if ORDER == 2:
         if SHIFT == 1 and AXIS == ALONG:
             d -= here - tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         else:
-            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * _apart(size), mask)
+            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * apart(size), mask)
     d = tl.where(mask, d, 0.0)
     if guide is None:
         return d, 1.0
     else:
-        e = _edge(guide, unit // size[3], offsets // _apart(size) + SHIFT * way, away, mask, ORDER)
+        e = _edge(guide, unit // size[3], spot[1] + SHIFT * way, away, mask, ORDER)
         return d, tl.where(mask, e, 0.0)
 
 
 @triton.jit
-def _weight_at(weight, unit, offsets, size, mask):
-    return load_broadcast(weight, unit * (size[0] * size[1] * size[2] * _apart(size)) + offsets, mask)
+def weight_at(weight, unit, spot, size, mask, AXIS: tl.constexpr, SHIFT: tl.constexpr):
+    """Weights of the pixels SHIFT steps along an axis, as float32.
+
+    weight: see load_broadcast; or (pointers to the first pixels of the columns, strides of a row and of a column).
+    """
+    if len(weight) == 3:
+        at = weight[0] + spot[3] * weight[1] + SHIFT * weight[2 if AXIS == 0 else 1]
+        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    else:
+        return load_broadcast(weight, start_of(unit, size) + spot[0] + SHIFT * _way(size, AXIS) * apart(size), mask)
 
 
 @triton.jit
 def _pull(
-    image_ptr, guide, weight, unit, offsets, size, inside,
+    image_ptr, guide, weight, unit, spot, size, inside,
     AXIS: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
     """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
-    place, extent, away = _axis(offsets, size, AXIS)
-    mask = inside & _has(place + SHIFT, extent, ORDER)
-    there = offsets + SHIFT * away * _apart(size)
-    d, e = _step(image_ptr, guide, unit, offsets, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
+    mask = inside & _has(spot, size, AXIS, SHIFT, ORDER)
+    d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
     if KIND == "isotropic":
         squares = d * e * d * e
         for other in tl.static_range(AXES):
             if other != AXIS:
-                place, extent, _ = _axis(offsets, size, other)
-                has = mask & _has(place, extent, ORDER)
-                f, h = _step(image_ptr, guide, unit, offsets, size, inside, has, AXIS, other, SHIFT, ORDER)
+                has = mask & _has(spot, size, other, 0, ORDER)
+                f, h = _step(image_ptr, guide, unit, spot, size, inside, has, AXIS, other, SHIFT, ORDER)
                 squares += f * h * f * h
         pull = e * e * d * tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
     elif KIND == "l1":
@@ -146,8 +171,44 @@ def _pull(
     else:
         pull = e * 2.0 * d
     if weight is not None:
-        pull *= _weight_at(weight, unit, there, size, mask)
+        pull *= weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
     return pull
+
+
+@triton.jit
+def smoothness_terms(
+    image_ptr, guide, weight, unit, spot, size, inside, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr
+):
+    """What elements add to the sums: along x, y and z, or one number if isotropic; 0 where `inside` is not set."""
+    w = 1.0
+    if weight is not None:
+        w = weight_at(weight, unit, spot, size, inside, 0, 0)
+    terms = ()
+    squares = tl.zeros(spot[0].shape, tl.float32)
+    for axis in tl.static_range(AXES):
+        has = inside & _has(spot, size, axis, 0, ORDER)
+        d, e = _step(image_ptr, guide, unit, spot, size, inside, has, axis, axis, 0, ORDER)
+        if KIND == "isotropic":
+            squares += d * e * d * e
+        else:
+            terms = terms + ((tl.abs(d) if KIND == "l1" else d * d) * e * w,)  # type: ignore[assignment]
+    if KIND == "isotropic":
+        terms = (tl.sqrt(squares) * w,)  # type: ignore[assignment]
+    return terms
+
+
+@triton.jit
+def smoothness_pulled(
+    image_ptr, guide, weight, unit, spot, size, inside,
+    AXIS: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """The gradient of elements along an axis, per gradient of its sum."""
+    before = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, -1, KIND, ORDER, AXES)
+    here = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 0, KIND, ORDER, AXES)
+    pulled = before - here
+    if ORDER == 2:
+        pulled -= here - _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 1, KIND, ORDER, AXES)
+    return pulled
 
 
 @triton.jit
@@ -156,7 +217,7 @@ def _smoothness_fwd_kernel(
     guide,  # None or a tuple, see _edge
     weight,  # None or a tuple, see load_broadcast
     out_ptr,  # (units, splits, step, AXES, or 1 if isotropic) float32
-    size,  # see _apart
+    size,  # see apart
     splits,
     used,  # lanes of a block: a multiple of step, so that a lane stays with its channel
     KIND: tl.constexpr,
@@ -167,72 +228,25 @@ def _smoothness_fwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     unit = program // splits
-    count = size[0] * size[1] * size[2] * _apart(size)
+    count = count_of(size, WIDE)
     lanes = tl.arange(0, BLOCK)
-    sum_x = tl.zeros((BLOCK,), tl.float32)
-    sum_y = tl.zeros((BLOCK,), tl.float32)
-    sum_z = tl.zeros((BLOCK,), tl.float32)
+    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
+    sums = zeros(outs, BLOCK)
     for start in range(program % splits * used, count, splits * used):
         offsets = start + lanes
         inside = (lanes < used) & (offsets < count)
-        squares = tl.zeros((BLOCK,), tl.float32)
-        w = 1.0
-        if weight is not None:
-            w = _weight_at(weight, unit, offsets, size, inside)
-        for axis in tl.static_range(AXES):
-            place, extent, _ = _axis(offsets, size, axis)
-            has = inside & _has(place, extent, ORDER)
-            d, e = _step(image_ptr, guide, unit, offsets, size, inside, has, axis, axis, 0, ORDER)
-            if KIND == "isotropic":
-                squares += d * e * d * e
-            else:
-                loss = tl.abs(d) * e * w if KIND == "l1" else d * d * e * w
-                if axis == 0:
-                    sum_x += loss
-                elif axis == 1:
-                    sum_y += loss
-                else:
-                    sum_z += loss
-        if KIND == "isotropic":
-            sum_x += tl.sqrt(squares) * w
-    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    out_ptr += program.to(tl.int64) * _apart(size) * outs + outs - 1
-    for channel in range(_apart(size)):
-        own = lanes % _apart(size) == channel
-        tl.store(out_ptr + channel * outs, tl.sum(tl.where(own, sum_x, 0.0)))
-        if outs > 1:
-            tl.store(out_ptr + channel * outs - 1, tl.sum(tl.where(own, sum_y, 0.0)))
-        if outs > 2:
-            tl.store(out_ptr + channel * outs - 2, tl.sum(tl.where(own, sum_z, 0.0)))
-
-
-@triton.jit
-def smoothness_gradient(
-    grad_ptr, image_ptr, guide, weight, unit, offsets, size, inside,
-    KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of elements; grad_ptr: (units, step, AXES, or 1 if isotropic) float32."""
-    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    grad_ptr += unit * _apart(size) * outs + outs - 1
-    total = tl.zeros(offsets.shape, tl.float32)
-    for axis in tl.static_range(AXES):
-        before = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, -1, KIND, ORDER, AXES)
-        here = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, 0, KIND, ORDER, AXES)
-        pulled = before - here
-        if ORDER == 2:
-            after = _pull(image_ptr, guide, weight, unit, offsets, size, inside, axis, 1, KIND, ORDER, AXES)
-            pulled -= here - after
-        up = grad_ptr - (0 if KIND == "isotropic" else axis)
-        if len(size) == 5:
-            total += tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0) * pulled
-        else:
-            total += tl.load(up) * pulled
-    return total
+        spot = spot_of(offsets, size)
+        sums = added(sums, smoothness_terms(image_ptr, guide, weight, unit, spot, size, inside, KIND, ORDER, AXES))
+    out_ptr += program.to(tl.int64) * apart(size) * outs + outs - 1
+    for channel in range(apart(size)):
+        own = lanes % apart(size) == channel
+        for axis in tl.static_range(outs):
+            tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(own, sums[axis], 0.0)))
 
 
 @triton.jit
 def _smoothness_bwd_kernel(
-    grad_ptr,  # see smoothness_gradient
+    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32
     image_ptr,  # (units, count)
     guide,  # None or a tuple, see _edge
     weight,  # None or a tuple, see load_broadcast
@@ -247,20 +261,27 @@ def _smoothness_bwd_kernel(
 ):
     program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
     unit = program // splits
-    count = size[0] * size[1] * size[2] * _apart(size)
+    count = count_of(size, WIDE)
     offsets = program % splits * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
-    grad = smoothness_gradient(
-        grad_ptr, image_ptr, guide, weight, unit, offsets, size, inside, KIND, ORDER, AXES
-    )
-    tl.store(image_grad_ptr + unit * count + offsets, grad.to(image_grad_ptr.dtype.element_ty), mask=inside)
+    spot = spot_of(offsets, size)
+    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
+    grad_ptr += unit * apart(size) * outs + outs - 1
+    total = tl.zeros((BLOCK,), tl.float32)
+    for axis in tl.static_range(AXES):
+        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
+        up = grad_ptr - (0 if KIND == "isotropic" else axis)
+        if len(size) == 5:
+            total += tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0) * pulled
+        else:
+            total += tl.load(up) * pulled
+    tl.store(image_grad_ptr + start_of(unit, size) + offsets, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
-def _block(guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> int:
+def block_of(guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool) -> int:
     """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
-    plain = order == 1 and guide is None
-    if plain:
-        return 1024 if kind == "isotropic" or weight is not None else STREAM_BLOCK
+    if order == 1 and guide is None:
+        return 1024 if weight is not None or (kind == "isotropic" and not forward) else STREAM_BLOCK
     if order == 1 or guide is None:
         return 512
     return 256 if weight is None else 128
@@ -298,7 +319,7 @@ def smoothness_fwd(
     image = in_order(image_pred)
     size = sizes(image)
     step, units = image.shape[1] // size[3], images * size[3]
-    block = _block(guide, weight, kind, order)
+    block = block_of(guide, weight, kind, order, True)
     used = block // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
     splits = min(triton.cdiv(image.numel() // units, used), triton.cdiv(REDUCE_PROGRAMS, units))
     out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
@@ -321,7 +342,7 @@ def smoothness_bwd(
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
     units = image.shape[0] * size[3]
-    block = _block(guide, weight, kind, order)
+    block = block_of(guide, weight, kind, order, False)
     splits = triton.cdiv(image.numel() // units, block)
     weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):

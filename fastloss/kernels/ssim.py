@@ -12,8 +12,7 @@ With G the window, a = x + y and d = x - y (x the image, y the prediction):
 
 A lane is one column of one plane; a program walks 128 lanes down a stretch of rows. Along x the window is read as
 shifted loads, which the L1 cache serves; along y every row is added to the 2 radius + 1 outputs that see it, whose
-sums stay in registers. No shared memory, no exchange between lanes, no barrier. The forward keeps three partials
-(four where both images need a gradient), unscaled, for the backward.
+sums stay in registers. The forward keeps three partials (four where both images need a gradient), unscaled.
 
 Bytes per element of size s and k partials: forward 2 s + 4 k, backward 4 k + 3 s.
 """
@@ -33,12 +32,13 @@ from torch import Tensor
 from .common import REDUCE_PROGRAMS, AotCase, on_device
 
 BLOCK = 128  # lanes of a program: one per thread, since shifted loads cannot be wide
+WIDE_LANES = 2**31 - BLOCK  # a lane's number, or one block past the last, does not fit 32 bits from here on
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
-def _lane(channels, width, lanes, ASIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+def lane_of(channels, width, lanes, ASIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """(lane, image, channel, column), the next column being ASIDE lanes on: 1, or the number of channels.
 
     In a lane past the end the column is one that no image has.
@@ -55,13 +55,13 @@ def _lane(channels, width, lanes, ASIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _map_lane(lane, width, MARGIN: tl.constexpr, ASIDE: tl.constexpr):
+def map_lane_of(lane, width, MARGIN: tl.constexpr, ASIDE: tl.constexpr):
     """The lane of the same column in the map, which has MARGIN columns less on either side."""
     return lane - (lane // (width * ASIDE) * 2 + 1) * MARGIN * ASIDE
 
 
 @triton.jit
-def _at(tensor, image, channel, column):
+def at_column(tensor, image, channel, column):
     """Where a lane's column begins. `tensor`: (pointer, strides of image, channel, row and column)."""
     return tensor[0] + image * tensor[1] + channel.to(tl.int64) * tensor[2] + column.to(tl.int64) * tensor[4]
 
@@ -88,7 +88,7 @@ def _next_row(sums, RADIUS: tl.constexpr):
 
 
 @triton.jit
-def _nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
+def nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
     zero = tl.zeros((BLOCK,), tl.float32)
     sums = (zero,)
     for _ in tl.static_range(1, 2 * RADIUS):
@@ -97,7 +97,7 @@ def _nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _pixels(x_at, y_at, column, bound):
+def pixels(x_at, y_at, column, bound):
     inside = column.to(tl.uint32) < bound
     x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
     y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
@@ -112,6 +112,92 @@ def _along_x(center, column, bound, taps, ASIDE: tl.constexpr, RADIUS: tl.conste
         left = tl.load(center - k * ASIDE, mask=(column - k).to(tl.uint32) < bound, other=0.0)
         total += taps[k] * (left + tl.load(center + k * ASIDE, mask=(column + k).to(tl.uint32) < bound, other=0.0))
     return total
+
+
+@triton.jit
+def next_moments(
+    sums, x_at, y_at, column, width, has, taps, X_STEP: tl.constexpr, Y_STEP: tl.constexpr, RADIUS: tl.constexpr
+):
+    """A row of both images taken in, zeros without `has`: the moments ma, md, G a^2, G d^2 it completes, new sums."""
+    mean_a, mean_d, square_a, square_d = sums
+    if has:
+        bound = tl.cast(width, tl.uint32)
+        a, d = pixels(x_at, y_at, column, bound)
+        a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
+        for k in tl.static_range(1, RADIUS + 1):
+            al, dl = pixels(x_at - k * X_STEP, y_at - k * Y_STEP, column - k, bound)
+            ar, dr = pixels(x_at + k * X_STEP, y_at + k * Y_STEP, column + k, bound)
+            a_1 += taps[k] * (al + ar)
+            d_1 += taps[k] * (dl + dr)
+            a_2 += taps[k] * (al * al + ar * ar)
+            d_2 += taps[k] * (dl * dl + dr * dr)
+        ma, mean_a = _add_row(mean_a, a_1, taps, RADIUS)
+        md, mean_d = _add_row(mean_d, d_1, taps, RADIUS)
+        saa, square_a = _add_row(square_a, a_2, taps, RADIUS)
+        sdd, square_d = _add_row(square_d, d_2, taps, RADIUS)
+    else:
+        ma, mean_a = _next_row(mean_a, RADIUS)
+        md, mean_d = _next_row(mean_d, RADIUS)
+        saa, square_a = _next_row(square_a, RADIUS)
+        sdd, square_d = _next_row(square_d, RADIUS)
+    return (ma, md, saa, sdd), (mean_a, mean_d, square_a, square_d)
+
+
+@triton.jit
+def map_loss(moments, w, to, step, inside, c1, c2, STRUCTURE: tl.constexpr, KEEP: tl.constexpr):
+    """w times one minus SSIM of a row; its partials go to `to`, a map lies `step` from the next."""
+    ma, md, saa, sdd = moments
+    maa, mdd = ma * ma, md * md
+    va, vd = saa - maa, sdd - mdd
+    per_s = 1.0 / (0.5 * (va + vd) + c2)
+    form = vd * per_s
+    if STRUCTURE:
+        per_l = tl.zeros_like(form)
+    else:
+        per_l = 1.0 / (0.5 * (maa + mdd) + c1)
+    light = mdd * per_l
+    if KEEP > 0:
+        by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
+        p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
+        p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
+        p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
+        tl.store(to, p_aa, mask=inside)
+        tl.store(to + step, p_dd, mask=inside)
+        if KEEP & 1:
+            tl.store(to + 2 * step, p_a + p_d, mask=inside)
+        if KEEP & 2:
+            tl.store(to + (3 if KEEP == 3 else 2) * step, p_a - p_d, mask=inside)
+    return (light + form - light * form) * w
+
+
+@triton.jit
+def next_filtered(
+    sums, here, step, column, width, has, taps, needs, KEPT: tl.constexpr, ASIDE: tl.constexpr, RADIUS: tl.constexpr
+):
+    """A row of the partials taken in: G p_aa, G p_dd and, as `needs` has them, G (p_a + p_d), G (p_a - p_d); new sums.
+
+    `column` and `width` are those of the map.
+    """
+    of_aa, of_dd, of_x, of_y = sums
+    p_x, p_y = tl.zeros_like(of_aa[0]), tl.zeros_like(of_aa[0])
+    if has:
+        bound = tl.cast(width, tl.uint32)
+        p_aa, of_aa = _add_row(of_aa, _along_x(here, column, bound, taps, ASIDE, RADIUS), taps, RADIUS)
+        p_dd, of_dd = _add_row(of_dd, _along_x(here + step, column, bound, taps, ASIDE, RADIUS), taps, RADIUS)
+        if needs[0] is not None:
+            row_x = _along_x(here + 2 * step, column, bound, taps, ASIDE, RADIUS)
+            p_x, of_x = _add_row(of_x, row_x, taps, RADIUS)
+        if needs[1] is not None:
+            row_y = _along_x(here + (3 if KEPT == 3 else 2) * step, column, bound, taps, ASIDE, RADIUS)
+            p_y, of_y = _add_row(of_y, row_y, taps, RADIUS)
+    else:
+        p_aa, of_aa = _next_row(of_aa, RADIUS)
+        p_dd, of_dd = _next_row(of_dd, RADIUS)
+        if needs[0] is not None:
+            p_x, of_x = _next_row(of_x, RADIUS)
+        if needs[1] is not None:
+            p_y, of_y = _next_row(of_y, RADIUS)
+    return (p_aa, p_dd, p_x, p_y), (of_aa, of_dd, of_x, of_y)
 
 
 @triton.jit
@@ -137,71 +223,33 @@ def _ssim_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     channels, height, width, lanes, map_lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, WIDE, BLOCK)
+    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, BLOCK)
     inside = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
-    map_lane = _map_lane(lane, width, MARGIN, ASIDE)
-    x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
+    map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
+    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
     if weight[0] is not None:
-        w_at = _at(weight, image, channel, column - MARGIN)
-    mean_a, mean_d = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
-    square_a, square_d = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
+        w_at = at_column(weight, image, channel, column - MARGIN)
+    none = nothing(RADIUS, BLOCK)
+    sums = (none, none, none, none)
     total = tl.zeros((BLOCK,), tl.float32)
     first = MARGIN + tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height - MARGIN)
-    bound = tl.cast(width, tl.uint32)
     x_at, y_at = x_at + (first - RADIUS) * x[3], y_at + (first - RADIUS) * y[3]
     for row in range(first - RADIUS, last + RADIUS):
-        if (row >= 0) & (row < height):
-            a, d = _pixels(x_at, y_at, column, bound)
-            a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
-            for k in tl.static_range(1, RADIUS + 1):
-                al, dl = _pixels(x_at - k * X_STEP, y_at - k * Y_STEP, column - k, bound)
-                ar, dr = _pixels(x_at + k * X_STEP, y_at + k * Y_STEP, column + k, bound)
-                a_1 += taps[k] * (al + ar)
-                d_1 += taps[k] * (dl + dr)
-                a_2 += taps[k] * (al * al + ar * ar)
-                d_2 += taps[k] * (dl * dl + dr * dr)
-            ma, mean_a = _add_row(mean_a, a_1, taps, RADIUS)
-            md, mean_d = _add_row(mean_d, d_1, taps, RADIUS)
-            saa, square_a = _add_row(square_a, a_2, taps, RADIUS)
-            sdd, square_d = _add_row(square_d, d_2, taps, RADIUS)
-        else:
-            ma, mean_a = _next_row(mean_a, RADIUS)
-            md, mean_d = _next_row(mean_d, RADIUS)
-            saa, square_a = _next_row(square_a, RADIUS)
-            sdd, square_d = _next_row(square_d, RADIUS)
+        has = (row >= 0) & (row < height)
+        moments, sums = next_moments(sums, x_at, y_at, column, width, has, taps, X_STEP, Y_STEP, RADIUS)
         x_at += x[3]
         y_at += y[3]
-        at = row - RADIUS
-        if at >= first:
-            maa, mdd = ma * ma, md * md
-            va, vd = saa - maa, sdd - mdd
-            per_s = 1.0 / (0.5 * (va + vd) + c2)
-            form = vd * per_s
-            if STRUCTURE:
-                per_l = tl.zeros_like(form)
-            else:
-                per_l = 1.0 / (0.5 * (maa + mdd) + c1)
-            light = mdd * per_l
-            loss = light + form - light * form
+        at = row - RADIUS - MARGIN
+        if at + MARGIN >= first:
             w = 1.0
             if weight[0] is not None:
-                w = tl.load(w_at + (at - MARGIN) * weight[3], mask=inside, other=0.0).to(tl.float32)
-            total += loss * w
-            if KEEP > 0:
-                by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
-                p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
-                p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
-                p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
-                to = partials_ptr + (at - MARGIN) * map_lanes + map_lane
-                step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
-                tl.store(to, p_aa, mask=inside)
-                tl.store(to + step, p_dd, mask=inside)
-                if KEEP & 1:
-                    tl.store(to + 2 * step, p_a + p_d, mask=inside)
-                if KEEP & 2:
-                    tl.store(to + (3 if KEEP == 3 else 2) * step, p_a - p_d, mask=inside)
-    tl.store(sums_ptr + tl.program_id(1) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
+                w = tl.load(w_at + at * weight[3], mask=inside, other=0.0).to(tl.float32)
+            step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
+            total += map_loss(
+                moments, w, partials_ptr + at * map_lanes + map_lane, step, inside, c1, c2, STRUCTURE, KEEP
+            )
+    tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
 
 @triton.jit
@@ -223,57 +271,46 @@ def _ssim_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     channels, height, width, lanes, map_lanes = size
-    lane, image, channel, column = _lane(channels, width, lanes, ASIDE, WIDE, BLOCK)
+    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, BLOCK)
     inside = column < width
-    x_at, y_at = _at(x, image, channel, column), _at(y, image, channel, column)
+    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
     upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
-    map_lane, step = _map_lane(lane, width, MARGIN, ASIDE), tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
-    of_aa, of_dd = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
-    of_x, of_y = _nothing(RADIUS, BLOCK), _nothing(RADIUS, BLOCK)
-    at_map, bound = column - MARGIN, tl.cast(width - 2 * MARGIN, tl.uint32)
+    map_lane, step = map_lane_of(lane, width, MARGIN, ASIDE), tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
+    none = nothing(RADIUS, BLOCK)
+    sums = (none, none, none, none)
+    needs = (x_grad[0], y_grad[0])
     first = tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height)
     for row in range(first - RADIUS, last + RADIUS):
-        if (row >= MARGIN) & (row < height - MARGIN):
-            here = partials_ptr + (row - MARGIN) * map_lanes + map_lane
-            p_aa, of_aa = _add_row(of_aa, _along_x(here, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
-            p_dd, of_dd = _add_row(of_dd, _along_x(here + step, at_map, bound, taps, ASIDE, RADIUS), taps, RADIUS)
-            if x_grad[0] is not None:
-                row_x = _along_x(here + 2 * step, at_map, bound, taps, ASIDE, RADIUS)
-                p_x, of_x = _add_row(of_x, row_x, taps, RADIUS)
-            if y_grad[0] is not None:
-                row_y = _along_x(here + (3 if KEPT == 3 else 2) * step, at_map, bound, taps, ASIDE, RADIUS)
-                p_y, of_y = _add_row(of_y, row_y, taps, RADIUS)
-        else:
-            p_aa, of_aa = _next_row(of_aa, RADIUS)
-            p_dd, of_dd = _next_row(of_dd, RADIUS)
-            if x_grad[0] is not None:
-                p_x, of_x = _next_row(of_x, RADIUS)
-            if y_grad[0] is not None:
-                p_y, of_y = _next_row(of_y, RADIUS)
+        has = (row >= MARGIN) & (row < height - MARGIN)
+        here = partials_ptr + (row - MARGIN) * map_lanes + map_lane
+        filtered, sums = next_filtered(
+            sums, here, step, column - MARGIN, width - 2 * MARGIN, has, taps, needs, KEPT, ASIDE, RADIUS
+        )
         at = row - RADIUS
         if at >= first:
-            a, d = _pixels(x_at + at * x[3], y_at + at * y[3], column, tl.cast(width, tl.uint32))
+            p_aa, p_dd, p_x, p_y = filtered
+            a, d = pixels(x_at + at * x[3], y_at + at * y[3], column, tl.cast(width, tl.uint32))
             by_a, by_d = 2.0 * a * p_aa, 2.0 * d * p_dd
             if x_grad[0] is not None:
-                to = _at(x_grad, image, channel, column) + at * x_grad[3]
+                to = at_column(x_grad, image, channel, column) + at * x_grad[3]
                 tl.store(to, (upstream * (p_x + by_a + by_d)).to(x_grad[0].dtype.element_ty), mask=inside)
             if y_grad[0] is not None:
-                to = _at(y_grad, image, channel, column) + at * y_grad[3]
+                to = at_column(y_grad, image, channel, column) + at * y_grad[3]
                 tl.store(to, (upstream * (p_y + by_a - by_d)).to(y_grad[0].dtype.element_ty), mask=inside)
 
 
-def _taps(window: int, sigma: float) -> tuple[float, ...]:
+def taps_of(window: int, sigma: float) -> tuple[float, ...]:
     exact = [math.exp(k * k / (-2 * sigma * sigma)) for k in range(window // 2 + 1)]
     total = exact[0] + 2 * sum(exact[1:])
     return tuple(tap / total for tap in exact)
 
 
-def _strided(tensor: Tensor | None) -> tuple:
+def strided(tensor: Tensor | None) -> tuple:
     return (None,) if tensor is None else (tensor, *tensor.stride())
 
 
-def _layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
+def layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
     """What the kernels call size, the lanes from a column to the next, the rows of a program."""
     images, channels, height, width = image.shape
     lanes = images * channels * width
@@ -284,17 +321,12 @@ def _layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
     return size, channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
 
 
-def _wide(size: tuple[int, ...]) -> bool:
-    """Whether a lane's number, or one block past the last, does not fit 32 bits."""
-    return size[3] >= 2**31 - BLOCK
-
-
 def ssim_fwd(
     image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, sigma: float, same: bool, c1: float,
     c2: float, structure_only: bool, keep: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     margin = 0 if same else window // 2
-    size, aside, rows = _layout(image, margin)
+    size, aside, rows = layout(image, margin)
     channels, height, width, lanes, map_lanes = size
     kept = (3 + (keep == 3), height - 2 * margin, map_lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
@@ -304,9 +336,9 @@ def ssim_fwd(
     sums = image.new_empty((stretches, lanes), dtype=torch.float32)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, BLOCK), stretches)](
-            _strided(image), _strided(image_pred), _strided(weight), sums, partials, _taps(window, sigma), size, rows,
+            strided(image), strided(image_pred), strided(weight), sums, partials, taps_of(window, sigma), size, rows,
             c1, c2, margin, window // 2, structure_only, keep, aside, image.stride(3), image_pred.stride(3),
-            _wide(size), BLOCK, **OPTIONS,
+            lanes >= WIDE_LANES, BLOCK, **OPTIONS,
         )  # fmt: skip
     if aside > 1:
         return sums.view(stretches, -1, width, channels).sum((0, 2)), partials
@@ -324,13 +356,13 @@ def ssim_bwd(
     x_grad = torch.empty_like(image) if needs_image else None
     y_grad = torch.empty_like(image_pred) if needs_image_pred else None
     margin = 0 if same else window // 2
-    size, aside, rows = _layout(image, margin)
+    size, aside, rows = layout(image, margin)
     if image.numel():
         with on_device(image):
             _ssim_bwd_kernel[(triton.cdiv(size[3], BLOCK), triton.cdiv(size[1], rows))](
-                grad.contiguous(), _strided(image), _strided(image_pred), _strided(x_grad), _strided(y_grad),
-                partials, _taps(window, sigma), size, rows, margin, window // 2, keep, aside, _wide(size), BLOCK,
-                **OPTIONS,
+                grad.contiguous(), strided(image), strided(image_pred), strided(x_grad), strided(y_grad),
+                partials, taps_of(window, sigma), size, rows, margin, window // 2, keep, aside,
+                size[3] >= WIDE_LANES, BLOCK, **OPTIONS,
             )  # fmt: skip
     none = image.new_empty(0)
     return none if x_grad is None else x_grad, none if y_grad is None else y_grad

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
-from ..core import Loss, Op, result_dtype
-from .pixel import mean_of, pixel_kind, pixel_loss, pixel_reference
-from .smoothness import smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
-from .ssim import LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
+from ..core import Loss, Op, check_not_empty, result_dtype
+from .pixel import pixel_kind, pixel_loss, pixel_reference
+from .smoothness import smoothness_counts, smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
+from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
+SIGNS = 4  # of `keep`, see _image_fwd
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
@@ -30,6 +31,8 @@ def image_reference(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int = 0,
+    shares: Tensor | None = None,
 ) -> Tensor:
     """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
 
@@ -61,13 +64,33 @@ def _image_fwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
-) -> Tensor:
+    keep: int,
+    shares: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: what the backward finds beside the inputs, 0 nothing.
+
+    KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the gradients of a total that counts each sum by its share, each
+    in the order of the prediction's memory. Any other upstream gradient makes the backward do the pass again.
+    1, 2 or 3 alone: the partial derivatives of SSIM. SIGNS: a byte an element, in the order of the prediction's memory.
+    """
     axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
-    return image_pred.new_empty(axes + 2, dtype=torch.float32)
+    out = image_pred.new_empty(axes + 2, dtype=torch.float32)
+    if keep == SIGNS:
+        return out, image_pred.new_empty(image_pred.numel(), dtype=torch.uint8)
+    count = (keep & 1) + (keep >> 1 & 1)
+    kept: tuple[int, ...] = (0,)
+    if keep & KEEP_GRADIENTS:
+        kept = (count, image_pred.numel())
+    elif keep:
+        images, channels, height, width = image_pred.shape
+        cut = 0 if numbers[4] else int(numbers[2]) - 1
+        kept = (2 + count, height - cut, images * channels * (width - cut))
+    return out, image_pred.new_empty(kept, dtype=torch.float32)
 
 
 def _image_bwd(
     grad: Tensor,
+    kept: Tensor,
     image: Tensor,
     image_pred: Tensor,
     pixel_weight: Tensor | None,
@@ -76,6 +99,8 @@ def _image_bwd(
     ssim_weight: Tensor | None,
     kinds: str,
     numbers: list[float],
+    keep: int,
+    shares: Tensor | None,
     needs_image: bool,
     needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -87,7 +112,7 @@ def _image_bwd(
 
 
 def _kernels_take(image: Tensor, *args: Any) -> bool:
-    return image.numel() > 0 and args[-1][2] <= LARGEST_WINDOW
+    return image.numel() > 0 and args[6][2] <= LARGEST_WINDOW
 
 
 _image = Op(
@@ -96,6 +121,8 @@ _image = Op(
     bwd=_image_bwd,
     reference=image_reference,
     grads=("image", "image_pred"),
+    outputs=("out", "kept"),
+    triton="image",
     takes=_kernels_take,
 )
 
@@ -171,54 +198,99 @@ def image_loss(
         weights["ssim"] = ssim
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
-    if len(weights) > 1 and image.device.type == "cpu" and _image.kernels["cpp"]:
-        values = _in_one_pass(image, image_pred, distances, more, ssim is not None)
-    else:
-        values = _part_by_part(image, image_pred, distances, more, ssim is not None)
+    values = (_in_one_pass if len(weights) > 1 else _part_by_part)(image, image_pred, distances, more, weights)
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     return ImageLosses(total, {name: value.detach() for name, value in values.items()})
 
 
-def _part_by_part(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
+def _part_by_part(
+    image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
+) -> dict[str, Tensor]:
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = pixel_loss(image, image_pred, p=distances["pixel"], **more["pixel"])
     if "smoothness" in distances:
         values["smoothness"] = smoothness_loss(image_pred, p=distances["smoothness"], **more["smoothness"])
-    if ssim:
+    if "ssim" in weights:
         values["ssim"] = ssim_loss(image, image_pred, **more["ssim"])
     return values
 
 
-def _in_one_pass(image: Tensor, image_pred: Tensor, distances: dict, more: dict, ssim: bool) -> dict[str, Tensor]:
-    """The same values from one op, which returns the sum of every part."""
-    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(_OPTIONS)
-    guide, p, order = None, None, 1
+def _in_one_pass(
+    image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
+) -> dict[str, Tensor]:
+    """The same values from one op, which returns the sum of every part, where a kernel takes it."""
+    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(weights)
+    guide, p, order = more["smoothness"].get("guide"), distances.get("smoothness", 1), 1
+    counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
     if "pixel" in distances:
         options = dict(more["pixel"])
-        maps["pixel_options"] = _expanded(options.pop("weight", None), image)
+        maps["pixel"] = _expanded(options.pop("weight", None), image)
         names[0], numbers[0] = pixel_kind(distances["pixel"], **options)
+        counts["pixel"] = [_count(maps["pixel"], image.numel(), result_dtype(image, image_pred))]
     if "smoothness" in distances:
-        p, guide, order = distances["smoothness"], more["smoothness"].get("guide"), more["smoothness"].get("order", 1)
-        names[1], maps["smoothness_options"] = smoothness_kind(
-            image_pred, p, order, guide, more["smoothness"].get("weight")
-        )
+        order = more["smoothness"].get("order", 1)
+        names[1], maps["smoothness"] = smoothness_kind(image_pred, p, order, guide, more["smoothness"].get("weight"))
         numbers[1] = float(order)
-    if ssim:
-        numbers[2:], maps["ssim_options"], count = _ssim_numbers(image, image_pred, more["ssim"])
+        counts["smoothness"] = smoothness_counts(image_pred, maps["smoothness"], p, order)
+    if "ssim" in weights:
+        numbers[2:], maps["ssim"], count = _ssim_numbers(image, image_pred, more["ssim"])
+        counts["ssim"] = [_count(maps["ssim"], count, result_dtype(image, image_pred))]
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    weights = list(maps.values())
-    sums = _image(
-        image.to(dtype), image_pred.to(dtype), weights[0], guide, weights[1], weights[2], ",".join(names), numbers
-    )
+    args = (image.to(dtype), image_pred.to(dtype), maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"))
+    kinds = ",".join(names)
+    backend = _image.backend(*args, kinds, numbers)
+    heavy = backend == "triton" and p == "isotropic" and guide is not None  # more than registers hold
+    if backend == "reference" or heavy:
+        return _part_by_part(image, image_pred, distances, more, weights)
+    keep, shares = 0, None
+    if backend == "triton":
+        keep = _keep(*args, kinds, numbers)
+    elif "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's share depends on the sums
+        keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+        keep, shares = (keep + KEEP_GRADIENTS, _shares(weights, counts, image_pred)) if keep else (0, None)
+    sums = _image(*args, kinds, numbers, keep, shares)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
-        values["pixel"] = mean_of(sums[0], weights[0], image.numel())
-    if p is not None:
-        values["smoothness"] = smoothness_mean(sums[1:-1], image_pred, weights[1], p, order)
-    if ssim:
-        values["ssim"] = mean_of(sums[-1], weights[2], count)
+        values["pixel"] = sums[0] / counts["pixel"][0]
+    if "smoothness" in distances:
+        values["smoothness"] = smoothness_mean(sums[1:-1], counts["smoothness"], p)
+    if "ssim" in weights:
+        values["ssim"] = sums[-1] / counts["ssim"][0]
     return values
+
+
+def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
+    """What the Triton kernels keep for a backward."""
+    needs = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    *maps, kinds, numbers = args
+    if not (needs and torch.is_grad_enabled()):
+        return 0
+    if numbers[2]:
+        return needs
+    signs = kinds == "l1,l1" and image.ndim == 4 and all(t is None for t in maps)
+    return SIGNS if signs else 0
+
+
+def _count(weight: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | int:
+    """What a mean divides by: `count`, or the sum of the weights, 1 where they are all zero."""
+    check_not_empty(count)
+    if weight is None:
+        return count
+    total = weight.sum(dtype=dtype)
+    return torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
+    """What each sum counts in the total."""
+    shares = [
+        weights.get(name, 0.0) / torch.where(c == 0, torch.ones_like(c), c).float() if isinstance(c, Tensor) else
+        weights.get(name, 0.0) / max(c, 1)
+        for name, each in counts.items() for c in each
+    ]  # fmt: skip
+    if not any(isinstance(share, Tensor) for share in shares):
+        return torch.tensor(shares, dtype=torch.float32, device=like.device)
+    return torch.stack([torch.as_tensor(s, dtype=torch.float32, device=like.device) for s in shares]).detach()
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:

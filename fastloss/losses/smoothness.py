@@ -202,14 +202,16 @@ def smoothness_kind(
     return "isotropic" if p == "isotropic" else "l1" if p == 1 else "l2", weight
 
 
-def smoothness_mean(sums: Tensor, image_pred: Tensor, weight: Tensor | None, p: int | str, order: int) -> Tensor:
-    """The loss from the sums of each direction over all images and channels, ``[directions]``."""
-    kind = "isotropic" if p == "isotropic" else "l2"
+def smoothness_counts(image_pred: Tensor, weight: Tensor | None, p: int | str, order: int) -> list[Tensor | int]:
+    """How many differences each direction has over all images and channels, or how much weight."""
     check_not_empty(image_pred.numel())
-    counts = [
-        count.sum() if isinstance(count, Tensor) else count * image_pred.shape[0] * image_pred.shape[1]
-        for count in _counts(image_pred, weight, kind, order)
-    ]
+    planes = image_pred.shape[0] * image_pred.shape[1]
+    counts = _counts(image_pred, weight, "isotropic" if p == "isotropic" else "l2", order)
+    return [count.sum() if isinstance(count, Tensor) else count * planes for count in counts]
+
+
+def smoothness_mean(sums: Tensor, counts: list[Tensor | int], p: int | str) -> Tensor:
+    """The loss from the sums of each direction over all images and channels, ``[directions]``."""
     return _value(sums, counts, (), p)
 
 

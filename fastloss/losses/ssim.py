@@ -14,6 +14,7 @@ from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dt
 
 PADDINGS = ("same", "valid")
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
+KEEP_GRADIENTS = 8  # of `keep`, see _ssim_fwd
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
@@ -87,19 +88,23 @@ def _ssim_fwd(
     structure_only: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
-    """`keep`: which gradients the partial derivatives are kept for, 1 image, 2 image_pred, 3 both, 0 none."""
+    """`keep`: what the backward is to find, for which gradients: 1 image, 2 image_pred, 3 both, 0 none.
+
+    With KEEP_GRADIENTS, the gradients of the sums themselves, each in the order of its image's memory if that is
+    channels_last; else the partial derivatives of the map.
+    """
     images, channels, height, width = image.shape
-    cut = 0 if same else window - 1
-    kept = (3 + (keep == 3), height - cut, images * channels * (width - cut)) if keep else (0,)
+    count, cut = (keep & 1) + (keep >> 1 & 1), 0 if same else window - 1
+    partials = (2 + count, height - cut, images * channels * (width - cut)) if keep else (0,)
     return (
         image.new_empty(image.shape[:2], dtype=torch.float32),
-        image.new_empty(kept, dtype=torch.float32),
+        image.new_empty((count, image.numel()) if keep & KEEP_GRADIENTS else partials, dtype=torch.float32),
     )
 
 
 def _ssim_bwd(
     grad: Tensor,
-    partials: Tensor,
+    kept: Tensor,
     image: Tensor,
     image_pred: Tensor,
     weight: Tensor | None,
@@ -141,17 +146,17 @@ _ssim = Op(
     bwd=_ssim_bwd,
     reference=ssim_reference,
     grads=("image", "image_pred"),
-    outputs=("out", "partials"),
+    outputs=("out", "kept"),
     triton="ssim",
     takes=_kernels_take,
 )
 
 
 def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
-    """The op; on CUDA what the backward needs is kept, on the CPU making it again costs no more time."""
-    keep = 0
-    if torch.is_grad_enabled() and _ssim.backend(image, image_pred, *options) == "triton":
-        keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
+    """The op; the forward keeps what the backward needs: the CPU kernels the gradients, the others partials."""
+    keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad) if torch.is_grad_enabled() else 0
+    if keep and _ssim.backend(image, image_pred, *options) == "cpp":
+        keep += KEEP_GRADIENTS
     return _ssim(image, image_pred, *options, keep)
 
 

@@ -1,0 +1,202 @@
+"""The sweeps of kernels/ssim.py with the pixel and smoothness losses along: one pass over the image pair each way.
+
+A lane walks down a column, see there. Of every pixel of its stretch of rows it also takes what the other losses have:
+they read the pixel and its neighbours again, which the L1 cache still has. Both images lie alike in memory.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import added, zeros
+from .pixel import distance, slope
+from .smoothness import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
+from .ssim import at_column, lane_of, map_lane_of, map_loss, next_filtered, next_moments, nothing
+
+
+@triton.jit
+def _plane_of(image, channel, column, size, channels, WIDE: tl.constexpr):
+    """Of lanes: the number of their unit (see smoothness.py) and the offset of their column's first pixel in it."""
+    if len(size) == 5:
+        unit, start = image, column * size[4] + channel
+    else:
+        unit, start = image * channels + channel, column
+    if WIDE:
+        return unit, start.to(tl.int64)
+    else:
+        return unit.to(tl.int32), start.to(tl.int32)
+
+
+@triton.jit
+def _spot(column, at, start, size):
+    """The pixels of a row, as smoothness.py has them."""
+    return at * (size[0] * apart(size)) + start, at * size[0] + column, column, at, 0
+
+
+@triton.jit
+def _columns(weight, image, channel, column):
+    """A map of weights, as smoothness.py takes it for the columns of an image."""
+    return at_column(weight, image, channel, column), weight[3], weight[4]
+
+
+@triton.jit
+def image_ssim_fwd_kernel(
+    x_ptr,  # (units, count)
+    y_ptr,  # (units, count)
+    pixel_weight,  # (images, channels, height, width), any strides; or None
+    guide,  # None or a tuple, see smoothness.py
+    weight,  # of the smoothness: as that of the pixels
+    map_weight,  # (images, channels, height - 2 margin, width - 2 margin), any strides; or (None,)
+    out_ptr,  # (sums, programs) float32: pixel, smoothness along z, y and x (or one number), SSIM
+    partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
+    taps,  # of the pixels 0 .. RADIUS away
+    size,  # of a unit, see smoothness.py
+    lanes,  # of the images, of the map
+    channels,
+    rows,
+    p,
+    c1,
+    c2,
+    PIXEL: tl.constexpr,
+    SMOOTHNESS: tl.constexpr,
+    ORDER: tl.constexpr,
+    OUTS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    ASIDE: tl.constexpr,
+    RADIUS: tl.constexpr,
+    KEEP: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width, height = size[0], size[1]
+    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, BLOCK)
+    unit, start = _plane_of(image, channel, column, size, channels, WIDE)
+    x_at = x_ptr + start_of(unit, size)
+    y_at = y_ptr + start_of(unit, size)
+    if pixel_weight is not None:
+        pixel_weight = _columns(pixel_weight, image, channel, column)
+    if weight is not None:
+        weight = _columns(weight, image, channel, column)
+    inside = column < width
+    in_map = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
+    map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
+    step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
+    if map_weight[0] is not None:
+        w_at = at_column(map_weight, image, channel, column - MARGIN)
+    none = nothing(RADIUS, BLOCK)
+    moving = (none, none, none, none)
+    of_pixels, of_map = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    sums = zeros(OUTS, BLOCK)
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, height)
+    for row in range(first - RADIUS, last + RADIUS):
+        here = (tl.cast(row, tl.int64) if WIDE else row) * width * ASIDE + start
+        has = (row >= 0) & (row < height)
+        moments, moving = next_moments(
+            moving, x_at + here, y_at + here, column, width, has, taps, ASIDE, ASIDE, RADIUS
+        )
+        at = row - RADIUS
+        if at >= first:
+            spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
+            if PIXEL != "":
+                x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
+                y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
+                loss = distance(y - x, p, PIXEL)
+                if pixel_weight is not None:
+                    loss *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+                of_pixels += tl.where(inside, loss, 0.0)
+            if SMOOTHNESS != "":
+                terms = smoothness_terms(y_ptr, guide, weight, unit, spot, size, inside, SMOOTHNESS, ORDER, 2)
+                sums = added(sums, terms)
+            if (at >= MARGIN) & (at < height - MARGIN):
+                w = 1.0
+                if map_weight[0] is not None:
+                    there = w_at + tl.cast(at - MARGIN, tl.int64) * map_weight[3]
+                    w = tl.load(there, mask=in_map, other=0.0).to(tl.float32)
+                to = partials_ptr + tl.cast(at - MARGIN, tl.int64) * lanes[1] + map_lane
+                of_map += tl.where(in_map, map_loss(moments, w, to, step, in_map, c1, c2, False, KEEP), 0.0)
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out_ptr, tl.sum(of_pixels))
+    for axis in tl.static_range(OUTS):
+        tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
+    tl.store(out_ptr + (OUTS + 1) * programs, tl.sum(of_map))
+
+
+@triton.jit
+def image_ssim_bwd_kernel(
+    grad_ptr,  # (sums,) float32
+    x_ptr,  # (units, count)
+    y_ptr,  # (units, count)
+    x_grad,  # (pointer,) of the same, or (None,)
+    y_grad,  # (pointer,) of the same, or (None,)
+    pixel_weight,  # (images, channels, height, width), any strides; or None
+    guide,  # None or a tuple, see smoothness.py
+    weight,  # of the smoothness: as that of the pixels
+    partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
+    taps,  # of the pixels 0 .. RADIUS away
+    size,  # of a unit, see smoothness.py
+    lanes,  # of the images, of the map
+    channels,
+    rows,
+    p,
+    PIXEL: tl.constexpr,
+    SMOOTHNESS: tl.constexpr,
+    ORDER: tl.constexpr,
+    OUTS: tl.constexpr,
+    MARGIN: tl.constexpr,
+    ASIDE: tl.constexpr,
+    RADIUS: tl.constexpr,
+    KEPT: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    width, height = size[0], size[1]
+    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, BLOCK)
+    unit, start = _plane_of(image, channel, column, size, channels, WIDE)
+    x_at = x_ptr + start_of(unit, size)
+    y_at = y_ptr + start_of(unit, size)
+    if pixel_weight is not None:
+        pixel_weight = _columns(pixel_weight, image, channel, column)
+    if weight is not None:
+        weight = _columns(weight, image, channel, column)
+    inside = column < width
+    map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
+    step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
+    none = nothing(RADIUS, BLOCK)
+    moving = (none, none, none, none)
+    needs = (x_grad[0], y_grad[0])
+    up_map = tl.load(grad_ptr + OUTS + 1)
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, height)
+    for row in range(first - RADIUS, last + RADIUS):
+        has = (row >= MARGIN) & (row < height - MARGIN)
+        here = partials_ptr + tl.cast(row - MARGIN, tl.int64) * lanes[1] + map_lane
+        filtered, moving = next_filtered(
+            moving, here, step, column - MARGIN, width - 2 * MARGIN, has, taps, needs, KEPT, ASIDE, RADIUS
+        )
+        at = row - RADIUS
+        if at >= first:
+            p_aa, p_dd, p_x, p_y = filtered
+            spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
+            x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
+            y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
+            by_a, by_d = 2.0 * (x + y) * p_aa, 2.0 * (x - y) * p_dd
+            pulled = tl.zeros((BLOCK,), tl.float32)
+            if PIXEL != "":
+                pulled = tl.load(grad_ptr) * slope(y - x, p, PIXEL)
+                if pixel_weight is not None:
+                    pulled *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+            if needs[0] is not None:
+                total = up_map * (p_x + by_a + by_d) - pulled
+                tl.store(needs[0] + start_of(unit, size) + spot[0], total.to(needs[0].dtype.element_ty), mask=inside)
+            if needs[1] is not None:
+                total = up_map * (p_y + by_a - by_d) + pulled
+                if SMOOTHNESS != "":
+                    for axis in tl.static_range(2):
+                        up = tl.load(grad_ptr + (1 if OUTS == 1 else 2 - axis))
+                        total += up * smoothness_pulled(
+                            y_ptr, guide, weight, unit, spot, size, inside, axis, SMOOTHNESS, ORDER, 2
+                        )
+                tl.store(needs[1] + start_of(unit, size) + spot[0], total.to(needs[1].dtype.element_ty), mask=inside)
