@@ -37,17 +37,17 @@ def run(backend: str, image: Tensor, text: Tensor, scale: float = 3.0, bias: flo
 
 
 def judge(place: tuple, image: Tensor, text: Tensor, pooled: Errors | None = None, **options) -> None:
-    """The one rule for value and embeddings' gradients, over all samples of `pooled` where the caller checks that; the
-    scale's and the bias' are single sums of all pairs."""
+    """The one rule for the value and every gradient, over texts at several lengths: the value and the gradients of scale
+    and bias are single numbers, on which eager may be exact by luck. Over all of `pooled` where the caller checks it."""
     errors = pooled or Errors(image.dtype)
-    args = (run(place[1], image, text, **options), run("reference", image, text, **options),
-            run("reference", image.double(), text.double(), **options))  # fmt: skip
-    for name, *each in zip(("value", "image", "text"), *(a[:3] for a in args), strict=True):
-        errors.add(name, *each)
+    for factor in (1.0, 0.97) if INTERPRETING else (1.0, 0.97, 0.9, 0.83):
+        texts = factor * text
+        results = (run(place[1], image, texts, **options), run("reference", image, texts, **options),
+                   run("reference", image.double(), texts.double(), **options))  # fmt: skip
+        for name, *each in zip(("value", "image", "text", "scale", "bias"), *results, strict=True):
+            errors.add(name, *each, str(len(image)))
     if pooled is None:
         errors.check()
-    for ours, exact in zip(args[0][3:], args[2][3:], strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=2e-5 if image.dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
 @each_place
