@@ -276,7 +276,7 @@ CONTRASTIVE = [
             {"label_smoothing": 0.2, "normalize": False, "temperature": 2.0},
             {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},  # a row has none left
-            {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1, hardness=0.5), "temperature": 1.0, "in_batch": True},
+            {"sampling": NegativeSampling(0.1, 0.5, margin=0.2), "temperature": 1.0, "in_batch": True},
             {"sampling": NegativeSampling(margin=0.2), "include_positive": False, "label_smoothing": 0.1},
         ],
         bench=Bench(

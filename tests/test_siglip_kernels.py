@@ -37,8 +37,10 @@ def run(backend: str, image: Tensor, text: Tensor, scale: float = 3.0, bias: flo
 
 
 def judge(place: tuple, image: Tensor, text: Tensor, pooled: Errors | None = None, **options) -> None:
-    """The one rule for the value and every gradient, over texts at several lengths: the value and the gradients of scale
-    and bias are single numbers, on which eager may be exact by luck. Over all of `pooled` where the caller checks it."""
+    """The one rule for the value and every gradient; over all of `pooled` where the caller checks that.
+
+    Over texts at several lengths, since the value and the gradients of scale and bias are single numbers.
+    """
     errors = pooled or Errors(image.dtype)
     for factor in (1.0, 0.97) if INTERPRETING else (1.0, 0.97, 0.9, 0.83):
         texts = factor * text

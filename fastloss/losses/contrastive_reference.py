@@ -121,7 +121,7 @@ def merged(one: Tensor, two: Tensor) -> Tensor:
     """Statistics [S, M] of the union of two sets of negatives."""
     none = (one == -math.inf) & (two == -math.inf)  # whose log-sum-exp has the gradient NaN
     both = torch.stack((one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)))
-    # not logaddexp: its second derivatives are NaN where one of the two sets is empty, or more than e^88 times the other
+    # not logaddexp: its second derivatives are NaN where one of the sets is empty, or over e^88 times the other
     together = list(torch.logsumexp(both, 0).masked_fill(none, -math.inf))
     together[1] = torch.maximum(one[1], two[1])
     if one.shape[0] in (4, 6):  # moments
