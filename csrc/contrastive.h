@@ -1,7 +1,7 @@
 // What the softmax contrastive kernels work on: operands of the op, matrix products, tiles of logits.
 #pragma once
 
-#include "common.h"
+#include "bf16_product.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -52,6 +52,7 @@ struct ContrastiveKernels {
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
   void (*add)(const float* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, BFloat16* to);
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
@@ -94,9 +95,15 @@ inline Tensor dense(const Tensor& t) {
   return rows || columns ? t : torch::stable::contiguous(t);
 }
 
-// a b^T of [m, K] and [n, K], added to `total` [m, n] if given. oneDNN adds up all K terms one after another; in pieces
-// of kTerms the error is that of a BLAS.
+// a b^T of [m, K] and [n, K], both float32 or both bfloat16, in float32, added to `total` [m, n] if given. oneDNN adds up
+// all K terms one after another; in pieces of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  if (a.scalar_type() == ScalarType::BFloat16) {
+    const bool adds = total.has_value();
+    if (!adds) total = torch::stable::new_empty(a, {a.size(0), b.size(0)}, ScalarType::Float);
+    bf16_product(a, b, *total, adds);
+    return *total;
+  }
   for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
     const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
     AtenTensorHandle out = nullptr;
@@ -132,6 +139,7 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
   Tensor query, key;               // float32, contiguous
+  Tensor queries, keys;            // the same as operands of products: where those may be of bfloat16, in that
   std::vector<Tensor> key_pieces;  // the key's columns, kTerms at a time, where products need them
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, symmetric, two_ceilings = false;
@@ -144,6 +152,8 @@ struct Problem {
   Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
       : query(torch::stable::contiguous(torch::stable::to(q, ScalarType::Float))),
         key(torch::stable::contiguous(torch::stable::to(k, ScalarType::Float))),
+        queries(query),
+        keys(key),
         rows(q.size(0)),
         columns(k.size(0)),
         width(q.size(1)),
@@ -154,6 +164,10 @@ struct Problem {
         factors{1.0f} {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
+    if (kind.find("bfloat16") != std::string::npos && has_bf16_products()) {
+      queries = torch::stable::to(query, ScalarType::BFloat16);
+      keys = torch::stable::to(key, ScalarType::BFloat16);
+    }
     if (hardness > 0) factors = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
   }
 
@@ -190,6 +204,7 @@ struct Problem {
 
   // The products of rows begin .. and columns first ..
   Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
+    if (narrow()) return product(slice(queries, 0, begin, m), slice(keys, 0, first, n));
     if (key_pieces.empty())
       for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { key_pieces.push_back(dense(slice(key, 1, k, terms))); });
     std::optional<Tensor> total;
@@ -201,6 +216,8 @@ struct Problem {
     return *total;
   }
 
+  // Whether the factors of products, the gradient of the raw products too, are rounded to bfloat16.
+  bool narrow() const { return queries.scalar_type() == ScalarType::BFloat16; }
   bool empty() const { return rows == 0 || columns == 0; }
   int64_t directions() const { return symmetric ? 2 : 1; }
   int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }

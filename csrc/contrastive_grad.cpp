@@ -48,8 +48,8 @@ class Backward {
 
   bool needs_column_scale = false, needs_bias = false;
 
-  // H of rows begin .. and columns first .. from their products `raw`; `to` is where they stand in a block.
-  void chunk(const Tensor& raw, int64_t begin, int64_t first, float* to, int64_t stride) {
+  // H, `to`, of rows begin .. and columns first .. from their products `raw`.
+  void chunk(const Tensor& raw, int64_t begin, int64_t first, const Tensor& to) {
     const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
     const int64_t width = (raw.size(1) + 15) / 16 * 16;
     std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
@@ -62,7 +62,7 @@ class Backward {
         float* bias = needs_bias ? &of_bias[sums] : nullptr;
         for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r) {
           const float* x = input<float>(raw) + r * raw.stride(0) + at;
-          line(x, begin + r, first + at, n, scale, bias, to + r * stride + at);
+          line(x, begin + r, first + at, n, scale, bias, to, r * to.stride(0) + at);
         }
       }
     });
@@ -115,7 +115,8 @@ class Backward {
     }
   }
 
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, float* to) {
+  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, const Tensor& to,
+            int64_t at) {
     alignas(64) float s[kColumns], g[kColumns];
     p_.logits(kernels_, raw, i, first, n, false, s);
     if (shared_) {
@@ -133,8 +134,10 @@ class Backward {
         kernels_.grad_columns(s, n, p_.factors[f], &back.lse[f][first], &back.grad[f][first], g);
       if (p_.moments) kernels_.grad_sum(s, n, 0.0f, &back.sum[first], g);
     }
+    float* h = p_.narrow() ? g : output<float>(to) + at;
     row_parts_[i * blocks_ + first / kColumns] =
-        kernels_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, to);
+        kernels_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, of_bias, h);
+    if (p_.narrow()) kernels_.narrow(h, n, output<BFloat16>(to) + at);
   }
 
   const Problem& p_;
@@ -157,7 +160,7 @@ void fill(Backward& backward, Problem& p, const Tensor& stash, double workspace_
       const int64_t m = std::min(height, h.size(0) - r), n = std::min(width, h.size(1) - c);
       const Tensor raw = stash.numel() > 0 ? slice(slice(stash, 0, begin + r, m), 1, first + c, n)
                                            : p.raw(begin + r, m, first + c, n);
-      backward.chunk(raw, begin + r, first + c, output<float>(h) + r * h.stride(0) + c, h.stride(0));
+      backward.chunk(raw, begin + r, first + c, slice(slice(h, 0, r, m), 1, c, n));
     }
 }
 
@@ -181,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
     torch::stable::zero_(key_grad);
   } else {
     const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / 2), kWidest);
-    const Tensor block = torch::stable::new_empty(p.query, {height, width});
+    const Tensor block = torch::stable::new_empty(p.queries, {height, width});
     std::vector<std::optional<Tensor>> of_columns(blocks_of(p.columns, width));  // transposed, of the rows so far
     for (int64_t begin = 0; begin < p.rows; begin += height) {
       std::optional<Tensor> of_rows;  // of the columns so far
@@ -191,8 +194,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
         const Tensor h = slice(slice(block, 0, 0, m), 1, 0, n);
         fill(backward, p, stash, workspace_mib, begin, first, h);
         std::optional<Tensor>& transposed = of_columns[first / width];
-        if (needs_query) of_rows = product(h, flipped(slice(p.key, 0, first, n)), of_rows);
-        if (needs_key) transposed = product(flipped(slice(p.query, 0, begin, m)), flipped(h), transposed);
+        if (needs_query) of_rows = product(h, flipped(slice(p.keys, 0, first, n)), of_rows);
+        if (needs_key) transposed = product(flipped(slice(p.queries, 0, begin, m)), flipped(h), transposed);
       }
       if (!needs_query) continue;
       Tensor rows = slice(query_grad, 0, begin, m);

@@ -136,11 +136,15 @@ static void contrastive_add(const float* from, int64_t n, float* to) {
   for (; i < n; ++i) to[i] += from[i];
 }
 
+static void contrastive_narrow(const float* from, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
+}
+
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
           contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
-          contrastive_add};
+          contrastive_add,       contrastive_narrow};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -35,8 +35,13 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _kind(diagonal: bool, moments: bool, symmetric: bool = False) -> str:
-    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric}
+def are_bfloat16(one: Tensor, two: Tensor) -> bool:
+    """Whether, on the CPU, both are bfloat16, so that their products may be made in it after all."""
+    return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
+
+
+def _kind(diagonal: bool, moments: bool, symmetric: bool = False, bfloat16: bool = False) -> str:
+    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric, "bfloat16": bfloat16}
     return "+".join(word for word, there in words.items() if there)
 
 
@@ -80,20 +85,22 @@ def softmax_rows(
     scale: Tensor | float,
     bias: Tensor | float | None,
     targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None],
     form: SoftmaxForm,
     workspace_mib: float,
     return_lse: bool,
 ) -> ContrastiveOutput | Tensor:
     """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
 
-    The by-products are left out where they would cost something and nobody asked for them.
+    `ids` are the queries' and the keys', both or neither. The by-products are left out where they would cost something
+    and nobody asked for them.
     """
     dtype = result_dtype(query, key, negatives)
+    query_ids, key_ids = ids
     extras = return_lse or any(x is not None for x in (negatives, bias, targets, query_ids))
     if not extras and _is_short(query.shape[0] * key.shape[0], form, workspace_mib, dtype):
         return _short_rows(query, key, scale, form, dtype)
+    bfloat16 = (are_bfloat16(query, key), negatives is not None and are_bfloat16(query, negatives))
     query, key = widened(query), widened(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
@@ -112,7 +119,7 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = contrastive(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, _kind(targets is None, moments, form.symmetric), hardness, float(workspace_mib),
+            ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, float(workspace_mib),
         )  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
@@ -123,8 +130,8 @@ def softmax_rows(
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = contrastive(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
-            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling, _kind(False, moments),
-            hardness, float(workspace_mib),
+            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
+            _kind(False, moments, bfloat16=bfloat16[1]), hardness, float(workspace_mib),
         )  # fmt: skip
         stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
     assert stats is not None
