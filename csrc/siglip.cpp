@@ -230,8 +230,10 @@ Tensor scaled(const Tensor& from, float factor, const Tensor& like, bool needed)
   Tensor to = empty_like(from, like.scalar_type());
   for_dtype(like.scalar_type(), "siglip", [&](auto element) {
     using T = decltype(element);
+    const float* source = input<float>(from);  // not in the loop: a call into torch
+    T* target = output<T>(to);
     for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) output<T>(to)[i] = static_cast<T>(factor * input<float>(from)[i]);
+      for (int64_t i = begin; i < end; ++i) target[i] = static_cast<T>(factor * source[i]);
     });
   });
   return to;
