@@ -19,6 +19,8 @@ FASTLOSS_INLINE void bf16_rows(const Bf16Rows& a, const uint32_t* panel, int64_t
                                int64_t n, bool adds) {
   constexpr int C = kPanel / W;
   vf sums[R][C] = {};
+  for (int r = 0; r < R; ++r)  // the results' lines come while the sums are made
+    for (int c = 0; c < C; ++c) __builtin_prefetch(to + r * stride + c * W, 1);
   for (int64_t k = 0; k < pairs; ++k) {
     vu of_b[C];
     for (int c = 0; c < C; ++c) of_b[c] = load_bits<vu>(panel + k * kPanel + c * W);
