@@ -190,6 +190,36 @@ def _without_time(device: str) -> list[str]:
     return [f"- {provider}: {note} ({', '.join(where)})" for (provider, note), where in seen.items()] or ["Nothing."]
 
 
+def _scaling_table(device: str) -> list[str]:
+    """How far each provider goes, and what threads bring, of every loss that `benchmarks.scaling` has swept."""
+    rows = [r for r in read_all(RESULTS / device / "scaling") if r["mode"] == "both"]
+    if not rows:
+        return ["Not measured."]
+    sweeps: dict[tuple[str, str], dict[int, list[dict[str, str]]]] = {}
+    for r in rows:
+        sweeps.setdefault((r["loss"], r["provider"]), {}).setdefault(int(r["threads"] or 0), []).append(r)
+    titles = ("loss", "provider", "largest size", "ms", "peak MiB", "what stopped it", "threads")
+    lines = [f"| {' | '.join(titles)} |", "|---|---|---|--:|--:|---|---|"]
+    for (loss, provider), by_threads in sweeps.items():
+        own = by_threads[max(by_threads)]
+        timed = [r for r in own if r["p50_ms"]]
+        if timed:
+            last, note = timed[-1], next((r["note"] for r in own if r["note"]), "the end of the sweep")
+            lines.append(f"| `{loss}` | {provider} | {shape_label(last['shape'])} | {_ms(float(last['p50_ms']))} "
+                         f"| {last['peak_mib'] or '-'} | {note} | {_gain(by_threads)} |")
+    return lines
+
+
+def _gain(by_threads: dict[int, list[dict[str, str]]]) -> str:
+    """`1 to 2: 1.9x at 2048x512`: how many times faster the most threads are, at the largest size that all did."""
+    few, many = min(by_threads), max(by_threads)
+    alone, together = ({r["shape"]: float(r["p50_ms"]) for r in by_threads[n] if r["p50_ms"]} for n in (few, many))
+    both = [shape for shape in alone if shape in together]
+    if few == many or not both:
+        return "-"
+    return f"{few} to {many}: {alone[both[-1]] / together[both[-1]]:.2f}x at {shape_label(both[-1])}"
+
+
 def report() -> str:
     """The body of REPORT.md."""
     parts = ["## Forward and backward, and whole training steps", "", table(full=True), "", notes(), ""]
@@ -200,6 +230,7 @@ def report() -> str:
             parts.append("Not measured. Predictions, kept apart from measurements, are in NOTES.md.")
             continue
         parts += [*_lost_table(device), "", f"## Not timed, {name}", "", *_without_time(device)]
+        parts += ["", f"## Scaling, {name}", "", *_scaling_table(device)]
     return "\n".join(parts)
 
 

@@ -5,8 +5,8 @@
 The launchers of each kernels/<stem>.py run on the calls its `aot_cases()` lists, under a driver without a device.
 Every call is compiled for sm_90; sm_80 and gfx942 get a sample of the calls of each kernel (all with --all). Expected:
 no spills, shared memory within the device's, 128-bit accesses and matrix instructions where the case names them. AMD's
-scalar registers (masks, one per element of a lane) may go to lanes of vector registers, as long as no vector register
-is spilled and no scratch memory is used.
+scalar registers (masks, one per element of a lane) may go to lanes of vector registers, which the column "lanes"
+counts, as long as no vector register is spilled and no scratch memory is used.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def stats(kernel: Any) -> dict[str, float]:
             return int(re.search(rf"\.{key}:\s+(\d+)", code).group(1))
 
         spills = max(number("vgpr_spill_count"), number("private_segment_fixed_size"))
-        found |= {"regs": number("vgpr_count"), "spills": spills}
+        found |= {"regs": number("vgpr_count"), "spills": spills, "lanes": number("sgpr_spill_count")}
         found["matrix"] = len(re.findall(r"\bv_mfma_", code))
         widths = [AMD_BYTES.get(width, 1) for width in AMD_ACCESS.findall(code)]
         bulk = 0
@@ -183,14 +183,14 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if row.stats:
             groups[row.stem, row.kernel, row.target].append(row.stats)
-    heads = ("calls", "regs", "spills", "shared", "128-bit", "matrix")
-    lines = [f"{'stem':12} {'kernel':32} {'target':7} {'{:>5} {:>5} {:>6} {:>7} {:>8} {:>6}'.format(*heads)}"]
+    heads = ("calls", "regs", "spills", "lanes", "shared", "128-bit", "matrix")
+    lines = [f"{'stem':12} {'kernel':32} {'target':7} {'{:>5} {:>5} {:>6} {:>5} {:>7} {:>8} {:>6}'.format(*heads)}"]
     for (stem, kernel, target), found in sorted(groups.items()):
-        most = {key: max(s[key] for s in found) for key in ("regs", "spills", "shared")}
+        most = {key: max(s.get(key, 0) for s in found) for key in ("regs", "spills", "lanes", "shared")}
         least = {key: min(s[key] for s in found) for key in ("vector", "matrix")}
         lines.append(
-            f"{stem:12} {kernel:32} {target:7} {len(found):5} {most['regs']:5} {most['spills']:6} {most['shared']:7} "
-            f"{least['vector']:8.0%} {least['matrix']:6}"
+            f"{stem:12} {kernel:32} {target:7} {len(found):5} {most['regs']:5} {most['spills']:6} {most['lanes']:5} "
+            f"{most['shared']:7} {least['vector']:8.0%} {least['matrix']:6}"
         )
     return "\n".join(lines)
 

@@ -300,6 +300,21 @@ def test_pictures_are_drawn(tmp_path, monkeypatch):
     assert all((tmp_path / "cpu" / name).read_bytes().startswith(b"<?xml") for name in drawn)
 
 
+def test_the_report_says_how_far_each_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables._scaling_table("cpu") == ["Not measured."]
+    eager, ours, _ = sample()
+    rows.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", [
+        eager | {"threads": "1", "p50_ms": "6"}, eager | {"threads": "1", "p50_ms": "24", "shape": "8x3x64x64"},
+        eager | {"p50_ms": "4"}, eager | {"shape": "8x3x64x64", "p50_ms": "", "note": "out of memory at 64"}, ours,
+    ])  # fmt: skip
+    head = "| `pixel_loss` | {} | 8x3x32x32 | {} | 3 | {} | {} |"
+    assert tables._scaling_table("cpu")[2:] == [
+        head.format("eager", 4, "out of memory at 64", "1 to 2: 1.50x at 8x3x32x32"),
+        head.format("fastloss", 1, "the end of the sweep", "-"),
+    ]
+
+
 def sample():
     row = dict.fromkeys(rows.COLUMNS, "") | dict(
         loss="pixel_loss", options="{}", shape="8x3x32x32", dtype="float32", mode="both", device="a cpu", threads="2",
