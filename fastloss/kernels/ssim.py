@@ -115,6 +115,20 @@ def _along_x(center, column, bound, taps, ASIDE: tl.constexpr, RADIUS: tl.conste
 
 
 @triton.jit
+def _terms(ma, md, saa, sdd, c1, c2, STRUCTURE: tl.constexpr):
+    """What luminance and structure lack of 1, from the filtered sums and squares; the inverses of their divisors."""
+    maa, mdd = ma * ma, md * md
+    va, vd = saa - maa, sdd - mdd
+    per_s = 1.0 / (0.5 * (va + vd) + c2)
+    form = vd * per_s
+    if STRUCTURE:
+        per_l = tl.zeros_like(form)
+    else:
+        per_l = 1.0 / (0.5 * (maa + mdd) + c1)
+    return mdd * per_l, form, per_l, per_s
+
+
+@triton.jit
 def _ssim_fwd_kernel(
     x,  # (images, channels, height, width), any strides
     y,  # (images, channels, height, width), any strides
@@ -174,15 +188,7 @@ def _ssim_fwd_kernel(
         y_at += y[3]
         at = row - RADIUS
         if at >= first:
-            maa, mdd = ma * ma, md * md
-            va, vd = saa - maa, sdd - mdd
-            per_s = 1.0 / (0.5 * (va + vd) + c2)
-            form = vd * per_s
-            if STRUCTURE:
-                per_l = tl.zeros_like(form)
-            else:
-                per_l = 1.0 / (0.5 * (maa + mdd) + c1)
-            light = mdd * per_l
+            light, form, per_l, per_s = _terms(ma, md, saa, sdd, c1, c2, STRUCTURE)
             loss = light + form - light * form
             w = 1.0
             if weight[0] is not None:
