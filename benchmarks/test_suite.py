@@ -1,7 +1,8 @@
 """The headline rows as a pytest-benchmark suite: `pytest benchmarks --benchmark-only`, `--benchmark-compare`.
 
 One group per loss, options, shape and dtype; forward plus backward of each provider. FASTLOSS_BENCH_SIZES (shapes, or
-numbers as for `fastloss bench --sizes`) replaces the shapes, FASTLOSS_BENCH_LOSSES the losses; `-k` chooses further.
+numbers as for `fastloss bench --sizes`) replaces the shapes, FASTLOSS_BENCH_LOSSES the losses, FASTLOSS_BENCH_DTYPES the
+dtypes; `-k` chooses further.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.rows import Item, items, named, passes  # noqa: E402
 from tests.battery import cast, ops_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = ("float32", "bfloat16") if DEVICE == "cuda" else ("float32",)
+DTYPES = os.environ.get("FASTLOSS_BENCH_DTYPES", "float32 bfloat16" if DEVICE == "cuda" else "float32").split()
 LOSSES = os.environ.get("FASTLOSS_BENCH_LOSSES", "").split() or named()
 SIZES = os.environ.get("FASTLOSS_BENCH_SIZES", "").split()
 

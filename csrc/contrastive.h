@@ -1,7 +1,7 @@
 // What the softmax contrastive kernels work on: operands of the op, matrix products, tiles of logits.
 #pragma once
 
-#include "common.h"
+#include "bf16_product.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
@@ -61,6 +61,7 @@ struct ContrastiveKernels {
   double (*pull)(const float* s, int64_t n, float factor, float most, const float* column_scale, float* to);
   void (*pull_sum)(const float* s, int64_t n, const float* column_scale, float* to);
   void (*rescale)(const float* from, int64_t n, float factor, float* to);
+  void (*narrow)(const float* from, int64_t n, BFloat16* to);
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
@@ -146,9 +147,15 @@ inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tenso
   return *total;
 }
 
-// a b^T of [m, K] and [n, K], added to `total` [m, n] if given. oneDNN adds up all K terms one after another; in pieces
-// of kTerms the error is that of a BLAS.
+// a b^T of [m, K] and [n, K], both float32 or both bfloat16, in float32, added to `total` [m, n] if given. oneDNN adds up
+// all K terms one after another; in pieces of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
+  if (a.scalar_type() == ScalarType::BFloat16) {
+    const bool adds = total.has_value();
+    if (!adds) total = floats({a.size(0), b.size(0)});
+    bf16_product(a, b, *total, adds);
+    return *total;
+  }
   if (is_small(a.size(0), b.size(0), a.size(1))) return blas_product(a, b, total);
   for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
     const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
@@ -188,10 +195,14 @@ struct Panels {
   float* data_;
 };
 
-// panels b^T, added to `total` if given
+// panels b^T, the panels rounded where b is bfloat16, added to `total` if given
 inline Tensor product(const Panels& panels, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
   for_pieces(panels.columns, kTerms,
-             [&](int64_t k, int64_t n) { total = product(panels.panel(k), slice(b, 1, k, n), total); });
+             [&](int64_t k, int64_t n) {
+               const Tensor part = panels.panel(k);
+               const bool narrow = b.scalar_type() == ScalarType::BFloat16;
+               total = product(narrow ? torch::stable::to(part, ScalarType::BFloat16) : part, slice(b, 1, k, n), total);
+             });
   return *total;
 }
 
@@ -216,6 +227,7 @@ inline Tensor single(const Tensor& t) {
 struct Problem {
   Tensor query, key;               // float32, contiguous
   std::vector<Tensor> query_pieces, key_pieces;  // their columns, kTerms at a time, where products need them
+  Tensor queries, keys;            // the same as operands of products: where those may be of bfloat16, in that
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
   bool once = false;           // each key is in one product: none of them is copied before
@@ -228,6 +240,8 @@ struct Problem {
   Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
       : query(single(q)),
         key(single(k)),
+        queries(query),
+        keys(key),
         rows(q.size(0)),
         columns(k.size(0)),
         width(q.size(1)),
@@ -239,6 +253,10 @@ struct Problem {
         factors{1.0f} {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
+    if (kind.find("bfloat16") != std::string::npos && has_bf16_products()) {
+      queries = torch::stable::to(query, ScalarType::BFloat16);
+      keys = torch::stable::to(key, ScalarType::BFloat16);
+    }
     if (hardness > 0) factors = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
   }
 
@@ -276,6 +294,7 @@ struct Problem {
 
   // The products of rows begin .. and columns first ..
   Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
+    if (narrow()) return product(slice(queries, 0, begin, m), slice(keys, 0, first, n));
     if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
     const auto cut = [&](const Tensor& x, std::vector<Tensor>& pieces) {
       if (pieces.empty())
@@ -293,6 +312,8 @@ struct Problem {
     return *total;
   }
 
+  // Whether the factors of products, the gradient of the raw products too, are rounded to bfloat16.
+  bool narrow() const { return queries.scalar_type() == ScalarType::BFloat16; }
   bool empty() const { return rows == 0 || columns == 0; }
   int64_t directions() const { return symmetric && !upper ? 2 : 1; }
   // Whether rows from `begin` on have no pair with columns before `end`.

@@ -221,8 +221,8 @@ void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double 
         });
       });
       std::optional<Tensor>& below = of_columns[first / width];
-      if (needs_query) of_rows = product(h, flipped(slice(p.key, 0, first, n)), of_rows);
-      if (needs_key) below = product(back, flipped(slice(p.query, 0, begin, m)), below);
+      if (needs_query) of_rows = product(h, flipped(slice(p.keys, 0, first, n)), of_rows);
+      if (needs_key) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
     }
     if (needs_query) rows(begin, *of_rows);
   }

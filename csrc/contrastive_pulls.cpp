@@ -37,7 +37,7 @@ class Pulls {
 
  private:
   void block(int64_t begin, int64_t m, int64_t first, int64_t n, Tensor& pulls) {
-    const Tensor raw = p_.raw(begin, m, first, n), keys = flipped(slice(p_.key, 0, first, n));
+    const Tensor raw = p_.raw(begin, m, first, n), keys = flipped(slice(p_.keys, 0, first, n));
     std::vector<Panels> weights;
     while (weights.size() < static_cast<size_t>(p_.sums())) weights.emplace_back(floats({m, n}), m, n);
     for_each(blocks_of(m, kGroup), [&](int64_t g) {

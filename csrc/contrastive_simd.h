@@ -175,13 +175,16 @@ static void contrastive_rescale(const float* from, int64_t n, float factor, floa
   for (; i + W <= n; i += W) store(to + i, load(to + i) * factor + load(from + i));
   for (; i < n; ++i) to[i] = to[i] * factor + from[i];
 }
+static void contrastive_narrow(const float* from, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
+}
 
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
           contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
           contrastive_add,       contrastive_transpose, contrastive_pull,        contrastive_pull_sum,
-          contrastive_rescale};
+          contrastive_rescale,   contrastive_narrow};
 }
 
 }  // namespace FASTLOSS_ISA

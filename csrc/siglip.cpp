@@ -36,8 +36,10 @@ struct Pairs {
   bool positives;
 
   Pairs(const Tensor& image, const Tensor& text, const Tensor& row_scale, const Given& column_scale,
-        const Tensor& shift, const Given& row_ids, const Given& column_ids, const Given& weights, bool negative_only)
-      : problem(image, text, negative_only ? "" : "diagonal", 0.0), positives(!negative_only) {
+        const Tensor& shift, const Given& row_ids, const Given& column_ids, const Given& weights, bool negative_only,
+        bool bfloat16)
+      : problem(image, text, std::string(negative_only ? "" : "diagonal") + (bfloat16 ? "+bfloat16" : ""), 0.0),
+        positives(!negative_only) {
     STD_TORCH_CHECK(shift.numel() == 1 && shift.scalar_type() == ScalarType::Float,
                     "siglip: expected one float32 bias");
     STD_TORCH_CHECK(negative_only || problem.rows == problem.columns, "siglip: expected as many texts as images");
@@ -48,14 +50,18 @@ struct Pairs {
   }
 };
 
-// Adds part [a, n] to columns first .. of total [a, all], or begins with it.
-void accumulate(Tensor& total, const Tensor& part, int64_t first, bool begins) {
-  Tensor to = slice(total, 1, first, part.size(1));
-  if (begins) {
-    torch::stable::copy_(to, part);
+// Adds a b^T [a, n] to columns first .. of total [a, all], or begins with it.
+void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, bool begins) {
+  Tensor to = slice(total, 1, first, b.size(0));
+  if (a.scalar_type() == ScalarType::BFloat16) {
+    bf16_product(a, b, to, !begins);
     return;
   }
-  const Tensor from = torch::stable::contiguous(part);
+  const Tensor from = torch::stable::contiguous(product(a, b));
+  if (begins) {
+    torch::stable::copy_(to, from);
+    return;
+  }
   for_each(to.size(0), [&](int64_t d) {
     const float* more = input<float>(from) + d * from.stride(0);
     float* sum = output<float>(to) + d * to.stride(0);
@@ -90,15 +96,17 @@ class Siglip {
       for (Tensor* t : {&to.image, &to.text}) torch::stable::zero_(*t);
     } else {
       const auto [height, width] = rectangle(p_, std::min(kGradientBlock, workspace_mib_ / 4), kWidest);
-      Tensor block = single({needs_ & kText ? height : 0, width}), panel = single({needs_ ? height : 0, kTerms});
+      const Tensor block = new_empty(p_.queries, {needs_ & kText ? height : 0, width});
+      const Tensor panel = new_empty(p_.queries, {needs_ & kImage ? height : 0, kTerms});
+      const int64_t deep = p_.narrow() ? height : kTerms;  // which cuts its sums itself
       for_pieces(p_.rows, height, [&, width = width](int64_t begin, int64_t m) {
         for_pieces(p_.columns, width, [&](int64_t first, int64_t n) {
           for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
             column_panel(begin, m, first + c, some, c, to, panel, block);
           });
-          for_pieces(needs_ & kText ? m : 0, kTerms, [&](int64_t r, int64_t some) {
-            const Tensor h = slice(slice(block, 0, r, some), 1, 0, n), images = slice(p_.query, 0, begin + r, some);
-            accumulate(to.text, product(flipped(images), flipped(h)), first, begin + r == 0);
+          for_pieces(needs_ & kText ? m : 0, deep, [&](int64_t r, int64_t some) {
+            const Tensor h = slice(slice(block, 0, r, some), 1, 0, n), images = slice(p_.queries, 0, begin + r, some);
+            accumulate(flipped(images), flipped(h), to.text, first, begin + r == 0);
           });
         });
       });
@@ -145,23 +153,31 @@ class Siglip {
   // H at column `at` of the block.
   void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
                     const Tensor& block) {
-    const Tensor texts = slice(p_.key, 0, first, n), raw = product(slice(p_.query, 0, begin, m), texts);
-    float* h = needs_ ? output<float>(panel) : nullptr;
-    float* copy = needs_ & kText ? output<float>(block) + at : nullptr;
+    const Tensor texts = slice(p_.keys, 0, first, n), raw = product(slice(p_.queries, 0, begin, m), texts);
     const int64_t groups = blocks_of(m, kRows), width = (n + 15) / 16 * 16;
-    std::vector<float> of_scale(h ? groups * width : 0, 0.0f);
+    std::vector<float> of_scale(needs_ ? groups * width : 0, 0.0f);
     for_each(groups, [&](int64_t g) {
       for (int64_t r = g * kRows; r < std::min((g + 1) * kRows, m); ++r) {
-        line(input<float>(raw) + r * raw.stride(0), begin + r, first, n, h ? &of_scale[g * width] : nullptr,
-             h ? h + r * kTerms : nullptr);
-        if (copy) std::copy_n(h + r * kTerms, n, copy + r * block.size(1));
+        alignas(64) float h[kTerms];
+        line(input<float>(raw) + r * raw.stride(0), begin + r, first, n, needs_ ? &of_scale[g * width] : nullptr,
+             needs_ ? h : nullptr);
+        if (needs_ & kImage) put(h, n, panel, r * panel.size(1));
+        if (needs_ & kText) put(h, n, block, r * block.size(1) + at);
       }
     });
-    for (int64_t g = 0; h && g < groups; ++g)
+    for (int64_t g = 0; needs_ && g < groups; ++g)
       for (int64_t j = 0; j < n; ++j) of_column_[first + j] += of_scale[g * width + j];
     if (!(needs_ & kImage)) return;
     Tensor rows = slice(to.image, 0, begin, m);
-    accumulate(rows, product(slice(slice(panel, 0, 0, m), 1, 0, n), flipped(texts)), 0, first == 0);
+    accumulate(slice(slice(panel, 0, 0, m), 1, 0, n), flipped(texts), rows, 0, first == 0);
+  }
+
+  // One row of H to element `at` of a tensor of products' factors.
+  void put(const float* h, int64_t n, const Tensor& to, int64_t at) const {
+    if (p_.narrow())
+      contrastive_.narrow(h, n, output<BFloat16>(to) + at);
+    else
+      std::copy_n(h, n, output<float>(to) + at);
   }
 
   void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* to) {
@@ -194,8 +210,8 @@ class Siglip {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
     const Tensor& image, const Tensor& text, const Tensor& row_scale, std::optional<Tensor> column_scale,
     const Tensor& bias, std::optional<Tensor> row_ids, std::optional<Tensor> column_ids, std::optional<Tensor> share,
-    bool negative_only, int64_t needs, double workspace_mib) {
-  const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, share, negative_only);
+    bool negative_only, int64_t needs, double workspace_mib, bool bfloat16) {
+  const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, share, negative_only, bfloat16);
   Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
   const Gradients made = pass.run();
   if (share.has_value()) {
@@ -214,8 +230,10 @@ Tensor scaled(const Tensor& from, float factor, const Tensor& like, bool needed)
   Tensor to = empty_like(from, like.scalar_type());
   for_dtype(like.scalar_type(), "siglip", [&](auto element) {
     using T = decltype(element);
+    const float* source = input<float>(from);  // not in the loop: a call into torch
+    T* target = output<T>(to);
     for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) output<T>(to)[i] = static_cast<T>(factor * input<float>(from)[i]);
+      for (int64_t i = begin; i < end; ++i) target[i] = static_cast<T>(factor * source[i]);
     });
   });
   return to;
@@ -225,7 +243,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_bwd(
     const Tensor& grad, const Tensor& image, const Tensor& text, const Tensor& row_scale,
     std::optional<Tensor> column_scale, const Tensor& bias, std::optional<Tensor> row_ids,
     std::optional<Tensor> column_ids, std::optional<Tensor> share, bool negative_only, int64_t needs,
-    double workspace_mib, const Tensor& image_grad, const Tensor& text_grad, const Tensor& row_scale_grad,
+    double workspace_mib, bool bfloat16, const Tensor& image_grad, const Tensor& text_grad, const Tensor& row_scale_grad,
     const Tensor& column_scale_grad, const Tensor& bias_grad, bool needs_image, bool needs_text, bool needs_row_scale,
     bool needs_column_scale, bool needs_bias) {
   Gradients made{image_grad, text_grad, row_scale_grad, column_scale_grad, bias_grad};
@@ -233,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_bwd(
   if (share.has_value()) {
     factor = input<float>(torch::stable::contiguous(grad))[0];
   } else {
-    const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only);
+    const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only, bfloat16);
     made = Siglip(pairs, needs_image * kImage + needs_text * kText + 4, workspace_mib).run();
   }
   return {scaled(made.image, factor, image, needs_image), scaled(made.text, factor, text, needs_text),

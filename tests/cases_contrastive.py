@@ -20,27 +20,32 @@ def eager_reduce(rows, weights, reduction):
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
 
 
-def eager_rows(logits, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1):
-    """Row losses from logits [M, C], the positives' columns and the mask of the negatives, with plain exponentials."""
+def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1, bias=0.0):
+    """Row losses from scaled similarities [M, C], the positives' columns and the mask of the negatives, and a bias.
+
+    With plain exponentials. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in their place.
+    """
+    logits = similar + bias
     positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
     pos = logits.gather(1, target[:, None])[:, 0]
     if sampling is not None and sampling.margin is not None:
-        keep = keep & (logits * temperature <= (pos * temperature + sampling.margin)[:, None])
+        keep = keep & (similar * temperature <= similar.gather(1, target[:, None]) * temperature + sampling.margin)
+    none = ~keep.any(1)
     if sampling is not None and (sampling.tau_plus or sampling.hardness):
-        count = keep.sum(1).to(logits)
+        count = keep.sum(1).clamp(min=1).to(logits)
         negative, importance = logits.exp() * keep, (sampling.hardness * logits).exp() * keep
-        total = (importance * negative).sum(1) / (importance.sum(1) / count)
+        total = (importance * negative).sum(1) / ((importance.sum(1) + none) / count)
         total = (total - sampling.tau_plus * count * pos.exp()) / (1 - sampling.tau_plus)
         if sampling.tau_plus:
             total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits)))
-        rows = (pos.exp() * include_positive + total).log() - pos
+        rows = (pos.exp() * include_positive + total.masked_fill(none, 1.0)).log() - pos
     else:
-        candidates = keep | positive if include_positive else keep
+        candidates = keep | positive if include_positive else keep | (positive & none[:, None])
         rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
     if smoothing:
         mean = torch.where(keep | positive, logits, 0).sum(1) / (keep.sum(1) + 1)
         rows = rows + smoothing * (pos - mean)
-    return rows
+    return rows.masked_fill(none, 0.0)
 
 
 def eager_info_nce(
@@ -58,12 +63,13 @@ def eager_info_nce(
         keep = keep & (query_ids[:, None] != key_ids)
     if negatives is not None and not in_batch:
         keep = torch.zeros_like(keep)
-    inside, mask = logits if bias is None else logits + bias, keep
+    inside, mask = logits, keep
     if negatives is not None:
         extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
         inside = torch.cat((inside, extra * (1 / temperature)), 1)
         mask = torch.cat((keep, torch.ones_like(extra, dtype=torch.bool)), 1)
-    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature)
+    offset = 0.0 if bias is None else bias
+    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature, offset)
     if symmetric:
         back = eager_rows(logits.T, target, keep.T, include_positive, label_smoothing, sampling, temperature)
         rows = (rows + back) / 2
@@ -249,6 +255,10 @@ CONTRASTIVE = [
             {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
             {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
             {"query_ids": IDS, "key_ids": IDS, "include_positive": False, "bias": torch.linspace(-1, 1, 6)},
+            {
+                "bias": torch.linspace(-1, 1, 6), "include_positive": False, "sampling": NegativeSampling(margin=0.3),
+                "normalize": False, "temperature": 2.0,
+            },
         ],
     ),
     Case(
@@ -288,6 +298,9 @@ CONTRASTIVE = [
             {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
             {"label_smoothing": 0.2, "normalize": False, "temperature": 2.0},
             {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
+            {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},  # a row has none left
+            {"sampling": NegativeSampling(0.1, 0.5, margin=0.2), "temperature": 1.0, "in_batch": True},
+            {"sampling": NegativeSampling(margin=0.2), "include_positive": False, "label_smoothing": 0.1},
         ],
         bench=Bench(
             shapes=[(64, 1024, 512)], options=[{"temperature": 0.1}], all_grads=True,

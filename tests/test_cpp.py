@@ -122,7 +122,7 @@ def test_large_gradients_are_streamed_whole():
 
 def test_unknown_cpu_is_an_error(monkeypatch):
     monkeypatch.setenv("FASTLOSS_CPU", "pentium")
-    with pytest.raises(RuntimeError, match="FASTLOSS_CPU: expected default, avx2 or avx512, got pentium"):
+    with pytest.raises(RuntimeError, match="FASTLOSS_CPU: expected default, avx2, avx512 or avx512_bf16, got pentium"):
         run("cpp", torch.zeros(3), torch.ones(3), {})
 
 

@@ -37,17 +37,19 @@ def run(backend: str, image: Tensor, text: Tensor, scale: float = 3.0, bias: flo
 
 
 def judge(place: tuple, image: Tensor, text: Tensor, pooled: Errors | None = None, **options) -> None:
-    """The one rule for value and embeddings' gradients, over all samples of `pooled` where the caller checks that; the
-    scale's and the bias' are single sums of all pairs."""
+    """The one rule for the value and every gradient; over all of `pooled` where the caller checks that.
+
+    Over texts at several lengths, since the value and the gradients of scale and bias are single numbers.
+    """
     errors = pooled or Errors(image.dtype)
-    args = (run(place[1], image, text, **options), run("reference", image, text, **options),
-            run("reference", image.double(), text.double(), **options))  # fmt: skip
-    for name, *each in zip(("value", "image", "text"), *(a[:3] for a in args), strict=True):
-        errors.add(name, *each)
+    for factor in (1.0, 0.97) if INTERPRETING else (1.0, 0.97, 0.9, 0.83):
+        texts = factor * text
+        results = (run(place[1], image, texts, **options), run("reference", image, texts, **options),
+                   run("reference", image.double(), texts.double(), **options))  # fmt: skip
+        for name, *each in zip(("value", "image", "text", "scale", "bias"), *results, strict=True):
+            errors.add(name, *each, str(len(image)))
     if pooled is None:
         errors.check()
-    for ours, exact in zip(args[0][3:], args[2][3:], strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=2e-5 if image.dtype == torch.float32 else 2e-2, atol=1e-5)
 
 
 @each_place
@@ -157,8 +159,8 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(siglip.fwd(q, k, ones, None, bias, None, None, ones, False, 0, 0.1)[0])
-            results.append(siglip.fwd(q, k, ones, None, bias, None, None, ones, False, 7, 0.1)[0])
+            results.append(siglip.fwd(q, k, ones, None, bias, None, None, ones, False, 0, 0.1, False)[0])
+            results.append(siglip.fwd(q, k, ones, None, bias, None, None, ones, False, 7, 0.1, False)[0])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

@@ -42,6 +42,20 @@ def _more(total, vectors, power, scores, before, most, weighted, KEEP: tl.conste
 
 
 @triton.jit
+def _scores(tile, query, scale, ceiling_ptr, there, NORMALIZE: tl.constexpr):
+    """A tile's logits, -inf where they are left out; which are in; the inverse lengths."""
+    product = tl.sum(tile * query, 1)
+    inverse = tl.full((tile.shape[0],), 1.0, tl.float32)
+    if NORMALIZE:
+        square = tl.sum(tile * tile, 1)
+        inverse = tl.where(square <= 1e-24, 0.0, 1.0 / tl.sqrt_rn(square))
+    scores = scale * (inverse * product)
+    if ceiling_ptr is not None:
+        there = there & ((scores > tl.load(ceiling_ptr)) == 0)  # NaN stays in
+    return tl.where(there, scores, float("-inf")), there, inverse
+
+
+@triton.jit
 def _each_fwd_kernel(
     query_ptr,  # (rows, width)
     negatives_ptr,  # (rows, count, width), strides s_row, s_count, 1
@@ -88,16 +102,8 @@ def _each_fwd_kernel(
         offsets = rows.to(tl.int64) * s_count if WIDE else rows * s_count
         mask = (rows < count)[:, None] & inside
         tile = tl.load(negatives_ptr + offsets[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
-        product = tl.sum(tile * query, 1)
-        inverse = tl.full((ROWS,), 1.0, tl.float32)
-        if NORMALIZE:
-            square = tl.sum(tile * tile, 1)
-            inverse = tl.where(square <= 1e-24, 0.0, 1.0 / tl.sqrt_rn(square))
-        scores = scale * (inverse * product)
-        allowed = rows < count
-        if ceiling_ptr is not None:
-            allowed = allowed & ((scores > tl.load(ceiling_ptr + row)) == 0)  # NaN stays in
-        scores = tl.where(allowed, scores, float("-inf"))
+        ceiling = None if ceiling_ptr is None else ceiling_ptr + row
+        scores, allowed, inverse = _scores(tile, query, scale, ceiling, rows < count, NORMALIZE)
         if logits_ptr is not None:
             entry = row * count + rows
             tl.store(logits_ptr + entry, scores, mask=rows < count)
@@ -110,9 +116,7 @@ def _each_fwd_kernel(
         weighted = tile * inverse[:, None]
         total, vectors = _more(total, vectors, 1.0, scores, before, most, weighted, KEEP)
         if POWERS == 3:
-            harder, hard_vectors = _more(
-                harder, hard_vectors, 1.0 + hardness, scores, before, most, weighted, KEEP
-            )
+            harder, hard_vectors = _more(harder, hard_vectors, 1.0 + hardness, scores, before, most, weighted, KEEP)
             easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, weighted, KEEP)
         if MOMENTS and KEEP:
             plain_vectors += tl.sum(tl.where(allowed[:, None], weighted, 0.0), 0)

@@ -167,6 +167,7 @@ def _pass(
 def siglip_fwd(
     image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor, row_ids: Tensor | None,
     column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int, workspace_mib: float,
+    bfloat16: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with on_device(image):
         weights, needs = (row_scale, 0) if share is None else (share, needs)
@@ -181,9 +182,9 @@ def siglip_fwd(
 def siglip_bwd(
     grad: Tensor, image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor,
     row_ids: Tensor | None, column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int,
-    workspace_mib: float, image_grad: Tensor, text_grad: Tensor, row_scale_grad: Tensor, column_scale_grad: Tensor,
-    bias_grad: Tensor, needs_image: bool, needs_text: bool, needs_row_scale: bool, needs_column_scale: bool,
-    needs_bias: bool,
+    workspace_mib: float, bfloat16: bool, image_grad: Tensor, text_grad: Tensor, row_scale_grad: Tensor,
+    column_scale_grad: Tensor, bias_grad: Tensor, needs_image: bool, needs_text: bool, needs_row_scale: bool,
+    needs_column_scale: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     made = [image_grad, text_grad, row_scale_grad, column_scale_grad, bias_grad]
     wanted = (needs_image, needs_text, needs_row_scale, needs_column_scale, needs_bias)
@@ -215,5 +216,5 @@ def aot_cases() -> Iterator[AotCase]:
         label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{width}".strip()
         matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
         for needs in (0, 7):
-            args = (*given, row, "negative" in form, needs, 256.0)
+            args = (*given, row, "negative" in form, needs, 256.0, False)
             yield AotCase(f"{label} needs {needs}", siglip_fwd, args, (), matrix)

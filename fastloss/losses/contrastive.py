@@ -99,18 +99,17 @@ def info_nce(
     """
     check_flags(include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse)
     in_batch, targets, columns = _candidates(query, key, negatives, in_batch, symmetric, targets)
-    query_ids, key_ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
+    ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
     check_sampling(sampling, normalize, bias)
     check_shared(query, weights, workspace_mib, label_smoothing)
-    dtype = result_dtype(query, key, negatives)
-    scale, offset = inverse(temperature, query, dtype), _bias(bias, query, dtype, columns, negatives)
+    scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
     if not return_lse and negatives is None and query_ids is None and not isinstance(offset, Tensor):
         loss = softmax_loss(query, key, scale, targets, weights, form, reduction, workspace_mib)
         if loss is not None:
             return loss
     with full_precision(query):
-        rows = softmax_rows(query, key, negatives, scale, offset, targets, query_ids, key_ids, form, workspace_mib)
+        rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib)
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -169,22 +168,25 @@ def _ids(
     return (query_ids, query_ids) if key_ids is None else (key_ids[:rows], key_ids)
 
 
-def _bias(
-    bias: Any, query: Tensor, dtype: torch.dtype, columns: int, negatives: Tensor | None
-) -> Tensor | float | None:
+def _scale_and_bias(
+    temperature: Any, bias: Any, query: Tensor, key: Tensor, negatives: Tensor | None, columns: int
+) -> tuple[Tensor | float, Tensor | float | None]:
+    """The factor of the similarities, and what is added: one number for all, one per shared column, or nothing."""
+    dtype = result_dtype(query, key, negatives)
+    scale = inverse(temperature, query, dtype)
     if bias is None:
-        return None
+        return scale, None
     if not isinstance(bias, Tensor) or bias.ndim == 0:
-        return as_scalar("bias", bias, query, dtype, positive=False)
+        return scale, as_scalar("bias", bias, query, dtype, positive=False)
     check_tensor("bias", bias)
     per_sample = negatives is not None and negatives.ndim == 3
     if bias.numel() == 1 and (columns != 1 or per_sample):
-        return bias.reshape(()).to(dtype)
+        return scale, bias.reshape(()).to(dtype)
     if bias.shape != (columns,) or per_sample:
         wanted = "one element (per-sample negatives have no columns)" if per_sample else f"one element or [{columns}]"
         raise ValueError(f"bias: expected a number or a tensor of {wanted}, got shape {tuple(bias.shape)}")
     check_same_device("query", query, "bias", bias)
-    return bias.to(dtype)
+    return scale, bias.to(dtype)
 
 
 def clip_loss(
@@ -250,14 +252,13 @@ def clip_loss(
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
     form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
-    one = text_ids if image_ids is None else image_ids
-    two = image_ids if text_ids is None else text_ids
-    if not return_lse and one is None and not isinstance(bias, Tensor):
+    ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
+    if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
         loss = softmax_loss(image, text, scale, None, weights, form, reduction, workspace_mib)
         if loss is not None:
             return loss
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, one, two, form, workspace_mib)
+        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib)
         return finish(out, weights, reduction, return_lse)
 
 

@@ -17,6 +17,8 @@ from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
 from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
 from .contrastive_softmax import softmax_statistics
 
+LARGE_BFLOAT16 = 2**20  # logits on the CPU, from which on products in bfloat16 are worth more than the one op
+
 
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors."""
@@ -33,8 +35,13 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _kind(diagonal: bool, moments: bool, symmetric: bool = False) -> str:
-    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric}
+def are_bfloat16(one: Tensor, two: Tensor) -> bool:
+    """Whether, on the CPU, both are bfloat16, so that their products may be made in it after all."""
+    return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
+
+
+def _kind(diagonal: bool, moments: bool, symmetric: bool = False, bfloat16: bool = False) -> str:
+    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric, "bfloat16": bfloat16}
     return "+".join(word for word, there in words.items() if there)
 
 
@@ -70,6 +77,8 @@ def softmax_loss(
     plain = form.in_batch and form.sampling is None and form.label_smoothing == 0
     if not plain or contrastive_plain.backend(query, key) == "reference":
         return None
+    if are_bfloat16(query, key) and query.shape[0] * key.shape[0] >= LARGE_BFLOAT16:
+        return None
     check_reduction(reduction)
     rows, dtype = query.shape[0], result_dtype(query, key)
     share = None if weights is None else weights.to(dtype)
@@ -97,13 +106,17 @@ def softmax_rows(
     scale: Tensor | float,
     bias: Tensor | float | None,
     targets: Tensor | None,
-    query_ids: Tensor | None,
-    key_ids: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None],
     form: SoftmaxForm,
     workspace_mib: float,
 ) -> ContrastiveOutput:
-    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions."""
+    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
+
+    `ids` are the queries' and the keys', both or neither.
+    """
     dtype = result_dtype(query, key, negatives)
+    query_ids, key_ids = ids
+    bfloat16 = (are_bfloat16(query, key), negatives is not None and are_bfloat16(query, negatives))
     query, key = widened(query), widened(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
@@ -122,7 +135,7 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = softmax_statistics(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, _kind(targets is None, moments, form.symmetric), hardness, workspace_mib,
+            ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, workspace_mib,
         )  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
@@ -133,8 +146,8 @@ def softmax_rows(
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = softmax_statistics(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
-            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling, _kind(False, moments),
-            hardness, workspace_mib,
+            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
+            _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
         )  # fmt: skip
         stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
     assert stats is not None

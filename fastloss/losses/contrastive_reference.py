@@ -119,9 +119,10 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
 
 def merged(one: Tensor, two: Tensor) -> Tensor:
     """Statistics [S, M] of the union of two sets of negatives."""
-    none = (one == -math.inf) & (two == -math.inf)  # whose logaddexp has the gradient NaN
-    sums = torch.logaddexp(one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)).masked_fill(none, -math.inf)
-    together = list(sums)
+    none = (one == -math.inf) & (two == -math.inf)  # whose log-sum-exp has the gradient NaN
+    both = torch.stack((one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)))
+    # not logaddexp: its second derivatives are NaN where one of the sets is empty, or over e^88 times the other
+    together = list(torch.logsumexp(both, 0).masked_fill(none, -math.inf))
     together[1] = torch.maximum(one[1], two[1])
     if one.shape[0] in (4, 6):  # moments
         together[2:4] = one[2] + two[2], one[3] + two[3]

@@ -14,7 +14,8 @@ backward multiplies them by its one upstream number. Without `share` the backwar
 gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the texts
 and their scales, bit 2 that of the row scales; any bit that of the bias. Image and text are float32, bfloat16 or
 float16, the rest is float32, ids are int64, bias has one element. The gradients are kept in float32, so that a loss
-scale reaches them before they are rounded.
+scale reaches them before they are rounded. `bfloat16`: image and text hold widened bfloat16, so that the CPU may
+multiply in bfloat16 (H rounded to it) with float32 sums.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from .contrastive_checks import (
     full_precision,
     reduce_rows,
 )
-from .contrastive_forms import inverse_length, scale_of_rows, widened
+from .contrastive_forms import are_bfloat16, inverse_length, scale_of_rows, widened
 
 
 def siglip_reference(
@@ -48,6 +49,7 @@ def siglip_reference(
     negative_only: bool,
     needs: int,
     workspace_mib: float,
+    bfloat16: bool,
 ) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(image, text)
@@ -75,6 +77,7 @@ def _siglip_fwd(
     negative_only: bool,
     needs: int,
     workspace_mib: float,
+    bfloat16: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, width, columns = *image.shape, text.shape[0]
     needs = 0 if share is None else needs
@@ -101,6 +104,7 @@ def _siglip_bwd(  # as many parameters as the forward, the results and the flags
     negative_only: bool,
     needs: int,
     workspace_mib: float,
+    bfloat16: bool,
     image_grad: Tensor,
     text_grad: Tensor,
     row_scale_grad: Tensor,
@@ -144,6 +148,21 @@ def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dt
         return weights
     total = weights.sum()
     return weights / torch.where(total == 0, torch.ones_like(total), total)
+
+
+def _ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, image: Tensor, text: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows' and the columns' ids as int64, both or neither: what is given alone serves both."""
+    rows, columns = image.shape[0], text.shape[0]
+    for name, ids, count in (("image_ids", image_ids, rows), ("text_ids", text_ids, columns)):
+        if ids is not None:
+            check_integers(name, ids, (count,), image)
+        elif rows != columns and (image_ids is None) != (text_ids is None):
+            raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
+    one = text_ids if image_ids is None else image_ids
+    two = image_ids if text_ids is None else text_ids
+    return (None, None) if one is None or two is None else (one.long(), two.long())
 
 
 def siglip_loss(
@@ -198,23 +217,16 @@ def siglip_loss(
     check_embeddings("image", image)
     check_flags(normalize=normalize, negative_only=negative_only)
     check_embeddings("text", text, image, "image", rows=not negative_only)
-    rows, columns = image.shape[0], text.shape[0]
-    for name, ids, count in (("image_ids", image_ids, rows), ("text_ids", text_ids, columns)):
-        if ids is not None:
-            check_integers(name, ids, (count,), image)
-        elif rows != columns and (image_ids is None) != (text_ids is None):
-            raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
+    ids = _ids(image_ids, text_ids, image, text)
     check_shared(image, weights, workspace_mib)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
-    one = text_ids if image_ids is None else image_ids
-    two = image_ids if text_ids is None else text_ids
-    one, two = (None, None) if one is None or two is None else (one.long(), two.long())
     check_reduction(reduction)
     if reduction == "mean":
-        check_not_empty(rows)
+        check_not_empty(image.shape[0])
     with full_precision(image):
+        bfloat16 = are_bfloat16(image, text)
         image, text = widened(image), widened(text)
         lengths, column_scale = (inverse_length(t, dtype) if normalize else None for t in (image, text))
         row_scale = scale_of_rows(lengths, scale, image, dtype)
@@ -224,8 +236,8 @@ def siglip_loss(
         if torch.is_grad_enabled() and share is not None:
             needs = image.requires_grad + 2 * text.requires_grad + 4 * (row_scale.requires_grad or shift.requires_grad)
         out = siglip(
-            image, text, row_scale, column_scale, shift.reshape(1), one, two, share, negative_only, needs,
-            float(workspace_mib),
+            image, text, row_scale, column_scale, shift.reshape(1), *ids, share, negative_only, needs,
+            float(workspace_mib), bfloat16,
         )  # fmt: skip
     return out if share is not None else reduce_rows(out, weights, reduction)
 

@@ -16,11 +16,13 @@ needs all M x N logits, the statistics and their gradients, is here.
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
       hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
 
-`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "stash" (below). With "symmetric",
-M = N and there are two directions: the second has the statistics of column j over the rows i of the transposed mask,
-{i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
+`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "bfloat16", "stash" (below). With
+"symmetric", M = N and there are two directions: the second has the statistics of column j over the rows i of the
+transposed mask, {i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
 With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
 as if s_ji were s_ij and the mask symmetric too; one direction, no bias, and a ceiling is each row's own. Half the work.
+With "bfloat16", query and key hold widened bfloat16: where the CPU multiplies pairs of bfloat16 with float32 sums,
+products are made so, and what multiplies query and key in the gradients, G and its scales, is rounded to bfloat16.
 
 Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
 

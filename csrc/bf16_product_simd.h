@@ -1,0 +1,93 @@
+// A tile of a product of packed bfloat16 pairs, and the packing; included by each_isa.h.
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+// sum + a_0 b_0 + a_1 b_1 of the pairs in each lane
+FASTLOSS_INLINE vf add_pair(vf sum, vu a, vu b) {
+#if defined(FASTLOSS_HAS_BF16)
+  return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+  sum += (vf)(a << 16) * (vf)(b << 16);
+  return sum + (vf)(a & 0xffff0000u) * (vf)(b & 0xffff0000u);
+#endif
+}
+
+// R rows of a with a panel of b.
+template <int R>
+FASTLOSS_INLINE void bf16_rows(const Bf16Rows& a, const uint32_t* panel, int64_t pairs, float* to, int64_t stride,
+                               int64_t n, bool adds) {
+  constexpr int C = kPanel / W;
+  vf sums[R][C] = {};
+  for (int r = 0; r < R; ++r)  // the results' lines come while the sums are made
+    for (int c = 0; c < C; ++c) __builtin_prefetch(to + r * stride + c * W, 1);
+  for (int64_t k = 0; k < pairs; ++k) {
+    vu of_b[C];
+    for (int c = 0; c < C; ++c) of_b[c] = load_bits<vu>(panel + k * kPanel + c * W);
+    for (int r = 0; r < R; ++r) {
+      const vu of_a = vu{} + a.pairs[r * a.row + k * a.step];
+      for (int c = 0; c < C; ++c) sums[r][c] = add_pair(sums[r][c], of_a, of_b[c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C && c * W < n; ++c) {
+      float* at = to + r * stride + c * W;
+      store_up_to(at, adds ? sums[r][c] + load_up_to(at, n - c * W) : sums[r][c], n - c * W);
+    }
+}
+
+// `rows` <= kTile rows of a with a panel of b, of which n columns are there.
+static void bf16_tile(const Bf16Rows& a, int64_t rows, const uint32_t* panel, int64_t pairs, float* to, int64_t stride,
+                      int64_t n, bool adds) {
+#if FASTLOSS_BYTES == 64
+  switch (rows) {
+    case 6: return bf16_rows<6>(a, panel, pairs, to, stride, n, adds);
+    case 5: return bf16_rows<5>(a, panel, pairs, to, stride, n, adds);
+    case 4: return bf16_rows<4>(a, panel, pairs, to, stride, n, adds);
+    case 3: return bf16_rows<3>(a, panel, pairs, to, stride, n, adds);
+    case 2: return bf16_rows<2>(a, panel, pairs, to, stride, n, adds);
+    default: return bf16_rows<1>(a, panel, pairs, to, stride, n, adds);
+  }
+#else
+  for (int64_t r = 0; r < rows; ++r)
+    bf16_rows<1>({a.pairs + r * a.row, a.row, a.step}, panel, pairs, to + r * stride, stride, n, adds);
+#endif
+}
+
+// to[i] = the pair first[i], second[i], or first[i], 0
+static void bf16_zip(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = first[i] | (second ? static_cast<uint32_t>(second[i]) << 16 : 0);
+}
+
+// kSquare rows of as many pairs, turned: pair k of row r goes to to[k * kPanel + r].
+static void bf16_turn(const uint16_t* from, int64_t row, uint32_t* to) {
+#if FASTLOSS_BYTES == 64
+  __m512i x[16], y[16];
+  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * row);
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {  // now quarter q of x[i + j] has rows i .. i + 3 of pair 4 q + j
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
+    _mm512_storeu_si512(to + j * kPanel, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
+    _mm512_storeu_si512(to + (4 + j) * kPanel, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
+    _mm512_storeu_si512(to + (8 + j) * kPanel, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
+    _mm512_storeu_si512(to + (12 + j) * kPanel, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
+  }
+#else
+  for (int r = 0; r < kSquare; ++r)
+    for (int k = 0; k < kSquare; ++k) __builtin_memcpy(to + k * kPanel + r, from + r * row + 2 * k, 4);
+#endif
+}
+
+static Bf16Kernels bf16_kernels() { return {bf16_tile, bf16_zip, bf16_turn}; }
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss
