@@ -1,8 +1,8 @@
 """The headline rows as a pytest-benchmark suite: `pytest benchmarks --benchmark-only`, `--benchmark-compare`.
 
 One group per loss, options, shape and dtype; forward plus backward of each provider. FASTLOSS_BENCH_SIZES (shapes, or
-numbers as for `fastloss bench --sizes`) replaces the shapes, FASTLOSS_BENCH_LOSSES the losses, FASTLOSS_BENCH_DTYPES the
-dtypes; `-k` chooses further.
+numbers as for `fastloss bench --sizes`) replaces the shapes, FASTLOSS_BENCH_LOSSES the losses, FASTLOSS_BENCH_DTYPES
+the dtypes; `-k` chooses further.
 """
 
 from __future__ import annotations

@@ -15,12 +15,13 @@ BF16 = torch.bfloat16
 CPUS = pytest.mark.parametrize("cpu", ["avx512", "avx512_bf16"])  # without and with the instruction
 
 
+# The by-products keep small losses from the op of the plain ones, which widens.
 def clip(q: Tensor, k: Tensor, s: Tensor, **options) -> Tensor:
-    return clip_loss(q, k, logit_scale=s * 14.3, **options)
+    return clip_loss(q, k, logit_scale=s * 14.3, return_lse=True, **options).loss
 
 
 def contrast(q: Tensor, k: Tensor, s: Tensor, **options) -> Tensor:
-    return info_nce(q, k, temperature=s * 0.07, **options)
+    return info_nce(q, k, temperature=s * 0.07, return_lse=True, **options).loss
 
 
 def siglip(q: Tensor, k: Tensor, s: Tensor, **options) -> Tensor:
@@ -122,11 +123,23 @@ def test_which_embeddings_are_multiplied_in_bfloat16():
         (q, k, True), (q.float(), k, False), (q, k.float(), False), (q.half(), k.half(), False),
     ):  # fmt: skip
         with recorded() as calls, core.use_backend("cpp"):
-            clip_loss(one, two, logit_scale=1.0)
+            clip_loss(one, two, logit_scale=1.0, return_lse=True)
             info_nce(one, one, two)
             siglip_loss(one, two, logit_scale=1.0, logit_bias=0.0)
         found = ["bfloat16" in args[9] if op.name == "contrastive" else args[11] for op, args in calls]
         assert found == [expected] * 3
+
+
+def test_large_plain_losses_are_multiplied_in_bfloat16():
+    """The one op of the plain losses widens its embeddings, which pays while the calls decide and not the products."""
+    for rows, expected in ((1023, "contrastive_plain"), (1024, "contrastive")):
+        q, k = pair(rows, 2)
+        with recorded() as calls:
+            clip_loss(q, k, logit_scale=1.0)
+        assert [op.name for op, _ in calls] == [expected]
+        with recorded() as calls:
+            clip_loss(q.float(), k.float(), logit_scale=1.0)
+        assert [op.name for op, _ in calls] == ["contrastive_plain"]
 
 
 @CPUS
