@@ -223,6 +223,11 @@ def clip_flops(shape, size, mode):
     return pairs_flops(3 if shape[0] ** 2 * 4 <= 64 * 2**20 else 4)(shape, size, mode)
 
 
+def triangle_flops(views):
+    """All rows of all views against each other: each pair once, made again in the backward, two for the gradients."""
+    return lambda shape, size, mode: {"forward": 1, "backward": 3}.get(mode, 4) * (views * shape[0]) ** 2 * shape[1]
+
+
 def frozen_flops(shape, size, mode):
     """Without a gradient of the keys, one product makes that of the queries."""
     rows, keys, width = shape
@@ -243,7 +248,7 @@ CONTRASTIVE = [
         bench=Bench(
             shapes=[(256, 512), (4096, 512)], cost=pairs_flops(3), unit="flops", options=[{}, {"symmetric": True}],
             all_grads=True,
-            cuda_shapes=[(8192, 512), (32768, 512)],
+            cuda_shapes=[(8192, 768), (32768, 768)],
         ),
     ),
     Case(
@@ -340,7 +345,7 @@ CONTRASTIVE = [
         bench=Bench(
             shapes=[(8192, 512), (2048, 512), (256, 512)], cost=clip_flops, unit="flops",
             options=[{"logit_scale": 14.3}],
-            all_grads=True, cuda_shapes=[(8192, 512), (32768, 512)], make=unit_pair,
+            all_grads=True, cuda_shapes=[(n, 768) for n in (1024, 8192, 32768, 65536, 131072)], make=unit_pair,
         ),
     ),
     Case(
@@ -360,6 +365,7 @@ CONTRASTIVE = [
             shapes=[(1024, 512), (8192, 512)], unit="flops", all_grads=True,
             cost=lambda shape, size, mode: (mode != "backward") * pairs_flops(3)(shape, size, "both"),
             options=[{"logit_scale": 10.0, "logit_bias": -10.0, "normalize": True}],
+            cuda_shapes=[(n, 768) for n in (1024, 8192, 32768, 65536, 131072)],
         ),
         extra=rivals(open_clip=library_siglip),
     ),
@@ -374,6 +380,7 @@ CONTRASTIVE = [
             ("float", with_argument(1, lambda t: t.float()), TypeError, "labels: expected an integer tensor"),
         ],
         module=fastloss.SupConLoss,
+        bench=Bench(shapes=[(4096, 512)], cost=triangle_flops(1), unit="flops"),
     ),
     Case(
         "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, shapes=((6, 7), (6, 2)),
@@ -388,5 +395,6 @@ CONTRASTIVE = [
             ("ids", with_options(ids=IDS.float()), TypeError, "ids: expected an integer tensor"),
         ],
         module=fastloss.NTXentLoss,
+        bench=Bench(shapes=[(2048, 512)], cost=triangle_flops(2), unit="flops", all_grads=True),
     ),
 ]
