@@ -21,9 +21,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 7.5 $(ARGS)
-	$(BIN)/python -m benchmarks.steps --device cpu --minutes 1.5
-	$(BIN)/python -m benchmarks.perceptual_step --device cpu
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 6.5 $(ARGS)
+	$(BIN)/python -m benchmarks.steps --device cpu --minutes 1
+	$(BIN)/python -m benchmarks.perceptual_step --device cpu --seconds 3
 	$(BIN)/python -m benchmarks.plot
 
 # Measures the headline rows again: did a ratio to eager or torch.compile get worse by more than 15 %?
