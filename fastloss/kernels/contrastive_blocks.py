@@ -16,7 +16,7 @@ from ..losses.contrastive_softmax import exponentials
 from .common import STREAM_OPTIONS
 from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
-from .contrastive_table import IEEE, TF32, Tile, best_tile, products_kind, walk_plan
+from .contrastive_table import HALF, IEEE, TF32, Tile, best_tile, products_kind, walk_plan
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
@@ -59,7 +59,7 @@ class Call:
         hard = hardness > 0
         if hard or options > (0 if self.symmetric else 2):
             burden = 3 if hard and self.symmetric else 2
-        elif keeps and self.symmetric and self.products == TF32:
+        elif self.upper and not backward or keeps and self.symmetric and self.products != HALF:
             burden = 2
         else:
             burden = int(options > 0 or backward or (keeps and self.products != IEEE))

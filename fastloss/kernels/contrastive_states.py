@@ -171,16 +171,20 @@ def _contrastive_fwd_kernel(
                     _keep(kept, e, reference, row0, column0, sizes)
             if SYMMETRIC and rows[3] is None and (TILE[4] or kept[0] is not None):
                 top = tl.max(reference, 0)
-                least = tl.min(tl.where(column_best == float("-inf"), float("inf"), column_best), 0)
+                least = column_best
+                if DIAGONAL == 2 or kept[0] is not None:  # columns without entries do not count
+                    least = tl.where(column_best == float("-inf"), float("inf"), column_best)
+                least = tl.min(least, 0)
                 wide = top - least * LOG2E > SPREAD
                 if kept[0] is not None:
                     _keep(kept, e, tl.where(wide, float("inf"), reference), row0, column0, sizes)
-                column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 if wide:  # make the logits once more rather than hold them beside e
                     s, back = tile_logits(
                         operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
                     )
                     column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
+                else:
+                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
                 reference = tl.where(wide, _reference(column_best), top)
             else:
                 reference = _reference(column_best)

@@ -116,6 +116,8 @@ def kept_exponentials(
     rows, columns, size = query.shape[0], key.shape[0], query.element_size()
     both = "symmetric" in kind or "upper" in kind
     serves = "stash" in kind and "moments" not in kind and hardness == 0
+    if query.dtype == torch.float32 and "symmetric" in kind and not is_interpreting():  # spills registers
+        serves = False
     if not serves or (both and (ceiling is not None or query.dtype == torch.float16)):
         return 0, 0
     elements, pitch = exponentials(rows, columns, size)
