@@ -39,7 +39,7 @@ def image_pairs(draw):
 
 
 def add_relative(errors, name, got, eager, exact):
-    """A sample of the rule, which holds over all examples; each in units of its largest value, for their sizes differ."""
+    """A sample of the rule, which holds over all examples; each in units of its largest value, as sizes differ."""
     largest = exact.detach().abs().max()
     unit = largest if largest > 0 else torch.ones_like(largest)
     errors.add(name, got.double() / unit, eager.double() / unit, exact / unit)
