@@ -58,7 +58,7 @@ class Call:
         options = ids + limited + biased + self.moments
         hard = hardness > 0
         if hard or options > (0 if self.symmetric else 2):
-            burden = 3 if hard and self.symmetric else 2
+            burden = 3 if (hard and self.symmetric) or self.upper else 2
         elif self.upper and not backward or keeps and self.symmetric and self.products != HALF:
             burden = 2
         else:

@@ -51,11 +51,11 @@ TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
         HALF: ((32, Tile(128, 128, 32, True, True, 4, 3)),
             (1 << 30, Tile(128, 128, 64, True, True, 4, 3)), (0, Tile(64, 64, 64, True, True, 4, 4))),
         TF32: ((1 << 30, Tile(128, 128, 32, True, True, 4, 3)), (0, Tile(64, 64, 32, True, True, 4, 4))),
-        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
+        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 4, 3)), (0, Tile(32, 32, 16, False, False, 4, 2))),
     }),
     "gfx942": (608, {
         HALF: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
-        TF32: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
+        TF32: ((1 << 30, Tile(64, 32, 32, False, False, 4, 2)), (0, Tile(64, 32, 32, False, False, 4, 2))),
         IEEE: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
     }),
     "interpreter": (6, {
@@ -97,7 +97,7 @@ def best_tile(
     if burden == 3:
         if line == "gfx942":
             return replace(small, rows=32, columns=32), programs
-        return replace(small, columns=32, warps=8, stages=2), programs
+        return replace(small, columns=32, warps=4 if kind == IEEE else 8, stages=2), programs
     if burden == 2:
         return replace(small, warps=8), programs
     if few:
