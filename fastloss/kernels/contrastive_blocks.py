@@ -64,7 +64,8 @@ class Call:
         else:
             burden = int(options > 0 or backward or (keeps and self.products != IEEE))
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
-        if keeps and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
+        narrow = keeps or (backward and query.dtype == torch.float16)
+        if narrow and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
             self.tile = replace(self.tile, columns=HALF_TILE)
         self.options = self.tile.options
 
