@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(
     return {stats, single({0}), pulls};
   }
   const bool keep = fits_stash(p.rows, p.columns, workspace_mib);
-  const std::optional<Tensor> kept = make_statistics(p, workspace_mib, keep && !p.empty(), output<float>(stats));
+  const std::optional<Tensor> kept = make_statistics(p, workspace_mib, keep ? p.rows : 0, output<float>(stats));
   if (kept.has_value()) return {stats, *kept, pulls};
   return {stats, keep ? single({p.rows, p.columns}) : single({0}), pulls};
 }

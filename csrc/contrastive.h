@@ -226,7 +226,8 @@ inline Tensor single(const Tensor& t) {
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
   Tensor query, key;               // float32, contiguous
-  std::vector<Tensor> query_pieces, key_pieces;  // their columns, kTerms at a time, where products need them
+  std::vector<Tensor> query_pieces, key_pieces;  // columns, kTerms at a time, of the rows at hand and of all keys
+  std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // first and count
   Tensor queries, keys;            // the same as operands of products: where those may be of bfloat16, in that
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
@@ -297,17 +298,18 @@ struct Problem {
     if (narrow()) return product(slice(queries, 0, begin, m), slice(keys, 0, first, n));
     if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
     const auto cut = [&](const Tensor& x, std::vector<Tensor>& pieces) {
-      if (pieces.empty())
-        for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
+      pieces.clear();
+      for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
     };
-    cut(query, query_pieces);
-    if (!once) cut(key, key_pieces);
+    if (rows_at_hand != std::pair(begin, m)) cut(slice(query, 0, begin, m), query_pieces);
+    rows_at_hand = {begin, m};
+    if (!once && key_pieces.empty()) cut(key, key_pieces);
     std::optional<Tensor> total;
     for_pieces(width, kTerms, [&](int64_t k, int64_t terms) {
       const size_t piece = static_cast<size_t>(k / kTerms);
       const Tensor w =
           once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
-      total = product(slice(query_pieces[piece], 0, begin, m), w, total);
+      total = product(query_pieces[piece], w, total);
     });
     return *total;
   }

@@ -6,7 +6,7 @@
 
 namespace fastloss {
 
-constexpr double kGradientBlock = 32;  // MiB of a block of H and of its transpose, each at most
+constexpr double kGradientBlock = 16;  // MiB of a block of H and of its transpose, each at most
 constexpr int64_t kWidest = 65536;     // its columns at most
 
 // The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
@@ -198,7 +198,7 @@ class Gradient {
 };
 
 // Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a
-// time, columns(first, u [n, D]) of n columns at a time.
+// time, columns(first, u [n, D]) of n columns at a time. `stash` has the products of its many first rows.
 template <typename Rows, typename Columns>
 void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double workspace_mib, bool needs_query,
                     bool needs_key, const Rows& rows, const Columns& columns) {
@@ -215,8 +215,9 @@ void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double 
       const Panels h(block, m, n), back(turned, n, m);
       for_pieces(m, high, [&, wide = wide](int64_t r, int64_t some) {
         for_pieces(n, wide, [&](int64_t c, int64_t across) {
-          const Tensor raw = stash.numel() > 0 ? slice(slice(stash, 0, begin + r, some), 1, first + c, across)
-                                               : p.raw(begin + r, some, first + c, across);
+          const Tensor raw = begin + r + some <= stash.size(0)
+                                 ? slice(slice(stash, 0, begin + r, some), 1, first + c, across)
+                                 : p.raw(begin + r, some, first + c, across);
           gradient.chunk(raw, begin + r, first + c, h, r, c, needs_key ? &back : nullptr);
         });
       });

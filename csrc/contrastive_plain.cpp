@@ -279,7 +279,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
              floats({made && needs & kKey ? p.columns : 0, p.width}),
              vector(made && needs & kScale ? p.rows : 0)};
   std::vector<float> stats(p.directions() * 2 * p.rows);
-  Tensor stash = floats({saves == Saves::kStash ? p.rows : 0, p.columns});
+  const int64_t part = saves == Saves::kAgain ? part_of_stash(p.columns, workspace_mib) : 0;
+  Tensor stash = floats({saves == Saves::kStash ? p.rows : part, p.columns});
   if (saves == Saves::kRows) {
     Tensor pulls = floats({p.rows, p.width});
     make_pulls(p, workspace_mib, stats.data(), pulls);
@@ -287,8 +288,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   } else if (saves == Saves::kGrads) {
     grads_pass(call, workspace_mib, stats.data(), grads);
   } else {
-    const bool keep = saves == Saves::kStash && !p.empty();
-    if (const auto kept = make_statistics(p, workspace_mib, keep, stats.data()); kept.has_value()) stash = *kept;
+    if (const auto kept = make_statistics(p, workspace_mib, p.empty() ? 0 : stash.size(0), stats.data()))
+      stash = *kept;
   }
   std::copy_n(stats.begin(), p.rows, call.lse.begin());
   if (symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());

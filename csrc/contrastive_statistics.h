@@ -185,24 +185,26 @@ class Statistics {
   std::vector<SumAndCount> moments_;
 };
 
-// All statistics; with `keep` also the products, in a tensor of their own.
-inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, bool keep, float* stats) {
+// All statistics; also the products of the first `rows`, in a tensor of their own.
+inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, int64_t rows, float* stats) {
   Statistics forward(p, stats);
   std::optional<Tensor> kept;
-  const auto [height, width] = keep && !p.upper ? std::pair(p.rows, p.columns)
-                                                : rectangle(p, std::min(kProduct, workspace_mib / 2), kWide);
-  const bool whole = height >= p.rows && width >= p.columns;  // one product, which itself is kept
-  if (keep && !whole) kept = torch::stable::new_empty(p.query, {p.rows, p.columns});
+  const bool all = rows > 0 && rows == p.rows;
+  const auto [height, width] = all && !p.upper ? std::pair(p.rows, p.columns)
+                                               : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);  // as the backward
+  const bool whole = all && height >= p.rows && width >= p.columns;  // one product, which itself is kept
+  if (rows > 0 && !whole) kept = torch::stable::new_empty(p.query, {rows, p.columns});
   for_pieces(p.rows, height, [&, width = width](int64_t begin, int64_t count) {
     forward.start(begin, count);
     for_pieces(p.columns, width, [&](int64_t first, int64_t n) {
       if (p.below(begin, first + n)) return;
       const Tensor raw = p.raw(begin, count, first, n);
       forward.chunk(raw, first, n);
-      if (keep && whole) kept = raw;
-      if (!keep || whole) return;
-      Tensor part = slice(slice(*kept, 0, begin, count), 1, first, n);
-      torch::stable::copy_(part, raw);
+      if (whole) kept = raw;
+      if (whole || begin >= rows) return;
+      const int64_t some = std::min(count, rows - begin);
+      Tensor part = slice(slice(*kept, 0, begin, some), 1, first, n);
+      torch::stable::copy_(part, slice(raw, 0, 0, some));
     });
     forward.finish_rows();
   });
@@ -213,6 +215,12 @@ inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, b
 // Whether the products are few enough to be kept for the backward.
 inline bool fits_stash(int64_t rows, int64_t columns, double workspace_mib) {
   return static_cast<double>(rows * columns * 4) <= std::min<double>(workspace_mib, kStashMiB) * kMiB;
+}
+// Else of how many rows they are: in whole tiles, or a few.
+inline int64_t part_of_stash(int64_t columns, double workspace_mib) {
+  const int64_t bytes = static_cast<int64_t>(std::min<double>(workspace_mib / 4, kStashMiB) * kMiB);
+  const int64_t fit = bytes / (4 * columns);
+  return fit > kRows ? fit / kRows * kRows : fit;
 }
 
 }  // namespace fastloss

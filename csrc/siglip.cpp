@@ -62,11 +62,11 @@ void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, 
     torch::stable::copy_(to, from);
     return;
   }
-  for_each(to.size(0), [&](int64_t d) {
-    const float* more = input<float>(from) + d * from.stride(0);
-    float* sum = output<float>(to) + d * to.stride(0);
-    for (int64_t i = 0; i < to.size(1); ++i) sum[i] += more[i];
-  });
+  const float* more = input<float>(from);
+  float* sums = output<float>(to);
+  const int64_t n = to.size(1), row = to.stride(0);  // not in the loop: calls into torch
+  const auto kernels = contrastive_kernels();
+  for_each(to.size(0), [&](int64_t d) { kernels.add(more + d * n, n, sums + d * row); });
 }
 
 // Gradients, all in float32, empty where they are not asked for.
@@ -76,7 +76,7 @@ struct Gradients {
 
 class Siglip {
  public:
-  Siglip(const Pairs& pairs, int64_t needs, double workspace_mib)
+  Siglip(Pairs& pairs, int64_t needs, double workspace_mib)
       : pairs_(pairs),
         p_(pairs.problem),
         contrastive_(contrastive_kernels()),
@@ -153,7 +153,7 @@ class Siglip {
   // H at column `at` of the block.
   void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
                     const Tensor& block) {
-    const Tensor texts = slice(p_.keys, 0, first, n), raw = product(slice(p_.queries, 0, begin, m), texts);
+    const Tensor texts = slice(p_.keys, 0, first, n), raw = p_.raw(begin, m, first, n);
     const int64_t groups = blocks_of(m, kRows), width = (n + 15) / 16 * 16;
     std::vector<float> of_scale(needs_ ? groups * width : 0, 0.0f);
     for_each(groups, [&](int64_t g) {
@@ -199,7 +199,7 @@ class Siglip {
   }
 
   const Pairs& pairs_;
-  const Problem& p_;
+  Problem& p_;
   const ContrastiveKernels contrastive_;
   const SiglipKernels kernels_;
   const int64_t needs_;
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
     const Tensor& image, const Tensor& text, const Tensor& row_scale, std::optional<Tensor> column_scale,
     const Tensor& bias, std::optional<Tensor> row_ids, std::optional<Tensor> column_ids, std::optional<Tensor> share,
     bool negative_only, int64_t needs, double workspace_mib, bool bfloat16) {
-  const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, share, negative_only, bfloat16);
+  Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, share, negative_only, bfloat16);
   Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
   const Gradients made = pass.run();
   if (share.has_value()) {
@@ -251,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_bwd(
   if (share.has_value()) {
     factor = input<float>(torch::stable::contiguous(grad))[0];
   } else {
-    const Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only, bfloat16);
+    Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only, bfloat16);
     made = Siglip(pairs, needs_image * kImage + needs_text * kText + 4, workspace_mib).run();
   }
   return {scaled(made.image, factor, image, needs_image), scaled(made.text, factor, text, needs_text),

@@ -219,8 +219,8 @@ def pairs_flops(times):
 
 
 def clip_flops(shape, size, mode):
-    """Logits up to 64 MiB are not made again."""
-    return pairs_flops(3 if shape[0] ** 2 * 4 <= 64 * 2**20 else 4)(shape, size, mode)
+    """The first 64 MiB of the logits are not made again."""
+    return pairs_flops(4 - min(1, 2**24 / shape[0] ** 2))(shape, size, mode)
 
 
 def triangle_flops(views):

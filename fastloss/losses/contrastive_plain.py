@@ -24,7 +24,8 @@ decides what the forward leaves for the backward:
     "grads"   reduced: the gradients of queries and keys, 3 U, where the workspace holds three times all logits of a
               symmetric loss, CHUNK_MIB at most, or three times LEAST_ROWS rows of logits of one direction
     "stash"   else: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
-    "again"   n and p alone: the backward makes the products again, 4 U
+    "again"   the products of as many rows as a quarter of the workspace and STASH_MIB hold: the backward makes the others
+              again, 4 U less U times the share of the rows
 
 query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
 Gradients that the forward makes are float32, so that a loss scale reaches them before they are rounded.
@@ -42,6 +43,7 @@ from .contrastive_softmax import STASH_MIB, kept_exponentials
 QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs`
 CHUNK_MIB = 16
 LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
+TILE_ROWS = 32  # of the C++ kernels
 
 
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
@@ -55,6 +57,12 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
     if reduction != "none" and least * mib <= min(workspace_mib / 3, CHUNK_MIB if symmetric else workspace_mib):
         return "grads"
     return "stash" if rows * mib <= min(workspace_mib, STASH_MIB) else "again"
+
+
+def rows_kept(columns: int, workspace_mib: float) -> int:
+    """Of how many rows "again" keeps the products; csrc/contrastive_statistics.h has the same."""
+    fit = int(min(workspace_mib / 4, STASH_MIB) * 1048576) // (4 * columns)
+    return fit // TILE_ROWS * TILE_ROWS if fit > TILE_ROWS else fit
 
 
 def triton_saves(symmetric: bool, reduction: str, needs: int) -> str:
@@ -118,13 +126,14 @@ def _contrastive_plain_fwd(
     if query.is_cuda or is_interpreting():
         return _made_by_triton(query, key, symmetric, normalize, reduction, needs, workspace_mib)
     saved = saves(rows, columns, symmetric, reduction, needs, workspace_mib)
-    made, again, kept = saved in ("rows", "grads"), saved in ("stash", "again"), saved == "stash"
+    made, again = saved in ("rows", "grads"), saved in ("stash", "again")
+    kept = rows if saved == "stash" else rows_kept(columns, workspace_mib) if saved == "again" else 0
     single = query.new_empty(0, dtype=torch.float32)
     return (
         single.new_empty(rows if reduction == "none" else ()),
         single.new_empty(2 + symmetric if again else 0, rows),
         single.new_empty(rows + columns if again and normalize else 0),
-        single.new_empty(rows if kept else 0, columns),
+        single.new_empty(kept, columns),
         single.new_empty(rows if made and needs & QUERY else 0, width),
         single.new_empty(columns if made and needs & KEY else 0, width),
         single.new_empty(rows if made and needs & SCALE else 0),
