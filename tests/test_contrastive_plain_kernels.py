@@ -197,7 +197,10 @@ def test_saved_bytes(way):
     assert saved_bytes(way) <= logits + 2 * 4 * 4 * (rows + keys) + 6 * 4 * (rows + keys)
 
 
-@pytest.mark.parametrize("columns, workspace_mib, rows", [(8192, 256, 2048), (300, 0.3, 64), (140, 0.02, 9), (35, 1e-6, 0)])
+PARTS = [(8192, 256, 2048), (300, 0.3, 64), (140, 0.02, 9), (35, 1e-6, 0)]
+
+
+@pytest.mark.parametrize("columns, workspace_mib, rows", PARTS)
 def test_a_part_of_the_products_is_kept(columns, workspace_mib, rows):
     assert rows_kept(columns, workspace_mib) == rows <= workspace_mib * 2**20 / 4 / (4 * columns)
 

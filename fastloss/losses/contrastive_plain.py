@@ -24,8 +24,8 @@ decides what the forward leaves for the backward:
     "grads"   reduced: the gradients of queries and keys, 3 U, where the workspace holds three times all logits of a
               symmetric loss, CHUNK_MIB at most, or three times LEAST_ROWS rows of logits of one direction
     "stash"   else: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
-    "again"   the products of as many rows as a quarter of the workspace and STASH_MIB hold: the backward makes the others
-              again, 4 U less U times the share of the rows
+    "again"   the products of as many rows as a quarter of the workspace and STASH_MIB hold: the backward makes the
+              others again, 4 U less U times the share of the rows
 
 query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
 Gradients that the forward makes are float32, so that a loss scale reaches them before they are rounded.
