@@ -10,6 +10,7 @@ namespace fastloss {
 namespace {
 
 constexpr int64_t kGroup = 8;               // negatives at a time: what is read twice stays in the L1 cache
+constexpr int64_t kAhead = 16 << 10;        // bytes at least to fetch ahead: rows are short for the CPU's own prefetch
 constexpr int64_t kLanes = 16;              // floats of the widest vector
 constexpr int64_t kSlopes = 64;             // negatives whose slopes are made at a time
 constexpr int64_t kTasks = 256;             // pieces to cut small batches into, whatever the number of threads,

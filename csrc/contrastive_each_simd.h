@@ -13,14 +13,16 @@ FASTLOSS_INLINE float total(vf x) {
   return (part[0][0] + part[0][2]) + (part[0][1] + part[0][3]);
 }
 
-// <q, n> and <n, n> of R negatives, in one read of them.
+// <q, n> and <n, n> of R negatives, in one read of them; what is `ahead` of them is fetched into the L2 cache.
 template <int R, typename T>
-FASTLOSS_INLINE void each_products(const T* rows, int64_t stride, const EachQuery& q, float* dot, float* square) {
+FASTLOSS_INLINE void each_products(const T* rows, int64_t stride, int64_t ahead, const EachQuery& q, float* dot,
+                                   float* square) {
   vf product[R] = {}, length[R] = {};
   const int64_t whole = q.width / W * W;
   for (int64_t i = 0; i < whole; i += W) {
     const vf at = load(q.query + i);
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(rows + r * stride + i + ahead, 0, 2);
       const vf x = load(rows + r * stride + i);
       product[r] += at * x;
       length[r] += x * x;
@@ -60,12 +62,13 @@ static void each_read(const T* rows, int64_t stride, int64_t count, const EachQu
                       float* logits, float* inverse) {
   vd sums[3] = {};
   float most = kLowest;
+  const int64_t near = kGroup * stride, far = kAhead / (int64_t)sizeof(T), ahead = near > far ? near : far;
   for (int64_t k = 0; k < count; k += kGroup, rows += kGroup * stride) {
     const int n = (int)(count - k < kGroup ? count - k : kGroup);
     float dot[kGroup], square[kGroup], c[kLanes] = {}, s[kLanes];
     int r = 0;
-    for (; r + 4 <= n; r += 4) each_products<4>(rows + r * stride, stride, q, dot + r, square + r);
-    for (; r < n; ++r) each_products<1>(rows + r * stride, stride, q, dot + r, square + r);
+    for (; r + 4 <= n; r += 4) each_products<4>(rows + r * stride, stride, ahead, q, dot + r, square + r);
+    for (; r < n; ++r) each_products<1>(rows + r * stride, stride, ahead, q, dot + r, square + r);
     const float before = most;
     for (r = 0; r < n; ++r) {
       c[r] = !q.normalize ? 1.0f : square[r] <= kTinySquare ? 0.0f : 1.0f / __builtin_sqrtf(square[r]);

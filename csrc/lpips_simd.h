@@ -31,6 +31,7 @@ FASTLOSS_INLINE void pack(const T* from, int64_t stride, int64_t count, float* t
     vf total[2] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
+      __builtin_prefetch(from + (r + rows) * stride + p, 0, 2);
       const vf v = load_up_to(from + r * stride + p, count - p);
       store(tile + r * width + p, v);
       total[r % 2] += v * v;
@@ -208,9 +209,12 @@ static void lpips_planar_grad(const Pixels<T>& s, float eps, const Statistics<co
     const T *x = s.x + c * s.stride, *y = s.y + c * s.stride;
     T *to_x = to.x ? to.x + c * s.stride : nullptr, *to_y = to.y ? to.y + c * s.stride : nullptr;
     const vf lin = all(s.lin[c]);
-    for (int64_t p = 0; p < whole; p += W)
+    for (int64_t p = 0; p < whole; p += W) {
+      __builtin_prefetch(x + 2 * s.stride + p, 0, 2);
+      __builtin_prefetch(y + 2 * s.stride + p, 0, 2);
       pull(load(x + p), load(y + p), lin, factors(of_x + p), factors(of_y + p), to_x ? to_x + p : nullptr,
            to_y ? to_y + p : nullptr, W, to.streamed);
+    }
     if (whole < s.count) {
       const int64_t n = s.count - whole;
       pull(load_some(x + whole, n), load_some(y + whole, n), lin, factors(of_x + whole), factors(of_y + whole),
