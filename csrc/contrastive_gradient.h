@@ -7,7 +7,7 @@
 namespace fastloss {
 
 constexpr double kGradientBlock = 16;  // MiB of a block of H and of its transpose, each at most
-constexpr int64_t kWidest = 65536;     // its columns at most
+constexpr int64_t kWidest = 8192;      // its columns at most: keys are packed once per block of rows
 
 // The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
 struct Upstream {

@@ -60,7 +60,7 @@ struct Plain {
   Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
         const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
         const std::string& reduction)
-      : p(query, key, std::string(targets.has_value() ? "" : "diagonal") + (symmetric ? "+symmetric" : ""), 0.0),
+      : p(query, key, kind(query, key, !targets.has_value(), symmetric), 0.0),
         factor(factor_given),
         include_positive(positives),
         normalize(cosine) {
@@ -84,6 +84,11 @@ struct Plain {
     positive.resize(p.rows);
     lse.resize(p.rows);
     back.resize(p.symmetric ? p.rows : 0);
+  }
+
+  static std::string kind(const Tensor& query, const Tensor& key, bool diagonal, bool symmetric) {
+    const bool narrow = query.scalar_type() == ScalarType::BFloat16 && key.scalar_type() == ScalarType::BFloat16;
+    return std::string(diagonal ? "diagonal" : "") + (symmetric ? "+symmetric" : "") + (narrow ? "+bfloat16" : "");
   }
 
   // The scales of rows and columns from the inverse lengths.
@@ -241,8 +246,8 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
         2,
         [&](int64_t side) {
           if (side == 0 && made.query.numel() > 0)
-            call.put(p.query, call.c, begin, product(h, flipped(p.key)), made.query);
-          if (side == 1 && of_keys) below = product(back, flipped(slice(p.query, 0, begin, m)), below);
+            call.put(p.query, call.c, begin, product(h, flipped(p.keys)), made.query);
+          if (side == 1 && of_keys) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
         },
         apart ? 2 : 1);
     for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)

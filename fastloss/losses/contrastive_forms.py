@@ -17,8 +17,6 @@ from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
 from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
 from .contrastive_softmax import softmax_statistics
 
-LARGE_BFLOAT16 = 2**20  # logits on the CPU, from which on products in bfloat16 are worth more than the one op
-
 
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors."""
@@ -76,8 +74,6 @@ def softmax_loss(
     """The reduced loss of a form without options (see :mod:`contrastive_plain`); None where its op does not serve."""
     plain = form.in_batch and form.sampling is None and form.label_smoothing == 0
     if not plain or contrastive_plain.backend(query, key) == "reference":
-        return None
-    if are_bfloat16(query, key) and query.shape[0] * key.shape[0] >= LARGE_BFLOAT16:
         return None
     check_reduction(reduction)
     rows, dtype = query.shape[0], result_dtype(query, key)

@@ -28,6 +28,8 @@ decides what the forward leaves for the backward:
               others again, 4 U less U times the share of the rows
 
 query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
+Where both are bfloat16 and the CPU multiplies pairs of those with float32 sums, products are made so, and what
+multiplies query and key in the gradients, G and its scales, is rounded to bfloat16.
 Gradients that the forward makes are float32, so that a loss scale reaches them before they are rounded.
 """
 
