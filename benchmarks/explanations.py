@@ -28,6 +28,8 @@ EXPLANATIONS = (
     ("cpu", "dists_distance", "*", "*", "forward", "torch.compile",
      "Sums in double, and squares about the means: two passes over what is in the cache, for the digits of two. The "
      "backward is the faster one; compare both."),
+    ("cpu", "style_distance", "*", "*", "forward", "*",
+     "Nearly all of it is torch.bmm, which each of them calls: what is ours begins in the backward."),
     ("cpu", "info_nce", "*", "*", "forward", "*",
      "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
     ("cpu", "clip_loss", "*", "*", "forward", "*",

@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--providers", nargs="+", help="default: all there are")
     parser.add_argument("--threads", nargs="+", type=int, help="of the CPU; default: 1 and torch's")
     parser.add_argument("--seconds", type=float, default=0.5, help="time to spend on each size")
-    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run")
+    parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run, shared between the losses")
     parser.add_argument("--slowest", type=float, default=3.0, help="seconds of one pass that end a provider's sweep")
     parser.add_argument("--limit-mib", type=int, default=4096, help="memory a provider may take on the CPU")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
@@ -74,6 +74,12 @@ class Sweep:
                 self.left_out[name] = f"slower than {self.args.slowest:g} s from {n} on"
         return rows
 
+    def stop(self, rows: list[dict], n: int) -> None:
+        """Says in the last rows of those who would have gone on that there was no time for n."""
+        for r in rows:
+            if r["mode"] == "both" and r["provider"] not in self.left_out and not r.get("note"):
+                r["note"] = f"no time for {n}"
+
     def over(self, rows: list[dict]) -> bool:
         """Nobody is left to go on."""
         return not any(r.get("p50_ms") and r["provider"] not in self.left_out for r in rows)
@@ -100,9 +106,12 @@ def main(argv: list[str] | None = None) -> int:
                 sweep_of = Sweep(item, args, session)
                 progress.start(f"{item.case.name}, {session.common['threads']} threads")
                 part = time.monotonic() + (end - time.monotonic()) / (len(sessions) - i)
+                found: list[dict] = []
                 for n in args.sizes or sweep(item.shape):
                     if time.monotonic() > part:
                         progress.say(f"  the time of this loss is over before {n}")
+                        sweep_of.stop(found, n)
+                        write(folder / f"{item.case.name}.csv", rows)
                         break
                     found = sweep_of.at(n)
                     show([r for r in found if r["mode"] == "both"], progress.say)
