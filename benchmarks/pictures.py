@@ -37,7 +37,8 @@ STYLE = {
     "xtick.color": INK, "ytick.color": INK, "axes.facecolor": "none", "savefig.transparent": True,
     "svg.hashsalt": "fastloss",
 }  # fmt: skip
-ROW, WIDTH = 0.46, 9.0  # inches
+ROW, WIDTH, LEGEND_LINE = 0.46, 9.0, 0.2  # inches
+ABREAST = 7  # names in a line of the legend
 
 
 def draw_all() -> Iterator[pathlib.Path]:
@@ -76,10 +77,12 @@ def _names(groups: dict[Key, Group]) -> list[str]:
     return list({name: 0 for group in groups.values() for name, row in group.items() if row["p50_ms"]})
 
 
-def _canvas(rows: int, title: str, subtitle: str) -> tuple[plt.Figure, Axes]:
-    height = ROW * rows + 1.75
+def _canvas(rows: int, title: str, subtitle: str, names: int) -> tuple[plt.Figure, Axes]:
+    """Axes with room for so many rows and, above them, a legend of so many names."""
+    legend = LEGEND_LINE * math.ceil(names / ABREAST)
+    height = ROW * rows + 1.35 + legend
     figure, axes = plt.subplots(figsize=(WIDTH, height))
-    figure.subplots_adjust(left=0.33, right=0.965, top=1 - 1.18 / height, bottom=0.52 / height)
+    figure.subplots_adjust(left=0.33, right=0.965, top=1 - (0.78 + legend) / height, bottom=0.52 / height)
     figure.text(0.018, 1 - 0.20 / height, title, size=13, weight="bold", va="top")
     figure.text(0.018, 1 - 0.50 / height, subtitle, size=9.5, va="top", color=FAINT)
     axes.set_ylim(rows - 0.5, -0.5)
@@ -115,8 +118,8 @@ def _legend(figure: plt.Figure, look: dict[str, tuple[str, str]]) -> None:
         for name, (colour, marker) in look.items()
     ]
     height = figure.get_size_inches()[1]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.70 / height), ncols=min(len(look), 7),
-                  frameon=False, fontsize=8.5, handletextpad=0.1, columnspacing=1.2, borderpad=0)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.70 / height), frameon=False,
+                  ncols=min(len(look), ABREAST), fontsize=8.5, handletextpad=0.1, columnspacing=1.2, borderpad=0)
 
 
 def _save(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
@@ -133,8 +136,9 @@ def _times(value: float, _: object = None) -> str:
 def _multiples(groups: dict[Key, Group], column: str, path: pathlib.Path, title: str, unit: str) -> pathlib.Path:
     """A line per row, fastloss at 1 and every other provider at its multiple, on a logarithmic axis."""
     groups = {key: group for key, group in groups.items() if group["fastloss"][column]}
-    figure, axes = _canvas(len(groups), title, "as a multiple of fastloss's, whose own stands at the right")
     look = _look(_names(groups))
+    subtitle = "as a multiple of fastloss's, whose own stands at the right"
+    figure, axes = _canvas(len(groups), title, subtitle, len(look))
     low, high = 0.8, 2.0
     for y, group in enumerate(groups.values()):
         ours = max(float(group["fastloss"][column]), 0.1 if unit == "MiB" else 1e-6)
@@ -166,8 +170,8 @@ def _roofline(groups: dict[Key, Group], path: pathlib.Path, where: str) -> pathl
     named = {"GB/s": "copying memory", "TFLOP/s": "a large matrix product"}
     roofs = " and ".join(f"{named[unit]} ({top:.3g} {unit})" for unit, top in tops.items())
     subtitle = f"100 % is what {roofs} reached in the same run"
-    figure, axes = _canvas(len(groups), f"Share of the ceiling, {where}", subtitle)
     look = _look(_names(groups))
+    figure, axes = _canvas(len(groups), f"Share of the ceiling, {where}", subtitle, len(look))
     most = 1.0
     for y, group in enumerate(groups.values()):
         for name, row in group.items():
@@ -193,7 +197,7 @@ def _roofline(groups: dict[Key, Group], path: pathlib.Path, where: str) -> pathl
 def _size(shape: str) -> int:
     """The number that scaling changes: rows, pixels or tokens."""
     numbers = [int(n) for n in shape.split("+")[0].split("x")]
-    return numbers[0] if len(numbers) == 2 else numbers[-1] if len(numbers) == 4 else numbers[2]
+    return numbers[0] if len(numbers) < 4 else numbers[-1] if len(numbers) == 4 else numbers[2]
 
 
 def _scaling(folder: pathlib.Path, where: str) -> pathlib.Path:
@@ -201,7 +205,7 @@ def _scaling(folder: pathlib.Path, where: str) -> pathlib.Path:
     rows = [r for r in read_all(folder / "scaling") if r["mode"] == "both"]
     most = max((int(r["threads"] or 0) for r in rows), default=0)
     rows = [r for r in rows if int(r["threads"] or 0) == most]
-    losses = list({r["loss"]: 0 for r in rows})
+    losses = list({r["loss"]: 0 for r in rows if r["p50_ms"]})
     columns = min(3, len(losses))
     lines = math.ceil(len(losses) / columns)
     height = 2.7 * lines + 1.2
