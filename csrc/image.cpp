@@ -19,6 +19,7 @@ struct ImageKernels {
               const Gradients<G>&);
   void (*smoothness)(const Band<T>&, const Memory&);
   SmoothnessRows<T> rows;
+  void (*fence)();  // after streamed rows; once a band, since each takes as long as half a row
   SsimKernels<T> ssim;
 };
 
@@ -148,6 +149,7 @@ struct Strip {
     } else {
       for (int64_t y = band.begin; y < band.end; ++y) Rows::row(&rows, y, nullptr);
     }
+    if (streamed) kernels.fence();
   }
 
  private:

@@ -11,8 +11,7 @@ namespace FASTLOSS_ISA {
 template <Kind kind, bool on, typename T, typename G>
 static void image_row(const Stretch<T>& s, double p, float scale, const float* line, const Gradients<const float>& more,
                       const Gradients<G>& to) {
-  for (int64_t i = 0; i < s.n; i += W) {
-    const int64_t n = s.n - i < W ? s.n - i : W;
+  const auto part = [&](int64_t i, int64_t n) __attribute__((always_inline)) {
     vf g{};
     if constexpr (on) {
       g = scale * slope<kind>(load_up_to(s.image_pred + i, n) - load_up_to(s.image + i, n), p);
@@ -24,9 +23,13 @@ static void image_row(const Stretch<T>& s, double p, float scale, const float* l
       put(to.image_pred + i, own, n, to.streamed);
     }
     if (to.image) put(to.image + i, more.image ? load_up_to(more.image + i, n) - g : -g, n, to.streamed);
-  }
-  if (to.streamed) fence();
+  };
+  int64_t i = 0;
+  for (; i + W <= s.n; i += W) part(i, W);  // knows that its vectors are whole
+  if (i < s.n) part(i, s.n - i);
 }
+
+static void image_fence() { fence(); }
 
 template <Step step, bool plain, typename T>
 static void image_smoothness(const Band<T>& band, const Memory& memory, EachRow row, const void* context) {
@@ -46,7 +49,7 @@ static SmoothnessRows<T> smoothness_rows_of(bool plain) {
 template <typename T, typename G>
 static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
   ImageKernels<T, G> found{pixel_kernels<T>(kind).sum, image_row<Kind::l2, false, T, G>,
-                           smoothness_kernels<T>(step, plain).sum, nullptr, ssim_kernels<T>()};
+                           smoothness_kernels<T>(step, plain).sum, nullptr, image_fence, ssim_kernels<T>()};
 #define FASTLOSS_KIND(k) \
   case Kind::k:          \
     found.row = image_row<Kind::k, true, T, G>; break;
