@@ -30,12 +30,9 @@ EXPLANATIONS = (
      "backward is the faster one; compare both."),
     ("cpu", "style_distance", "*", "*", "forward", "*",
      "Nearly all of it is torch.bmm, which each of them calls: what is ours begins in the backward."),
-    ("cpu", "info_nce", "*", "*", "forward", "*",
-     "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
-    ("cpu", "clip_loss", "*", "*", "forward", "*",
-     "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
-    ("cpu", "siglip_loss", "*", "*", "forward", "*",
-     "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
+    *(("cpu", loss, "*", "*", "forward", "*",
+       "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both.")
+      for loss in ("info_nce", "clip_loss", "siglip_loss")),
     ("cpu", "smoothness_loss with guide and weight", "*", "*", "forward", "torch.compile",
      "Bound by the factors of the guide, made in one sweep for both directions, and by the sums of the two directions, "
      "each with its own weights. The backward makes the factors again and is the faster one; compare both."),

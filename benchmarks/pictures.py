@@ -59,9 +59,9 @@ def draw_all() -> Iterator[pathlib.Path]:
             title = f"Peak memory beyond the inputs, {where}"
             yield _multiples(groups, "peak_mib", folder / "memory.svg", title, "MiB")
             yield _roofline(groups, folder / "roofline.svg", where)
-            scaled = grouped(r for r in read_all(folder / "scaling") if r["mode"] == "both")
-            if scaled:
-                yield _scaling(folder, where)
+            scaled = [r for r in read_all(folder / "scaling") if r["mode"] == "both"]
+            if any(r["p50_ms"] for r in scaled):
+                yield _scaling(scaled, folder, where)
 
 
 def _look(names: list[str]) -> dict[str, tuple[str, str]]:
@@ -200,10 +200,9 @@ def _size(shape: str) -> int:
     return numbers[0] if len(numbers) < 4 else numbers[-1] if len(numbers) == 4 else numbers[2]
 
 
-def _scaling(folder: pathlib.Path, where: str) -> pathlib.Path:
+def _scaling(rows: list[dict[str, str]], folder: pathlib.Path, where: str) -> pathlib.Path:
     """Time over size, a panel per loss; the end of a line that ran out of memory is crossed out."""
-    rows = [r for r in read_all(folder / "scaling") if r["mode"] == "both"]
-    most = max((int(r["threads"] or 0) for r in rows), default=0)
+    most = max(int(r["threads"] or 0) for r in rows if r["p50_ms"])
     rows = [r for r in rows if int(r["threads"] or 0) == most]
     losses = list({r["loss"]: 0 for r in rows if r["p50_ms"]})
     columns = min(3, len(losses))

@@ -210,7 +210,7 @@ static void lpips_planar_grad(const Pixels<T>& s, float eps, const Statistics<co
     T *to_x = to.x ? to.x + c * s.stride : nullptr, *to_y = to.y ? to.y + c * s.stride : nullptr;
     const vf lin = all(s.lin[c]);
     for (int64_t p = 0; p < whole; p += W) {
-      __builtin_prefetch(x + 2 * s.stride + p, 0, 2);
+      __builtin_prefetch(x + 2 * s.stride + p, 0, 2);  // a channel's pixels are few for the CPU's own prefetch
       __builtin_prefetch(y + 2 * s.stride + p, 0, 2);
       pull(load(x + p), load(y + p), lin, factors(of_x + p), factors(of_y + p), to_x ? to_x + p : nullptr,
            to_y ? to_y + p : nullptr, W, to.streamed);

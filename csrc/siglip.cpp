@@ -65,8 +65,8 @@ void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, 
   const float* more = input<float>(from);
   float* sums = output<float>(to);
   const int64_t n = to.size(1), row = to.stride(0);  // not in the loop: calls into torch
-  const auto kernels = contrastive_kernels();
-  for_each(to.size(0), [&](int64_t d) { kernels.add(more + d * n, n, sums + d * row); });
+  const auto add = contrastive_kernels().add;
+  for_each(to.size(0), [&](int64_t d) { add(more + d * n, n, sums + d * row); });
 }
 
 // Gradients, all in float32, empty where they are not asked for.
