@@ -198,7 +198,7 @@ class Gradient {
 };
 
 // Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a
-// time, columns(first, u [n, D]) of n columns at a time. `stash` has the products of its many first rows.
+// time, columns(first, u [n, D]) of n columns at a time. `stash` [S, N]: the products of the first S rows.
 template <typename Rows, typename Columns>
 void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double workspace_mib, bool needs_query,
                     bool needs_key, const Rows& rows, const Columns& columns) {

@@ -190,8 +190,9 @@ inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, i
   Statistics forward(p, stats);
   std::optional<Tensor> kept;
   const bool all = rows > 0 && rows == p.rows;
+  // Else chunks as the backward makes them: a library may give a row other bits among other rows.
   const auto [height, width] = all && !p.upper ? std::pair(p.rows, p.columns)
-                                               : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);  // as the backward
+                                               : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
   const bool whole = all && height >= p.rows && width >= p.columns;  // one product, which itself is kept
   if (rows > 0 && !whole) kept = torch::stable::new_empty(p.query, {rows, p.columns});
   for_pieces(p.rows, height, [&, width = width](int64_t begin, int64_t count) {
@@ -216,7 +217,7 @@ inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, i
 inline bool fits_stash(int64_t rows, int64_t columns, double workspace_mib) {
   return static_cast<double>(rows * columns * 4) <= std::min<double>(workspace_mib, kStashMiB) * kMiB;
 }
-// Else of how many rows they are: in whole tiles, or a few.
+// Where they are not: of how many rows they are kept all the same, whole tiles of them or a few.
 inline int64_t part_of_stash(int64_t columns, double workspace_mib) {
   const int64_t bytes = static_cast<int64_t>(std::min<double>(workspace_mib / 4, kStashMiB) * kMiB);
   const int64_t fit = bytes / (4 * columns);

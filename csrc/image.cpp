@@ -19,7 +19,7 @@ struct ImageKernels {
               const Gradients<G>&);
   void (*smoothness)(const Band<T>&, const Memory&);
   SmoothnessRows<T> rows;
-  void (*fence)();  // after streamed rows; once a band, since each takes as long as half a row
+  void (*fence)();  // after the last streamed row of a band
   SsimKernels<T> ssim;
 };
 
