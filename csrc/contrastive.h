@@ -41,6 +41,11 @@ struct ColumnsOf {
 struct SumAndCount {
   double sum, count;
 };
+struct OwnAndBoth {
+  double own, both;
+};
+template <typename T>
+using Combine = void (*)(const float* v, float factor, const float* x, float along, int64_t n, T* to);
 struct ContrastiveKernels {
   void (*logits)(const float* raw, int64_t n, const RowOf&, const ColumnsOf&, float* to);
   float (*most)(const float* s, int64_t n, float* of_columns);
@@ -62,6 +67,10 @@ struct ContrastiveKernels {
   void (*pull_sum)(const float* s, int64_t n, const float* column_scale, float* to);
   void (*rescale)(const float* from, int64_t n, float factor, float* to);
   void (*narrow)(const float* from, int64_t n, BFloat16* to);
+  OwnAndBoth (*products)(const float* a, const float* b, int64_t n);
+  Combine<float> combine;
+  Combine<BFloat16> combine_bfloat16;
+  Combine<Half> combine_half;
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand

@@ -2,26 +2,9 @@
 // of the log-sum-exps n_i, n'_i, the positive's logit has the gradient -a_i - b_i; Gradient makes H from them all.
 
 #include "contrastive_gradient.h"
+#include "contrastive_lengths.h"
 #include "contrastive_pulls.h"
 #include "contrastive_statistics.h"
-
-namespace fastloss {
-namespace {
-
-struct PlainProducts {
-  double own, both;
-};
-template <typename T>
-struct PlainKernels {
-  PlainProducts (*products)(const float* a, const float* b, int64_t n);
-  void (*combine)(const float* v, float factor, const float* x, float along, int64_t n, T* to);
-};
-
-}  // namespace
-}  // namespace fastloss
-
-#define FASTLOSS_KERNELS "contrastive_plain_simd.h"
-#include "each_isa.h"
 
 namespace fastloss {
 namespace {
@@ -34,7 +17,6 @@ constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most,
 constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
 constexpr int64_t kLeastRows = 64;  // of a chunk whose gradients the forward makes, at most
 constexpr double kChunk = 16;  // MiB of its logits at most; and of their gradient, and of its transpose
-constexpr double kTiny = 1e-12;                       // as TINY_NORM in contrastive_reference.py
 
 enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
 
@@ -100,20 +82,16 @@ struct Plain {
   }
 
   void measure() {
-    const auto kernels = FASTLOSS_PICK(plain_kernels<float>());
-    const auto inverse = [](double square) {
-      const double length = std::sqrt(square);
-      return length <= kTiny ? 0.0f : static_cast<float>(1 / length);
-    };
+    const auto kernels = contrastive_kernels();
     if (normalize)
       each_row(p.columns, p.width, [&](int64_t j) {
         const float* key = input<float>(p.key) + j * p.width;
-        key_c[j] = inverse(kernels.products(key, key, p.width).own);
+        key_c[j] = inverse_length(kernels.products(key, key, p.width).own);
       });
     each_row(p.rows, p.width, [&](int64_t i) {
-      const PlainProducts got =
+      const OwnAndBoth got =
           kernels.products(input<float>(p.query) + i * p.width, input<float>(p.key) + target[i] * p.width, p.width);
-      if (normalize) c[i] = inverse(got.own);
+      if (normalize) c[i] = inverse_length(got.own);
       positive[i] = static_cast<float>(got.both * c[i] * key_c[target[i]] * (scale * factor));
     });
     set_scales();
@@ -134,28 +112,8 @@ struct Plain {
     return p.symmetric ? (forth + loss(include_positive, back[i], positive[i])) / 2 : forth;
   }
 
-  // v becomes the gradient of embeddings x: what the length takes away again goes with its rounding errors.
-  template <typename T>
-  void put(const Tensor& x, const std::vector<float>& lengths, int64_t begin, const Tensor& v, T* to) const {
-    const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
-    each_row(v.size(0), p.width, [&](int64_t r) {
-      const float *from = input<float>(v) + r * v.stride(0), *row = input<float>(x) + (begin + r) * p.width;
-      const bool turned = normalize && lengths[begin + r] != 0;
-      const double square = static_cast<double>(lengths[begin + r]) * lengths[begin + r];
-      const double along = turned ? -kernels.products(row, from, p.width).both * square : 0;
-      kernels.combine(from, 1.0f, turned ? row : nullptr, static_cast<float>(along), p.width,
-                      to + (begin + r) * p.width);
-    });
-  }
-  // The same of `to`'s dtype; v itself is the result where nothing is left to do.
-  void put(const Tensor& x, const std::vector<float>& lengths, int64_t begin, const Tensor& v, Tensor& to) const {
-    if (!normalize && to.scalar_type() == ScalarType::Float && v.size(0) == to.size(0) && v.is_contiguous()) {
-      to = v;
-      return;
-    }
-    for_dtype(to.scalar_type(), "contrastive_plain",
-              [&](auto element) { put(x, lengths, begin, v, output<decltype(element)>(to)); });
-  }
+  Lengths queries() const { return {p.query, normalize ? c.data() : nullptr}; }
+  Lengths keys() const { return {p.key, normalize ? key_c.data() : nullptr}; }
 };
 
 Tensor vector(int64_t size) {
@@ -179,7 +137,7 @@ struct Made {
 // "rows": t_i, the pull of n_i, becomes the gradient of loss_i.
 void rows_pass(const Plain& call, const std::vector<float>& stats, Tensor& pulls, Made& made) {
   const Problem& p = call.p;
-  const auto kernels = FASTLOSS_PICK(plain_kernels<float>());
+  const auto kernels = contrastive_kernels();
   float* to = output<float>(pulls);
   each_row(p.rows, p.width, [&](int64_t i) {
     float* t = to + i * p.width;
@@ -246,14 +204,14 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
         2,
         [&](int64_t side) {
           if (side == 0 && made.query.numel() > 0)
-            call.put(p.query, call.c, begin, product(h, flipped(p.keys)), made.query);
+            call.queries().put(begin, product(h, flipped(p.keys)), made.query);
           if (side == 1 && of_keys) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
         },
         apart ? 2 : 1);
     for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)
       output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
   });
-  if (of_keys) call.put(p.key, call.key_c, 0, *below, made.key);
+  if (of_keys) call.keys().put(0, *below, made.key);
 }
 
 // Losses [rows], or reduced.
@@ -309,21 +267,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   return {losses(call, reduction), state, lengths, stash, grads.query, grads.key, grads.scale};
 }
 
-// factor_i from_i in the dtype of `like`
-Tensor scaled(const Tensor& from, const std::vector<float>& factors, const Tensor& like) {
-  Tensor to = new_empty(like, {from.size(0), from.size(1)});
-  const int64_t width = from.size(1);
-  for_dtype(like.scalar_type(), "contrastive_plain", [&](auto element) {
-    using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(plain_kernels<T>());
-    each_row(from.size(0), width, [&](int64_t i) {
-      const float* row = input<float>(from) + i * width;
-      kernels.combine(row, factors[i], nullptr, 0.0f, width, output<T>(to) + i * width);
-    });
-  });
-  return to;
-}
-
 // Both directions' gradients of the log-sum-exps, of the positives, and so those of the embeddings.
 Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upstream, double workspace_mib,
                 const Tensor& query, const Tensor& key, bool needs_query, bool needs_key) {
@@ -340,8 +283,8 @@ Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upst
   else
     make_gradients(
         gradient, p, stash, workspace_mib, needs_query, needs_key,
-        [&](int64_t begin, const Tensor& v) { call.put(p.query, call.c, begin, v, made.query); },
-        [&](int64_t first, const Tensor& u) { call.put(p.key, call.key_c, first, u, made.key); });
+        [&](int64_t begin, const Tensor& v) { call.queries().put(begin, v, made.query); },
+        [&](int64_t first, const Tensor& u) { call.keys().put(first, u, made.key); });
   for (int64_t i = 0; i < p.rows; ++i)
     output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
   return made;
@@ -364,8 +307,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
   }
   Made made{new_empty(query, {0}), new_empty(key, {0}), scale_grad};
   if (saves == Saves::kRows || saves == Saves::kGrads) {
-    if (needs_query) made.query = scaled(query_grad, upstream, query);
-    if (needs_key) made.key = scaled(key_grad, std::vector<float>(p.columns, input<float>(up)[0]), key);
+    if (needs_query) made.query = scaled(query_grad, [&](int64_t i) { return upstream[i]; }, query);
+    if (needs_key) made.key = scaled(key_grad, [g = input<float>(up)[0]](int64_t) { return g; }, key);
   } else {
     std::copy_n(input<float>(state), p.rows, call.positive.begin());
     std::copy_n(input<float>(state) + p.rows, p.rows, call.lse.begin());

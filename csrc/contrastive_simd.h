@@ -179,12 +179,35 @@ static void contrastive_narrow(const float* from, int64_t n, BFloat16* to) {
   for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
 }
 
+// <a, a> and <a, b>, each in four chains of vectors.
+static OwnAndBoth contrastive_products(const float* a, const float* b, int64_t n) {
+  vf own[4] = {}, both[4] = {};
+  for (int64_t i = 0; i < n;)
+    for (int k = 0; k < 4 && i < n; ++k, i += W) {
+      const vf x = load_up_to(a + i, n - i), y = load_up_to(b + i, n - i);
+      own[k] += x * x;
+      both[k] += x * y;
+    }
+  const auto total = [](const vf* v) {
+    return sum(__builtin_convertvector(v[0] + v[1], vd) + __builtin_convertvector(v[2] + v[3], vd));
+  };
+  return {total(own), total(both)};
+}
+
+// to = factor v + along x (no x: 0)
+template <typename T>
+static void contrastive_combine(const float* v, float factor, const float* x, float along, int64_t n, T* to) {
+  for (int64_t i = 0; i < n; i += W)
+    store_up_to(to + i, factor * load_up_to(v + i, n - i) + (x ? along * load_up_to(x + i, n - i) : all(0.0f)), n - i);
+}
+
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
           contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
           contrastive_add,       contrastive_transpose, contrastive_pull,        contrastive_pull_sum,
-          contrastive_rescale,   contrastive_narrow};
+          contrastive_rescale,   contrastive_narrow,   contrastive_products,     contrastive_combine<float>,
+          contrastive_combine<BFloat16>, contrastive_combine<Half>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -1,7 +1,7 @@
 // Sigmoid loss of all pairs. The gradient of a pair needs nothing but its own logit, so it is made in the forward, block
 // after block of a bounded workspace, and the products of a block with the embeddings follow at once.
 
-#include "contrastive.h"
+#include "contrastive_lengths.h"
 
 namespace fastloss {
 namespace {
@@ -25,28 +25,59 @@ namespace {
 using torch::stable::new_empty;
 using Given = std::optional<Tensor>;
 
-constexpr int64_t kImage = 1, kText = 2;  // bits of `needs`; 4: only the scales and the bias
+constexpr int64_t kImage = 1, kText = 2, kNumbers = 4;  // bits of `needs`
 constexpr double kGradientBlock = 64;     // MiB of a block of the products' gradient at most
 constexpr int64_t kWidest = 16384;        // its columns at most
 
 struct Pairs {
   Problem problem;
-  std::vector<float> share;  // weights of the rows in the loss; empty: 1
-  float bias;
-  bool positives;
+  const float scale, bias;
+  const bool positives;
+  std::vector<float> c, text_c;  // inverse lengths, or nothing
+  std::vector<float> share;      // weights of the rows in the loss; empty: 1
 
-  Pairs(const Tensor& image, const Tensor& text, const Tensor& row_scale, const Given& column_scale,
-        const Tensor& shift, const Given& row_ids, const Given& column_ids, const Given& weights, bool negative_only,
-        bool bfloat16)
-      : problem(image, text, std::string(negative_only ? "" : "diagonal") + (bfloat16 ? "+bfloat16" : ""), 0.0),
+  Pairs(const Tensor& image, const Tensor& text, const Tensor& scale_given, const Tensor& bias_given,
+        const Given& image_ids, const Given& text_ids, const Given& weights, bool normalize, bool negative_only)
+      : problem(image, text, kind(image, text, negative_only), 0.0),
+        scale(number(scale_given)),
+        bias(number(bias_given)),
         positives(!negative_only) {
-    STD_TORCH_CHECK(shift.numel() == 1 && shift.scalar_type() == ScalarType::Float,
-                    "siglip: expected one float32 bias");
-    STD_TORCH_CHECK(negative_only || problem.rows == problem.columns, "siglip: expected as many texts as images");
-    problem.scales(row_scale, column_scale, std::nullopt);
-    problem.masks(std::nullopt, row_ids, column_ids, std::nullopt);
-    share = padded(weights, ScalarType::Float, problem.rows, problem.rows, 1.0f);
-    bias = input<float>(shift)[0];
+    Problem& p = problem;
+    STD_TORCH_CHECK(negative_only || p.rows == p.columns, "siglip: expected as many texts as images");
+    p.masks(std::nullopt, image_ids, text_ids, std::nullopt);
+    share = padded(weights, ScalarType::Float, p.rows, p.rows, 1.0f);
+    p.row_scale.assign(p.rows, scale);
+    p.column_scale.assign(p.padded_columns, 1.0f);
+    p.bias.assign(p.padded_columns, 0.0f);
+    if (!normalize) return;
+    c = measure(p.query);
+    text_c = measure(p.key);
+    for (int64_t i = 0; i < p.rows; ++i) p.row_scale[i] = static_cast<float>(static_cast<double>(scale) * c[i]);
+    std::copy(text_c.begin(), text_c.end(), p.column_scale.begin());
+  }
+
+  Lengths images() const { return {problem.query, c.empty() ? nullptr : c.data()}; }
+  Lengths texts() const { return {problem.key, text_c.empty() ? nullptr : text_c.data()}; }
+
+ private:
+  static std::string kind(const Tensor& image, const Tensor& text, bool negative_only) {
+    const bool narrow = image.scalar_type() == ScalarType::BFloat16 && text.scalar_type() == ScalarType::BFloat16;
+    return std::string(negative_only ? "" : "diagonal") + (narrow ? "+bfloat16" : "");
+  }
+  static float number(const Tensor& t) {
+    STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float,
+                    "siglip: expected one float32 scale and one bias");
+    return input<float>(t)[0];
+  }
+  static std::vector<float> measure(const Tensor& x) {
+    const auto kernels = contrastive_kernels();
+    const int64_t width = x.size(1);
+    const float* rows = input<float>(x);
+    std::vector<float> to(x.size(0));
+    each_row(x.size(0), width, [&](int64_t i) {
+      to[i] = inverse_length(kernels.products(rows + i * width, rows + i * width, width).own);
+    });
+    return to;
   }
 };
 
@@ -71,7 +102,7 @@ void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, 
 
 // Gradients, all in float32, empty where they are not asked for.
 struct Gradients {
-  Tensor image, text, row_scale, column_scale, bias;
+  Tensor image, text, scale, bias;
 };
 
 class Siglip {
@@ -85,13 +116,12 @@ class Siglip {
         workspace_mib_(workspace_mib),
         loss_(p_.rows, 0.0),
         slope_(p_.rows, 0.0),
-        of_row_(p_.rows, 0.0),
-        of_column_(p_.columns, 0.0) {}
+        of_row_(p_.rows, 0.0) {}
 
   Gradients run() {
     const auto single = [&](std::vector<int64_t> shape) { return new_empty(p_.query, shape); };
     Gradients to{single({needs_ & kImage ? p_.rows : 0, p_.width}), single({p_.width, needs_ & kText ? p_.columns : 0}),
-                 single({needs_ ? p_.rows : 0}), single({needs_ ? p_.columns : 0}), single({needs_ ? 1 : 0})};
+                 single({needs_ & kNumbers ? 1 : 0}), single({needs_ & kNumbers ? 1 : 0})};
     if (p_.empty()) {
       for (Tensor* t : {&to.image, &to.text}) torch::stable::zero_(*t);
     } else {
@@ -115,14 +145,17 @@ class Siglip {
       to.text = single({0, p_.width});
       return to;
     }
-    output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
+    if (needs_ & kNumbers) {
+      output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
+      output<float>(to.scale)[0] = static_cast<float>(scale_gradient());
+    }
+    if (needs_ & kImage) pairs_.images().put(0, to.image, to.image);
     Tensor text = single({needs_ & kText ? p_.columns : 0, p_.width});
-    if (needs_ & kText) torch::stable::copy_(text, flipped(to.text));
+    if (needs_ & kText) {
+      torch::stable::copy_(text, flipped(to.text));
+      pairs_.texts().put(0, text, text);
+    }
     to.text = text;
-    for (int64_t i = 0; i < p_.rows; ++i) output<float>(to.row_scale)[i] = static_cast<float>(of_row_[i]);
-    std::copy(of_column_.begin(), of_column_.end(), output<float>(to.column_scale));
-    if (needs_ & kImage) along(p_.query, to.image, p_.row_scale, to.row_scale);
-    if (needs_ & kText) along(p_.key, to.text, p_.column_scale, to.column_scale);
     return to;
   }
 
@@ -136,17 +169,10 @@ class Siglip {
     return total;
   }
 
-  // The gradient of embeddings' scales, <x, dx> / scale: its rounding errors are those of dx, so that the part of dx along
-  // x, which the length takes away again, goes with its errors.
-  void along(const Tensor& x, const Tensor& grad, const std::vector<float>& scale, Tensor& to) const {
-    for_each(blocks_of(x.size(0), kRows), [&](int64_t block) {
-      for (int64_t i = block * kRows; i < std::min((block + 1) * kRows, x.size(0)); ++i) {
-        const float *one = input<float>(x) + i * p_.width, *two = input<float>(grad) + i * p_.width;
-        double total = 0;
-        for (int64_t d = 0; d < p_.width; ++d) total += static_cast<double>(one[d]) * two[d];
-        output<float>(to)[i] = scale[i] == 0 ? 0.0f : static_cast<float>(total / scale[i]);
-      }
-    });
+  double scale_gradient() const {
+    double total = 0;
+    for (int64_t i = 0; i < p_.rows; ++i) total += of_row_[i] * (pairs_.c.empty() ? 1.0f : pairs_.c[i]);
+    return total;
   }
 
   // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that, and
@@ -154,19 +180,16 @@ class Siglip {
   void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
                     const Tensor& block) {
     const Tensor texts = slice(p_.keys, 0, first, n), raw = p_.raw(begin, m, first, n);
-    const int64_t groups = blocks_of(m, kRows), width = (n + 15) / 16 * 16;
-    std::vector<float> of_scale(needs_ ? groups * width : 0, 0.0f);
-    for_each(groups, [&](int64_t g) {
+    const float* all_raw = input<float>(raw);
+    const int64_t raw_pitch = raw.stride(0), panel_pitch = panel.size(1), block_pitch = block.size(1);
+    for_each(blocks_of(m, kRows), [&](int64_t g) {
       for (int64_t r = g * kRows; r < std::min((g + 1) * kRows, m); ++r) {
         alignas(64) float h[kTerms];
-        line(input<float>(raw) + r * raw.stride(0), begin + r, first, n, needs_ ? &of_scale[g * width] : nullptr,
-             needs_ ? h : nullptr);
-        if (needs_ & kImage) put(h, n, panel, r * panel.size(1));
-        if (needs_ & kText) put(h, n, block, r * block.size(1) + at);
+        line(all_raw + r * raw_pitch, begin + r, first, n, needs_ ? h : nullptr);
+        if (needs_ & kImage) put(h, n, panel, r * panel_pitch);
+        if (needs_ & kText) put(h, n, block, r * block_pitch + at);
       }
     });
-    for (int64_t g = 0; needs_ && g < groups; ++g)
-      for (int64_t j = 0; j < n; ++j) of_column_[first + j] += of_scale[g * width + j];
     if (!(needs_ & kImage)) return;
     Tensor rows = slice(to.image, 0, begin, m);
     accumulate(slice(slice(panel, 0, 0, m), 1, 0, n), flipped(texts), rows, 0, first == 0);
@@ -180,7 +203,7 @@ class Siglip {
       std::copy_n(h, n, output<float>(to) + at);
   }
 
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* to) {
+  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* to) {
     alignas(64) float s[kTerms], g[kTerms];
     p_.logits(contrastive_, raw, i, first, n, false, s);
     SigmoidSums sums = kernels_.row(s, n, pairs_.bias, pairs_.share[i], to ? g : nullptr);
@@ -195,7 +218,7 @@ class Siglip {
     loss_[i] += sums.loss;
     slope_[i] += sums.slope;
     if (to)
-      of_row_[i] += contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], of_scale, nullptr, to);
+      of_row_[i] += contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], nullptr, nullptr, to);
   }
 
   const Pairs& pairs_;
@@ -204,60 +227,48 @@ class Siglip {
   const SiglipKernels kernels_;
   const int64_t needs_;
   const double workspace_mib_;
-  std::vector<double> loss_, slope_, of_row_, of_column_;
+  std::vector<double> loss_, slope_, of_row_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
-    const Tensor& image, const Tensor& text, const Tensor& row_scale, std::optional<Tensor> column_scale,
-    const Tensor& bias, std::optional<Tensor> row_ids, std::optional<Tensor> column_ids, std::optional<Tensor> share,
-    bool negative_only, int64_t needs, double workspace_mib, bool bfloat16) {
-  Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, share, negative_only, bfloat16);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
+    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias, std::optional<Tensor> image_ids,
+    std::optional<Tensor> text_ids, std::optional<Tensor> share, bool normalize, bool negative_only, int64_t needs,
+    double workspace_mib) {
+  Pairs pairs(image, text, scale, bias, image_ids, text_ids, share, normalize, negative_only);
   Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
   const Gradients made = pass.run();
-  if (share.has_value()) {
-    Tensor loss = new_empty(row_scale, {});
+  Tensor loss = share.has_value() ? new_empty(scale, {}) : new_empty(scale, {image.size(0)});
+  if (share.has_value())
     output<float>(loss)[0] = static_cast<float>(pass.loss());
-    return {loss, made.image, made.text, made.row_scale, made.column_scale, made.bias};
-  }
-  Tensor losses = new_empty(row_scale, {image.size(0)});
-  for (int64_t i = 0; i < image.size(0); ++i) output<float>(losses)[i] = static_cast<float>(pass.row_loss(i));
-  return {losses, made.image, made.text, made.row_scale, made.column_scale, made.bias};
+  else
+    for (int64_t i = 0; i < image.size(0); ++i) output<float>(loss)[i] = static_cast<float>(pass.row_loss(i));
+  return {loss, made.image, made.text, made.scale, made.bias};
 }
 
-// factor * from in the dtype of `like`, or nothing
-Tensor scaled(const Tensor& from, float factor, const Tensor& like, bool needed) {
-  if (!needed) return new_empty(like, {0});
-  Tensor to = empty_like(from, like.scalar_type());
-  for_dtype(like.scalar_type(), "siglip", [&](auto element) {
-    using T = decltype(element);
-    const float* source = input<float>(from);  // not in the loop: a call into torch
-    T* target = output<T>(to);
-    for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) target[i] = static_cast<T>(factor * source[i]);
-    });
-  });
-  return to;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_bwd(
-    const Tensor& grad, const Tensor& image, const Tensor& text, const Tensor& row_scale,
-    std::optional<Tensor> column_scale, const Tensor& bias, std::optional<Tensor> row_ids,
-    std::optional<Tensor> column_ids, std::optional<Tensor> share, bool negative_only, int64_t needs,
-    double workspace_mib, bool bfloat16, const Tensor& image_grad, const Tensor& text_grad, const Tensor& row_scale_grad,
-    const Tensor& column_scale_grad, const Tensor& bias_grad, bool needs_image, bool needs_text, bool needs_row_scale,
-    bool needs_column_scale, bool needs_bias) {
-  Gradients made{image_grad, text_grad, row_scale_grad, column_scale_grad, bias_grad};
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
+    const Tensor& grad, const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
+    std::optional<Tensor> image_ids, std::optional<Tensor> text_ids, std::optional<Tensor> share, bool normalize,
+    bool negative_only, int64_t needs, double workspace_mib, const Tensor& image_grad, const Tensor& text_grad,
+    const Tensor& scale_grad, const Tensor& bias_grad, bool needs_image, bool needs_text, bool needs_scale,
+    bool needs_bias) {
+  Gradients made{image_grad, text_grad, scale_grad, bias_grad};
   float factor = 1;
   if (share.has_value()) {
     factor = input<float>(torch::stable::contiguous(grad))[0];
   } else {
-    Pairs pairs(image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only, bfloat16);
-    made = Siglip(pairs, needs_image * kImage + needs_text * kText + 4, workspace_mib).run();
+    Pairs pairs(image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only);
+    made = Siglip(pairs, needs_image * kImage + needs_text * kText + (needs_scale || needs_bias) * kNumbers, workspace_mib).run();
   }
-  return {scaled(made.image, factor, image, needs_image), scaled(made.text, factor, text, needs_text),
-          scaled(made.row_scale, factor, row_scale, needs_row_scale),
-          scaled(made.column_scale, factor, row_scale, needs_column_scale),
-          scaled(made.bias, factor, row_scale, needs_bias)};
+  const auto times = [factor](const Tensor& from, const Tensor& like, bool needed) {
+    return needed ? scaled(from, [factor](int64_t) { return factor; }, like) : new_empty(like, {0});
+  };
+  const auto number = [&](const Tensor& from, bool needed) {
+    Tensor to = new_empty(scale, {needed ? 1 : 0});
+    if (needed) output<float>(to)[0] = factor * input<float>(from)[0];
+    return to;
+  };
+  return {times(made.image, image, needs_image), times(made.text, text, needs_text), number(made.scale, needs_scale),
+          number(made.bias, needs_bias)};
 }
 
 }  // namespace

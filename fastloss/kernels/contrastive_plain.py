@@ -37,63 +37,10 @@ from .contrastive_blocks import (
     make_statistics,
     new_stash,
 )
+from .contrastive_lengths import prepare
 from .siglip import _softplus
 
-PREPARE_BLOCK = (8, 256)
 LOSS_BLOCK = 256
-
-
-@triton.jit
-def _inverse_length(square):
-    """1 / |x|, 0 for zero vectors."""
-    length = tl.sqrt_rn(square)
-    small = length <= 1e-12  # TINY_NORM; False for NaN
-    return tl.where(small, 0.0, tl.div_rn(1.0, tl.where(small, 1.0, length)))
-
-
-@triton.jit
-def _plain_prepare_kernel(
-    query_ptr,  # (M, D)
-    key_ptr,  # (N, D)
-    scale_ptr,  # (1,) or None
-    targets_ptr,  # (M,) or None: the diagonal
-    row_ptr,  # (M,): scale factor c(query)
-    column_ptr,  # (N,): c(key), or None: not normalised
-    positive_ptr,  # (M,)
-    sizes,  # M, N, D
-    factor,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row, column = index < sizes[0], index < sizes[1]
-    target, there = index, column
-    if targets_ptr is not None:
-        target, there = tl.load(targets_ptr + index, mask=row, other=0), row
-    zero = tl.zeros((ROWS,), tl.float32)
-    dot, queries, targets, keys = zero, zero, zero, zero
-    for start in range(0, sizes[2], WIDTH):
-        inner = start + tl.arange(0, WIDTH)
-        inside = (inner < sizes[2])[None, :]
-        at = index.to(tl.int64)[:, None] * sizes[2] + inner[None, :]
-        q = tl.load(query_ptr + at, mask=row[:, None] & inside, other=0.0).to(tl.float32)
-        of_target = target.to(tl.int64)[:, None] * sizes[2] + inner[None, :]
-        t = tl.load(key_ptr + of_target, mask=there[:, None] & inside, other=0.0).to(tl.float32)
-        dot += tl.sum(q * t, 1)
-        queries += tl.sum(q * q, 1)
-        targets += tl.sum(t * t, 1)
-        if targets_ptr is not None and column_ptr is not None:
-            k = tl.load(key_ptr + at, mask=column[:, None] & inside, other=0.0).to(tl.float32)
-            keys += tl.sum(k * k, 1)
-    scale = zero + factor
-    if scale_ptr is not None:
-        scale *= tl.load(scale_ptr)
-    if column_ptr is not None:
-        scale *= _inverse_length(queries)
-        dot *= _inverse_length(targets)
-        tl.store(column_ptr + index, _inverse_length(targets if targets_ptr is None else keys), column)
-    tl.store(row_ptr + index, scale, row)
-    tl.store(positive_ptr + index, scale * dot, row)
 
 
 @triton.jit
@@ -157,11 +104,9 @@ class _Plain:
         self.column_scale = lengths[self.m :] if normalize else None
 
     def prepare(self, scale: Tensor | None, factor: float) -> None:
-        sizes = (self.m, self.n, self.query.shape[1])
-        _plain_prepare_kernel[(triton.cdiv(max(self.m, self.n), PREPARE_BLOCK[0]),)](
-            self.query, self.key, scale, self.targets, self.row_scale, self.column_scale, self.positive, sizes, factor,
-            *PREPARE_BLOCK, **STREAM_OPTIONS,
-        )  # fmt: skip
+        prepare(
+            self.query, self.key, scale, factor, self.targets, (self.row_scale, self.column_scale, self.positive)
+        )
 
     def call(self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool) -> Call:
         rows = (self.row_scale[part], None if excluded is None else excluded[part], None, None)

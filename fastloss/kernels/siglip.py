@@ -6,8 +6,8 @@ A program makes one tile of logits with `tl.dot`, and from e = exp(-|x|) and one
     sigmoid(x)   = (x < 0 ? e : 1) / (1 + e)
 
 It leaves the tile's row sums of both, and H_ij = +-share_i sigmoid(x_ij) r_i c_j in the embeddings' dtype in a block of
-`workspace_mib` at most, which two library products turn into the embeddings' gradients, accumulated in float32. Then
-d r_i = <image_i, d image_i> / r_i, c_j alike. 3 U = 6 M N D FLOP; U alone where no gradient is wanted. Beyond the
+`workspace_mib` at most, which two library products turn into v, accumulated in float32; r_i = scale c(image_i), c_j =
+c(text_j). 3 U = 6 M N D FLOP; U alone where no gradient is wanted. Beyond the
 products an element of H moves three times, written once and read twice, through the L2 cache or memory.
 """
 
@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STREAM_OPTIONS, AotCase, on_device
-from .contrastive_blocks import FINISH_BLOCK, GROUP, Call, add_product, block_plan
-from .contrastive_grads import _contrastive_finish_kernel
+from ..losses.contrastive_siglip import IMAGE, NUMBERS, TEXT
+from .common import AotCase, on_device
+from .contrastive_blocks import GROUP, Call, add_product, block_plan, embeddings, finish
+from .contrastive_lengths import prepare
 from .contrastive_table import best_tile
 from .contrastive_tile import products
 
@@ -104,103 +105,111 @@ def _half_range(share: Tensor, row_scale: Tensor, column_scale: Tensor | None) -
     return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
 
 
-def _finish(sums: Tensor, x: Tensor, scale: Tensor, dot: Tensor, factor: Tensor | None) -> None:
-    """The gradient of the scale from that of the embeddings, which loses its factor here."""
-    if sums.shape[0]:
-        _contrastive_finish_kernel[(triton.cdiv(x.shape[0], FINISH_BLOCK[0]),)](
-            sums, x, None if factor is None else sums, scale, dot, factor, (*sums.shape, x.stride(0)), False,
-            *FINISH_BLOCK, **STREAM_OPTIONS,
-        )  # fmt: skip
+def _scales(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """Of rows and columns."""
+    if not normalize:
+        return scale.expand(image.shape[0]).contiguous(), None
+    row, column = (scale.new_empty(x.shape[0]) for x in (image, text))
+    prepare(image, text, scale, 1.0, None, (row, column, None))
+    return row, column
 
 
 def _pass(
-    image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor, row_ids: Tensor | None,
-    column_ids: Tensor | None, share: Tensor, negative_only: bool, needs: int, workspace_mib: float,
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
+    share: Tensor, normalize: bool, negative_only: bool, needs: int, workspace_mib: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Row losses, and with `needs` the float32 gradients: of image, text, row_scale, column_scale, bias."""
-    call = Call(image, text, (row_scale, None, row_ids, None), (column_scale, None, column_ids), "", 0.0)
-    if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
-        call.tile = best_tile(image.device, call.products, 1, 1, width=image.shape[1])[0]
-    (m, width), n, tile, share = image.shape, text.shape[0], call.tile, share.contiguous()
-    high, wide = block_plan(max(m, 1), max(n, 1), int(workspace_mib * 2**20) // image.element_size(), tile)
-    high = min(high, max(m, 1))
-    made = row_scale.new_zeros(2, m)
-    scaled = column_scale is not None
-    to_image = row_scale.new_zeros(m if needs & 5 else 0, width)  # the scale's gradient comes from it
-    to_text = row_scale.new_zeros(n if needs & 2 else 0, width)
-    to_row, to_column = row_scale.new_zeros(m if needs else 0), row_scale.new_zeros(n if needs else 0)
+    """Row losses, and the float32 gradients that `needs` asks for: of image, text, scale, bias."""
+    (m, width), n, share = image.shape, text.shape[0], share.contiguous()
+    made = scale.new_zeros(2, m)
+    to_image, to_text = scale.new_zeros(m if needs & 5 else 0, width), scale.new_zeros(n if needs & TEXT else 0, width)
+    dot = scale.new_zeros(m if needs & NUMBERS else 0)
     if m and n:
-        slots = row_scale.new_empty(2, triton.cdiv(wide, tile.columns), high)
-        work = call.query.new_empty(high, wide) if needs else None
+        image, text = embeddings(image), embeddings(text)
+        row_scale, column_scale = _scales(image, text, scale, normalize)
+        call = Call(image, text, (row_scale, None, image_ids, None), (column_scale, None, text_ids), "", 0.0)
         factor = None
         if needs and image.dtype == torch.float16:
-            factor = _half_range(share, call.rows[0], call.columns[0])
-        operands = call.operands()
-        # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills; told that it has
-        # all registers, ptxas hoists more of float16's than there are
-        warps = 8 if tile.rows * tile.columns > 8192 else tile.warps
-        options = replace(tile, warps=warps, registers=None).options
-        for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
-            end, stop = min(row + high, m), min(column + wide, n)
-            tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
-            _siglip_kernel[(tiles[0] * tiles[1],)](
-                operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
-                work, call.sizes, (row, column, end, *tiles, high, wide), not negative_only, call.precision,
-                tile.constants, GROUP, **options,
-            )  # fmt: skip
-            kinds = 2 if needs else 1
-            part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
-            made[:kinds, row:end] += part.sum(1)
-            if work is None:
-                continue
-            h = work[: end - row, : stop - column]
-            if to_image.shape[0]:
-                add_product(to_image[row:end], h, call.key[column:stop, :width], column == 0)
-            if to_text.shape[0]:
-                add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
-        _finish(to_image, call.query, call.rows[0], to_row, factor)
-        if scaled:
-            _finish(to_text, call.key, call.columns[0], to_column, factor)
-        elif factor is not None:
-            to_text /= factor
-    to_bias = (made[1] * share).sum().reshape(1) if needs else to_row.new_empty(0)
-    return made[0], to_image[: m if needs & 1 else 0], to_text, to_row, to_column, to_bias
+            factor = _half_range(share, row_scale, column_scale)
+        _blocks(call, share, bias, factor, (made, to_image, to_text), not negative_only, needs, workspace_mib)
+        if needs & 5 and (normalize or factor is not None or needs & NUMBERS):
+            grad = to_image if needs & IMAGE and (normalize or factor is not None) else None
+            finish(to_image, call.query, grad, None, dot if needs & NUMBERS else None, factor, normalize)
+        if needs & TEXT and (normalize or factor is not None):
+            finish(to_text, call.key, to_text, None, None, factor, normalize)
+    one = slice(0, 1 if needs & NUMBERS else 0)
+    numbers = (dot.sum() / scale).reshape(1)[one], (made[1] * share).sum().reshape(1)[one]
+    return made[0], to_image[: m if needs & IMAGE else 0], to_text, *numbers
+
+
+def _blocks(
+    call: Call, share: Tensor, bias: Tensor, factor: Tensor | None, to: tuple[Tensor, Tensor, Tensor], positives: bool,
+    needs: int, workspace_mib: float,
+) -> None:  # fmt: skip
+    """Fills `to`: the row sums of losses and slopes, and H times text and image, each where it has rows."""
+    made, to_image, to_text = to
+    if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
+        call.tile = best_tile(call.query.device, call.products, 1, 1, width=to_image.shape[1])[0]
+    (m, n, _), width, tile = call.sizes, to_image.shape[1], call.tile
+    high, wide = block_plan(m, n, int(workspace_mib * 2**20) // call.query.element_size(), tile)
+    high = min(high, m)
+    slots = made.new_empty(2, triton.cdiv(wide, tile.columns), high)
+    work = call.query.new_empty(high, wide) if needs else None
+    operands = call.operands()
+    # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills; told that it has
+    # all registers, ptxas hoists more of float16's than there are
+    warps = 8 if tile.rows * tile.columns > 8192 else tile.warps
+    options = replace(tile, warps=warps, registers=None).options
+    for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
+        end, stop = min(row + high, m), min(column + wide, n)
+        tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
+        _siglip_kernel[(tiles[0] * tiles[1],)](
+            operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
+            work, call.sizes, (row, column, end, *tiles, high, wide), positives, call.precision, tile.constants, GROUP,
+            **options,
+        )  # fmt: skip
+        kinds = 2 if needs else 1
+        part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
+        made[:kinds, row:end] += part.sum(1)
+        if work is None:
+            continue
+        h = work[: end - row, : stop - column]
+        if to_image.shape[0]:
+            add_product(to_image[row:end], h, call.key[column:stop, :width], column == 0)
+        if to_text.shape[0]:
+            add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
 
 
 def siglip_fwd(
-    image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor, row_ids: Tensor | None,
-    column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int, workspace_mib: float,
-    bfloat16: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
+    share: Tensor | None, normalize: bool, negative_only: bool, needs: int, workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     with on_device(image):
-        weights, needs = (row_scale, 0) if share is None else (share, needs)
+        weights, needs = (scale.expand(image.shape[0]), 0) if share is None else (share, needs)
         losses, *grads = _pass(
-            image, text, row_scale, column_scale, bias, row_ids, column_ids, weights, negative_only, needs,
-            workspace_mib,
-        )  # fmt: skip
+            image, text, scale, bias, image_ids, text_ids, weights, normalize, negative_only, needs, workspace_mib
+        )
         loss = losses.clone() if share is None else (losses * share).sum()
     return loss, *grads  # type: ignore[return-value]
 
 
 def siglip_bwd(
-    grad: Tensor, image: Tensor, text: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor,
-    row_ids: Tensor | None, column_ids: Tensor | None, share: Tensor | None, negative_only: bool, needs: int,
-    workspace_mib: float, bfloat16: bool, image_grad: Tensor, text_grad: Tensor, row_scale_grad: Tensor,
-    column_scale_grad: Tensor, bias_grad: Tensor, needs_image: bool, needs_text: bool, needs_row_scale: bool,
-    needs_column_scale: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = [image_grad, text_grad, row_scale_grad, column_scale_grad, bias_grad]
-    wanted = (needs_image, needs_text, needs_row_scale, needs_column_scale, needs_bias)
+    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None,
+    text_ids: Tensor | None, share: Tensor | None, normalize: bool, negative_only: bool, needs: int,
+    workspace_mib: float, image_grad: Tensor, text_grad: Tensor, scale_grad: Tensor, bias_grad: Tensor,
+    needs_image: bool, needs_text: bool, needs_scale: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = [image_grad, text_grad, scale_grad, bias_grad]
+    wanted = (needs_image, needs_text, needs_scale, needs_bias)
     with on_device(image):
         if share is None:
+            needs = IMAGE * needs_image + TEXT * needs_text + NUMBERS * (needs_scale or needs_bias)
             _, *made = _pass(
-                image, text, row_scale, column_scale, bias, row_ids, column_ids, grad, negative_only,
-                needs_image + 2 * (needs_text or needs_column_scale) + 4, workspace_mib,
-            )  # fmt: skip
+                image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only, needs, workspace_mib
+            )
             grad = torch.ones_like(grad[0]) if grad.shape[0] else grad.new_ones(())
         out = [
             torch.mul(each, grad, out=like.new_empty(each.shape)) if needed else like.new_empty(0)
-            for each, like, needed in zip(made, (image, text, row_scale, row_scale, bias), wanted, strict=True)
+            for each, like, needed in zip(made, (image, text, scale, bias), wanted, strict=True)
         ]
     return tuple(out)  # type: ignore[return-value]
 
@@ -215,9 +224,8 @@ def aot_cases() -> Iterator[AotCase]:
         image, text = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
         row, column, one = (torch.empty(size, device="meta") for size in (rows, columns, 1))
         ids = tuple(v.long() for v in (row, column)) if "ids" in form else (None, None)
-        given = (image, text, row, column if "cosine" in form else None, one, *ids)
         label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{width}".strip()
         matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
         for needs in (0, 7):
-            args = (*given, row, "negative" in form, needs, 256.0, False)
+            args = (image, text, one, one, *ids, row, "cosine" in form, "negative" in form, needs, 256.0)
             yield AotCase(f"{label} needs {needs}", siglip_fwd, args, (), matrix)

@@ -1,21 +1,20 @@
 """SigLIP's pairwise sigmoid loss: the op, which makes the gradients in the forward, and the public function.
 
-    s_ij = row_scale_i column_scale_j <image_i, text_j> + bias           (no column_scale: 1)
+    s_ij = scale c(image_i) c(text_j) <image_i, text_j> + bias      c(x) = 1 / |x| with `normalize` (0 for zero vectors)
     x_ij = -s_ii for i = j, s_ij elsewhere (with `negative_only` everywhere); pairs i != j with equal ids are left out
     loss_i = sum_j log(1 + e^x_ij)                       [M], or with `share` the scalar sum_i share_i loss_i
 
-    H_ij = share_i (dx_ij / ds_ij) sigmoid(x_ij) row_scale_i column_scale_j
-    d image = H text      d text = H^T image
-    d row_scale_i = <image_i, d image_i> / row_scale_i, columns alike
-    d bias = sum_ij share_i (dx_ij / ds_ij) sigmoid(x_ij)
+    H_ij = share_i (dx_ij / ds_ij) sigmoid(x_ij) scale c(image_i) c(text_j)
+    v = H text           d image_i = v_i - c(image_i)^2 <image_i, v_i> image_i, without `normalize` v_i; texts alike
+    d scale = sum_i <image_i, v_i> / scale      d bias = sum_ij share_i (dx_ij / ds_ij) sigmoid(x_ij)
 
 H needs no normaliser: with `share` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
 backward multiplies them by its one upstream number. Without `share` the backward does that pass with its upstream
-gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the texts
-and their scales, bit 2 that of the row scales; any bit that of the bias. Image and text are float32, bfloat16 or
-float16, the rest is float32, ids are int64, bias has one element. The gradients are kept in float32, so that a loss
-scale reaches them before they are rounded. `bfloat16`: image and text hold widened bfloat16, so that the CPU may
-multiply in bfloat16 (H rounded to it) with float32 sums.
+gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the
+texts, bit 2 those of scale and bias. Image and text are float32, bfloat16 or float16, the rest is float32, ids are
+int64, scale and bias have one element. The gradients are kept in float32, so that a loss scale reaches them before
+they are rounded. Where image and text are bfloat16 and the CPU multiplies pairs of those with float32 sums, products
+are made so, with H rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -34,32 +33,32 @@ from .contrastive_checks import (
     full_precision,
     reduce_rows,
 )
-from .contrastive_forms import are_bfloat16, inverse_length, scale_of_rows, widened
+from .contrastive_reference import embed
+
+IMAGE, TEXT, NUMBERS = 1, 2, 4  # bits of `needs`
 
 
 def siglip_reference(
     image: Tensor,
     text: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
+    scale: Tensor,
     bias: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     share: Tensor | None,
+    normalize: bool,
     negative_only: bool,
     needs: int,
     workspace_mib: float,
-    bfloat16: bool,
 ) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(image, text)
-    texts = text.to(dtype) if column_scale is None else text.to(dtype) * column_scale[:, None]
-    logits = (image.to(dtype) * row_scale[:, None]) @ texts.T + bias
+    logits = embed(image, dtype, normalize) @ embed(text, dtype, normalize).T * scale + bias
     row, column = (torch.arange(n, device=logits.device) for n in logits.shape)
     positive = (row[:, None] == column) & (not negative_only)
     pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
-    if row_ids is not None and column_ids is not None:
-        kept = positive | (row_ids[:, None] != column_ids)
+    if image_ids is not None and text_ids is not None:
+        kept = positive | (image_ids[:, None] != text_ids)
         pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
     losses = pairs.sum(1)
     return losses if share is None else (losses * share).sum()
@@ -68,26 +67,24 @@ def siglip_reference(
 def _siglip_fwd(
     image: Tensor,
     text: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
+    scale: Tensor,
     bias: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     share: Tensor | None,
+    normalize: bool,
     negative_only: bool,
     needs: int,
     workspace_mib: float,
-    bfloat16: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, width, columns = *image.shape, text.shape[0]
     needs = 0 if share is None else needs
     return (
-        row_scale.new_empty(rows if share is None else ()),
-        row_scale.new_empty(rows if needs & 1 else 0, width),
-        row_scale.new_empty(columns if needs & 2 else 0, width),
-        row_scale.new_empty(rows if needs else 0),
-        row_scale.new_empty(columns if needs else 0),
-        row_scale.new_empty(1 if needs else 0),
+        scale.new_empty(rows if share is None else ()),
+        scale.new_empty(rows if needs & IMAGE else 0, width),
+        scale.new_empty(columns if needs & TEXT else 0, width),
+        scale.new_empty(1 if needs & NUMBERS else 0),
+        scale.new_empty(1 if needs & NUMBERS else 0),
     )
 
 
@@ -95,33 +92,29 @@ def _siglip_bwd(  # as many parameters as the forward, the results and the flags
     grad: Tensor,
     image: Tensor,
     text: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
+    scale: Tensor,
     bias: Tensor,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
     share: Tensor | None,
+    normalize: bool,
     negative_only: bool,
     needs: int,
     workspace_mib: float,
-    bfloat16: bool,
     image_grad: Tensor,
     text_grad: Tensor,
-    row_scale_grad: Tensor,
-    column_scale_grad: Tensor,
+    scale_grad: Tensor,
     bias_grad: Tensor,
     needs_image: bool,
     needs_text: bool,
-    needs_row_scale: bool,
-    needs_column_scale: bool,
+    needs_scale: bool,
     needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         image.new_empty(image.shape if needs_image else 0),
         text.new_empty(text.shape if needs_text else 0),
-        row_scale.new_empty(image.shape[0] if needs_row_scale else 0),
-        row_scale.new_empty(text.shape[0] if needs_column_scale else 0),
-        row_scale.new_empty(1 if needs_bias else 0),
+        scale.new_empty(1 if needs_scale else 0),
+        scale.new_empty(1 if needs_bias else 0),
     )
 
 
@@ -130,8 +123,8 @@ siglip = Op(
     fwd=_siglip_fwd,
     bwd=_siglip_bwd,
     reference=siglip_reference,
-    grads=("image", "text", "row_scale", "column_scale", "bias"),
-    outputs=("loss", "image_grad", "text_grad", "row_scale_grad", "column_scale_grad", "bias_grad"),
+    grads=("image", "text", "scale", "bias"),
+    outputs=("loss", "image_grad", "text_grad", "scale_grad", "bias_grad"),
     triton="siglip",
 )
 
@@ -226,19 +219,18 @@ def siglip_loss(
     if reduction == "mean":
         check_not_empty(image.shape[0])
     with full_precision(image):
-        bfloat16 = are_bfloat16(image, text)
-        image, text = widened(image), widened(text)
-        lengths, column_scale = (inverse_length(t, dtype) if normalize else None for t in (image, text))
-        row_scale = scale_of_rows(lengths, scale, image, dtype)
         share = _share(weights, reduction, image, dtype)
-        shift = bias if isinstance(bias, Tensor) else torch.full((), bias, dtype=dtype, device=image.device)
+        scale, bias = (
+            v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=dtype, device=image.device)
+            for v in (scale, bias)
+        )
         needs = 0
         if torch.is_grad_enabled() and share is not None:
-            needs = image.requires_grad + 2 * text.requires_grad + 4 * (row_scale.requires_grad or shift.requires_grad)
+            numbers = scale.requires_grad or bias.requires_grad
+            needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
         out = siglip(
-            image, text, row_scale, column_scale, shift.reshape(1), *ids, share, negative_only, needs,
-            float(workspace_mib), bfloat16,
-        )  # fmt: skip
+            image, text, scale, bias, *ids, share, normalize, negative_only, needs, float(workspace_mib)
+        )
     return out if share is not None else reduce_rows(out, weights, reduction)
 
 
