@@ -26,6 +26,7 @@ struct Bf16Kernels {
                int64_t n, bool adds);
   void (*zip)(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* to);
   void (*turn)(const uint16_t* from, int64_t row, uint32_t* to);
+  void (*round)(const float* from, int64_t n, BFloat16* to);
 };
 
 }  // namespace
@@ -100,13 +101,32 @@ Bf16Rows pack_rows(const Bf16Kernels& kernels, const Piece& from, uint32_t* to) 
   return {to, pairs, 1};
 }
 
+// The same of float32 rows, rounded.
+Bf16Rows round_rows(const Bf16Kernels& kernels, const float* from, int64_t row, int64_t rows, int64_t terms,
+                    uint32_t* to) {
+  const int64_t pairs = (terms + 1) / 2;
+  for (int64_t r = 0; r < rows; ++r) {
+    to[r * pairs + pairs - 1] = 0;
+    kernels.round(from + r * row, terms, reinterpret_cast<BFloat16*>(to + r * pairs));
+  }
+  return {to, pairs, 1};
+}
+
+// Into how many pieces of kTall rows at most to cut the tiles of a, so that no thread waits for the others long.
+int64_t pieces_of(int64_t tiles, int64_t across) {
+  constexpr int64_t kMost = kTall / kTile;
+  const int64_t pieces = (tiles + kMost - 1) / kMost, threads = torch::stable::get_num_threads();
+  return across > 1 ? pieces : std::min(tiles, (pieces + threads - 1) / threads * threads);
+}
+
 }  // namespace
 
 void bf16_product(const Tensor& a, const Tensor& b, const Tensor& to, bool adds) {
   const int64_t m = a.size(0), n = b.size(0), terms = a.size(1);
-  STD_TORCH_CHECK(a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16 &&
+  const bool rounds = a.scalar_type() == ScalarType::Float && (terms < 2 || a.stride(1) == 1);
+  STD_TORCH_CHECK((rounds || a.scalar_type() == ScalarType::BFloat16) && b.scalar_type() == ScalarType::BFloat16 &&
                       to.scalar_type() == ScalarType::Float,
-                  "bf16_product: expected bfloat16 operands and a float32 result");
+                  "bf16_product: expected bfloat16 operands (or dense float32 rows of a) and a float32 result");
   STD_TORCH_CHECK(b.size(1) == terms && to.size(0) == m && to.size(1) == n && (n < 2 || to.stride(1) == 1),
                   "bf16_product: expected [m, K], [n, K] and [m, n] with dense rows");
   if (m == 0 || n == 0) return;
@@ -129,12 +149,16 @@ void bf16_product(const Tensor& a, const Tensor& b, const Tensor& to, bool adds)
           pack_across(kernels, Piece(b, first + p * kPanel, rows, begin, some), kPanel, packed + p * panel);
         }
       });
-      const int64_t across = (wide + kAcross - 1) / kAcross, down = (m + kTall - 1) / kTall;
+      const int64_t across = (wide + kAcross - 1) / kAcross, tiles = (m + kTile - 1) / kTile;
+      const int64_t down = pieces_of(tiles, across);
       torch::stable::parallel_for(0, across * down, 1, [&](int64_t one, int64_t last) {
         std::vector<uint32_t> rows(kTall * ((some + 1) / 2));
         for (int64_t task = one; task < last; ++task) {
-          const int64_t i = task / across * kTall, count = std::min(kTall, m - i);
-          const Bf16Rows of_a = pack_rows(kernels, Piece(a, i, count, begin, some), rows.data());
+          const int64_t i = task / across * tiles / down * kTile;
+          const int64_t count = std::min(m, (task / across + 1) * tiles / down * kTile) - i;
+          const Bf16Rows of_a = rounds ? round_rows(kernels, input<float>(a) + i * a.stride(0) + begin, a.stride(0),
+                                                    count, some, rows.data())
+                                       : pack_rows(kernels, Piece(a, i, count, begin, some), rows.data());
           for (int64_t j = task % across * kAcross; j < std::min(wide, (task % across + 1) * kAcross); j += kPanel)
             for (int64_t r = 0; r < count; r += kTile)
               kernels.tile({of_a.pairs + r * of_a.row, of_a.row, of_a.step}, std::min(kTile, count - r),

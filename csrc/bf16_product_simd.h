@@ -87,7 +87,11 @@ static void bf16_turn(const uint16_t* from, int64_t row, uint32_t* to) {
 #endif
 }
 
-static Bf16Kernels bf16_kernels() { return {bf16_tile, bf16_zip, bf16_turn}; }
+static void bf16_round(const float* from, int64_t n, BFloat16* to) {
+  for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
+}
+
+static Bf16Kernels bf16_kernels() { return {bf16_tile, bf16_zip, bf16_turn, bf16_round}; }
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

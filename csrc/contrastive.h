@@ -71,6 +71,8 @@ struct ContrastiveKernels {
   Combine<float> combine;
   Combine<BFloat16> combine_bfloat16;
   Combine<Half> combine_half;
+  void (*widen_bfloat16)(const BFloat16* from, int64_t n, float* to);
+  void (*widen_half)(const Half* from, int64_t n, float* to);
 };
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
@@ -156,10 +158,10 @@ inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tenso
   return *total;
 }
 
-// a b^T of [m, K] and [n, K], both float32 or both bfloat16, in float32, added to `total` [m, n] if given. oneDNN adds up
+// a b^T of [m, K] and [n, K] in float32, with a bfloat16 b a is rounded to it, added to `total` [m, n] if given. oneDNN adds up
 // all K terms one after another; in pieces of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
-  if (a.scalar_type() == ScalarType::BFloat16) {
+  if (b.scalar_type() == ScalarType::BFloat16) {
     const bool adds = total.has_value();
     if (!adds) total = floats({a.size(0), b.size(0)});
     bf16_product(a, b, *total, adds);
@@ -207,11 +209,7 @@ struct Panels {
 // panels b^T, the panels rounded where b is bfloat16, added to `total` if given
 inline Tensor product(const Panels& panels, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
   for_pieces(panels.columns, kTerms,
-             [&](int64_t k, int64_t n) {
-               const Tensor part = panels.panel(k);
-               const bool narrow = b.scalar_type() == ScalarType::BFloat16;
-               total = product(narrow ? torch::stable::to(part, ScalarType::BFloat16) : part, slice(b, 1, k, n), total);
-             });
+             [&](int64_t k, int64_t n) { total = product(panels.panel(k), slice(b, 1, k, n), total); });
   return *total;
 }
 
@@ -227,9 +225,22 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
   return to;
 }
 
+// A matrix in float32 and contiguous.
 inline Tensor single(const Tensor& t) {
-  const Tensor wide = t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-  return wide.is_contiguous() ? wide : torch::stable::contiguous(wide);
+  const Tensor from = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (from.scalar_type() == ScalarType::Float) return from;
+  const Tensor to = floats({from.size(0), from.size(1)});
+  const auto kernels = contrastive_kernels();
+  const bool half = from.scalar_type() == ScalarType::Half;
+  STD_TORCH_CHECK(half || from.scalar_type() == ScalarType::BFloat16, "contrastive: expected float32, bfloat16, float16");
+  for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
+    float* target = output<float>(to) + begin;
+    if (half)
+      kernels.widen_half(input<Half>(from) + begin, end - begin, target);
+    else
+      kernels.widen_bfloat16(input<BFloat16>(from) + begin, end - begin, target);
+  });
+  return to;
 }
 
 // The operands of the op; those of columns are padded to whole vectors.
@@ -264,8 +275,12 @@ struct Problem {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
     if (kind.find("bfloat16") != std::string::npos && has_bf16_products()) {
-      queries = torch::stable::to(query, ScalarType::BFloat16);
-      keys = torch::stable::to(key, ScalarType::BFloat16);
+      const auto given = [](const Tensor& t, const Tensor& wide) {
+        if (t.scalar_type() != ScalarType::BFloat16) return torch::stable::to(wide, ScalarType::BFloat16);
+        return t.is_contiguous() ? t : torch::stable::contiguous(t);
+      };
+      queries = given(q, query);
+      keys = given(k, key);
     }
     if (hardness > 0) factors = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
   }

@@ -179,6 +179,11 @@ static void contrastive_narrow(const float* from, int64_t n, BFloat16* to) {
   for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
 }
 
+template <typename T>
+static void contrastive_widen(const T* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
+}
+
 // <a, a> and <a, b>, each in four chains of vectors.
 static OwnAndBoth contrastive_products(const float* a, const float* b, int64_t n) {
   vf own[4] = {}, both[4] = {};
@@ -207,7 +212,8 @@ static ContrastiveKernels contrastive_kernels() {
           contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
           contrastive_add,       contrastive_transpose, contrastive_pull,        contrastive_pull_sum,
           contrastive_rescale,   contrastive_narrow,   contrastive_products,     contrastive_combine<float>,
-          contrastive_combine<BFloat16>, contrastive_combine<Half>};
+          contrastive_combine<BFloat16>, contrastive_combine<Half>,
+          contrastive_widen<BFloat16>,   contrastive_widen<Half>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -27,6 +27,7 @@ from torch.library import Library
 NAMESPACE = "fastloss"
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 REDUCTIONS = ("none", "mean", "sum")
+_PLAIN = frozenset((type(None), bool, int, float, str))  # no tensors in these: a look-up, on every call's way
 
 _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
@@ -122,7 +123,7 @@ def _save(ctx: Any, values: dict[str, Any]) -> None:
     """Keep named values for the backward, the tensors (and lists of them) where autograd can watch them."""
     ctx.plain, ctx.lengths, kept = {}, {}, []
     for name, value in values.items():
-        if own := _tensors(value):
+        if type(value) not in _PLAIN and (own := _tensors(value)):
             ctx.lengths[name] = None if isinstance(value, Tensor) else len(value)
             kept += own
         else:
@@ -181,9 +182,7 @@ class Op:
         for stage, fake in (("fwd", fwd), ("bwd", bwd)):
             self._define(f"{name}_{stage}", fake, triton)
         qualified = f"{NAMESPACE}::{name}"
-        torch.library.register_autograd(
-            f"{qualified}_fwd", self._backward, setup_context=self._setup, lib=_LIB
-        )
+        torch.library.register_autograd(f"{qualified}_fwd", self._backward, setup_context=self._setup, lib=_LIB)
         torch.library.register_autograd(
             f"{qualified}_bwd", self._double_backward, setup_context=self._setup_bwd, lib=_LIB
         )
@@ -220,7 +219,7 @@ class Op:
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
-        tensors = [t for a in args for t in _tensors(a)]
+        tensors = [t for a in args if type(a) not in _PLAIN for t in _tensors(a)]
         if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type

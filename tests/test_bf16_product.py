@@ -52,6 +52,18 @@ def test_shapes_that_are_no_multiple_of_any_tile(monkeypatch, product, cpu, k):
 
 
 @pytest.mark.parametrize("cpu", CPUS)
+def test_float32_rows_are_rounded_as_torch_rounds(monkeypatch, product, cpu):
+    monkeypatch.setenv("FASTLOSS_CPU", cpu)
+    for m, n, k in ((1, 1, 1), (7, 65, 33), (49, 130, 513)):
+        b = operands(m, n, k)[1]
+        a = torch.randn(m, k + 3)[:, :k]
+        a[0, 0] = float("inf")
+        assert torch.equal(product(a, b), product(a.bfloat16(), b))
+        with pytest.raises(RuntimeError, match="dense float32 rows"):
+            product(torch.cat((a, a), 1)[:, ::2] if k > 1 else a.double(), b)
+
+
+@pytest.mark.parametrize("cpu", CPUS)
 @pytest.mark.parametrize("of_a", FORMS)
 @pytest.mark.parametrize("of_b", FORMS)
 def test_strides(monkeypatch, product, cpu, of_a, of_b):
@@ -100,6 +112,6 @@ def test_thread_counts_give_the_same_bits(product):
 def test_bad_operands(product):
     a, b = operands(2, 3, 4)
     with pytest.raises(RuntimeError, match="expected bfloat16 operands"):
-        product(a.float(), b)
+        product(a, b.float())
     with pytest.raises(RuntimeError, match=r"expected \[m, K\], \[n, K\]"):
         product(a, b[:, 1:])
