@@ -77,13 +77,14 @@ def common_columns(device: str) -> dict[str, object]:
 def prepare_process() -> None:
     """Start this process again with what it needs in its environment.
 
-    glibc's malloc by default gives blocks of tens of MiB back to the system or not depending on the layout of the heap,
-    and the page faults of getting them again (6 ms for 25 MiB) fall on whichever provider comes next: it keeps them.
+    glibc's malloc by default gives large blocks back to the system or not depending on their size and on the layout of
+    the heap, and the page faults of getting them again (6 ms for 25 MiB) fall on whichever provider comes next. Here it
+    maps no block of its own and keeps all; who needs less memory is seen in the child that measures it (memory.py).
     Compiled graphs are kept between runs, or a headline suite would compile for most of its ten minutes.
     """
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "fastloss-inductor"))
     os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "1")
-    wanted = {"MALLOC_MMAP_THRESHOLD_": str(32 * MIB), "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    wanted = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     if sys.platform == "linux" and "MALLOC_TRIM_THRESHOLD_" not in os.environ:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
