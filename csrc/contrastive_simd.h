@@ -4,7 +4,6 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-FASTLOSS_INLINE void store_bits(double* to, vd v) { __builtin_memcpy(to, &v, sizeof v); }
 FASTLOSS_INLINE vf larger(vf a, vf b) { return (a > b) | (a != a) ? a : b; }  // NaN stays
 
 // raw products become logits; those that are no negatives, and the padding, become -inf.

@@ -1,30 +1,14 @@
-// Image loss: pixel, smoothness and SSIM losses of an image pair, term after term on bands of rows that stay in the
-// caches, so that memory is passed over once in each direction.
+// Image loss: pixel, smoothness and SSIM losses of an image pair on bands of rows that stay in the caches, so that memory
+// is passed over once in each direction: SSIM of some rows first, then the usual pixel and smoothness losses in one sweep
+// of each row, sums and gradients alike, or others one after the other.
 //
 // With SSIM, which would otherwise be made twice, the forward makes the gradient of the total too, in float32, and the
 // backward multiplies it by its one upstream number. `shares` says what each sum counts in the total. An upstream
 // gradient that is no multiple of the shares is as right: the pass is then made again with it.
 
-#include "pixel.h"
-#include "smoothness.h"
-#include "ssim.h"
+#include "image.h"
 
-namespace fastloss {
-namespace {
-
-template <typename T, typename G>
-struct ImageKernels {
-  double (*pixel)(const Stretch<T>&, double p);
-  void (*row)(const Stretch<T>&, double p, float scale, const float* line, const Gradients<const float>& more,
-              const Gradients<G>&);
-  void (*smoothness)(const Band<T>&, const Memory&);
-  SmoothnessRows<T> rows;
-  void (*fence)();  // after the last streamed row of a band
-  SsimKernels<T> ssim;
-};
-
-}  // namespace
-}  // namespace fastloss
+#include <numeric>
 
 #define FASTLOSS_KERNELS "image_simd.h"
 #include "each_isa.h"
@@ -93,7 +77,9 @@ struct Pair {
 
   template <typename T, typename G>
   auto kernels() const {
-    return FASTLOSS_PICK(image_kernels<T, G>(terms.pixel, terms.kind, terms.step, bands.plain()));
+    auto found = FASTLOSS_PICK(image_kernels<T, G>(terms.pixel, terms.kind, terms.step, bands.plain()));
+    if (!terms.smoothness || bands.layout.depth > 1) found.sweep = {};
+    return found;
   }
 };
 
@@ -140,6 +126,31 @@ struct Strip {
     for (size_t i = 0; i < totals.size(); ++i) to_axes[i % pair.axes] += totals[i];
   }
 
+  // All but SSIM, whose gradients are in `more`: of the rows from the band's beginning on, then of those that follow.
+  void sweep(bool begins, double* to_sums, const Targets<const float>& more) const {
+    const int64_t size = row_size();
+    float* const above = memory.pulls;
+    if (begins && to.needed()) {
+      if (band.begin > 0)
+        kernels.sweep.above(band.plane + (band.begin - 1) * size, size, size, above);
+      else
+        std::fill_n(above, size, 0.0f);
+    }
+    std::vector<float> weights(pair.weight ? size : 0);
+    double sums[3][16] = {};
+    for (int64_t y = band.begin; y < band.end; ++y) {
+      const int64_t i = at(y), within = (y - band.begin) * size;
+      const float* weight = pair.weight ? pair.weight->read(i, size, weights.data()) : nullptr;
+      kernels.sweep.row({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i,
+                         size, band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0,
+                         up ? up[1] : 0, up ? up[2] : 0, more_of(more, within), gradients_of(i), above,
+                         to_sums ? sums[0] : nullptr},
+                        pair.terms.p);
+    }
+    for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[k] += std::accumulate(sums[k], sums[k] + 16, 0.0);
+    if (streamed) kernels.fence();
+  }
+
   // `more`: SSIM's gradients of the rows, or null.
   void gradients(const Targets<const float>& more) const {
     std::vector<float> buffer(pair.weight ? row_size() : 0);
@@ -153,6 +164,13 @@ struct Strip {
   }
 
  private:
+  Gradients<G> gradients_of(int64_t i) const {
+    return {to.image ? to.image + i : nullptr, to.image_pred ? to.image_pred + i : nullptr, streamed};
+  }
+  static Gradients<const float> more_of(const Targets<const float>& more, int64_t i) {
+    return {more.image ? more.image + i : nullptr, more.image_pred ? more.image_pred + i : nullptr, false};
+  }
+
   // As the kernels of the smoothness loss hand rows over.
   struct Rows {
     const Strip& strip;
@@ -164,10 +182,7 @@ struct Strip {
       const int64_t n = s.row_size(), i = s.at(y), within = (y - s.band.begin) * n;
       const float* weight = s.pair.weight ? s.pair.weight->read(i, n, buffer) : nullptr;
       s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.p, s.up[0],
-                    line, {more.image ? more.image + within : nullptr,
-                           more.image_pred ? more.image_pred + within : nullptr, false},
-                    {s.to.image ? s.to.image + i : nullptr, s.to.image_pred ? s.to.image_pred + i : nullptr,
-                     s.streamed});
+                    line, more_of(more, within), s.gradients_of(i));
     }
   };
 };
@@ -239,12 +254,18 @@ void pass(const Pair& pair, const float* up, const Targets<G>& to, double* parti
       strip.band.end = std::min(band.end, y + together);
       if (band.edges) strip.band.edges = band.edges + (y - band.begin) * kAxes * Edges::pitch(band.layout);
       const double structure = ssim ? ssim->advance(y, strip.band.end) : 0;
+      const Targets<const float> more = ssim ? ssim->gradients() : Targets<const float>{};
+      if (kernels.sweep.row != nullptr) {
+        strip.sweep(y == band.begin, sum, more);
+        if (sum != nullptr) sum[sums - 1] += structure;
+        continue;
+      }
       if (sum != nullptr) {
         if (pair.terms.pixel) sum[0] += strip.pixel();
         if (pair.terms.smoothness) strip.smoothness(sum + 1);
         sum[sums - 1] += structure;
       }
-      if (to.needed()) strip.gradients(ssim ? ssim->gradients() : Targets<const float>{});
+      if (to.needed()) strip.gradients(more);
     }
   });
 }

@@ -3,6 +3,7 @@
 #include "pixel_simd.h"
 #include "smoothness_simd.h"
 #include "ssim_simd.h"
+#include "image_sweep_simd.h"
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -49,7 +50,9 @@ static SmoothnessRows<T> smoothness_rows_of(bool plain) {
 template <typename T, typename G>
 static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
   ImageKernels<T, G> found{pixel_kernels<T>(kind).sum, image_row<Kind::l2, false, T, G>,
-                           smoothness_kernels<T>(step, plain).sum, nullptr, image_fence, ssim_kernels<T>()};
+                           smoothness_kernels<T>(step, plain).sum, nullptr, image_fence, ssim_kernels<T>(), {}};
+  if (pixel && plain && step == Step::l1) found.sweep = sweep_of<Step::l1, T, G>(kind);
+  if (pixel && plain && step == Step::l2) found.sweep = sweep_of<Step::l2, T, G>(kind);
 #define FASTLOSS_KIND(k) \
   case Kind::k:          \
     found.row = image_row<Kind::k, true, T, G>; break;

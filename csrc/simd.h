@@ -135,6 +135,7 @@ FASTLOSS_INLINE V load_bits(const void* from) {
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
+FASTLOSS_INLINE void store_bits(double* to, vd v) { __builtin_memcpy(to, &v, sizeof v); }
 FASTLOSS_INLINE vf load(const float* from) { return load_bits<vf>(from); }
 FASTLOSS_INLINE vf load(const BFloat16* from) { return widen_bfloat16(load_bits<vh>(from)); }
 FASTLOSS_INLINE vf load(const Half* from) { return widen_half(load_bits<vh>(from)); }

@@ -85,6 +85,10 @@ MIXES = {
     "smoothness, ssim": {"pixel": None, "smoothness": ("norm", 0.1), "ssim": 0.3},
     "all": {"pixel": ("charbonnier", 0.7), "smoothness": ("isotropic", 0.1), "ssim": 0.3},
     "options": {"pixel": (1.5, 0.5), "smoothness": (2, 0.2), "ssim": 0.2},
+    "in one sweep": {"pixel": (2, 1.0), "smoothness": (2, 0.1)},
+    "in one sweep, weight": {"pixel": ("charbonnier", 0.7), "smoothness": (1, 0.1)},
+    "in one sweep, all": {"pixel": (1, 0.7), "smoothness": (2, 0.1), "ssim": 0.3},
+    "in one sweep, all, weight": {"pixel": ("charbonnier", 0.7), "smoothness": (1, 0.1), "ssim": 0.3},
 }
 
 
@@ -95,13 +99,14 @@ def test_one_pass_agrees_with_the_reference(monkeypatch, cpu, mix):
     """Several bands, tiles across, one pixel; images of different memory formats; one gradient or both."""
     monkeypatch.setenv("FASTLOSS_CPU", cpu)
     generator = torch.Generator().manual_seed(0)
-    for shape in ((2, 3, 9, 21), (1, 2, 150, 40), (1, 1, 3, 530), (1, 1, 1, 1)):
+    for shape in ((2, 3, 9, 21), (1, 2, 150, 40), (1, 1, 3, 530), (1, 20, 4, 5), (1, 1, 1, 1)):
         x = torch.rand(shape, generator=generator)
         y = (x + 0.2 * torch.randn(shape, generator=generator)).contiguous(memory_format=torch.channels_last)
         options = dict(MIXES[mix])
-        if mix == "options":
-            weight = torch.rand(shape[0], 1, *shape[2:], generator=generator)
+        weight = torch.rand(shape[0], 1, *shape[2:], generator=generator)
+        if mix == "options" or "weight" in mix:
             options["pixel_options"] = {"weight": weight}
+        if mix == "options":
             options["smoothness_options"] = {"weight": weight, "guide": x, "order": 2}
             options["ssim_options"] = {"weight": weight, "window": 5}
         for needs_image in (False, True):

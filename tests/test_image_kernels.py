@@ -20,6 +20,7 @@ MIXES = {
     "signs, second order": ("l1,l1", 1.0, 2, "off", False),
     "streamed": ("huber,isotropic", 0.3, 1, "off", False),
     "streamed with maps": ("lp,l2", 1.5, 2, "off", True),
+    "charbonnier and squares": ("charbonnier,l2", 0.1, 1, "off", False),
     "sweep": ("l1,l1", 1.0, 1, "same", False),
     "sweep with maps": ("charbonnier,l1", 0.1, 2, "same", True),
     "sweep, isotropic": ("huber,isotropic", 0.3, 1, "same", False),
@@ -99,7 +100,7 @@ def test_every_mix(place, mix):
 
 @each_place
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["signs", "streamed", "sweep"])
+@pytest.mark.parametrize("name", ["signs", "streamed", "sweep", "charbonnier and squares"])
 def test_half_precision(place, dtype, name):
     pair, rest = inputs((1, 2, 6, 19), MIXES[name], place[0], dtype)
     check(place, pair, rest)
