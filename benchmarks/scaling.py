@@ -3,7 +3,7 @@
 Rows of embeddings double from 256, images and features go from 32 x 32 to 1024 x 1024, attention maps over the same
 numbers of tokens. Each provider goes on until it runs out of memory (on the CPU: of `--limit-mib`) or a forward and
 backward takes longer than `--slowest`; what stopped it stands in its row. `results/<device>/scaling/<loss>.csv` has the
-columns of the other results.
+columns of the other results. `--more` keeps the rows that are there and goes on where the time of the run before ended.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import gc
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -20,7 +21,7 @@ from benchmarks import measure
 from benchmarks.memory import Child
 from benchmarks.progress import Progress
 from benchmarks.providers import providers
-from benchmarks.rows import RESULTS, Item, items, named, sized, sweep, write
+from benchmarks.rows import RESULTS, Item, items, named, read, shape_text, sized, sweep, write
 from benchmarks.run import Session, measure_item, show
 from tests.battery import ops_of
 
@@ -37,6 +38,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=60.0, help="of the whole run, shared between the losses")
     parser.add_argument("--slowest", type=float, default=3.0, help="seconds of one pass that end a provider's sweep")
     parser.add_argument("--limit-mib", type=int, default=4096, help="memory a provider may take on the CPU")
+    parser.add_argument("--more", action="store_true", help="go on from the sizes that the result files have")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
     unknown = sorted(set(args.losses) - set(named()))
@@ -70,9 +72,27 @@ class Sweep:
             name, note = row["provider"], row["note"]
             if note.startswith("out of memory") and name not in self.left_out:
                 self.left_out[name] = f"out of memory at {n}"
-            elif row["mode"] == "both" and row.get("p50_ms") and float(row["p50_ms"]) > 1e3 * self.args.slowest:
-                self.left_out[name] = f"slower than {self.args.slowest:g} s from {n} on"
+            self.leave_out_if_slow(row, n)
         return rows
+
+    def leave_out_if_slow(self, row: dict, n: int) -> None:
+        if row["mode"] == "both" and row.get("p50_ms") and float(row["p50_ms"]) > 1e3 * self.args.slowest:
+            self.left_out[row["provider"]] = f"slower than {self.args.slowest:g} s from {n} on"
+
+    def resume(self, rows: list[dict], sizes: Sequence[int]) -> tuple[list[dict], list[int]]:
+        """(rows of the largest size that an earlier run has, sizes left), with those left out who dropped out then."""
+        threads, found, left = str(self.session.common["threads"]), [], []
+        for n in sizes:
+            shape = shape_text(sized(self.item.shape, n))
+            own = [r for r in rows if r["threads"] == threads and r["shape"] == shape and r["dtype"] == self.item.dtype]
+            found, left = (own, left) if own else (found, [*left, n])
+            for r in own:
+                self.leave_out_if_slow(r, n)
+                if r["note"].startswith("no time for"):
+                    r["note"] = ""
+                elif r["note"] and not r["note"].startswith("slower"):  # a larger --slowest may be given now
+                    self.left_out[r["provider"]] = r["note"]
+        return found, left
 
     def stop(self, rows: list[dict], n: int) -> None:
         """Says in the last rows of those who would have gone on that there was no time for n."""
@@ -98,7 +118,8 @@ def main(argv: list[str] | None = None) -> int:
         sessions.append(Session(args.device, args.seconds, args.providers, None, common))
     with Child(args.limit_mib) as child, Progress(len(work) * len(sessions)) as progress:
         for done, item in enumerate(work):
-            rows: list[dict] = []
+            path = folder / f"{item.case.name}.csv"
+            rows: list[dict] = list(read(path)) if args.more and path.exists() else []
             end = start + 60 * args.minutes * (done + 1) / len(work)  # what one loss does not use the next ones have
             for i, session in enumerate(sessions):
                 torch.set_num_threads(args.threads[i] or before)
@@ -106,17 +127,17 @@ def main(argv: list[str] | None = None) -> int:
                 sweep_of = Sweep(item, args, session)
                 progress.start(f"{item.case.name}, {session.common['threads']} threads")
                 part = time.monotonic() + (end - time.monotonic()) / (len(sessions) - i)
-                found: list[dict] = []
-                for n in args.sizes or sweep(item.shape):
+                found, sizes = sweep_of.resume(rows, args.sizes or sweep(item.shape))
+                for n in [] if found and sweep_of.over(found) else sizes:
                     if time.monotonic() > part:
                         progress.say(f"  the time of this loss is over before {n}")
                         sweep_of.stop(found, n)
-                        write(folder / f"{item.case.name}.csv", rows)
+                        write(path, rows)
                         break
                     found = sweep_of.at(n)
                     show([r for r in found if r["mode"] == "both"], progress.say)
                     rows += found
-                    write(folder / f"{item.case.name}.csv", rows)
+                    write(path, rows)
                     gc.collect()
                     if sweep_of.over(found):
                         break

@@ -251,6 +251,24 @@ def test_scaling_leaves_out_who_is_out_of_memory(small, tmp_path):
     assert {r["threads"] for r in found} == {"1"}
 
 
+def test_scaling_goes_on_where_it_ended(small, tmp_path):
+    path = tmp_path / "cpu" / "scaling" / "pixel_loss.csv"
+    asked = ["pixel_loss", "--device", "cpu", "--threads", "1", "--seconds", "0", "--out", str(tmp_path)]
+    asked += ["--providers", "eager", "fastloss", "--sizes"]
+    assert scaling.main([*asked, "32"]) == 0
+    first = table(path)
+    first[-1]["note"] = "no time for 64"  # of fastloss
+    next(r for r in first if r["mode"] == "both" and r["provider"] == "eager")["note"] = "out of memory at 64"
+    rows.write(path, first)
+    assert scaling.main([*asked, "32", "64", "--more"]) == 0
+    found = table(path)
+    assert [r | {"note": ""} for r in found[: len(first)]] == [r | {"note": ""} for r in first]
+    more = {r["provider"]: r for r in found[len(first) :] if r["mode"] == "both"}
+    assert {r["shape"] for r in more.values()} == {rows.shape_text(rows.sized(PIXEL.bench.shapes[0], 64))}
+    assert more["fastloss"]["p50_ms"] and not more["eager"]["p50_ms"]
+    assert [r["note"] for r in found if r["provider"] == "fastloss"] == [""] * 6
+
+
 def test_a_training_step_is_measured(small, monkeypatch):
     monkeypatch.setattr(steps, "names_of", lambda *a: ["eager", "fastloss"])
     for loss, shape in (("clip_step", "16x512"), ("imagen_step", "4x1x32x32")):
