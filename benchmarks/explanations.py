@@ -18,6 +18,11 @@ EXPLANATIONS = (
     ("cpu", "clip_loss", "*", "2048x512", "memory", "*",
      "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
      "transpose."),
+    ("cpu", "clip_loss", "*", "256x512", "both", "eager",
+     "Level in an earlier run, 1.49 ms each. The machine has two speeds, and in the slower one what is short counts for "
+     "more, we guess: ours makes the same three products between more and shorter steps."),
+    ("cpu", "feature_distance", "*", "*", "backward", "torch.compile",
+     "Its forward, which takes twice as long as ours, leaves it as little to do: level but for noise. Compare both."),
     ("cpu", "siglip_loss", "*", "1024x512", "memory", "torch.compile",
      "4 MiB of the logits' gradient, and as much of embeddings in pieces of 256 columns, what oneDNN may add up."),
     ("cpu", "supcon_loss", "*", "4096x512", "memory", "torch.compile",
