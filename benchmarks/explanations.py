@@ -19,8 +19,8 @@ EXPLANATIONS = (
      "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
      "transpose."),
     ("cpu", "clip_loss", "*", "256x512", "both", "eager",
-     "Level in an earlier run, 1.49 ms each. The machine has two speeds, and in the slower one what is short counts for "
-     "more, we guess: ours makes the same three products between more and shorter steps."),
+     "Level in an earlier run, 1.49 ms each. The machine has two speeds, and in the slower one short steps count for "
+     "more, we guess: ours makes the same three products between more of them."),
     ("cpu", "feature_distance", "*", "*", "backward", "torch.compile",
      "Its forward, which takes twice as long as ours, leaves it as little to do: level but for noise. Compare both."),
     ("cpu", "siglip_loss", "*", "1024x512", "memory", "torch.compile",
