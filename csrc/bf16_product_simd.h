@@ -60,32 +60,7 @@ static void bf16_zip(const uint16_t* first, const uint16_t* second, int64_t n, u
 }
 
 // kSquare rows of as many pairs, turned: pair k of row r goes to to[k * kPanel + r].
-static void bf16_turn(const uint16_t* from, int64_t row, uint32_t* to) {
-#if FASTLOSS_BYTES == 64
-  __m512i x[16], y[16];
-  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * row);
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {  // now quarter q of x[i + j] has rows i .. i + 3 of pair 4 q + j
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
-    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
-    _mm512_storeu_si512(to + j * kPanel, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
-    _mm512_storeu_si512(to + (4 + j) * kPanel, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
-    _mm512_storeu_si512(to + (8 + j) * kPanel, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
-    _mm512_storeu_si512(to + (12 + j) * kPanel, _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd));
-  }
-#else
-  for (int r = 0; r < kSquare; ++r)
-    for (int k = 0; k < kSquare; ++k) __builtin_memcpy(to + k * kPanel + r, from + r * row + 2 * k, 4);
-#endif
-}
+static void bf16_turn(const uint16_t* from, int64_t row, uint32_t* to) { turn_square(from, 2 * row, to, 4 * kPanel); }
 
 static void bf16_round(const float* from, int64_t n, BFloat16* to) {
   for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);

@@ -141,10 +141,12 @@ static void contrastive_transpose(const float* from, int64_t stride, int64_t row
   for (int64_t j = 0; j < columns; j += 16)
     for (int64_t i = 0; i < rows; i += 16) {
       const int64_t m = rows - i < 16 ? rows - i : 16, n = columns - j < 16 ? columns - j : 16;
-      float part[16][16];
-      for (int64_t r = 0; r < m; ++r)
-        for (int64_t c = 0; c < n; ++c) part[c][r] = from[(i + r) * stride + j + c];
-      for (int64_t c = 0; c < n; ++c) __builtin_memcpy(to + (j + c) * back + i, part[c], m * sizeof(float));
+      if (m == 16 && n == 16) {
+        turn_square(from + i * stride + j, 4 * stride, to + j * back + i, 4 * back);
+        continue;
+      }
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t r = 0; r < m; ++r) to[(j + c) * back + i + r] = from[(i + r) * stride + j + c];
     }
 }
 

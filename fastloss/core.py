@@ -10,13 +10,9 @@ implementations to that schema; the eager reference serves every other case:
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import importlib.util
 import inspect
-import os
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,81 +20,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import Library
 
+from . import backends
+from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
+
 NAMESPACE = "fastloss"
-BACKENDS = ("reference", "cpp", "triton", "cuda")
 REDUCTIONS = ("none", "mean", "sum")
 _PLAIN = frozenset((type(None), bool, int, float, str))  # no tensors in these: a look-up, on every call's way
 
 _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
-
-
-def is_interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _load_extension() -> str | None:
-    """Load the compiled CPU kernels; None when they are there, else the reason why not."""
-    if is_interpreting():
-        return "not loaded while TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors instead"
-    found = sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
-    if not found:
-        return "the extension is not built; install a C++ compiler and run `pip install --no-build-isolation .`"
-    try:
-        torch.ops.load_library(str(found[0]))
-    except OSError as error:
-        return f"{found[0].name} does not load: {error}"
-    return None
-
-
-def _why_no_triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; `pip install triton` (it comes with torch's CUDA build on Linux)"
-    if not (is_interpreting() or torch.cuda.is_available()):
-        return "no CUDA or ROCm device is visible to torch"
-    return None
-
-
-class _Backends:
-    """Why a backend is missing (None: it is there), and the forced one."""
-
-    def __init__(self) -> None:
-        self.missing: dict[str, str | None] = {
-            "reference": None,
-            "cpp": _load_extension(),
-            "triton": _why_no_triton(),
-            "cuda": "no op is faster in CUDA C++ than in Triton yet, so none is shipped",
-        }
-        self.forced: str | None = None
-
-    def force(self, name: str | None) -> None:
-        if name is not None and name not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
-        self.forced = name
-
-
-_backends = _Backends()
-
-
-@contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend inside a `with` block, as `FASTLOSS_BACKEND` does for a process; None lifts the force."""
-    before = _backends.forced
-    _backends.force(name)
-    try:
-        yield
-    finally:
-        _backends.forced = before
-
-
-def is_forced() -> bool:
-    """Somebody asked for a backend by name: no shortcut past the ops is taken then."""
-    return _backends.forced is not None
-
-
-def backend_report() -> dict[str, str]:
-    """Each backend and "available", or the reason why it is not."""
-    return {name: why or "available" for name, why in _backends.missing.items()}
 
 
 def transformed() -> bool:
@@ -119,24 +49,26 @@ def _below_autograd(op: Callable, *args: Any) -> Any:
         return op(*args)
 
 
-def _save(ctx: Any, values: dict[str, Any]) -> None:
-    """Keep named values for the backward, the tensors (and lists of them) where autograd can watch them."""
-    ctx.plain, ctx.lengths, kept = {}, {}, []
-    for name, value in values.items():
+def _save(ctx: Any, values: Sequence[Any]) -> None:
+    """Keep values for the backward, the tensors (and lists of them) where autograd can watch them."""
+    tensors = [None if type(v) in _PLAIN or not isinstance(v, Tensor) else v for v in values]
+    ctx.plain, ctx.lists = [None if t is not None else v for t, v in zip(tensors, values, strict=True)], []
+    for k, value in enumerate(ctx.plain):
         if type(value) not in _PLAIN and (own := _tensors(value)):
-            ctx.lengths[name] = None if isinstance(value, Tensor) else len(value)
-            kept += own
-        else:
-            ctx.plain[name] = value
-    ctx.save_for_backward(*kept)
+            ctx.plain[k] = None
+            ctx.lists.append((k, len(own)))
+            tensors += own
+    ctx.save_for_backward(*tensors)
 
 
-def _saved(ctx: Any) -> dict[str, Any]:
-    tensors = iter(ctx.saved_tensors)
-    return ctx.plain | {
-        name: next(tensors) if length is None else [next(tensors) for _ in range(length)]
-        for name, length in ctx.lengths.items()
-    }
+def _saved(ctx: Any) -> list[Any]:
+    tensors, plain = ctx.saved_tensors, ctx.plain
+    values = [p if t is None else t for t, p in zip(tensors, plain)]  # noqa: B905 what lists held follows
+    first = len(plain)
+    for k, length in ctx.lists:
+        values[k] = list(tensors[first : first + length])
+        first += length
+    return values
 
 
 def _no_gradient(like: Any) -> Any:
@@ -178,7 +110,12 @@ class Op:
         self.takes = takes or (lambda *args: True)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
-        self._kept = [(i, name) for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
+        self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
+        # Where in (what was kept, gradient, flags of needs, []) the backward's arguments stand.
+        have = [*((*self.inputs, *outputs)[i] for i in self._kept), "grad", *(f"needs_{n}" for n in grads), "incoming"]
+        self._order = [have.index(name) for name in self._bwd_wants]
+        self._wrt = [self.inputs.index(name) for name in grads]
+        self._constant = [i for i in range(len(self.inputs)) if i not in self._wrt]
         for stage, fake in (("fwd", fwd), ("bwd", bwd)):
             self._define(f"{name}_{stage}", fake, triton)
         qualified = f"{NAMESPACE}::{name}"
@@ -223,30 +160,29 @@ class Op:
         if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
             return "reference"
         device = tensors[0].device.type
-        fits = {"cpu": ("triton",) if is_interpreting() else ("cpp",), "cuda": ("triton",)}.get(device, ())
-        forced = _backends.forced
+        forced = backends.state.forced
         if forced == "reference":
             return forced
         if forced is not None:
-            why = _backends.missing[forced]
-            if why is None and forced not in fits:
-                why = f"it does not run on {device} tensors"
-            if why is None and not self.kernels[forced]:
-                why = f"it has no kernel for {self.name} yet"
+            why = backends.why_not(forced, device, self.kernels[forced], self.name)
             if why is not None:
                 raise RuntimeError(
                     f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) "
                     f"but cannot serve {self.name}: {why}"
                 )
             return forced
-        for name in fits:
-            if self.kernels[name] and _backends.missing[name] is None:
+        for name in backends.fitting(device):
+            if self.kernels[name] and backends.state.missing[name] is None:
                 return name
         return "reference"
 
     def __call__(self, *args: Any) -> Tensor:
         if self.backend(*args) == "reference":
             return self.reference(*args)
+        return self.launch(*args)
+
+    def launch(self, *args: Any) -> Tensor:
+        """The kernels' result, of a call that :meth:`backend` gives to kernels."""
         device = _tensors(args[0])[0].device.type
         if torch.is_autocast_enabled(device):  # kernels choose their own precision
             with torch.autocast(device, enabled=False):
@@ -256,7 +192,7 @@ class Op:
         return out if isinstance(out, Tensor) else out[0]
 
     def _differentiable(self, args: tuple) -> Any:
-        if any(isinstance(a, list) for a in args) or torch.compiler.is_compiling():
+        if list in map(type, args) or torch.compiler.is_compiling():
             return self.fwd(*args)
         return self._function.apply(*args) if torch.is_grad_enabled() else _below_autograd(self.fwd, *args)
 
@@ -272,34 +208,37 @@ class Op:
         if len(outputs) > 1:
             ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
         values = (*inputs, *outputs)
-        _save(ctx, {name: values[i] for i, name in self._kept})
+        _save(ctx, [values[i] for i in self._kept])
         return outputs
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        flags = dict(zip(self.inputs, ctx.needs_input_grad, strict=True))  # a list of flags for a list of tensors
-        needs = {name: any(flag) if isinstance(flag, list) else flag for name, flag in flags.items()}
-        for name, needed in needs.items():
-            if needed and name not in self.grads:
-                raise RuntimeError(f"{self.name}: no gradient is provided for {name!r}; detach it")
+        flags = ctx.needs_input_grad  # a list of them for a list of tensors
+        lists = list in map(type, flags)
+        needs = [any(flag) if isinstance(flag, list) else flag for flag in flags] if lists else flags
+        for i in self._constant:
+            if needs[i]:
+                raise RuntimeError(f"{self.name}: no gradient is provided for {self.inputs[i]!r}; detach it")
+        out: list[Any] = [_no_gradient(flag) for flag in flags] if lists else [None] * len(flags)
         if grad is None:  # nothing reaches the output (in a double backward)
-            return tuple(_no_gradient(flags[n]) for n in self.inputs)
-        have = _saved(ctx) | {"grad": grad, "incoming": []} | {f"needs_{name}": needs[name] for name in self.grads}
-        args = [have[name] for name in self._bwd_wants]
+            return tuple(out)
+        have = (*_saved(ctx), grad, *(needs[i] for i in self._wrt), [])
+        args = [have[k] for k in self._order]
         got = self.bwd(*args) if torch.is_grad_enabled() else _below_autograd(self.bwd, *args)
         if isinstance(got, list):
             rest = iter(got)
-            by_name: dict = {name: [next(rest) for _ in flags[name]] for name in self.grads if needs[name]}
-        else:
-            by_name = dict(zip(self.grads, (got,) if isinstance(got, Tensor) else got, strict=True))
-        return tuple(by_name[n] if needs[n] and n in by_name else _no_gradient(flags[n]) for n in self.inputs)
+            got = [[next(rest) for _ in flags[i]] if needs[i] else None for i in self._wrt]
+        for i, gradient in zip(self._wrt, (got,) if isinstance(got, Tensor) else got, strict=True):
+            if needs[i]:
+                out[i] = gradient
+        return tuple(out)
 
     # autograd of the backward op: differentiate the reference twice, so that double backward is right everywhere
 
     def _setup_bwd(self, ctx: Any, inputs: tuple, output: Any) -> None:
-        _save(ctx, dict(zip(self._bwd_wants, inputs, strict=True)))
+        _save(ctx, inputs)
 
     def _double_backward(self, ctx: Any, *grad_grads: Any) -> tuple:
-        have = _saved(ctx)
+        have = dict(zip(self._bwd_wants, _saved(ctx), strict=True))
         upstream = have["grad"].detach().requires_grad_()
         with torch.enable_grad():
             if self.bwd_reference is not None:
@@ -395,5 +334,3 @@ class Loss(nn.Module):
         shown = {name: getattr(self, name) for name in self._options}
         return ", ".join(f"{k}={'<tensor>' if isinstance(v, Tensor) else repr(v)}" for k, v in shown.items())
 
-
-_backends.force(os.environ.get("FASTLOSS_BACKEND") or None)

@@ -88,7 +88,7 @@ def test_forced_backend_that_is_missing_raises_and_says_what_to_do():
 
 
 def test_forced_backend_from_the_environment():
-    code = "from fastloss import core; print(core._backends.forced)"
+    code = "from fastloss import core; print(core.backends.state.forced)"
     assert python(code, FASTLOSS_BACKEND="reference").stdout.strip() == "reference"
     assert "backend: expected one of" in python(code, FASTLOSS_BACKEND="quick").stderr
 

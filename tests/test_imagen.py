@@ -353,4 +353,4 @@ def test_amp_and_compile_train(tmp_path):
 
 def test_backend_force_ends_with_the_step(tmp_path):
     Trainer(small(tmp_path, losses="reference", steps=1), quiet=True).run()
-    assert core._backends.forced == (os.environ.get("FASTLOSS_BACKEND") or None)
+    assert core.backends.state.forced == (os.environ.get("FASTLOSS_BACKEND") or None)

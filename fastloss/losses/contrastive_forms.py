@@ -89,7 +89,7 @@ def softmax_loss(
         scaled = learned is not None and learned.requires_grad
         needs = QUERY * query.requires_grad + KEY * key.requires_grad + SCALE * scaled
     factor = scale if isinstance(scale, float) else 1.0
-    return contrastive_plain(
+    return contrastive_plain.launch(
         query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
         needs, float(workspace_mib),
     )  # fmt: skip
