@@ -1,7 +1,7 @@
 // Softmax statistics of each row's own negatives [M, K, D], read once; what the queries' gradient needs of them is summed
 // in the same read, and their own gradient costs one more read and one write.
 
-#include "common.h"
+#include "contrastive_each.h"
 
 #include <cmath>
 #include <limits>
@@ -167,6 +167,8 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
   stats[3 * rows] = static_cast<float>(all.count);
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_each_fwd(const Tensor& query, const Tensor& negatives,
                                                                 const Tensor& row_scale, std::optional<Tensor> ceiling,
                                                                 bool normalize, std::string kind, double hardness,
@@ -221,9 +223,10 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
     for (int a = 0; a < call.powers; ++a) g.mass[a] = up[call.place(a) + i], g.lse[a] = lse[call.place(a) + i];
     return g;
   };
+  const int64_t wanted = needs_query || needs_row_scale ? rows : 0;
   for_dtype(query.scalar_type(), "contrastive_each", [&](auto element) {
     using T = decltype(element);
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kBlock / width), [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, wanted, std::max<int64_t>(1, kBlock / width), [&](int64_t first, int64_t last) {
       std::vector<float> space, sum(width);
       for (int64_t i = first; i < last; ++i) {
         const EachQuery q = call.of(i, space);
@@ -261,7 +264,6 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
   return {to_query, to_negatives, to_scale};
 }
 
-}  // namespace
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {

@@ -108,9 +108,9 @@ def recorded() -> Iterator[list[tuple[core.Op, tuple]]]:
     calls: list[tuple[core.Op, tuple]] = []
     original = core.Op.__call__
 
-    def spy(self: core.Op, *args: Any) -> Tensor:
+    def spy(self: core.Op, *args: Any, **options: Any) -> Tensor:
         calls.append((self, args))
-        return original(self, *args)
+        return original(self, *args, **options)
 
     core.Op.__call__ = spy  # type: ignore[method-assign]
     try:

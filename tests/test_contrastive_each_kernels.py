@@ -116,7 +116,7 @@ def test_frozen_negatives_cost_the_backward_nothing(place):
     for requires, keep, pulls, logits in kept:
         q, n = (t.detach().requires_grad_(r) for t, r in zip((query, negatives), requires, strict=True))
         with recorded() as calls, core.use_backend(place[1]):
-            info_nce(q, query, n)
+            info_nce(q, query, n, return_lse=True)
         ((op, args),) = calls
         assert op is contrastive_each and args[-1] == keep
         if place[1] != "reference":

@@ -86,6 +86,22 @@ def _plain_loss_kernel(
         tl.store(pull_ptr + 2 * DIRECTIONS * rows + index, -pulled, inside)
 
 
+def plain_losses(
+    stats: Tensor, positive: Tensor, share: Tensor | None, reduction: str, include_positive: bool,
+    loss: Tensor | None, pulls: Tensor | None, grad: Tensor | None = None, directions: int = 1,
+    factor: float | None = None,
+) -> None:  # fmt: skip
+    """Losses of rows from their log-sum-exps and positives; `pulls` take the gradients of both, for the upstream `grad`
+    (None: 1) of the loss, of which each row has the part `factor` (None: by `reduction`)."""
+    rows = positive.shape[0]
+    if factor is None:
+        factor = 1.0 / rows if reduction == "mean" else 1.0
+    _plain_loss_kernel[(triton.cdiv(rows, LOSS_BLOCK),)](
+        stats, positive, share, grad, loss, pulls, rows, factor, include_positive, directions, reduction == "none",
+        LOSS_BLOCK, **STREAM_OPTIONS,
+    )  # fmt: skip
+
+
 class _Plain:
     """One call's operands: padded embeddings, their scales, the positives, weights."""
 
@@ -99,7 +115,7 @@ class _Plain:
         self.share = None if share is None else share.contiguous()
         self.normalize, self.include_positive, self.directions = normalize, include_positive, 1 + symmetric
         self.kind = "+".join(["diagonal"] * (targets is None) + ["symmetric"] * symmetric)
-        self.each, self.factor = reduction == "none", 1.0 / self.m if reduction == "mean" and self.m else 1.0
+        self.reduction, self.factor = reduction, 1.0 / self.m if reduction == "mean" and self.m else 1.0
         self.row_scale, self.positive = lengths[: self.m], positive
         self.column_scale = lengths[self.m :] if normalize else None
 
@@ -117,11 +133,9 @@ class _Plain:
         self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, pulls: Tensor | None
     ) -> None:
         """Losses of these rows and, where `pulls` is given, what the kernel of G takes."""
-        count = part.stop - part.start
-        _plain_loss_kernel[(triton.cdiv(count, LOSS_BLOCK),)](
-            stats, self.positive[part], None if self.share is None else self.share[part], grad,
-            None if loss is None else loss[part], pulls, count, self.factor, self.include_positive, self.directions,
-            self.each, LOSS_BLOCK, **STREAM_OPTIONS,
+        plain_losses(
+            stats, self.positive[part], None if self.share is None else self.share[part], self.reduction,
+            self.include_positive, None if loss is None else loss[part], pulls, grad, self.directions, self.factor,
         )  # fmt: skip
 
 
@@ -213,8 +227,8 @@ def contrastive_plain_bwd(
             return *grads, torch.zeros_like(scale) if needs_scale and scale is not None else none
         if triton_saves(symmetric, reduction, needs) == "grads":
             rows = grad[:, None] if reduction == "none" else grad
-            of_query = _scaled(query_grad, rows, query, needs_query)
-            of_key = _scaled(key_grad, grad, key, needs_key)
+            of_query = scaled(query_grad, rows, query, needs_query)
+            of_key = scaled(key_grad, grad, key, needs_key)
             dot = scale_grad * grad if needs_scale else none
         else:
             plain = _Plain(
@@ -228,7 +242,7 @@ def contrastive_plain_bwd(
         return of_query, of_key, (dot.sum() / scale).reshape(scale.shape)
 
 
-def _scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+def scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
     return torch.mul(made, grad, out=like.new_empty(like.shape)) if needed else like.new_empty(0)
 
 

@@ -109,11 +109,14 @@ def _pixel_fwd_kernel(
     for start in range(first * BLOCK, count, tl.num_programs(0) * BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < count
+        factor = 1.0
+        if weight is not None:  # loaded first: loaded last, ptxas for sm_80 keeps a register of sums in memory
+            factor = load_broadcast(weight, offsets, mask)
         image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         loss = distance(pred - image, p, KIND)
         if weight is not None:
-            loss *= load_broadcast(weight, offsets, mask)
+            loss *= factor
         if REDUCE:
             acc += tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
         else:

@@ -270,12 +270,14 @@ def _smoothness_bwd_kernel(
     grad_ptr += unit * apart(size) * outs + outs - 1
     total = tl.zeros((BLOCK,), tl.float32)
     for axis in tl.static_range(AXES):
-        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
         up = grad_ptr - (0 if KIND == "isotropic" else axis)
         if len(size) == 5:
-            total += tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0) * pulled
+            grad = tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0)
         else:
-            total += tl.load(up) * pulled
+            grad = tl.load(up)
+        total += grad * smoothness_pulled(
+            image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES
+        )
     tl.store(image_grad_ptr + start_of(unit, size) + offsets, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 

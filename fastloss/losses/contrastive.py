@@ -104,8 +104,8 @@ def info_nce(
     check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
-    if not return_lse and negatives is None and query_ids is None and not isinstance(offset, Tensor):
-        loss = softmax_loss(query, key, scale, targets, weights, form, reduction, workspace_mib)
+    if not return_lse and query_ids is None and not isinstance(offset, Tensor):
+        loss = softmax_loss(query, key, negatives, scale, targets, weights, form, reduction, workspace_mib)
         if loss is not None:
             return loss
     with full_precision(query):
@@ -254,7 +254,7 @@ def clip_loss(
     form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
     if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
-        loss = softmax_loss(image, text, scale, None, weights, form, reduction, workspace_mib)
+        loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)
         if loss is not None:
             return loss
     with full_precision(image):

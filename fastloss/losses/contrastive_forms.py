@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, result_dtype
 from .contrastive_each import each_statistics
+from .contrastive_own import NEGATIVES, contrastive_own
 from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
 from .contrastive_reference import TINY_NORM, ContrastiveOutput, SoftmaxForm, embed, merged, row_losses
 from .contrastive_softmax import softmax_statistics
@@ -64,6 +65,7 @@ def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, d
 def softmax_loss(
     query: Tensor,
     key: Tensor,
+    negatives: Tensor | None,
     scale: Tensor | float,
     targets: Tensor | None,
     weights: Tensor | None,
@@ -71,12 +73,21 @@ def softmax_loss(
     reduction: str,
     workspace_mib: float,
 ) -> Tensor | None:
-    """The reduced loss of a form without options (see :mod:`contrastive_plain`); None where its op does not serve."""
-    plain = form.in_batch and form.sampling is None and form.label_smoothing == 0
-    if not plain or contrastive_plain.backend(query, key) == "reference":
+    """The reduced loss of a form without options, of in-batch negatives or of each row's own (see
+    :mod:`contrastive_plain` and :mod:`contrastive_own`); None where their ops do not serve."""
+    if form.sampling is not None or form.label_smoothing != 0:
+        return None
+    own = negatives is not None
+    embeddings = (query, key) if negatives is None else (query, key, negatives)
+    if negatives is not None and negatives.ndim == 2:
+        return None
+    if own and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
+        return None
+    op = contrastive_own if own else contrastive_plain
+    if (backend := op.backend(*embeddings)) == "reference":
         return None
     check_reduction(reduction)
-    rows, dtype = query.shape[0], result_dtype(query, key)
+    rows, dtype = query.shape[0], result_dtype(*embeddings)
     share = None if weights is None else weights.to(dtype)
     if reduction == "mean":
         check_not_empty(rows)
@@ -86,12 +97,20 @@ def softmax_loss(
     learned = scale if isinstance(scale, Tensor) else None
     needs = 0
     if torch.is_grad_enabled():
-        scaled = learned is not None and learned.requires_grad
-        needs = QUERY * query.requires_grad + KEY * key.requires_grad + SCALE * scaled
+        needs = sum(
+            bit
+            for bit, x in ((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
+            if x is not None and x.requires_grad
+        )
     factor = scale if isinstance(scale, float) else 1.0
-    return contrastive_plain.launch(
+    if own:
+        return contrastive_own(
+            query, key, negatives, learned, share, factor, form.include_positive, form.normalize, reduction, needs,
+            backend=backend,
+        )  # fmt: skip
+    return contrastive_plain(
         query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
-        needs, float(workspace_mib),
+        needs, float(workspace_mib), backend=backend,
     )  # fmt: skip
 
 
