@@ -137,7 +137,7 @@ struct Strip {
         std::fill_n(above, size, 0.0f);
     }
     std::vector<float> weights(pair.weight ? size : 0);
-    double sums[3][16] = {};
+    alignas(64) double sums[3][16] = {};  // or each load of them waits for the stores before it
     for (int64_t y = band.begin; y < band.end; ++y) {
       const int64_t i = at(y), within = (y - band.begin) * size;
       const float* weight = pair.weight ? pair.weight->read(i, size, weights.data()) : nullptr;
