@@ -225,6 +225,10 @@ std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int6
   return to;
 }
 
+inline bool are_bfloat16(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16;
+}
+
 // A matrix in float32 and contiguous.
 inline Tensor single(const Tensor& t) {
   const Tensor from = t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -49,8 +49,8 @@ struct Plain {
   }
 
   static std::string kind(const Tensor& query, const Tensor& key, bool diagonal, bool symmetric) {
-    const bool narrow = query.scalar_type() == ScalarType::BFloat16 && key.scalar_type() == ScalarType::BFloat16;
-    return std::string(diagonal ? "diagonal" : "") + (symmetric ? "+symmetric" : "") + (narrow ? "+bfloat16" : "");
+    const std::string which = std::string(diagonal ? "diagonal" : "") + (symmetric ? "+symmetric" : "");
+    return which + (are_bfloat16(query, key) ? "+bfloat16" : "");
   }
 
   // The scales of rows and columns from the inverse lengths.

@@ -61,8 +61,7 @@ struct Pairs {
 
  private:
   static std::string kind(const Tensor& image, const Tensor& text, bool negative_only) {
-    const bool narrow = image.scalar_type() == ScalarType::BFloat16 && text.scalar_type() == ScalarType::BFloat16;
-    return std::string(negative_only ? "" : "diagonal") + (narrow ? "+bfloat16" : "");
+    return std::string(negative_only ? "" : "diagonal") + (are_bfloat16(image, text) ? "+bfloat16" : "");
   }
   static float number(const Tensor& t) {
     STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float,

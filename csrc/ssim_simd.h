@@ -142,7 +142,14 @@ static void ssim_emit(SsimWalk<T>& k, int64_t count, const SsimGradients& to) {
   for (int64_t b = 0; b < count; ++b)
     ssim_read(k.p, k.at + b, x0, k.n, k.a + b * k.step + kSsimPad, k.d + b * k.step + kSsimPad);
   SsimRing::windows(k.filtered, k.at, k.o.radius, rows);
-  k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? k.x_line : nullptr, to.y ? k.y_line : nullptr);
+  const int64_t apart = to.x ? to.x_row : to.y_row;
+  const bool vectors = k.n % W == 0 && count == kRows && !to.streamed && (!to.x || !to.y || to.x_row == to.y_row);
+  if (vectors && (!to.x || to.x_column == 1) && (!to.y || to.y_column == 1)) {  // straight to where they go
+    const int64_t at = k.at * apart + x0 - kSsimPad;
+    k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? to.x + at : nullptr, to.y ? to.y + at : nullptr, apart);
+    return;
+  }
+  k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? k.x_line : nullptr, to.y ? k.y_line : nullptr, k.step);
   for (int64_t b = 0; b < count; ++b) {
     const int64_t from = b * k.step + kSsimPad, y = k.at + b;
     if (to.x) ssim_write(k.x_line + from, k.n, to.x + y * to.x_row + x0 * to.x_column, to.x_column, to.streamed);

@@ -226,10 +226,10 @@ static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* 
   return 2 * sum(total + __builtin_convertvector(part, vd));
 }
 
-// The gradients of kRows rows, `step` apart, from the filtered partials and their own pixels.
+// The gradients of kRows rows, `apart`, from the filtered partials and their own pixels, whose rows are `step` apart.
 template <int R, int M>
 static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_t n, const float* a, const float* d,
-                          int64_t step, float* first, float* second) {
+                          int64_t step, float* first, float* second, int64_t apart) {
   const SsimTaps taps = ssim_taps(o);
   const int r = o.radius;
   for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
@@ -237,10 +237,10 @@ static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) ssim_along_y<R>(taps, r, rows, M * j + m * W, filtered[m]);
     for (int b = 0; b < kRows; ++b) {
-      const int64_t at = b * step + j;
+      const int64_t at = b * step + j, to = b * apart + j;
       const vf of_a = load(a + at) * filtered[0][b], of_d = load(d + at) * filtered[1][b];
-      if (M == 4 || first != nullptr) store(first + at, filtered[2][b] - of_a + of_d);
-      if (M == 4 || first == nullptr) store(second + at, filtered[M - 1][b] - of_a - of_d);
+      if (M == 4 || first != nullptr) store(first + to, filtered[2][b] - of_a + of_d);
+      if (M == 4 || first == nullptr) store(second + to, filtered[M - 1][b] - of_a - of_d);
     }
   }
 }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..losses.contrastive_own import NEGATIVES
 from ..losses.contrastive_plain import KEY, QUERY, SCALE
-from .common import STREAM_OPTIONS, AotCase, on_device
+from .common import AotCase, on_device
 from .contrastive_each import HALF_AND_SINGLE, contrastive_each_bwd, contrastive_each_fwd
 from .contrastive_lengths import _inverse_length, prepare
 from .contrastive_plain import plain_losses, scaled
@@ -93,9 +93,10 @@ def contrastive_own_fwd(
             slopes = single.new_empty((3, rows)) if needs & (QUERY | KEY | SCALE) else None
             plain_losses(stats, positive, share, reduction, include_positive, loss, slopes)
             if slopes is not None:
+                wide = triton.next_power_of_2(width)
                 _own_rows_kernel[(rows,)](
                     slopes, pulls, query, key, row_scale, *(grad if grad.shape[0] else None for grad in made), width,
-                    normalize, triton.next_power_of_2(width), **STREAM_OPTIONS,
+                    normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(8, wide // 512)),
                 )  # fmt: skip
         out = loss if reduction == "none" else getattr(loss, reduction)()
     return out, state[:, : rows if needs & NEGATIVES else 0].contiguous(), logits, inverse, made[0], made[1], made[2]
