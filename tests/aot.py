@@ -139,7 +139,8 @@ def compile_case(job: tuple[str, int, str]) -> list[Row]:
     except Exception as error:  # any failure of a compiler is a finding about this case
         return [Row(stem, index, case.label, target, "", {}, [f"{type(error).__name__}: {str(error)[:500]}"])]
     rows = []
-    for name, compiled in _seen:
+    distinct = {id(compiled): (name, compiled) for name, compiled in _seen}  # a loop may launch one thousands of times
+    for name, compiled in distinct.values():
         found = stats(compiled)
         rows.append(Row(stem, index, case.label, target, name, found, problems(found, case, name, target)))
     return rows
