@@ -67,7 +67,9 @@ class Sweep:
                     why = self.session.child.peak(item.columns(), name)[1]
                     if "memory" in why:
                         self.left_out[name] = f"out of memory at {n}: more than {self.args.limit_mib} MiB"
-        rows = measure_item(item, self.session, self.left_out)
+        # what this process cannot have is an exception, not the end of it; the child needs memory as well
+        with measure.address_limit(0.5 * measure.free_mib() if self.session.device == "cpu" else 0):
+            rows = measure_item(item, self.session, self.left_out)
         for row in rows:
             name, note = row["provider"], row["note"]
             if note.startswith("out of memory") and name not in self.left_out:
@@ -102,8 +104,9 @@ class Sweep:
 
     def over(self, rows: list[dict]) -> bool:
         """Nobody is left to go on; a size too small for the loss itself, which has a row of `all`, ends nothing."""
-        names = {r["provider"] for r in rows}
-        return names != {"all"} and not any(r.get("p50_ms") and r["provider"] not in self.left_out for r in rows)
+        if any(r["provider"] == "all" and not r["note"].startswith("out of memory") for r in rows):
+            return False
+        return not any(r.get("p50_ms") and r["provider"] not in self.left_out for r in rows)
 
 
 def main(argv: list[str] | None = None) -> int:
