@@ -96,7 +96,7 @@ def contrastive_own_fwd(
                 wide = triton.next_power_of_2(width)
                 _own_rows_kernel[(rows,)](
                     slopes, pulls, query, key, row_scale, *(grad if grad.shape[0] else None for grad in made), width,
-                    normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(8, wide // 512)),
+                    normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(16, wide // 512)),
                 )  # fmt: skip
         out = loss if reduction == "none" else getattr(loss, reduction)()
     return out, state[:, : rows if needs & NEGATIVES else 0].contiguous(), logits, inverse, made[0], made[1], made[2]
