@@ -268,14 +268,19 @@ def _no_stderr() -> Iterator[None]:
 
 @contextlib.contextmanager
 def address_limit(mib: float) -> Iterator[None]:
-    """What this process allocates inside beyond that many MiB raises, where the system would kill it; 0: no limit."""
+    """What this process allocates inside beyond that many MiB raises, where the system would kill it; 0: no limit.
+
+    A limit within a limit does not raise it.
+    """
     if not mib or sys.platform != "linux":
         yield
         return
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") * 1024 + int(mib * MIB), before[1]))
+    wanted = status("VmSize") * 1024 + int(mib * MIB)
+    within = wanted if before[0] == resource.RLIM_INFINITY else min(wanted, before[0])
+    resource.setrlimit(resource.RLIMIT_AS, (within, before[1]))
     try:
         yield
     finally:

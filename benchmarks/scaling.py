@@ -68,7 +68,7 @@ class Sweep:
                     if "memory" in why:
                         self.left_out[name] = f"out of memory at {n}: more than {self.args.limit_mib} MiB"
         # what this process cannot have is an exception, not the end of it; the child needs memory as well
-        with measure.address_limit(0.5 * measure.free_mib() if self.session.device == "cpu" else 0):
+        with measure.address_limit(0.4 * measure.free_mib() if self.session.device == "cpu" else 0):
             rows = measure_item(item, self.session, self.left_out)
         for row in rows:
             name, note = row["provider"], row["note"]

@@ -379,3 +379,16 @@ def test_the_pytest_benchmark_suite_runs():
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout and "pixel_loss(p=charbonnier) 1x3x32x32 float32" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address_limit is for Linux")
+def test_a_limit_within_a_limit_does_not_raise_it():
+    import resource
+
+    with measure.address_limit(512):
+        outer = resource.getrlimit(resource.RLIMIT_AS)
+        with measure.address_limit(4096):
+            assert resource.getrlimit(resource.RLIMIT_AS) == outer
+            with pytest.raises(RuntimeError, match="allocate memory"):
+                torch.empty(2**30, dtype=torch.uint8)
+        assert resource.getrlimit(resource.RLIMIT_AS) == outer
