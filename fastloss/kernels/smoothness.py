@@ -246,6 +246,15 @@ def _smoothness_fwd_kernel(
 
 
 @triton.jit
+def _upstream(grad_ptr, offsets, size, outs: tl.constexpr, inside):
+    """The gradient of an axis's sum: one number, or one per channel."""
+    if len(size) == 5:
+        return tl.load(grad_ptr + offsets % size[4] * outs, mask=inside, other=0.0)
+    else:
+        return tl.load(grad_ptr)
+
+
+@triton.jit
 def _smoothness_bwd_kernel(
     grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32
     image_ptr,  # (units, count)
@@ -270,14 +279,12 @@ def _smoothness_bwd_kernel(
     grad_ptr += unit * apart(size) * outs + outs - 1
     total = tl.zeros((BLOCK,), tl.float32)
     for axis in tl.static_range(AXES):
-        up = grad_ptr - (0 if KIND == "isotropic" else axis)
-        if len(size) == 5:
-            grad = tl.load(up + offsets % size[4] * outs, mask=inside, other=0.0)
-        else:
-            grad = tl.load(up)
-        total += grad * smoothness_pulled(
-            image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES
-        )
+        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
+        if KIND != "isotropic":
+            pulled *= _upstream(grad_ptr - axis, offsets, size, outs, inside)
+        total += pulled
+    if KIND == "isotropic":
+        total *= _upstream(grad_ptr, offsets, size, outs, inside)
     tl.store(image_grad_ptr + start_of(unit, size) + offsets, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -287,7 +294,7 @@ def block_of(guide: Tensor | None, weight: Tensor | None, kind: str, order: int,
         return 1024 if weight is not None or (kind == "isotropic" and not forward) else STREAM_BLOCK
     if order == 1 or guide is None:
         return 512
-    return 256 if weight is None else 128
+    return 256
 
 
 def in_order(image: Tensor) -> Tensor:
