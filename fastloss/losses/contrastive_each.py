@@ -96,7 +96,7 @@ def _contrastive_each_bwd(
     )
 
 
-def _kernels_take(query: Tensor, *rest: object) -> bool:
+def kernels_take(query: Tensor, *rest: object) -> bool:
     return query.device.type == "cpu" or query.shape[1] <= WIDEST
 
 
@@ -108,7 +108,7 @@ contrastive_each = Op(
     grads=("query", "negatives", "row_scale"),
     outputs=("stats", "pulls", "logits", "inverse"),
     triton="contrastive_each",
-    takes=_kernels_take,
+    takes=kernels_take,
 )
 
 

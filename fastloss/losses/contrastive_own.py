@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op, reduce, result_dtype
-from .contrastive_each import WIDEST
+from .contrastive_each import kernels_take
 from .contrastive_plain import KEY, QUERY, SCALE
 from .contrastive_reference import SoftmaxForm, embed, row_losses, statistics
 
@@ -115,10 +115,6 @@ def _contrastive_own_bwd(  # as many parameters as the forward, the results and 
     )
 
 
-def _kernels_take(query: Tensor, *rest: object) -> bool:
-    return query.device.type == "cpu" or query.shape[1] <= WIDEST
-
-
 contrastive_own = Op(
     "contrastive_own",
     fwd=_contrastive_own_fwd,
@@ -127,5 +123,5 @@ contrastive_own = Op(
     grads=("query", "key", "negatives", "scale"),
     outputs=("out", "state", "logits", "inverse", "query_grad", "key_grad", "scale_grad"),
     triton="contrastive_own",
-    takes=_kernels_take,
+    takes=kernels_take,
 )
