@@ -206,7 +206,7 @@ def measure_criterion(criterion: str, shape: str, device: str, seconds: float, c
                 row["note"] = f"wrong: relative error {error:.1e}"
                 continue
         calls[row["options"] + provider] = (step, lambda out: None)
-    times, failed = measure.interleaved(calls, measure.Clock(device), seconds, least=5)
+    times, failed = measure.interleaved(calls, measure.Clock(device, ahead=False), seconds, least=5)
     for row in rows:
         name = row["options"] + row["provider"]
         if name in failed:

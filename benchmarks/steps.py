@@ -171,7 +171,7 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
             notes[name] = str(error) if str(error).startswith("absent") else f"absent: {error}"
         except Exception as error:
             notes[name] = measure.reason(error)
-    times, failed = measure.interleaved(calls, measure.Clock(device), seconds, least=5)
+    times, failed = measure.interleaved(calls, measure.Clock(device, ahead=False), seconds, least=5)
     columns = dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", headline=1)
     checked = "eager" if loss == "imagen_step" else "float64"
     columns["checked"] = checked if true is not None else "no, for float64 does not fit"
