@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime import driver
 
 TARGETS = {
@@ -41,8 +42,17 @@ class _Utils:
 
 
 class _Launcher:
+    """Launches nothing, but of what Triton's own launchers do first it does what needs no device: it takes the kernel's
+    signature apart, where a tensor descriptor inside a tuple has no place."""
+
     def __init__(self, source: Any, metadata: Any) -> None:
-        pass
+        if metadata.target.backend != "cuda":
+            return
+        signature, descriptors = source.signature, getattr(metadata, "tensordesc_meta", None)
+        if hasattr(nvidia_driver, "make_launcher"):  # triton 3.6
+            nvidia_driver.make_launcher({}, signature, descriptors)
+        else:
+            nvidia_driver.expand_signature(signature.values(), descriptors, "nvTmaDesc")
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         pass

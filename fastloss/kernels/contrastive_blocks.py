@@ -88,7 +88,7 @@ def make_statistics(call: Call, stats: Tensor, keep: tuple) -> None:
     groups, splits = plan
     slots = stats.new_empty((splits + groups * call.symmetric, call.states, count))
     _contrastive_fwd_kernel[(groups * splits,)](
-        call.operands(), call.rows, call.columns, slots, keep, call.sizes, plan, call.beta, call.form, call.precision,
+        *call.operands(), call.rows, call.columns, slots, keep, call.sizes, plan, call.beta, call.form, call.precision,
         tile.constants, **call.options,
     )  # fmt: skip
     upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
@@ -218,7 +218,7 @@ def make_block(
     (row, column, end, stop), tile = area, call.tile
     tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
     _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
-        call.operands(), call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
+        *call.operands(), call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
         call.beta, call.form, call.precision, tile.constants, GROUP, **call.options,
     )  # fmt: skip
     return call.query.new_empty(0) if work is None else work.view(-1, pitch)[: end - row, : stop - column]

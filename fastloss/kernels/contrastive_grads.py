@@ -95,7 +95,8 @@ def _pull_kept(reference, stats, row, column, sizes, across, FORM: tl.constexpr)
 
 @triton.jit
 def _contrastive_bwd_kernel(
-    operands,  # query (M, D), key (N, D): pointers or tensor descriptors
+    query,  # (M, D): a pointer or a tensor descriptor
+    key,  # (N, D), the same
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
@@ -113,6 +114,7 @@ def _contrastive_bwd_kernel(
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
     STATES: tl.constexpr = 2 + (2 if FORM[2] else 0) + (2 if beta is not None else 0)
+    operands = (query, key)
     program = tl.program_id(0)
     first = program // (GROUP * block[4]) * GROUP
     height = tl.minimum(block[3] - first, GROUP)

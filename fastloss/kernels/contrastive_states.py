@@ -129,7 +129,8 @@ def _first_above(row0, BN: tl.constexpr):
 
 @triton.jit
 def _contrastive_fwd_kernel(
-    operands,  # query (M, D), key (N, D): pointers or tensor descriptors
+    query,  # (M, D): a pointer or a tensor descriptor, which Triton's launcher does not take inside a tuple
+    key,  # (N, D), the same
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
@@ -148,6 +149,7 @@ def _contrastive_fwd_kernel(
     MOMENTS: tl.constexpr = FORM[2]
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    operands = (query, key)
     group, split = tl.program_id(0) % plan[0], tl.program_id(0) // plan[0]
     stride = tl.cast(sizes[0], tl.int64)
     row_slot = slots_ptr + split.to(tl.int64) * STATES * stride

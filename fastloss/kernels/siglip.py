@@ -44,7 +44,8 @@ def _softplus(x):
 
 @triton.jit
 def _siglip_kernel(
-    operands,  # image (M, D), text (N, D): pointers or tensor descriptors
+    image,  # (M, D): a pointer or a tensor descriptor
+    text,  # (N, D), the same
     rows,  # row_scale, share, row_ids: (M,), the last or None
     columns,  # column_scale, column_ids: (N,) or None
     bias_ptr,  # (1,)
@@ -66,7 +67,7 @@ def _siglip_kernel(
     row0, column0 = block[0] + row_block * TILE[0], block[1] + column_block * TILE[1]
     row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
     inside, across = row < block[2], column < sizes[1]
-    acc = products(operands, row0, column0, sizes, PRECISION, TILE)
+    acc = products((image, text), row0, column0, sizes, PRECISION, TILE)
     scale = tl.load(rows[0] + row, mask=inside, other=0.0)
     if columns[0] is not None:
         column_scale = tl.load(columns[0] + column, mask=across, other=0.0)
@@ -163,7 +164,7 @@ def _blocks(
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
         _siglip_kernel[(tiles[0] * tiles[1],)](
-            operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
+            *operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
             work, call.sizes, (row, column, end, *tiles, high, wide), positives, call.precision, tile.constants, GROUP,
             **options,
         )  # fmt: skip
