@@ -96,7 +96,7 @@ Pass = tuple[Callable[[], Any], Callable[[Any], object]]  # forward, and the bac
 class Clock:
     """Milliseconds of a forward and its backward: wall time on the CPU, events on the stream on CUDA.
 
-    The caches are flushed before each pass on CUDA. With `ahead` the device then sleeps for about a millisecond, in which
+    The caches are flushed before each pass on CUDA. With `ahead` the device then sleeps for about a millisecond, while
     the host launches the pass: the times are the device's, as in a training loop whose queue is full, not the host's.
     """
 

@@ -30,8 +30,7 @@ sum_j e^(s - lse_i) c_j k_j too, a chunk of rows at a time, G in the place of e.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -43,6 +42,7 @@ from .contrastive_blocks import (
     Side,
     add_product,
     block_plan,
+    chunk_memory,
     chunk_plan,
     embeddings,
     half_range,
@@ -64,7 +64,7 @@ def contrastive_fwd(
     with on_device(query):
         rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
         elements, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
-        call = Call(query, key, rows, columns, kind, hardness, False, elements > 0)
+        call = Call(query, key, rows, columns, kind, hardness, False, elements > 0, workspace_mib)
         count = query.shape[0]
         stats = row_scale.new_empty((call.directions, call.states, count))
         stash = new_stash(query, elements)
@@ -90,6 +90,8 @@ def make_pulls(
         return stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_()
     ones = torch.ones_like(stats)
     rows = (rows[0], torch.arange(m, device=query.device) if "diagonal" in kind else rows[1], *rows[2:])
+    if query.dtype == torch.float32:  # the pulls are those before the rows' own scale, for which products have no place
+        query, rows = query * rows[0][:, None], (ones[0, 0], *rows[1:])
     height, size, pitch = chunk_plan(m, n, query.element_size(), workspace_mib)
     stash, factor = query.new_empty(size), None
     if query.dtype == torch.float16:
@@ -98,11 +100,12 @@ def make_pulls(
         part = slice(start, min(start + height, m))
         count, some = part.stop - start, tuple(None if v is None else v[part] for v in rows)
         call = Call(query[part], key, some, columns, "", 0.0, False, True)
-        made, keep = stats.new_empty((1, 2, count)), kept(stash, count, pitch)
-        make_statistics(call, made, keep)
+        made, (keep, work, room) = stats.new_empty((1, 2, count)), chunk_memory(call, stash, count, pitch)
+        make_statistics(call, made, keep, room)
         stats[:, :, part] = made
-        call.rows = (ones[0, 0, :count], *call.rows[1:])  # the pulls are those before the rows' own scale
-        block = make_block(call, keep[0], None, (made, ones, factor, *keep, None), (0, 0, count, n), pitch)
+        call.rows = (ones[0, 0, :count], *call.rows[1:])
+        given = (made, ones, factor, *keep, None)
+        block = make_block(call, work, None, given, (0, 0, count, n), pitch, room is not None)
         add_product(pulls[0, part], block, key[:, :width], True)
     if factor is not None:
         pulls /= factor
@@ -169,62 +172,40 @@ def _aot_call(
     return forward, (stats, *forward, stats, stash, torch.empty(0, device=meta), *needs)
 
 
-def _with_tf32(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """`launch` as it is where the user has switched tf32 on."""
-
-    def launched(*args: Any) -> Any:
-        matmul = torch.backends.cuda.matmul
-        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-        try:
-            return launch(*args)
-        finally:
-            matmul.fp32_precision = before
-
-    return launched
-
-
 def aot_cases() -> Iterator[AotCase]:
     """Every tile of the table once at least, every option once at least, sizes that no block divides."""
     half, brain, full = torch.float16, torch.bfloat16, torch.float32
     clip, square, small = "diagonal+symmetric", (4096, 4096, 512), (200, 200, 77)
     scaled = ("column_scale",)
-    calls: list[tuple[torch.dtype, bool, tuple[int, int, int], str, tuple[str, ...], float]] = [
-        (brain, False, square, clip, scaled, 0.0),
-        (half, False, (4099, 4099, 77), clip, scaled, 0.0),
-        (brain, False, (4096, 4096, 16), clip, scaled, 0.0),
-        (brain, False, small, clip, scaled, 0.0),
-        (full, False, square, clip, scaled, 0.0),
-        (full, False, small, clip, scaled, 0.0),
-        (full, True, square, clip, scaled, 0.0),
-        (full, True, small, clip, scaled, 0.0),
-        (brain, False, (2**20, 2**20, 768), "", ("column_scale", "bias", "excluded", "ids"), 0.0),
-        (brain, False, (4096, 65536, 768), "diagonal+moments", ("column_scale", "excluded"), 0.5),
-        (half, False, square, clip, ("ceiling", "bias"), 0.0),
-        (brain, False, square, "diagonal+symmetric+moments", ("column_scale", "ids"), 0.5),
-        (full, False, square, "diagonal+symmetric+moments", ("column_scale", "ceiling"), 0.5),
-        (brain, False, square, clip, ("column_scale", "bias", "ids"), 0.0),
-        (full, False, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
-        (full, True, square, "diagonal+moments", ("column_scale", "ids", "ceiling"), 0.0),
-        (brain, False, square, clip + "+stash", scaled, 0.0),
-        (brain, False, small, clip + "+stash", scaled, 0.0),
-        (full, False, square, clip + "+stash", scaled, 0.0),
-        (full, True, (4099, 4099, 77), clip + "+stash", scaled, 0.0),
-        (half, False, square, "diagonal+stash", scaled, 0.0),
-        (brain, False, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
-        (brain, False, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
-        (brain, False, square, "upper+stash", ("excluded",), 0.0),
-        (brain, False, square, "upper", ("excluded",), 0.0),
-        (full, False, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
-        (full, True, square, "upper", ("excluded",), 0.0),
-        (half, False, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
+    calls: list[tuple[torch.dtype, tuple[int, int, int], str, tuple[str, ...], float]] = [
+        (brain, square, clip, scaled, 0.0),
+        (half, (4099, 4099, 77), clip, scaled, 0.0),
+        (brain, (4096, 4096, 16), clip, scaled, 0.0),
+        (brain, small, clip, scaled, 0.0),
+        (full, square, clip, scaled, 0.0),
+        (full, small, clip, scaled, 0.0),
+        (brain, (2**20, 2**20, 768), "", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, (4096, 65536, 768), "diagonal+moments", ("column_scale", "excluded"), 0.5),
+        (half, square, clip, ("ceiling", "bias"), 0.0),
+        (brain, square, "diagonal+symmetric+moments", ("column_scale", "ids"), 0.5),
+        (full, square, "diagonal+symmetric+moments", ("column_scale", "ceiling"), 0.5),
+        (brain, square, clip, ("column_scale", "bias", "ids"), 0.0),
+        (full, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
+        (brain, square, clip + "+stash", scaled, 0.0),
+        (brain, small, clip + "+stash", scaled, 0.0),
+        (half, square, "diagonal+stash", scaled, 0.0),
+        (brain, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
+        (brain, square, "upper+stash", ("excluded",), 0.0),
+        (brain, square, "upper", ("excluded",), 0.0),
+        (full, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
+        (half, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
     ]
-    for dtype, tf32, shape, kind, extras, hardness in calls:
+    for dtype, shape, kind, extras, hardness in calls:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
-        words = ("tf32" if tf32 else str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
-        # without tf32 the float32 products of NVIDIA devices are plain multiply-adds
-        matrix = dtype != full or tf32
+        words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
         sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
         for name, launch, given, end in sides:
             rescales = end == "bwd" and "stash" in kind and not {"symmetric", "upper"} & set(kind.split("+"))
-            kernels = (f"_contrastive_{end}_kernel",) * (matrix and not rescales)
-            yield AotCase(" ".join((name, *words)), _with_tf32(launch) if tf32 else launch, given, (), kernels)
+            kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not rescales)
+            yield AotCase(" ".join((name, *words)), launch, given, (), kernels)

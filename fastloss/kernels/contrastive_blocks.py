@@ -16,7 +16,7 @@ from ..losses.contrastive_softmax import exponentials
 from .common import STREAM_OPTIONS
 from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
-from .contrastive_table import HALF, IEEE, TF32, Tile, best_tile, products_kind, walk_plan
+from .contrastive_table import DESCRIPTORS, HALF, PRODUCTS, Tile, best_tile, products_kind, walk_plan
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
@@ -40,7 +40,7 @@ class Call:
 
     def __init__(
         self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float,
-        backward: bool = False, keeps: bool = False,
+        backward: bool = False, keeps: bool = False, workspace_mib: float = 0.0,
     ) -> None:  # fmt: skip
         self.query, self.key = embeddings(query), embeddings(key)
         self.rows: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in rows)
@@ -62,35 +62,60 @@ class Call:
         elif self.upper and not backward or keeps and self.symmetric and self.products != HALF:
             burden = 2
         else:
-            burden = int(options > 0 or backward or (keeps and self.products != IEEE))
+            burden = int(options > 0 or backward or keeps)
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
+        self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
         narrow = keeps or (backward and query.dtype == torch.float16)
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
             self.tile = replace(self.tile, columns=HALF_TILE)
         self.options = self.tile.options
 
     def operands(self) -> tuple:
-        if not self.tile.descriptors:
+        if self.tile.operands != DESCRIPTORS:
             return self.query, self.key
         blocks = (self.tile.rows, self.tile.columns)
         pairs = zip((self.query, self.key), blocks, strict=True)
         return tuple(TensorDescriptor.from_tensor(x, [block, self.tile.width]) for x, block in pairs)
 
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.products == TF32 else "ieee"
+    def products_plan(self) -> tuple[int, int]:
+        """(rows, columns) of the blocks of products that the workspace holds: whole tiles, or all rows."""
+        count, columns, _ = self.sizes
+        high, wide = block_plan(count, columns, self.elements, self.tile, self.upper)
+        return high if high == count else max(high, self.tile.rows), wide
+
+    def make_products(self, work: Tensor, area: tuple[int, int, int, int], pitch: int) -> tuple:
+        """<q_i, k_j> of rows area[0] .. area[2] and columns area[1] .. area[3] in `work`; the kernels' operands."""
+        row, column, end, stop = area
+        block = work.view(-1)[: (end - row) * pitch].view(-1, pitch)[:, : stop - column]
+        add_product(block, self.query[row:end], self.key[column:stop].T, True)
+        return work, (pitch, row, column, end)
 
 
-def make_statistics(call: Call, stats: Tensor, keep: tuple) -> None:
-    """Fill `stats` (directions, states, M), and what is kept of the exponentials."""
+def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, int] | None = None) -> None:
+    """Fill `stats` (directions, states, M), and what is kept of the exponentials.
+
+    `room`, if a library makes the products: memory and pitch for all of them, in which they stay.
+    """
     (count, columns, _), tile = call.sizes, call.tile
-    plan = walk_plan(triton.cdiv(count, tile.rows), triton.cdiv(columns, tile.columns), call.programs)
+    high, wide = call.products_plan() if call.by_library and room is None else (count, columns)
+    plan = walk_plan(triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns), call.programs)
     groups, splits = plan
     slots = stats.new_empty((splits + groups * call.symmetric, call.states, count))
-    _contrastive_fwd_kernel[(groups * splits,)](
-        *call.operands(), call.rows, call.columns, slots, keep, call.sizes, plan, call.beta, call.form, call.precision,
-        tile.constants, **call.options,
-    )  # fmt: skip
+    if room is None and call.by_library:
+        room = stats.new_empty(high * wide), wide
+    for row in range(0, count, high):
+        first = row // tile.columns * tile.columns if call.upper else 0
+        for column in range(first, columns, wide):
+            end, stop = min(row + high, count), min(column + wide, columns)
+            if room is None:
+                operands, part = call.operands(), plan
+            else:
+                operands = call.make_products(room[0], (row, column, end, stop), room[1])
+                part = (*plan, row, end, column, stop, first)  # type: ignore[assignment]
+            _contrastive_fwd_kernel[(groups * splits,)](
+                *operands, call.rows, call.columns, slots, keep, call.sizes, part,
+                call.beta, call.form, tile.constants, **call.options,
+            )  # fmt: skip
     upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
     _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
         slots, stats, count, plan, call.beta, call.moments, upper, triton.next_power_of_2(most), MERGE_BLOCK,
@@ -108,6 +133,14 @@ def kept(stash: Tensor, rows: int, pitch: int) -> tuple[Tensor, Tensor, int] | t
     if not stash.numel():
         return None, None, None
     return stash[: rows * pitch], stash[rows * pitch :].view(torch.float32), pitch
+
+
+def chunk_memory(call: Call, stash: Tensor, rows: int, pitch: int) -> tuple[tuple, Tensor, tuple[Tensor, int] | None]:
+    """Of a chunk of rows in `stash`: what is kept of its exponentials, where G comes, where products are, if any."""
+    if call.by_library:
+        return (None, None, None), stash[: rows * pitch], (stash, pitch)
+    keep = kept(stash, rows, pitch)
+    return keep, keep[0], None  # type: ignore[return-value]
 
 
 def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> tuple[int, int, int]:
@@ -209,17 +242,24 @@ class Side:
 
 
 def make_block(
-    call: Call, work: Tensor | None, sums: Tensor | None, given: tuple, area: tuple[int, int, int, int], pitch: int
-) -> Tensor:
+    call: Call, work: Tensor | None, sums: Tensor | None, given: tuple, area: tuple[int, int, int, int], pitch: int,
+    made: bool = False,
+) -> Tensor:  # fmt: skip
     """G r c of rows area[0] .. area[2] and columns area[1] .. area[3] in `work`, and its columns' sums by row blocks.
 
-    `given` is what the kernel takes of the forward and from upstream.
+    `given` is what the kernel takes of the forward and from upstream. `made`: the library's products are in `work`.
     """
     (row, column, end, stop), tile = area, call.tile
+    operands = call.operands()
+    if made:
+        operands = work, (pitch, row, column, end)
+    elif call.by_library:  # G takes the place of the products, where it is float32 too
+        room = work if work is not None and work.dtype == torch.float32 else given[0].new_empty((end - row) * pitch)
+        operands = call.make_products(room, area, pitch)
     tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
     _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
-        *call.operands(), call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
-        call.beta, call.form, call.precision, tile.constants, GROUP, **call.options,
+        *operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
+        call.beta, call.form, tile.constants, GROUP, **call.options,
     )  # fmt: skip
     return call.query.new_empty(0) if work is None else work.view(-1, pitch)[: end - row, : stop - column]
 

@@ -58,11 +58,10 @@ def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
 
 @triton.jit
 def _pull_again(
-    operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr,
+    operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """G_ij from logits that are made again."""
-    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], PRECISION, TILE)
+    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], TILE)
     row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
     stride = tl.cast(sizes[0], tl.int64)
     if not FORM[1]:
@@ -95,8 +94,8 @@ def _pull_kept(reference, stats, row, column, sizes, across, FORM: tl.constexpr)
 
 @triton.jit
 def _contrastive_bwd_kernel(
-    query,  # (M, D): a pointer or a tensor descriptor
-    key,  # (N, D), the same
+    query,  # (M, D), key (N, D), or their products, which G may replace: see contrastive_tile.py
+    key,
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
@@ -107,7 +106,6 @@ def _contrastive_bwd_kernel(
     block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
     beta,
     FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
-    PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
 ):
@@ -126,13 +124,11 @@ def _contrastive_bwd_kernel(
     # from a row's statistics to those of a column, which are a row's where rows and columns are the same
     across = (0 if FORM[0] == 2 else STATES) * stride
     if stats[3] is None:
-        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE)
+        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
     else:
         reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
         if FORM[1] and tl.max(reference, 0) == float("inf"):
-            pull = _pull_again(
-                operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, PRECISION, TILE
-            )
+            pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
         else:
             pull = _pull_kept(reference, stats, row, column, sizes, across, FORM)
     if stats[6] is not None:
@@ -143,6 +139,7 @@ def _contrastive_bwd_kernel(
         pull = tl.where(own[:, None] == column[None, :], positive[:, None], pull)
     at = column_block * BN + tl.arange(0, BN)
     if results[1] is not None:
+        pull = tl.where((row < block[2])[:, None], pull, 0.0)  # a block's last tile has rows of the next
         tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
     if results[0] is not None:
         # read anew: the registers of a whole tile have no room to keep the scales from the logits on

@@ -27,6 +27,7 @@ from .contrastive_blocks import (
     Side,
     add_product,
     block_plan,
+    chunk_memory,
     chunk_plan,
     embeddings,
     finish,
@@ -124,10 +125,12 @@ class _Plain:
             self.query, self.key, scale, factor, self.targets, (self.row_scale, self.column_scale, self.positive)
         )
 
-    def call(self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool) -> Call:
+    def call(
+        self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool, workspace_mib: float = 0.0
+    ) -> Call:
         rows = (self.row_scale[part], None if excluded is None else excluded[part], None, None)
         columns = (self.column_scale, None, None)
-        return Call(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps)
+        return Call(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps, workspace_mib)
 
     def losses(
         self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, pulls: Tensor | None
@@ -156,12 +159,13 @@ def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor]
     for start in range(0, plain.m, height):
         part = slice(start, min(start + height, plain.m))
         count = part.stop - start
-        call, keep = plain.call(part, kind, excluded, False, True), kept(stash, count, pitch)
+        call = plain.call(part, kind, excluded, False, True)
+        keep, work, room = chunk_memory(call, stash, count, pitch)
         stats, pulls = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
-        make_statistics(call, stats, keep)
+        make_statistics(call, stats, keep, room)
         plain.losses(part, stats, None, loss, pulls)
         given = (stats, pulls, factor, *keep, pulls[2])
-        block = make_block(call, keep[0], None, given, (0, 0, count, plain.n), pitch)
+        block = make_block(call, work, None, given, (0, 0, count, plain.n), pitch, room is not None)
         if of_query.shape[0] or of_scale.shape[0]:
             v = of_query[part] if of_query.shape[0] else loss.new_empty((count, width))
             add_product(v, block, plain.key[:, :width], True)
@@ -201,7 +205,7 @@ def contrastive_plain_fwd(
             if grads:
                 _make_grads(plain, loss, made, workspace_mib)
             else:
-                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0)
+                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0, workspace_mib)
                 make_statistics(call, stats[:-1].view(1 + symmetric, 2, m), kept(stash, m, pitch))
                 plain.losses(slice(0, m), stats, None, loss, None)
         else:

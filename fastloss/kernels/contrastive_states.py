@@ -129,18 +129,17 @@ def _first_above(row0, BN: tl.constexpr):
 
 @triton.jit
 def _contrastive_fwd_kernel(
-    query,  # (M, D): a pointer or a tensor descriptor, which Triton's launcher does not take inside a tuple
-    key,  # (N, D), the same
+    query,  # (M, D), key (N, D), or their products: see contrastive_tile.py; triton 3.6 has no descriptors in tuples
+    key,
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
     columns,  # column_scale, bias, column_ids: (N,) or None
     slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
     kept,  # e (M, pitch), its references (column blocks, M) and pitch, for the backward; all None: nothing
     sizes,  # M, N, D
-    plan,  # groups, splits
+    plan,  # groups, splits; of a block of products: first row, end of the rows, first column, end, first of these rows
     beta,
     FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
-    PRECISION: tl.constexpr,
-    TILE: tl.constexpr,  # block of M, of N, of D, whether operands are descriptors, whether to share exponentials
+    TILE: tl.constexpr,  # block of M, of N, of D, what the operands are, whether to share exponentials
 ):
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
@@ -154,15 +153,23 @@ def _contrastive_fwd_kernel(
     stride = tl.cast(sizes[0], tl.int64)
     row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
     column_slot = slots_ptr + (plan[1] + group).to(tl.int64) * STATES * stride
-    for row_block in range(group, tl.cdiv(sizes[0], BM), plan[0]):
-        row0 = row_block * BM
+    corner, end, earlier = (0, 0), (sizes[0], sizes[1]), False
+    if TILE[3] == 2:  # the states go on from those of the blocks above and to the left
+        corner, end, earlier = (plan[2], plan[4]), (plan[3], plan[5]), plan[2] > 0
+    for row_block in range(group, tl.cdiv(end[0] - corner[0], BM), plan[0]):
+        row0 = corner[0] + row_block * BM
         state = _no_state(BM)
+        if TILE[3] == 2:
+            index = row0 + tl.arange(0, BM)
+            known = index < tl.where(plan[4] > plan[6], end[0], 0)
+            state = _load_state(row_slot, index, stride, known, MOMENTS, HARD)
         first = split
         if DIAGONAL == 2:  # the first of the split's blocks that has columns above the diagonal
-            first += tl.cdiv(tl.maximum(_first_above(row0, BN) - split, 0), plan[1]) * plan[1]
-        for column_block in range(first, tl.cdiv(sizes[1], BN), plan[1]):
-            column0 = column_block * BN
-            s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE)
+            above = _first_above(row0, BN) - corner[1] // BN
+            first += tl.cdiv(tl.maximum(above - split, 0), plan[1]) * plan[1]
+        for column_block in range(first, tl.cdiv(end[1] - corner[1], BN), plan[1]):
+            column0 = corner[1] + column_block * BN
+            s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, TILE)
             best, column_best = tl.max(s, 1), tl.max(back, 0)
             reference = _reference(best)
             e = _below(s, reference[:, None])
@@ -182,7 +189,7 @@ def _contrastive_fwd_kernel(
                     _keep(kept, e, tl.where(wide, float("inf"), reference), row0, column0, sizes)
                 if wide:  # make the logits once more rather than hold them beside e
                     s, back = tile_logits(
-                        operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, PRECISION, TILE, True
+                        operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, TILE, True
                     )
                     column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
                 else:
@@ -193,13 +200,13 @@ def _contrastive_fwd_kernel(
                 column_mass = tl.sum(_below(back, reference[None, :]), 0)
             if SYMMETRIC:
                 index = column0 + tl.arange(0, BN)
-                again = index < tl.where(row_block > group, sizes[1], 0)
+                again = index < tl.where((row_block > group) | earlier, sizes[1], 0)
                 before = _load_state(column_slot, index, stride, again, MOMENTS, HARD)
                 seen = _tile_state(back, column_best, column_mass, beta, 0, MOMENTS, HARD)
                 seen = _merge(before, seen, reference, beta, MOMENTS, HARD)
                 _store_state(column_slot, seen, index, stride, index < sizes[1], MOMENTS, HARD)
         index = row0 + tl.arange(0, BM)
-        _store_state(row_slot, state, index, stride, index < sizes[0], MOMENTS, HARD)
+        _store_state(row_slot, state, index, stride, index < end[0], MOMENTS, HARD)
         if SYMMETRIC:
             tl.debug_barrier()  # the next row block reads what other threads may have stored
 

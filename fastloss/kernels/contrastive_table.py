@@ -18,13 +18,13 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class Tile:
-    """Block of M, of N, of D; whether operands go through tensor descriptors, and rows and columns share exponentials
-    where they can (fewer, for more code and registers); warps, pipeline stages."""
+    """Block of M, of N, of D; what the operands are, see below, and whether rows and columns share exponentials where
+    they can (fewer, for more code and registers); warps, pipeline stages."""
 
     rows: int
     columns: int
     width: int
-    descriptors: bool
+    operands: int
     shares: bool
     warps: int
     stages: int
@@ -32,7 +32,7 @@ class Tile:
 
     @property
     def constants(self) -> tuple:
-        return self.rows, self.columns, self.width, self.descriptors, self.shares
+        return self.rows, self.columns, self.width, self.operands, self.shares
 
     @property
     def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
@@ -40,29 +40,27 @@ class Tile:
         return given if self.registers is None else given | {"maxnreg": self.registers}
 
 
-HALF, TF32, IEEE = "half", "tf32", "ieee"
+# Embeddings by pointers or by tensor descriptors, multiplied by `tl.dot`; or a block of their products, which a library
+# has made: without matrix instructions `tl.dot` reaches a tenth of its rate, and with tf32's three products no digits.
+POINTERS, DESCRIPTORS, PRODUCTS = 0, 1, 2
+HALF, FULL = "half", "full"
 # programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
+_FULL = ((1 << 30, Tile(64, 128, 16, PRODUCTS, True, 4, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
 TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
-    "sm_80": (216, {
-        HALF: ((32, Tile(128, 128, 32, False, False, 8, 3)),
-            (1 << 30, Tile(128, 128, 64, False, False, 8, 3)), (0, Tile(64, 64, 32, False, False, 4, 3))),
-        TF32: ((1 << 30, Tile(128, 128, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 3))),
-        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 8, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
-    }),
-    "sm_90": (264, {
-        HALF: ((32, Tile(128, 128, 32, True, True, 4, 3)),
-            (1 << 30, Tile(128, 128, 64, True, True, 4, 3)), (0, Tile(64, 64, 64, True, True, 4, 4))),
-        TF32: ((1 << 30, Tile(128, 128, 32, True, True, 4, 3)), (0, Tile(64, 64, 32, True, True, 4, 4))),
-        IEEE: ((1 << 30, Tile(64, 64, 16, False, False, 8, 3)), (0, Tile(32, 32, 16, False, False, 4, 3))),
-    }),
-    "gfx942": (608, {
-        HALF: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
-        TF32: ((1 << 30, Tile(64, 32, 32, False, False, 4, 2)), (0, Tile(64, 32, 32, False, False, 4, 2))),
-        IEEE: ((1 << 30, Tile(128, 64, 32, False, False, 8, 2)), (0, Tile(64, 64, 32, False, False, 4, 2))),
-    }),
+    "sm_80": (216, {FULL: _FULL, HALF: (
+        (32, Tile(128, 128, 32, POINTERS, False, 8, 3)),
+        (1 << 30, Tile(128, 128, 64, POINTERS, False, 8, 3)), (0, Tile(64, 64, 32, POINTERS, False, 4, 3)),
+    )}),
+    "sm_90": (264, {FULL: _FULL, HALF: (
+        (32, Tile(128, 128, 32, DESCRIPTORS, True, 4, 3)),
+        (1 << 30, Tile(128, 128, 64, DESCRIPTORS, True, 4, 3)), (0, Tile(64, 64, 64, DESCRIPTORS, True, 4, 4)),
+    )}),
+    "gfx942": (608, {FULL: _FULL, HALF: (
+        (1 << 30, Tile(128, 64, 32, POINTERS, False, 8, 2)), (0, Tile(64, 64, 32, POINTERS, False, 4, 2)),
+    )}),
     "interpreter": (6, {
-        kind: ((1 << 30, Tile(16, 16, 16, False, True, 4, 1)), (0, Tile(16, 16, 16, False, True, 4, 1)))
-        for kind in (HALF, TF32, IEEE)
+        kind: ((1 << 30, Tile(16, 16, 16, operands, True, 4, 1)), (0, Tile(16, 16, 16, operands, True, 4, 1)))
+        for kind, operands in ((HALF, POINTERS), (FULL, PRODUCTS))
     }),
 }  # fmt: skip
 
@@ -78,10 +76,7 @@ def architecture(device: torch.device) -> str:
 
 
 def products_kind(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies: float32 as torch's own products do, in tf32 only where that is switched on."""
-    if dtype != torch.float32:
-        return HALF
-    return TF32 if torch.backends.cuda.matmul.fp32_precision == "tf32" else IEEE
+    return FULL if dtype == torch.float32 else HALF
 
 
 def best_tile(

@@ -1,9 +1,10 @@
 """Tiles of contrastive logits: products, scales, biases, and -inf at what is no negative.
 
-s_ij = r_i c_j <q_i, k_j> + b_j. What a kernel is given: `operands` query (M, D) and key (N, D), as pointers or
-tensor descriptors; `rows` (r, excluded, row_ids, ceiling), each (M,) and all but r possibly None; `columns` (c, b,
+s_ij = r_i c_j <q_i, k_j> + b_j. What a kernel is given: `operands`, query (M, D) and key (N, D) as pointers or tensor
+descriptors, or a block of their products (rows, pitch) in float32 and (pitch, first row, first column, end of the
+rows) of it; `rows` (r, excluded, row_ids, ceiling), each (M,) and all but r possibly None; `columns` (c, b,
 column_ids), each (N,) or None; `sizes` (M, N, D); DIAGONAL, what is left out: 0 nothing, 1 the diagonal, 2 all but what
-is above it; TILE (block of M, of N, of D, whether operands are descriptors).
+is above it; TILE (block of M, of N, of D, what the operands are: see contrastive_table.py).
 """
 
 from __future__ import annotations
@@ -13,18 +14,24 @@ import triton.language as tl
 
 
 @triton.jit
-def products(operands, row0, column0, sizes, PRECISION: tl.constexpr, TILE: tl.constexpr):
+def products(operands, row0, column0, sizes, TILE: tl.constexpr):
     """<q_i, k_j> of a tile; rows and columns outside give anything."""
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
     BK: tl.constexpr = TILE[2]
     width = sizes[2]
-    acc = tl.zeros((BM, BN), tl.float32)
-    if TILE[3]:  # tensor descriptors
+    if TILE[3] == 2:
+        pitch, row, column, end = operands[1]
+        rows = tl.minimum(row0 + tl.arange(0, BM), end - 1) - row
+        columns = column0 - column + tl.arange(0, BN)
+        acc = tl.load(operands[0] + rows.to(tl.int64)[:, None] * pitch + columns[None, :])
+    elif TILE[3] == 1:
+        acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, width, BK):
             q = operands[0].load([row0, k])
-            acc = tl.dot(q, operands[1].load([column0, k]).T, acc, input_precision=PRECISION)
+            acc = tl.dot(q, operands[1].load([column0, k]).T, acc)
     else:
+        acc = tl.zeros((BM, BN), tl.float32)
         inner = tl.arange(0, BK)
         rows = tl.minimum(row0 + tl.arange(0, BM), sizes[0] - 1).to(tl.int64)
         columns = tl.minimum(column0 + tl.arange(0, BN), sizes[1] - 1).to(tl.int64)
@@ -33,7 +40,7 @@ def products(operands, row0, column0, sizes, PRECISION: tl.constexpr, TILE: tl.c
         for k in range(0, width, BK):
             inside = inner < width - k
             q = tl.load(q_ptr + k, mask=inside[None, :], other=0.0)
-            acc = tl.dot(q, tl.load(k_ptr + k, mask=inside[:, None], other=0.0), acc, input_precision=PRECISION)
+            acc = tl.dot(q, tl.load(k_ptr + k, mask=inside[:, None], other=0.0), acc)
     return acc
 
 
@@ -81,14 +88,14 @@ def _scaled(acc, at, rows, columns, sizes, AGAIN: tl.constexpr):
 
 @triton.jit
 def tile_logits(
-    operands, row0, column0, rows, columns, sizes, BACK: tl.constexpr, DIAGONAL: tl.constexpr, PRECISION: tl.constexpr,
-    TILE: tl.constexpr, AGAIN: tl.constexpr = False,
+    operands, row0, column0, rows, columns, sizes, BACK: tl.constexpr, DIAGONAL: tl.constexpr, TILE: tl.constexpr,
+    AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """Logits of a tile as its rows see them and, with BACK, as its columns do; they differ by the ceiling only."""
     BM: tl.constexpr = TILE[0]
     BN: tl.constexpr = TILE[1]
     at = (row0 + tl.arange(0, BM), column0 + tl.arange(0, BN))
-    acc = products(operands, row0, column0, sizes, PRECISION, TILE)
+    acc = products(operands, row0, column0, sizes, TILE)
     s, similar = _scaled(acc, at, rows, columns, sizes, AGAIN)
     back = s
     if rows[3] is not None:

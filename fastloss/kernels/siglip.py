@@ -44,8 +44,8 @@ def _softplus(x):
 
 @triton.jit
 def _siglip_kernel(
-    image,  # (M, D): a pointer or a tensor descriptor
-    text,  # (N, D), the same
+    image,  # (M, D), text (N, D), or their products, which H may replace: see contrastive_tile.py
+    text,
     rows,  # row_scale, share, row_ids: (M,), the last or None
     columns,  # column_scale, column_ids: (N,) or None
     bias_ptr,  # (1,)
@@ -55,7 +55,6 @@ def _siglip_kernel(
     sizes,  # M, N, D
     block,  # first row, first column, end of the rows, row blocks, column blocks, block rows, pitch
     POSITIVES: tl.constexpr,
-    PRECISION: tl.constexpr,
     TILE: tl.constexpr,
     GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the texts of a group
 ):
@@ -67,7 +66,7 @@ def _siglip_kernel(
     row0, column0 = block[0] + row_block * TILE[0], block[1] + column_block * TILE[1]
     row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
     inside, across = row < block[2], column < sizes[1]
-    acc = products((image, text), row0, column0, sizes, PRECISION, TILE)
+    acc = products((image, text), row0, column0, sizes, TILE)
     scale = tl.load(rows[0] + row, mask=inside, other=0.0)
     if columns[0] is not None:
         column_scale = tl.load(columns[0] + column, mask=across, other=0.0)
@@ -155,7 +154,9 @@ def _blocks(
     high = min(high, m)
     slots = made.new_empty(2, triton.cdiv(wide, tile.columns), high)
     work = call.query.new_empty(high, wide) if needs else None
-    operands = call.operands()
+    room = work if work is not None and work.dtype == torch.float32 else None
+    if room is None:
+        room = made.new_empty((high, wide) if call.by_library else 0)
     # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills; told that it has
     # all registers, ptxas hoists more of float16's than there are
     warps = 8 if tile.rows * tile.columns > 8192 else tile.warps
@@ -163,9 +164,10 @@ def _blocks(
     for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
+        operands = call.make_products(room, (row, column, end, stop), wide) if call.by_library else call.operands()
         _siglip_kernel[(tiles[0] * tiles[1],)](
             *operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
-            work, call.sizes, (row, column, end, *tiles, high, wide), positives, call.precision, tile.constants, GROUP,
+            work, call.sizes, (row, column, end, *tiles, high, wide), positives, tile.constants, GROUP,
             **options,
         )  # fmt: skip
         kinds = 2 if needs else 1

@@ -111,14 +111,12 @@ def kept_exponentials(
 
     In the embeddings' dtype, each row of a tile by a power of two of its own, which are kept behind them. float16 has
     too few powers for one exponential to serve a row and a column; moments, hardness and ceilings of both directions
-    would need the logits.
+    would need the logits. float32's logits are products of a library, block by block.
     """
     rows, columns, size = query.shape[0], key.shape[0], query.element_size()
     both = "symmetric" in kind or "upper" in kind
     serves = "stash" in kind and "moments" not in kind and hardness == 0
-    if query.dtype == torch.float32 and "symmetric" in kind and not is_interpreting():  # spills registers
-        serves = False
-    if not serves or (both and (ceiling is not None or query.dtype == torch.float16)):
+    if not serves or query.dtype == torch.float32 or (both and (ceiling is not None or query.dtype == torch.float16)):
         return 0, 0
     elements, pitch = exponentials(rows, columns, size)
     return (elements, pitch) if elements * size <= KEPT_SHARE * workspace_mib * 1048576 else (0, 0)
