@@ -20,7 +20,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 MODES = ("forward", "backward", "both")
 COLUMNS = (
     "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,cost,rate,unit,share,ceiling,peak_mib,error,note,"
-    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches"
+    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches,host_ms"
 ).split(",")
 BATCHES = tuple(256 * 2**k for k in range(11))  # 256 to 262144
 SIDES = (32, 64, 128, 256, 512, 1024)  # pixels of an image or feature, or tokens of an attention map

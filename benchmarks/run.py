@@ -199,6 +199,8 @@ def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> li
             if name in times:
                 row |= figures(item, mode, times[name], top)
                 row |= candidate.facts | {"peak_mib": peak} if mode == "both" else {}
+                if mode == "both" and candidate.timed and (host := session.clock.host.get(candidate.timed[0])):
+                    row["host_ms"] = f"{measure.quantiles(host)[1]:.4f}"
             rows.append(row)
     return sorted(rows, key=lambda row: MODES.index(row["mode"]))
 

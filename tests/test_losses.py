@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -32,8 +33,8 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 not_interpreted = pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
 
 
-def inputs(case: Case, shape, dtype: torch.dtype, device: str) -> tuple:
-    return to_device(case.make(Draw(dtype), shape), device)
+def inputs(case: Case, shape, dtype: torch.dtype, device: str, seed: int = 0) -> tuple:
+    return to_device(case.make(Draw(dtype, seed=seed), shape), device)
 
 
 def compare(case: Case, place: tuple, args: tuple, options: dict, errors: Errors, name: str, where: str) -> None:
@@ -56,10 +57,10 @@ def compare(case: Case, place: tuple, args: tuple, options: dict, errors: Errors
 @grid()
 def test_value_and_gradient(case, place, options, dtype, nan_filled):
     errors = Errors(dtype)
-    for shape in case.shapes:
-        for reduction in reductions(case):
-            args = inputs(case, shape, dtype, place[0])
-            compare(case, place, args, with_reduction(case, options, reduction), errors, str(reduction), str(shape))
+    seeds = range(4 if place[0] == "cuda" else 1)  # of more samples eager is less often exact by luck
+    for shape, reduction, seed in itertools.product(case.shapes, reductions(case), seeds):
+        args = inputs(case, shape, dtype, place[0], seed)
+        compare(case, place, args, with_reduction(case, options, reduction), errors, str(reduction), str(shape))
     errors.check()
 
 
@@ -120,7 +121,8 @@ def test_nonfinite_values_arrive(case, place, options, dtype):
 
 
 @grid(dtypes=(torch.float32,))
-def test_backward_is_reentrant_and_deterministic(case, place, options, dtype):
+def test_backward_is_reentrant_and_deterministic(case, place, options, dtype, nan_filled):
+    """Torch's own operators around ours (the interpolation of a map) in their deterministic form."""
     options = to_device(options, place[0])
     args = inputs(case, case.shapes[0], dtype, place[0])
     wrt = [t.requires_grad_() for t in leaves(case, args)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastloss import core, pixel_loss
-from tests.battery import check_error, places
+from tests.battery import Errors, places
 from tests.cases import CASES, Draw, image_pair
 
 PLACES = places(next(case for case in CASES if case.name == "pixel_loss"))
@@ -33,14 +33,18 @@ def values(backend, image, image_pred, upstream=None, needs=(True, True), **opti
         return [loss, *torch.autograd.grad(loss, wrt, torch.ones_like(loss) if upstream is None else upstream)]
 
 
-def check(place, image, image_pred, weight=None, upstream=None, **options):
+def check(place, image, image_pred, weight=None, upstream=None, pooled=None, **options):
+    """The one rule; over all of `pooled` where the caller checks that, since the loss is a single number."""
+    errors = pooled or Errors(image.dtype)
     got = values(place[1], image, image_pred, upstream, weight=weight, **options)
     same = values("reference", image, image_pred, upstream, weight=weight, **options)
     exact = values("reference", image.double(), image_pred.double(), None if upstream is None else upstream.double(),
                    weight=None if weight is None else weight.double(), **options)  # fmt: skip
     for what, g, s, e in zip(("loss", "image", "image_pred"), got, same, exact, strict=True):
-        check_error(what, g, s, e, image.dtype)
+        errors.add(what, g, s, e)
         assert g.dtype == s.dtype
+    if pooled is None:
+        errors.check()
     return got
 
 
@@ -50,10 +54,14 @@ def check(place, image, image_pred, weight=None, upstream=None, **options):
     (2, 1, 5, 7), (1, 3, 1, 1), (2, 1, 1, 1), (1, 1, 5, 7), (1, 1, 1, 1), (7,), (), SHAPE, (2, 1, 5, 1), (1, 3, 1, 7),
 ], ids=str)  # fmt: skip
 def test_weights_of_any_broadcast(place, layout, weight_shape):
-    draw = Draw(device=place[0])
-    image, image_pred = (LAYOUTS[layout](t) for t in image_pair(draw, SHAPE))
     for dtype, reduction in itertools.product((torch.float32, torch.bfloat16), ("mean", "none")):
-        check(place, image, image_pred, draw.uniform(1, *weight_shape)[0].to(dtype), reduction=reduction)
+        errors = Errors(torch.float32)
+        for seed in range(4):
+            draw = Draw(device=place[0], seed=seed)
+            image, image_pred = (LAYOUTS[layout](t) for t in image_pair(draw, SHAPE))
+            weight = draw.uniform(1, *weight_shape)[0].to(dtype)
+            check(place, image, image_pred, weight, pooled=errors, reduction=reduction)
+        errors.check()
 
 
 @each_place

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..core import check_not_empty, check_reduction, result_dtype
+from ..core import check_not_empty, check_reduction, is_interpreting, result_dtype
 from .contrastive_each import each_statistics
 from .contrastive_own import NEGATIVES, contrastive_own
 from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
@@ -31,7 +31,19 @@ def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 def widened(x: Tensor) -> Tensor:
     """On the CPU in float32: the parts of a gradient then add up before they are rounded."""
-    return x.float() if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) else x
+    on_cpu = x.device.type == "cpu" and not is_interpreting()
+    return x.float() if on_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def against_themselves(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """What the op gets of rows that meet one another, and the inverse lengths that it is to multiply with, if any.
+
+    float32 comes at unit length already. Half precision keeps its dtype, in which a device multiplies fastest.
+    """
+    x = widened(x)
+    if normalize and x.dtype in (torch.bfloat16, torch.float16):
+        return x, inverse_length(x, dtype)
+    return embed(x, dtype if normalize else x.dtype, normalize), None
 
 
 def are_bfloat16(one: Tensor, two: Tensor) -> bool:
@@ -179,15 +191,18 @@ def nt_xent_rows(
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
-    views, rows = torch.cat([embed(widened(view), dtype, form.normalize) for view in (view_a, view_b)]), view_a.shape[0]
+    rows = view_a.shape[0]
+    views, lengths = against_themselves(torch.cat((view_a, view_b)), dtype, form.normalize)
     moments, hardness, margin = _sampling(form)
-    row_scale = scale_of_rows(None, scale, views, dtype)
+    row_scale = scale_of_rows(lengths, scale, views, dtype)
     partner = torch.arange(2 * rows, device=views.device).roll(rows)
-    positive = (views[:rows] * views[rows:]).sum(1).repeat(2) * row_scale
+    positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
+    if lengths is not None:
+        positive = positive * lengths.roll(rows)
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     stats = softmax_statistics(
-        views, views, row_scale, None, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
+        views, views, row_scale, lengths, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
         workspace_mib,
     )  # fmt: skip
     return row_losses(positive, stats[0], scale, form)
@@ -208,27 +223,28 @@ def supcon_rows(
     largest logit of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
-    vectors = embed(widened(features), dtype, normalize)
-    row_scale = scale_of_rows(None, scale, vectors, dtype)
+    rows, lengths = against_themselves(features, dtype, normalize)
+    row_scale = scale_of_rows(lengths, scale, rows, dtype)
+    vectors = rows.to(dtype) if lengths is None else rows * lengths[:, None]
 
-    def statistics_of(row_scale: Tensor, others: bool) -> tuple[Tensor, ...]:
+    def statistics_of(others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
         return softmax_statistics(
-            vectors, vectors, row_scale, None, None, None, ids, ids, None, "upper", 0.0, workspace_mib
+            rows, rows, row_scale, lengths, None, None, ids, ids, None, "upper", 0.0, workspace_mib
         )[0].unbind(0)
 
-    lse, most = statistics_of(row_scale, include_positive)
+    lse, most = statistics_of(include_positive)
     ordered = labels.sort().values
     group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
     count = (end - group - 1).to(dtype)
     sums = _sums_of_groups(vectors, group)
-    mean = row_scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
+    mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
     top1 = most > -math.inf
     if return_lse:
         with torch.no_grad():
-            other = statistics_of(row_scale, not include_positive)[1]
+            other = statistics_of(not include_positive)[1]
         top1 = most > other if include_positive else other > most
     return ContrastiveOutput(loss, lse, top1)
 
