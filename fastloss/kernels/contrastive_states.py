@@ -160,9 +160,9 @@ def _contrastive_fwd_kernel(
         row0 = corner[0] + row_block * BM
         state = _no_state(BM)
         if TILE[3] == 2:
-            index = row0 + tl.arange(0, BM)
-            known = index < tl.where(plan[4] > plan[6], end[0], 0)
-            state = _load_state(row_slot, index, stride, known, MOMENTS, HARD)
+            row = row0 + tl.arange(0, BM)
+            known = row < tl.where(plan[4] > plan[6], end[0], 0)
+            state = _load_state(row_slot, row, stride, known, MOMENTS, HARD)
         first = split
         if DIAGONAL == 2:  # the first of the split's blocks that has columns above the diagonal
             above = _first_above(row0, BN) - corner[1] // BN
