@@ -10,7 +10,6 @@ from torch.utils._pytree import tree_leaves
 
 import fastloss
 from benchmarks import measure, rows, run
-from fastloss import core
 from fastloss.losses.image import _image, _keep
 from tests.battery import Errors, first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
@@ -194,21 +193,23 @@ def test_contrastive_paths_against_dense_float64(name, dtype, workspace_mib):
     query, key = contrastive_inputs(rows, keys, dtype=dtype)
     square, labels = name not in ("info_nce", "targets"), torch.arange(rows, device="cuda") // 3
     key = key[:rows] if square else key
-    losses = {
-        "clip": lambda q, k: fastloss.clip_loss(q, k, logit_scale=14.3, normalize=True, workspace_mib=workspace_mib),
-        "info_nce": lambda q, k: fastloss.info_nce(q, k, workspace_mib=workspace_mib),
-        "targets": lambda q, k: fastloss.info_nce(q, k, targets=labels * 4, workspace_mib=workspace_mib),
-        "frozen": lambda q, k: fastloss.info_nce(q, k, k.detach(), workspace_mib=workspace_mib),
-        "nt_xent": lambda q, k: fastloss.nt_xent_loss(q, k, temperature=0.5, workspace_mib=workspace_mib),
-        "supcon": lambda q, k: fastloss.supcon_loss(q, labels, workspace_mib=workspace_mib) + 0.0 * k.sum(),
-        "ids": lambda q, k: fastloss.info_nce(q, k, symmetric=True, query_ids=labels, workspace_mib=workspace_mib),
-    }
+    case, call = {
+        "clip": ("clip_loss", lambda loss, q, k, o: loss(q, k, logit_scale=14.3, normalize=True, **o)),
+        "info_nce": ("info_nce", lambda loss, q, k, o: loss(q, k, **o)),
+        "targets": ("info_nce", lambda loss, q, k, o: loss(q, k, targets=labels * 4, **o)),
+        "frozen": ("info_nce bank", lambda loss, q, k, o: loss(q, k, k.detach(), **o)),
+        "nt_xent": ("nt_xent_loss", lambda loss, q, k, o: loss(q, k, temperature=0.5, **o)),
+        "supcon": ("supcon_loss", lambda loss, q, k, o: loss(q, labels, **o) + 0.0 * k.sum()),
+        "ids": ("info_nce", lambda loss, q, k, o: loss(q, k, symmetric=True, query_ids=labels, key_ids=labels, **o)),
+    }[name]
+    row = next(c for c in CASES if c.name == case)
     results = []
-    for backend, given in (("triton", dtype), ("reference", dtype), ("reference", torch.float64)):
+    for loss_of, given, options in (
+        (row.fn, dtype, {"workspace_mib": workspace_mib}), (row.eager, dtype, {}), (row.eager, torch.float64, {})
+    ):  # fmt: skip
         leaves = [t.to(given).requires_grad_() for t in (query, key)]
-        with core.use_backend(backend):
-            loss = losses[name](*leaves)
-            results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+        loss = call(loss_of, *leaves, options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
     errors = Errors(dtype)
     for i, each in enumerate(zip(*results, strict=True)):
         errors.add(str(i), *each)

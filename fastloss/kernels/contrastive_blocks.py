@@ -62,12 +62,13 @@ class Call:
         elif self.upper and not backward or keeps and self.symmetric and self.products != HALF:
             burden = 2
         else:
-            burden = int(options > 0 or backward or keeps)
+            excludes = keeps and not self.symmetric and self.rows[1] is not None  # spills a little with four warps
+            burden = int(options > 0 or excludes)
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
         narrow = keeps or (backward and query.dtype == torch.float16)
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
-            self.tile = replace(self.tile, columns=HALF_TILE)
+            self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
         self.options = self.tile.options
 
     def operands(self) -> tuple:

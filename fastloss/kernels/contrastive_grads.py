@@ -76,12 +76,13 @@ def _pull_again(
 
 
 @triton.jit
-def _pull_kept(reference, stats, row, column, sizes, across, FORM: tl.constexpr):
+def _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM: tl.constexpr):
     """G_ij from the exponentials that the forward has kept, those of row i below its reference in this tile."""
     inside = (row < sizes[0])[:, None]
+    corner = stats[3] + tl.cast(row0, tl.int64) * stats[5] + column0
     if FORM[0] == 2:
         inside &= row[:, None] < column[None, :]
-    e = tl.load(stats[3] + row.to(tl.int64)[:, None] * stats[5] + column[None, :], mask=inside, other=0.0)
+    e = tl.load(corner + (row - row0)[:, None] * stats[5] + (column - column0)[None, :], mask=inside, other=0.0)
     e = e.to(tl.float32)
     own, up = _log_sum(stats[0], stats[1], row, row < sizes[0])
     pull = (up * tl.exp2(reference - own))[:, None]
@@ -130,7 +131,7 @@ def _contrastive_bwd_kernel(
         if FORM[1] and tl.max(reference, 0) == float("inf"):
             pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
         else:
-            pull = _pull_kept(reference, stats, row, column, sizes, across, FORM)
+            pull = _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM)
     if stats[6] is not None:
         own = row
         if rows[1] is not None:
@@ -149,8 +150,8 @@ def _contrastive_bwd_kernel(
         pull *= scale[:, None]
         if columns[0] is not None:
             pull *= tl.load(columns[0] + column, mask=column < sizes[1], other=0.0, volatile=True)[None, :]
-        line = (row - block[0]).to(tl.int64) * block[5]
-        out = results[0] + line[:, None] + at[None, :]
+        corner = results[0] + (row0 - block[0]).to(tl.int64) * block[5] + column_block * BN
+        out = corner + tl.arange(0, BM)[:, None] * block[5] + tl.arange(0, BN)[None, :]
         tl.store(out, pull.to(results[0].dtype.element_ty), mask=(row < block[2])[:, None])
 
 

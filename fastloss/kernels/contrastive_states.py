@@ -113,11 +113,11 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 @triton.jit
 def _keep(kept, e, reference, row0, column0, sizes):
     """Store a tile's exponentials and their references, infinite where they do not serve the columns."""
-    row, column = row0 + tl.arange(0, e.shape[0]), column0 + tl.arange(0, e.shape[1])
-    inside = row < sizes[0]
-    to = kept[0] + row.to(tl.int64)[:, None] * kept[2] + column[None, :]
-    tl.store(to, e.to(kept[0].dtype.element_ty), mask=inside[:, None])
-    line = (column0 // e.shape[1]).to(tl.int64) * sizes[0]
+    row, column = tl.arange(0, e.shape[0]), tl.arange(0, e.shape[1])
+    inside = row < sizes[0] - row0
+    corner = kept[0] + tl.cast(row0, tl.int64) * kept[2] + column0
+    tl.store(corner + (row[:, None] * kept[2] + column[None, :]), e.to(kept[0].dtype.element_ty), mask=inside[:, None])
+    line = (column0 // e.shape[1]).to(tl.int64) * sizes[0] + row0
     tl.store(kept[1] + line + row, reference, mask=inside)
 
 

@@ -45,7 +45,7 @@ class Tile:
 POINTERS, DESCRIPTORS, PRODUCTS = 0, 1, 2
 HALF, FULL = "half", "full"
 # programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
-_FULL = ((1 << 30, Tile(64, 128, 16, PRODUCTS, True, 8, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
+_FULL = ((1 << 30, Tile(32, 128, 16, PRODUCTS, True, 4, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
 TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
     "sm_80": (216, {FULL: _FULL, HALF: (
         (32, Tile(128, 128, 32, POINTERS, False, 8, 3)),

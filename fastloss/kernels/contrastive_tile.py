@@ -22,9 +22,9 @@ def products(operands, row0, column0, sizes, TILE: tl.constexpr):
     width = sizes[2]
     if TILE[3] == 2:
         pitch, row, column, end = operands[1]
-        rows = tl.minimum(row0 + tl.arange(0, BM), end - 1) - row
-        columns = column0 - column + tl.arange(0, BN)
-        acc = tl.load(operands[0] + rows.to(tl.int64)[:, None] * pitch + columns[None, :])
+        corner = operands[0] + tl.cast(row0 - row, tl.int64) * pitch + (column0 - column)
+        rows = tl.minimum(tl.arange(0, BM), end - 1 - row0)
+        acc = tl.load(corner + rows[:, None] * pitch + tl.arange(0, BN)[None, :])
     elif TILE[3] == 1:
         acc = tl.zeros((BM, BN), tl.float32)
         for k in range(0, width, BK):
