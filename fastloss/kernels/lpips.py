@@ -140,22 +140,23 @@ def _in_rows(t: Tensor) -> bool:
 def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
     """Of a layer's tile: its channels and pixels, whether it lies in rows, whether offsets need 64 bits, whether the
     layer's pixels, and those before it, are a multiple of 16, and of the tile's, whether its channels are none of the
-    tile's, whether they are more than those, and how many they are. A backward takes them in two halves: it holds more
-    of each."""
+    tile's, whether they are more than those, how many they are, and PIXELS. A backward takes them in two halves: it
+    holds more of each."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(channels), MOST_CHANNELS)
     tile = min(TILE // block, triton.next_power_of_2(pixels))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0, channels > block
-    return block, tile, rows, wide, (pixels | before) % 16 == 0, pixels % tile == 0, ragged, more, channels, PIXELS
+    even = (pixels | before) % 16 == 0
+    return block, tile, rows, wide, even, pixels % tile == 0, ragged, more, channels, PIXELS
 
 
 def _shared(
     xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
 ) -> tuple[list[tuple], list[int]]:
     """The tiles of a list with a table, and which of them each layer has. They are described as by `_describe`, but for
-    all layers that have one; its last item is whether their channels are multiples of 16."""
+    all layers that have one; its last item but one is whether their channels are multiples of 16."""
     keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
             for x, row in zip(xs, rows, strict=True)]  # fmt: skip
     wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
@@ -165,7 +166,8 @@ def _shared(
         block, row = key
         part = block // 2 if backward else block
         more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
-        tiles.append((part, TILE // block, row, wide, all(p % 16 == 0 for _, p in own), False, True, more, channels, PIXELS))
+        even = all(p % 16 == 0 for _, p in own)
+        tiles.append((part, TILE // block, row, wide, even, False, True, more, channels, PIXELS))
     return tiles, [kinds.index(key) for key in keys]
 
 

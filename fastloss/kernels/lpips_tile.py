@@ -80,9 +80,10 @@ def _both_sums(a, b):
 @triton.jit
 def _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y):
     u = _divide(x, inverse_x[None, :], rest_x[None, :])
-    d = u - _divide(y, inverse_y[None, :], rest_y[None, :])
+    v = _divide(y, inverse_y[None, :], rest_y[None, :])
+    d = u - v
     weighted = lin * d
-    return weighted * d, weighted * u
+    return weighted * d, weighted * (u + v)
 
 
 @triton.jit
@@ -120,8 +121,9 @@ def fwd_tile(
             value += more
             k += more_k
     value, k = _both_sums(value, k)
-    # One store for all four, which have to change threads: so there are barriers once. sum_c w d v is k - value
-    four = tl.join(tl.join(norm_x, norm_y), tl.join(k, k - value))
+    # sum_c w d u and sum_c w d v, from k = sum_c w d (u + v): the errors of both sums count half
+    # One store for all four, which have to change threads: so there are barriers once
+    four = tl.join(tl.join(norm_x, norm_y), tl.join(0.5 * (k + value), 0.5 * (k - value)))
     of_side = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :]
     inside = there(pixel, pixels, INDEX, LAYERS)[:, None, None]
     tl.store(kept_ptr + of_side * total + pixel[:, None, None], four, mask=inside)
