@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
 from .common import STREAM_OPTIONS, AotCase, on_device, total
@@ -36,7 +37,7 @@ from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together, in the backward
 FORWARD_UNROLL = 4  # in the forward, with whole units
-PIECE = 2048  # bytes of each list: 128 bits a thread. With 256, registers leave room for half of the programs
+PIECE = 16  # bytes of each list a thread. With 32, registers leave room for half of the programs
 
 
 @triton.jit
@@ -194,7 +195,8 @@ class _Launch:
 
 
 def _block(dtype: torch.dtype) -> int:
-    return PIECE // dtype.itemsize
+    lanes = 32 if triton.knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    return PIECE * STREAM_OPTIONS["num_warps"] * lanes // dtype.itemsize
 
 
 def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, reduction: str) -> list[_Launch]:
@@ -371,14 +373,9 @@ def aot_cases() -> Iterator[AotCase]:
 
 
 def _aot_calls(
-    label: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    criterion: str,
-    reduction: str,
-    all_sides: bool = False,
-    vector: bool = True,
-) -> Iterator[AotCase]:
+    label: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, criterion: str, reduction: str,
+    all_sides: bool = False, vector: bool = True,
+) -> Iterator[AotCase]:  # fmt: skip
     label = f"{criterion} {str(dtype).removeprefix('torch.')} {label}".rstrip()
     wide = ("_distance_fwd_kernel", "_distance_bwd_kernel") if vector else ()
     features = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
