@@ -30,6 +30,7 @@ from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place,
 
 TILE = 8192  # elements of x, and of y: 32 of each in every thread
 MOST_CHANNELS = 1024  # of a tile: its rows of pixels are 32 bytes then
+PIXELS = 2  # that a thread reads side by side, of a plane
 SHARED_CHANNELS = 16  # of the smallest tile that layers share
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -139,22 +140,23 @@ def _in_rows(t: Tensor) -> bool:
 def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
     """Of a layer's tile: its channels and pixels, whether it lies in rows, whether offsets need 64 bits, whether the
     layer's pixels, and those before it, are a multiple of 16, and of the tile's, whether its channels are none of the
-    tile's, whether they are more than those, and how many they are. A backward takes them in two halves: it holds more
-    of each."""
+    tile's, whether they are more than those, how many they are, and PIXELS. A backward takes them in two halves: it
+    holds more of each."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(channels), MOST_CHANNELS)
     tile = min(TILE // block, triton.next_power_of_2(pixels))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0, channels > block
-    return block, tile, rows, wide, (pixels | before) % 16 == 0, pixels % tile == 0, ragged, more, channels
+    even = (pixels | before) % 16 == 0
+    return block, tile, rows, wide, even, pixels % tile == 0, ragged, more, channels, PIXELS
 
 
 def _shared(
     xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
 ) -> tuple[list[tuple], list[int]]:
     """The tiles of a list with a table, and which of them each layer has. They are described as by `_describe`, but for
-    all layers that have one; its last item is whether their channels are multiples of 16."""
+    all layers that have one; its last item but one is whether their channels are multiples of 16."""
     keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
             for x, row in zip(xs, rows, strict=True)]  # fmt: skip
     wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
@@ -164,7 +166,8 @@ def _shared(
         block, row = key
         part = block // 2 if backward else block
         more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
-        tiles.append((part, TILE // block, row, wide, all(p % 16 == 0 for _, p in own), False, True, more, channels))
+        even = all(p % 16 == 0 for _, p in own)
+        tiles.append((part, TILE // block, row, wide, even, False, True, more, channels, PIXELS))
     return tiles, [kinds.index(key) for key in keys]
 
 
@@ -273,6 +276,7 @@ def _aot_calls(
     kept = torch.empty(4, total, device="meta")
     label = f"{len(shapes)} layers of {shapes[0][1]} {str(dtype).removeprefix('torch.')}"
     label += f"{' rows' if rows else ''}{' map' if spatial else ''}{'' if lin else ' no lin'}"
+    vector = vector and rows  # of planes a thread reads PIXELS side by side
     forward, backward = (("_lpips_fwd_kernel",), ("_lpips_bwd_kernel",)) if vector else ((), ())
     yield AotCase(f"forward {label}", lpips_fwd, (features, features, lins, 1e-10, spatial), forward)
     for needs in ((True, False), (True, True)):

@@ -13,17 +13,18 @@ from .layers import number_of, pointer_of, small_number_of
 
 @triton.jit
 def _divisor(norm, eps):
-    """|x| + eps and its inverse. Both 0 where |x| is 0 or infinite: so then are the quotients (inf over it is NaN)."""
+    """|x| + eps, its inverse, and what rounding took from that. The last two are 0 where |x| is 0 or infinite: so then
+    are the quotients (inf over it is NaN)."""
     dead = (norm == 0.0) | (norm == float("inf"))
-    value = tl.where(dead, 0.0, norm + eps)
-    return value, tl.where(value == 0.0, 0.0, tl.div_rn(1.0, value))
+    value = tl.where(dead, 1.0, norm + eps)
+    inverse = tl.where(dead, 0.0, 1.0 / value)
+    return value, inverse, tl.fma(-inverse, value, 1.0) * inverse
 
 
 @triton.jit
-def _divide(x, value, inverse):
+def _divide(x, inverse, rest):
     """x / value, rounded as a division is: a lone channel gives 1 in u and in v, and their difference is 0."""
-    quotient = x * inverse
-    return tl.fma(tl.fma(-quotient, value, x), inverse, quotient)
+    return tl.fma(x, inverse, x * rest)
 
 
 @triton.jit
@@ -44,7 +45,9 @@ def _where(channel, channels, pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.con
     if LAYERS[INDEX][2]:
         offsets = pixel[None, :] * channels + channel[:, None]
     else:
-        offsets = channel[:, None] * pixels + pixel[None, :]
+        # A thread reads few pixels of many channels, since what it computes of each pixel is dear
+        together: tl.constexpr = LAYERS[INDEX][9]
+        offsets = tl.max_contiguous(channel[:, None] * pixels + pixel[None, :], [1, together])
     inside = tl.full((LAYERS[INDEX][0], LAYERS[INDEX][1]), True, tl.int1)
     if LAYERS[INDEX][6]:
         inside = inside & (channel < channels)[:, None]
@@ -59,20 +62,28 @@ def _read(x_ptr, offsets, inside):
 
 
 @triton.jit
-def _lin(lin_ptr, channel, channels):
+def _lin(lin_ptr, channel, channels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     if lin_ptr is None:
         return tl.where(channel < channels, 1.0, 0.0)[:, None]
-    else:
+    elif LAYERS[INDEX][6]:
         return tl.load(lin_ptr + channel, mask=channel < channels, other=0.0)[:, None]
+    else:
+        return tl.load(lin_ptr + channel)[:, None]
 
 
 @triton.jit
-def _compare(x, y, lin, by_x, inverse_x, by_y, inverse_y):
-    u = _divide(x, by_x[None, :], inverse_x[None, :])
-    v = _divide(y, by_y[None, :], inverse_y[None, :])
+def _both_sums(a, b):
+    """The sums over the channels of both, in one reduction: every one has its barriers."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@triton.jit
+def _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y):
+    u = _divide(x, inverse_x[None, :], rest_x[None, :])
+    v = _divide(y, inverse_y[None, :], rest_y[None, :])
     d = u - v
     weighted = lin * d
-    return weighted * d, weighted * u, weighted * v
+    return weighted * d, weighted * (u + v)
 
 
 @triton.jit
@@ -93,27 +104,30 @@ def fwd_tile(
             more_y = _read(y_ptr, offsets, inside)
             square_x += more_x * more_x
             square_y += more_y * more_y
-    norm_x = tl.sqrt_rn(tl.sum(square_x, 0))
-    norm_y = tl.sqrt_rn(tl.sum(square_y, 0))
-    by_x, inverse_x = _divisor(norm_x, eps)
-    by_y, inverse_y = _divisor(norm_y, eps)
-    value, k_x, k_y = _compare(x, y, _lin(lin_ptr, channel, channels), by_x, inverse_x, by_y, inverse_y)
+    square_x, square_y = _both_sums(square_x, square_y)
+    norm_x = tl.sqrt_rn(square_x)
+    norm_y = tl.sqrt_rn(square_y)
+    _, inverse_x, rest_x = _divisor(norm_x, eps)
+    _, inverse_y, rest_y = _divisor(norm_y, eps)
+    lin = _lin(lin_ptr, channel, channels, INDEX, LAYERS)
+    value, k = _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y)
     if LAYERS[INDEX][7]:
         for start in range(LAYERS[INDEX][0], channels, LAYERS[INDEX][0]):
             offsets, inside = _where(start + channel, channels, pixel, pixels, INDEX, LAYERS)
             x = _read(x_ptr, offsets, inside)
             y = _read(y_ptr, offsets, inside)
-            lin = _lin(lin_ptr, start + channel, channels)
-            more, more_k_x, more_k_y = _compare(x, y, lin, by_x, inverse_x, by_y, inverse_y)
+            lin = _lin(lin_ptr, start + channel, channels, INDEX, LAYERS)
+            more, more_k = _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y)
             value += more
-            k_x += more_k_x
-            k_y += more_k_y
-    inside = there(pixel, pixels, INDEX, LAYERS)
-    tl.store(kept_ptr + pixel, norm_x, mask=inside)
-    tl.store(kept_ptr + total + pixel, norm_y, mask=inside)
-    tl.store(kept_ptr + 2 * total + pixel, tl.sum(k_x, 0), mask=inside)
-    tl.store(kept_ptr + 3 * total + pixel, tl.sum(k_y, 0), mask=inside)
-    return tl.sum(value, 0)
+            k += more_k
+    value, k = _both_sums(value, k)
+    # sum_c w d u and sum_c w d v, from k = sum_c w d (u + v): the errors of both sums count half
+    # One store for all four, which have to change threads: so there are barriers once
+    four = tl.join(tl.join(norm_x, norm_y), tl.join(0.5 * (k + value), 0.5 * (k - value)))
+    of_side = tl.arange(0, 2)[None, :, None] + 2 * tl.arange(0, 2)[None, None, :]
+    inside = there(pixel, pixels, INDEX, LAYERS)[:, None, None]
+    tl.store(kept_ptr + of_side * total + pixel[:, None, None], four, mask=inside)
+    return value
 
 
 @triton.jit
@@ -177,13 +191,13 @@ def place(tile, image, of, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.
 
 @triton.jit
 def factors(norm_ptr, k_ptr, pixel, there, g, eps):
-    """What x is divided by and the inverse of that, what u pulls with, and the factor of all."""
+    """The inverse of what x is divided by and its rest, what u pulls with, and the factor of all."""
     norm = tl.load(norm_ptr + pixel, mask=there, other=0.0)
     k = tl.load(k_ptr + pixel, mask=there, other=0.0)
-    by, inverse = _divisor(norm, eps)
+    by, inverse, rest = _divisor(norm, eps)
     # |x| + eps over |x|: 1, unless |x| is as small as eps
     pull = k * tl.where(norm == 0.0, 0.0, tl.div_rn(by, tl.where(norm == 0.0, 1.0, norm)))
-    return by[None, :], inverse[None, :], pull[None, :], (g * inverse)[None, :]
+    return inverse[None, :], rest[None, :], pull[None, :], (g * inverse)[None, :]
 
 
 @triton.jit
@@ -196,7 +210,7 @@ def bwd_tile(
         offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
         u = _divide(_read(x_ptr, offsets, inside), of_x[0], of_x[1])
         v = _divide(_read(y_ptr, offsets, inside), of_y[0], of_y[1])
-        weighted = _lin(lin_ptr, channel, channels) * (u - v)
+        weighted = _lin(lin_ptr, channel, channels, INDEX, LAYERS) * (u - v)
         if x_grad_ptr is not None:
             dx = (weighted - u * of_x[2]) * of_x[3]
             tl.store(x_grad_ptr + offsets, dx.to(x_grad_ptr.dtype.element_ty), mask=inside)

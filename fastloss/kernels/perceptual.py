@@ -28,13 +28,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
 from .common import STREAM_OPTIONS, AotCase, on_device, total
 from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
-UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together
+UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together, in the backward
+FORWARD_UNROLL = 4  # in the forward, with whole units
+PIECE = 16  # bytes of each list a thread. With 32, registers leave room for half of the programs
 
 
 @triton.jit
@@ -91,6 +94,7 @@ def _distance_fwd_kernel(
     ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
@@ -101,15 +105,17 @@ def _distance_fwd_kernel(
     columns = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     word = tl.zeros((BLOCK,), tl.int32)
-    for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL if UNIT > 1 else 2):
+    for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=AHEAD):
         offsets = r * step + columns
         mask = columns < tl.minimum(step, count - r * step)
         f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         d = f - t
-        acc += tl.where(mask, _term(d, p, KIND), 0.0)  # charbonnier(0) is not 0
-        if signs_ptr is not None:
-            word |= ((d > 0).to(tl.int32) | ((d < 0).to(tl.int32) << 1)) << (2 * r)
+        term = _term(d, p, KIND)
+        acc += tl.where(mask, term, 0.0) if KIND == "charbonnier" else term  # charbonnier(0) is not 0
+        if signs_ptr is not None:  # the bits are the same for all elements: a select and an or each
+            above, below = tl.full((), 1, tl.int32) << (2 * r), tl.full((), 2, tl.int32) << (2 * r)
+            word |= tl.where(d > 0, above, 0) | tl.where(d < 0, below, 0)
     if signs_ptr is not None:
         tl.store(signs_ptr + first_word + columns, word, mask=columns < step)
     tl.store(out_ptr + row * stride + tile, tl.sum(acc) * factor_of(scales, layer, starts, DTYPE))
@@ -189,7 +195,8 @@ class _Launch:
 
 
 def _block(dtype: torch.dtype) -> int:
-    return 4096 // dtype.itemsize  # of each piece 128 or (NVIDIA) 256 bits a thread
+    lanes = 32 if triton.knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    return PIECE * STREAM_OPTIONS["num_warps"] * lanes // dtype.itemsize
 
 
 def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, reduction: str) -> list[_Launch]:
@@ -245,7 +252,8 @@ def _sum_layers(
             of = launch.columns(features, targets)
             _distance_fwd_kernel[(rows * launch.tiles,)](
                 *of.pointers, signs, partials[:, launch.first_tile :], *of.numbers, *of.factors, launch.tiles, tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **STREAM_OPTIONS,
+                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype),
+                FORWARD_UNROLL if launch.unit > 1 else 2, **STREAM_OPTIONS,
             )  # fmt: skip
     return partials.sum(1) if reduction == "none" else total(partials)
 
@@ -365,14 +373,9 @@ def aot_cases() -> Iterator[AotCase]:
 
 
 def _aot_calls(
-    label: str,
-    shapes: Sequence[tuple[int, ...]],
-    dtype: torch.dtype,
-    criterion: str,
-    reduction: str,
-    all_sides: bool = False,
-    vector: bool = True,
-) -> Iterator[AotCase]:
+    label: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, criterion: str, reduction: str,
+    all_sides: bool = False, vector: bool = True,
+) -> Iterator[AotCase]:  # fmt: skip
     label = f"{criterion} {str(dtype).removeprefix('torch.')} {label}".rstrip()
     wide = ("_distance_fwd_kernel", "_distance_bwd_kernel") if vector else ()
     features = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
