@@ -26,21 +26,28 @@ def _exp(x):
 
 
 @triton.jit
-def _more(total, vectors, power, scores, before, most, inverse, tile, KEEP: tl.constexpr):
-    """One power's running sums with the scores of another tile."""
+def _more(total, vectors, power, scores, before, most, inverse, tiles, KEEP: tl.constexpr):
+    """One power's running sums with the scores of more tiles."""
     factor = _exp(power * (before - most))
-    share = tl.where(scores == float("-inf"), 0.0, _exp(power * (scores - most)))
-    total = total * factor + share
+    total *= factor
+    shares = ()
+    for u in tl.static_range(len(tiles)):
+        share = _exp(power * (scores[u] - most))  # 0 for -inf, as no maximum is that
+        total += share
+        shares = shares + (share * inverse[u],)  # type: ignore[assignment]
     if KEEP:
-        vectors = _pulled(vectors, factor[:, None], (share * inverse)[:, None], tile)
+        vectors = _pulled(vectors, factor[:, None], shares, tiles)
     return total, vectors
 
 
 @triton.jit
-def _pulled(vectors, factor, share, tile):
+def _pulled(vectors, factor, shares, tiles):
     new = ()
-    for p in tl.static_range(len(tile)):
-        new = new + (vectors[p] * factor + share * tile[p].to(tl.float32),)  # type: ignore[assignment]
+    for p in tl.static_range(len(vectors)):
+        vector = vectors[p] * factor
+        for u in tl.static_range(len(tiles)):
+            vector += shares[u][:, None] * tiles[u][p].to(tl.float32)
+        new = new + (vector,)  # type: ignore[assignment]
     return new
 
 
@@ -55,6 +62,20 @@ def _read(at, columns, there, width, PIECES: tl.constexpr, SPAN: tl.constexpr, W
 
 
 @triton.jit
+def _read_tiles(
+    at, stride, columns, left, width, TILES: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """TILES tiles, `stride` elements from one to the next; `left`: how many rows there are from the first on."""
+    tiles = ()
+    rows = tl.arange(0, at.shape[0])
+    for u in tl.static_range(TILES):
+        there = (rows < left - u * at.shape[0])[:, None]
+        tiles = tiles + (_read(at + u * stride, columns, there, width, PIECES, SPAN, WHOLE),)  # type: ignore[assignment]
+    return tiles
+
+
+@triton.jit
 def _dot(a, b):
     """Products of rows. Fused by hand: where a compiler does, each lane rounds another of the two products that a
     butterfly adds up, and the lanes that share a logit no longer agree on it."""
@@ -65,17 +86,29 @@ def _dot(a, b):
 
 
 @triton.jit
-def _scores(tile, query, scale, ceiling, there, NORMALIZE: tl.constexpr):
-    """A tile's logits, -inf where they are left out; which are in; the inverse lengths."""
-    product = _dot(tile, query)
-    inverse = tl.full(product.shape, 1.0, tl.float32)
-    if NORMALIZE:
-        square = _dot(tile, tile)
-        inverse = tl.where(square <= 1e-24, 0.0, tl.div_rn(1.0, tl.sqrt_rn(square)))
-    scores = scale * (inverse * product)
-    if ceiling is not None:
-        there = there & ((scores > ceiling) == 0)  # NaN stays in
-    return tl.where(there, scores, float("-inf")), there, inverse
+def _inverse_root(x):
+    """1 / sqrt(x), the device's approximation and a step of Newton's; 0 up to 1e-24."""
+    root = tl.rsqrt(x)
+    return tl.where(x <= 1e-24, 0.0, tl.fma(0.5 * root, tl.fma(-x * root, root, 1.0), root))
+
+
+@triton.jit
+def _scores(tiles, query, scale, ceiling, left, NORMALIZE: tl.constexpr):
+    """Logits of tiles, -inf where they are left out; which are in; the inverse lengths."""
+    scores, allowed, inverses = (), (), ()
+    rows = tl.arange(0, tiles[0][0].shape[0])
+    for u in tl.static_range(len(tiles)):
+        product = _dot(tiles[u], query)
+        inverse = tl.full(product.shape, 1.0, tl.float32)
+        if NORMALIZE:
+            inverse = _inverse_root(_dot(tiles[u], tiles[u]))
+        score = scale * (inverse * product)
+        there = rows < left - u * rows.shape[0]
+        if ceiling is not None:
+            there = there & ((score > ceiling) == 0)  # NaN stays in
+        scores = scores + (tl.where(there, score, float("-inf")),)  # type: ignore[assignment]
+        allowed, inverses = allowed + (there,), inverses + (inverse,)  # type: ignore[assignment]
+    return scores, allowed, inverses
 
 
 @triton.jit
@@ -117,6 +150,7 @@ def each_fwd_kernel(
     KEEP: tl.constexpr,
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
+    TILES: tl.constexpr,
     PIECES: tl.constexpr,
     SPAN: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -133,40 +167,44 @@ def each_fwd_kernel(
     most, number, logit_sum, total, harder, easier = zero - 3.4e38, zero, zero, zero, zero, zero
     none = _empty(ROWS, PIECES, SPAN)
     vectors, hard_vectors, easy_vectors, plain_vectors = none, none, none, none
-    first = (program % splits).to(tl.int32) * ROWS
-    rows = first + tl.arange(0, ROWS)
-    offsets = rows.to(tl.int64) * s_count if WIDE else rows * s_count
+    step = splits * (ROWS * TILES)
+    first = (program % splits).to(tl.int32) * (ROWS * TILES)
+    rows = tl.arange(0, ROWS)
+    offsets = (first + rows).to(tl.int64) * s_count if WIDE else (first + rows) * s_count
     at = negatives_ptr + offsets[:, None] + columns
-    stride = tl.cast(splits * ROWS, tl.int64) * s_count
+    stride = tl.cast(s_count, tl.int64) * ROWS
     if AHEAD:
-        following = _read(at, columns, (rows < count)[:, None], width, PIECES, SPAN, WHOLE)
-    for start in range(first, count, splits * ROWS):
-        rows = start + tl.arange(0, ROWS)
-        if AHEAD:  # the next tile is on its way while this one is worked on
-            tile = following
-            at += stride
-            following = _read(at, columns, (rows < count - splits * ROWS)[:, None], width, PIECES, SPAN, WHOLE)
+        following = _read_tiles(at, stride, columns, count - first, width, TILES, PIECES, SPAN, WHOLE)
+    for start in range(first, count, step):
+        left = count - start
+        if AHEAD:  # the next tiles are on their way while these are worked on
+            tiles = following
+            at += splits * TILES * stride
+            following = _read_tiles(at, stride, columns, left - step, width, TILES, PIECES, SPAN, WHOLE)
         else:
-            tile = _read(at, columns, (rows < count)[:, None], width, PIECES, SPAN, WHOLE)
-            at += stride
-        scores, allowed, inverse = _scores(tile, query, scale, ceiling, rows < count, NORMALIZE)
-        if logits_ptr is not None:
-            entry = row * count + rows
-            tl.store(logits_ptr + entry, scores, mask=rows < count)
-            tl.store(inverse_ptr + entry, inverse, mask=rows < count)
+            tiles = _read_tiles(at, stride, columns, left, width, TILES, PIECES, SPAN, WHOLE)
+            at += splits * TILES * stride
+        scores, allowed, inverse = _scores(tiles, query, scale, ceiling, left, NORMALIZE)
         before = most
-        most = tl.maximum(most, scores)
-        if MOMENTS:
-            number += tl.where(allowed, 1.0, 0.0)
-            logit_sum += tl.where(allowed, scores, 0.0)
-        total, vectors = _more(total, vectors, 1.0, scores, before, most, inverse, tile, KEEP)
+        for u in tl.static_range(TILES):
+            if logits_ptr is not None:
+                entry = start + u * ROWS + rows
+                tl.store(logits_ptr + row * count + entry, scores[u], mask=entry < count)
+                tl.store(inverse_ptr + row * count + entry, inverse[u], mask=entry < count)
+            most = tl.maximum(most, scores[u])
+            if MOMENTS:
+                number += tl.where(allowed[u], 1.0, 0.0)
+                logit_sum += tl.where(allowed[u], scores[u], 0.0)
+        total, vectors = _more(total, vectors, 1.0, scores, before, most, inverse, tiles, KEEP)
         if POWERS == 3:
             harder, hard_vectors = _more(
-                harder, hard_vectors, 1.0 + hardness, scores, before, most, inverse, tile, KEEP
+                harder, hard_vectors, 1.0 + hardness, scores, before, most, inverse, tiles, KEEP
             )
-            easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, inverse, tile, KEEP)
+            easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, inverse, tiles, KEEP)
         if MOMENTS and KEEP:
-            plain_vectors = _pulled(plain_vectors, 1.0, tl.where(allowed, inverse, 0.0)[:, None], tile)
+            for u in tl.static_range(TILES):
+                share = tl.where(allowed[u], inverse[u], 0.0)
+                plain_vectors = _pulled(plain_vectors, 1.0, (share,), (tiles[u],))
     top = tl.max(most)
     parts_ptr += program * 6
     tl.store(parts_ptr, top)
