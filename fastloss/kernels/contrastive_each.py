@@ -35,7 +35,7 @@ MOST_ROWS, MOST_TILES = 64, 4
 MOST_PIECES = 8  # in which a row of a tile lies, as each is code of its own
 AHEAD = 1  # whether tiles are read while those before are worked on
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-MERGED = 128  # columns of the vectors that a merging program adds up
+PARTS, MERGED = 16, 128  # splits, and columns of their vectors, that a merging program reads at a time
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -189,7 +189,7 @@ def contrastive_each_fwd(
         )  # fmt: skip
         each_merge_kernel[(rows, triton.cdiv(width, MERGED) if keep else 1)](
             parts, pulls, stats, merged, rows, width, splits, hardness, moments, powers, keep > 0,
-            triton.next_power_of_2(splits), MERGED, num_warps=4,
+            triton.next_power_of_2(splits), PARTS, MERGED, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return stats, merged, logits, inverse
 

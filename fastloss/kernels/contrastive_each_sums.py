@@ -242,6 +242,7 @@ def each_merge_kernel(
     POWERS: tl.constexpr,
     KEEP: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -272,11 +273,13 @@ def each_merge_kernel(
                 tl.store(stats_ptr + place * rows + row, lse)
         if KEEP:
             vectors = tl.zeros((BLOCK,), tl.float32)
-            for p in range(splits):
-                factor = 1.0
+            for start in range(0, splits, PARTS):
+                p = start + tl.arange(0, PARTS)
+                mask = (p < splits)[:, None] & inside
+                at = pulls_ptr + (p * (POWERS + MOMENTS) + a)[:, None] * width + columns
+                part = tl.load(at, mask=mask, other=0.0)
                 if a < POWERS:
-                    factor = _exp(power * (tl.load(parts_ptr + p * 6) - most))
-                at = pulls_ptr + (p * (POWERS + MOMENTS) + a) * width + columns
-                vectors += factor * tl.load(at, mask=inside, other=0.0)
+                    part *= _exp(power * (tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38) - most))[:, None]
+                vectors += tl.sum(part, 0)
             vectors = tl.where(total == 0.0, 0.0, vectors / total)
             tl.store(merged_ptr + (a * rows + row) * width + columns, vectors, mask=inside)
