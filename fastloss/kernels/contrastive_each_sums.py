@@ -129,6 +129,15 @@ def _store_vectors(to, vectors, factor, width, SPAN: tl.constexpr):
 
 
 @triton.jit
+def _store_sums(part, to, over, total, vectors, width, KEEP: tl.constexpr, SPAN: tl.constexpr):
+    """A power's total and vectors, their slots brought to one maximum."""
+    factor = _exp(over)
+    tl.store(part, tl.sum(factor * total))
+    if KEEP:
+        _store_vectors(to, vectors, factor, width, SPAN)
+
+
+@triton.jit
 def each_fwd_kernel(
     query_ptr,  # (rows, width)
     negatives_ptr,  # (rows, count, width), strides s_row, s_count, 1
@@ -205,25 +214,17 @@ def each_fwd_kernel(
             for u in tl.static_range(TILES):
                 share = tl.where(allowed[u], inverse[u], 0.0)
                 plain_vectors = _pulled(plain_vectors, 1.0, (share,), (tiles[u],))
-    top = tl.max(most)
     parts_ptr += program * 6
+    top = tl.max(most)
     tl.store(parts_ptr, top)
     tl.store(parts_ptr + 1, tl.sum(logit_sum))
     tl.store(parts_ptr + 2, tl.sum(number))
-    factor = _exp(most - top)
-    tl.store(parts_ptr + 3, tl.sum(factor * total))
     to = pulls_ptr + program * (POWERS + MOMENTS) * width if KEEP else pulls_ptr
-    if KEEP:
-        _store_vectors(to, vectors, factor, width, SPAN)
+    _store_sums(parts_ptr + 3, to, most - top, total, vectors, width, KEEP, SPAN)
     if POWERS == 3:
-        factor = _exp((1.0 + hardness) * (most - top))
-        tl.store(parts_ptr + 4, tl.sum(factor * harder))
-        if KEEP:
-            _store_vectors(to + width, hard_vectors, factor, width, SPAN)
-        factor = _exp(hardness * (most - top))
-        tl.store(parts_ptr + 5, tl.sum(factor * easier))
-        if KEEP:
-            _store_vectors(to + 2 * width, easy_vectors, factor, width, SPAN)
+        hard_over, easy_over = (1.0 + hardness) * (most - top), hardness * (most - top)
+        _store_sums(parts_ptr + 4, to + width if KEEP else to, hard_over, harder, hard_vectors, width, KEEP, SPAN)
+        _store_sums(parts_ptr + 5, to + 2 * width if KEEP else to, easy_over, easier, easy_vectors, width, KEEP, SPAN)
     if MOMENTS and KEEP:
         _store_vectors(to + POWERS * width, plain_vectors, zero + 1.0, width, SPAN)
 

@@ -52,6 +52,17 @@ def _columns(weight, image, channel, column):
 
 
 @triton.jit
+def _store_sums(out_ptr, of_pixels, sums, of_map, OUTS: tl.constexpr):
+    """A program's sums."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out_ptr, tl.sum(of_pixels))
+    for axis in tl.static_range(OUTS):
+        tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
+    tl.store(out_ptr + (OUTS + 1) * programs, tl.sum(of_map))
+
+
+@triton.jit
 def image_ssim_fwd_kernel(
     x_ptr,  # (units, count)
     y_ptr,  # (units, count)
@@ -137,12 +148,7 @@ def image_ssim_fwd_kernel(
                 to = partials_ptr + tl.cast(at - MARGIN, tl.int64) * lanes[1] + map_lane
                 lost = map_loss(moments, (w,), to, step, in_map, c1, c2, False, KEEP, 1)
                 of_map += tl.where(in_map, lost, 0.0)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out_ptr, tl.sum(of_pixels))
-    for axis in tl.static_range(OUTS):
-        tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
-    tl.store(out_ptr + (OUTS + 1) * programs, tl.sum(of_map))
+    _store_sums(out_ptr, of_pixels, sums, of_map, OUTS)
 
 
 @triton.jit
