@@ -1,6 +1,7 @@
 """Triton kernels for per-sample negatives [M, K, D]: statistics of their logits, and their gradient.
 
-A program reads TILE negatives of one row at a time, whole ones, and keeps running sums; `splits` programs share a row.
+A program reads a tile of negatives of one row at a time, whole ones, and keeps running sums; `splits` programs share a
+row. The forward's kernels are those of contrastive_each_sums.py.
 
     s_k = r c_k <q, n_k>                         c_k = 1 / |n_k| (0 for zero vectors), or 1 without NORMALIZE
     part of the logits      max s, and for each power e of (1; 1 + beta, beta):  sum exp(e (s_k - max))
@@ -22,174 +23,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import REDUCE_PROGRAMS, AotCase, needs_int64, on_device
+from .common import AotCase, needs_int64, on_device
+from .contrastive_each_sums import each_fwd_kernel, each_merge_kernel
 
-TILE = 16384  # bytes of negatives in a program at a time
+TILE = 16384  # bytes of negatives that a program of the backward has at a time
+# The forward's programs: four of four warps are resident on a multiprocessor, and 512 fill 132 of those just once.
+FORWARD = {"num_warps": 4, "enable_fp_fusion": True}
+PROGRAMS = 512
+HELD = 32  # elements of the negatives in a thread at a time where one sum of vectors is kept; half where more are
+MOST_ROWS, MOST_TILES = 64, 4
+MOST_PIECES = 8  # in which a row of a tile lies, as each is code of its own
+AHEAD = 1  # whether tiles are read while those before are worked on
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
-MERGED = 128  # columns of the vectors that a merging program adds up
+PARTS, MERGED = 16, 128  # splits, and columns of their vectors, that a merging program reads at a time
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _more(total, vectors, power, scores, before, most, weighted, KEEP: tl.constexpr):
-    """One power's running sums with the scores of another tile."""
-    factor = tl.exp(power * (before - most))
-    share = tl.where(scores == float("-inf"), 0.0, tl.exp(power * (scores - most)))
-    total = total * factor + tl.sum(share)
-    if KEEP:
-        vectors = vectors * factor + tl.sum(share[:, None] * weighted, 0)
-    return total, vectors
-
-
-@triton.jit
-def _scores(tile, query, scale, ceiling_ptr, there, NORMALIZE: tl.constexpr):
-    """A tile's logits, -inf where they are left out; which are in; the inverse lengths."""
-    product = tl.sum(tile * query, 1)
-    inverse = tl.full((tile.shape[0],), 1.0, tl.float32)
-    if NORMALIZE:
-        square = tl.sum(tile * tile, 1)
-        inverse = tl.where(square <= 1e-24, 0.0, 1.0 / tl.sqrt_rn(square))
-    scores = scale * (inverse * product)
-    if ceiling_ptr is not None:
-        there = there & ((scores > tl.load(ceiling_ptr)) == 0)  # NaN stays in
-    return tl.where(there, scores, float("-inf")), there, inverse
-
-
-@triton.jit
-def _each_fwd_kernel(
-    query_ptr,  # (rows, width)
-    negatives_ptr,  # (rows, count, width), strides s_row, s_count, 1
-    scale_ptr,  # (rows,) float32
-    ceiling_ptr,  # (rows,) float32, or None
-    parts_ptr,  # (rows, splits, 6) float32: max, sum, count, totals of the powers
-    pulls_ptr,  # (rows, splits, POWERS + MOMENTS, width) float32, with KEEP
-    logits_ptr,  # (rows, count) float32, or None
-    inverse_ptr,  # (rows, count) float32, or None
-    count,
-    width,
-    s_row,
-    s_count,
-    splits,
-    hardness,
-    NORMALIZE: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    POWERS: tl.constexpr,
-    KEEP: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    program = tl.program_id(0).to(tl.int64)
-    row = program // splits
-    split = (program % splits).to(tl.int32)
-    columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    query = tl.load(query_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + row)
-    negatives_ptr += row * s_row
-    most = -3.4e38
-    number = 0.0
-    logit_sum = 0.0
-    total = 0.0
-    harder = 0.0
-    easier = 0.0
-    vectors = tl.zeros((WIDTH,), tl.float32)
-    hard_vectors = tl.zeros((WIDTH,), tl.float32)
-    easy_vectors = tl.zeros((WIDTH,), tl.float32)
-    plain_vectors = tl.zeros((WIDTH,), tl.float32)
-    for start in range(split * ROWS, count, splits * ROWS):
-        rows = start + tl.arange(0, ROWS)
-        offsets = rows.to(tl.int64) * s_count if WIDE else rows * s_count
-        mask = (rows < count)[:, None] & inside
-        tile = tl.load(negatives_ptr + offsets[:, None] + columns, mask=mask, other=0.0).to(tl.float32)
-        ceiling = None if ceiling_ptr is None else ceiling_ptr + row
-        scores, allowed, inverse = _scores(tile, query, scale, ceiling, rows < count, NORMALIZE)
-        if logits_ptr is not None:
-            entry = row * count + rows
-            tl.store(logits_ptr + entry, scores, mask=rows < count)
-            tl.store(inverse_ptr + entry, inverse, mask=rows < count)
-        before = most
-        most = tl.maximum(most, tl.max(scores))
-        if MOMENTS:
-            number += tl.sum(tl.where(allowed, 1.0, 0.0))
-            logit_sum += tl.sum(tl.where(allowed, scores, 0.0))
-        weighted = tile * inverse[:, None]
-        total, vectors = _more(total, vectors, 1.0, scores, before, most, weighted, KEEP)
-        if POWERS == 3:
-            harder, hard_vectors = _more(harder, hard_vectors, 1.0 + hardness, scores, before, most, weighted, KEEP)
-            easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, weighted, KEEP)
-        if MOMENTS and KEEP:
-            plain_vectors += tl.sum(tl.where(allowed[:, None], weighted, 0.0), 0)
-    parts_ptr += program * 6
-    tl.store(parts_ptr, most)
-    tl.store(parts_ptr + 1, logit_sum)
-    tl.store(parts_ptr + 2, number)
-    tl.store(parts_ptr + 3, total)
-    if POWERS == 3:
-        tl.store(parts_ptr + 4, harder)
-        tl.store(parts_ptr + 5, easier)
-    if KEEP:
-        to = pulls_ptr + program * (POWERS + MOMENTS) * width + columns
-        tl.store(to, vectors, mask=inside)
-        if POWERS == 3:
-            tl.store(to + width, hard_vectors, mask=inside)
-            tl.store(to + 2 * width, easy_vectors, mask=inside)
-        if MOMENTS:
-            tl.store(to + POWERS * width, plain_vectors, mask=inside)
-
-
-@triton.jit
-def _each_merge_kernel(
-    parts_ptr,  # (rows, splits, 6) float32, as the forward left them
-    pulls_ptr,  # (rows, splits, POWERS + MOMENTS, width) float32, with KEEP
-    stats_ptr,  # (statistics, rows) float32
-    merged_ptr,  # (POWERS + MOMENTS, rows, width) float32, with KEEP
-    rows,
-    width,
-    splits,
-    hardness,
-    MOMENTS: tl.constexpr,
-    POWERS: tl.constexpr,
-    KEEP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, SPLITS)
-    exists = split < splits
-    parts_ptr += row * splits * 6
-    tops = tl.load(parts_ptr + split * 6, mask=exists, other=-3.4e38)
-    most = tl.max(tops)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    pulls_ptr += row * splits * (POWERS + MOMENTS) * width
-    if tl.program_id(1) == 0:
-        tl.store(stats_ptr + rows + row, tl.where(most == -3.4e38, float("-inf"), most))
-        if MOMENTS:
-            logit_sum = tl.sum(tl.load(parts_ptr + split * 6 + 1, mask=exists, other=0.0))
-            tl.store(stats_ptr + 2 * rows + row, logit_sum)
-            number = tl.sum(tl.load(parts_ptr + split * 6 + 2, mask=exists, other=0.0))
-            tl.store(stats_ptr + 3 * rows + row, number)
-    for a in tl.static_range(POWERS + MOMENTS):
-        power = 1.0 if a == 0 else 1.0 + hardness if a == 1 else hardness
-        total = 1.0
-        if a < POWERS:
-            totals = tl.load(parts_ptr + split * 6 + 3 + a, mask=exists, other=0.0)
-            total = tl.sum(tl.exp(power * (tops - most)) * totals)
-            if tl.program_id(1) == 0:
-                lse = tl.where(most == float("inf"), most, power * most + tl.log(total))
-                place = 0 if a == 0 else 1 + 2 * MOMENTS + a
-                tl.store(stats_ptr + place * rows + row, lse)
-        if KEEP:
-            vectors = tl.zeros((BLOCK,), tl.float32)
-            for p in range(splits):
-                factor = 1.0
-                if a < POWERS:
-                    factor = tl.exp(power * (tl.load(parts_ptr + p * 6) - most))
-                at = pulls_ptr + (p * (POWERS + MOMENTS) + a) * width + columns
-                vectors += factor * tl.load(at, mask=inside, other=0.0)
-            vectors = tl.where(total == 0.0, 0.0, vectors / total)
-            tl.store(merged_ptr + (a * rows + row) * width + columns, vectors, mask=inside)
 
 
 @triton.jit
@@ -287,6 +134,24 @@ def _tile(negatives: Tensor) -> tuple[int, int]:
     return max(1, min(32, elements // wide)), wide
 
 
+def forward_tile(width: int, size: int, aligned: bool, sums: int) -> tuple[int, int, int, int]:
+    """(rows, tiles, pieces, columns of a piece) of a step of the forward: where it can be, a warp has whole negatives.
+
+    `size`: bytes of an element; `aligned`: the negatives can be read in 128 bits; `sums`: of vectors, kept.
+    """
+    held = HELD if sums < 2 else HELD // 2
+    vector, lanes = 16 // size if aligned else 1, 32 * FORWARD["num_warps"]
+    span = min(triton.next_power_of_2(width), 32 * vector)
+    while triton.cdiv(width, span) > MOST_PIECES or (
+        triton.cdiv(width, span) * span > 32 * held and span < lanes * held
+    ):
+        span *= 2
+    pieces = triton.cdiv(width, span)
+    rows = max(1, min(MOST_ROWS, lanes * vector // span))
+    each = triton.next_power_of_2(max(1, rows * pieces * span // lanes))
+    return rows, max(1, min(MOST_TILES, held // each)), pieces, span
+
+
 def _rows_contiguous(negatives: Tensor) -> Tensor:
     return negatives if negatives.stride(2) == 1 or negatives.shape[2] == 1 else negatives.contiguous()
 
@@ -304,8 +169,10 @@ def contrastive_each_fwd(
     rows, count, width = negatives.shape
     moments, powers = int(kind == "moments"), 3 if hardness else 1
     query, negatives, row_scale = query.contiguous(), _rows_contiguous(negatives), row_scale.contiguous()
-    height, wide = _tile(negatives)
-    splits = max(1, min(triton.cdiv(REDUCE_PROGRAMS, max(rows, 1)), triton.cdiv(count, 4 * height)))
+    sums = powers + moments if keep else 0
+    aligned = negatives.stride(1) % 16 == 0 and negatives.stride(0) % 16 == 0
+    height, tiles, pieces, span = forward_tile(width, negatives.element_size(), aligned, sums)
+    splits = max(1, min(triton.cdiv(PROGRAMS, max(rows, 1)), triton.cdiv(count, 2 * tiles * height)))
     parts = row_scale.new_empty(rows, splits, 6)
     pulls = row_scale.new_empty(rows if keep else 0, splits, powers + moments, width)
     stats = row_scale.new_empty(1 + 2 * moments + powers, rows)
@@ -314,15 +181,15 @@ def contrastive_each_fwd(
     if rows == 0:
         return stats, merged, logits, inverse
     with on_device(query):
-        _each_fwd_kernel[(rows * splits,)](
+        each_fwd_kernel[(rows * splits,)](
             query, negatives, row_scale, None if ceiling is None else ceiling.contiguous(), parts, pulls,
             logits if keep > 1 else None, inverse if keep > 1 else None, count, width, negatives.stride(0),
             negatives.stride(1), splits, hardness, normalize, moments, powers, keep > 0, needs_int64(negatives),
-            height, wide, **OPTIONS,
+            height, tiles, pieces, span, width == pieces * span, AHEAD, **FORWARD,
         )  # fmt: skip
-        _each_merge_kernel[(rows, triton.cdiv(width, MERGED) if keep else 1)](
+        each_merge_kernel[(rows, triton.cdiv(width, MERGED) if keep else 1)](
             parts, pulls, stats, merged, rows, width, splits, hardness, moments, powers, keep > 0,
-            triton.next_power_of_2(splits), MERGED, num_warps=4,
+            triton.next_power_of_2(splits), PARTS, MERGED, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return stats, merged, logits, inverse
 
@@ -387,7 +254,7 @@ def aot_cases() -> Iterator[AotCase]:
         streams = not kind and size != "odd"
         for keep in (0, 2) if not kind else (2,):
             args = (query, negatives, scale, ceiling, True, kind, hardness, keep)
-            vector = ("_each_fwd_kernel",) if streams and not keep else ()
+            vector = ("each_fwd_kernel",) if streams and not keep else ()
             yield AotCase(f"forward {keep} {label}", contrastive_each_fwd, args, vector)
         sums = (3 if hardness else 1) + (kind == "moments")
         kept = [scale.new_empty(shape) for shape in ((6, rows), (sums, rows, width), (rows, count), (rows, count))]

@@ -12,7 +12,18 @@ import triton.language as tl
 from .common import added, zeros
 from .pixel import distance, slope
 from .smoothness import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
-from .ssim import at_column, lane_of, map_lane_of, map_loss, next_filtered, next_moments, nothing
+from .ssim_sweep import (
+    at_column,
+    ends,
+    lane_of,
+    map_lane_of,
+    map_loss,
+    next_filtered,
+    next_moments,
+    nothing,
+    partial_ends,
+    window,
+)  # fmt: skip
 
 
 @triton.jit
@@ -38,6 +49,17 @@ def _spot(column, at, start, size):
 def _columns(weight, image, channel, column):
     """A map of weights, as smoothness.py takes it for the columns of an image."""
     return at_column(weight, image, channel, column), weight[3], weight[4]
+
+
+@triton.jit
+def _store_sums(out_ptr, of_pixels, sums, of_map, OUTS: tl.constexpr):
+    """A program's sums."""
+    programs = tl.num_programs(0) * tl.num_programs(1)
+    out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(out_ptr, tl.sum(of_pixels))
+    for axis in tl.static_range(OUTS):
+        tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
+    tl.store(out_ptr + (OUTS + 1) * programs, tl.sum(of_map))
 
 
 @triton.jit
@@ -70,7 +92,7 @@ def image_ssim_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     width, height = size[0], size[1]
-    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, BLOCK)
+    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)
     x_at = x_ptr + start_of(unit, size)
     y_at = y_ptr + start_of(unit, size)
@@ -84,18 +106,27 @@ def image_ssim_fwd_kernel(
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
     if map_weight[0] is not None:
         w_at = at_column(map_weight, image, channel, column - MARGIN)
-    none = nothing(RADIUS, BLOCK)
+    none = nothing(RADIUS, 1, BLOCK)
     moving = (none, none, none, none)
     of_pixels, of_map = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     sums = zeros(OUTS, BLOCK)
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, height)
+    row_start = (tl.cast(first - RADIUS, tl.int64) if WIDE else first - RADIUS) * width * ASIDE + start
+    x_row, y_row = x_at + row_start, y_at + row_start
+    bound = tl.where(first >= RADIUS, width, 0).to(tl.uint32)
+    x_ends = ends(x_row, column, bound, ASIDE, MARGIN, RADIUS, 1)
+    y_ends = ends(y_row, column, bound, ASIDE, MARGIN, RADIUS, 1)
     for row in range(first - RADIUS, last + RADIUS):
-        here = (tl.cast(row, tl.int64) if WIDE else row) * width * ASIDE + start
-        has = (row >= 0) & (row < height)
-        moments, moving = next_moments(
-            moving, x_at + here, y_at + here, column, width, has, taps, ASIDE, ASIDE, RADIUS
-        )
+        x_outer, y_outer, within = x_ends, y_ends, bound
+        bound = tl.where((row >= -1) & (row + 1 < height), width, 0).to(tl.uint32)
+        x_ends = ends(x_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1)
+        y_ends = ends(y_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1)
+        x_window = window(x_row, column, within, x_outer, ASIDE, MARGIN, RADIUS, 1)
+        y_window = window(y_row, column, within, y_outer, ASIDE, MARGIN, RADIUS, 1)
+        moments, moving = next_moments(moving, x_window, y_window, taps, MARGIN, RADIUS, 1)
+        x_row += width * ASIDE
+        y_row += width * ASIDE
         at = row - RADIUS
         if at >= first:
             spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
@@ -115,13 +146,9 @@ def image_ssim_fwd_kernel(
                     there = w_at + tl.cast(at - MARGIN, tl.int64) * map_weight[3]
                     w = tl.load(there, mask=in_map, other=0.0).to(tl.float32)
                 to = partials_ptr + tl.cast(at - MARGIN, tl.int64) * lanes[1] + map_lane
-                of_map += tl.where(in_map, map_loss(moments, w, to, step, in_map, c1, c2, False, KEEP), 0.0)
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    out_ptr += tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(out_ptr, tl.sum(of_pixels))
-    for axis in tl.static_range(OUTS):
-        tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
-    tl.store(out_ptr + (OUTS + 1) * programs, tl.sum(of_map))
+                lost = map_loss(moments, (w,), to, step, in_map, c1, c2, False, KEEP, 1)
+                of_map += tl.where(in_map, lost, 0.0)
+    _store_sums(out_ptr, of_pixels, sums, of_map, OUTS)
 
 
 @triton.jit
@@ -153,7 +180,7 @@ def image_ssim_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     width, height = size[0], size[1]
-    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, BLOCK)
+    lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)
     x_at = x_ptr + start_of(unit, size)
     y_at = y_ptr + start_of(unit, size)
@@ -164,35 +191,41 @@ def image_ssim_bwd_kernel(
     inside = column < width
     map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
-    none = nothing(RADIUS, BLOCK)
+    none = nothing(RADIUS, 1, BLOCK)
     moving = (none, none, none, none)
     needs = (x_grad[0], y_grad[0])
     up_map = tl.load(grad_ptr + OUTS + 1)
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, height)
+    map_column = column - MARGIN
+    here = partials_ptr + tl.cast(first - RADIUS - MARGIN, tl.int64) * lanes[1] + map_lane
+    bound = tl.where(first - RADIUS >= MARGIN, width - 2 * MARGIN, 0).to(tl.uint32)
+    following = partial_ends(here, step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, 1)
     for row in range(first - RADIUS, last + RADIUS):
-        has = (row >= MARGIN) & (row < height - MARGIN)
-        here = partials_ptr + tl.cast(row - MARGIN, tl.int64) * lanes[1] + map_lane
+        outer, within = following, bound
+        bound = tl.where((row + 1 >= MARGIN) & (row + 1 < height - MARGIN), width - 2 * MARGIN, 0).to(tl.uint32)
+        following = partial_ends(here + lanes[1], step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, 1)
         filtered, moving = next_filtered(
-            moving, here, step, column - MARGIN, width - 2 * MARGIN, has, taps, needs, KEPT, ASIDE, RADIUS
+            moving, here, step, map_column, within, outer, taps, needs, KEPT, ASIDE, MARGIN, RADIUS, 1
         )
+        here += lanes[1]
         at = row - RADIUS
         if at >= first:
             p_aa, p_dd, p_x, p_y = filtered
             spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
             x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
             y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
-            by_a, by_d = 2.0 * (x + y) * p_aa, 2.0 * (x - y) * p_dd
+            by_a, by_d = 2.0 * (x + y) * p_aa[0], 2.0 * (x - y) * p_dd[0]
             pulled = tl.zeros((BLOCK,), tl.float32)
             if PIXEL != "":
                 pulled = tl.load(grad_ptr) * slope(y - x, p, PIXEL)
                 if pixel_weight is not None:
                     pulled *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
             if needs[0] is not None:
-                total = up_map * (p_x + by_a + by_d) - pulled
+                total = up_map * (p_x[0] + by_a + by_d) - pulled
                 tl.store(needs[0] + start_of(unit, size) + spot[0], total.to(needs[0].dtype.element_ty), mask=inside)
             if needs[1] is not None:
-                total = up_map * (p_y + by_a - by_d) + pulled
+                total = up_map * (p_y[0] + by_a - by_d) + pulled
                 if SMOOTHNESS != "":
                     for axis in tl.static_range(2):
                         up = tl.load(grad_ptr + (1 if OUTS == 1 else 2 - axis))

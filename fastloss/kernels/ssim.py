@@ -10,9 +10,10 @@ With G the window, a = x + y and d = x - y (x the image, y the prediction):
     grad x = G (p_a + p_d) + 2 a G p_aa + 2 d G p_dd
     grad y = G (p_a - p_d) + 2 a G p_aa - 2 d G p_dd
 
-A lane is one column of one plane; a program walks 128 lanes down a stretch of rows. Along x the window is read as
-shifted loads, which the L1 cache serves; along y every row is added to the 2 radius + 1 outputs that see it, whose
-sums stay in registers. The forward keeps three partials (four where both images need a gradient), unscaled.
+A lane is two adjacent columns of one plane (one where they cannot be read as one number); a program walks its lanes
+down a stretch of rows. Along x the window is read as shifted loads, which the L1 cache serves, since of the next row
+the outermost are on their way; along y every row is added to the 2 radius + 1 outputs that see it, whose sums stay in
+registers (ssim_sweep.py). The forward keeps three partials (four where both images need a gradient), unscaled.
 
 Bytes per element of size s and k partials: forward 2 s + 4 k, backward 4 k + 3 s.
 """
@@ -30,174 +31,29 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import REDUCE_PROGRAMS, AotCase, on_device
+from .ssim_sweep import (
+    at_column,
+    ends,
+    lane_of,
+    load_lane,
+    map_lane_of,
+    map_loss,
+    next_filtered,
+    next_moments,
+    nothing,
+    partial_ends,
+    store_lane,
+    window,
+)  # fmt: skip
 
 BLOCK = 128  # lanes of a program: one per thread, since shifted loads cannot be wide
-WIDE_LANES = 2**31 - BLOCK  # a lane's number, or one block past the last, does not fit 32 bits from here on
+WIDE_LANES = 2**31 - 2 * BLOCK  # a lane's number, or one block past the last, does not fit 32 bits from here on
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+# Here, programs of two warps, all of them resident at once: 8 on a multiprocessor with up to 128 registers.
+PAIRS = 64
+SWEEP = {"num_warps": 2, "enable_fp_fusion": True}
+ROWS, PROGRAMS = 64, 528
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def lane_of(channels, width, lanes, ASIDE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr):
-    """(lane, image, channel, column), the next column being ASIDE lanes on: 1, or the number of channels.
-
-    In a lane past the end the column is one that no image has.
-    """
-    program = tl.program_id(0)
-    if WIDE:
-        program = program.to(tl.int64)
-    lane = program * BLOCK + tl.arange(0, BLOCK)
-    if ASIDE > 1:
-        channel, column, image = lane % ASIDE, lane // ASIDE % width, lane // ASIDE // width
-    else:
-        column, channel, image = lane % width, lane // width % channels, lane // width // channels
-    return lane, image.to(tl.int64), channel, tl.where(lane < lanes, column, 1 << 30).to(tl.int32)
-
-
-@triton.jit
-def map_lane_of(lane, width, MARGIN: tl.constexpr, ASIDE: tl.constexpr):
-    """The lane of the same column in the map, which has MARGIN columns less on either side."""
-    return lane - (lane // (width * ASIDE) * 2 + 1) * MARGIN * ASIDE
-
-
-@triton.jit
-def at_column(tensor, image, channel, column):
-    """Where a lane's column begins. `tensor`: (pointer, strides of image, channel, row and column)."""
-    return tensor[0] + image * tensor[1] + channel.to(tl.int64) * tensor[2] + column.to(tl.int64) * tensor[4]
-
-
-@triton.jit
-def _add_row(sums, value, taps, RADIUS: tl.constexpr):
-    """A row's `value` added to the outputs that see it: (the one it completes, the sums of the 2 RADIUS others)."""
-    if RADIUS == 0:
-        return taps[0] * value, sums
-    else:
-        rest = ()
-        for j in tl.static_range(1, 2 * RADIUS):
-            rest = rest + (sums[j] + taps[RADIUS - j if j < RADIUS else j - RADIUS] * value,)  # type: ignore[assignment]
-        return sums[0] + taps[RADIUS] * value, rest + (taps[RADIUS] * value,)
-
-
-@triton.jit
-def _next_row(sums, RADIUS: tl.constexpr):
-    """The same for a row of zeros."""
-    if RADIUS == 0:
-        return tl.zeros_like(sums[0]), sums
-    else:
-        return sums[0], sums[1:] + (tl.zeros_like(sums[0]),)
-
-
-@triton.jit
-def nothing(RADIUS: tl.constexpr, BLOCK: tl.constexpr):
-    zero = tl.zeros((BLOCK,), tl.float32)
-    sums = (zero,)
-    for _ in tl.static_range(1, 2 * RADIUS):
-        sums = sums + (zero,)  # type: ignore[assignment]
-    return sums
-
-
-@triton.jit
-def pixels(x_at, y_at, column, bound):
-    inside = column.to(tl.uint32) < bound
-    x = tl.load(x_at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
-    return x + y, x - y
-
-
-@triton.jit
-def _along_x(center, column, bound, taps, ASIDE: tl.constexpr, RADIUS: tl.constexpr):
-    """A row of a partial filtered along x; `column` counts from the first of the map."""
-    total = taps[0] * tl.load(center, mask=column.to(tl.uint32) < bound, other=0.0)
-    for k in tl.static_range(1, RADIUS + 1):
-        left = tl.load(center - k * ASIDE, mask=(column - k).to(tl.uint32) < bound, other=0.0)
-        total += taps[k] * (left + tl.load(center + k * ASIDE, mask=(column + k).to(tl.uint32) < bound, other=0.0))
-    return total
-
-
-@triton.jit
-def next_moments(
-    sums, x_at, y_at, column, width, has, taps, X_STEP: tl.constexpr, Y_STEP: tl.constexpr, RADIUS: tl.constexpr
-):
-    """A row of both images taken in, zeros without `has`: the moments ma, md, G a^2, G d^2 it completes, new sums."""
-    mean_a, mean_d, square_a, square_d = sums
-    if has:
-        bound = tl.cast(width, tl.uint32)
-        a, d = pixels(x_at, y_at, column, bound)
-        a_1, d_1, a_2, d_2 = taps[0] * a, taps[0] * d, taps[0] * (a * a), taps[0] * (d * d)
-        for k in tl.static_range(1, RADIUS + 1):
-            al, dl = pixels(x_at - k * X_STEP, y_at - k * Y_STEP, column - k, bound)
-            ar, dr = pixels(x_at + k * X_STEP, y_at + k * Y_STEP, column + k, bound)
-            a_1 += taps[k] * (al + ar)
-            d_1 += taps[k] * (dl + dr)
-            a_2 += taps[k] * (al * al + ar * ar)
-            d_2 += taps[k] * (dl * dl + dr * dr)
-        ma, mean_a = _add_row(mean_a, a_1, taps, RADIUS)
-        md, mean_d = _add_row(mean_d, d_1, taps, RADIUS)
-        saa, square_a = _add_row(square_a, a_2, taps, RADIUS)
-        sdd, square_d = _add_row(square_d, d_2, taps, RADIUS)
-    else:
-        ma, mean_a = _next_row(mean_a, RADIUS)
-        md, mean_d = _next_row(mean_d, RADIUS)
-        saa, square_a = _next_row(square_a, RADIUS)
-        sdd, square_d = _next_row(square_d, RADIUS)
-    return (ma, md, saa, sdd), (mean_a, mean_d, square_a, square_d)
-
-
-@triton.jit
-def map_loss(moments, w, to, step, inside, c1, c2, STRUCTURE: tl.constexpr, KEEP: tl.constexpr):
-    """w times one minus SSIM of a row; its partials go to `to`, a map lies `step` from the next."""
-    ma, md, saa, sdd = moments
-    maa, mdd = ma * ma, md * md
-    va, vd = saa - maa, sdd - mdd
-    per_s = 1.0 / (0.5 * (va + vd) + c2)
-    form = vd * per_s
-    if STRUCTURE:
-        per_l = tl.zeros_like(form)
-    else:
-        per_l = 1.0 / (0.5 * (maa + mdd) + c1)
-    light = mdd * per_l
-    if KEEP > 0:
-        by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
-        p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
-        p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
-        p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
-        tl.store(to, p_aa, mask=inside)
-        tl.store(to + step, p_dd, mask=inside)
-        if KEEP & 1:
-            tl.store(to + 2 * step, p_a + p_d, mask=inside)
-        if KEEP & 2:
-            tl.store(to + (3 if KEEP == 3 else 2) * step, p_a - p_d, mask=inside)
-    return (light + form - light * form) * w
-
-
-@triton.jit
-def next_filtered(
-    sums, here, step, column, width, has, taps, needs, KEPT: tl.constexpr, ASIDE: tl.constexpr, RADIUS: tl.constexpr
-):
-    """A row of the partials taken in: G p_aa, G p_dd and, as `needs` has them, G (p_a + p_d), G (p_a - p_d); new sums.
-
-    `column` and `width` are those of the map.
-    """
-    of_aa, of_dd, of_x, of_y = sums
-    p_x, p_y = tl.zeros_like(of_aa[0]), tl.zeros_like(of_aa[0])
-    if has:
-        bound = tl.cast(width, tl.uint32)
-        p_aa, of_aa = _add_row(of_aa, _along_x(here, column, bound, taps, ASIDE, RADIUS), taps, RADIUS)
-        p_dd, of_dd = _add_row(of_dd, _along_x(here + step, column, bound, taps, ASIDE, RADIUS), taps, RADIUS)
-        if needs[0] is not None:
-            row_x = _along_x(here + 2 * step, column, bound, taps, ASIDE, RADIUS)
-            p_x, of_x = _add_row(of_x, row_x, taps, RADIUS)
-        if needs[1] is not None:
-            row_y = _along_x(here + (3 if KEPT == 3 else 2) * step, column, bound, taps, ASIDE, RADIUS)
-            p_y, of_y = _add_row(of_y, row_y, taps, RADIUS)
-    else:
-        p_aa, of_aa = _next_row(of_aa, RADIUS)
-        p_dd, of_dd = _next_row(of_dd, RADIUS)
-        if needs[0] is not None:
-            p_x, of_x = _next_row(of_x, RADIUS)
-        if needs[1] is not None:
-            p_y, of_y = _next_row(of_y, RADIUS)
-    return (p_aa, p_dd, p_x, p_y), (of_aa, of_dd, of_x, of_y)
 
 
 @triton.jit
@@ -208,7 +64,7 @@ def _ssim_fwd_kernel(
     sums_ptr,  # (stretches, lanes) float32
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32; maps: p_aa, p_dd, p_a +- p_d
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, lanes of the images and of the map
+    size,  # channels, height, width, elements of a row of the images and of the map
     rows,
     c1,
     c2,
@@ -220,35 +76,47 @@ def _ssim_fwd_kernel(
     X_STEP: tl.constexpr,
     Y_STEP: tl.constexpr,
     WIDE: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channels, height, width, lanes, map_lanes = size
-    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, BLOCK)
-    inside = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
-    map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
-    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
+    channels, height, width, _, lanes = size
+    lane, image, channel, column = lane_of(channels, width - 2 * MARGIN, lanes, ASIDE, WIDE, SIDE, BLOCK)
+    inside = column.to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     if weight[0] is not None:
-        w_at = at_column(weight, image, channel, column - MARGIN)
-    none = nothing(RADIUS, BLOCK)
+        w_at = at_column(weight, image, channel, column)
+    column += MARGIN
+    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
+    step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes
+    none = nothing(RADIUS, SIDE, BLOCK)
     sums = (none, none, none, none)
     total = tl.zeros((BLOCK,), tl.float32)
     first = MARGIN + tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height - MARGIN)
     x_at, y_at = x_at + (first - RADIUS) * x[3], y_at + (first - RADIUS) * y[3]
+    bound = tl.where(first >= RADIUS, width, 0).to(tl.uint32)
+    x_ends = ends(x_at, column, bound, X_STEP, MARGIN, RADIUS, SIDE)
+    y_ends = ends(y_at, column, bound, Y_STEP, MARGIN, RADIUS, SIDE)
     for row in range(first - RADIUS, last + RADIUS):
-        has = (row >= 0) & (row < height)
-        moments, sums = next_moments(sums, x_at, y_at, column, width, has, taps, X_STEP, Y_STEP, RADIUS)
+        x_outer, y_outer, here = x_ends, y_ends, bound
+        bound = tl.where((row >= -1) & (row + 1 < height), width, 0).to(tl.uint32)
+        x_ends = ends(x_at + x[3], column, bound, X_STEP, MARGIN, RADIUS, SIDE)
+        y_ends = ends(y_at + y[3], column, bound, Y_STEP, MARGIN, RADIUS, SIDE)
+        x_row = window(x_at, column, here, x_outer, X_STEP, MARGIN, RADIUS, SIDE)
+        y_row = window(y_at, column, here, y_outer, Y_STEP, MARGIN, RADIUS, SIDE)
+        moments, sums = next_moments(sums, x_row, y_row, taps, MARGIN, RADIUS, SIDE)
         x_at += x[3]
         y_at += y[3]
         at = row - RADIUS - MARGIN
         if at + MARGIN >= first:
-            w = 1.0
+            w = (1.0, 1.0)
             if weight[0] is not None:
-                w = tl.load(w_at + at * weight[3], mask=inside, other=0.0).to(tl.float32)
-            step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
-            total += map_loss(
-                moments, w, partials_ptr + at * map_lanes + map_lane, step, inside, c1, c2, STRUCTURE, KEEP
-            )
+                w_here = w_at + at * weight[3]
+                w_first = tl.load(w_here, mask=inside, other=0.0).to(tl.float32)
+                w_second = tl.load(w_here + weight[4] * (SIDE - 1), mask=inside, other=0.0).to(tl.float32)
+                w = (w_first, w_second)
+            to = partials_ptr + at * lanes + lane
+            total += map_loss(moments, w, to, step, inside, c1, c2, STRUCTURE, KEEP, SIDE)
+    lanes, lane = lanes // SIDE, lane // SIDE
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
 
@@ -261,43 +129,56 @@ def _ssim_bwd_kernel(
     y_grad,  # the same, or (None,)
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, lanes of the images and of the map
+    size,  # channels, height, width, elements of a row of the images and of the map
     rows,
     MARGIN: tl.constexpr,
     RADIUS: tl.constexpr,
     KEPT: tl.constexpr,
     ASIDE: tl.constexpr,
     WIDE: tl.constexpr,
+    SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     channels, height, width, lanes, map_lanes = size
-    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, BLOCK)
-    inside = column < width
+    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, SIDE, BLOCK)
+    inside = column.to(tl.uint32) < tl.cast(width, tl.uint32)
     x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
     upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
-    map_lane, step = map_lane_of(lane, width, MARGIN, ASIDE), tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
-    none = nothing(RADIUS, BLOCK)
+    step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
+    map_column = column - MARGIN
+    none = nothing(RADIUS, SIDE, BLOCK)
     sums = (none, none, none, none)
     needs = (x_grad[0], y_grad[0])
     first = tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height)
+    here = partials_ptr + (first - RADIUS - MARGIN) * map_lanes + map_lane_of(lane, width, MARGIN, ASIDE)
+    bound = tl.where(first - RADIUS >= MARGIN, width - 2 * MARGIN, 0).to(tl.uint32)
+    following = partial_ends(here, step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE)
+    read = inside & (RADIUS == 0)
+    x_next, y_next = load_lane(x_at + first * x[3], read, SIDE), load_lane(y_at + first * y[3], read, SIDE)
     for row in range(first - RADIUS, last + RADIUS):
-        has = (row >= MARGIN) & (row < height - MARGIN)
-        here = partials_ptr + (row - MARGIN) * map_lanes + map_lane
-        filtered, sums = next_filtered(
-            sums, here, step, column - MARGIN, width - 2 * MARGIN, has, taps, needs, KEPT, ASIDE, RADIUS
-        )
+        outer, x_row, y_row, within = following, x_next, y_next, bound
+        bound = tl.where((row + 1 >= MARGIN) & (row + 1 < height - MARGIN), width - 2 * MARGIN, 0).to(tl.uint32)
+        following = partial_ends(here + map_lanes, step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE)
         at = row - RADIUS
+        read = inside & (at + 1 >= first) & (at + 1 < last)
+        x_next = load_lane(x_at + (at + 1) * x[3], read, SIDE)
+        y_next = load_lane(y_at + (at + 1) * y[3], read, SIDE)
+        filtered, sums = next_filtered(
+            sums, here, step, map_column, within, outer, taps, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE
+        )
+        here += map_lanes
         if at >= first:
             p_aa, p_dd, p_x, p_y = filtered
-            a, d = pixels(x_at + at * x[3], y_at + at * y[3], column, tl.cast(width, tl.uint32))
-            by_a, by_d = 2.0 * a * p_aa, 2.0 * d * p_dd
+            of_x, of_y = (), ()
+            for j in tl.static_range(SIDE):
+                by_a, by_d = 2.0 * (x_row[j] + y_row[j]) * p_aa[j], 2.0 * (x_row[j] - y_row[j]) * p_dd[j]
+                of_x = of_x + (upstream * (p_x[j] + by_a + by_d),)  # type: ignore[assignment]
+                of_y = of_y + (upstream * (p_y[j] + by_a - by_d),)  # type: ignore[assignment]
             if x_grad[0] is not None:
-                to = at_column(x_grad, image, channel, column) + at * x_grad[3]
-                tl.store(to, (upstream * (p_x + by_a + by_d)).to(x_grad[0].dtype.element_ty), mask=inside)
+                store_lane(at_column(x_grad, image, channel, column) + at * x_grad[3], of_x, inside, SIDE)
             if y_grad[0] is not None:
-                to = at_column(y_grad, image, channel, column) + at * y_grad[3]
-                tl.store(to, (upstream * (p_y + by_a - by_d)).to(y_grad[0].dtype.element_ty), mask=inside)
+                store_lane(at_column(y_grad, image, channel, column) + at * y_grad[3], of_y, inside, SIDE)
 
 
 def taps_of(window: int, sigma: float) -> tuple[float, ...]:
@@ -308,6 +189,24 @@ def taps_of(window: int, sigma: float) -> tuple[float, ...]:
 
 def strided(tensor: Tensor | None) -> tuple:
     return (None,) if tensor is None else (tensor, *tensor.stride())
+
+
+def side_of(*tensors: Tensor | None) -> int:
+    """Columns of a lane: two where every image is rows of pairs that lie aligned."""
+    pairs = all(
+        t.shape[3] % 2 == 0 and t.stride(3) == 1 and t.data_ptr() % (2 * t.element_size()) == 0
+        and all(stride % 2 == 0 or size == 1 for stride, size in zip(t.stride()[:3], t.shape[:3], strict=True))
+        for t in tensors if t is not None
+    )  # fmt: skip
+    return 2 if pairs else 1
+
+
+def stretch(height: int, lanes: int) -> int:
+    """Rows of a program: as many as leave all multiprocessors their programs, for each reads the window's besides."""
+    rows = ROWS
+    while rows > 8 and triton.cdiv(lanes, PAIRS) * triton.cdiv(height, rows) < PROGRAMS:
+        rows //= 2
+    return rows
 
 
 def layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
@@ -326,23 +225,26 @@ def ssim_fwd(
     c2: float, structure_only: bool, keep: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     margin = 0 if same else window // 2
-    size, aside, rows = layout(image, margin)
-    channels, height, width, lanes, map_lanes = size
+    size, aside, _ = layout(image, margin)
+    channels, height, width, _, map_lanes = size
     kept = (3 + (keep == 3), height - 2 * margin, map_lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
     if image.numel() == 0:
         return image.new_zeros(image.shape[:2], dtype=torch.float32), partials
+    side = side_of(image, image_pred)
+    lanes = map_lanes // side
+    rows = stretch(height - 2 * margin, lanes)
     stretches = triton.cdiv(height - 2 * margin, rows)
     sums = image.new_empty((stretches, lanes), dtype=torch.float32)
     with on_device(image):
-        _ssim_fwd_kernel[(triton.cdiv(lanes, BLOCK), stretches)](
+        _ssim_fwd_kernel[(triton.cdiv(lanes, PAIRS), stretches)](
             strided(image), strided(image_pred), strided(weight), sums, partials, taps_of(window, sigma), size, rows,
             c1, c2, margin, window // 2, structure_only, keep, aside, image.stride(3), image_pred.stride(3),
-            lanes >= WIDE_LANES, BLOCK, **OPTIONS,
+            map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
         )  # fmt: skip
     if aside > 1:
-        return sums.view(stretches, -1, width, channels).sum((0, 2)), partials
-    return sums.view(stretches, -1, channels, width).sum((0, 3)), partials
+        return sums.view(stretches, -1, width - 2 * margin, channels).sum((0, 2)), partials
+    return sums.view(stretches, -1, channels, (width - 2 * margin) // side).sum((0, 3)), partials
 
 
 def ssim_bwd(
@@ -356,13 +258,16 @@ def ssim_bwd(
     x_grad = torch.empty_like(image) if needs_image else None
     y_grad = torch.empty_like(image_pred) if needs_image_pred else None
     margin = 0 if same else window // 2
-    size, aside, rows = layout(image, margin)
+    size, aside, _ = layout(image, margin)
     if image.numel():
+        side = side_of(image, image_pred, x_grad, y_grad)
+        lanes = size[3] // side
+        rows = stretch(size[1], lanes)
         with on_device(image):
-            _ssim_bwd_kernel[(triton.cdiv(size[3], BLOCK), triton.cdiv(size[1], rows))](
+            _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size[1], rows))](
                 grad.contiguous(), strided(image), strided(image_pred), strided(x_grad), strided(y_grad),
                 partials, taps_of(window, sigma), size, rows, margin, window // 2, keep, aside,
-                size[3] >= WIDE_LANES, BLOCK, **OPTIONS,
+                size[3] >= WIDE_LANES, side, PAIRS, **SWEEP,
             )  # fmt: skip
     none = image.new_empty(0)
     return none if x_grad is None else x_grad, none if y_grad is None else y_grad
