@@ -16,7 +16,7 @@ those of guide and weight; the neighbours come from the caches, and so does a gu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from .common import (
     zeros,
 )
 from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, tile_of
+from .totals import total_launchers
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,17 +82,21 @@ def _smoothness_fwd_kernel(
 
 
 @triton.jit
-def _upstream(grad_ptr, spot, size, outs: tl.constexpr, inside):
-    """The gradient of an axis's sum: one number, or one per channel."""
+def _upstream(grad_ptr, factors, unit, spot, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
+    """The gradient of an axis's sum: one number, or one per channel; or of a total, times the axis's factor."""
+    if factors is not None:
+        return tl.load(grad_ptr) * factors[OUTS - 1 - AXIS]
+    grad_ptr += unit * apart(size) * OUTS + OUTS - 1 - AXIS
     if len(size) == 5:
-        return tl.load(grad_ptr + spot[5] * outs, mask=inside, other=0.0)
+        return tl.load(grad_ptr + spot[5] * OUTS, mask=inside, other=0.0)
     else:
         return tl.load(grad_ptr)
 
 
 @triton.jit
 def _smoothness_bwd_kernel(
-    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32
+    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32; or one element if there are factors
+    factors,  # None, or of the sum along each axis, z first
     image_ptr,  # (units, count)
     guide,  # None or a tuple, see smoothness_terms.py
     weight,  # None or a tuple, see smoothness_terms.py
@@ -111,15 +116,14 @@ def _smoothness_bwd_kernel(
     first, column = tile_at(program % splits, across, ROWS, COLS)
     spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    grad_ptr += unit * apart(size) * outs + outs - 1
     total = tl.zeros((ROWS, COLS), tl.float32)
     for axis in tl.static_range(AXES):
         pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
         if KIND != "isotropic":
-            pulled *= _upstream(grad_ptr - axis, spot, size, outs, inside)
+            pulled *= _upstream(grad_ptr, factors, unit, spot, size, axis, outs, inside)
         total += pulled
     if KIND == "isotropic":
-        total *= _upstream(grad_ptr, spot, size, outs, inside)
+        total *= _upstream(grad_ptr, factors, unit, spot, size, 0, outs, inside)
     to = image_grad_ptr + start_of(unit, size) + spot[0]
     tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
@@ -179,13 +183,14 @@ def guide_args(guide: Tensor | None) -> tuple | None:
     return guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1)
 
 
-def smoothness_fwd(
+def _first_stage(
     image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
 ) -> Tensor:
+    """Sums of each program: ``[N, planes of an image, programs of a plane, channels of a pixel, directions]``."""
     images, channels, axes = *image_pred.shape[:2], image_pred.ndim - 2
     outs = 1 if kind == "isotropic" else axes
     if image_pred.numel() == 0:
-        return image_pred.new_zeros((images, channels, outs), dtype=torch.float32)
+        return image_pred.new_zeros((images, channels, 1, 1, outs), dtype=torch.float32)
     image = in_order(image_pred)
     size = sizes(image)
     step, units = image.shape[1] // size[3], images * size[3]
@@ -198,12 +203,20 @@ def smoothness_fwd(
             image, guide_args(guide), weight_args(weight), out, size, splits, across, steps, kind, order, axes,
             needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
         )  # fmt: skip
-    return (out.sum(2) if splits > 1 else out[:, :, 0]).reshape(images, channels, outs)
+    return out
+
+
+def smoothness_fwd(
+    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
+) -> Tensor:
+    out = _first_stage(image_pred, guide, weight, kind, order)
+    return (out.sum(2) if out.shape[2] > 1 else out[:, :, 0]).reshape(*image_pred.shape[:2], out.shape[4])
 
 
 def smoothness_bwd(
-    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
+    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int,
+    factors: Sequence[float] | None = None,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(image_pred)
     if out.numel() == 0:
         return out
@@ -215,10 +228,16 @@ def smoothness_bwd(
     splits = across * below
     with on_device(image):
         _smoothness_bwd_kernel[(units * splits,)](
-            grad.contiguous(), image, guide_args(guide), weight_args(weight), written, size, splits, across, kind,
-            order, image.ndim - 2, needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
+            grad.contiguous(), None if factors is None else tuple(factors), image, guide_args(guide),
+            weight_args(weight), written, size, splits, across, kind, order, image.ndim - 2,
+            needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
+
+
+smoothness_total_fwd, smoothness_total_bwd = total_launchers(
+    lambda *args: _first_stage(*args).flatten(0, 3).T, smoothness_bwd
+)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -234,6 +253,10 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
         yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
     yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
+    for kind, factors in (("l1", [0.5, 0.25]), ("isotropic", [0.5])):
+        args = (torch.empty(image, device="meta"), None, None, kind, 1, factors)
+        yield AotCase(f"forward {kind} total", smoothness_total_fwd, args)
+        yield AotCase(f"backward {kind} total", smoothness_total_bwd, (torch.empty((), device="meta"), *args))
     yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 
