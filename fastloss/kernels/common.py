@@ -118,15 +118,23 @@ def load_broadcast(tensor, offsets, mask):
 @triton.jit
 def sign(x):
     """-1, 0 or 1; 0 for NaN, as torch.sign has it."""
-    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+    one = ((x.to(tl.int32, bitcast=True) & -2147483648) | 0x3F800000).to(tl.float32, bitcast=True)
+    # three instructions, where two comparisons make five; `> 0` of a difference becomes a comparison of its two terms,
+    # made for all elements of a lane at once and packed into bits
+    least = tl.full((), 1, tl.int32).to(tl.float32, bitcast=True)  # a literal as small would be float64
+    return tl.where(tl.abs(x) >= least, one, 0.0)
 
 
 @triton.jit
-def zeros(COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums that nothing has been added to."""
+def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr = 0):
+    """Sums that nothing has been added to: of ROWS elements, or of ROWS by COLS."""
     sums = ()
     for _ in tl.static_range(COUNT):
-        sums = sums + (tl.zeros((BLOCK,), tl.float32),)  # type: ignore[assignment]
+        if COLS == 0:
+            none = tl.zeros((ROWS,), tl.float32)
+        else:
+            none = tl.zeros((ROWS, COLS), tl.float32)
+        sums = sums + (none,)  # type: ignore[assignment]
     return sums
 
 

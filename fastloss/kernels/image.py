@@ -8,9 +8,10 @@ it streams in memory order (here); with SSIM the losses ride along in its sweeps
 
 Where every gradient is a sign (l1 of both, without guide and weight), the forward keeps a byte per element,
 
-    (s + 1) + 3 ((t_x + n) + (2 n + 1) (t_y + n)),    s = sign(d), t the gradient along an axis, |t| <= n = 2 order
+    (s + 1) + a ((t_x + n) + b (t_y + n)),    s = sign(d), t the gradient along an axis, |t| <= n = 2 order
 
-and the backward reads nothing else. Bytes per element of size s (k partials of SSIM):
+with a, b = 4, 8 for first differences, which shifts take apart, and 3, 9 for second ones, as 4, 16 need more bits.
+The backward reads nothing else. Bytes per element of size s (k partials of SSIM):
 
     both l1, images     forward 2 s + 1     backward 1 + s
     other               forward 2 s         backward 3 s
@@ -29,14 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    REDUCE_PROGRAMS,
     STREAM_BLOCK,
     STREAM_OPTIONS,
     AotCase,
     added,
-    broadcast_args,
     laid_out_as,
-    load_broadcast,
     needs_int64,
     on_device,
     sign,
@@ -45,33 +43,38 @@ from .common import (
 )
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
-from .smoothness import (
-    block_of,
-    count_of,
-    guide_args,
-    in_order,
-    sizes,
-    smoothness_pulled,
-    smoothness_terms,
-    spot_of,
-    start_of,
-)
+from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
+from .smoothness_terms import smoothness_pulled, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, layout, strided, taps_of
 
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
+def first_radix_of(ORDER: tl.constexpr):
+    """Of the sign of d in a byte of signs: a power of two where there is room for it."""
+    return 4 if ORDER == 1 else 3
+
+
+@triton.jit
+def radix_of(ORDER: tl.constexpr):
+    """Of the gradient along an axis in a byte of signs."""
+    return 8 if ORDER == 1 else 9
+
+
+@triton.jit
 def _image_fwd_kernel(
     image_ptr,  # (units, count)
     pred_ptr,  # (units, count)
-    pixel_weight,  # None or a tuple, see load_broadcast
-    guide,  # None or a tuple, see smoothness.py
-    weight,  # of the smoothness: None or a tuple, see load_broadcast
+    pixel_weight,  # None or a tuple, see smoothness_terms.py
+    guide,  # None or a tuple, see smoothness_terms.py
+    weight,  # of the smoothness: None or a tuple, see smoothness_terms.py
     out_ptr,  # (sums, programs) float32
     signs_ptr,  # (units, count) uint8, or None
-    size,  # of a unit, see smoothness.py
+    size,  # of a unit, see smoothness_terms.py
     splits,
+    across,  # tiles beside each other
+    steps,  # tiles of a program, one below the other
     p,
     PIXEL: tl.constexpr,
     SMOOTHNESS: tl.constexpr,
@@ -79,35 +82,35 @@ def _image_fwd_kernel(
     AXES: tl.constexpr,
     OUTS: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-    unit = program // splits
-    count = count_of(size, WIDE)
-    of_pixels = tl.zeros((BLOCK,), tl.float32)
-    sums = zeros(OUTS, BLOCK)
-    for start in range(program % splits * BLOCK, count, splits * BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < count
-        image = tl.load(image_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
-        pred = tl.load(pred_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
+    program = tl.program_id(0)
+    unit = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, across, ROWS, COLS)
+    of_pixels = tl.zeros((ROWS, COLS), tl.float32)
+    sums = zeros(OUTS, ROWS, COLS)
+    for step in range(steps):
+        row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
+        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
+        image = tl.load(image_ptr + start_of(unit, size) + spot[0], mask=inside, other=0.0).to(tl.float32)
+        pred = tl.load(pred_ptr + start_of(unit, size) + spot[0], mask=inside, other=0.0).to(tl.float32)
         if PIXEL != "":
             loss = distance(pred - image, p, PIXEL)
             if pixel_weight is not None:
-                loss *= load_broadcast(pixel_weight, start_of(unit, size) + offsets, inside)
+                loss *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
             of_pixels += tl.where(inside, loss, 0.0)
-        spot = spot_of(offsets, size)
         if SMOOTHNESS != "":
             sums = added(
                 sums, smoothness_terms(pred_ptr, guide, weight, unit, spot, size, inside, SMOOTHNESS, ORDER, AXES)
             )
         if signs_ptr is not None:
-            code = tl.zeros((BLOCK,), tl.float32)
+            code = tl.zeros((ROWS, COLS), tl.float32)
             for axis in tl.static_range(AXES - 1, -1, -1):
-                code = code * (4 * ORDER + 1) + 2 * ORDER
+                code = code * radix_of(ORDER) + 2 * ORDER
                 code += smoothness_pulled(pred_ptr, None, None, unit, spot, size, inside, axis, "l1", ORDER, AXES)
-            code = code * 3 + 1 + sign(pred - image)
-            tl.store(signs_ptr + start_of(unit, size) + offsets, code.to(tl.int32).to(tl.uint8), mask=inside)
+            code = code * first_radix_of(ORDER) + 1 + sign(pred - image)
+            tl.store(signs_ptr + start_of(unit, size) + spot[0], code.to(tl.int32).to(tl.uint8), mask=inside)
     out_ptr += program
     programs = tl.num_programs(0)
     tl.store(out_ptr, tl.sum(of_pixels))
@@ -121,13 +124,14 @@ def _image_bwd_kernel(
     grad_ptr,  # (sums,) float32
     image_ptr,  # (units, count)
     pred_ptr,  # (units, count)
-    pixel_weight,  # None or a tuple, see load_broadcast
-    guide,  # None or a tuple, see smoothness.py
-    weight,  # of the smoothness: None or a tuple, see load_broadcast
+    pixel_weight,  # None or a tuple, see smoothness_terms.py
+    guide,  # None or a tuple, see smoothness_terms.py
+    weight,  # of the smoothness: None or a tuple, see smoothness_terms.py
     image_grad_ptr,  # (units, count) or None
     pred_grad_ptr,  # (units, count) or None
-    size,  # of a unit, see smoothness.py
+    size,  # of a unit, see smoothness_terms.py
     splits,
+    across,  # tiles beside each other
     p,
     PIXEL: tl.constexpr,
     SMOOTHNESS: tl.constexpr,
@@ -135,27 +139,28 @@ def _image_bwd_kernel(
     AXES: tl.constexpr,
     OUTS: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-    unit = program // splits
-    offsets = program % splits * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < count_of(size, WIDE)
-    pulled = tl.zeros((BLOCK,), tl.float32)
+    program = tl.program_id(0)
+    unit = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, across, ROWS, COLS)
+    spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+    offsets = spot[0]
+    pulled = tl.zeros((ROWS, COLS), tl.float32)
     if SMOOTHNESS != "" and pred_grad_ptr is not None:
-        spot = spot_of(offsets, size)
         for axis in tl.static_range(AXES):
             up = tl.load(grad_ptr + (1 if OUTS == 1 else AXES - axis))
             pulled += up * smoothness_pulled(
                 pred_ptr, guide, weight, unit, spot, size, inside, axis, SMOOTHNESS, ORDER, AXES
             )
-    grad = tl.zeros((BLOCK,), tl.float32)
+    grad = tl.zeros((ROWS, COLS), tl.float32)
     if PIXEL != "":
         image = tl.load(image_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
         pred = tl.load(pred_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr) * slope(pred - image, p, PIXEL)
         if pixel_weight is not None:
-            grad *= load_broadcast(pixel_weight, start_of(unit, size) + offsets, inside)
+            grad *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
     if image_grad_ptr is not None:
         to = image_grad_ptr + start_of(unit, size) + offsets
         tl.store(to, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
@@ -180,14 +185,14 @@ def _image_signs_bwd_kernel(
     offsets = program * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < count
     code = tl.load(signs_ptr + offsets, mask=inside, other=0).to(tl.int32)
-    grad = tl.load(grad_ptr) * (code % 3 - 1).to(tl.float32)
+    grad = tl.load(grad_ptr) * (code % first_radix_of(ORDER) - 1).to(tl.float32)
     if image_grad_ptr is not None:
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
     if pred_grad_ptr is not None:
-        code = code // 3
+        code = code // first_radix_of(ORDER)
         for axis in tl.static_range(AXES):
-            grad += tl.load(grad_ptr + AXES - axis) * (code % (4 * ORDER + 1) - 2 * ORDER).to(tl.float32)
-            code = code // (4 * ORDER + 1)
+            grad += tl.load(grad_ptr + AXES - axis) * (code % radix_of(ORDER) - 2 * ORDER).to(tl.float32)
+            code = code // radix_of(ORDER)
         tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -209,13 +214,12 @@ class _Call(NamedTuple):
 
     @property
     def weights(self) -> tuple:
-        each = (None if w is None else broadcast_args(w, self.pred) for w in (self.pixel_weight, self.weight))
-        return next(each), guide_args(self.guide), next(each)
+        return weight_args(self.pixel_weight), guide_args(self.guide), weight_args(self.weight)
 
     @property
     def strided_weights(self) -> tuple:
-        each = (None if w is None else strided(w) for w in (self.pixel_weight, self.weight))
-        return next(each), guide_args(self.guide), next(each)
+        pixel, own = (None if w is None else strided(w) for w in (self.pixel_weight, self.weight))
+        return pixel, guide_args(self.guide), own
 
     @property
     def units(self) -> int:
@@ -226,9 +230,6 @@ class _Call(NamedTuple):
         block = block_of(self.guide, self.weight, self.smoothness, self.order, forward)
         wide = self.pred.element_size() == 2  # 128-bit accesses on the 256 lanes of an AMD program
         return block if self.pixel_weight is None and (wide or (forward and not signs)) else min(block, 1024)
-
-    def splits(self, block: int) -> int:
-        return triton.cdiv(self.pred.numel() // self.units, block)
 
 
 def _call(
@@ -285,12 +286,15 @@ def image_fwd(
         return out.sum(1), kept
     kept = call.pred.new_empty(call.pred.numel() if keep else 0, dtype=torch.uint8 if keep else torch.float32)
     block = call.block(True, keep > 0)
-    splits = min(call.splits(block), triton.cdiv(REDUCE_PROGRAMS, call.units))
+    rows, columns, across, below = tile(call.size, block)
+    steps = steps_of(call.units * across * below, below)
+    splits = across * triton.cdiv(below, steps)
     out = call.pred.new_empty((call.outs + 2, call.units * splits), dtype=torch.float32)
     with on_device(call.pred):
         _image_fwd_kernel[(call.units * splits,)](
-            call.image, call.pred, *call.weights, out, kept if keep else None, call.size, splits, call.p, call.pixel,
-            call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, block, **STREAM_OPTIONS,
+            call.image, call.pred, *call.weights, out, kept if keep else None, call.size, splits, across, steps,
+            call.p, call.pixel, call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, rows, columns,
+            **STREAM_OPTIONS,
         )  # fmt: skip
     return out.sum(1), kept
 
@@ -302,8 +306,7 @@ def image_bwd(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
     grad = grad.contiguous()
-    needs = needs_image, needs_image_pred
-    first, second = (torch.empty_like(call.pred) if needed else None for needed in needs)
+    first, second = (torch.empty_like(call.pred) if needed else None for needed in (needs_image, needs_image_pred))
     if numbers[2]:
         if not keep:  # nobody asked for a gradient when the forward ran
             keep = needs_image + 2 * needs_image_pred
@@ -317,12 +320,13 @@ def image_bwd(
                 **STREAM_OPTIONS,
             )  # fmt: skip
     else:
-        block = call.block(False)
-        splits = call.splits(block)
+        rows, columns, across, below = tile(call.size, call.block(False))
+        splits = across * below
         with on_device(call.pred):
             _image_bwd_kernel[(call.units * splits,)](
-                grad, call.image, call.pred, *call.weights, first, second, call.size, splits, call.p, call.pixel,
-                call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, block, **STREAM_OPTIONS,
+                grad, call.image, call.pred, *call.weights, first, second, call.size, splits, across, call.p,
+                call.pixel, call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, rows, columns,
+                **STREAM_OPTIONS,
             )  # fmt: skip
     none = image.new_empty(0)
     return (

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .common import added, zeros
 from .pixel import distance, slope
-from .smoothness import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
+from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
 from .ssim_sweep import (
     at_column,
     ends,
@@ -28,7 +28,7 @@ from .ssim_sweep import (
 
 @triton.jit
 def _plane_of(image, channel, column, size, channels, WIDE: tl.constexpr):
-    """Of lanes: the number of their unit (see smoothness.py) and the offset of their column's first pixel in it."""
+    """Of lanes: the unit's number (as in smoothness_terms.py), the offset of their column's first pixel in it."""
     if len(size) == 5:
         unit, start = image, column * size[4] + channel
     else:
@@ -41,13 +41,13 @@ def _plane_of(image, channel, column, size, channels, WIDE: tl.constexpr):
 
 @triton.jit
 def _spot(column, at, start, size):
-    """The pixels of a row, as smoothness.py has them."""
+    """The pixels of a row, as smoothness_terms.py has them."""
     return at * (size[0] * apart(size)) + start, at * size[0] + column, column, at, 0
 
 
 @triton.jit
 def _columns(weight, image, channel, column):
-    """A map of weights, as smoothness.py takes it for the columns of an image."""
+    """A map of weights, as smoothness_terms.py takes it for the columns of an image."""
     return at_column(weight, image, channel, column), weight[3], weight[4]
 
 
@@ -67,13 +67,13 @@ def image_ssim_fwd_kernel(
     x_ptr,  # (units, count)
     y_ptr,  # (units, count)
     pixel_weight,  # (images, channels, height, width), any strides; or None
-    guide,  # None or a tuple, see smoothness.py
+    guide,  # None or a tuple, see smoothness_terms.py
     weight,  # of the smoothness: as that of the pixels
     map_weight,  # (images, channels, height - 2 margin, width - 2 margin), any strides; or (None,)
     out_ptr,  # (sums, programs) float32: pixel, smoothness along z, y and x (or one number), SSIM
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # of a unit, see smoothness.py
+    size,  # of a unit, see smoothness_terms.py
     lanes,  # of the images, of the map
     channels,
     rows,
@@ -159,11 +159,11 @@ def image_ssim_bwd_kernel(
     x_grad,  # (pointer,) of the same, or (None,)
     y_grad,  # (pointer,) of the same, or (None,)
     pixel_weight,  # (images, channels, height, width), any strides; or None
-    guide,  # None or a tuple, see smoothness.py
+    guide,  # None or a tuple, see smoothness_terms.py
     weight,  # of the smoothness: as that of the pixels
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
     taps,  # of the pixels 0 .. RADIUS away
-    size,  # of a unit, see smoothness.py
+    size,  # of a unit, see smoothness_terms.py
     lanes,  # of the images, of the map
     channels,
     rows,

@@ -16,7 +16,7 @@ Bytes per element of size s: forward 2 s (+ 4 for a map), backward 3 s with one 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -38,6 +38,7 @@ from .common import (
     stream_grid,
     total,
 )
+from .totals import total_launchers
 
 KINDS = ("l1", "l2", "lp", "charbonnier", "huber")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -131,6 +132,7 @@ def _pixel_bwd_kernel(
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
     weight,  # None or a tuple, see load_broadcast
+    factor,  # of the gradient, if it is one element
     pred_grad_ptr,  # (count,)
     image_grad_ptr,  # (count,) or None
     count,
@@ -149,7 +151,7 @@ def _pixel_bwd_kernel(
     if MAP:
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     else:
-        grad = tl.load(grad_ptr)
+        grad = tl.load(grad_ptr) * factor
     if weight is not None:
         grad *= load_broadcast(weight, offsets, mask)
     grad *= slope(pred - image, p, KIND)
@@ -158,7 +160,10 @@ def _pixel_bwd_kernel(
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)
 
 
-def pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
+def _first_stage(
+    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
+) -> Tensor:
+    """The map of distances, or a sum of them per program."""
     count = image.numel()
     if count == 0:
         return torch.zeros_like(image, dtype=torch.float32) if not reduce else image.new_zeros((), dtype=torch.float32)
@@ -172,6 +177,11 @@ def pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: st
             image, image_pred, weight_args, out, count, p, kind, reduce, needs_int64(image, weight),
             STREAM_BLOCK, **STREAM_OPTIONS,
         )  # fmt: skip
+    return out
+
+
+def pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
+    out = _first_stage(image, image_pred, weight, kind, p, reduce)
     return total(out) if reduce else out
 
 
@@ -185,6 +195,7 @@ def pixel_bwd(
     reduce: bool,
     needs_image: bool,
     needs_image_pred: bool,
+    factors: Sequence[float] = (1.0,),
 ) -> tuple[Tensor, Tensor]:
     count = image.numel()
     both = needs_image and needs_image_pred
@@ -204,14 +215,17 @@ def pixel_bwd(
     start_grad = torch.empty_like(image) if both else None
     with on_device(image):
         _pixel_bwd_kernel[stream_grid(count, False)](
-            grad, start, end, None if weight is None else broadcast_args(weight, image), end_grad, start_grad, count, p,
-            kind, each, needs_int64(image, weight), STREAM_BLOCK, **STREAM_OPTIONS,
+            grad, start, end, None if weight is None else broadcast_args(weight, image), factors[0], end_grad,
+            start_grad, count, p, kind, each, needs_int64(image, weight), STREAM_BLOCK, **STREAM_OPTIONS,
         )  # fmt: skip
     if not needs_image_pred:
         return end_grad, image_pred.new_empty(0)
     if pred is not image_pred:  # copied to the layout of image
         end_grad = torch.empty_like(image_pred).copy_(end_grad)
     return image.new_empty(0) if start_grad is None else start_grad, end_grad
+
+
+pixel_total_fwd, pixel_total_bwd = total_launchers(lambda *args: _first_stage(*args)[None], pixel_bwd)
 
 
 def aot_cases() -> Iterator[AotCase]:

@@ -16,8 +16,7 @@ those of guide and weight; the neighbours come from the caches, and so does a gu
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,13 +30,12 @@ from .common import (
     STREAM_OPTIONS,
     AotCase,
     added,
-    broadcast_args,
-    load_broadcast,
     needs_int64,
     on_device,
-    sign,
     zeros,
 )
+from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, tile_of
+from .totals import total_launchers
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -45,247 +43,89 @@ MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are cop
 
 
 @triton.jit
-def apart(size):
-    """Elements of a pixel; size = width, height, depth, units of an image and, if channels_last, channels."""
-    if len(size) == 5:
-        return size[4]
-    else:
-        return 1
-
-
-@triton.jit
-def start_of(unit, size):
-    """Where a unit begins; factor by factor, for the elements of a unit alone may not fit 32 bits."""
-    return unit * size[0] * size[1] * size[2] * apart(size)
-
-
-@triton.jit
-def count_of(size, WIDE: tl.constexpr):
-    """Elements of a unit."""
-    return start_of(tl.cast(1, tl.int64 if WIDE else tl.int32), size)
-
-
-@triton.jit
-def spot_of(offsets, size):
-    """Elements of a unit: their offsets, those of their pixels, and the coordinates x, y and z."""
-    pixel = offsets // apart(size)
-    return offsets, pixel, pixel % size[0], pixel // size[0] % size[1], pixel // (size[0] * size[1])
-
-
-@triton.jit
-def _way(size, AXIS: tl.constexpr):
-    """How many pixels a step along an axis is (0: x, 1: y, 2: z)."""
-    if AXIS == 0:
-        return 1
-    elif AXIS == 1:
-        return size[0]
-    else:
-        return size[0] * size[1]
-
-
-@triton.jit
-def _has(spot, size, AXIS: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr):
-    """Whether the pixel SHIFT steps along an axis is there and has a difference along it."""
-    place = spot[2 + AXIS] + SHIFT
-    return (place >= ORDER - 1) & (place + 1 < size[AXIS])
-
-
-@triton.jit
-def _edge(guide, image, pixel, away, mask, ORDER: tl.constexpr):
-    """exp(-mean_c |dI|); guide = (pointer, channels, strides of an image, a channel and a pixel)."""
-    total = tl.zeros(pixel.shape, tl.float32)
-    start = pixel - away if ORDER == 2 else pixel
-    for c in range(guide[1]):
-        at = guide[0] + image * guide[2] + c * guide[3]
-        end = tl.load(at + (pixel + away) * guide[4], mask=mask, other=0.0).to(tl.float32)
-        total += tl.abs(end - tl.load(at + start * guide[4], mask=mask, other=0.0).to(tl.float32))
-    return tl.exp(total / -guide[1])
-
-
-@triton.jit
-def _read(image_ptr, offsets, shift, mask):
-    return tl.load(image_ptr + offsets + shift, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _step(
-    image_ptr, guide, unit, spot, size, inside, mask,
-    AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr,
-):  # fmt: skip
-    """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set."""
-    way, away, offsets = _way(size, AXIS), _way(size, ALONG), spot[0]
-    image_ptr += start_of(unit, size)
-    # the elements themselves are read under one mask, hence once for all the differences, and in whole vectors
-    if SHIFT == 0:
-        here = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    else:
-        here = _read(image_ptr, offsets, SHIFT * way * apart(size), mask)
-    if SHIFT == -1 and AXIS == ALONG:
-        d = tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32) - here
-    else:
-        d = _read(image_ptr, offsets, (SHIFT * way + away) * apart(size), mask) - here
-    if ORDER == 2:
-        if SHIFT == 1 and AXIS == ALONG:
-            d -= here - tl.load(image_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        else:
-            d -= here - _read(image_ptr, offsets, (SHIFT * way - away) * apart(size), mask)
-    d = tl.where(mask, d, 0.0)
-    if guide is None:
-        return d, 1.0
-    else:
-        e = _edge(guide, unit // size[3], spot[1] + SHIFT * way, away, mask, ORDER)
-        return d, tl.where(mask, e, 0.0)
-
-
-@triton.jit
-def weight_at(weight, unit, spot, size, mask, AXIS: tl.constexpr, SHIFT: tl.constexpr):
-    """Weights of the pixels SHIFT steps along an axis, as float32.
-
-    weight: see load_broadcast; or (pointers to the first pixels of the columns, strides of a row and of a column).
-    """
-    if len(weight) == 3:
-        at = weight[0] + spot[3] * weight[1] + SHIFT * weight[2 if AXIS == 0 else 1]
-        return tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    else:
-        return load_broadcast(weight, start_of(unit, size) + spot[0] + SHIFT * _way(size, AXIS) * apart(size), mask)
-
-
-@triton.jit
-def _pull(
-    image_ptr, guide, weight, unit, spot, size, inside,
-    AXIS: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
-):  # fmt: skip
-    """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
-    mask = inside & _has(spot, size, AXIS, SHIFT, ORDER)
-    w = 1.0
-    if weight is not None:
-        w = weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
-    d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER)
-    if KIND == "isotropic":
-        squares = d * e * d * e
-        for other in tl.static_range(AXES):
-            if other != AXIS:
-                has = mask & _has(spot, size, other, 0, ORDER)
-                f, h = _step(image_ptr, guide, unit, spot, size, inside, has, AXIS, other, SHIFT, ORDER)
-                squares += f * h * f * h
-        pull = e * e * d * tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
-    elif KIND == "l1":
-        pull = e * sign(d)
-    else:
-        pull = e * 2.0 * d
-    return pull * w
-
-
-@triton.jit
-def smoothness_terms(
-    image_ptr, guide, weight, unit, spot, size, inside, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr
-):
-    """What elements add to the sums: along x, y and z, or one number if isotropic; 0 where `inside` is not set."""
-    w = 1.0
-    if weight is not None:
-        w = weight_at(weight, unit, spot, size, inside, 0, 0)
-    terms = ()
-    squares = tl.zeros(spot[0].shape, tl.float32)
-    for axis in tl.static_range(AXES):
-        has = inside & _has(spot, size, axis, 0, ORDER)
-        d, e = _step(image_ptr, guide, unit, spot, size, inside, has, axis, axis, 0, ORDER)
-        if KIND == "isotropic":
-            squares += d * e * d * e
-        else:
-            terms = terms + ((tl.abs(d) if KIND == "l1" else d * d) * e * w,)  # type: ignore[assignment]
-    if KIND == "isotropic":
-        terms = (tl.sqrt(squares) * w,)  # type: ignore[assignment]
-    return terms
-
-
-@triton.jit
-def smoothness_pulled(
-    image_ptr, guide, weight, unit, spot, size, inside,
-    AXIS: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of elements along an axis, per gradient of its sum."""
-    before = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, -1, KIND, ORDER, AXES)
-    here = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 0, KIND, ORDER, AXES)
-    pulled = before - here
-    if ORDER == 2:
-        pulled -= here - _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 1, KIND, ORDER, AXES)
-    return pulled
+def tile_at(tile, across, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The first row and the columns of a tile of a unit."""
+    return tile // across * ROWS, tile % across * COLS + tl.arange(0, COLS)
 
 
 @triton.jit
 def _smoothness_fwd_kernel(
     image_ptr,  # (units, count)
-    guide,  # None or a tuple, see _edge
-    weight,  # None or a tuple, see load_broadcast
+    guide,  # None or a tuple, see smoothness_terms.py
+    weight,  # None or a tuple, see smoothness_terms.py
     out_ptr,  # (units, splits, step, AXES, or 1 if isotropic) float32
     size,  # see apart
     splits,
-    used,  # lanes of a block: a multiple of step, so that a lane stays with its channel
+    across,  # tiles beside each other
+    steps,  # tiles of a program, one below the other
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
     AXES: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-    unit = program // splits
-    count = count_of(size, WIDE)
-    lanes = tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    unit = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, across, ROWS, COLS)
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    sums = zeros(outs, BLOCK)
-    for start in range(program % splits * used, count, splits * used):
-        offsets = start + lanes
-        inside = (lanes < used) & (offsets < count)
-        spot = spot_of(offsets, size)
+    sums = zeros(outs, ROWS, COLS)
+    for step in range(steps):
+        row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
+        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
         sums = added(sums, smoothness_terms(image_ptr, guide, weight, unit, spot, size, inside, KIND, ORDER, AXES))
     out_ptr += program.to(tl.int64) * apart(size) * outs + outs - 1
     for channel in range(apart(size)):
-        own = lanes % apart(size) == channel
+        own = (column % apart(size) == channel)[None, :]
         for axis in tl.static_range(outs):
             tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(own, sums[axis], 0.0)))
 
 
 @triton.jit
-def _upstream(grad_ptr, offsets, size, outs: tl.constexpr, inside):
-    """The gradient of an axis's sum: one number, or one per channel."""
+def _upstream(grad_ptr, factors, unit, spot, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
+    """The gradient of an axis's sum: one number, or one per channel; or of a total, times the axis's factor."""
+    if factors is not None:
+        return tl.load(grad_ptr) * factors[OUTS - 1 - AXIS]
+    grad_ptr += unit * apart(size) * OUTS + OUTS - 1 - AXIS
     if len(size) == 5:
-        return tl.load(grad_ptr + offsets % size[4] * outs, mask=inside, other=0.0)
+        return tl.load(grad_ptr + spot[5] * OUTS, mask=inside, other=0.0)
     else:
         return tl.load(grad_ptr)
 
 
 @triton.jit
 def _smoothness_bwd_kernel(
-    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32
+    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32; or one element if there are factors
+    factors,  # None, or of the sum along each axis, z first
     image_ptr,  # (units, count)
-    guide,  # None or a tuple, see _edge
-    weight,  # None or a tuple, see load_broadcast
+    guide,  # None or a tuple, see smoothness_terms.py
+    weight,  # None or a tuple, see smoothness_terms.py
     image_grad_ptr,  # (units, count)
     size,  # as in the forward
     splits,
+    across,
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
     AXES: tl.constexpr,
     WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):
-    program = tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)
-    unit = program // splits
-    count = count_of(size, WIDE)
-    offsets = program % splits * BLOCK + tl.arange(0, BLOCK)
-    inside = offsets < count
-    spot = spot_of(offsets, size)
+    program = tl.program_id(0)
+    unit = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, across, ROWS, COLS)
+    spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    grad_ptr += unit * apart(size) * outs + outs - 1
-    total = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((ROWS, COLS), tl.float32)
     for axis in tl.static_range(AXES):
         pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
         if KIND != "isotropic":
-            pulled *= _upstream(grad_ptr - axis, offsets, size, outs, inside)
+            pulled *= _upstream(grad_ptr, factors, unit, spot, size, axis, outs, inside)
         total += pulled
     if KIND == "isotropic":
-        total *= _upstream(grad_ptr, offsets, size, outs, inside)
-    tl.store(image_grad_ptr + start_of(unit, size) + offsets, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
+        total *= _upstream(grad_ptr, factors, unit, spot, size, 0, outs, inside)
+    to = image_grad_ptr + start_of(unit, size) + spot[0]
+    tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
 def block_of(guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool) -> int:
@@ -305,6 +145,30 @@ def in_order(image: Tensor) -> Tensor:
     return image.contiguous()
 
 
+def tile(size: tuple[int, ...], block: int) -> tuple[int, int, int, int]:
+    """Rows and columns of a tile of `block` elements, and how many tiles a unit has beside and below each other.
+
+    Narrow tiles have more neighbours around them, wide ones more columns that are not there.
+    """
+    columns, rows = size[0] * (size[4] if len(size) == 5 else 1), size[1] * size[2]
+    widths = (width for width in (256, 128, 64, 32, 16) if width <= block)
+    wide = min(widths, key=lambda width: triton.cdiv(columns, width) * (width + 8))
+    return block // wide, wide, triton.cdiv(columns, wide), triton.cdiv(rows, block // wide)
+
+
+def steps_of(tiles: int, below: int) -> int:
+    """Tiles of a program of a reduction: about REDUCE_PROGRAMS programs have the same number each."""
+    return max(1, min(below, round(tiles / REDUCE_PROGRAMS)))
+
+
+def weight_args(weight: Tensor | None) -> tuple | None:
+    """Any strides, hence any broadcast; see weight_at."""
+    if weight is None:
+        return None
+    *by_image, rows, columns = weight.stride()
+    return (weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)
+
+
 def sizes(image: Tensor) -> tuple[int, ...]:
     """Of an image in order: width, height, depth, units (planes, or 1) of an image and, if channels_last, channels."""
     channels, (*depth, height, width) = image.shape[1], image.shape[2:]
@@ -319,32 +183,40 @@ def guide_args(guide: Tensor | None) -> tuple | None:
     return guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1)
 
 
-def smoothness_fwd(
+def _first_stage(
     image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
 ) -> Tensor:
+    """Sums of each program: ``[N, planes of an image, programs of a plane, channels of a pixel, directions]``."""
     images, channels, axes = *image_pred.shape[:2], image_pred.ndim - 2
     outs = 1 if kind == "isotropic" else axes
     if image_pred.numel() == 0:
-        return image_pred.new_zeros((images, channels, outs), dtype=torch.float32)
+        return image_pred.new_zeros((images, channels, 1, 1, outs), dtype=torch.float32)
     image = in_order(image_pred)
     size = sizes(image)
     step, units = image.shape[1] // size[3], images * size[3]
-    block = block_of(guide, weight, kind, order, True)
-    used = block // math.lcm(step, 8) * math.lcm(step, 8)  # whole channels, and 128-bit loads
-    splits = min(triton.cdiv(image.numel() // units, used), triton.cdiv(REDUCE_PROGRAMS, units))
+    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, True))
+    steps = steps_of(units * across * below, below)
+    splits = across * triton.cdiv(below, steps)
     out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
-    weight_args = None if weight is None else broadcast_args(weight, image)
     with on_device(image):
         _smoothness_fwd_kernel[(units * splits,)](
-            image, guide_args(guide), weight_args, out, size, splits, used, kind, order, axes,
-            needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
+            image, guide_args(guide), weight_args(weight), out, size, splits, across, steps, kind, order, axes,
+            needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
         )  # fmt: skip
-    return (out.sum(2) if splits > 1 else out[:, :, 0]).reshape(images, channels, outs)
+    return out
+
+
+def smoothness_fwd(
+    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
+) -> Tensor:
+    out = _first_stage(image_pred, guide, weight, kind, order)
+    return (out.sum(2) if out.shape[2] > 1 else out[:, :, 0]).reshape(*image_pred.shape[:2], out.shape[4])
 
 
 def smoothness_bwd(
-    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
+    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int,
+    factors: Sequence[float] | None = None,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(image_pred)
     if out.numel() == 0:
         return out
@@ -352,15 +224,20 @@ def smoothness_bwd(
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
     units = image.shape[0] * size[3]
-    block = block_of(guide, weight, kind, order, False)
-    splits = triton.cdiv(image.numel() // units, block)
-    weight_args = None if weight is None else broadcast_args(weight, image)
+    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False))
+    splits = across * below
     with on_device(image):
         _smoothness_bwd_kernel[(units * splits,)](
-            grad.contiguous(), image, guide_args(guide), weight_args, written, size, splits, kind, order,
-            image.ndim - 2, needs_int64(image, weight, guide), block, **STREAM_OPTIONS,
+            grad.contiguous(), None if factors is None else tuple(factors), image, guide_args(guide),
+            weight_args(weight), written, size, splits, across, kind, order, image.ndim - 2,
+            needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
+
+
+smoothness_total_fwd, smoothness_total_bwd = total_launchers(
+    lambda *args: _first_stage(*args).flatten(0, 3).T, smoothness_bwd
+)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -376,6 +253,10 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
         yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
     yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
+    for kind, factors in (("l1", [0.5, 0.25]), ("isotropic", [0.5])):
+        args = (torch.empty(image, device="meta"), None, None, kind, 1, factors)
+        yield AotCase(f"forward {kind} total", smoothness_total_fwd, args)
+        yield AotCase(f"backward {kind} total", smoothness_total_bwd, (torch.empty((), device="meta"), *args))
     yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..totals import Total
 
 
 def pixel_reference(
@@ -66,6 +67,9 @@ _pixel = Op(
     grads=("image", "image_pred"),
     triton="pixel",
 )
+
+
+_pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, triton="pixel")
 
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
@@ -134,7 +138,10 @@ def pixel_loss(
         check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
     dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    out = _pixel(image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
+    args = (image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
+    if reduction == "mean" and weight is None and image.numel() > 0 and _pixel_total.serves(*args):
+        return _pixel_total(*args, [1 / image.numel()], backend="triton")
+    out = _pixel(*args)
     if reduction != "mean":
         return out
     return mean_of(out, weight, image.numel())

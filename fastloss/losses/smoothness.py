@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_same_device, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..totals import Total
 
 DISTANCES = (1, 2, "isotropic", "norm")
 
@@ -110,6 +111,11 @@ _smoothness = Op(
 )
 
 
+_smoothness_total = Total(
+    _smoothness, fwd=_smoothness_fwd, bwd=_smoothness_bwd, reference=smoothness_reference, triton="smoothness"
+)
+
+
 def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list[Tensor] | list[int]:
     """How many differences each direction of an image's channel has, or how much weight: then ``[N, C]`` each."""
     dims = range(2, image.ndim) if kind != "isotropic" else (None,)
@@ -184,10 +190,21 @@ def smoothness_loss(
     kind, weight = smoothness_kind(image_pred, p, order, guide, weight)
     if reduction == "mean":
         check_not_empty(image_pred.numel())
-    sums = _smoothness(image_pred, guide, weight, kind, order)
     over, mean = _CONVENTIONS[convention][reduction]
+    args = (image_pred, guide, weight, kind, order)
+    if over and reduction != "none" and weight is None and p != "norm" and _smoothness_total.serves(*args):
+        return _smoothness_total(*args, _factors(image_pred, kind, order, mean, reduction), backend="triton")
+    sums = _smoothness(*args)
     value = _value(sums, _counts(image_pred, weight, kind, order) if mean else None, over, p)
     return reduce(value, reduction) if over == (1,) else value
+
+
+def _factors(image: Tensor, kind: str, order: int, mean: bool, reduction: str) -> list[float]:
+    """How much each direction's sum over all images and channels counts, where the value is one number."""
+    images, channels = image.shape[:2]
+    planes = (channels if mean else 1) * (images if reduction == "mean" else 1)
+    counts = [int(count) for count in _counts(image, None, kind, order)]  # no weights, hence no tensors
+    return [1 / max(planes * (count if mean else 1), 1) for count in counts]
 
 
 def smoothness_kind(

@@ -1,0 +1,57 @@
+"""The total of an op's sums, each times a factor: the scalar of a mean in the op's kernel and one tiny launch more.
+
+    mean = Total(op, sums)          where the loss defines its op
+    mean(*args, factors)            sum_k factors[k] * (the op's sums of the k-th kind)
+
+It is for Triton alone: the factors, which arithmetic on scalars in torch would spend a launch on each, go to the
+kernels as numbers, in both directions. Its kernels' module has `<name>_total_fwd` and `_bwd`, see kernels/totals.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from torch import Tensor
+
+from .core import Op
+
+
+def _with_factors(fake: Callable, returned: Any, shape: Callable) -> Callable:
+    """`shape` with the typed parameters of `fake` and the factors: what the schema is made of."""
+    hints = get_type_hints(fake)
+    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(fake).parameters.values()]
+    last = inspect.Parameter("factors", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=list[float])
+    shape.__signature__ = inspect.Signature([*own, last], return_annotation=returned)  # type: ignore[attr-defined]
+    return shape
+
+
+class Total(Op):
+    """See above. `fwd`, `bwd` and `reference` are those of the op, whose first output holds sums, the kinds last."""
+
+    def __init__(self, op: Op, *, fwd: Callable, bwd: Callable, reference: Callable, triton: str) -> None:
+        def total_fwd(*args: Any) -> Tensor:
+            return fwd(*args[:-1]).new_empty(())
+
+        def total_bwd(*args: Any) -> Any:
+            return bwd(*args[:-1])
+
+        def total_reference(*args: Any) -> Tensor:
+            *own, factors = args
+            sums = reference(*own).reshape(-1, len(factors)).sum(0)
+            return sum(factor * each for factor, each in zip(factors, sums.unbind(), strict=True))
+
+        super().__init__(
+            f"{op.name}_total",
+            fwd=_with_factors(fwd, Tensor, total_fwd),
+            bwd=_with_factors(bwd, get_type_hints(bwd)["return"], total_bwd),
+            reference=total_reference,
+            grads=op.grads,
+            triton=triton,
+        )
+        self.op = op
+
+    def serves(self, *args: Any) -> bool:
+        """Whether the op's call with these arguments would go to Triton's kernels."""
+        return self.op.backend(*args) == "triton"
