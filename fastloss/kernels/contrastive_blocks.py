@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..losses.contrastive_softmax import exponentials
 from .common import STREAM_OPTIONS
-from .contrastive_grads import _contrastive_bwd_kernel, _contrastive_finish_kernel
+from .contrastive_grads import AGAIN, FLAGGED, KEPT, _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
 from .contrastive_table import DESCRIPTORS, HALF, PRODUCTS, Tile, best_tile, products_kind, walk_plan
 
@@ -22,6 +22,7 @@ MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
 STRIPS, LOWEST = 16, 1024  # blocks of rows of a triangle, a fraction 1 / STRIPS of which lies below it; least rows
 GROUP = 8
+KEPT_ROWS = 32  # of a tile that is read, whose columns are those of the tiles kept
 HALF_TILE = 64  # columns
 DEFINED = 2**16  # elements
 CHUNK = 128  # rows of a chunk are a multiple, where the workspace holds as many
@@ -66,8 +67,9 @@ class Call:
             burden = int(options > 0 or excludes)
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
-        narrow = keeps or (backward and query.dtype == torch.float16)
-        if narrow and self.symmetric and self.tile.columns > HALF_TILE:  # 128 columns spill in triton 3.6
+        # float16's backward has a factor more, and the triangle's tiles a mask
+        narrow = self.upper and keeps or (backward and query.dtype == torch.float16)
+        if narrow and self.symmetric and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
         self.options = self.tile.options
 
@@ -250,18 +252,22 @@ def make_block(
 
     `given` is what the kernel takes of the forward and from upstream. `made`: the library's products are in `work`.
     """
-    (row, column, end, stop), tile = area, call.tile
-    operands = call.operands()
+    (row, column, end, stop), tile, operands = area, call.tile, call.operands()
     if made:
         operands = work, (pitch, row, column, end)
     elif call.by_library:  # G takes the place of the products, where it is float32 too
         room = work if work is not None and work.dtype == torch.float32 else given[0].new_empty((end - row) * pitch)
         operands = call.make_products(room, area, pitch)
-    tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
-    _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
-        *operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
-        call.beta, call.form, tile.constants, GROUP, **call.options,
-    )  # fmt: skip
+    launches = [(AGAIN, tile)]
+    if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time
+        rows = KEPT_ROWS if sums is None else tile.rows
+        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, replace(tile, warps=8))][: 1 + call.symmetric]
+    for part, tile in launches:
+        tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
+        _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
+            *operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
+            call.beta, call.form, tile.constants, part.value, GROUP, **tile.options,
+        )  # fmt: skip
     return call.query.new_empty(0) if work is None else work.view(-1, pitch)[: end - row, : stop - column]
 
 

@@ -28,8 +28,8 @@ from .contrastive_each_sums import each_fwd_kernel, each_merge_kernel
 
 TILE = 16384  # bytes of negatives that a program of the backward has at a time
 # The forward's programs: four of four warps are resident on a multiprocessor, and 512 fill 132 of those just once.
-FORWARD = {"num_warps": 4, "enable_fp_fusion": True}
-PROGRAMS = 512
+FORWARD = {"enable_fp_fusion": True}
+PROGRAMS = 2048  # of a warp
 HELD = 32  # elements of the negatives in a thread at a time where one sum of vectors is kept; half where more are
 MOST_ROWS, MOST_TILES = 64, 4
 MOST_PIECES = 8  # in which a row of a tile lies, as each is code of its own
@@ -134,13 +134,15 @@ def _tile(negatives: Tensor) -> tuple[int, int]:
     return max(1, min(32, elements // wide)), wide
 
 
-def forward_tile(width: int, size: int, aligned: bool, sums: int) -> tuple[int, int, int, int]:
-    """(rows, tiles, pieces, columns of a piece) of a step of the forward: where it can be, a warp has whole negatives.
+def forward_tile(width: int, size: int, aligned: bool, sums: int) -> tuple[int, int, int, int, int]:
+    """(rows, tiles, pieces, columns of a piece, warps) of a step of the forward: where it can be, a program is one warp
+    with whole negatives, which waits for no other.
 
     `size`: bytes of an element; `aligned`: the negatives can be read in 128 bits; `sums`: of vectors, kept.
     """
     held = HELD if sums < 2 else HELD // 2
-    vector, lanes = 16 // size if aligned else 1, 32 * FORWARD["num_warps"]
+    warps = 1 if width <= 32 * held and aligned else 4
+    vector, lanes = 16 // size if aligned else 1, 32 * warps
     span = min(triton.next_power_of_2(width), 32 * vector)
     while triton.cdiv(width, span) > MOST_PIECES or (
         triton.cdiv(width, span) * span > 32 * held and span < lanes * held
@@ -149,7 +151,7 @@ def forward_tile(width: int, size: int, aligned: bool, sums: int) -> tuple[int, 
     pieces = triton.cdiv(width, span)
     rows = max(1, min(MOST_ROWS, lanes * vector // span))
     each = triton.next_power_of_2(max(1, rows * pieces * span // lanes))
-    return rows, max(1, min(MOST_TILES, held // each)), pieces, span
+    return rows, max(1, min(MOST_TILES, held // each)), pieces, span, warps
 
 
 def _rows_contiguous(negatives: Tensor) -> Tensor:
@@ -171,8 +173,8 @@ def contrastive_each_fwd(
     query, negatives, row_scale = query.contiguous(), _rows_contiguous(negatives), row_scale.contiguous()
     sums = powers + moments if keep else 0
     aligned = negatives.stride(1) % 16 == 0 and negatives.stride(0) % 16 == 0
-    height, tiles, pieces, span = forward_tile(width, negatives.element_size(), aligned, sums)
-    splits = max(1, min(triton.cdiv(PROGRAMS, max(rows, 1)), triton.cdiv(count, 2 * tiles * height)))
+    height, tiles, pieces, span, warps = forward_tile(width, negatives.element_size(), aligned, sums)
+    splits = max(1, min(triton.cdiv(PROGRAMS // warps, max(rows, 1)), triton.cdiv(count, 2 * tiles * height)))
     parts = row_scale.new_empty(rows, splits, 6)
     pulls = row_scale.new_empty(rows if keep else 0, splits, powers + moments, width)
     stats = row_scale.new_empty(1 + 2 * moments + powers, rows)
@@ -185,7 +187,7 @@ def contrastive_each_fwd(
             query, negatives, row_scale, None if ceiling is None else ceiling.contiguous(), parts, pulls,
             logits if keep > 1 else None, inverse if keep > 1 else None, count, width, negatives.stride(0),
             negatives.stride(1), splits, hardness, normalize, moments, powers, keep > 0, needs_int64(negatives),
-            height, tiles, pieces, span, width == pieces * span, AHEAD, **FORWARD,
+            height, tiles, pieces, span, width == pieces * span, AHEAD, num_warps=warps, **FORWARD,
         )  # fmt: skip
         each_merge_kernel[(rows, triton.cdiv(width, MERGED) if keep else 1)](
             parts, pulls, stats, merged, rows, width, splits, hardness, moments, powers, keep > 0,

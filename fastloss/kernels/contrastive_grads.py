@@ -10,6 +10,7 @@ from .contrastive_tile import tile_logits
 
 # An exponential below a row's reference serves the columns whose references lie no further than this under it.
 SPREAD_BACK = tl.constexpr(96.0)
+AGAIN, KEPT, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
@@ -94,44 +95,12 @@ def _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM
 
 
 @triton.jit
-def _contrastive_bwd_kernel(
-    query,  # (M, D), key (N, D), or their products, which G may replace: see contrastive_tile.py
-    key,
-    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
-    columns,  # column_scale, bias, column_ids: (N,) or None
-    results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
-    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None: e (M,
-    # pitch), its references (column blocks, M), the pitch; G of the positives (M,), which are no negatives, or None
-    stats,
-    sizes,  # M, N, D
-    block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
-    beta,
-    FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
-    TILE: tl.constexpr,
-    GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
-):
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    STATES: tl.constexpr = 2 + (2 if FORM[2] else 0) + (2 if beta is not None else 0)
-    operands = (query, key)
-    program = tl.program_id(0)
-    first = program // (GROUP * block[4]) * GROUP
-    height = tl.minimum(block[3] - first, GROUP)
-    rest = program % (GROUP * block[4])
-    row_block, column_block = first + rest % height, rest // height
-    row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
+def _store_pull(pull, where, rows, columns, results, stats, sizes, block):
+    """G r c of a tile, and its column sums, to where the block has them."""
+    row_block, column_block, row0, column0 = where
+    BM: tl.constexpr = pull.shape[0]
+    BN: tl.constexpr = pull.shape[1]
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    stride = tl.cast(sizes[0], tl.int64)
-    # from a row's statistics to those of a column, which are a row's where rows and columns are the same
-    across = (0 if FORM[0] == 2 else STATES) * stride
-    if stats[3] is None:
-        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
-    else:
-        reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
-        if FORM[1] and tl.max(reference, 0) == float("inf"):
-            pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
-        else:
-            pull = _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM)
     if stats[6] is not None:
         own = row
         if rows[1] is not None:
@@ -153,6 +122,53 @@ def _contrastive_bwd_kernel(
         corner = results[0] + (row0 - block[0]).to(tl.int64) * block[5] + column_block * BN
         out = corner + tl.arange(0, BM)[:, None] * block[5] + tl.arange(0, BN)[None, :]
         tl.store(out, pull.to(results[0].dtype.element_ty), mask=(row < block[2])[:, None])
+
+
+@triton.jit
+def _contrastive_bwd_kernel(
+    query,  # (M, D), key (N, D), or their products, which G may replace: see contrastive_tile.py
+    key,
+    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
+    columns,  # column_scale, bias, column_ids: (N,) or None
+    results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
+    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None: e (M,
+    # pitch), its references (column blocks, M), the pitch; G of the positives (M,), which are no negatives, or None
+    stats,
+    sizes,  # M, N, D
+    block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
+    beta,
+    FORM: tl.constexpr,  # what is left out (see contrastive_tile.py), symmetric, moments
+    TILE: tl.constexpr,
+    PART: tl.constexpr,  # AGAIN: all tiles, from logits made again; KEPT: those kept; FLAGGED: the others, made again
+    GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
+):
+    BM: tl.constexpr = TILE[0]
+    BN: tl.constexpr = TILE[1]
+    STATES: tl.constexpr = 2 + (2 if FORM[2] else 0) + (2 if beta is not None else 0)
+    operands = (query, key)
+    program = tl.program_id(0)
+    first = program // (GROUP * block[4]) * GROUP
+    height = tl.minimum(block[3] - first, GROUP)
+    rest = program % (GROUP * block[4])
+    row_block, column_block = first + rest % height, rest // height
+    row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
+    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
+    stride = tl.cast(sizes[0], tl.int64)
+    # from a row's statistics to those of a column, which are a row's where rows and columns are the same
+    across = (0 if FORM[0] == 2 else STATES) * stride
+    if PART == AGAIN:
+        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
+        _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
+    else:
+        reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
+        flagged = tl.max(reference, 0) == float("inf")
+        if PART == FLAGGED:
+            if flagged:
+                pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
+                _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
+        elif flagged == 0:
+            pull = _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM)
+            _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
 
 
 @triton.jit

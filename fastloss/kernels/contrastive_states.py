@@ -111,14 +111,20 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
+def _keep_references(kept, reference, row0, column0, sizes, BN: tl.constexpr):
+    row = tl.arange(0, reference.shape[0])
+    line = (column0 // BN).to(tl.int64) * sizes[0] + row0
+    tl.store(kept[1] + line + row, reference, mask=row < sizes[0] - row0)
+
+
+@triton.jit
 def _keep(kept, e, reference, row0, column0, sizes):
     """Store a tile's exponentials and their references, infinite where they do not serve the columns."""
     row, column = tl.arange(0, e.shape[0]), tl.arange(0, e.shape[1])
     inside = row < sizes[0] - row0
     corner = kept[0] + tl.cast(row0, tl.int64) * kept[2] + column0
     tl.store(corner + (row[:, None] * kept[2] + column[None, :]), e.to(kept[0].dtype.element_ty), mask=inside[:, None])
-    line = (column0 // e.shape[1]).to(tl.int64) * sizes[0] + row0
-    tl.store(kept[1] + line + row, reference, mask=inside)
+    _keep_references(kept, reference, row0, column0, sizes, e.shape[1])
 
 
 @triton.jit
@@ -185,15 +191,17 @@ def _contrastive_fwd_kernel(
                     least = tl.where(column_best == float("-inf"), float("inf"), column_best)
                 least = tl.min(least, 0)
                 wide = top - least * LOG2E > SPREAD
-                if kept[0] is not None:
-                    _keep(kept, e, tl.where(wide, float("inf"), reference), row0, column0, sizes)
                 if wide:  # make the logits once more rather than hold them beside e
                     s, back = tile_logits(
                         operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, TILE, True
                     )
                     column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
+                    if kept[0] is not None:  # the backward makes these again too
+                        _keep_references(kept, tl.zeros((BM,), tl.float32) + float("inf"), row0, column0, sizes, BN)
                 else:
                     column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
+                    if kept[0] is not None:
+                        _keep(kept, e, reference, row0, column0, sizes)
                 reference = tl.where(wide, _reference(column_best), top)
             else:
                 reference = _reference(column_best)

@@ -30,7 +30,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import (
-    STREAM_BLOCK,
     STREAM_OPTIONS,
     AotCase,
     added,
@@ -38,7 +37,6 @@ from .common import (
     needs_int64,
     on_device,
     sign,
-    stream_grid,
     zeros,
 )
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
@@ -47,6 +45,7 @@ from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, t
 from .smoothness_terms import smoothness_pulled, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, layout, strided, taps_of
 
+SIGNS_BLOCK = 1024
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -226,10 +225,9 @@ class _Call(NamedTuple):
         return self.pred.shape[0] * self.size[3]
 
     def block(self, forward: bool, signs: bool = False) -> int:
-        """That of the smoothness; half of it where a second image and a weight or signs beside it take registers."""
+        """That of the smoothness; less where a second image and signs beside it take registers."""
         block = block_of(self.guide, self.weight, self.smoothness, self.order, forward)
-        wide = self.pred.element_size() == 2  # 128-bit accesses on the 256 lanes of an AMD program
-        return block if self.pixel_weight is None and (wide or (forward and not signs)) else min(block, 1024)
+        return min(block, 512 if signs else 1024)
 
 
 def _call(
@@ -315,9 +313,9 @@ def image_bwd(
         _ssim_bwd(grad, kept, call, numbers, keep, first, second)
     elif keep:
         with on_device(call.pred):
-            _image_signs_bwd_kernel[stream_grid(kept.numel(), False)](
-                grad, kept, first, second, kept.numel(), call.order, image_pred.ndim - 2, call.wide, STREAM_BLOCK,
-                **STREAM_OPTIONS,
+            _image_signs_bwd_kernel[(triton.cdiv(kept.numel(), SIGNS_BLOCK),)](
+                grad, kept, first, second, kept.numel(), call.order, image_pred.ndim - 2, call.wide, SIGNS_BLOCK,
+                **(STREAM_OPTIONS | {"num_warps": 2}),
             )  # fmt: skip
     else:
         rows, columns, across, below = tile(call.size, call.block(False))

@@ -28,11 +28,11 @@ from .common import AotCase, on_device
 from .layers import DIRECT, MOST, columns_of, layer_of
 from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
 
-TILE = 8192  # elements of x, and of y: 32 of each in every thread
+TILE = 4096  # elements of x, and of y: 32 of each in every thread
 MOST_CHANNELS = 1024  # of a tile: its rows of pixels are 32 bytes then
 PIXELS = 2  # that a thread reads side by side, of a plane
 SHARED_CHANNELS = 16  # of the smallest tile that layers share
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -128,10 +128,14 @@ def _smoothness_bwd_kernel(
     tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
-def block_of(guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool) -> int:
+def block_of(
+    guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool, half: bool = False
+) -> int:
     """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
     if order == 1 and guide is None:
-        return 1024 if weight is not None or (kind == "isotropic" and not forward) else STREAM_BLOCK
+        if kind == "isotropic":
+            return 512 if not forward else 1024 if weight is not None else STREAM_BLOCK
+        return 4096 if forward and weight is None and half else 1024
     if order == 1 or guide is None:
         return 512
     return 256
@@ -151,7 +155,7 @@ def tile(size: tuple[int, ...], block: int) -> tuple[int, int, int, int]:
     Narrow tiles have more neighbours around them, wide ones more columns that are not there.
     """
     columns, rows = size[0] * (size[4] if len(size) == 5 else 1), size[1] * size[2]
-    widths = (width for width in (256, 128, 64, 32, 16) if width <= block)
+    widths = (width for width in (256, 128, 64, 32, 16) if width <= max(128, block // 8))
     wide = min(widths, key=lambda width: triton.cdiv(columns, width) * (width + 8))
     return block // wide, wide, triton.cdiv(columns, wide), triton.cdiv(rows, block // wide)
 
@@ -194,14 +198,16 @@ def _first_stage(
     image = in_order(image_pred)
     size = sizes(image)
     step, units = image.shape[1] // size[3], images * size[3]
-    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, True))
+    block = block_of(guide, weight, kind, order, True, image.element_size() == 2)
+    rows, columns, across, below = tile(size, block)
     steps = steps_of(units * across * below, below)
     splits = across * triton.cdiv(below, steps)
     out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
     with on_device(image):
         _smoothness_fwd_kernel[(units * splits,)](
             image, guide_args(guide), weight_args(weight), out, size, splits, across, steps, kind, order, axes,
-            needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
+            needs_int64(image, weight, guide), rows, columns,
+            **(STREAM_OPTIONS | {"num_warps": 8 if block == 4096 else 4}),
         )  # fmt: skip
     return out
 
