@@ -24,7 +24,8 @@ _INT32_SPAN = 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
 class AotCase:
     """One launcher call that the ahead-of-time check makes, with tensors on the meta device.
 
-    `vector` and `matrix` name the kernels that must have 128-bit global accesses, or matrix instructions.
+    `vector` and `matrix` name the kernels that must have 128-bit global accesses, or matrix instructions; `spills` are
+    bytes of stack that a device was measured to be faster with.
     """
 
     label: str
@@ -32,6 +33,7 @@ class AotCase:
     args: tuple
     vector: tuple[str, ...] = ()
     matrix: tuple[str, ...] = ()
+    spills: int = 0
 
 
 def runs(tensor: Tensor, model: Tensor) -> list[tuple[int, int]]:

@@ -52,6 +52,7 @@ from .contrastive_blocks import (
     make_statistics,
     new_stash,
 )
+from .contrastive_table import SPILLED
 
 _EMPTY = float("-inf")
 
@@ -206,6 +207,6 @@ def aot_cases() -> Iterator[AotCase]:
         words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
         sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
         for name, launch, given, end in sides:
-            rescales = end == "bwd" and "stash" in kind and not {"symmetric", "upper"} & set(kind.split("+"))
-            kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not rescales)
-            yield AotCase(" ".join((name, *words)), launch, given, (), kernels)
+            kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not (end == "bwd" and "stash" in kind))
+            spills = SPILLED if kind == clip + "+stash" else 0
+            yield AotCase(" ".join((name, *words)), launch, given, (), kernels, spills)

@@ -16,7 +16,7 @@ from ..losses.contrastive_softmax import exponentials
 from .common import STREAM_OPTIONS
 from .contrastive_grads import AGAIN, FLAGGED, KEPT, _contrastive_bwd_kernel, _contrastive_finish_kernel
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
-from .contrastive_table import DESCRIPTORS, HALF, PRODUCTS, Tile, best_tile, products_kind, walk_plan
+from .contrastive_table import DESCRIPTORS, PRODUCTS, Tile, best_tile, products_kind, walk_plan
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)
@@ -60,15 +60,14 @@ class Call:
         hard = hardness > 0
         if hard or options > (0 if self.symmetric else 2):
             burden = 3 if (hard and self.symmetric) or self.upper else 2
-        elif self.upper and not backward or keeps and self.symmetric and self.products != HALF:
-            burden = 2
-        else:
-            excludes = keeps and not self.symmetric and self.rows[1] is not None  # spills a little with four warps
-            burden = int(options > 0 or excludes)
+        else:  # what spills a little with four warps
+            excludes = keeps and not self.symmetric and self.rows[1] is not None
+            burden = int(options > 0 or excludes or (backward and self.sizes[2] <= 32))
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
-        # float16's backward has a factor more, and the triangle's tiles a mask
-        narrow = self.upper and keeps or (backward and query.dtype == torch.float16)
+        # the triangle's tiles have a mask, float16's backward a factor more, and sm_80 keeps products in registers
+        kept_there = keeps and self.tile.operands != DESCRIPTORS
+        narrow = self.upper or kept_there or (backward and query.dtype == torch.float16)
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
         self.options = self.tile.options

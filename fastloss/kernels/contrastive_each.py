@@ -24,10 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import AotCase, needs_int64, on_device
-from .contrastive_each_sums import each_fwd_kernel, each_merge_kernel
+from .contrastive_each_sums import below_one, each_fwd_kernel, each_merge_kernel
 
 TILE = 16384  # bytes of negatives that a program of the backward has at a time
-# The forward's programs: four of four warps are resident on a multiprocessor, and 512 fill 132 of those just once.
+# The forward's programs: sixteen warps are resident on a multiprocessor, and 2048 fill 132 of those just once.
 FORWARD = {"enable_fp_fusion": True}
 PROGRAMS = 2048  # of a warp
 HELD = 32  # elements of the negatives in a thread at a time where one sum of vectors is kept; half where more are
@@ -112,7 +112,7 @@ def _each_negatives_kernel(
         place = 0 if a == 0 else 1 + 2 * MOMENTS + a
         power = 1.0 if a == 0 else 1.0 + hardness if a == 1 else hardness
         mass = tl.load(grad_ptr + place * rows + row) * power
-        slope += mass * tl.exp(power * scores - tl.load(stats_ptr + place * rows + row))
+        slope += mass * below_one(power * scores - tl.load(stats_ptr + place * rows + row))
     slope = tl.where(out, 0.0, slope * inverse)
     query = tl.load(query_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     grad = (slope * tl.load(scale_ptr + row))[:, None] * query

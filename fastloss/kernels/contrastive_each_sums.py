@@ -16,7 +16,7 @@ LOG2E_REST = tl.constexpr(1.925963033500011e-08)
 
 
 @triton.jit
-def _exp(x):
+def below_one(x):
     """e^x for x <= 0. A device has 2^x, so that the rounding of x log2(e) is a factor of its own."""
     x = tl.where(x < -200.0, -200.0, x)  # NaN stays
     power = x * LOG2E
@@ -28,11 +28,11 @@ def _exp(x):
 @triton.jit
 def _more(total, vectors, power, scores, before, most, inverse, tiles, KEEP: tl.constexpr):
     """One power's running sums with the scores of more tiles."""
-    factor = _exp(power * (before - most))
+    factor = below_one(power * (before - most))
     total *= factor
     shares = ()
     for u in tl.static_range(len(tiles)):
-        share = _exp(power * (scores[u] - most))  # 0 for -inf, as no maximum is that
+        share = below_one(power * (scores[u] - most))  # 0 for -inf, as no maximum is that
         total += share
         shares = shares + (share * inverse[u],)  # type: ignore[assignment]
     if KEEP:
@@ -131,7 +131,7 @@ def _store_vectors(to, vectors, factor, width, SPAN: tl.constexpr):
 @triton.jit
 def _store_sums(part, to, over, total, vectors, width, KEEP: tl.constexpr, SPAN: tl.constexpr):
     """A power's total and vectors, their slots brought to one maximum."""
-    factor = _exp(over)
+    factor = below_one(over)
     tl.store(part, tl.sum(factor * total))
     if KEEP:
         _store_vectors(to, vectors, factor, width, SPAN)
@@ -267,7 +267,7 @@ def each_merge_kernel(
         total = 1.0
         if a < POWERS:
             totals = tl.load(parts_ptr + split * 6 + 3 + a, mask=exists, other=0.0)
-            total = tl.sum(_exp(power * (tops - most)) * totals)
+            total = tl.sum(below_one(power * (tops - most)) * totals)
             if tl.program_id(1) == 0:
                 lse = tl.where(most == float("inf"), most, power * most + tl.log(total))
                 place = 0 if a == 0 else 1 + 2 * MOMENTS + a
@@ -280,7 +280,7 @@ def each_merge_kernel(
                 at = pulls_ptr + (p * (POWERS + MOMENTS) + a)[:, None] * width + columns
                 part = tl.load(at, mask=mask, other=0.0)
                 if a < POWERS:
-                    part *= _exp(power * (tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38) - most))[:, None]
+                    part *= below_one(power * (tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38) - most))[:, None]
                 vectors += tl.sum(part, 0)
             vectors = tl.where(total == 0.0, 0.0, vectors / total)
             tl.store(merged_ptr + (a * rows + row) * width + columns, vectors, mask=inside)
