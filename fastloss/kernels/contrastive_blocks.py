@@ -13,8 +13,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..losses.contrastive_softmax import exponentials
-from .common import STREAM_OPTIONS
-from .contrastive_grads import AGAIN, FLAGGED, KEPT, _contrastive_bwd_kernel, _contrastive_finish_kernel
+from .common import STREAM_BLOCK, STREAM_OPTIONS
+from .contrastive_grads import (
+    AGAIN,
+    FLAGGED,
+    KEPT,
+    _contrastive_bwd_kernel,
+    _contrastive_finish_kernel,
+    _contrastive_scale_kernel,
+)
 from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
 from .contrastive_table import DESCRIPTORS, PRODUCTS, Tile, best_tile, products_kind, walk_plan
 
@@ -209,6 +216,20 @@ def finish(
     _contrastive_finish_kernel[(triton.cdiv(sums.shape[0], FINISH_BLOCK[0]),)](
         sums, x, grad, scale, dot, factor, (*sums.shape, x.stride(0)), normalize, *FINISH_BLOCK, **STREAM_OPTIONS
     )
+
+
+def scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+    """`made`, which the forward has made in float32, times the upstream gradient, in the dtype of `like`."""
+    if not needed:
+        return like.new_empty(0)
+    out = like.new_empty(like.shape)
+    if grad.numel() != 1 or made.numel() < STREAM_BLOCK:
+        return torch.mul(made, grad, out=out)
+    count = made.numel()
+    _contrastive_scale_kernel[(triton.cdiv(count, STREAM_BLOCK),)](
+        made, grad, out, count, STREAM_BLOCK, **STREAM_OPTIONS
+    )
+    return out
 
 
 class Side:

@@ -280,7 +280,8 @@ def each_merge_kernel(
                 at = pulls_ptr + (p * (POWERS + MOMENTS) + a)[:, None] * width + columns
                 part = tl.load(at, mask=mask, other=0.0)
                 if a < POWERS:
-                    part *= below_one(power * (tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38) - most))[:, None]
+                    top = tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38)
+                    part *= below_one(power * (top - most))[:, None]
                 vectors += tl.sum(part, 0)
             vectors = tl.where(total == 0.0, 0.0, vectors / total)
             tl.store(merged_ptr + (a * rows + row) * width + columns, vectors, mask=inside)

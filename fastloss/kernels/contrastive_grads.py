@@ -214,3 +214,18 @@ def _contrastive_finish_kernel(
             scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
             dot = tl.where(scale == 0, 0.0, dot / tl.where(scale == 0, 1.0, scale))
         tl.store(dot_ptr + row, dot, mask=inside)
+
+
+@triton.jit
+def _contrastive_scale_kernel(
+    made_ptr,  # (count,) float32
+    grad_ptr,  # (1,)
+    to_ptr,  # (count,)
+    count,
+    BLOCK: tl.constexpr,
+):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK)
+    inside = index < count - start
+    made = tl.load(made_ptr + start + index, mask=inside)
+    tl.store(to_ptr + start + index, (made * tl.load(grad_ptr)).to(to_ptr.dtype.element_ty), mask=inside)

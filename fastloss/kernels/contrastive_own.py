@@ -25,9 +25,10 @@ from torch import Tensor
 from ..losses.contrastive_own import NEGATIVES
 from ..losses.contrastive_plain import KEY, QUERY, SCALE
 from .common import AotCase, on_device
+from .contrastive_blocks import scaled
 from .contrastive_each import HALF_AND_SINGLE, contrastive_each_bwd, contrastive_each_fwd
 from .contrastive_lengths import _inverse_length, prepare
-from .contrastive_plain import plain_losses, scaled
+from .contrastive_plain import plain_losses
 
 
 @triton.jit

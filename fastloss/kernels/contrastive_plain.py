@@ -37,6 +37,7 @@ from .contrastive_blocks import (
     make_gradients,
     make_statistics,
     new_stash,
+    scaled,
 )
 from .contrastive_lengths import prepare
 from .contrastive_table import SPILLED
@@ -245,10 +246,6 @@ def contrastive_plain_bwd(
         if not needs_scale or scale is None:
             return of_query, of_key, none
         return of_query, of_key, (dot.sum() / scale).reshape(scale.shape)
-
-
-def scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
-    return torch.mul(made, grad, out=like.new_empty(like.shape)) if needed else like.new_empty(0)
 
 
 def _again(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..losses.contrastive_siglip import IMAGE, NUMBERS, TEXT
 from .common import AotCase, on_device
-from .contrastive_blocks import GROUP, Call, add_product, block_plan, embeddings, finish
+from .contrastive_blocks import GROUP, Call, add_product, block_plan, embeddings, finish, scaled
 from .contrastive_lengths import prepare
 from .contrastive_table import best_tile
 from .contrastive_tile import products
@@ -137,10 +137,13 @@ def _pass(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Row losses, and the float32 gradients that `needs` asks for: of image, text, scale, bias."""
     (m, width), n, share = image.shape, text.shape[0], share.contiguous()
-    made = scale.new_zeros(2, m)
-    to_image, to_text = scale.new_zeros(m if needs & 5 else 0, width), scale.new_zeros(n if needs & TEXT else 0, width)
-    dot = scale.new_zeros(m if needs & NUMBERS else 0)
-    if m and n:
+    made = scale.new_empty(2, m)
+    to_image, to_text = scale.new_empty(m if needs & 5 else 0, width), scale.new_empty(n if needs & TEXT else 0, width)
+    dot = scale.new_empty(m if needs & NUMBERS else 0)
+    if not (m and n):
+        for each in (made, to_image, to_text, dot):
+            each.zero_()
+    else:
         image, text = embeddings(image), embeddings(text)
         row_scale, column_scale = _scales(image, text, scale, normalize)
         call = Call(image, text, (row_scale, None, image_ids, None), (column_scale, None, text_ids), "", 0.0)
@@ -153,8 +156,9 @@ def _pass(
             finish(to_image, call.query, grad, None, dot if needs & NUMBERS else None, factor, normalize)
         if needs & TEXT and (normalize or factor is not None):
             finish(to_text, call.key, to_text, None, None, factor, normalize)
-    one = slice(0, 1 if needs & NUMBERS else 0)
-    numbers = (dot.sum() / scale).reshape(1)[one], (made[1] * share).sum().reshape(1)[one]
+    numbers = scale.new_empty(0), scale.new_empty(0)
+    if needs & NUMBERS:
+        numbers = (dot.sum() / scale).reshape(1), (made[1] * share).sum().reshape(1)
     return made[0], to_image[: m if needs & IMAGE else 0], to_text, *numbers
 
 
@@ -189,7 +193,8 @@ def _blocks(
         )  # fmt: skip
         kinds = 2 if needs else 1
         part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
-        made[:kinds, row:end] += part.sum(1)
+        of_rows = made[:kinds, row:end]
+        of_rows.copy_(part.sum(1)) if column == 0 else of_rows.add_(part.sum(1))
         if work is None:
             continue
         h = work[: end - row, : stop - column]
@@ -228,7 +233,7 @@ def siglip_bwd(
             )
             grad = torch.ones_like(grad[0]) if grad.shape[0] else grad.new_ones(())
         out = [
-            torch.mul(each, grad, out=like.new_empty(each.shape)) if needed else like.new_empty(0)
+            scaled(each, grad, like, needed)
             for each, like, needed in zip(made, (image, text, scale, bias), wanted, strict=True)
         ]
     return tuple(out)  # type: ignore[return-value]
