@@ -153,18 +153,10 @@ def each_fwd_kernel(
     s_count,
     splits,
     hardness,
-    NORMALIZE: tl.constexpr,
-    MOMENTS: tl.constexpr,
-    POWERS: tl.constexpr,
-    KEEP: tl.constexpr,
-    WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILES: tl.constexpr,
-    PIECES: tl.constexpr,
-    SPAN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    NORMALIZE: tl.constexpr, MOMENTS: tl.constexpr, POWERS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
     AHEAD: tl.constexpr,
-):
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = program // splits
     columns = tl.arange(0, SPAN)[None, :]
@@ -206,9 +198,8 @@ def each_fwd_kernel(
                 logit_sum += tl.where(allowed[u], scores[u], 0.0)
         total, vectors = _more(total, vectors, 1.0, scores, before, most, inverse, tiles, KEEP)
         if POWERS == 3:
-            harder, hard_vectors = _more(
-                harder, hard_vectors, 1.0 + hardness, scores, before, most, inverse, tiles, KEEP
-            )
+            more = 1.0 + hardness
+            harder, hard_vectors = _more(harder, hard_vectors, more, scores, before, most, inverse, tiles, KEEP)
             easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, inverse, tiles, KEEP)
         if MOMENTS and KEEP:
             for u in tl.static_range(TILES):

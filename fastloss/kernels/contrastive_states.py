@@ -111,6 +111,14 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
+def _merge_into(slot, seen, reference, first, known, end, stride, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """Merge a tile's states into those of a slot, which has none from `known` on."""
+    index = first + tl.arange(0, seen[0].shape[0])
+    before = _load_state(slot, index, stride, index < known, MOMENTS, HARD)
+    _store_state(slot, _merge(before, seen, reference, beta, MOMENTS, HARD), index, stride, index < end, MOMENTS, HARD)
+
+
+@triton.jit
 def _keep_references(kept, reference, row0, column0, sizes, BN: tl.constexpr):
     row = tl.arange(0, reference.shape[0])
     line = (column0 // BN).to(tl.int64) * sizes[0] + row0
@@ -167,8 +175,7 @@ def _contrastive_fwd_kernel(
         state = _no_state(BM)
         if TILE[3] == 2:
             row = row0 + tl.arange(0, BM)
-            known = row < tl.where(plan[4] > plan[6], end[0], 0)
-            state = _load_state(row_slot, row, stride, known, MOMENTS, HARD)
+            state = _load_state(row_slot, row, stride, row < tl.where(plan[4] > plan[6], end[0], 0), MOMENTS, HARD)
         first = split
         if DIAGONAL == 2:  # the first of the split's blocks that has columns above the diagonal
             above = _first_above(row0, BN) - corner[1] // BN
@@ -207,12 +214,9 @@ def _contrastive_fwd_kernel(
                 reference = _reference(column_best)
                 column_mass = tl.sum(_below(back, reference[None, :]), 0)
             if SYMMETRIC:
-                index = column0 + tl.arange(0, BN)
-                again = index < tl.where((row_block > group) | earlier, sizes[1], 0)
-                before = _load_state(column_slot, index, stride, again, MOMENTS, HARD)
                 seen = _tile_state(back, column_best, column_mass, beta, 0, MOMENTS, HARD)
-                seen = _merge(before, seen, reference, beta, MOMENTS, HARD)
-                _store_state(column_slot, seen, index, stride, index < sizes[1], MOMENTS, HARD)
+                known = tl.where((row_block > group) | earlier, sizes[1], 0)
+                _merge_into(column_slot, seen, reference, column0, known, sizes[1], stride, beta, MOMENTS, HARD)
         index = row0 + tl.arange(0, BM)
         _store_state(row_slot, state, index, stride, index < end[0], MOMENTS, HARD)
         if SYMMETRIC:

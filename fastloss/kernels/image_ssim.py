@@ -80,17 +80,9 @@ def image_ssim_fwd_kernel(
     p,
     c1,
     c2,
-    PIXEL: tl.constexpr,
-    SMOOTHNESS: tl.constexpr,
-    ORDER: tl.constexpr,
-    OUTS: tl.constexpr,
-    MARGIN: tl.constexpr,
-    ASIDE: tl.constexpr,
-    RADIUS: tl.constexpr,
-    KEEP: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    PIXEL: tl.constexpr, SMOOTHNESS: tl.constexpr, ORDER: tl.constexpr, OUTS: tl.constexpr, MARGIN: tl.constexpr,
+    ASIDE: tl.constexpr, RADIUS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     width, height = size[0], size[1]
     lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)
@@ -168,17 +160,9 @@ def image_ssim_bwd_kernel(
     channels,
     rows,
     p,
-    PIXEL: tl.constexpr,
-    SMOOTHNESS: tl.constexpr,
-    ORDER: tl.constexpr,
-    OUTS: tl.constexpr,
-    MARGIN: tl.constexpr,
-    ASIDE: tl.constexpr,
-    RADIUS: tl.constexpr,
-    KEPT: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    PIXEL: tl.constexpr, SMOOTHNESS: tl.constexpr, ORDER: tl.constexpr, OUTS: tl.constexpr, MARGIN: tl.constexpr,
+    ASIDE: tl.constexpr, RADIUS: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     width, height = size[0], size[1]
     lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
     unit, start = _plane_of(image, channel, column, size, channels, WIDE)

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from ..losses.contrastive_siglip import IMAGE, NUMBERS, TEXT
 from .common import AotCase, on_device
-from .contrastive_blocks import GROUP, Call, add_product, block_plan, embeddings, finish, scaled
+from .contrastive_blocks import GROUP, HALF_TILE, Call, add_product, block_plan, embeddings, finish, scaled
 from .contrastive_lengths import prepare
-from .contrastive_table import best_tile
+from .contrastive_table import DESCRIPTORS, best_tile
 from .contrastive_tile import products
 
 
@@ -171,6 +171,11 @@ def _blocks(
     if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80
         call.tile = best_tile(call.query.device, call.products, 1, 1, width=to_image.shape[1])[0]
     (m, n, _), width, tile = call.sizes, to_image.shape[1], call.tile
+    # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills, and two programs of
+    # half tiles overlap; told that it has all registers, ptxas hoists more of float16's than there are
+    tile = replace(tile, registers=None)
+    if tile.operands == DESCRIPTORS and tile.columns > HALF_TILE:
+        tile = call.tile = replace(tile, columns=HALF_TILE, stages=tile.stages + 1)
     high, wide = block_plan(m, n, int(workspace_mib * 2**20) // call.query.element_size(), tile)
     high = min(high, m)
     slots = made.new_empty(2, triton.cdiv(wide, tile.columns), high)
@@ -178,10 +183,6 @@ def _blocks(
     room = work if work is not None and work.dtype == torch.float32 else None
     if room is None:
         room = made.new_empty((high, wide) if call.by_library else 0)
-    # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills; told that it has
-    # all registers, ptxas hoists more of float16's than there are
-    warps = 8 if tile.rows * tile.columns > 8192 else tile.warps
-    options = replace(tile, warps=warps, registers=None).options
     for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
@@ -189,7 +190,7 @@ def _blocks(
         _siglip_kernel[(tiles[0] * tiles[1],)](
             *operands, (call.rows[0], share, call.rows[2]), (call.columns[0], call.columns[2]), bias, factor, slots,
             work, call.sizes, (row, column, end, *tiles, high, wide), positives, tile.constants, GROUP,
-            **options,
+            **tile.options,
         )  # fmt: skip
         kinds = 2 if needs else 1
         part = slots.view(-1)[: 2 * tiles[1] * high].view(2, tiles[1], high)[:kinds, :, : end - row]
