@@ -45,6 +45,32 @@ EXPLANATIONS = (
      "By arithmetic: it keeps 8 bits of max_pool2d's 64-bit indices (10 MiB less), and fuses the backward of pooling, "
      "tap and ReLU, where autograd holds one gradient of the first block more (16 MiB). `Execution(chunk=1)` needs a "
      "third."),
+    ("h200", "pixel_loss", "*", "*", "*", "torch.compile",
+     "Its forward writes the difference, 24 MiB that lie in the L2 cache (60 MiB) when the backward comes; ours reads "
+     "both images again from memory. Above the cache's size both move 20 B per element."),
+    ("h200", "smoothness_loss with guide and weight", "*", "*", "*", "torch.compile",
+     "It keeps the guide's factors, one for all channels, from the forward. Ours makes them again for each channel, in "
+     "both directions: bound by instructions, by its code. To do: a program for all channels of a tile."),
+    ("h200", "smoothness_loss", "*isotropic*", "*", "backward", "torch.compile",
+     "Two derivatives, a root and a division for each of three pixels that pull at one; its "
+     "forward, which keeps 24 MiB more, takes twice as long as ours. Compare both."),
+    ("h200", "info_nce bank", "*", "*", "*", "torch.compile",
+     "The lengths of the bank are a pass of their own (38 of 310 us), and some seventy small launches stand around the "
+     "op, which torch.compile fuses. It keeps 113 MiB for the backward, ours 2."),
+    ("h200", "info_nce", "*", "32768x768", "both", "torch.compile",
+     "Chunks of rows, each with products of its own, in 446 MiB; torch.compile holds 5.1 GiB of logits."),
+    ("h200", "info_nce", "*", "*", "forward", "*",
+     "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both."),
+    ("h200", "clip_loss", "*", "*", "backward", "liger-kernel",
+     "It makes the gradients in its forward; compare both."),
+    ("h200", "clip_loss", "*", "*", "backward", "torch.compile",
+     "It keeps the logits. Ours makes them again where their exponentials do not fit in `workspace_mib`, here at 32768 "
+     "(4 U against 3 U, 0.5 against 4 GiB), and is the faster one in both directions together."),
+    ("h200", "clip_loss", "*", "1024x768", "memory", "torch.compile",
+     "Exponentials and the gradient of the logits, 2 MiB each, and float32 sums of the embeddings' gradients."),
+    ("h200", "clip_loss", "*", "*", "memory", "*",
+     "What `workspace_mib` allows, 256 by default, is used; they keep nothing of the logits and take 2 to 37 times as "
+     "long. A smaller `workspace_mib` keeps less."),
 )  # fmt: skip
 
 

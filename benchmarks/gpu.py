@@ -8,7 +8,9 @@ torch, triton, numpy, pytest and hypothesis, no network and no installed project
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import os
 import pathlib
 import signal
 import subprocess
@@ -26,7 +28,15 @@ from tests.cases import CASES
 LONGEST = 9.0  # minutes
 LEAST = 1.5  # minutes that must be left for a part to be begun
 SHARDS = 4
-PYTEST = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-x"]
+GROUPS = {
+    "clip": ("clip",), "siglip": ("siglip",), "planes": ("pixel", "smoothness"), "images": ("ssim", "ms_ssim", "image"),
+    "features": ("feature", "lpips", "dists", "style"),
+}  # fmt: skip
+WORKERS = min(12, (os.cpu_count() or 2) - 1)  # each a context on the device, and most of a test's time is compiling
+PYTEST = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+if importlib.util.find_spec("xdist") and WORKERS > 1:
+    PYTEST += ["-n", str(WORKERS), "--dist", "worksteal"]
+KERNELS = sorted(str(path.relative_to(measure.ROOT)) for path in (measure.ROOT / "tests").glob("test_*_kernels.py"))
 
 
 @dataclass
@@ -39,15 +49,19 @@ class Part:
 def parts(device: str, out: pathlib.Path) -> list[Part]:
     families = sorted({case.name.split()[0] for case in CASES})
     shards = [families[i::SHARDS] for i in range(SHARDS)]
-    tests = [
+    tests = [Part("tests-device", [*PYTEST, "tests/test_gpu.py"]), Part("tests-kernels", [*PYTEST, *KERNELS])]
+    tests += [
         Part(f"tests-{i + 1}", [*PYTEST, "tests/test_losses.py", "-k", " or ".join(shard)])
         for i, shard in enumerate(shards)
     ]
     tests.append(Part("tests-rest", [*PYTEST, "tests/test_losses.py", "-k", f"not ({' or '.join(families)})"]))
-    tests.append(Part("tests-device", [*PYTEST, "tests/test_gpu.py"]))
     more = ["--device", device, "--out", str(out)]
+    groups: dict[str, list[str]] = {}  # losses measured in one process, for a start takes ten seconds
+    for name in named():
+        group = next((g for g, words in GROUPS.items() if name.startswith(words)), "contrastive")
+        groups.setdefault(group, []).append(name)
     run = ["-m", "benchmarks.run", "--headline", *more]
-    loss = [Part(f"bench-{name}".replace(" ", "-"), [*run, name], True) for name in named()]
+    loss = [Part(f"bench-{group}", [*run, *names], True) for group, names in groups.items()]
     steps = Part("steps", ["-m", "benchmarks.steps", *more], True)
     perceptual = Part("perceptual-step", ["-m", "benchmarks.perceptual_step", *more])
     return [*tests, *loss, steps, perceptual, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]

@@ -39,6 +39,7 @@ class Session:
     asked: list[str] | None = None
     child: Child | None = None
     common: dict[str, object] = field(default_factory=dict)
+    autotune: bool = False
 
     def __post_init__(self) -> None:
         self.clock = measure.Clock(self.device)
@@ -62,6 +63,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", help="default: float32 on the CPU, float32 and bfloat16 on CUDA")
     parser.add_argument("--sizes", nargs="+", default=(), help="shapes (8x3x512x512), or rows, pixels or tokens (4096)")
     parser.add_argument("--providers", nargs="+", help="default: all there are")
+    parser.add_argument("--autotune", action="store_true", help="torch.compile max-autotune too: minutes for each row")
     parser.add_argument("--headline", action="store_true", help="the few rows that the README shows")
     parser.add_argument("--seconds", type=float, default=3.0, help="time to spend on each shape and option")
     parser.add_argument("--minutes", type=float, default=0.0, help="of the whole run; the default is 9 for --headline")
@@ -126,7 +128,7 @@ def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[s
     inputs = item.inputs(device)
     eager, exact, checked = truth(item, inputs, device)
     torch._dynamo.reset()
-    functions = providers(item.case, item.options, device, session.asked, device == "cuda" and item.headline)
+    functions = providers(item.case, item.options, device, session.asked, session.autotune)
     if exact is None:  # the others are held against fastloss, itself checked at smaller sizes
         functions = {n: functions[n] for n in sorted(functions, key=lambda n: n != "fastloss")}
     found: dict[str, Candidate] = {}
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     (folder / "ceilings.json").write_text(json.dumps(tops | common, indent=1) + "\n", encoding="utf8")
     written: dict[str, list[dict]] = {}
     with Child() as child, Progress(len(work)) as progress:
-        session = Session(args.device, args.seconds, args.providers, child, common)
+        session = Session(args.device, args.seconds, args.providers, child, common, args.autotune)
         for item, rows in measured(work, session, args.minutes, progress):
             show(rows, progress.say)
             written.setdefault(item.case.name, []).extend(rows)

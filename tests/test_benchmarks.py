@@ -300,8 +300,10 @@ def test_the_memory_child_measures_and_keeps_its_limit(monkeypatch):
 
 
 def test_gpu_parts_are_skipped_once_finished(tmp_path, monkeypatch, capsys):
-    names = [p.name for p in gpu.parts("cuda", tmp_path)]
-    assert len(set(names)) == len(names) and {"tests-1", "bench-pixel_loss", "steps", "scaling"} <= set(names)
+    parts = gpu.parts("cuda", tmp_path)
+    names, words = [p.name for p in parts], [word for p in parts for word in p.command]
+    assert len(set(names)) == len(names) and {"tests-1", "bench-planes", "steps", "scaling"} <= set(names)
+    assert all(words.count(loss) == 1 for loss in rows.named())  # each is measured once
     done = []
     monkeypatch.setattr(gpu, "do", lambda part, minutes: (done.append(part.name), (part.name != "steps", "last"))[1])
     monkeypatch.setattr(measure, "commit", lambda: "abc")
