@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
 # 2048 elements on 128 threads: two (16 bit) or four (32 bit) 128-bit loads per tensor in flight in every thread.
 STREAM_BLOCK = 2048
@@ -93,6 +94,18 @@ def stream_grid(count: int, reduce: bool) -> tuple[int]:
 def total(partials: Tensor) -> Tensor:
     """The second stage of a sum: fixed order, hence deterministic."""
     return partials.sum() if partials.numel() > 1 else partials.reshape(())
+
+
+def registers(most: int) -> dict[str, int]:
+    """The option that lets ptxas use this many: by itself it may spill a little at round numbers of its own choice."""
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": most}
+
+
+def warp_size() -> int:
+    """Lanes of a warp of the current device; of the interpreter as many as NVIDIA's."""
+    return 32 if triton.knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:

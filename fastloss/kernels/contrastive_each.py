@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCase, needs_int64, on_device
+from .common import AotCase, needs_int64, on_device, warp_size
 from .contrastive_each_sums import below_one, each_fwd_kernel, each_merge_kernel
 
 TILE = 16384  # bytes of negatives that a program of the backward has at a time
@@ -141,11 +141,11 @@ def forward_tile(width: int, size: int, aligned: bool, sums: int) -> tuple[int, 
     `size`: bytes of an element; `aligned`: the negatives can be read in 128 bits; `sums`: of vectors, kept.
     """
     held = HELD if sums < 2 else HELD // 2
-    warps = 1 if width <= 32 * held and aligned else 4
-    vector, lanes = 16 // size if aligned else 1, 32 * warps
-    span = min(triton.next_power_of_2(width), 32 * vector)
+    warp, vector = warp_size(), 16 // size if aligned else 1
+    warps = 1 if width <= warp * held and aligned else 4 if width <= 4 * warp * held else 8
+    lanes, span = warp * warps, min(triton.next_power_of_2(width), warp * vector)
     while triton.cdiv(width, span) > MOST_PIECES or (
-        triton.cdiv(width, span) * span > 32 * held and span < lanes * held
+        triton.cdiv(width, span) * span > warp * held and span < lanes * held
     ):
         span *= 2
     pieces = triton.cdiv(width, span)

@@ -24,9 +24,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from .common import STREAM_OPTIONS, AotCase, on_device, zeros
+from .common import STREAM_OPTIONS, AotCase, on_device, warp_size, zeros
 from .layers import MOST, UNIT, columns_of, layer_of, number_of, pointer_of, start_of
 
 PIXELS = 8  # of a plane, in every thread at each step
@@ -217,7 +216,7 @@ def _dists_bwd_kernel(
 
 
 def _threads(model: Tensor) -> int:
-    threads_of_warp = 32 if model.device.type == "cpu" else driver.active.get_current_target().warp_size
+    threads_of_warp = warp_size()
     return STREAM_OPTIONS["num_warps"] * threads_of_warp
 
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCase, on_device
+from .common import AotCase, on_device, registers
 from .layers import DIRECT, MOST, columns_of, layer_of
 from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
 
@@ -218,10 +218,11 @@ def lpips_fwd(
     shape = (plan.total,) if spatial else (plan.images, plan.tiles)
     out = features[0].new_empty(shape, dtype=torch.float32)
     kept = features[0].new_empty((4, plan.total), dtype=torch.float32)
+    options = OPTIONS | (registers(104) if spatial else {})
     with on_device(features[0]):
         for programs, columns, tiles, first_tile, constants in plan.launches():
             _lpips_fwd_kernel[(programs,)](
-                *columns, out, kept, plan.total, eps, tiles, plan.tiles, first_tile, spatial, *constants, **OPTIONS
+                *columns, out, kept, plan.total, eps, tiles, plan.tiles, first_tile, spatial, *constants, **options
             )
     return out if spatial else out.sum(1), kept
 

@@ -28,10 +28,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import STREAM_OPTIONS, AotCase, on_device, total
+from .common import STREAM_OPTIONS, AotCase, on_device, total, warp_size
 from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
@@ -195,7 +194,7 @@ class _Launch:
 
 
 def _block(dtype: torch.dtype) -> int:
-    lanes = 32 if triton.knobs.runtime.interpret else driver.active.get_current_target().warp_size
+    lanes = warp_size()
     return PIECE * STREAM_OPTIONS["num_warps"] * lanes // dtype.itemsize
 
 
