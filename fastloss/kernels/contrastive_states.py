@@ -111,11 +111,16 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 
 
 @triton.jit
-def _merge_into(slot, seen, reference, first, known, end, stride, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
-    """Merge a tile's states into those of a slot, which has none from `known` on."""
-    index = first + tl.arange(0, seen[0].shape[0])
+def _merge_columns(
+    slot, s, found, first, known, end, stride, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr
+):  # fmt: skip
+    """Merge the states of a tile's columns, `found` their maxima, masses and reference, into those of a slot, which has
+    none from `known` on."""
+    index = first + tl.arange(0, s.shape[1])
     before = _load_state(slot, index, stride, index < known, MOMENTS, HARD)
-    _store_state(slot, _merge(before, seen, reference, beta, MOMENTS, HARD), index, stride, index < end, MOMENTS, HARD)
+    seen = _tile_state(s, found[0], found[1], beta, 0, MOMENTS, HARD)
+    seen = _merge(before, seen, found[2], beta, MOMENTS, HARD)
+    _store_state(slot, seen, index, stride, index < end, MOMENTS, HARD)
 
 
 @triton.jit
@@ -192,8 +197,7 @@ def _contrastive_fwd_kernel(
                 if kept[0] is not None:
                     _keep(kept, e, reference, row0, column0, sizes)
             if SYMMETRIC and rows[3] is None and (TILE[4] or kept[0] is not None):
-                top = tl.max(reference, 0)
-                least = column_best
+                top, least = tl.max(reference, 0), column_best
                 if DIAGONAL == 2 or kept[0] is not None:  # columns without entries do not count
                     least = tl.where(column_best == float("-inf"), float("inf"), column_best)
                 least = tl.min(least, 0)
@@ -214,9 +218,11 @@ def _contrastive_fwd_kernel(
                 reference = _reference(column_best)
                 column_mass = tl.sum(_below(back, reference[None, :]), 0)
             if SYMMETRIC:
-                seen = _tile_state(back, column_best, column_mass, beta, 0, MOMENTS, HARD)
                 known = tl.where((row_block > group) | earlier, sizes[1], 0)
-                _merge_into(column_slot, seen, reference, column0, known, sizes[1], stride, beta, MOMENTS, HARD)
+                _merge_columns(
+                    column_slot, back, (column_best, column_mass, reference), column0, known, sizes[1], stride, beta,
+                    MOMENTS, HARD,
+                )  # fmt: skip
         index = row0 + tl.arange(0, BM)
         _store_state(row_slot, state, index, stride, index < end[0], MOMENTS, HARD)
         if SYMMETRIC:
