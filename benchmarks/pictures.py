@@ -64,6 +64,11 @@ def draw_all() -> Iterator[pathlib.Path]:
                 yield _scaling(scaled, folder, where)
 
 
+def _short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+
+
 def _look(names: list[str]) -> dict[str, tuple[str, str]]:
     """(colour, marker) by provider, the same in all pictures of a device."""
     libraries = sorted(n for n in names if n not in BASE and n != "fastloss")
@@ -150,7 +155,7 @@ def _multiples(groups: dict[Key, Group], column: str, path: pathlib.Path, title:
             colour, marker = look[name]
             axes.plot(value, y, marker, color=colour, markersize=9 if name == "fastloss" else 7.5,
                       zorder=4 if name == "fastloss" else 3)
-        _at_the_right(axes, y, f"{ours:.3g} {unit}")
+        _at_the_right(axes, y, f"{_short(ours)} {unit}")
     axes.set_xscale("log")
     axes.set_xlim(low / 1.15, high ** 1.18 * 1.15)
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low / 1.15 <= t <= high * 1.3]
@@ -168,7 +173,7 @@ def _roofline(groups: dict[Key, Group], path: pathlib.Path, where: str) -> pathl
     groups = {key: group for key, group in groups.items() if group["fastloss"]["share"]}
     tops = {r["unit"]: float(r["ceiling"]) for g in groups.values() for r in g.values() if r.get("ceiling")}
     named = {"GB/s": "copying memory", "TFLOP/s": "a large matrix product"}
-    roofs = " and ".join(f"{named[unit]} ({top:.3g} {unit})" for unit, top in tops.items())
+    roofs = " and ".join(f"{named[unit]} ({_short(top)} {unit})" for unit, top in tops.items())
     subtitle = f"100 % is what {roofs} reached in the same run"
     look = _look(_names(groups))
     figure, axes = _canvas(len(groups), f"Share of the ceiling, {where}", subtitle, len(look))
@@ -182,7 +187,7 @@ def _roofline(groups: dict[Key, Group], path: pathlib.Path, where: str) -> pathl
             most = max(most, share)
             if name == "fastloss":
                 axes.barh(y, share, height=0.34, color=colour, alpha=0.75, zorder=2)
-                _at_the_right(axes, y, f"{float(row['rate']):.3g} {row['unit']}")
+                _at_the_right(axes, y, f"{_short(float(row['rate']))} {row['unit']}")
             else:
                 axes.plot(share, y, marker, color=colour, markersize=7.5, zorder=4)
     axes.set_xlim(0, most * 1.22)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 
 from benchmarks.explanations import why
-from benchmarks.rows import RESULTS, read_all
+from benchmarks.rows import RESULTS, named, read_all
 
 BEGIN, END = "<!-- results: written by benchmarks/plot.py -->", "<!-- end of results -->"
 DEVICES = {"cpu": "CPU", "h200": "H200"} | {  # and whatever else there are results of
@@ -107,8 +107,10 @@ def table(full: bool = False) -> str:
                 f"| {label(key)} | {name} | {_ms(ours)} | {_versus(found.get('eager'), ours)} | "
                 f"{_versus(found.get('torch.compile'), ours)} | {_best_library(found, ours)} | {share} | {peak} |"
             )
-        if not _read(device):
-            lines.append(f"| all | {name} | not measured | | | | | |")
+        missing = sorted(set(named()) - {row["loss"] for row in _read(device)})
+        if missing:
+            lost = "all" if not _read(device) else ", ".join(f"`{loss}`" for loss in missing)
+            lines.append(f"| {lost} | {name} | not measured | | | | | |")
     return "\n".join(lines)
 
 
