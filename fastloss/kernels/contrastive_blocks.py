@@ -280,7 +280,7 @@ def make_block(
         operands = call.make_products(room, area, pitch)
     launches = [(AGAIN, tile)]
     if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time
-        rows = KEPT_ROWS if sums is None else tile.rows
+        rows = min(KEPT_ROWS, tile.rows) if sums is None else tile.rows
         launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, replace(tile, warps=8))][: 1 + call.symmetric]
     for part, tile in launches:
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
