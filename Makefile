@@ -35,7 +35,8 @@ rivals: $(VENV)/.bench
 	for name in $(RIVALS); do $(BIN)/pip install -q $$name || echo "$$name: not installed"; done
 
 # Device tests, then every headline row, in parts of at most 9 minutes; what has finished for this commit is skipped.
-# Needs no network and no installed project: any python with torch, triton, numpy, pytest and hypothesis.
+# Needs no network and no installed project: any python with torch, triton, numpy, pytest and hypothesis; with
+# pytest-xdist the tests run in several workers.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
