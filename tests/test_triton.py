@@ -37,12 +37,23 @@ def python(*args: str, **environment: str) -> str:
     return done.stdout
 
 
+KERNELS = sorted(glob.glob("tests/test_*_kernels.py", root_dir=ROOT))
+CONTRASTIVE = [name for name in KERNELS if "contrastive" in name or "siglip" in name]
+WORDS = "info_nce or clip_loss or siglip or xent or supcon"
+BATTERY = {  # parts for workers beside each other: the interpreter takes minutes
+    "contrastive losses": ["tests/test_losses.py", "-k", WORDS],
+    "other losses": ["tests/test_losses.py", "-k", f"not ({WORDS})"],
+    "contrastive kernels": CONTRASTIVE,
+    "other kernels": [name for name in KERNELS if name not in CONTRASTIVE],
+}
+
+
 @pytest.mark.slow
 @needs_triton
-def test_battery_on_interpreted_kernels():
-    files = ["tests/test_losses.py", *sorted(glob.glob("tests/test_*_kernels.py", root_dir=ROOT))]
+@pytest.mark.parametrize("part", BATTERY)
+def test_battery_on_interpreted_kernels(part):
     plugins = ["-p", "tests.interpreter", "-p", "no:cacheprovider"]
-    output = python("-m", "pytest", "-q", *plugins, *files, TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
+    output = python("-m", "pytest", "-q", *plugins, *BATTERY[part], TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
     assert " passed" in output
 
 
