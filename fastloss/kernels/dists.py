@@ -7,10 +7,9 @@ With d = f - t, m the mean over the plane's n pixels, and x' = x - m_x:
     gradient of f   (g_0 + 2 g_2 f') / n + that of d
     gradient of t   2 g_3 t' / n - that of d
 
-A thread reads 128 bits of each side at once, a row. It adds their sum to that of the rows before, keeping what rounding
-took from it, and merges their squares about their own mean with those before (Chan, Golub, LeVeque); at the end the
-threads' are merged about the common mean, which is formed in float64. So one pass gives the digits of two; those of a
-mean near zero count, for there the gradient is divided by it.
+Each lane keeps the sum of what it has read, with what rounding took from it, and the sum of squares about the mean so
+far (Welford's update); at the end the lanes are merged about the common mean, which is formed in float64. So one pass
+gives the digits of two; those of a mean near zero count, for there the gradient is divided by it.
 
 Bytes per element of size s: forward 2 s, backward 3 s with one gradient, 4 s with both.
 """
@@ -24,14 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
 
-from .common import STREAM_OPTIONS, AotCase, on_device, warp_size, zeros
+from .common import STREAM_OPTIONS, AotCase, on_device
 from .layers import MOST, UNIT, columns_of, layer_of, number_of, pointer_of, start_of
-
-PIXELS = 8  # of a plane, in every thread at each step
-AHEAD = 4  # steps whose loads are in flight together: a large plane is one program's, which waits for little else
-PART = 8  # steps of a program of the backward, whose planes need no single program
-BACKWARD_AHEAD = 2
 
 
 @triton.jit
@@ -43,54 +38,11 @@ def _add(x, total, lost):
 
 
 @triton.jit
-def _merge(x, inside, total, lost, square, each, before, share):
-    """A row's sum (Kahan's) and squares about its mean with `each` elements x more; weights as `_step` has them.
-
-    The elements are summed among themselves first, so that a row costs what before an element cost.
-    """
-    of_row = tl.sum(x, 1)
-    mean = of_row * each
-    off = x - mean[:, None]
-    if inside is not None:
-        off = tl.where(inside, off, 0.0)
-    gap = mean - total * before
-    square += tl.sum(off * off, 1) + gap * gap * share
-    total, lost = _add(of_row, total, lost)
-    return total, lost, square
-
-
-@triton.jit
-def _step(f_ptr, t_ptr, k, count, sums, WHOLE: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """The sums of f, t and f - t with the k-th piece of the plane: WIDTH elements in each of ROWS."""
-    at = tl.arange(0, ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    first = k * (ROWS * WIDTH)
-    seen = 1.0 * (k * WIDTH)
-    before = 1.0 / tl.maximum(seen, 1.0)
-    if WHOLE:
-        inside = None
-        f = tl.load(f_ptr + first + at).to(tl.float32)
-        t = tl.load(t_ptr + first + at).to(tl.float32)
-        each = 1.0 / WIDTH
-        share = seen / (k + 1)
-    else:
-        inside = at < count - first
-        f = tl.load(f_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
-        t = tl.load(t_ptr + first + at, mask=inside, other=0.0).to(tl.float32)
-        here = tl.minimum(tl.maximum(count - first - tl.arange(0, ROWS) * WIDTH, 0), WIDTH).to(tl.float32)
-        each = 1.0 / tl.maximum(here, 1.0)
-        share = here * seen / tl.maximum(here + seen, 1.0)
-    new_f = _merge(f, inside, sums[0], sums[1], sums[2], each, before, share)
-    new_t = _merge(t, inside, sums[3], sums[4], sums[5], each, before, share)
-    new_d = _merge(f - t, inside, sums[6], sums[7], sums[8], each, before, share)
-    return new_f + new_t + new_d
-
-
-@triton.jit
-def _merged(of_rows, square, weight, mean, n):
-    """The mean in float32, what rounding left of it, and the mean square about it, of rows with means of their own."""
+def _merged(of_lanes, square, weight, mean, n):
+    """The mean in float32, what rounding left of it, and the mean square about it, of lanes with means of their own."""
     whole = mean.to(tl.float32)
     rest = (mean - whole).to(tl.float32)
-    off = of_rows - whole - rest
+    off = of_lanes - whole - rest
     return whole, rest, tl.sum(square + off * off * weight) / n
 
 
@@ -109,9 +61,7 @@ def _dists_fwd_kernel(
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     layer = layer_of(program, starts, DTYPE)
@@ -119,16 +69,33 @@ def _dists_fwd_kernel(
     count = number_of(units, layer, starts, DTYPE).to(tl.int32) * UNIT
     f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + plane.to(tl.int64) * count
     t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + plane.to(tl.int64) * count
-    sums = zeros(9, ROWS)
-    whole = count // (ROWS * WIDTH)
-    for k in tl.range(0, whole, loop_unroll_factor=AHEAD):
-        sums = _step(f_ptr, t_ptr, k, count, sums, True, ROWS, WIDTH)
-    if whole * (ROWS * WIDTH) < count:
-        sums = _step(f_ptr, t_ptr, whole, count, sums, False, ROWS, WIDTH)
-    total_f, lost_f, square_f, total_t, lost_t, square_t, total_d, lost_d, square_d = sums
+    total_f = tl.zeros((BLOCK,), tl.float32)
+    total_t = tl.zeros((BLOCK,), tl.float32)
+    lost_f = tl.zeros((BLOCK,), tl.float32)
+    lost_t = tl.zeros((BLOCK,), tl.float32)
+    total_d = tl.zeros((BLOCK,), tl.float32)
+    lost_d = tl.zeros((BLOCK,), tl.float32)
+    square_f = tl.zeros((BLOCK,), tl.float32)
+    square_t = tl.zeros((BLOCK,), tl.float32)
+    square_d = tl.zeros((BLOCK,), tl.float32)
+    lanes = tl.arange(0, BLOCK)
+    for k in tl.range(0, (count + BLOCK - 1) // BLOCK, loop_unroll_factor=2):
+        mask = lanes < count - k * BLOCK
+        f = tl.load(f_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
+        t = tl.load(t_ptr + k * BLOCK + lanes, mask=mask, other=0.0).to(tl.float32)
+        before = 1.0 / tl.maximum(k, 1)
+        share = 1.0 / (k + 1)
+        step_f = f - total_f * before
+        step_t = t - total_t * before
+        step_d = f - t - total_d * before
+        total_f, lost_f = _add(f, total_f, lost_f)
+        total_t, lost_t = _add(t, total_t, lost_t)
+        total_d, lost_d = _add(f - t, total_d, lost_d)
+        square_f += tl.where(mask, step_f * (f - total_f * share), 0.0)
+        square_t += tl.where(mask, step_t * (t - total_t * share), 0.0)
+        square_d += tl.where(mask, step_d * (f - t - total_d * share), 0.0)
     n = count.to(tl.float32)
-    last = count - whole * (ROWS * WIDTH) - tl.arange(0, ROWS) * WIDTH
-    weight = (whole * WIDTH + tl.minimum(tl.maximum(last, 0), WIDTH)).to(tl.float32)  # how many pixels a row has read
+    weight = (tl.maximum(count - lanes + BLOCK - 1, 0) // BLOCK).to(tl.float32)  # how many pixels a lane has read
     one = 1.0 / tl.maximum(weight, 1.0)
     mean_f = tl.sum(total_f.to(tl.float64) - lost_f) / n
     mean_t = tl.sum(total_t.to(tl.float64) - lost_t) / n
@@ -169,16 +136,11 @@ def _dists_bwd_kernel(
     ALIGNED: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
-    PART: tl.constexpr,  # pixels of a plane that a program does, whole BLOCKs
-    AHEAD: tl.constexpr,
 ):
     program = tl.program_id(0)
     layer = layer_of(program, starts, DTYPE)
-    within = program - start_of(layer, starts, DTYPE).to(tl.int32)
+    plane = program - start_of(layer, starts, DTYPE).to(tl.int32)
     count = number_of(units, layer, starts, DTYPE).to(tl.int32) * UNIT
-    parts = (count - 1) // PART + 1  # of a plane
-    plane = within // parts
-    begin = within % parts * PART
     first = plane.to(tl.int64) * count
     f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
     t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
@@ -198,10 +160,9 @@ def _dists_bwd_kernel(
     slope_t = 2.0 * scale * tl.load(grad_ptr + 3 * table + at)
     slope_d = 2.0 * scale * tl.load(grad_ptr + 4 * table + at)
     lanes = tl.arange(0, BLOCK)
-    blocks = (tl.minimum(count - begin, PART) + BLOCK - 1) // BLOCK
-    for k in tl.range(0, blocks, loop_unroll_factor=AHEAD):
-        offsets = begin + k * BLOCK + lanes
-        mask = lanes < count - begin - k * BLOCK
+    for k in tl.range(0, (count + BLOCK - 1) // BLOCK, loop_unroll_factor=2):
+        offsets = k * BLOCK + lanes
+        mask = lanes < count - k * BLOCK
         f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         d = constant_d + slope_d * (f - t - mean_d - rest_d)
@@ -215,39 +176,39 @@ def _dists_bwd_kernel(
             tl.store(other_ptr + offsets, g.to(other_ptr.dtype.element_ty), mask=mask)
 
 
-def _threads(model: Tensor) -> int:
-    threads_of_warp = warp_size()
-    return STREAM_OPTIONS["num_warps"] * threads_of_warp
+def _block(model: Tensor) -> int:
+    """Pixels of a step: eight of each plane in every thread."""
+    threads_of_warp = 32 if model.device.type == "cpu" else driver.active.get_current_target().warp_size
+    return 8 * STREAM_OPTIONS["num_warps"] * threads_of_warp
 
 
 def _launches(
-    features: Sequence[Tensor], sides: Sequence[Sequence[Tensor] | None], part: int | None = None
+    features: Sequence[Tensor], sides: Sequence[Sequence[Tensor] | None]
 ) -> Iterator[tuple[int, list, tuple]]:
-    """(programs, columns of pointers, further arguments) of each launch for the layers' tensors of all sides; of
-    programs each plane has one, or one for `part` pixels."""
+    """(programs, columns of pointers, further arguments) of each launch for the layers' tensors of all sides."""
     samples, columns = features[0].shape[0], [0, *itertools.accumulate(f.shape[1] for f in features)]
     for at in range(0, len(features), MOST):
-        group = slice(at, at + MOST)
-        channels = [f.shape[1] for f in features[group]]
-        pixels = [f.shape[2] * f.shape[3] for f in features[group]]
+        part = slice(at, at + MOST)
+        channels = [f.shape[1] for f in features[part]]
+        pixels = [f.shape[2] * f.shape[3] for f in features[part]]
         unit = UNIT if all(n % UNIT == 0 for n in pixels) else 1
-        programs = (samples * c * triton.cdiv(n, part or n) for c, n in zip(channels, pixels, strict=True))
-        starts = list(itertools.accumulate(programs, initial=0))
+        starts = list(itertools.accumulate((samples * c for c in channels), initial=0))
         numbers = (starts[:-1], channels, columns[at : at + len(channels)], [n // unit for n in pixels])
-        of = columns_of(numbers, [None if side is None else side[group] for side in sides])
-        further = (*of.numbers, columns[-1], samples * columns[-1], of.dtype, of.aligned, unit)
-        yield starts[-1], of.pointers, further
+        of = columns_of(numbers, [None if side is None else side[part] for side in sides])
+        yield (
+            starts[-1],
+            of.pointers,
+            (*of.numbers, columns[-1], samples * columns[-1], of.dtype, of.aligned, unit, _block(features[0])),
+        )
 
 
 def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
     stats = features[0].new_empty((5, features[0].shape[0], sum(f.shape[1] for f in features)), dtype=torch.float32)
     rest = torch.empty_like(stats[:3])
     features, targets = [f.contiguous() for f in features], [t.contiguous() for t in targets]
-    width = 16 // features[0].element_size()
-    shape = (max(PIXELS // width, 1) * _threads(stats), width, AHEAD)
     with on_device(stats):
         for programs, pointers, plan in _launches(features, (features, targets)) if stats.numel() > 0 else ():
-            _dists_fwd_kernel[(programs,)](*pointers, stats, rest, *plan, *shape, **STREAM_OPTIONS)
+            _dists_fwd_kernel[(programs,)](*pointers, stats, rest, *plan, **STREAM_OPTIONS)
     return stats, rest
 
 
@@ -265,12 +226,9 @@ def dists_bwd(
         [torch.empty_like(t) for t in tensors] if needed else None
         for tensors, needed in ((features, needs_features), (targets, needs_targets))
     ]
-    block = PIXELS * _threads(stats)
-    part, sides = PART * block, (features, targets, *made)
     with on_device(grad):
-        for programs, pointers, plan in _launches(features, sides, part) if stats.numel() > 0 else ():
-            shape = (block, part, BACKWARD_AHEAD)
-            _dists_bwd_kernel[(programs,)](grad, stats, rest, *pointers, *plan, *shape, **STREAM_OPTIONS)
+        for programs, pointers, plan in _launches(features, (features, targets, *made)) if stats.numel() > 0 else ():
+            _dists_bwd_kernel[(programs,)](grad, stats, rest, *pointers, *plan, **STREAM_OPTIONS)
     return [gradient for side in made if side is not None for gradient in side]
 
 
