@@ -77,7 +77,6 @@ class Call:
         narrow = self.upper or kept_there or (backward and query.dtype == torch.float16)
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
-        self.options = self.tile.options
 
     def operands(self) -> tuple:
         if self.tile.operands != DESCRIPTORS:
@@ -122,8 +121,8 @@ def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, 
                 operands = call.make_products(room[0], (row, column, end, stop), room[1])
                 part = (*plan, row, end, column, stop, first)  # type: ignore[assignment]
             _contrastive_fwd_kernel[(groups * splits,)](
-                *operands, call.rows, call.columns, slots, keep, call.sizes, part,
-                call.beta, call.form, tile.constants, **call.options,
+                *operands, call.rows, call.columns, slots, keep, call.sizes, part, call.beta, call.form, tile.constants,
+                **tile.options,
             )  # fmt: skip
     upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
     _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
@@ -275,8 +274,8 @@ def make_block(
     (row, column, end, stop), tile, operands = area, call.tile, call.operands()
     if made:
         operands = work, (pitch, row, column, end)
-    elif call.by_library:  # G takes the place of the products, where it is float32 too
-        room = work if work is not None and work.dtype == torch.float32 else given[0].new_empty((end - row) * pitch)
+    elif call.by_library:  # G, float32 too, takes the place of the products
+        room = given[0].new_empty((end - row) * pitch) if work is None else work
         operands = call.make_products(room, area, pitch)
     launches = [(AGAIN, tile)]
     if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time

@@ -180,9 +180,7 @@ def _blocks(
     high = min(high, m)
     slots = made.new_empty(2, triton.cdiv(wide, tile.columns), high)
     work = call.query.new_empty(high, wide) if needs else None
-    room = work if work is not None and work.dtype == torch.float32 else None
-    if room is None:
-        room = made.new_empty((high, wide) if call.by_library else 0)
+    room = made.new_empty((high, wide) if call.by_library else 0) if work is None else work
     for row, column in itertools.product(range(0, m, high), range(0, n, wide)):
         end, stop = min(row + high, m), min(column + wide, n)
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
