@@ -65,16 +65,16 @@ class Call:
         ids, limited, biased = (v is not None for v in (*self.rows[2:], self.columns[1]))
         options = ids + limited + biased + self.moments
         hard = hardness > 0
-        if hard or options > (0 if self.symmetric else 2):
+        excludes = keeps and not self.symmetric and self.rows[1] is not None
+        if hard or options + excludes > (0 if self.symmetric else 2):
             burden = 3 if (hard and self.symmetric) or self.upper else 2
         else:  # what spills a little with four warps
-            excludes = keeps and not self.symmetric and self.rows[1] is not None
-            burden = int(options > 0 or excludes or (backward and self.sizes[2] <= 32))
+            burden = int(options > 0 or excludes)
         self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
         # the triangle's tiles have a mask, float16's backward a factor more, and sm_80 keeps products in registers
         kept_there = keeps and self.tile.operands != DESCRIPTORS
-        narrow = self.upper or kept_there or (backward and query.dtype == torch.float16)
+        narrow = self.upper or kept_there or (backward and (query.dtype == torch.float16 or self.sizes[2] <= 32))
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
 
@@ -280,7 +280,7 @@ def make_block(
     launches = [(AGAIN, tile)]
     if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time
         rows = min(KEPT_ROWS, tile.rows) if sums is None else tile.rows
-        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, replace(tile, warps=8))][: 1 + call.symmetric]
+        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, tile)][: 1 + call.symmetric]
     for part, tile in launches:
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
         _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](

@@ -14,12 +14,12 @@ AGAIN, KEPT, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _log_sum(stats_ptr, grad_ptr, index, mask):
+def _log_sum(stats_ptr, grad_ptr, index, mask, ANEW: tl.constexpr = False):
     """(n, g): upstream times e^(s - lse) is g _below(s, n), n a whole number; (0, 0) where it has no terms."""
-    lse = tl.load(stats_ptr + index, mask, other=0.0)
+    lse = tl.load(stats_ptr + index, mask, other=0.0, volatile=ANEW)
     empty = lse == float("-inf")
     reference = _reference(lse)
-    upstream = tl.load(grad_ptr + index, mask, other=0.0) * tl.exp2(-_binary(lse, reference))
+    upstream = tl.load(grad_ptr + index, mask, other=0.0, volatile=ANEW) * tl.exp2(-_binary(lse, reference))
     return reference, tl.where(empty, 0.0, upstream)
 
 
@@ -49,11 +49,13 @@ def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
     other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows)
     low = tl.min(other, 0)
     if tl.max(own, 0) - low > SPREAD_BACK:
+        # read anew: the registers of a whole tile have no room to keep both
+        other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows, True)
         pull = _below(s, other[None, :]) * down[None, :]
         pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
     else:
-        back = tl.exp2(own - low)[:, None] * (tl.exp2(low - other) * down)[None, :]
-        pull = _below(s, own[:, None]) * (up[:, None] + back)
+        pull = _below(s, own[:, None])
+        pull *= tl.fma(tl.exp2(own - low)[:, None], (tl.exp2(low - other) * down)[None, :], up[:, None])
     return pull
 
 

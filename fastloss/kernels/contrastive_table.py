@@ -92,7 +92,8 @@ def best_tile(
     line = architecture(device)
     programs, kinds = TABLE[line]
     *tiles, (_, small) = kinds[kind]
-    if line.startswith("sm_") and kind == HALF:  # ptxas spills a little at round numbers unless it is told it has all
+    if line.startswith("sm_") and (kind == HALF or burden == 3):
+        # ptxas spills a little at round numbers unless it is told it has all
         small, tiles = replace(small, registers=255), [(limit, replace(t, registers=255)) for limit, t in tiles]
     tile = next(tile for limit, tile in tiles if width <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2

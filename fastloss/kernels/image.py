@@ -29,16 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    STREAM_OPTIONS,
-    AotCase,
-    added,
-    laid_out_as,
-    needs_int64,
-    on_device,
-    sign,
-    zeros,
-)
+from .common import STREAM_OPTIONS, AotCase, added, laid_out_as, needs_int64, on_device, sign, warp_size, zeros
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
@@ -225,9 +216,15 @@ class _Call(NamedTuple):
         return self.pred.shape[0] * self.size[3]
 
     def block(self, forward: bool, signs: bool = False) -> int:
-        """That of the smoothness; less where a second image and signs beside it take registers."""
+        """That of the smoothness; less where a second image and signs beside it take registers.
+
+        Of a loss that streams no less than what gives each lane 16 bytes.
+        """
         block = block_of(self.guide, self.weight, self.smoothness, self.order, forward)
-        return min(block, 512 if signs else 1024)
+        lanes = warp_size() * STREAM_OPTIONS["num_warps"]
+        streams = block >= 1024 and self.smoothness != "isotropic"
+        least = lanes * 16 // self.pred.element_size() if streams else 0
+        return max(min(block, 512 if signs else 1024), least)
 
 
 def _call(

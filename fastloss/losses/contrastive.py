@@ -64,22 +64,18 @@ def info_nce(
             and the other keys too with ``in_batch=True``. Gradients flow to all three.
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above; False is the decoupled form, the sum over negatives only.
-        symmetric: mean of the loss above and that of the keys against the queries (which has no extra negatives); for
-            M = N, in-batch negatives and no `targets`.
+        symmetric: mean of the loss above and that of the keys against the queries; M = N, in-batch, no `targets`.
         normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
         label_smoothing: share in [0, 1] of the target spread evenly over the positive and its negatives.
         bias: added to the logits: a number, a one-element tensor, or one value per key [N] (with shared negatives
             [N + K]), such as a log sampling probability. Gradients flow to it.
         query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
-        key_ids: integers [N], or [N + K] to cover shared `negatives`. When only one of the two is given, M = N and no
-            `targets`, it serves both.
+        key_ids: integers [N], or [N + K] with shared `negatives`. With M = N and no `targets` one of the two will do.
         weights: one weight >= 0 per row [M], no gradient.
-        reduction: ``"mean"`` over rows (with `weights`: weighted sum / sum of weights, 0 when all are 0), ``"sum"``,
-            or ``"none"`` for the (weighted) rows [M].
+        reduction: ``"mean"`` (with `weights` sum / sum of weights, 0 if all are 0), ``"sum"``, ``"none"``: rows [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
-        workspace_mib: bound of the kernels' workspace in MiB, > 0 (one row of a tile of logits at least), whatever M, N
-            and K. The reference, which serves float64 and devices without kernels, is dense and holds [M, N + K].
+        workspace_mib: bound of the kernels' workspace in MiB, > 0, for any M, N, K; the reference holds [M, N + K].
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
 
@@ -104,10 +100,10 @@ def info_nce(
     check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
-    if not return_lse and query_ids is None and not isinstance(offset, Tensor):
-        loss = softmax_loss(query, key, negatives, scale, targets, weights, form, reduction, workspace_mib)
-        if loss is not None:
-            return loss
+    plain = not return_lse and query_ids is None and not isinstance(offset, Tensor)
+    given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
+    if plain and (loss := softmax_loss(*given)) is not None:
+        return loss
     with full_precision(query):
         rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib)
         return finish(rows, weights, reduction, return_lse)
