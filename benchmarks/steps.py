@@ -16,7 +16,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from benchmarks import measure
 from benchmarks.memory import Child
 from benchmarks.progress import Progress
 from benchmarks.providers import providers
-from benchmarks.rows import RESULTS, shape_of, write
+from benchmarks.rows import RESULTS, read, shape_of, write
 from tests.cases import CASES
 
 WIDTH = 512
@@ -125,11 +125,11 @@ def first(step: Step) -> tuple[float, Tensor]:
     return loss, torch.stack([none if p.grad is None else p.grad.double().norm().cpu() for p in model.parameters()])
 
 
-def work(device: str) -> Iterator[tuple[str, str, str]]:
+def work(device: str, batches: Sequence[int]) -> Iterator[tuple[str, str, str]]:
     """(step, shape, dtype) of a device."""
     dtype = "bfloat16" if device == "cuda" else "float32"
     yield "imagen_step", "64x1x32x32", "float32"
-    for rows in BATCHES[device]:
+    for rows in batches:
         yield "clip_step", f"{rows}x{WIDTH}", dtype
 
 
@@ -191,11 +191,16 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
     return rows
 
 
-def run(device: str, out: pathlib.Path, seconds: float, minutes: float = 0.0) -> None:
+def step_of(row: dict) -> tuple[str, str, str]:
+    return row["loss"], row["shape"], row["dtype"]
+
+
+def run(device: str, batches: Sequence[int], out: pathlib.Path, seconds: float, minutes: float = 0.0) -> None:
+    """Measures the steps; of the file's rows those of other batches stay, each with its own commit."""
     common = measure.common_columns(device)
     path = out / measure.device_folder(device) / "train_step.csv"
-    todo = list(work(device))
-    written: list[dict] = []
+    todo = list(work(device, batches))
+    written: list[dict] = read(path) if path.exists() else []
     end = time.monotonic() + 60 * minutes if minutes else math.inf
     with Child() as child, Progress(len(todo)) as progress:
         for loss, shape, dtype in todo:
@@ -204,15 +209,17 @@ def run(device: str, out: pathlib.Path, seconds: float, minutes: float = 0.0) ->
                 break
             progress.start(f"{loss} {shape} {dtype}")
             try:
-                rows = measure_step(loss, shape, dtype, device, seconds, child)
+                # what does not fit is an exception, not the end of this process; the child needs memory as well
+                with measure.address_limit(0.6 * measure.free_mib() if device == "cpu" else 0):
+                    rows = measure_step(loss, shape, dtype, device, seconds, child)
             except Exception as error:
                 rows = [dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", provider="all",
                              note=measure.reason(error))]
             for row in rows:
                 figures = f"{row['p50_ms']} ms, {row.get('peak_mib') or '-'} MiB" if row.get("p50_ms") else row["note"]
                 progress.say(f"  {row['provider']:26}{figures}")
-            written += [row | common for row in rows]
-            write(path, written)
+            written = [row for row in written if step_of(row) != (loss, shape, dtype)] + [row | common for row in rows]
+            write(path, sorted(written, key=lambda row: (row["loss"] == "clip_step", shape_of(row["shape"])[0])))
             progress.done()
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -222,11 +229,12 @@ def run(device: str, out: pathlib.Path, seconds: float, minutes: float = 0.0) ->
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.steps", description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batches", nargs="+", type=int, help="of clip_step; default: 256 to 4096, on CUDA to 65536")
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each step and batch")
     parser.add_argument("--minutes", type=float, default=0.0, help="after which no other step is begun")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
-    run(args.device, args.out, args.seconds, args.minutes)
+    run(args.device, args.batches or BATCHES[args.device], args.out, args.seconds, args.minutes)
     return 0
 
 
