@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable
 
@@ -87,18 +88,33 @@ def _best_library(found: Group, ours: float) -> str:
     return f"{name} {_versus(found[name], ours)}"
 
 
+def _main_rows(groups: dict[Key, Group]) -> dict[Key, Group]:
+    """One row per loss: of its headline the first options and dtype, at the largest shape."""
+    chosen: dict[str, Key] = {}
+    for key, found in groups.items():
+        if is_headline(found["fastloss"]):
+            other = chosen.setdefault(key[0], key)
+            if (key[1], key[3]) == (other[1], other[3]) and _size(key) > _size(other):
+                chosen[key[0]] = key
+    return {key: groups[key] for key in chosen.values()}
+
+
+def _size(key: Key) -> int:
+    """Elements of the first layer."""
+    return math.prod(int(n) for n in key[2].split("+")[0].split("x"))
+
+
 def table(full: bool = False) -> str:
-    """Forward plus backward, or a whole step: a line per loss, options, shape and dtype; all, or the headline."""
+    """Forward plus backward, or a whole step: a line per loss, options, shape and dtype, or one per loss."""
     lines = [
         "| loss, input | device | fastloss ms | eager ms | torch.compile ms | best library ms | of the ceiling "
         "| peak MiB (eager) |",
         "|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     for device, name in DEVICES.items():
-        for key, found in grouped(rows_of(device, "both", "step")).items():
+        groups = grouped(rows_of(device, "both", "step"))
+        for key, found in (groups if full else _main_rows(groups)).items():
             row = found["fastloss"]
-            if not full and not is_headline(row):
-                continue
             ours = time_of(row) or 0.0
             roof = "copy" if row["unit"] == "GB/s" else "matmul"
             share = f"{float(row['share']):.0%} of {roof}" if row["share"] else "-"
@@ -248,6 +264,20 @@ def between(text: str, body: str) -> str:
     return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
 
 
+def _standing(device: str) -> str:
+    """In how many rows of forward + backward or whole steps fastloss is the fastest, level with it, or slower."""
+    keys = grouped(rows_of(device, "both", "step"))
+    behind = {"level": set(), "slower": set()}  # type: dict[str, set[Key]]
+    for mode, _, theirs, _, text in lost(device):
+        if mode in ("both", "step"):
+            key = theirs["loss"], theirs["options"], theirs["shape"], theirs["dtype"]
+            behind["level" if text == "level" else "slower"].add(key)
+    slower, level = len(behind["slower"]), len(behind["level"] - behind["slower"])
+    return f"of {len(keys)} rows {len(keys) - slower - level} fastest, {level} level with the fastest, {slower} slower"
+
+
 def readme_body() -> str:
-    more = "Medians of forward + backward. All rows, and where fastloss loses and why: benchmarks/REPORT.md."
+    more = "Medians of forward + backward, a row per loss: its first options at the largest shape. " + " ".join(
+        f"{DEVICES[device]}: {_standing(device)}." for device in DEVICES if _read(device)
+    )
     return "\n".join([table(), "", *_pictures("benchmarks/results", "speed"), notes(), more])

@@ -108,6 +108,11 @@ def warp_size() -> int:
     return 32 if triton.knobs.runtime.interpret else driver.active.get_current_target().warp_size
 
 
+def vector_block(element_size: int) -> int:
+    """Elements that give each lane of a program with STREAM_OPTIONS 16 bytes."""
+    return 16 // element_size * STREAM_OPTIONS["num_warps"] * warp_size()
+
+
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Triton launches on the current device: make that the tensor's, where it is another."""
     if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():

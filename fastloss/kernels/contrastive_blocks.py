@@ -78,10 +78,11 @@ class Call:
         if narrow and self.symmetric and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
 
-    def operands(self) -> tuple:
+    def operands(self, rows: int = 0) -> tuple:
+        """As the kernels take them, with `rows` those of a tile if not as many as of this call's."""
         if self.tile.operands != DESCRIPTORS:
             return self.query, self.key
-        blocks = (self.tile.rows, self.tile.columns)
+        blocks = (rows or self.tile.rows, self.tile.columns)
         pairs = zip((self.query, self.key), blocks, strict=True)
         return tuple(TensorDescriptor.from_tensor(x, [block, self.tile.width]) for x, block in pairs)
 
@@ -263,6 +264,11 @@ class Side:
         finish(self.part(start, stop), self.x[start:stop], grad, scale, dot, self.factor, self.normalize)
 
 
+def half(tile: Tile) -> Tile:
+    """With half the rows: for a kernel with branches that hold more registers."""
+    return tile if tile.rows <= HALF_TILE else replace(tile, rows=tile.rows // 2)
+
+
 def make_block(
     call: Call, work: Tensor | None, sums: Tensor | None, given: tuple, area: tuple[int, int, int, int], pitch: int,
     made: bool = False,
@@ -271,16 +277,18 @@ def make_block(
 
     `given` is what the kernel takes of the forward and from upstream. `made`: the library's products are in `work`.
     """
-    (row, column, end, stop), tile, operands = area, call.tile, call.operands()
+    (row, column, end, stop), tile = area, call.tile
+    again = tile if given[3] is None else replace(tile, warps=8) if sums is not None else half(tile)
+    operands = call.operands(again.rows)
     if made:
         operands = work, (pitch, row, column, end)
     elif call.by_library:  # G, float32 too, takes the place of the products
         room = given[0].new_empty((end - row) * pitch) if work is None else work
         operands = call.make_products(room, area, pitch)
-    launches = [(AGAIN, tile)]
+    launches = [(AGAIN, again)]
     if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time
         rows = min(KEPT_ROWS, tile.rows) if sums is None else tile.rows
-        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, tile)][: 1 + call.symmetric]
+        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, again)][: 1 + call.symmetric]
     for part, tile in launches:
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
         _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](

@@ -23,9 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
-from .common import STREAM_OPTIONS, AotCase, on_device
+from .common import STREAM_OPTIONS, AotCase, on_device, registers, warp_size
 from .layers import MOST, UNIT, columns_of, layer_of, number_of, pointer_of, start_of
 
 
@@ -176,10 +175,9 @@ def _dists_bwd_kernel(
             tl.store(other_ptr + offsets, g.to(other_ptr.dtype.element_ty), mask=mask)
 
 
-def _block(model: Tensor) -> int:
+def _block() -> int:
     """Pixels of a step: eight of each plane in every thread."""
-    threads_of_warp = 32 if model.device.type == "cpu" else driver.active.get_current_target().warp_size
-    return 8 * STREAM_OPTIONS["num_warps"] * threads_of_warp
+    return 8 * STREAM_OPTIONS["num_warps"] * warp_size()
 
 
 def _launches(
@@ -198,7 +196,7 @@ def _launches(
         yield (
             starts[-1],
             of.pointers,
-            (*of.numbers, columns[-1], samples * columns[-1], of.dtype, of.aligned, unit, _block(features[0])),
+            (*of.numbers, columns[-1], samples * columns[-1], of.dtype, of.aligned, unit, _block()),
         )
 
 
@@ -208,7 +206,8 @@ def dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Te
     features, targets = [f.contiguous() for f in features], [t.contiguous() for t in targets]
     with on_device(stats):
         for programs, pointers, plan in _launches(features, (features, targets)) if stats.numel() > 0 else ():
-            _dists_fwd_kernel[(programs,)](*pointers, stats, rest, *plan, **STREAM_OPTIONS)
+            options = STREAM_OPTIONS | (registers(144) if plan[-2] == 1 else {})  # else ptxas spills at 128
+            _dists_fwd_kernel[(programs,)](*pointers, stats, rest, *plan, **options)
     return stats, rest
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STREAM_OPTIONS, AotCase, added, laid_out_as, needs_int64, on_device, sign, warp_size, zeros
+from .common import STREAM_OPTIONS, AotCase, added, laid_out_as, needs_int64, on_device, sign, vector_block, zeros
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
@@ -221,10 +221,8 @@ class _Call(NamedTuple):
         Of a loss that streams no less than what gives each lane 16 bytes.
         """
         block = block_of(self.guide, self.weight, self.smoothness, self.order, forward)
-        lanes = warp_size() * STREAM_OPTIONS["num_warps"]
         streams = block >= 1024 and self.smoothness != "isotropic"
-        least = lanes * 16 // self.pred.element_size() if streams else 0
-        return max(min(block, 512 if signs else 1024), least)
+        return max(min(block, 512 if signs else 1024), vector_block(self.pred.element_size()) if streams else 0)
 
 
 def _call(

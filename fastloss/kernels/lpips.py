@@ -218,7 +218,7 @@ def lpips_fwd(
     shape = (plan.total,) if spatial else (plan.images, plan.tiles)
     out = features[0].new_empty(shape, dtype=torch.float32)
     kept = features[0].new_empty((4, plan.total), dtype=torch.float32)
-    options = OPTIONS | (registers(104) if spatial else {})
+    options = OPTIONS | (registers(112) if spatial else {})
     with on_device(features[0]):
         for programs, columns, tiles, first_tile, constants in plan.launches():
             _lpips_fwd_kernel[(programs,)](

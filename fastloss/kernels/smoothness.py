@@ -32,6 +32,7 @@ from .common import (
     added,
     needs_int64,
     on_device,
+    vector_block,
     zeros,
 )
 from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, tile_of
@@ -129,13 +130,14 @@ def _smoothness_bwd_kernel(
 
 
 def block_of(
-    guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool, half: bool = False
+    guide: Tensor | None, weight: Tensor | None, kind: str, order: int, forward: bool, element_size: int = 4
 ) -> int:
     """Elements of a program: what needs more of its neighbours at once holds more registers for each."""
     if order == 1 and guide is None:
         if kind == "isotropic":
             return 512 if not forward else 1024 if weight is not None else STREAM_BLOCK
-        return 4096 if forward and weight is None and half else 1024
+        long = forward and weight is None and element_size == 2
+        return 4096 if long else max(1024, vector_block(element_size))
     if order == 1 or guide is None:
         return 512
     return 256
@@ -198,7 +200,7 @@ def _first_stage(
     image = in_order(image_pred)
     size = sizes(image)
     step, units = image.shape[1] // size[3], images * size[3]
-    block = block_of(guide, weight, kind, order, True, image.element_size() == 2)
+    block = block_of(guide, weight, kind, order, True, image.element_size())
     rows, columns, across, below = tile(size, block)
     steps = steps_of(units * across * below, below)
     splits = across * triton.cdiv(below, steps)
@@ -230,7 +232,7 @@ def smoothness_bwd(
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
     units = image.shape[0] * size[3]
-    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False))
+    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False, image.element_size()))
     splits = across * below
     with on_device(image):
         _smoothness_bwd_kernel[(units * splits,)](
