@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import STREAM_OPTIONS, AotCase, on_device, total, warp_size
+from .common import STREAM_OPTIONS, AotCase, on_device, registers, total, warp_size
 from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
@@ -194,8 +194,7 @@ class _Launch:
 
 
 def _block(dtype: torch.dtype) -> int:
-    lanes = warp_size()
-    return PIECE * STREAM_OPTIONS["num_warps"] * lanes // dtype.itemsize
+    return PIECE * STREAM_OPTIONS["num_warps"] * warp_size() // dtype.itemsize
 
 
 def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, reduction: str) -> list[_Launch]:
@@ -334,6 +333,8 @@ def _gradients(
     needs_targets: bool,
 ) -> list[Tensor]:
     criterion, parameter, reduction = options
+    spilling = bool(incoming) and dtype == torch.float32  # at 32 registers, ptxas's choice
+    of_lanes = STREAM_OPTIONS | (registers(40) if spilling else {})
     made = [
         [grad.new_empty_strided(*layer, dtype=dtype) for layer in layers_of(layout)]
         for needed in (needs_features, needs_targets)
@@ -351,7 +352,7 @@ def _gradients(
             of = launch.columns(*sides, made[0], made[1] if len(made) > 1 else None)
             _distance_bwd_kernel[(rows * launch.tiles,)](
                 grad, signs, *of.pointers, *of.numbers, *of.factors, launch.tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **STREAM_OPTIONS,
+                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **of_lanes,
             )  # fmt: skip
     return [gradient for side in made for gradient in side]
 

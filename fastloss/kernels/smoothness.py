@@ -32,6 +32,7 @@ from .common import (
     added,
     needs_int64,
     on_device,
+    registers,
     vector_block,
     zeros,
 )
@@ -234,11 +235,12 @@ def smoothness_bwd(
     units = image.shape[0] * size[3]
     rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False, image.element_size()))
     splits = across * below
+    options = STREAM_OPTIONS | (registers(255) if guide is not None and order == 2 else {})  # else it spills at 168
     with on_device(image):
         _smoothness_bwd_kernel[(units * splits,)](
             grad.contiguous(), None if factors is None else tuple(factors), image, guide_args(guide),
             weight_args(weight), written, size, splits, across, kind, order, image.ndim - 2,
-            needs_int64(image, weight, guide), rows, columns, **STREAM_OPTIONS,
+            needs_int64(image, weight, guide), rows, columns, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 
