@@ -11,7 +11,8 @@ pixel, 1 without, and m = sqrt(sum_axes (e d)^2):
 
 The backward gathers: a pixel's gradient is, summed over the axes, p[i-1] - p[i], or p[i-1] - 2 p[i] + p[i+1] for
 second differences. So it is written once, without atomics. Bytes per element of size s: forward s, backward 2 s, and
-those of guide and weight; the neighbours come from the caches, and so does a guide that several channels share.
+those of guide and weight; the neighbours come from the caches. The factors of a guide are made once for all channels of
+an image, which a program takes in turn; with channels_last, or if isotropic, for each, and the guide from the caches.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .common import (
     vector_block,
     zeros,
 )
-from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, tile_of
+from .smoothness_terms import apart, edges_of, smoothness_pulled, smoothness_terms, start_of, tile_of
 from .totals import total_launchers
 
 KINDS = ("l1", "l2", "isotropic")
@@ -66,21 +67,35 @@ def _smoothness_fwd_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SHARED: tl.constexpr,  # a program has a tile of all the channels of an image, which share the guide's factors
 ):
     program = tl.program_id(0)
     unit = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, across, ROWS, COLS)
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    sums = zeros(outs, ROWS, COLS)
-    for step in range(steps):
-        row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
-        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
-        sums = added(sums, smoothness_terms(image_ptr, guide, weight, unit, spot, size, inside, KIND, ORDER, AXES))
-    out_ptr += program.to(tl.int64) * apart(size) * outs + outs - 1
-    for channel in range(apart(size)):
-        own = (column % apart(size) == channel)[None, :]
-        for axis in tl.static_range(outs):
-            tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(own, sums[axis], 0.0)))
+    if SHARED:
+        unit *= size[3]
+        spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+        edges = edges_of(guide, unit // size[3], spot, size, inside, ORDER, AXES, False)
+        for channel in range(size[3]):
+            spot, inside = tile_of(unit + channel, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+            sums = smoothness_terms(
+                image_ptr, guide, weight, unit + channel, spot, size, inside, KIND, ORDER, AXES, edges
+            )
+            to = out_ptr + (tl.cast(unit + channel, tl.int64) * splits + program % splits) * outs + outs - 1
+            for axis in tl.static_range(outs):
+                tl.store(to - axis, tl.sum(sums[axis]))
+    else:
+        sums = zeros(outs, ROWS, COLS)
+        for step in range(steps):
+            row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
+            spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
+            sums = added(sums, smoothness_terms(image_ptr, guide, weight, unit, spot, size, inside, KIND, ORDER, AXES))
+        out_ptr += program.to(tl.int64) * apart(size) * outs + outs - 1
+        for channel in range(apart(size)):
+            own = (column % apart(size) == channel)[None, :]
+            for axis in tl.static_range(outs):
+                tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(own, sums[axis], 0.0)))
 
 
 @triton.jit
@@ -93,6 +108,24 @@ def _upstream(grad_ptr, factors, unit, spot, size, AXIS: tl.constexpr, OUTS: tl.
         return tl.load(grad_ptr + spot[5] * OUTS, mask=inside, other=0.0)
     else:
         return tl.load(grad_ptr)
+
+
+@triton.jit
+def _write_gradient(
+    grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit, spot, size, inside,
+    KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr, edges=None,
+):  # fmt: skip
+    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
+    total = tl.zeros(inside.shape, tl.float32)
+    for axis in tl.static_range(AXES):
+        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES, edges)
+        if KIND != "isotropic":
+            pulled *= _upstream(grad_ptr, factors, unit, spot, size, axis, outs, inside)
+        total += pulled
+    if KIND == "isotropic":
+        total *= _upstream(grad_ptr, factors, unit, spot, size, 0, outs, inside)
+    to = image_grad_ptr + start_of(unit, size) + spot[0]
+    tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -112,22 +145,27 @@ def _smoothness_bwd_kernel(
     WIDE: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    SHARED: tl.constexpr,  # as in the forward
 ):
     program = tl.program_id(0)
     unit = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, across, ROWS, COLS)
-    spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
-    outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
-    total = tl.zeros((ROWS, COLS), tl.float32)
-    for axis in tl.static_range(AXES):
-        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES)
-        if KIND != "isotropic":
-            pulled *= _upstream(grad_ptr, factors, unit, spot, size, axis, outs, inside)
-        total += pulled
-    if KIND == "isotropic":
-        total *= _upstream(grad_ptr, factors, unit, spot, size, 0, outs, inside)
-    to = image_grad_ptr + start_of(unit, size) + spot[0]
-    tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
+    row = first + tl.arange(0, ROWS)
+    if SHARED:
+        unit *= size[3]
+        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
+        edges = edges_of(guide, unit // size[3], spot, size, inside, ORDER, AXES, True)
+        for channel in range(size[3]):
+            spot, inside = tile_of(unit + channel, row, column, size, AXES, WIDE)
+            _write_gradient(
+                grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit + channel, spot, size, inside, KIND,
+                ORDER, AXES, edges,
+            )  # fmt: skip
+    else:
+        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
+        _write_gradient(
+            grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit, spot, size, inside, KIND, ORDER, AXES
+        )
 
 
 def block_of(
@@ -168,6 +206,11 @@ def steps_of(tiles: int, below: int) -> int:
     return max(1, min(below, round(tiles / REDUCE_PROGRAMS)))
 
 
+def shares(guide: Tensor | None, kind: str, size: tuple[int, ...]) -> bool:
+    """Whether a program goes over all the channels of an image, see the kernels."""
+    return guide is not None and kind != "isotropic" and size[3] > 1
+
+
 def weight_args(weight: Tensor | None) -> tuple | None:
     """Any strides, hence any broadcast; see weight_at."""
     if weight is None:
@@ -203,13 +246,14 @@ def _first_stage(
     step, units = image.shape[1] // size[3], images * size[3]
     block = block_of(guide, weight, kind, order, True, image.element_size())
     rows, columns, across, below = tile(size, block)
-    steps = steps_of(units * across * below, below)
+    shared = shares(guide, kind, size)
+    steps = 1 if shared else steps_of(units * across * below, below)
     splits = across * triton.cdiv(below, steps)
     out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
     with on_device(image):
-        _smoothness_fwd_kernel[(units * splits,)](
+        _smoothness_fwd_kernel[(images * splits if shared else units * splits,)](
             image, guide_args(guide), weight_args(weight), out, size, splits, across, steps, kind, order, axes,
-            needs_int64(image, weight, guide), rows, columns,
+            needs_int64(image, weight, guide), rows, columns, shared,
             **(STREAM_OPTIONS | {"num_warps": 8 if block == 4096 else 4}),
         )  # fmt: skip
     return out
@@ -232,7 +276,8 @@ def smoothness_bwd(
     image = in_order(image_pred)
     written = out if out.stride() == image.stride() else torch.empty_like(image)
     size = sizes(image)
-    units = image.shape[0] * size[3]
+    shared = shares(guide, kind, size)
+    units = image.shape[0] if shared else image.shape[0] * size[3]
     rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False, image.element_size()))
     splits = across * below
     options = STREAM_OPTIONS | (registers(255) if guide is not None and order == 2 else {})  # else it spills at 168
@@ -240,7 +285,7 @@ def smoothness_bwd(
         _smoothness_bwd_kernel[(units * splits,)](
             grad.contiguous(), None if factors is None else tuple(factors), image, guide_args(guide),
             weight_args(weight), written, size, splits, across, kind, order, image.ndim - 2,
-            needs_int64(image, weight, guide), rows, columns, **options,
+            needs_int64(image, weight, guide), rows, columns, shared, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 

@@ -74,6 +74,28 @@ def _edge(guide, image, pixel, away, mask, ORDER: tl.constexpr):
 
 
 @triton.jit
+def _factor(
+    guide, image, spot, size, mask, AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr
+):  # fmt: skip
+    """The factor e of the difference along ALONG of the pixel SHIFT steps along AXIS; 0 where `mask` is not set."""
+    e = _edge(guide, image, spot[1] + SHIFT * _way(size, AXIS), _way(size, ALONG), mask, ORDER)
+    return tl.where(mask, e, 0.0)
+
+
+@triton.jit
+def edges_of(guide, image, spot, size, inside, ORDER: tl.constexpr, AXES: tl.constexpr, BACK: tl.constexpr):
+    """The factors of the differences that belong to pixels, along x, y and z; with BACK of all that pull at them: from
+    -1 to ORDER - 1 steps along x, then along y and z. The channels of an image have them in common."""
+    found = ()
+    for axis in tl.static_range(AXES):
+        for k in tl.static_range(ORDER + 1 if BACK else 1):
+            has = inside & _has(spot, size, axis, k - 1 if BACK else 0, ORDER)
+            e = _factor(guide, image, spot, size, has, axis, axis, k - 1 if BACK else 0, ORDER)
+            found = found + (e,)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit
 def _read(at, shift, mask, other):
     return tl.load(at + shift, mask=mask, other=other).to(tl.float32)
 
@@ -82,8 +104,11 @@ def _read(at, shift, mask, other):
 def _step(
     image_ptr, guide, unit, spot, size, inside, mask,
     AXIS: tl.constexpr, ALONG: tl.constexpr, SHIFT: tl.constexpr, ORDER: tl.constexpr, FILL: tl.constexpr = False,
+    edge=None,
 ):  # fmt: skip
     """Differences along ALONG of the pixels SHIFT steps along AXIS, and their factors e; 0 where `mask` is not set.
+
+    `edge`: those factors, where the caller has them.
 
     FILL, which needs AXIS == ALONG: a neighbour that is not there is taken to be equal, which saves a selection for
     each difference; but NaN instead of 0 beside an infinity.
@@ -106,11 +131,12 @@ def _step(
             d -= here - _read(at, (SHIFT * way - away) * apart(size), mask, other)
     if not FILL:
         d = tl.where(mask, d, 0.0)
-    if guide is None:
+    if edge is not None:
+        return d, edge
+    elif guide is None:
         return d, 1.0
     else:
-        e = _edge(guide, unit // size[3], spot[1] + SHIFT * way, away, mask, ORDER)
-        return d, tl.where(mask, e, 0.0)
+        return d, _factor(guide, unit // size[3], spot, size, mask, AXIS, ALONG, SHIFT, ORDER)
 
 
 @triton.jit
@@ -132,7 +158,7 @@ def weight_at(weight, unit, spot, size, mask, AXIS: tl.constexpr, SHIFT: tl.cons
 @triton.jit
 def _pull(
     image_ptr, guide, weight, unit, spot, size, inside,
-    AXIS: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+    AXIS: tl.constexpr, SHIFT: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr, edges=None,
 ):  # fmt: skip
     """The pull of the difference along an axis that belongs to the pixel SHIFT steps along it; 0 if there is none."""
     mask = inside & _has(spot, size, AXIS, SHIFT, ORDER)
@@ -140,7 +166,11 @@ def _pull(
     if weight is not None:
         w = weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
     fill: tl.constexpr = KIND == "l1"  # the sign of NaN is 0
-    d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill)
+    if edges is None:
+        d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill)
+    else:
+        edge = edges[AXIS * (ORDER + 1) + SHIFT + 1]
+        d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill, edge)
     if KIND == "isotropic":
         squares = d * e * d * e
         for other in tl.static_range(AXES):
@@ -158,9 +188,13 @@ def _pull(
 
 @triton.jit
 def smoothness_terms(
-    image_ptr, guide, weight, unit, spot, size, inside, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr
-):
-    """What elements add to the sums: along x, y and z, or one number if isotropic; 0 where `inside` is not set."""
+    image_ptr, guide, weight, unit, spot, size, inside, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+    edges=None,
+):  # fmt: skip
+    """What elements add to the sums: along x, y and z, or one number if isotropic; 0 where `inside` is not set.
+
+    `edges`: of edges_of, or None; not for isotropic.
+    """
     w = 1.0
     if weight is not None:
         w = weight_at(weight, unit, spot, size, inside, 0, 0)
@@ -168,7 +202,8 @@ def smoothness_terms(
     squares = tl.zeros(spot[0].shape, tl.float32)
     for axis in tl.static_range(AXES):
         has = inside & _has(spot, size, axis, 0, ORDER)
-        d, e = _step(image_ptr, guide, unit, spot, size, inside, has, axis, axis, 0, ORDER)
+        edge = None if edges is None else edges[axis]
+        d, e = _step(image_ptr, guide, unit, spot, size, inside, has, axis, axis, 0, ORDER, False, edge)
         if KIND == "isotropic":
             squares += d * e * d * e
         else:
@@ -181,12 +216,12 @@ def smoothness_terms(
 @triton.jit
 def smoothness_pulled(
     image_ptr, guide, weight, unit, spot, size, inside,
-    AXIS: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr,
+    AXIS: tl.constexpr, KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr, edges=None,
 ):  # fmt: skip
-    """The gradient of elements along an axis, per gradient of its sum."""
-    before = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, -1, KIND, ORDER, AXES)
-    here = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 0, KIND, ORDER, AXES)
+    """The gradient of elements along an axis, per gradient of its sum. `edges`: of edges_of with BACK, or None."""
+    before = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, -1, KIND, ORDER, AXES, edges)
+    here = _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 0, KIND, ORDER, AXES, edges)
     pulled = before - here
     if ORDER == 2:
-        pulled -= here - _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 1, KIND, ORDER, AXES)
+        pulled -= here - _pull(image_ptr, guide, weight, unit, spot, size, inside, AXIS, 1, KIND, ORDER, AXES, edges)
     return pulled
