@@ -15,6 +15,8 @@ EXPLANATIONS = (
     ("cpu", "clip_loss", "*", "8192x512", "*", "torch.compile",
      "It keeps the 256 MiB of logits, 3 U of arithmetic in three times our memory; ours keeps 64 MiB of them and makes "
      "the others again, 3.75 U. Its forward is the slower one."),
+    ("cpu", "clip_step", "*", "16384x512", "step", "torch.compile",
+     "It keeps the gigabyte of logits, ours 64 MiB of them and makes the others again: a sixth of its memory."),
     ("cpu", "clip_loss", "*", "2048x512", "memory", "*",
      "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
      "transpose."),
@@ -37,7 +39,7 @@ EXPLANATIONS = (
      "Nearly all of it is torch.bmm, which each of them calls: what is ours begins in the backward."),
     *(("cpu", loss, "*", "*", "forward", "*",
        "The forward makes the gradients as well (3 U), so that the backward is one multiplication: compare both.")
-      for loss in ("info_nce", "clip_loss", "siglip_loss")),
+      for loss in ("info_nce", "info_nce bank", "clip_loss", "siglip_loss")),
     ("cpu", "smoothness_loss with guide and weight", "*", "*", "forward", "torch.compile",
      "Bound by the factors of the guide, made in one sweep for both directions, and by the sums of the two directions, "
      "each with its own weights. The backward makes the factors again and is the faster one; compare both."),
