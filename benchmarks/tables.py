@@ -31,11 +31,15 @@ def rows_of(device: str, *modes: str) -> list[dict[str, str]]:
     return [r for r in _read(device) if r["mode"] in modes]
 
 
+def key_of(row: dict[str, str]) -> Key:
+    return row["loss"], row["options"], row["shape"], row["dtype"]
+
+
 def grouped(rows: Iterable[dict[str, str]]) -> dict[Key, Group]:
     """Rows by (loss, options, shape, dtype), then by provider; the groups where fastloss has a time."""
     groups: dict[Key, Group] = {}
     for r in rows:
-        groups.setdefault((r["loss"], r["options"], r["shape"], r["dtype"]), {})[r["provider"]] = r
+        groups.setdefault(key_of(r), {})[r["provider"]] = r
     return {key: found for key, found in groups.items() if found.get("fastloss", {}).get("p50_ms")}
 
 
@@ -187,7 +191,7 @@ def _lost_table(device: str) -> list[str]:
     lines = ["| loss, input | what | against | ours | theirs | times | why |", "|---|---|---|--:|--:|--:|---|"]
     said: list[str] = []
     for mode, ours, theirs, times, text in rows:
-        key = (theirs["loss"], theirs["options"], theirs["shape"], theirs["dtype"])
+        key = key_of(theirs)
         column, unit = ("peak_mib", "MiB") if mode == "memory" else ("p50_ms", "ms")
         if text not in ("", "level"):
             said += [text] if text not in said else []
@@ -267,13 +271,11 @@ def between(text: str, body: str) -> str:
 def _standing(device: str) -> str:
     """In how many rows of forward + backward or whole steps fastloss is the fastest, level with it, or slower."""
     keys = grouped(rows_of(device, "both", "step"))
-    behind = {"level": set(), "slower": set()}  # type: dict[str, set[Key]]
-    for mode, _, theirs, _, text in lost(device):
-        if mode in ("both", "step"):
-            key = theirs["loss"], theirs["options"], theirs["shape"], theirs["dtype"]
-            behind["level" if text == "level" else "slower"].add(key)
-    slower, level = len(behind["slower"]), len(behind["level"] - behind["slower"])
-    return f"of {len(keys)} rows {len(keys) - slower - level} fastest, {level} level with the fastest, {slower} slower"
+    behind = [(key_of(theirs), text) for mode, _, theirs, _, text in lost(device) if mode in ("both", "step")]
+    slower = {key for key, text in behind if text != "level"}
+    level = {key for key, _ in behind} - slower
+    fastest = len(keys) - len(slower) - len(level)
+    return f"of {len(keys)} rows {fastest} fastest, {len(level)} level with the fastest, {len(slower)} slower"
 
 
 def readme_body() -> str:

@@ -62,7 +62,7 @@ def test_battery_on_interpreted_kernels(part):
 @pytest.mark.parametrize("path", [pytest.param("", id="installed"), pytest.param(OLDER, id="3.6", marks=needs_older)])
 def test_every_launch_compiles_ahead_of_time(path):
     before = [p for p in (path, os.environ.get("PYTHONPATH")) if p]
-    output = python("-m", "tests.aot", "--most", "8" if path else "16", PYTHONPATH=os.pathsep.join(before))
+    output = python("-m", "tests.aot", "--most", "12" if path else "24", PYTHONPATH=os.pathsep.join(before))
     print(output)
     if path:
         assert output.startswith("triton 3.6.")

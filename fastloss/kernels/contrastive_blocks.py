@@ -30,7 +30,7 @@ FINISH_BLOCK = (8, 256)
 STRIPS, LOWEST = 16, 1024  # blocks of rows of a triangle, a fraction 1 / STRIPS of which lies below it; least rows
 GROUP = 8
 KEPT_ROWS = 32  # of a tile that is read, whose columns are those of the tiles kept
-HALF_TILE = 64  # columns
+HALF_TILE = 64  # columns, or rows
 DEFINED = 2**16  # elements
 CHUNK = 128  # rows of a chunk are a multiple, where the workspace holds as many
 

@@ -30,13 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import STREAM_OPTIONS, AotCase, on_device, registers, total, warp_size
+from .common import STREAM_OPTIONS, AotCase, on_device, registers, total, vector_block
 from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together, in the backward
 FORWARD_UNROLL = 4  # in the forward, with whole units
-PIECE = 16  # bytes of each list a thread. With 32, registers leave room for half of the programs
 
 
 @triton.jit
@@ -193,13 +192,10 @@ class _Launch:
         return columns_of((self.starts, units, self.words), chosen, [self.scales])
 
 
-def _block(dtype: torch.dtype) -> int:
-    return PIECE * STREAM_OPTIONS["num_warps"] * warp_size() // dtype.itemsize
-
-
 def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, reduction: str) -> list[_Launch]:
     """What to launch for a list of layers. The tiles of a row are counted through all of its layers."""
-    per_tile, entries, word = 16 * _block(dtype), [], 0
+    # 16 bytes of each list a thread: with 32, registers leave room for half of the programs
+    per_tile, entries, word = 16 * vector_block(dtype.itemsize), [], 0
     for i, ((shape, _), weight) in enumerate(zip(layers_of(layout), weights, strict=True)):
         rows, length = rows_of(shape, reduction)
         if rows * length > 0:
@@ -250,7 +246,7 @@ def _sum_layers(
             of = launch.columns(features, targets)
             _distance_fwd_kernel[(rows * launch.tiles,)](
                 *of.pointers, signs, partials[:, launch.first_tile :], *of.numbers, *of.factors, launch.tiles, tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype),
+                parameter, criterion, of.dtype, of.aligned, launch.unit, vector_block(dtype.itemsize),
                 FORWARD_UNROLL if launch.unit > 1 else 2, **STREAM_OPTIONS,
             )  # fmt: skip
     return partials.sum(1) if reduction == "none" else total(partials)
@@ -352,7 +348,7 @@ def _gradients(
             of = launch.columns(*sides, made[0], made[1] if len(made) > 1 else None)
             _distance_bwd_kernel[(rows * launch.tiles,)](
                 grad, signs, *of.pointers, *of.numbers, *of.factors, launch.tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, _block(dtype), **of_lanes,
+                parameter, criterion, of.dtype, of.aligned, launch.unit, vector_block(dtype.itemsize), **of_lanes,
             )  # fmt: skip
     return [gradient for side in made for gradient in side]
 

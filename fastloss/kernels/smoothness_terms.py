@@ -166,11 +166,8 @@ def _pull(
     if weight is not None:
         w = weight_at(weight, unit, spot, size, mask, AXIS, SHIFT)
     fill: tl.constexpr = KIND == "l1"  # the sign of NaN is 0
-    if edges is None:
-        d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill)
-    else:
-        edge = edges[AXIS * (ORDER + 1) + SHIFT + 1]
-        d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill, edge)
+    edge = None if edges is None else edges[AXIS * (ORDER + 1) + SHIFT + 1]
+    d, e = _step(image_ptr, guide, unit, spot, size, inside, mask, AXIS, AXIS, SHIFT, ORDER, fill, edge)
     if KIND == "isotropic":
         squares = d * e * d * e
         for other in tl.static_range(AXES):

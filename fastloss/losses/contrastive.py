@@ -72,7 +72,7 @@ def info_nce(
         query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
         key_ids: integers [N], or [N + K] with shared `negatives`. With M = N and no `targets` one of the two will do.
         weights: one weight >= 0 per row [M], no gradient.
-        reduction: ``"mean"`` (with `weights` sum / sum of weights, 0 if all are 0), ``"sum"``, ``"none"``: rows [M].
+        reduction: ``"mean"`` (weighted: sum / sum of weights, 0 if that is 0), ``"sum"``, ``"none"``: weighted [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
         workspace_mib: bound of the kernels' workspace in MiB, > 0, for any M, N, K; the reference holds [M, N + K].
