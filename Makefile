@@ -26,7 +26,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.perceptual_step --device cpu --seconds 3
 	$(BIN)/python -m benchmarks.plot
 
-# Measures the headline rows again: did a ratio to eager or torch.compile get worse by more than 15 %?
+# Measures the headline rows again: did one get worse by more than 15 %, by its ratios to eager and to torch.compile?
 bench-check: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.check $(ARGS)
 

@@ -209,10 +209,35 @@ def test_a_lost_row_without_a_reason_is_found(monkeypatch):
     assert tables.unexplained() == [] and "(1) because" in tables.report()
 
 
-def test_ratios_that_got_worse_are_found():
-    before, now = {("a", "eager"): 0.5, ("b", "eager"): 0.5}, {("a", "eager"): 0.57, ("b", "eager"): 0.6}
-    assert check.worse(before, now) == {("b", "eager"): pytest.approx(0.2)}
+def test_what_got_worse_is_named_if_it_is_worse_again(monkeypatch, capsys):
+    key = {name: ("pixel_loss", "{}", name, "float32") for name in ("same", "worse", "noisy", "eager is fast")}
+    before = {k: {"eager": 0.5, "torch.compile": 0.8} for k in key.values()}
+    before |= {("other", "{}", "8", "half"): {"eager": 1}}
+    once = {key["same"]: {"eager": 0.57, "torch.compile": 0.9}, key["worse"]: {"eager": 0.7, "torch.compile": 1.0},
+            key["noisy"]: {"eager": 0.9, "torch.compile": 2.0}, key["eager is fast"]: {"eager": 0.8}}  # fmt: skip
+    again = once | {key["noisy"]: {"eager": 0.5, "torch.compile": 0.7}, key["same"]: {"eager": 9.0}}
+    again[key["eager is fast"]] = {"eager": 0.8, "torch.compile": 0.8}
+    answers = [once, again]
+    monkeypatch.setattr(check, "ratios", lambda rows: before)
+    monkeypatch.setattr(check, "measured", lambda losses, device, minutes: answers.pop(0))
+    assert check.main(["pixel_loss", "--device", "cpu"]) == 1 and not answers
+    assert capsys.readouterr().out.splitlines() == [
+        "eager became faster by 60%, fastloss did not get worse: `pixel_loss`, eager is fast, float32",
+        "worse by 40% against eager: `pixel_loss`, worse, float32",
+        "worse by 25% against torch.compile: `pixel_loss`, worse, float32",
+        "4 rows compared, 1 worse by more than 15% in both of two runs",
+    ]
     assert check.main(["no_such_loss"]) == 2
+
+
+def test_ratios_are_of_rows_that_both_have():
+    eager = dict.fromkeys(rows.COLUMNS, "") | dict(loss="a", shape="8", mode="both", provider="eager", p50_ms="4.0")
+    ours, compiled = eager | dict(provider="fastloss", p50_ms="1.0"), eager | dict(provider="torch.compile", p50_ms="")
+    found = check.ratios([eager, ours, compiled, ours | {"mode": "forward", "p50_ms": "9"}])
+    assert found == {("a", "", "8", ""): {"eager": 0.25}}
+    assert check.growth(found, {("a", "", "8", ""): {"eager": 0.5}, ("b", "", "8", ""): {"eager": 1.0}}) == {
+        ("a", "", "8", ""): {"eager": 1.0}
+    }
 
 
 def test_scaling_leaves_out_who_is_out_of_memory(small, tmp_path):
