@@ -1,4 +1,5 @@
-"""bfloat16 for the Triton interpreter, which otherwise computes on the raw 16-bit patterns, truncates when it rounds.
+"""bfloat16 for the Triton interpreter, which otherwise computes on the raw 16-bit patterns, truncates when it rounds;
+and half of its time back, which it spends on patching a language that is patched already.
 
 A pytest plugin (`-p tests.interpreter`) for runs with TRITON_INTERPRET=1; importing it is all. Kernels here widen what
 they load and give bfloat16 to `tl.dot` only, so reductions and scans of bfloat16 are left as they are.
@@ -6,11 +7,15 @@ they load and give bfloat16 to `tl.dot` only, so reductions and scans of bfloat1
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 ARITHMETIC = (
@@ -91,7 +96,30 @@ def _fused(self: InterpreterBuilder, x: TensorHandle, y: TensorHandle, z: Tensor
     return TensorHandle(exact.astype(np.float32), tl.float32)
 
 
+_patch_lang = interpreter._patch_lang
+_np_dtype_of_scalar = functools.cache(interpreter._get_np_dtype)  # which makes a table of all of them each time
+
+
+def _np_dtype(dtype: tl.dtype) -> np.dtype:
+    return np.dtype(np.uint64) if dtype.scalar.is_ptr() else _np_dtype_of_scalar(dtype.scalar)
+
+
+@functools.cache
+def _languages(fn: Callable) -> tuple[ModuleType, ...]:
+    """The modules of the language that a function sees."""
+    return tuple(m for m in fn.__globals__.values() if inspect.ismodule(m) and m in (tl, tl.core))
+
+
+def _patch_lang_once(fn: Callable) -> Any:
+    """Device functions patch what their kernel, which restores it at its end, has patched before."""
+    if any(tl.core.is_builtin(language.load) for language in _languages(fn)):
+        return _patch_lang(fn)
+    return interpreter._LangPatchScope()
+
+
 def _patch() -> None:
+    interpreter._patch_lang = _patch_lang_once
+    interpreter._get_np_dtype = _np_dtype
     InterpreterBuilder.cast_impl = _cast_any
     InterpreterBuilder.create_dot = _dot_fused
     InterpreterBuilder.create_fma = _fused

@@ -11,6 +11,7 @@ import glob
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -37,14 +38,28 @@ def python(*args: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("path", [pytest.param("", id="installed"), pytest.param(OLDER, id="3.6", marks=needs_older)])
+def test_every_launch_compiles_ahead_of_time(path):
+    before = [p for p in (path, os.environ.get("PYTHONPATH")) if p]
+    output = python("-m", "tests.aot", "--most", "12" if path else "24", PYTHONPATH=os.pathsep.join(before))
+    print(output)
+    if path:
+        assert output.startswith("triton 3.6.")
+
+
 KERNELS = sorted(glob.glob("tests/test_*_kernels.py", root_dir=ROOT))
-CONTRASTIVE = [name for name in KERNELS if "contrastive" in name or "siglip" in name]
+CONTRASTIVE = [name for name in KERNELS if re.search("contrastive|siglip", name)]
+IMAGE = [name for name in KERNELS if re.search("image|pixel|smoothness|ssim", name)]
 WORDS = "info_nce or clip_loss or siglip or xent or supcon"
-BATTERY = {  # parts for workers beside each other: the interpreter takes minutes
+BATTERY = {  # parts for workers beside each other: the interpreter takes a minute or two for each
+    "ssim": ["tests/test_losses.py", "-k", "ssim"],
+    "image kernels": IMAGE,
+    "other losses": ["tests/test_losses.py", "-k", f"not ({WORDS} or ssim)"],
     "contrastive losses": ["tests/test_losses.py", "-k", WORDS],
-    "other losses": ["tests/test_losses.py", "-k", f"not ({WORDS})"],
     "contrastive kernels": CONTRASTIVE,
-    "other kernels": [name for name in KERNELS if name not in CONTRASTIVE],
+    "other kernels": [name for name in KERNELS if name not in (*CONTRASTIVE, *IMAGE)],
 }
 
 
@@ -55,14 +70,3 @@ def test_battery_on_interpreted_kernels(part):
     plugins = ["-p", "tests.interpreter", "-p", "no:cacheprovider"]
     output = python("-m", "pytest", "-q", *plugins, *BATTERY[part], TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
     assert " passed" in output
-
-
-@pytest.mark.slow
-@needs_triton
-@pytest.mark.parametrize("path", [pytest.param("", id="installed"), pytest.param(OLDER, id="3.6", marks=needs_older)])
-def test_every_launch_compiles_ahead_of_time(path):
-    before = [p for p in (path, os.environ.get("PYTHONPATH")) if p]
-    output = python("-m", "tests.aot", "--most", "12" if path else "24", PYTHONPATH=os.pathsep.join(before))
-    print(output)
-    if path:
-        assert output.startswith("triton 3.6.")
