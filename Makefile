@@ -21,7 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 6.5 $(ARGS)
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 7.5 $(ARGS)
 	$(BIN)/python -m benchmarks.steps --device cpu --minutes 1
 	$(BIN)/python -m benchmarks.perceptual_step --device cpu --seconds 3
 	$(BIN)/python -m benchmarks.plot

@@ -27,14 +27,25 @@ class Child:
 
     def __init__(self, limit_mib: int = 0, timeout: float = 300.0) -> None:
         self.limit_mib, self.timeout = limit_mib, timeout
+        self._known: dict[str, tuple[str, str]] = {}  # question -> answer
         self._process: subprocess.Popen[str] | None = None
 
     def peak(self, columns: dict[str, Any], provider: str) -> tuple[str, str]:
-        """(MiB or empty, why it is empty)."""
+        """(MiB or empty, why it is empty). The same question is measured once."""
+        question = json.dumps(columns | {"provider": provider})
+        if question not in self._known:
+            self._known[question] = self._ask(question)
+        return self._known[question]
+
+    def start(self) -> None:
+        """Start it now, where it would later inherit a limit of this process."""
+        self._alive()
+
+    def _ask(self, question: str) -> tuple[str, str]:
         process = self._alive()
         assert process.stdin and process.stdout
         try:
-            process.stdin.write(json.dumps(columns | {"provider": provider}) + "\n")
+            process.stdin.write(question + "\n")
             process.stdin.flush()
             while select.select([process.stdout], [], [], self.timeout)[0]:
                 line = process.stdout.readline()

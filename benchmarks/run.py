@@ -14,6 +14,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,7 +141,7 @@ def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[s
         own = cast(inputs, dtype)
         options = to_device(item.options, device)
         try:
-            got = once(item, function, dtype, own, device)
+            got = eager if name == "eager" and eager else once(item, function, dtype, own, device)
             candidate.checked = checked
             if exact is None:
                 exact, checked = got, f"{name}, for float64 does not fit"
@@ -181,7 +182,14 @@ def measure_item(item: Item, session: Session, left_out: dict[str, str] | None =
 
 
 def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> list[dict]:
-    found = candidates(item, session, left_out)
+    functions = providers(item.case, item.options, session.device, session.asked, session.autotune)
+    names = [name for name, function in functions.items() if name not in left_out and not isinstance(function, str)]
+    child = session.child if session.device == "cpu" else None
+    if child:
+        child.start()
+    with ThreadPoolExecutor(1) as beside:  # nothing is timed while the child works
+        peaks = beside.submit(child_peaks, item, names, child)
+        found = candidates(item, session, left_out)
     gc.collect()
     ready = {name: c.timed for name, c in found.items() if c.timed}
     top, times, failed = 0.0, {}, {}
@@ -194,7 +202,7 @@ def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> li
         found[name].note = measure.reason(failure)
     rows = []
     for name, candidate in found.items():
-        peak = memory(item, name, candidate, session) if name in times else ""
+        peak = peaks.result().get(name) or memory(candidate, session)
         for mode in MODES if name in times else MODES[-1:]:
             row = {"mode": mode, "provider": name, "note": candidate.note}
             row |= {"error": candidate.error, "checked": candidate.checked}
@@ -220,24 +228,31 @@ def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float)
                 unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.4g}")
 
 
-def memory(item: Item, name: str, candidate: Candidate, session: Session) -> str:
-    """Peak MiB beyond the inputs, forward and backward."""
+def memory(candidate: Candidate, session: Session) -> str:
+    """On CUDA: peak MiB beyond the inputs, forward and backward."""
+    if session.device != "cuda" or not candidate.timed:
+        return ""
+    forward, backward = candidate.timed
     try:
-        if session.device == "cuda":
-            assert candidate.timed
-            forward, backward = candidate.timed
-            return f"{measure.peak_mib(lambda: backward(forward()), 'cuda'):.1f}"
-        return session.child.peak(item.columns(), name)[0] if session.child else ""
+        return f"{measure.peak_mib(lambda: backward(forward()), 'cuda'):.1f}"
     except Exception:
         return ""
 
 
+def child_peaks(item: Item, names: list[str], child: Child | None) -> dict[str, str]:
+    """On the CPU: provider -> peak MiB beyond the inputs, from the child; empty where it has none."""
+    return {name: child.peak(item.columns(), name)[0] for name in names} if child else {}
+
+
 def measured(work: list[Item], session: Session, minutes: float, progress: Progress) -> Iterator[tuple[Item, list]]:
-    """Items with their rows; each gets its share of the time that is left, compiling included."""
+    """Items with their rows; each gets its share of the time that is left, compiling included.
+
+    A loss that was begun is finished, for its file is rewritten whole.
+    """
     start, seconds, overhead = time.monotonic(), session.seconds, 8.0
     for done, item in enumerate(work):
         left = minutes * 60 - (time.monotonic() - start)
-        if minutes and left < 0:
+        if minutes and left < 0 and not (done and work[done - 1].case.name == item.case.name):
             rest = ", ".join(i.name for i in work[done:])
             progress.say(f"not measured, for the {minutes:g} minutes are over: {rest}")
             return
@@ -270,7 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ceilings.json").write_text(json.dumps(tops | common, indent=1) + "\n", encoding="utf8")
     written: dict[str, list[dict]] = {}
-    with Child() as child, Progress(len(work)) as progress:
+    # beside the child, the checks in float64 may take 60 % of what is free
+    with Child(int(0.4 * measure.free_mib())) as child, Progress(len(work)) as progress:
         session = Session(args.device, args.seconds, args.providers, child, common, args.autotune)
         for item, rows in measured(work, session, args.minutes, progress):
             show(rows, progress.say)

@@ -246,7 +246,7 @@ CONTRASTIVE = [
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
-            shapes=[(256, 512), (4096, 512)], cost=pairs_flops(3), unit="flops", options=[{}, {"symmetric": True}],
+            shapes=[(256, 512), (2048, 512)], cost=pairs_flops(3), unit="flops", options=[{}, {"symmetric": True}],
             all_grads=True,
             cuda_shapes=[(8192, 768), (32768, 768)],
         ),
@@ -362,7 +362,7 @@ CONTRASTIVE = [
         ],
         module=fastloss.SigLipLoss,
         bench=Bench(
-            shapes=[(1024, 512), (8192, 512)], unit="flops", all_grads=True,
+            shapes=[(1024, 512), (4096, 512)], unit="flops", all_grads=True,
             cost=lambda shape, size, mode: (mode != "backward") * pairs_flops(3)(shape, size, "both"),
             options=[{"logit_scale": 10.0, "logit_bias": -10.0, "normalize": True}],
             cuda_shapes=[(n, 768) for n in (1024, 8192, 32768, 65536, 131072)],
@@ -380,7 +380,7 @@ CONTRASTIVE = [
             ("float", with_argument(1, lambda t: t.float()), TypeError, "labels: expected an integer tensor"),
         ],
         module=fastloss.SupConLoss,
-        bench=Bench(shapes=[(4096, 512)], cost=triangle_flops(1), unit="flops"),
+        bench=Bench(shapes=[(2048, 512)], cost=triangle_flops(1), unit="flops", cuda_shapes=[(4096, 512)]),
     ),
     Case(
         "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, shapes=((6, 7), (6, 2)),

@@ -253,7 +253,7 @@ IMAGE_CASES = [
             ("empty", lambda args, options: ((args[0][:0], args[1][:0]), options), ValueError, "the mean of an empty"),
         ],
         bench=Bench(
-            shapes=[(8, 3, 512, 512)],
+            shapes=[(8, 3, 256, 256)], cuda_shapes=[(8, 3, 512, 512)],
             # forward reads both images; backward reads both again and writes one gradient
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
             * size * torch.Size(shape).numel(),
@@ -290,7 +290,7 @@ IMAGE_CASES = [
             ("weight", with_options(level_weights=(1.0, -1.0)), ValueError, "level_weights[1]: expected a finite"),
         ],
         bench=Bench(
-            shapes=[(8, 3, 512, 512)],
+            shapes=[(8, 3, 256, 256)], cuda_shapes=[(8, 3, 512, 512)],
             # the same as ssim_loss for five levels of 1, 1/4, 1/16, 1/64 and 1/256 of the pixels; what is written to
             # make the levels is not counted
             cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]

@@ -43,6 +43,9 @@ class FakeChild:
         too_large = self.limit_mib and provider == "eager" and columns["shape"].startswith("512x")
         return ("", "out of memory: no more") if too_large else ("1.5", "")
 
+    def start(self):
+        """Nothing to start."""
+
     def __enter__(self):
         return self
 
