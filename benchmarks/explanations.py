@@ -17,18 +17,16 @@ EXPLANATIONS = (
      "the others again, 3.75 U. Its forward is the slower one."),
     ("cpu", "clip_step", "*", "16384x512", "step", "torch.compile",
      "It keeps the gigabyte of logits, ours 64 MiB of them and makes the others again: a sixth of its memory."),
-    ("cpu", "clip_loss", "*", "2048x512", "memory", "*",
-     "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
-     "transpose."),
     ("cpu", "clip_loss", "*", "256x512", "both", "eager",
      "Level in an earlier run, 1.49 ms each. The machine has two speeds, and in the slower one short steps count for "
      "more, we guess: ours makes the same three products between more of them."),
     ("cpu", "feature_distance", "*", "*", "backward", "torch.compile",
      "Its forward, which takes twice as long as ours, leaves it as little to do: level but for noise. Compare both."),
-    ("cpu", "siglip_loss", "*", "1024x512", "memory", "torch.compile",
-     "4 MiB of the logits' gradient, and as much of embeddings in pieces of 256 columns, what oneDNN may add up."),
-    ("cpu", "supcon_loss", "*", "4096x512", "memory", "torch.compile",
-     "Both keep 64 MiB of logits; ours holds blocks of their gradient and its transpose beside them."),
+    ("cpu", "info_nce", "*", "2048x512", "memory", "*",
+     "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
+     "transpose."),
+    ("cpu", "supcon_loss", "*", "2048x512", "memory", "torch.compile",
+     "Both keep 16 MiB of logits; ours holds blocks of their gradient and its transpose beside them."),
     ("cpu", "feature_distance", "*", "*", "memory", "torch.compile",
      "It reads both lists again, ours keeps two bits an element, 8 MiB: the target's features, 122 MiB, are free after "
      "the forward, which this benchmark, whose inputs stay alive, does not show."),

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks import measure
 from benchmarks.memory import Child
-from benchmarks.rows import RESULTS, options_text, shape_of, write
+from benchmarks.rows import RESULTS, options_text, read, shape_of, write
 from fastloss import Execution, PerceptualLoss
 
 TAPS = {"l1": (3, 8, 15), "lpips": (3, 8, 15, 22, 29)}  # indices into vgg16.features, all ReLUs
@@ -179,6 +179,10 @@ def step_of(row: dict, device: str) -> tuple[Callable[[], Any], Callable[[], flo
     return lambda: torch.autograd.grad(value(), wrt), lambda: value().item()
 
 
+def criterion_of(row: dict) -> str:
+    return json.loads(row["options"])["criterion"]
+
+
 def measure_criterion(criterion: str, shape: str, device: str, seconds: float, child: Child) -> list[dict]:
     dtype = "float32" if device == "cpu" else "bfloat16"
     rows: list[dict] = []
@@ -229,8 +233,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--criteria", nargs="+", default=list(TAPS), choices=list(TAPS))
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
-    common, rows = measure.common_columns(args.device), []
+    common = measure.common_columns(args.device)
     path = args.out / measure.device_folder(args.device) / "perceptual_step.csv"
+    rows: list[dict] = []
+    if path.exists():  # rows of the other criteria stay
+        rows += [r for r in read(path) if criterion_of(r) not in args.criteria]
     with Child() as child:
         for criterion in args.criteria:
             shape = args.shape or SHAPES[args.device]
@@ -238,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                 figures = f"{row['p50_ms']} ms, {row['peak_mib'] or '-'} MiB" if row.get("p50_ms") else row["note"]
                 print(f"  {row['provider']:16}{row['options']:64}{figures}", flush=True)
                 rows.append(row | common)
-            write(path, rows)
+            write(path, sorted(rows, key=lambda r: list(TAPS).index(criterion_of(r))))
     print(f"wrote {path}")
     return 0
 

@@ -329,7 +329,7 @@ IMAGE_CASES = [
             ("off", with_options(ssim_options={"window": 3}), ValueError, "ssim_options: the part it is for is off"),
         ],
         bench=Bench(
-            shapes=[(8, 3, 512, 512)],
+            shapes=[(4, 3, 512, 512)], cuda_shapes=[(8, 3, 512, 512)],
             cost=image_cost,
             headline=2,
             options=[

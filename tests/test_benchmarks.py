@@ -302,6 +302,17 @@ def test_a_perceptual_step_is_measured(small, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_of_other_criteria_stay(monkeypatch, tmp_path):
+    row = dict(loss="perceptual_step", provider="eager", peak_mib="", note="")
+    measured = lambda criterion, *_: [row | dict(options=rows.options_text({"criterion": criterion}), p50_ms=next(ms))]  # noqa: E731
+    ms = iter("123")
+    monkeypatch.setattr(perceptual_step, "measure_criterion", measured)
+    for criteria in (["lpips", "l1"], ["l1"]):
+        assert perceptual_step.main(["--device", "cpu", "--out", str(tmp_path), "--criteria", *criteria]) == 0
+    found = [(perceptual_step.criterion_of(r), r["p50_ms"]) for r in table(tmp_path / "cpu" / "perceptual_step.csv")]
+    assert found == [("l1", "3"), ("lpips", "1")]
+
+
 def test_the_memory_child_measures_and_keeps_its_limit(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # as prepare_process() sets it, for processes that measure time
     with memory.Child(limit_mib=64) as child:
