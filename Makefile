@@ -21,9 +21,8 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 7.5 $(ARGS)
-	$(BIN)/python -m benchmarks.steps --device cpu --batches 1024 4096 --minutes 1
-	$(BIN)/python -m benchmarks.perceptual_step --device cpu --criteria l1 --seconds 3
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8.5 $(ARGS)
+	$(BIN)/python -m benchmarks.steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 
 # Measures the headline rows again: did one get worse by more than 15 %, by its ratios to eager and to torch.compile?
