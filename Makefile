@@ -21,7 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8.5 $(ARGS)
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)
 	$(BIN)/python -m benchmarks.steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 

@@ -343,7 +343,7 @@ CONTRASTIVE = [
         ],
         module=fastloss.ClipLoss,
         bench=Bench(
-            shapes=[(8192, 512), (256, 512)], cost=clip_flops, unit="flops",
+            shapes=[(4096, 512), (256, 512)], cost=clip_flops, unit="flops",
             options=[{"logit_scale": 14.3}],
             all_grads=True, cuda_shapes=[(n, 768) for n in (1024, 8192, 32768, 65536, 131072)], make=unit_pair,
         ),
