@@ -12,9 +12,12 @@ EXPLANATIONS = (
     ("cpu", "pixel_loss", "*", "*", "backward", "torch.compile",
      "It keeps the difference (or its sign) from the forward and writes the gradient over it, 8 B per element; ours "
      "keeps nothing and reads both images again, 12 B. Its forward, which stores that, is slower by more."),
-    ("cpu", "clip_loss", "*", "8192x512", "*", "torch.compile",
-     "It keeps the 256 MiB of logits, 3 U of arithmetic in three times our memory; ours keeps 64 MiB of them and makes "
-     "the others again, 3.75 U. Its forward is the slower one."),
+    ("cpu", "clip_loss", "*", "4096x512", "memory", "torch.compile",
+     "Both keep 64 MiB of logits; ours holds blocks of their gradient and its transpose beside them. Beyond that size "
+     "it keeps no more (see the scaling)."),
+    ("cpu", "siglip_loss", "*", "4096x512", "memory", "torch.compile",
+     "Both keep 64 MiB of the logits' gradient; ours holds the embeddings in pieces of 256 columns, what oneDNN may add "
+     "up, and transposed blocks beside it."),
     ("cpu", "clip_step", "*", "16384x512", "step", "torch.compile",
      "It keeps the gigabyte of logits, ours 64 MiB of them and makes the others again: a sixth of its memory."),
     ("cpu", "clip_loss", "*", "256x512", "both", "eager",
