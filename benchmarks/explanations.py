@@ -50,7 +50,8 @@ EXPLANATIONS = (
      "third."),
     ("h200", "pixel_loss", "*", "*", "*", "torch.compile",
      "Its forward writes the difference, 24 MiB that lie in the L2 cache (60 MiB) when the backward comes; ours reads "
-     "both images again from memory. Above the cache's size both move 20 B per element."),
+     "both images again from memory (since: from the last block on, not measured). Above the cache's size both move "
+     "20 B per element."),
     ("h200", "smoothness_loss with guide and weight", "*", "*", "*", "torch.compile",
      "It keeps the guide's factors, one for all channels, from the forward. Ours makes them again for each channel, in "
      "both directions: bound by instructions, by its code. To do: a program for all channels of a tile."),
