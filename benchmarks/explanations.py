@@ -16,8 +16,8 @@ EXPLANATIONS = (
      "Both keep 64 MiB of logits; ours holds blocks of their gradient and its transpose beside them. Beyond that size "
      "it keeps no more (see the scaling)."),
     ("cpu", "siglip_loss", "*", "4096x512", "memory", "torch.compile",
-     "Both keep 64 MiB of the logits' gradient; ours holds the embeddings in pieces of 256 columns, what oneDNN may add "
-     "up, and transposed blocks beside it."),
+     "Both keep 64 MiB of the logits' gradient; ours holds the embeddings in pieces of 256 columns, what oneDNN may "
+     "add up, and transposed blocks beside it."),
     ("cpu", "clip_step", "*", "16384x512", "step", "torch.compile",
      "It keeps the gigabyte of logits, ours 64 MiB of them and makes the others again: a sixth of its memory."),
     ("cpu", "clip_loss", "*", "256x512", "both", "eager",
