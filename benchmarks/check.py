@@ -74,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"no committed results of these losses in {RESULTS / folder}: nothing to compare with")
         return 2
     grown = growth(before, measured(losses, args.device, args.minutes))
-    for key in before.keys() - grown.keys():
-        print(f"not compared: {label(key)} has no time now")
+    for key, baseline in ((key, baseline) for key, found in before.items() for baseline in found):
+        if baseline not in grown.get(key, ()):
+            print(f"not compared: {label(key)} against {baseline} has no time now")
     bad = worse(grown)
     for loss in sorted({key[0] for key in bad}):
         share = args.minutes / len(losses)

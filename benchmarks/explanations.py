@@ -12,9 +12,9 @@ EXPLANATIONS = (
     ("cpu", "pixel_loss", "*", "*", "backward", "torch.compile",
      "It keeps the difference (or its sign) from the forward and writes the gradient over it, 8 B per element; ours "
      "keeps nothing and reads both images again, 12 B. Its forward, which stores that, is slower by more."),
-    ("cpu", "clip_loss", "*", "4096x512", "memory", "torch.compile",
-     "Both keep 64 MiB of logits; ours holds blocks of their gradient and its transpose beside them. Beyond that size "
-     "it keeps no more (see the scaling)."),
+    *(("cpu", loss, "*", shape, "memory", "torch.compile",
+       "Both keep the logits, up to 64 MiB; ours holds blocks of their gradient and its transpose beside them.")
+      for loss, shape in (("clip_loss", "4096x512"), ("supcon_loss", "2048x512"))),
     ("cpu", "siglip_loss", "*", "4096x512", "memory", "torch.compile",
      "Both keep 64 MiB of the logits' gradient; ours holds the embeddings in pieces of 256 columns, what oneDNN may "
      "add up, and transposed blocks beside it."),
@@ -28,8 +28,6 @@ EXPLANATIONS = (
     ("cpu", "info_nce", "*", "2048x512", "memory", "*",
      "The forward makes the gradients from all logits at once: 16 MiB of those, of their gradient and of its "
      "transpose."),
-    ("cpu", "supcon_loss", "*", "2048x512", "memory", "torch.compile",
-     "Both keep 16 MiB of logits; ours holds blocks of their gradient and its transpose beside them."),
     ("cpu", "feature_distance", "*", "*", "memory", "torch.compile",
      "It reads both lists again, ours keeps two bits an element, 8 MiB: the target's features, 122 MiB, are free after "
      "the forward, which this benchmark, whose inputs stay alive, does not show."),

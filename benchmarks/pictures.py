@@ -171,10 +171,12 @@ def _multiples(groups: dict[Key, Group], column: str, path: pathlib.Path, title:
 def _roofline(groups: dict[Key, Group], path: pathlib.Path, where: str) -> pathlib.Path:
     """The share of the ceiling: a bar for fastloss, marks for the others."""
     groups = {key: group for key, group in groups.items() if group["fastloss"]["share"]}
-    tops = {r["unit"]: float(r["ceiling"]) for g in groups.values() for r in g.values() if r.get("ceiling")}
+    tops: dict[str, list[float]] = {}
+    for row in (r for group in groups.values() for r in group.values() if r.get("ceiling")):
+        tops.setdefault(row["unit"], []).append(float(row["ceiling"]))
     named = {"GB/s": "copying memory", "TFLOP/s": "a large matrix product"}
-    roofs = " and ".join(f"{named[unit]} ({_short(top)} {unit})" for unit, top in tops.items())
-    subtitle = f"100 % is what {roofs} reached in the same run"
+    roofs = (f"{named[unit]} ({_short(min(t))} to {_short(max(t))} {unit})" for unit, t in sorted(tops.items()))
+    subtitle = f"100 % is what {' and '.join(roofs)} reached beside the row"
     look = _look(_names(groups))
     figure, axes = _canvas(len(groups), f"Share of the ceiling, {where}", subtitle, len(look))
     most = 1.0

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks import measure
 from benchmarks.memory import Child
 from benchmarks.progress import Progress
-from benchmarks.providers import absent, providers
+from benchmarks.providers import Function, absent, providers
 from benchmarks.rows import MODES, RESULTS, Item, items, named, passes, write
 from tests.battery import cast, cast_options, ops_of, to_device
 
@@ -123,20 +123,19 @@ def truth(item: Item, inputs: tuple, device: str) -> tuple[list | None, list | N
         return None, None, ""
 
 
-def candidates(item: Item, session: Session, left_out: dict[str, str]) -> dict[str, Candidate]:
-    """Every provider checked, compiled and counted at this item."""
+def candidates(item: Item, session: Session, functions: dict[str, Function | str]) -> dict[str, Candidate]:
+    """Every provider checked, compiled and counted at this item; in a function's place may be why there is none."""
     device, dtype = session.device, getattr(torch, item.dtype)
     inputs = item.inputs(device)
     eager, exact, checked = truth(item, inputs, device)
     torch._dynamo.reset()
-    functions = providers(item.case, item.options, device, session.asked, session.autotune)
     if exact is None:  # the others are held against fastloss, itself checked at smaller sizes
         functions = {n: functions[n] for n in sorted(functions, key=lambda n: n != "fastloss")}
     found: dict[str, Candidate] = {}
     for name, function in functions.items():
         found[name] = candidate = Candidate()
-        if name in left_out or isinstance(function, str):
-            candidate.note = left_out.get(name) or str(function)
+        if isinstance(function, str):
+            candidate.note = function
             continue
         own = cast(inputs, dtype)
         options = to_device(item.options, device)
@@ -183,13 +182,14 @@ def measure_item(item: Item, session: Session, left_out: dict[str, str] | None =
 
 def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> list[dict]:
     functions = providers(item.case, item.options, session.device, session.asked, session.autotune)
-    names = [name for name, function in functions.items() if name not in left_out and not isinstance(function, str)]
+    functions |= {name: why for name, why in left_out.items() if name in functions}
+    names = [name for name, function in functions.items() if not isinstance(function, str)]
     child = session.child if session.device == "cpu" else None
     if child:
         child.start()
     with ThreadPoolExecutor(1) as beside:  # nothing is timed while the child works
-        peaks = beside.submit(child_peaks, item, names, child)
-        found = candidates(item, session, left_out)
+        peaks = beside.submit(lambda: {n: child.peak(item.columns(), n)[0] for n in names} if child else {})
+        found = candidates(item, session, functions)
     gc.collect()
     ready = {name: c.timed for name, c in found.items() if c.timed}
     top, times, failed = 0.0, {}, {}
@@ -202,7 +202,7 @@ def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> li
         found[name].note = measure.reason(failure)
     rows = []
     for name, candidate in found.items():
-        peak = peaks.result().get(name) or memory(candidate, session)
+        peak = device_peak(candidate) if session.device == "cuda" else peaks.result().get(name, "")
         for mode in MODES if name in times else MODES[-1:]:
             row = {"mode": mode, "provider": name, "note": candidate.note}
             row |= {"error": candidate.error, "checked": candidate.checked}
@@ -228,20 +228,15 @@ def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float)
                 unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.4g}")
 
 
-def memory(candidate: Candidate, session: Session) -> str:
-    """On CUDA: peak MiB beyond the inputs, forward and backward."""
-    if session.device != "cuda" or not candidate.timed:
+def device_peak(candidate: Candidate) -> str:
+    """Peak MiB beyond the inputs, forward and backward, of CUDA's allocator."""
+    if not candidate.timed:
         return ""
     forward, backward = candidate.timed
     try:
         return f"{measure.peak_mib(lambda: backward(forward()), 'cuda'):.1f}"
     except Exception:
         return ""
-
-
-def child_peaks(item: Item, names: list[str], child: Child | None) -> dict[str, str]:
-    """On the CPU: provider -> peak MiB beyond the inputs, from the child; empty where it has none."""
-    return {name: child.peak(item.columns(), name)[0] for name in names} if child else {}
 
 
 def measured(work: list[Item], session: Session, minutes: float, progress: Progress) -> Iterator[tuple[Item, list]]:
