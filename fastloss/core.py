@@ -22,6 +22,7 @@ from torch.library import Library
 
 from . import backends
 from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
+from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
 REDUCTIONS = ("none", "mean", "sum")
@@ -126,6 +127,10 @@ class Op:
         namespace = getattr(torch.ops, NAMESPACE)
         self.fwd = getattr(namespace, f"{name}_fwd").default
         self.bwd = getattr(namespace, f"{name}_bwd").default
+        kinds = [p.annotation for p in parameters_of(fwd)]
+        self._floats = [i for i, kind in enumerate(kinds) if kind in (float, list[float])]
+        if self._floats:
+            self._define_traced(fwd, bwd)
         has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
         self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
         keep, backward = self._keep, self._backward
@@ -153,6 +158,32 @@ class Op:
 
         for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
             _LIB.impl(name, launch, key)
+
+    def _define_traced(self, fwd: Callable, bwd: Callable) -> None:
+        """The op once more, for graphs that torch.compile makes: see :func:`traced.take_out_numbers`."""
+        for stage, fake, op in (("fwd", fwd, self.fwd), ("bwd", bwd, self.bwd)):
+
+            def kernel_of_traced(*args: Any, op: Any = op) -> Any:
+                return op(*with_numbers(args[:-1], args[-1].tolist()))
+
+            def fake_of_traced(*args: Any, fake: Callable = fake) -> Any:
+                return fake(*args[:-1])
+
+            name = f"{self.name}_{stage}_traced"
+            self._define(name, with_parameter(fake, "changing", Tensor, fake_of_traced), None)
+            _LIB.impl(name, kernel_of_traced, "CompositeExplicitAutograd")
+        name = f"{self.name}_fwd_traced"
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._backward, setup_context=self._setup_traced, lib=_LIB
+        )
+        namespace = getattr(torch.ops, NAMESPACE)
+        self._fwd_traced = getattr(namespace, name).default
+        self._bwd_traced = getattr(namespace, f"{self.name}_bwd_traced").default
+
+    def _traced_call(self, args: tuple) -> Any:
+        """The call in a graph that is being compiled: its floats may be inputs of the graph."""
+        args, numbers = take_out_numbers(args, self._floats)
+        return self.fwd(*args) if numbers is None else self._fwd_traced(*args, numbers)
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
@@ -189,23 +220,29 @@ class Op:
         return out if isinstance(out, Tensor) else out[0]
 
     def _differentiable(self, args: tuple) -> Any:
-        if list in map(type, args) or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return self._traced_call(args)
+        if list in map(type, args):
             return self.fwd(*args)
         return self._function.apply(*args) if torch.is_grad_enabled() else _below_autograd(self.fwd, *args)
 
     # autograd of the forward op: save what the backward names, and nothing else
 
-    def _setup(self, ctx: Any, inputs: tuple, output: Any) -> None:
+    def _setup(self, ctx: Any, inputs: tuple, output: Any, *numbers: Tensor) -> None:
         outputs = (output,) if isinstance(output, Tensor) else tuple(output)
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*outputs[1:])
-        self._keep(ctx, inputs, outputs)
+        self._keep(ctx, inputs, outputs, *numbers)
 
-    def _keep(self, ctx: Any, inputs: tuple, outputs: tuple) -> tuple:
+    def _setup_traced(self, ctx: Any, inputs: tuple, output: Any) -> None:
+        *inputs, numbers = inputs  # type: ignore[assignment]
+        self._setup(ctx, inputs, output, numbers)
+
+    def _keep(self, ctx: Any, inputs: tuple, outputs: tuple, *numbers: Tensor) -> tuple:
         if len(outputs) > 1:
             ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
         values = (*inputs, *outputs)
-        _save(ctx, [values[i] for i in self._kept])
+        _save(ctx, [*(values[i] for i in self._kept), *numbers])
         return outputs
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
@@ -218,9 +255,13 @@ class Op:
         out: list[Any] = [_no_gradient(flag) for flag in flags] if lists else [None] * len(flags)
         if grad is None:  # nothing reaches the output (in a double backward)
             return tuple(out)
-        have = (*_saved(ctx), grad, *(needs[i] for i in self._wrt), [])
+        saved, numbers = _saved(ctx), []
+        if len(saved) > len(self._kept):
+            numbers = [saved.pop()]
+        have = (*saved, grad, *(needs[i] for i in self._wrt), [])
         args = [have[k] for k in self._order]
-        got = self.bwd(*args) if torch.is_grad_enabled() else _below_autograd(self.bwd, *args)
+        bwd = self._bwd_traced if numbers else self.bwd
+        got = bwd(*args, *numbers) if torch.is_grad_enabled() else _below_autograd(bwd, *args, *numbers)
         if isinstance(got, list):
             rest = iter(got)
             got = [[next(rest) for _ in flags[i]] if needs[i] else None for i in self._wrt]

@@ -9,22 +9,12 @@ kernels as numbers, in both directions. Its kernels' module has `<name>_total_fw
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch import Tensor
 
-from .core import Op
-
-
-def _with_factors(fake: Callable, returned: Any, shape: Callable) -> Callable:
-    """`shape` with the typed parameters of `fake` and the factors: what the schema is made of."""
-    hints = get_type_hints(fake)
-    own = [p.replace(annotation=hints[p.name]) for p in inspect.signature(fake).parameters.values()]
-    last = inspect.Parameter("factors", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=list[float])
-    shape.__signature__ = inspect.Signature([*own, last], return_annotation=returned)  # type: ignore[attr-defined]
-    return shape
+from .core import Op, with_parameter
 
 
 class Total(Op):
@@ -44,8 +34,8 @@ class Total(Op):
 
         super().__init__(
             f"{op.name}_total",
-            fwd=_with_factors(fwd, Tensor, total_fwd),
-            bwd=_with_factors(bwd, get_type_hints(bwd)["return"], total_bwd),
+            fwd=with_parameter(fwd, "factors", list[float], total_fwd, Tensor),
+            bwd=with_parameter(bwd, "factors", list[float], total_bwd),
             reference=total_reference,
             grads=op.grads,
             triton=triton,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, is_interpreting, result_dtype
+from ..traced import at_most, filled
 from .contrastive_each import each_statistics
 from .contrastive_own import NEGATIVES, contrastive_own
 from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
@@ -71,7 +72,7 @@ def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, d
         return lengths * scale
     if isinstance(scale, Tensor):
         return scale.expand(like.shape[0])
-    return torch.full((like.shape[0],), scale, dtype=dtype, device=like.device)
+    return filled((like.shape[0],), scale, dtype, like.device)
 
 
 def softmax_loss(
@@ -122,7 +123,7 @@ def softmax_loss(
         )  # fmt: skip
     return contrastive_plain(
         query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
-        needs, float(workspace_mib), backend=backend,
+        needs, at_most(float(workspace_mib)), backend=backend,
     )  # fmt: skip
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_number
+from ..traced import changes, number
 
 TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with everything, gradient 0
 
@@ -146,7 +147,8 @@ def negative_mass(
         shift = torch.maximum(mass, positive).detach()  # cancels in value and gradient
         left = (mass - shift).exp() - tau * (positive + log_count - shift).exp()
         exhausted = left <= 0  # False for NaN, which so goes on
-        debiased = left.masked_fill(exhausted, 1.0).log() + shift - math.log1p(-tau)
+        kept = number(-tau, left).log1p() if changes(tau) else math.log1p(-tau)
+        debiased = left.masked_fill(exhausted, 1.0).log() + shift - kept
         floor = log_count - scale
         mass = torch.where(exhausted, floor, torch.maximum(debiased, floor))
     return mass, some

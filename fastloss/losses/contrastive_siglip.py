@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..traced import at_most, filled
 from .contrastive_checks import (
     as_scalar,
     check_embeddings,
@@ -135,7 +136,7 @@ def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dt
         return None
     rows = like.shape[0]
     if weights is None:
-        return torch.full((rows,), 1.0 / rows if reduction == "mean" else 1.0, dtype=dtype, device=like.device)
+        return filled((rows,), 1.0 / rows if reduction == "mean" else 1.0, dtype, like.device)
     weights = weights.to(dtype)
     if reduction == "sum":
         return weights
@@ -221,7 +222,7 @@ def siglip_loss(
     with full_precision(image):
         share = _share(weights, reduction, image, dtype)
         scale, bias = (
-            v.reshape(1) if isinstance(v, Tensor) else torch.full((1,), v, dtype=dtype, device=image.device)
+            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device)
             for v in (scale, bias)
         )
         needs = 0
@@ -229,7 +230,7 @@ def siglip_loss(
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
         out = siglip(
-            image, text, scale, bias, *ids, share, normalize, negative_only, needs, float(workspace_mib)
+            image, text, scale, bias, *ids, share, normalize, negative_only, needs, at_most(float(workspace_mib))
         )
     return out if share is not None else reduce_rows(out, weights, reduction)
 

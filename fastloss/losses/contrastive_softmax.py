@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op, is_interpreting, result_dtype
+from ..traced import at_most
 from .contrastive_reference import statistics
 
 STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
@@ -144,7 +145,7 @@ def _contrastive_fwd(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = query.shape[0], key.shape[0]
-    moments, hard = int("moments" in kind), int(hardness > 0)
+    moments, hard = int("moments" in kind), int(hardness != 0)
     if query.is_cuda or is_interpreting():
         stash = query.new_empty(kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)[0])
     else:
@@ -229,5 +230,5 @@ def softmax_statistics(
         kind += "+stash"
     return contrastive(
         query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
-        float(workspace_mib), keep,
+        at_most(float(workspace_mib)), keep,
     )  # fmt: skip

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor
 from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..traced import at_most
 
 MODES = ("nearest", "softmin", "mean")
 METRICS = ("l1", "l2", "cosine")
@@ -152,9 +153,9 @@ def diversity_loss(
     check_reduction(reduction)
     if margin is not None:
         check_number("margin", margin, 0, open_low=True)
-    workspace = int(workspace_mib * 2**20)
+    workspace = int(at_most(float(workspace_mib)) * 2**20)
     distance = diversity_reference(generated.flatten(1), bank.flatten(1), mode, metric, temperature, workspace)
-    return reduce(-distance if margin is None else (margin - distance).relu(), reduction)
+    return reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
 
 
 def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, eps: float) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, result_dtype
+from ..traced import changes, filled
 from .pixel import pixel_kind, pixel_loss, pixel_reference
 from .smoothness import smoothness_counts, smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
 from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
@@ -295,9 +296,10 @@ def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], li
         weights.get(name, 0.0) / max(c, 1)
         for name, each in counts.items() for c in each
     ]  # fmt: skip
-    if not any(isinstance(share, Tensor) for share in shares):
+    if not any(isinstance(share, Tensor) or changes(share) for share in shares):
         return torch.tensor(shares, dtype=torch.float32, device=like.device)
-    return torch.stack([torch.as_tensor(s, dtype=torch.float32, device=like.device) for s in shares]).detach()
+    each = (s if isinstance(s, Tensor) else filled((), s, torch.float32, like.device) for s in shares)
+    return torch.stack([s.to(torch.float32) for s in each]).detach()
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import reduce
+from ..traced import filled
 from .dists import dists_distance
 from .lpips import lpips_distance
 from .perceptual import CRITERIA as ELEMENTWISE
@@ -92,7 +93,7 @@ def criterion_distance(
     if criterion == "dists":
         each = None
         if weights is not None:
-            each = [f.new_full((f.shape[1],), w, dtype=torch.float32) for f, w in zip(features, weights, strict=True)]
+            each = [filled((f.shape[1],), w, torch.float32, f.device) for f, w in zip(features, weights, strict=True)]
         return reduce(dists_distance(features, targets, each, each), reduction)
     if criterion == "style":
         return style_distance(features, targets, weights=weights, reduction=reduction)

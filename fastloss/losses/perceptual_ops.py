@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import Op, result_dtype
 from ..layers import layers_of, layout_of, rows_of, sign_count
+from ..traced import changes
 
 
 def feature_distance_reference(
@@ -47,7 +48,10 @@ def feature_distance_reference(
             loss = loss.sum()
         elif loss.ndim > 1:
             loss = loss.sum(dim=list(range(1, loss.ndim)))
-        total = torch.add(total, loss, alpha=scale)  # scale * loss has a float64 tangent in forward-mode AD
+        if changes(scale):
+            total = total + scale * loss
+        else:
+            total = torch.add(total, loss, alpha=scale)  # scale * loss has a float64 tangent in forward-mode AD
     return total
 
 

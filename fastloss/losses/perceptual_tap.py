@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op
+from ..traced import changes
 from .perceptual import feature_distance_call
 
 
@@ -83,7 +84,7 @@ def tap(
     op, args = feature_distance_call(
         [feature], [target], weights=[weight], criterion=criterion, eps=eps, beta=beta, reduction=reduction
     )
-    if feature.dtype != target.dtype or op.backend(*args) == "reference":
+    if feature.dtype != target.dtype or op.backend(*args) == "reference" or changes(weight) or changes(args[6]):
         return feature, op(*args)
     with torch.autocast(feature.device.type, enabled=False):
         return _Tap.apply(feature, target, op, args[2:])

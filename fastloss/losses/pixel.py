@@ -8,6 +8,7 @@ from torch import Tensor
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..totals import Total
+from ..traced import number
 
 
 def pixel_reference(
@@ -21,12 +22,12 @@ def pixel_reference(
     elif kind == "l2":
         loss = d * d
     elif kind == "lp":
-        loss = d.abs().pow(p)
+        loss = d.abs().pow(number(p, d))
     elif kind == "charbonnier":
         loss = (d * d + p * p).sqrt()
     else:  # huber with delta = p: no where(), whose untaken branch would give NaN for the gradient at |d| = inf
         a = d.abs()
-        inner = a.clamp(max=p)
+        inner = a.clamp(max=number(p, a))
         loss = inner * (a - 0.5 * inner)
     if weight is not None:
         loss = loss * weight.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..traced import number
 
 PADDINGS = ("same", "valid")
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
@@ -240,7 +241,8 @@ class SSIMLoss(Loss):
 def _power(base: Tensor, exponent: float) -> Tensor:
     """max(base, 0) ** exponent with gradient 0 where base <= 0; NaN stays NaN."""
     low = base <= 0
-    return torch.where(low, torch.zeros_like(base), torch.where(low, torch.ones_like(base), base).pow(exponent))
+    powers = torch.where(low, torch.ones_like(base), base).pow(number(exponent, base))
+    return torch.where(low, torch.zeros_like(base), powers)
 
 
 def ms_ssim_loss(
