@@ -105,6 +105,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
 }
 WITHOUT = {"smoothness_loss", "gram_matrix"}  # have no float option
 FUNCTIONS = {name: f for name in fastloss.__all__ if inspect.isfunction(f := getattr(fastloss, name))}
+MODULES = [m for m in vars(fastloss).values() if inspect.isclass(m) and issubclass(m, core.Loss)]
 OF_OTHERS = {"loss_and_grads", "info"}  # run another loss, outside of compiled graphs
 
 
@@ -184,3 +185,44 @@ def test_workspace_changes(name: str) -> None:
     for t in wrt:
         t.requires_grad_()
     check(lambda t: t * loss_of(name, args, FLOATS[name]["workspace_mib"](t)), 1, wrt, len(VALUES))
+
+
+@pytest.mark.parametrize("name", [name for name, options in FLOATS.items() if options and name != "tap"])
+def test_module_options_change(name: str) -> None:
+    """Options of the module form that are set anew between calls, all of them in one graph."""
+    args, wrt = arguments(name)
+    for t in wrt:
+        t.requires_grad_()
+    form = next(m for m in MODULES if m.fn is FUNCTIONS[name])
+    options = [of for option, of in FLOATS[name].items() if option != "workspace_mib" and "." not in option]
+    modules = [form(**of(VALUES[0])) for of in options]
+
+    def total(*modules: torch.nn.Module) -> Tensor:
+        out = [module(*args) for module in modules]
+        return torch.stack([(x if isinstance(x, Tensor) else x[0]).sum() for x in out]).sum()
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(total, fullgraph=True, backend="aot_eager")
+    for value in VALUES:
+        for module, of in zip(modules, options, strict=True):
+            for option, given in of(value).items():
+                setattr(module, option, given)
+        torch.testing.assert_close(compiled(*modules), total(*modules), rtol=1e-5, atol=1e-6)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_inductors_caches_return_no_other_value() -> None:
+    """The same through the compiler whose caches did."""
+    z, labels = Draw().normal(16, 8), torch.arange(16) % 4
+    image, image_pred = Draw().uniform(2, 3, 12, 12), Draw(seed=1).uniform(2, 3, 12, 12)
+
+    def total(t: float, w: float) -> Tensor:
+        supcon = fastloss.supcon_loss(z, labels, temperature=t)
+        clip = w * fastloss.clip_loss(z, z.flip(0), logit_scale=10 * w)
+        return torch.stack((supcon, clip, w * fastloss.ssim_loss(image, image_pred, data_range=1 + w)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(total, fullgraph=True)
+    for value in VALUES:
+        torch.testing.assert_close(compiled(value, value / 2), total(value, value / 2), rtol=1e-5, atol=1e-6)
