@@ -122,7 +122,7 @@ def softmax_loss(
         )  # fmt: skip
     return contrastive_plain(
         query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
-        needs, float(workspace_mib), backend=backend,
+        needs, workspace_mib, backend=backend,
     )  # fmt: skip
 
 

@@ -208,10 +208,10 @@ def siglip_loss(
         1.3863
     """
     check_embeddings("image", image)
-    check_flags(normalize=normalize, negative_only=negative_only)
+    normalize, negative_only = check_flags(normalize=normalize, negative_only=negative_only)
     check_embeddings("text", text, image, "image", rows=not negative_only)
     ids = _ids(image_ids, text_ids, image, text)
-    check_shared(image, weights, workspace_mib)
+    workspace_mib, _ = check_shared(image, weights, workspace_mib)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
@@ -229,7 +229,7 @@ def siglip_loss(
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
         out = siglip(
-            image, text, scale, bias, *ids, share, normalize, negative_only, needs, float(workspace_mib)
+            image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib
         )
     return out if share is not None else reduce_rows(out, weights, reduction)
 

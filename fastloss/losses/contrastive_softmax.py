@@ -229,5 +229,5 @@ def softmax_statistics(
         kind += "+stash"
     return contrastive(
         query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
-        float(workspace_mib), keep,
+        workspace_mib, keep,
     )  # fmt: skip

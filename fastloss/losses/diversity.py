@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor
+from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor, check_workspace
 from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
 
 MODES = ("nearest", "softmin", "mean")
@@ -147,12 +147,11 @@ def diversity_loss(
         raise ValueError("bank: no gradient is provided for it; pass bank.detach()")
     check_choice("mode", mode, MODES)
     check_choice("metric", metric, METRICS)
-    check_number("temperature", temperature, 0, open_low=True)
-    check_number("workspace_mib", workspace_mib, 1)
+    temperature = check_number("temperature", temperature, 0, open_low=True)
+    workspace = int(check_workspace(workspace_mib, 1, open_low=False) * 2**20)
     check_reduction(reduction)
     if margin is not None:
-        check_number("margin", margin, 0, open_low=True)
-    workspace = int(workspace_mib * 2**20)
+        margin = check_number("margin", margin, 0, open_low=True)
     distance = diversity_reference(generated.flatten(1), bank.flatten(1), mode, metric, temperature, workspace)
     return reduce(-distance if margin is None else (margin - distance).relu(), reduction)
 
@@ -203,7 +202,7 @@ def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tens
         raise ValueError(
             f"z_a: expected one noise for each of the images, {tuple(images_a.shape)}, got {tuple(z_a.shape)}"
         )
-    check_number("eps", eps, 0, open_low=True)
+    eps = check_number("eps", eps, 0, open_low=True)
     check_not_empty(images_a.numel() * z_a.numel())
     return mode_seeking_reference(images_a, images_b, z_a, z_b, eps)
 

@@ -103,7 +103,7 @@ def style_distance(
         >>> style_distance([torch.ones(1, 2, 2, 3)], [torch.zeros(1, 2, 2, 3)]).item()
         0.5
     """
-    check_layers(features, targets, 4)
+    features, targets = check_layers(features, targets, 4)
     check_samples(features)
     grams, wanted = ([gram_matrix(t, normalization=normalization) for t in side] for side in (features, targets))
     return feature_distance(
