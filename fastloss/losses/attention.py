@@ -20,6 +20,7 @@ from ..checks import (
     check_tensor,
 )
 from ..core import Loss, check_not_empty, check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 
 INPUTS = ("probs", "logits")
 METRICS = ("js", "kl", "sym_kl", "mse", "l1")
@@ -152,6 +153,7 @@ def _check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
         raise ValueError(f"mask: expected a shape that broadcasts to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
+@takes_inference_tensors
 def attention_consistency_loss(
     a: Tensor | Sequence[Tensor],
     b: Tensor | Sequence[Tensor],
@@ -238,6 +240,7 @@ def _one_map(
     return _reduce_rows(values, rows, reduction)
 
 
+@takes_inference_tensors
 def attention_consistency_from_qk(
     q1: Tensor,
     k1: Tensor,

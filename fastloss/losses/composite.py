@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_integer, check_no_graph, check_number, check_same_device, check_tensor
 from ..core import result_dtype
+from ..inference import takes_inference_tensors
 
 
 class Rule(nn.Module):
@@ -299,6 +300,7 @@ class CompositeLoss(nn.Module):
             raise ValueError(f"reference: weighting 'vqgan' expects the name of a part, one of {active}, got none")
         self.rule = kind(active, [self.weights[name] for name in active], **options)
 
+    @takes_inference_tensors
     def forward(
         self, parts: Mapping[str, Tensor] | None = None, /, *, last_layer: Tensor | None = None, **named: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

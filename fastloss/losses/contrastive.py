@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
 from ..core import Loss, result_dtype
+from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     as_scalar,
     check_embeddings,
@@ -27,6 +28,7 @@ from .contrastive_forms import softmax_loss, softmax_rows
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
 
 
+@takes_inference_tensors
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -187,6 +189,7 @@ def _scale_and_bias(
     return scale, bias.to(dtype)
 
 
+@takes_inference_tensors
 def clip_loss(
     image: Tensor,
     text: Tensor,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, result_dtype
+from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     check_embeddings,
     check_flags,
@@ -24,6 +25,7 @@ from .contrastive_reference import (
 )
 
 
+@takes_inference_tensors
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -83,6 +85,7 @@ def supcon_loss(
     return finish(out, weights, reduction, return_lse)
 
 
+@takes_inference_tensors
 def nt_xent_loss(
     view_a: Tensor,
     view_b: Tensor,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     as_scalar,
     check_embeddings,
@@ -158,6 +159,7 @@ def _ids(
     return (None, None) if one is None or two is None else (one.long(), two.long())
 
 
+@takes_inference_tensors
 def siglip_loss(
     image: Tensor,
     text: Tensor,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_device, check_same_length, check_sequence, check_tensor
 from ..core import Loss, Op, result_dtype
+from ..inference import takes_inference_tensors
 from .perceptual_checks import check_layers, check_samples
 
 
@@ -62,6 +63,7 @@ _dists = Op(
 )
 
 
+@takes_inference_tensors
 def dists_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

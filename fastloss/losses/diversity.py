@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor, check_workspace
 from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..inference import takes_inference_tensors
 
 MODES = ("nearest", "softmin", "mean")
 METRICS = ("l1", "l2", "cosine")
@@ -77,6 +78,7 @@ def diversity_reference(
     return least[:, 0] - temperature * powers.mean(1).log()
 
 
+@takes_inference_tensors
 def diversity_loss(
     generated: Tensor,
     bank: Tensor,
@@ -166,6 +168,7 @@ def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b:
     return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + eps))
 
 
+@takes_inference_tensors
 def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Tensor:
     r"""Mode-seeking regulariser: two images of one caption must differ as much as their noises do.
 

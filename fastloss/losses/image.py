@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight, is_sequence
 from ..core import Loss, Op, check_not_empty, result_dtype
+from ..inference import takes_inference_tensors
 from .pixel import pixel_kind, pixel_loss, pixel_reference
 from .smoothness import (
     check_distance,
@@ -141,6 +142,7 @@ class ImageLosses(NamedTuple):
     parts: dict[str, Tensor]
 
 
+@takes_inference_tensors
 def image_loss(
     image: Tensor,
     image_pred: Tensor,

@@ -20,6 +20,7 @@ from ..checks import (
     check_tensor,
 )
 from ..core import Loss, Op, result_dtype
+from ..inference import takes_inference_tensors
 from .perceptual_checks import check_layers, check_samples
 
 STATISTICS = 4  # that the forward keeps of a pixel: |f|, |t|, and the sums over channels of w d u and w d v
@@ -98,6 +99,7 @@ _lpips = Op(
 )
 
 
+@takes_inference_tensors
 def lpips_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

@@ -8,12 +8,14 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number
 from ..core import Loss, Op, check_not_empty, check_reduction
+from ..inference import takes_inference_tensors
 from .perceptual_checks import check_layers, check_samples, check_weights
 from .perceptual_ops import distance_call
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 
 
+@takes_inference_tensors
 def feature_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

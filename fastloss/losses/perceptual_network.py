@@ -22,6 +22,7 @@ from ..checks import (
     is_sequence,
 )
 from ..core import check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 from .perceptual_backbones import LPIPS_TAPS, Backbone
 from .perceptual_criteria import CRITERIA, Lins, criterion_distance, load_lins
 from .perceptual_execution import Execution, gradient_scale, in_pieces, scaled_gradient
@@ -186,6 +187,7 @@ class PerceptualLoss(nn.Module):
             return found[0]
         return [[torch.cat(layer) for layer in zip(*lists, strict=True)] for lists in zip(*found, strict=True)]
 
+    @takes_inference_tensors
     def forward(self, image: Tensor | Targets, image_pred: Tensor, *, pairwise: bool = False) -> Tensor:
         """The loss; `image` is the target, or what :meth:`encode` made of it."""
         if isinstance(image, Tensor):

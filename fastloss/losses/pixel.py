@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 from ..totals import Total
 
 
@@ -84,6 +85,7 @@ def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[s
     return "l1" if p == 1 else "l2" if p == 2 else "lp", p
 
 
+@takes_inference_tensors
 def pixel_loss(
     image: Tensor,
     image_pred: Tensor,

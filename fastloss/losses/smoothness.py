@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_same_device, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..inference import takes_inference_tensors
 from ..totals import Total
 
 DISTANCES = (1, 2, "isotropic", "norm")
@@ -130,6 +131,7 @@ def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list
     return [total.expand(image.shape[:2]) for total in sums]
 
 
+@takes_inference_tensors
 def smoothness_loss(
     image_pred: Tensor,
     *,

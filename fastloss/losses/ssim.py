@@ -19,6 +19,7 @@ from ..checks import (
     check_weight,
 )
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..inference import takes_inference_tensors
 
 PADDINGS = ("same", "valid")
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
@@ -168,6 +169,7 @@ def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
     return _ssim(image, image_pred, *options, keep)
 
 
+@takes_inference_tensors
 def ssim_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -251,6 +253,7 @@ def _power(base: Tensor, exponent: float) -> Tensor:
     return torch.where(low, torch.zeros_like(base), torch.where(low, torch.ones_like(base), base).pow(exponent))
 
 
+@takes_inference_tensors
 def ms_ssim_loss(
     image: Tensor,
     image_pred: Tensor,
