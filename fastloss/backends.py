@@ -7,10 +7,12 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
+from contextvars import ContextVar
 
 import torch
 
 BACKENDS = ("reference", "cpp", "triton", "cuda")
+_UNSET = "unset"
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once, at import
 
 
@@ -50,26 +52,63 @@ class State:
             "triton": _why_no_triton(),
             "cuda": "no op is faster in CUDA C++ than in Triton yet, so none is shipped",
         }
-        self.forced: str | None = None
+        self.traced: str | None = _UNSET  # what a use_backend inside a compiled function forces
+        self.latest: str | None = None  # of any thread, for a torch.compile that cannot read context variables
 
-    def force(self, name: str | None) -> None:
-        if name is not None and name not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
-        self.forced = name
+    @property
+    def forced(self) -> str | None:
+        """The backend forced in this thread and task."""
+        if torch.compiler.is_compiling():
+            if self.traced != _UNSET:
+                return self.traced
+            if not _TRACES_CONTEXT:
+                return self.latest
+        return _forced.get()
 
 
+def _checked(name: str | None) -> str | None:
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
+    return name
+
+
+_TRACES_CONTEXT = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 14)  # torch.compile reads ContextVars
+_environment = _checked(os.environ.get("FASTLOSS_BACKEND") or None)
+_forced: ContextVar[str | None] = ContextVar("fastloss_backend", default=_environment)
 state = State()
+state.latest = _environment
 
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
-    """Force a backend inside a `with` block, as `FASTLOSS_BACKEND` does for a process; None lifts the force."""
-    before = state.forced
-    state.force(name)
+    """Force a backend inside a `with` block, as `FASTLOSS_BACKEND` does for a process; None lifts the force.
+
+    It holds for the thread and the asyncio task that enter the block, and for tasks started inside it. Other threads,
+    those started inside it too, keep what the environment says; they enter blocks of their own.
+
+    The forward chooses, and its backward follows wherever it runs: a gradient of a kernel's forward comes from the
+    kernels, one of the reference's from autograd. Double backward is the reference's in any case. A checkpoint runs
+    its forward again during the backward, in autograd's own thread on a GPU: pass it
+    ``context_fn=lambda: (nullcontext(), use_backend(name))``.
+
+    Under ``torch.compile`` the choice is part of the graph. Outside the compiled function, another backend means
+    another graph (before torch 2.14 those of all threads follow the block entered last); inside it the block works too.
+    """
+    if torch.compiler.is_compiling():
+        inner, state.traced = state.traced, _checked(name)
+        try:
+            yield
+        finally:
+            state.traced = inner
+        return
+    before, latest = _forced.get(), state.latest
+    _forced.set(_checked(name))  # and set back, not reset by its token: a generator may end in another context
+    state.latest = name
     try:
         yield
     finally:
-        state.forced = before
+        _forced.set(before)
+        state.latest = latest
 
 
 def is_forced() -> bool:
@@ -97,6 +136,3 @@ def fitting(device: str) -> tuple[str, ...]:
     if device == "cpu":
         return ("triton",) if _INTERPRETING else ("cpp",)
     return ("triton",) if device == "cuda" else ()
-
-
-state.force(os.environ.get("FASTLOSS_BACKEND") or None)

@@ -22,6 +22,7 @@ from torch.library import Library
 
 from . import backends
 from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
+from .checks import as_plain, check_choice, check_no_graph
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
@@ -326,8 +327,7 @@ def reduce(values: Tensor, reduction: str) -> Tensor:
 
 
 def check_reduction(reduction: str, choices: tuple[str, ...] = REDUCTIONS) -> None:
-    if reduction not in choices:
-        raise ValueError(f"reduction: expected one of {choices}, got {reduction!r}")
+    check_choice("reduction", reduction, choices)
 
 
 def check_not_empty(count: int) -> None:
@@ -346,7 +346,11 @@ class Loss(nn.Module):
 
     A subclass names its function, `fn = staticmethod(pixel_loss)`. Options are checked against the function's
     keyword-only parameters; a tensor or Parameter option (a learnable temperature) becomes a buffer or Parameter.
+    numpy's numbers and vectors become Python's, which torch.compile takes for constants.
     Keywords given at call override the options of the module for that call.
+
+    Raises:
+        TypeError: an unknown option. ValueError: an option is a tensor that requires a gradient and no Parameter.
     """
 
     fn: Callable[..., Any]
@@ -358,10 +362,11 @@ class Loss(nn.Module):
         for name, value in options.items():
             if name not in allowed:
                 raise TypeError(f"{type(self).__name__}: unknown option {name!r}; the options are {allowed}")
+            check_no_graph(type(self).__name__, name, value)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:
-                setattr(self, name, value)
+                setattr(self, name, as_plain(value))
         self._options = tuple(options)
 
     def forward(self, *tensors: Any, **overrides: Any) -> Any:

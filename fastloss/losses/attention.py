@@ -7,8 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_same_device, check_same_length, check_same_shape, check_tensor
+from ..checks import (
+    check_choice,
+    check_dense,
+    check_flag,
+    check_number,
+    check_numbers,
+    check_same_device,
+    check_same_length,
+    check_same_shape,
+    check_sequence,
+    check_tensor,
+)
 from ..core import Loss, check_not_empty, check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 
 INPUTS = ("probs", "logits")
 METRICS = ("js", "kl", "sym_kl", "mse", "l1")
@@ -127,6 +139,8 @@ def _reduce_rows(values: Tensor, rows: Tensor, reduction: str) -> Tensor:
 def _check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
     if mask is None:
         return
+    if isinstance(mask, Tensor):
+        check_dense("mask", mask)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask: expected a bool tensor (True: the key takes part), got {got}")
@@ -139,6 +153,7 @@ def _check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
         raise ValueError(f"mask: expected a shape that broadcasts to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
+@takes_inference_tensors
 def attention_consistency_loss(
     a: Tensor | Sequence[Tensor],
     b: Tensor | Sequence[Tensor],
@@ -196,18 +211,18 @@ def attention_consistency_loss(
             raise ValueError("layer_weights: expected None for single maps; it weighs the entries of lists")
         return _one_map("a", a, "b", b, mask, inputs, metric, reduction)
     for name, value in (("a", a), ("b", b)):
-        if not isinstance(value, (list, tuple)):
-            raise TypeError(f"{name}: expected two tensors or two lists of them, got {type(value).__name__} for {name}")
-    a, b = list(a), list(b)
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name}: expected two tensors or two lists of them, got Tensor for {name}")
+    a, b = (check_sequence(name, value, "tensors, one a layer") for name, value in (("a", a), ("b", b)))
     check_same_length("a", a, "b", b)
     if len(a) == 0:
         raise ValueError("a: expected at least one layer, got an empty list")
     if layer_weights is None:
         layer_weights = [1 / len(a)] * len(a)
+    layer_weights = check_numbers("layer_weights", layer_weights, 0, of="numbers, one a layer")
     check_same_length("a", a, "layer_weights", layer_weights)
     layers = []
     for i, (x, y, weight) in enumerate(zip(a, b, layer_weights, strict=True)):
-        check_number(f"layer_weights[{i}]", weight, 0)
         layers.append(weight * _one_map(f"a[{i}]", x, f"b[{i}]", y, mask, inputs, metric, reduction))
     return layers if reduction == "none" else torch.stack(layers).sum()
 
@@ -225,6 +240,7 @@ def _one_map(
     return _reduce_rows(values, rows, reduction)
 
 
+@takes_inference_tensors
 def attention_consistency_from_qk(
     q1: Tensor,
     k1: Tensor,
@@ -282,16 +298,16 @@ def attention_consistency_from_qk(
     if k1.shape[-2] == 0:
         raise ValueError(f"k1: expected at least one key, got shape {tuple(k1.shape)}")
     check_choice("metric", metric, QK_METRICS)
-    check_choice("causal", causal, (False, True))
+    causal = check_flag("causal", causal)
     check_reduction(reduction)
     if scale is not None:
-        check_number("scale", scale)
+        scale = check_number("scale", scale)
     shape = torch.Size((*q1.shape[:3], k1.shape[2]))
     _check_mask(mask, shape, q1)
     if causal:
         lower = torch.ones(shape[-2:], dtype=torch.bool, device=q1.device).tril()
         mask = lower if mask is None else mask & lower
-    scales = (q1.shape[-1] ** -0.5, q2.shape[-1] ** -0.5) if scale is None else (float(scale), float(scale))
+    scales = (q1.shape[-1] ** -0.5, q2.shape[-1] ** -0.5) if scale is None else (scale, scale)
     values, rows = attention_qk_reference(q1, k1, q2, k2, mask, metric, scales)
     return _reduce_rows(values, rows, reduction)
 

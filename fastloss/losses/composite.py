@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_number, check_same_device, check_tensor
+from ..checks import check_choice, check_integer, check_no_graph, check_number, check_same_device, check_tensor
 from ..core import result_dtype
+from ..inference import takes_inference_tensors
 
 
 class Rule(nn.Module):
@@ -26,7 +27,8 @@ class Rule(nn.Module):
     def __init__(self, names: list[str], base: list[float]) -> None:
         super().__init__()
         self.names = names
-        self.register_buffer("base", torch.tensor(base), persistent=False)  # the arguments' business, not the state's
+        weights = torch.tensor(base, dtype=torch.float32)
+        self.register_buffer("base", weights, persistent=False)  # the arguments' business, not the state's
 
     def effective(self) -> Tensor:
         """The K weights as of the last step, those given included."""
@@ -43,7 +45,7 @@ class AdaptiveRule(Rule):
 
     def __init__(self, names: list[str], base: list[float]) -> None:
         super().__init__(names, base)
-        self.register_buffer("multipliers", torch.ones(len(names)))
+        self.register_buffer("multipliers", torch.ones(len(names), dtype=torch.float32))
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def effective(self) -> Tensor:
@@ -79,8 +81,8 @@ class UncertaintyRule(Rule):
 
     def __init__(self, names: list[str], base: list[float], *, log_variance: float = 0.0) -> None:
         super().__init__(names, base)
-        check_number("log_variance", log_variance)
-        self.log_variances = nn.Parameter(torch.full((len(names),), float(log_variance)))
+        start = check_number("log_variance", log_variance)
+        self.log_variances = nn.Parameter(torch.full((len(names),), start, dtype=torch.float32))
 
     def effective(self) -> Tensor:
         return self.base * (0.5 * torch.exp(-self.log_variances.detach()))
@@ -99,13 +101,12 @@ class DynamicAverageRule(AdaptiveRule):
 
     def __init__(self, names: list[str], base: list[float], *, temperature: float = 2.0, period: int = 1) -> None:
         super().__init__(names, base)
-        check_number("temperature", temperature, 0, open_low=True)
-        check_number("period", period, 1)
-        if period != int(period):
+        self.temperature = check_number("temperature", temperature, 0, open_low=True)
+        self.period = int(check_number("period", period, 1))
+        if period != self.period:
             raise ValueError(f"period: expected a whole number of steps, got {period!r}")
-        self.temperature, self.period = float(temperature), int(period)
         for name in ("sums", "previous", "before"):
-            self.register_buffer(name, torch.zeros(len(names)))
+            self.register_buffer(name, torch.zeros(len(names), dtype=torch.float32))
 
     def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
         ratio = _ratio(self.previous, self.before)
@@ -138,13 +139,10 @@ class RelativeBalanceRule(AdaptiveRule):
         seed: int = 0,
     ) -> None:
         super().__init__(names, base)
-        check_number("alpha", alpha, 0, 1)
-        check_number("beta", beta, 0, 1)
-        check_number("tau", tau, 0, open_low=True)
-        check_number("seed", seed, 0, 2**31 - 1)
-        self.alpha, self.beta, self.tau, self.seed = float(alpha), float(beta), float(tau), int(seed)
-        self.register_buffer("first", torch.zeros(len(names)))
-        self.register_buffer("previous", torch.zeros(len(names)))
+        self.alpha, self.beta = check_number("alpha", alpha, 0, 1), check_number("beta", beta, 0, 1)
+        self.tau, self.seed = check_number("tau", tau, 0, open_low=True), check_integer("seed", seed, 0)
+        for name in ("first", "previous"):
+            self.register_buffer(name, torch.zeros(len(names), dtype=torch.float32))
 
     def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
         start = self.step == 0
@@ -170,9 +168,8 @@ class GradientRatioRule(AdaptiveRule):
         super().__init__(names, base)
         if reference not in names:
             raise ValueError(f"reference: expected a part with a weight > 0, one of {names}, got {reference!r}")
-        check_number("eps", eps, 0, open_low=True)
-        check_number("max_ratio", max_ratio, 0, open_low=True)
-        self.reference, self.eps, self.max_ratio = reference, float(eps), float(max_ratio)
+        self.reference, self.eps = reference, check_number("eps", eps, 0, open_low=True)
+        self.max_ratio = check_number("max_ratio", max_ratio, 0, open_low=True)
 
     def gradients(self, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor:
         """The K norms of the parts' gradients at the last layer."""
@@ -286,8 +283,8 @@ class CompositeLoss(nn.Module):
         for name, weight in weights.items():
             if not isinstance(name, str) or name in ("", "last_layer"):
                 raise ValueError(f"weights: expected names of parts other than '' and 'last_layer', got {name!r}")
-            check_number(f"weights[{name!r}]", weight, 0)
-        self.weights = {name: float(weight) for name, weight in weights.items()}
+            check_no_graph("CompositeLoss", f"weights[{name!r}]", weight)
+        self.weights = {name: check_number(f"weights[{name!r}]", weight, 0) for name, weight in weights.items()}
         active = sorted(name for name, weight in self.weights.items() if weight > 0)
         if not active:
             raise ValueError(f"weights: expected at least one weight > 0, got {dict(weights)}")
@@ -303,6 +300,7 @@ class CompositeLoss(nn.Module):
             raise ValueError(f"reference: weighting 'vqgan' expects the name of a part, one of {active}, got none")
         self.rule = kind(active, [self.weights[name] for name in active], **options)
 
+    @takes_inference_tensors
     def forward(
         self, parts: Mapping[str, Tensor] | None = None, /, *, last_layer: Tensor | None = None, **named: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:

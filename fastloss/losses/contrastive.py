@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_tensor
+from ..checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
 from ..core import Loss, result_dtype
+from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     as_scalar,
     check_embeddings,
@@ -27,6 +28,7 @@ from .contrastive_forms import softmax_loss, softmax_rows
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
 
 
+@takes_inference_tensors
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -93,13 +95,15 @@ def info_nce(
         >>> round(loss.item(), 4)
         0.7437
     """
-    check_flags(include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse)
+    include_positive, symmetric, normalize, return_lse = check_flags(
+        include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse
+    )
     in_batch, targets, columns = _candidates(query, key, negatives, in_batch, symmetric, targets)
     ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
     check_sampling(sampling, normalize, bias)
-    check_shared(query, weights, workspace_mib, label_smoothing)
+    workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
-    form = SoftmaxForm(include_positive, symmetric, normalize, float(label_smoothing), in_batch, sampling)
+    form = SoftmaxForm(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     plain = not return_lse and query_ids is None and not isinstance(offset, Tensor)
     given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
     if plain and (loss := softmax_loss(*given)) is not None:
@@ -132,7 +136,7 @@ def _candidates(
 def _in_batch(in_batch: Any, negatives: Tensor | None) -> bool:
     if in_batch is None:
         return negatives is None
-    check_flags(in_batch=in_batch)
+    in_batch = check_flag("in_batch", in_batch)
     if not in_batch and negatives is None:
         raise ValueError("in_batch: False leaves no negatives; pass `negatives` too")
     return in_batch
@@ -185,6 +189,7 @@ def _scale_and_bias(
     return scale, bias.to(dtype)
 
 
+@takes_inference_tensors
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -237,17 +242,17 @@ def clip_loss(
     """
     check_embeddings("image", image)
     check_embeddings("text", text, image, "image", rows=True)
-    check_flags(normalize=normalize, return_lse=return_lse)
+    normalize, return_lse = check_flags(normalize=normalize, return_lse=return_lse)
     rows = image.shape[0]
     if image_ids is not None:
         image_ids = check_integers("image_ids", image_ids, (rows,), image)
     if text_ids is not None:
         text_ids = check_integers("text_ids", text_ids, (rows,), image)
-    check_shared(image, weights, workspace_mib, label_smoothing)
+    workspace_mib, label_smoothing = check_shared(image, weights, workspace_mib, label_smoothing)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
-    form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=float(label_smoothing))
+    form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
     if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
         loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)
@@ -358,8 +363,9 @@ class ContrastiveLoss(Loss):
     def __init__(self, temp: float | Tensor = 0.1, **options: Any) -> None:
         if "temperature" in options:
             raise TypeError("ContrastiveLoss: the option is called temp here, got 'temperature'")
+        check_no_graph(type(self).__name__, "temp", temp)
         if not isinstance(temp, Tensor):
-            check_number("temp", temp, 0, open_low=True)
+            temp = check_number("temp", temp, 0, open_low=True)
         super().__init__(temperature=temp, **options)
 
     @property

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, result_dtype
+from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     check_embeddings,
     check_flags,
@@ -24,6 +25,7 @@ from .contrastive_reference import (
 )
 
 
+@takes_inference_tensors
 def supcon_loss(
     features: Tensor,
     labels: Tensor,
@@ -73,14 +75,17 @@ def supcon_loss(
     """
     check_embeddings("features", features)
     labels = check_integers("labels", labels, (features.shape[0],), features)
-    check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
-    check_shared(features, weights, workspace_mib)
+    include_positive, normalize, return_lse = check_flags(
+        include_positive=include_positive, normalize=normalize, return_lse=return_lse
+    )
+    workspace_mib, _ = check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
     with full_precision(features):
         out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib)
     return finish(out, weights, reduction, return_lse)
 
 
+@takes_inference_tensors
 def nt_xent_loss(
     view_a: Tensor,
     view_b: Tensor,
@@ -132,14 +137,16 @@ def nt_xent_loss(
     """
     check_embeddings("view_a", view_a)
     check_embeddings("view_b", view_b, view_a, "view_a", rows=True)
-    check_flags(include_positive=include_positive, normalize=normalize, return_lse=return_lse)
+    include_positive, normalize, return_lse = check_flags(
+        include_positive=include_positive, normalize=normalize, return_lse=return_lse
+    )
     rows = view_a.shape[0]
     if ids is not None:
         ids = check_integers("ids", ids, (rows,), view_a)
     check_sampling(sampling, normalize)
-    check_shared(view_a, weights, workspace_mib, label_smoothing)
+    workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
-    form = SoftmaxForm(include_positive, False, normalize, float(label_smoothing), True, sampling)
+    form = SoftmaxForm(include_positive, False, normalize, label_smoothing, True, sampling)
     with full_precision(view_a):
         out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib)
     return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)

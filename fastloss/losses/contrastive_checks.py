@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_tensor
+from ..checks import check_dense, check_flag, check_number, check_same_device, check_tensor, check_workspace
 from ..core import check_not_empty, check_reduction, reduce
 from .contrastive_reference import ContrastiveOutput, NegativeSampling
 
@@ -53,8 +53,7 @@ def check_negatives(negatives: Any, query: Tensor) -> None:
 def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positive: bool) -> Tensor | float:
     """A finite float (> 0 with `positive`), or a tensor of one element as a 0-d one, its value not looked at."""
     if not isinstance(value, Tensor):
-        check_number(name, value, *((0,) if positive else ()), open_low=positive)
-        return float(value)
+        return check_number(name, value, *((0,) if positive else ()), open_low=positive)
     check_tensor(name, value)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or a tensor with one element, got shape {tuple(value.shape)}")
@@ -71,6 +70,7 @@ def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor
     """A 1-D integer tensor of one of the `lengths`, on the device of `like`, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
+    check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
     if value.ndim != 1 or value.shape[0] not in lengths:
@@ -97,10 +97,9 @@ def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
-def check_flags(**flags: Any) -> None:
-    for name, value in flags.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name}: expected True or False, got {type(value).__name__} {value!r}")
+def check_flags(**flags: Any) -> list[bool]:
+    """The flags, in the order given."""
+    return [check_flag(name, value) for name, value in flags.items()]
 
 
 def check_sampling(sampling: Any, normalize: bool, bias: Any = None) -> None:
@@ -114,12 +113,13 @@ def check_sampling(sampling: Any, normalize: bool, bias: Any = None) -> None:
         raise ValueError("sampling: tau_plus takes no bias, its floor is the least cosine similarity")
 
 
-def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing: Any = 0.0) -> None:
-    """The options that every contrastive loss has."""
-    check_number("workspace_mib", workspace_mib, 0, open_low=True)
-    check_number("label_smoothing", label_smoothing, 0, 1)
+def check_shared(
+    like: Tensor, weights: Any, workspace_mib: Any, label_smoothing: Any = 0.0
+) -> tuple[float, float]:
+    """The options that every contrastive loss has; the workspace and the smoothing as floats."""
+    shared = check_workspace(workspace_mib), check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is None:
-        return
+        return shared
     rows = like.shape[0]
     check_tensor("weights", weights)
     check_same_device("embeddings", like, "weights", weights)
@@ -127,6 +127,7 @@ def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing
         raise ValueError(f"weights: expected one per row, shape ({rows},), got {tuple(weights.shape)}")
     if weights.requires_grad:
         raise ValueError("weights: no gradient is provided for it; pass weights.detach()")
+    return shared
 
 
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, is_interpreting, result_dtype
-from ..traced import at_most, filled
+from ..traced import filled
 from .contrastive_each import each_statistics
 from .contrastive_own import NEGATIVES, contrastive_own
 from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
@@ -123,7 +123,7 @@ def softmax_loss(
         )  # fmt: skip
     return contrastive_plain(
         query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
-        needs, at_most(float(workspace_mib)), backend=backend,
+        needs, workspace_mib, backend=backend,
     )  # fmt: skip
 
 

@@ -48,12 +48,14 @@ class NegativeSampling:
     margin: float | None = None
 
     def __post_init__(self) -> None:
-        check_number("tau_plus", self.tau_plus, 0)
+        checked = {"tau_plus": check_number("tau_plus", self.tau_plus, 0)}
         if self.tau_plus >= 1:
             raise ValueError(f"tau_plus: expected a probability >= 0 and < 1, got {self.tau_plus!r}")
-        check_number("hardness", self.hardness, 0)
+        checked["hardness"] = check_number("hardness", self.hardness, 0)
         if self.margin is not None:
-            check_number("margin", self.margin)
+            checked["margin"] = check_number("margin", self.margin)
+        for name, value in checked.items():  # of a frozen dataclass
+            object.__setattr__(self, name, value)
 
 
 class ContrastiveOutput(NamedTuple):

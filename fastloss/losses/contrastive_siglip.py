@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
-from ..traced import at_most, filled
+from ..inference import takes_inference_tensors
+from ..traced import filled
 from .contrastive_checks import (
     as_scalar,
     check_embeddings,
@@ -159,6 +160,7 @@ def _ids(
     return (None, None) if one is None or two is None else (one.long(), two.long())
 
 
+@takes_inference_tensors
 def siglip_loss(
     image: Tensor,
     text: Tensor,
@@ -209,10 +211,10 @@ def siglip_loss(
         1.3863
     """
     check_embeddings("image", image)
-    check_flags(normalize=normalize, negative_only=negative_only)
+    normalize, negative_only = check_flags(normalize=normalize, negative_only=negative_only)
     check_embeddings("text", text, image, "image", rows=not negative_only)
     ids = _ids(image_ids, text_ids, image, text)
-    check_shared(image, weights, workspace_mib)
+    workspace_mib, _ = check_shared(image, weights, workspace_mib)
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
@@ -230,7 +232,7 @@ def siglip_loss(
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
         out = siglip(
-            image, text, scale, bias, *ids, share, normalize, negative_only, needs, at_most(float(workspace_mib))
+            image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib
         )
     return out if share is not None else reduce_rows(out, weights, reduction)
 

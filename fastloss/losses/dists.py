@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_same_length, check_tensor
+from ..checks import check_number, check_same_device, check_same_length, check_sequence, check_tensor
 from ..core import Loss, Op, result_dtype
-from .perceptual_checks import check_layers, check_list, check_samples
+from ..inference import takes_inference_tensors
+from .perceptual_checks import check_layers, check_samples
 
 
 def dists_reference(features: list[Tensor], targets: list[Tensor]) -> Tensor:
@@ -62,6 +63,7 @@ _dists = Op(
 )
 
 
+@takes_inference_tensors
 def dists_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -105,14 +107,13 @@ def dists_distance(
         >>> dists_distance([x], [y])
         tensor([0.2000])
     """
-    check_layers(features, targets, 4)
+    features, targets = check_layers(features, targets, 4)
     check_samples(features)
-    for name, value in (("c1", c1), ("c2", c2)):
-        check_number(name, value, 0, open_low=True)
+    c1, c2 = check_number("c1", c1, 0, open_low=True), check_number("c2", c2, 0, open_low=True)
     for i, feature in enumerate(features):
         if feature.shape[1] * feature.shape[2] * feature.shape[3] == 0:
             raise ValueError(f"features[{i}]: expected channels and pixels, got shape {tuple(feature.shape)}")
-    stats = _dists(list(features), list(targets))
+    stats = _dists(features, targets)
     alpha, beta = (_weights(name, w, features, stats) for name, w in (("alphas", alphas), ("betas", betas)))
     mean_f, mean_d, square_f, square_t, square_d = stats.unbind()
     structure = mean_d.square() / (mean_f.square() + (mean_f - mean_d).square() + c1)
@@ -125,7 +126,7 @@ def _weights(name: str, weights: Any, features: Sequence[Tensor], stats: Tensor)
     """The weights of the channels of all layers, side by side, in the dtype of the statistics."""
     if weights is None:
         return stats.new_ones(stats.shape[2])
-    check_list(name, weights)
+    weights = check_sequence(name, weights, "tensors, one a layer")
     check_same_length("features", features, name, weights)
     for i, (feature, weight) in enumerate(zip(features, weights, strict=True)):
         check_tensor(f"{name}[{i}]", weight)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor
+from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor, check_workspace
 from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
-from ..traced import at_most
+from ..inference import takes_inference_tensors
 
 MODES = ("nearest", "softmin", "mean")
 METRICS = ("l1", "l2", "cosine")
@@ -78,6 +78,7 @@ def diversity_reference(
     return least[:, 0] - temperature * powers.mean(1).log()
 
 
+@takes_inference_tensors
 def diversity_loss(
     generated: Tensor,
     bank: Tensor,
@@ -148,12 +149,11 @@ def diversity_loss(
         raise ValueError("bank: no gradient is provided for it; pass bank.detach()")
     check_choice("mode", mode, MODES)
     check_choice("metric", metric, METRICS)
-    check_number("temperature", temperature, 0, open_low=True)
-    check_number("workspace_mib", workspace_mib, 1)
+    temperature = check_number("temperature", temperature, 0, open_low=True)
+    workspace = int(check_workspace(workspace_mib, 1, open_low=False) * 2**20)
     check_reduction(reduction)
     if margin is not None:
-        check_number("margin", margin, 0, open_low=True)
-    workspace = int(at_most(float(workspace_mib)) * 2**20)
+        margin = check_number("margin", margin, 0, open_low=True)
     distance = diversity_reference(generated.flatten(1), bank.flatten(1), mode, metric, temperature, workspace)
     return reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
 
@@ -168,6 +168,7 @@ def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b:
     return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + eps))
 
 
+@takes_inference_tensors
 def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Tensor:
     r"""Mode-seeking regulariser: two images of one caption must differ as much as their noises do.
 
@@ -204,7 +205,7 @@ def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tens
         raise ValueError(
             f"z_a: expected one noise for each of the images, {tuple(images_a.shape)}, got {tuple(z_a.shape)}"
         )
-    check_number("eps", eps, 0, open_low=True)
+    eps = check_number("eps", eps, 0, open_low=True)
     check_not_empty(images_a.numel() * z_a.numel())
     return mode_seeking_reference(images_a, images_b, z_a, z_b, eps)
 

@@ -8,11 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_same_shape, check_tensor, check_weight
+from ..checks import check_number, check_same_shape, check_tensor, check_weight, is_sequence
 from ..core import Loss, Op, check_not_empty, result_dtype
+from ..inference import takes_inference_tensors
 from ..traced import changes, filled
 from .pixel import pixel_kind, pixel_loss, pixel_reference
-from .smoothness import smoothness_counts, smoothness_kind, smoothness_loss, smoothness_mean, smoothness_reference
+from .smoothness import (
+    check_distance,
+    smoothness_counts,
+    smoothness_kind,
+    smoothness_loss,
+    smoothness_mean,
+    smoothness_reference,
+)
 from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
 
 SIGNS = 4  # of `keep`, see _image_fwd
@@ -135,6 +143,7 @@ class ImageLosses(NamedTuple):
     parts: dict[str, Tensor]
 
 
+@takes_inference_tensors
 def image_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -195,8 +204,7 @@ def image_loss(
         if part is not None:
             distances[name], weights[name] = _distance_and_weight(name, part)
     if ssim is not None:
-        check_number("ssim", ssim, 0)
-        weights["ssim"] = ssim
+        weights["ssim"] = check_number("ssim", ssim, 0)
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
     values = (_in_one_pass if len(weights) > 1 else _part_by_part)(image, image_pred, distances, more, weights)
@@ -222,7 +230,8 @@ def _in_one_pass(
 ) -> dict[str, Tensor]:
     """The same values from one op, which returns the sum of every part, where a kernel takes it."""
     names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(weights)
-    guide, p, order = more["smoothness"].get("guide"), distances.get("smoothness", 1), 1
+    guide = more["smoothness"].get("guide")
+    p, order = check_distance(distances.get("smoothness", 1), more["smoothness"].get("order", 1))
     counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
     if "pixel" in distances:
         options = dict(more["pixel"])
@@ -230,7 +239,6 @@ def _in_one_pass(
         names[0], numbers[0] = pixel_kind(distances["pixel"], **options)
         counts["pixel"] = [_count(maps["pixel"], image.numel(), result_dtype(image, image_pred))]
     if "smoothness" in distances:
-        order = more["smoothness"].get("order", 1)
         names[1], maps["smoothness"] = smoothness_kind(image_pred, p, order, guide, more["smoothness"].get("weight"))
         numbers[1] = float(order)
         counts["smoothness"] = smoothness_counts(image_pred, maps["smoothness"], p, order)
@@ -307,15 +315,15 @@ def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[lis
     check_tensor("image", image, 4)
     o = {"window": 11, "sigma": 1.5, "data_range": 1.0, "padding": "same", "k1": 0.01, "k2": 0.03, **options}
     weight = _expanded(o.pop("weight", None), image)
-    same, c1, c2 = check_ssim_options(**o)
+    window, sigma, same, c1, c2 = check_ssim_options(**o)
     if not same:
-        check_window_fits(image, o["window"], 1)
-    cut = 0 if same else o["window"] // 2
+        check_window_fits(image, window, 1)
+    cut = 0 if same else window // 2
     height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
     if weight is not None:
         weight = weight[:, :, cut : cut + height, cut : cut + width]
     count = image.shape[0] * image.shape[1] * height * width
-    return [float(o["window"]), float(o["sigma"]), float(same), c1, c2], weight, count
+    return [float(window), sigma, float(same), c1, c2], weight, count
 
 
 def _expanded(weight: Any, image: Tensor) -> Tensor | None:
@@ -326,11 +334,10 @@ def _expanded(weight: Any, image: Tensor) -> Tensor | None:
 
 
 def _distance_and_weight(name: str, part: Any) -> tuple[float | str, float]:
-    if not isinstance(part, (tuple, list)) or len(part) != 2:
+    pair = list(part) if is_sequence(part) else []
+    if len(pair) != 2:
         raise TypeError(f"{name}: expected (p, w), the distance and the part's weight, or None, got {part!r}")
-    p, w = part
-    check_number(f"{name}: w", w, 0)
-    return p, w
+    return pair[0], check_number(f"{name}: w", pair[1], 0)
 
 
 def _options(name: str, options: Any, on: bool) -> dict[str, Any]:

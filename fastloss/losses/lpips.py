@@ -10,9 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_same_length, check_tensor
+from ..checks import (
+    check_flag,
+    check_integer,
+    check_number,
+    check_same_device,
+    check_same_length,
+    check_sequence,
+    check_tensor,
+)
 from ..core import Loss, Op, result_dtype
-from .perceptual_checks import check_layers, check_list, check_samples
+from ..inference import takes_inference_tensors
+from .perceptual_checks import check_layers, check_samples
 
 STATISTICS = 4  # that the forward keeps of a pixel: |f|, |t|, and the sums over channels of w d u and w d v
 
@@ -90,6 +99,7 @@ _lpips = Op(
 )
 
 
+@takes_inference_tensors
 def lpips_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -132,11 +142,12 @@ def lpips_distance(
         >>> lpips_distance([x], [y], [torch.tensor([1.0, 0.5])])
         tensor([1.5000])
     """
-    check_layers(features, targets, 4)
+    features, targets = check_layers(features, targets, 4)
+    spatial = check_flag("spatial", spatial)
     check_samples(features)
-    check_number("eps", eps, 0, open_low=True)
+    eps = check_number("eps", eps, 0, open_low=True)
     if lin_weights is not None:
-        _check_lin_weights(features, lin_weights)
+        lin_weights = _check_lin_weights(features, lin_weights)
     for i, feature in enumerate(features):
         if feature.shape[2] * feature.shape[3] == 0:
             raise ValueError(f"features[{i}]: expected at least one pixel, got shape {tuple(feature.shape)}")
@@ -147,7 +158,7 @@ def lpips_distance(
     for t in (*features, *targets):
         dtype = torch.promote_types(dtype, t.dtype)
     lins = [lin.reshape(-1).to(result_dtype(*features, *targets)) for lin in lin_weights or ()]
-    out = _lpips([f.to(dtype) for f in features], [t.to(dtype) for t in targets], lins, float(eps), spatial)
+    out = _lpips([f.to(dtype) for f in features], [t.to(dtype) for t in targets], lins, eps, spatial)
     if not spatial:
         return out
     maps: list[Tensor] = []
@@ -159,8 +170,8 @@ def lpips_distance(
     return sum(maps[1:], maps[0])
 
 
-def _check_lin_weights(features: Sequence[Tensor], lin_weights: Any) -> None:
-    check_list("lin_weights", lin_weights)
+def _check_lin_weights(features: Sequence[Tensor], lin_weights: Any) -> list[Tensor]:
+    lin_weights = check_sequence("lin_weights", lin_weights, "tensors, one a layer")
     check_same_length("features", features, "lin_weights", lin_weights)
     for i, (feature, lin) in enumerate(zip(features, lin_weights, strict=True)):
         check_tensor(f"lin_weights[{i}]", lin)
@@ -171,13 +182,15 @@ def _check_lin_weights(features: Sequence[Tensor], lin_weights: Any) -> None:
                 f"lin_weights[{i}]: expected shape ({channels},) or (1, {channels}, 1, 1) for the {channels} channels "
                 f"of features[{i}], got {tuple(lin.shape)}"
             )
+    return lin_weights
 
 
 def _checked_size(size: Any) -> list[int]:
-    good = isinstance(size, (list, tuple)) and len(size) == 2
-    if not good or any(isinstance(s, bool) or not isinstance(s, (int, torch.SymInt)) or s < 1 for s in size):
-        raise ValueError(f"size: expected (height, width), two whole numbers >= 1, got {size!r}")
-    return list(size)
+    wanted = "(height, width), two whole numbers"
+    sides = [check_integer("size", side, 0, wanted=wanted) for side in check_sequence("size", size, wanted)]
+    if len(sides) != 2 or min(sides) < 1:
+        raise ValueError(f"size: expected {wanted} >= 1, got {size!r}")
+    return sides
 
 
 class LPIPSDistance(Loss):

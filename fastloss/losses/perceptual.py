@@ -8,12 +8,14 @@ from torch import Tensor
 
 from ..checks import check_choice, check_number
 from ..core import Loss, Op, check_not_empty, check_reduction
+from ..inference import takes_inference_tensors
 from .perceptual_checks import check_layers, check_samples, check_weights
 from .perceptual_ops import distance_call
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 
 
+@takes_inference_tensors
 def feature_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -79,21 +81,20 @@ def feature_distance_call(
     reduction: str,
 ) -> tuple[Op, tuple]:
     """The op that computes a `feature_distance`, and its arguments; raises where they do not fit."""
-    check_layers(features, targets)
+    features, targets = check_layers(features, targets)
     check_choice("criterion", criterion, CRITERIA)
     check_reduction(reduction)
-    check_number("eps", eps, 0, open_low=True)
-    check_number("beta", beta, 0, open_low=True)
+    eps, beta = check_number("eps", eps, 0, open_low=True), check_number("beta", beta, 0, open_low=True)
     if reduction == "none":
         check_samples(features)
     if weights is None:
         weights = [1.0] * len(features)
-    check_weights(features, weights)
+    weights = check_weights(features, weights)
     for feature in features:
         empty_batch = reduction == "none" and feature.shape[0] == 0  # has no sample to give a value for
         if reduction != "sum" and not empty_batch:
             check_not_empty(feature.numel())
-    parameter = float(beta if criterion == "smooth_l1" else eps)
+    parameter = beta if criterion == "smooth_l1" else eps
     return distance_call(features, targets, weights, criterion, parameter, reduction)
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..checks import as_plain, check_sequence
+
 Step = tuple[str, str, nn.Module]  # name of the tap, prefix of its weights in torchvision's files, module
 
 _VGG_CONFIGURATIONS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
@@ -61,8 +63,8 @@ class InceptionInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        scale = torch.tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1) / 0.5
-        shift = (torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1) - 0.5) / 0.5
+        scale = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float32).view(1, 3, 1, 1) / 0.5
+        shift = (torch.tensor((0.485, 0.456, 0.406), dtype=torch.float32).view(1, 3, 1, 1) - 0.5) / 0.5
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
 
@@ -190,15 +192,14 @@ def _check_taps(name: str, layers: Any, steps: list[tuple[str, str]]) -> tuple[s
     """The taps' own names, from these, torchvision's (features.3) or indices into torchvision's `features`."""
     if layers is None:
         return DEFAULT_TAPS[name]
-    if isinstance(layers, str) or not isinstance(layers, Sequence):
-        raise TypeError(f"layers: expected a list of names, got {type(layers).__name__} {layers!r}")
+    layers = [as_plain(layer) for layer in check_sequence("layers", layers, "names")]
     known: dict[str | int, str] = {}
     for tap, prefix in steps:
         known |= {tap: tap, prefix: tap}
         if prefix.startswith("features."):
             known[int(prefix.removeprefix("features."))] = tap
     for layer in layers:
-        if isinstance(layer, bool) or layer not in known:
+        if isinstance(layer, bool) or not isinstance(layer, (str, int)) or layer not in known:
             names = ", ".join(tap for tap, _ in steps)
             raise ValueError(f"layers: {name} has no {layer!r}; the names there are {names}")
     taps = tuple(known[layer] for layer in layers)

@@ -7,25 +7,26 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checks import check_number, check_same_device, check_same_length, check_same_shape, check_tensor
+from ..checks import (
+    check_numbers,
+    check_same_device,
+    check_same_length,
+    check_same_shape,
+    check_sequence,
+    check_tensor,
+)
 
 
-def check_weights(features: Sequence[Tensor], weights: Sequence[float]) -> None:
-    check_list("weights", weights, "numbers, one a layer")
-    check_same_length("features", features, "weights", weights)
-    for i, weight in enumerate(weights):
-        check_number(f"weights[{i}]", weight)
+def check_weights(features: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
+    checked = check_numbers("weights", weights, of="numbers, one a layer")
+    check_same_length("features", features, "weights", checked)
+    return checked
 
 
-def check_list(name: str, value: Any, of: str = "tensors, one a layer") -> None:
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of {of}, got {type(value).__name__}")
-
-
-def check_layers(features: Any, targets: Any, ndim: int | None = None) -> None:
+def check_layers(features: Any, targets: Any, ndim: int | None = None) -> tuple[list[Tensor], list[Tensor]]:
     """Two lists of as many tensors, layer by layer of one shape, all on one device."""
-    check_list("features", features)
-    check_list("targets", targets)
+    features = check_sequence("features", features, "tensors, one a layer")
+    targets = check_sequence("targets", targets, "tensors, one a layer")
     check_same_length("features", features, "targets", targets)
     if len(features) == 0:
         raise ValueError("features: expected at least one layer, got an empty list")
@@ -34,6 +35,7 @@ def check_layers(features: Any, targets: Any, ndim: int | None = None) -> None:
         check_tensor(f"targets[{i}]", target, ndim)
         check_same_device("features[0]", features[0], f"features[{i}]", feature)
         check_same_shape(f"features[{i}]", feature, f"targets[{i}]", target)
+    return features, targets
 
 
 def check_samples(features: Sequence[Tensor]) -> None:

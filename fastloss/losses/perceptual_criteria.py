@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import as_plain, is_sequence
 from ..core import reduce
 from ..traced import filled
 from .dists import dists_distance
@@ -38,7 +39,7 @@ class Lins(nn.Module):
 
 def load_lins(given: Any, name: str | None) -> list[Tensor] | None:
     """The weights for a network: of a file (None: that of the installed lpips package), as given, or None for ones."""
-    if given is False:
+    if as_plain(given) is False:
         return None
     if given is None:
         given = _package_file(name)
@@ -53,7 +54,7 @@ def load_lins(given: Any, name: str | None) -> list[Tensor] | None:
             there = ", ".join(state)
             raise ValueError(f"lin_weights: {os.fspath(given)!r} has no lin0.model.1.weight and so on, but {there}")
         return [found[i] for i in range(len(found))]
-    if not isinstance(given, (list, tuple)) or not all(isinstance(w, Tensor) for w in given):
+    if not is_sequence(given) or not all(isinstance(w, Tensor) for w in given):
         raise TypeError(
             "lin_weights: expected None (the lpips package's file), False (ones), a path or a list of tensors, "
             f"got {type(given).__name__}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..checks import as_plain, check_flag, check_integer
 from ..core import check_not_empty
 
 
@@ -40,12 +41,18 @@ class Execution:
     def __post_init__(self) -> None:
         if self.dtype not in (None, torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"execution: expected a floating-point dtype or None, got dtype={self.dtype!r}")
-        if not isinstance(self.compile, (bool, str)):
+        plain: dict[str, Any] = {"compile": as_plain(self.compile)}
+        if not isinstance(plain["compile"], (bool, str)):
             raise TypeError(f"execution: expected compile to be True, False or a backend's name, got {self.compile!r}")
-        if self.chunk is not None and (isinstance(self.chunk, bool) or not isinstance(self.chunk, int)):
-            raise TypeError(f"execution: expected chunk to be a number of images or None, got {self.chunk!r}")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"execution: expected chunk >= 1, got {self.chunk}")
+        for name in ("channels_last", "checkpoint"):
+            plain[name] = check_flag(f"execution: {name}", getattr(self, name))
+        if self.chunk is not None:
+            wanted = "chunk to be a number of images or None"
+            plain["chunk"] = check_integer("execution", self.chunk, -(2**31), wanted=wanted)
+            if plain["chunk"] < 1:
+                raise ValueError(f"execution: expected chunk >= 1, got {self.chunk}")
+        for name, value in plain.items():  # of a frozen dataclass
+            object.__setattr__(self, name, value)
 
     def prepare(self, networks: torch.nn.ModuleList) -> None:
         """Casts and lays out the weights; `compiled` follows, and again after unpickling."""

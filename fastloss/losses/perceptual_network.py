@@ -10,8 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..checks import check_choice, check_number, check_same_length, check_same_shape, check_tensor
+from ..checks import (
+    as_plain,
+    check_choice,
+    check_no_graph,
+    check_number,
+    check_numbers,
+    check_same_length,
+    check_same_shape,
+    check_tensor,
+    is_sequence,
+)
 from ..core import check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 from .perceptual_backbones import LPIPS_TAPS, Backbone
 from .perceptual_criteria import CRITERIA, Lins, criterion_distance, load_lins
 from .perceptual_execution import Execution, gradient_scale, in_pieces, scaled_gradient
@@ -114,21 +125,22 @@ class PerceptualLoss(nn.Module):
         check_reduction(reduction)
         if not isinstance(execution, (Execution, type(None))):
             raise TypeError(f"execution: expected an Execution, got {type(execution).__name__}")
+        normalize = as_plain(normalize)
         self.criterion, self.reduction, self.normalize = criterion, reduction, normalize is not False
         self.execution = execution or Execution()
         self.input_range = _range(input_range)
         self._affine = _affine(self.input_range, *_normalisation(normalize))
         for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
-            self.register_buffer(name, torch.tensor(values).view(1, -1, 1, 1), persistent=False)
-        several = isinstance(backbones, (list, tuple))  # nn.Sequential is one backbone
-        given: list = list(backbones) if isinstance(backbones, (list, tuple)) else [backbones]
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        several = is_sequence(backbones)  # nn.Sequential is one backbone
+        given: list = list(backbones) if several else [backbones]  # type: ignore[arg-type]
         if not given:
             raise ValueError("backbones: expected at least one, got an empty list")
         all_layers = _each("layers", layers, given, several)
         if criterion in ("lpips", "dists"):
             all_layers = [_lpips_taps(*pair) for pair in zip(given, all_layers, strict=True)]
         all_weights = _each("layer_weights", layer_weights, given, several)
-        spread = pretrained if isinstance(pretrained, (list, tuple)) else [pretrained] * len(given)
+        spread = list(pretrained) if is_sequence(pretrained) else [pretrained] * len(given)  # type: ignore[arg-type]
         check_same_length("backbones", given, "pretrained", spread)
         again = self.execution.checkpoint
         made = [_make(*one, again) for one in zip(given, all_layers, spread, strict=True)]
@@ -175,6 +187,7 @@ class PerceptualLoss(nn.Module):
             return found[0]
         return [[torch.cat(layer) for layer in zip(*lists, strict=True)] for lists in zip(*found, strict=True)]
 
+    @takes_inference_tensors
     def forward(self, image: Tensor | Targets, image_pred: Tensor, *, pairwise: bool = False) -> Tensor:
         """The loss; `image` is the target, or what :meth:`encode` made of it."""
         if isinstance(image, Tensor):
@@ -244,7 +257,7 @@ class PerceptualLoss(nn.Module):
                 features = checkpoint(backbone, image.to(dtype), use_reentrant=False, preserve_rng_state=False)
             else:
                 features = backbone(image.to(dtype))
-            if not isinstance(features, (list, tuple)) or not all(isinstance(f, Tensor) for f in features):
+            if not is_sequence(features) or not all(isinstance(f, Tensor) for f in features):
                 raise TypeError(f"backbones: expected each to return a list of tensors, got {type(features).__name__}")
             found.append(list(features))
         return found
@@ -277,7 +290,8 @@ def _lins(criterion: str, given: Any, backbones: list, several: bool) -> list[nn
         if given is not None:
             raise ValueError(f"lin_weights: only criterion='lpips' has them, got them with {criterion!r}")
         return [nn.Identity() for _ in backbones]
-    spread = given if several and isinstance(given, (list, tuple)) else [given] * len(backbones)
+    check_no_graph("PerceptualLoss", "lin_weights", given)
+    spread = list(given) if several and is_sequence(given) else [given] * len(backbones)
     check_same_length("backbones", backbones, "lin_weights", spread)
     found = [load_lins(one, getattr(backbone, "name", None)) for one, backbone in zip(spread, backbones, strict=True)]
     return [nn.Identity() if one is None else Lins(one) for one in found]
@@ -285,7 +299,7 @@ def _lins(criterion: str, given: Any, backbones: list, several: bool) -> list[nn
 
 def _make(backbone: Any, layers: Any, pretrained: Any, checkpointed: bool) -> nn.Module:
     if isinstance(backbone, str):
-        return Backbone(backbone, layers, pretrained, checkpointed)
+        return Backbone(backbone, layers, as_plain(pretrained), checkpointed)
     if not callable(backbone):
         raise TypeError(
             "backbones: expected a name, or a module or callable that returns a list of features, "
@@ -293,7 +307,7 @@ def _make(backbone: Any, layers: Any, pretrained: Any, checkpointed: bool) -> nn
         )
     if layers is not None:
         raise ValueError(f"layers: only named backbones have named taps; a callable chooses its own, got {layers!r}")
-    if not isinstance(pretrained, bool):
+    if not isinstance(as_plain(pretrained), bool):
         raise ValueError(f"pretrained: a callable has its own weights, only a name takes a file; got {pretrained!r}")
     return backbone if isinstance(backbone, nn.Module) else _Call(backbone)
 
@@ -304,7 +318,7 @@ def _each(name: str, value: Any, backbones: list, several: bool) -> list:
         return [None] * len(backbones)
     if not several:
         return [value]
-    if not isinstance(value, (list, tuple)) or any(v is not None and not isinstance(v, (list, tuple)) for v in value):
+    if not is_sequence(value) or any(v is not None and not is_sequence(v) and not isinstance(v, Tensor) for v in value):
         raise TypeError(f"{name}: expected for several backbones one list (or None) for each, got {value!r}")
     check_same_length("backbones", backbones, name, value)
     return list(value)
@@ -313,11 +327,7 @@ def _each(name: str, value: Any, backbones: list, several: bool) -> list:
 def _numbers(name: str, values: Any) -> list[float] | None:
     if values is None:
         return None
-    if not isinstance(values, (list, tuple)):
-        raise TypeError(f"{name}: expected a list of numbers, got {type(values).__name__}")
-    for i, value in enumerate(values):
-        check_number(f"{name}[{i}]", value)
-    return [float(value) for value in values]
+    return check_numbers(name, values)
 
 
 def _range(values: Any) -> tuple[float, float]:
@@ -330,7 +340,8 @@ def _range(values: Any) -> tuple[float, float]:
 def _normalisation(normalize: Any) -> tuple[Any, Any]:
     if isinstance(normalize, bool):
         return IMAGENET_MEAN, IMAGENET_STD
-    if not isinstance(normalize, (list, tuple)) or len(normalize) != 2:
+    normalize = normalize.tolist() if hasattr(normalize, "tolist") else normalize  # an array or a tensor
+    if not is_sequence(normalize) or len(normalize) != 2:
         raise TypeError(f"normalize: expected True, False or a pair (mean, std), got {normalize!r}")
     return normalize[0], normalize[1]
 
@@ -348,11 +359,11 @@ def _affine(input_range: tuple[float, float], mean: Any, std: Any) -> tuple[list
 
 
 def _check_targets(targets: Any, backbones: int) -> Targets:
-    good = isinstance(targets, (list, tuple)) and all(isinstance(t, (list, tuple)) for t in targets)
+    good = is_sequence(targets) and all(is_sequence(t) for t in targets)
     if not good:
         raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
     if len(targets) != backbones:
         raise ValueError(
             f"image: expected the features of {backbones} backbones, as encode() gives them, got {len(targets)}"
         )
-    return list(targets)
+    return [list(features) for features in targets]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op
+from ..inference import takes_inference_tensors
 from ..traced import changes
 from .perceptual import feature_distance_call
 
@@ -46,6 +47,7 @@ class _Tap(torch.autograd.Function):
         return of_feature, made[-1] if needs_target else None, None, None
 
 
+@takes_inference_tensors
 def tap(
     feature: Tensor,
     target: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..inference import takes_inference_tensors
 from ..totals import Total
 from ..traced import number
 
@@ -75,18 +76,17 @@ _pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_ref
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
     """The kernel's op code and its one parameter."""
-    if p == "charbonnier":
-        check_number("eps", eps, 0, open_low=True)
-        return "charbonnier", float(eps)
-    if p == "huber":
-        check_number("delta", delta, 0, open_low=True)
-        return "huber", float(delta)
+    if isinstance(p, str) and p == "charbonnier":
+        return "charbonnier", check_number("eps", eps, 0, open_low=True)
+    if isinstance(p, str) and p == "huber":
+        return "huber", check_number("delta", delta, 0, open_low=True)
     if isinstance(p, str):
         raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
-    check_number("p", p, 1)
-    return "l1" if p == 1 else "l2" if p == 2 else "lp", float(p)
+    p = check_number("p", p, 1)
+    return "l1" if p == 1 else "l2" if p == 2 else "lp", p
 
 
+@takes_inference_tensors
 def pixel_loss(
     image: Tensor,
     image_pred: Tensor,

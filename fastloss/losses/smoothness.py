@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_same_device, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..inference import takes_inference_tensors
 from ..totals import Total
 
 DISTANCES = (1, 2, "isotropic", "norm")
@@ -129,6 +131,7 @@ def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list
     return [total.expand(image.shape[:2]) for total in sums]
 
 
+@takes_inference_tensors
 def smoothness_loss(
     image_pred: Tensor,
     *,
@@ -183,10 +186,11 @@ def smoothness_loss(
         >>> smoothness_loss(torch.arange(16.0).reshape(1, 1, 4, 4)).item()
         5.0
     """
-    check_choice("convention", convention, _CONVENTIONS)
+    convention = check_choice("convention", convention, _CONVENTIONS)
     check_reduction(reduction)
     if reduction not in _CONVENTIONS[convention]:
         raise ValueError(f"reduction: {convention!r} has 'mean' and 'sum', got {reduction!r}")
+    p, order = check_distance(p, order)
     kind, weight = smoothness_kind(image_pred, p, order, guide, weight)
     if reduction == "mean":
         check_not_empty(image_pred.numel())
@@ -207,13 +211,15 @@ def _factors(image: Tensor, kind: str, order: int, mean: bool, reduction: str) -
     return [1 / max(planes * (count if mean else 1), 1) for count in counts]
 
 
+def check_distance(p: Any, order: Any) -> tuple[int | str, int]:
+    return check_choice("p", p, DISTANCES), check_choice("order", order, (1, 2))
+
+
 def smoothness_kind(
     image_pred: Tensor, p: int | str, order: int, guide: Tensor | None, weight: Tensor | None
 ) -> tuple[str, Tensor | None]:
     """The kernels' name of the distance, and the weight as they take it, after checks of all the arguments."""
     check_tensor("image_pred", image_pred, (4, 5))
-    check_choice("p", p, DISTANCES)
-    check_choice("order", order, (1, 2))
     if guide is not None:
         _check_guide(guide, image_pred)
     if weight is not None:

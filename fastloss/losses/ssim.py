@@ -9,8 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_same_shape, check_tensor, check_weight
+from ..checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_numbers,
+    check_same_shape,
+    check_tensor,
+    check_weight,
+)
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..inference import takes_inference_tensors
 from ..traced import number
 
 PADDINGS = ("same", "valid")
@@ -161,6 +170,7 @@ def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
     return _ssim(image, image_pred, *options, keep)
 
 
+@takes_inference_tensors
 def ssim_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -208,7 +218,7 @@ def ssim_loss(
         0.0
     """
     _check_pair(image, image_pred)
-    same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
+    window, sigma, same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
     check_reduction(reduction)
     if not same:
         check_window_fits(image, window, 1)
@@ -222,7 +232,7 @@ def ssim_loss(
     if image.numel() == 0:
         sums = (image * image_pred).to(result_dtype(image, image_pred)).flatten(1).sum(1)
     else:
-        sums = _sums(image, image_pred, weight, window, float(sigma), same, c1, c2, False).sum(1)
+        sums = _sums(image, image_pred, weight, window, sigma, same, c1, c2, False).sum(1)
     if weight is None:
         return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
     counts = weight.to(sums.dtype).flatten(1).sum(1)
@@ -245,6 +255,7 @@ def _power(base: Tensor, exponent: float) -> Tensor:
     return torch.where(low, torch.zeros_like(base), powers)
 
 
+@takes_inference_tensors
 def ms_ssim_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -289,12 +300,11 @@ def ms_ssim_loss(
         0.0
     """
     _check_pair(image, image_pred)
-    same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
+    window, sigma, same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
     check_reduction(reduction)
+    level_weights = check_numbers("level_weights", level_weights, 0)
     if not level_weights:
         raise ValueError("level_weights: expected at least one number, got none")
-    for i, w in enumerate(level_weights):
-        check_number(f"level_weights[{i}]", w, 0)
     if not same:
         check_window_fits(image, window, len(level_weights))
     dtype = result_dtype(image, image_pred)
@@ -306,8 +316,8 @@ def ms_ssim_loss(
     for level, w in enumerate(level_weights):
         cut = 0 if same else window - 1
         count = (x.shape[2] - cut) * (x.shape[3] - cut)
-        sums = _sums(x, y, None, window, float(sigma), same, c1, c2, level < last)
-        score = score * _power(1 - sums / count, float(w))
+        sums = _sums(x, y, None, window, sigma, same, c1, c2, level < last)
+        score = score * _power(1 - sums / count, w)
         if level < last:
             x, y = x.to(dtype), y.to(dtype)
             odd = (x.shape[2] % 2, x.shape[3] % 2)
@@ -329,16 +339,15 @@ def _check_pair(image: Tensor, image_pred: Tensor) -> None:
 
 def check_ssim_options(
     window: int, sigma: float, data_range: float, padding: str, k1: float, k2: float
-) -> tuple[bool, float, float]:
-    """Whether the padding is "same", and the two stabilising constants."""
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window: expected an odd integer, got {type(window).__name__} {window!r}")
-    if window < 1 or window % 2 == 0:
+) -> tuple[int, float, bool, float, float]:
+    """Window and sigma, whether the padding is "same", and the two stabilising constants."""
+    window = check_integer("window", window, 1, wanted="an odd integer")
+    if window % 2 == 0:
         raise ValueError(f"window: expected an odd integer >= 1, got {window}")
-    for name, value in (("sigma", sigma), ("data_range", data_range), ("k1", k1), ("k2", k2)):
-        check_number(name, value, 0, open_low=True)
+    numbers = {"sigma": sigma, "data_range": data_range, "k1": k1, "k2": k2}
+    sigma, data_range, k1, k2 = (check_number(name, value, 0, open_low=True) for name, value in numbers.items())
     check_choice("padding", padding, PADDINGS)
-    return padding == "same", (k1 * data_range) ** 2, (k2 * data_range) ** 2
+    return window, sigma, padding == "same", (k1 * data_range) ** 2, (k2 * data_range) ** 2
 
 
 def check_window_fits(image: Tensor, window: int, levels: int) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice, check_tensor
 from ..core import Loss, result_dtype, transformed
+from ..inference import takes_inference_tensors
 from .perceptual import feature_distance
 from .perceptual_checks import check_layers, check_samples
 
@@ -37,6 +38,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
+@takes_inference_tensors
 def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
     r"""Products of the channels of a feature map with one another, :math:`G_{ab} = \sum_p f_a(p) f_b(p) / Z`.
 
@@ -70,6 +72,7 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
     return gram / max(count, 1)
 
 
+@takes_inference_tensors
 def style_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
@@ -103,7 +106,7 @@ def style_distance(
         >>> style_distance([torch.ones(1, 2, 2, 3)], [torch.zeros(1, 2, 2, 3)]).item()
         0.5
     """
-    check_layers(features, targets, 4)
+    features, targets = check_layers(features, targets, 4)
     check_samples(features)
     grams, wanted = ([gram_matrix(t, normalization=normalization) for t in side] for side in (features, targets))
     return feature_distance(
