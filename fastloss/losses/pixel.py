@@ -8,6 +8,11 @@ from torch import Tensor
 from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..totals import Total
+from .map_weights import over_weights, weight_sum
+
+
+LARGEST = torch.finfo(torch.float32).max
+LARGEST_EPS = 1e18  # its square fits float32
 
 
 def pixel_reference(
@@ -16,6 +21,8 @@ def pixel_reference(
     """The definition: weighted distances of the elements, or their sum, in float32 (float64 for float64)."""
     dtype = result_dtype(image, image_pred)
     d = image_pred.to(dtype) - image.to(dtype)
+    if weight is not None:
+        d = d.masked_fill(weight == 0, 0)  # of NaN or infinity too: weights of 0 exclude, a product would not
     if kind == "l1":
         loss = d.abs()
     elif kind == "l2":
@@ -23,7 +30,7 @@ def pixel_reference(
     elif kind == "lp":
         loss = d.abs().pow(p)
     elif kind == "charbonnier":
-        loss = (d * d + p * p).sqrt()
+        loss = torch.hypot(d, d.new_full((), max(p, torch.finfo(dtype).tiny)))  # p * p may be too small or too large
     else:  # huber with delta = p: no where(), whose untaken branch would give NaN for the gradient at |d| = inf
         a = d.abs()
         inner = a.clamp(max=p)
@@ -73,17 +80,17 @@ _pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_ref
 
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
-    """The kernel's op code and its one parameter."""
+    """The kernel's op code and its one parameter, which fits float32."""
     if p == "charbonnier":
-        check_number("eps", eps, 0, open_low=True)
+        check_number("eps", eps, 0, LARGEST_EPS, open_low=True)
         return "charbonnier", float(eps)
     if p == "huber":
         check_number("delta", delta, 0, open_low=True)
-        return "huber", float(delta)
+        return "huber", min(float(delta), LARGEST)
     if isinstance(p, str):
         raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
     check_number("p", p, 1)
-    return "l1" if p == 1 else "l2" if p == 2 else "lp", float(p)
+    return "l1" if p == 1 else "l2" if p == 2 else "lp", min(float(p), LARGEST)
 
 
 def pixel_loss(
@@ -108,15 +115,17 @@ def pixel_loss(
         image: target, any shape, float16, bfloat16, float32 or float64; any value range.
         image_pred: prediction of the same shape. Both may need gradients.
         p: the distance, see above.
-        weight: non-negative weights, broadcastable to `image` (``[N,1,H,W]`` counts once per channel), no gradient.
-        eps: smoothing of Charbonnier, in units of the image, > 0.
+        weight: non-negative weights, or a mask (bool, True counts 1), broadcastable to `image` (``[N,1,H,W]`` counts
+            once per channel), no gradient. A weight of 0 excludes its elements: even NaN there has no effect, on the
+            value or on a gradient, which is 0.
+        eps: smoothing of Charbonnier, in units of the image, > 0 and at most 1e18.
         delta: threshold of Huber, in units of the image, > 0.
-        reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights, and 0 when all weights are 0),
-            ``"sum"``, or ``"none"`` for the map.
+        reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights; 0 when all weights are 0, NaN when their
+            sum is beyond float32, 3.4e38), ``"sum"``, or ``"none"`` for the map.
 
     Returns:
         float32 (float64 for float64 inputs), whatever the input dtype: a scalar, or the map for ``"none"``.
-        The gradient at d = 0 is 0 for every distance.
+        The gradient at d = 0 is 0 for every distance. Of a NaN it is NaN, for p=1 it is 0, as torch has it.
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit,
@@ -150,10 +159,7 @@ def pixel_loss(
 def mean_of(total: Tensor, weight: Tensor | None, count: int) -> Tensor:
     """A mean from a sum over `count` elements, or over those of `weight`; 0 where all weights are 0."""
     check_not_empty(count)
-    if weight is None:
-        return total / count
-    weights = weight.sum(dtype=total.dtype)
-    return total / torch.where(weights == 0, torch.ones_like(weights), weights)
+    return total / count if weight is None else over_weights(total, weight_sum(weight, total.dtype))
 
 
 class PixelLoss(Loss):
