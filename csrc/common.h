@@ -124,14 +124,14 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-// A float operand of any strides (broadcast ones included), read as float32 in the memory order of another tensor of
-// its shape, a stretch at a time: nothing is expanded or copied as a whole.
+// A float or bool operand of any strides (broadcast ones included), read as float32 in the memory order of another
+// tensor of its shape, a stretch at a time: nothing is expanded or copied as a whole.
 class Operand {
  public:
   Operand(const Tensor& t, const std::vector<int64_t>& order) : data_(t.const_data_ptr()), dtype_(t.scalar_type()) {
     const bool known = dtype_ == ScalarType::Float || dtype_ == ScalarType::Double || dtype_ == ScalarType::BFloat16 ||
-                       dtype_ == ScalarType::Half;
-    STD_TORCH_CHECK(known, "fastloss: expected a floating-point operand");
+                       dtype_ == ScalarType::Half || dtype_ == ScalarType::Bool;
+    STD_TORCH_CHECK(known, "fastloss: expected a floating-point or bool operand");
     for (int64_t d : order) {
       if (!dims_.empty() && dims_.back().stride == t.stride(d) * t.size(d))
         dims_.back() = {dims_.back().size * t.size(d), t.stride(d)};
@@ -147,6 +147,7 @@ class Operand {
       case ScalarType::Double: return gather(static_cast<const double*>(data_), position, n, buffer);
       case ScalarType::BFloat16: return gather(static_cast<const BFloat16*>(data_), position, n, buffer);
       case ScalarType::Half: return gather(static_cast<const Half*>(data_), position, n, buffer);
+      case ScalarType::Bool: return gather(static_cast<const uint8_t*>(data_), position, n, buffer);
       default: return gather(static_cast<const float*>(data_), position, n, buffer);
     }
   }

@@ -128,7 +128,7 @@ struct Strip {
 
   // All but SSIM, whose gradients are in `more`: of the rows from the band's beginning on, then of those that follow.
   void sweep(bool begins, double* to_sums, const Targets<const float>& more) const {
-    const int64_t size = row_size();
+    const int64_t size = row_size(), right = pair.axes, down = right - 1;  // of the sums: a volume's begin with z
     float* const above = memory.pulls;
     if (begins && to.needed()) {
       if (band.begin > 0)
@@ -143,11 +143,12 @@ struct Strip {
       const float* weight = pair.weight ? pair.weight->read(i, size, weights.data()) : nullptr;
       kernels.sweep.row({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i,
                          size, band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0,
-                         up ? up[1] : 0, up ? up[2] : 0, more_of(more, within), gradients_of(i), above,
+                         up ? up[down] : 0, up ? up[right] : 0, more_of(more, within), gradients_of(i), above,
                          to_sums ? sums[0] : nullptr},
                         pair.terms.p);
     }
-    for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[k] += std::accumulate(sums[k], sums[k] + 16, 0.0);
+    const int64_t places[3] = {0, down, right};
+    for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[places[k]] += std::accumulate(sums[k], sums[k] + 16, 0.0);
     if (streamed) kernels.fence();
   }
 

@@ -16,7 +16,7 @@ static void image_row(const Stretch<T>& s, double p, float scale, const float* l
     vf g{};
     if constexpr (on) {
       g = scale * slope<kind>(load_up_to(s.image_pred + i, n) - load_up_to(s.image + i, n), p);
-      if (s.weight) g *= load_up_to(s.weight + i, n);
+      if (s.weight) g = weighted(g, load_up_to(s.weight + i, n));
     }
     if (to.image_pred) {
       vf own = line ? g + load_up_to(line + i, n) : g;

@@ -30,15 +30,16 @@ FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, int64_t x, 
   vf right = at(r.image_pred, x + r.step) - c;
   if (!inside) right = where(between(x, 0, r.size - r.step), right);
   const vf down = at(r.image_pred, x + r.below) - c;
-  const vf weight = r.weight ? load_up_to(r.weight + x, n) : all(1.0f);
+  const vf weight = r.weight ? load_up_to(r.weight + x, n) : vf{};
+  const auto counted = [&](vf x) __attribute__((always_inline)) { return r.weight ? weighted(x, weight) : x; };
   if constexpr (sums) {
-    const vf own = distance<kind>(d, p) * weight, below = step_length<step>(down);
+    const vf own = counted(distance<kind>(d, p)), below = step_length<step>(down);
     to.pixel += inside ? own : where(between(x, 0, r.size), own);
     to.down += inside ? below : where(between(x, 0, r.size), below);
     to.right += step_length<step>(right);
   }
   if constexpr (grads) {
-    vf g = slope<kind>(d, p) * (weight * r.scale);
+    vf g = counted(slope<kind>(d, p) * r.scale);
     if (r.to.image) put(r.to.image + x, r.more.image ? load_up_to(r.more.image + x, n) - g : -g, n, r.to.streamed);
     if (!r.to.image_pred) return;
     vf left = c - at(r.image_pred, x - r.step);

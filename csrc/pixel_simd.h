@@ -26,12 +26,10 @@ FASTLOSS_INLINE vf slope(vf d, double p) {
   if constexpr (kind == Kind::l3) return 3.0f * d * a;
   if constexpr (kind == Kind::l4) return 4.0f * d * d * d;
   if constexpr (kind == Kind::lp) return (float)p * pow(a, p - 1) * sign(d);
-  if constexpr (kind == Kind::charbonnier) {
-    const vf square = d * d + (float)(p * p);
-    const vi normal = (square >= 0x1p-126f) & (square <= 0x1.fffffep127f);
-    if (__builtin_expect(every(normal), 1)) return d * inverse_sqrt(square);
-    const vf root = sqrt(square);
-    return d / (root == 0.0f ? all(1.0f) : root);  // eps^2 can underflow
+  if constexpr (kind == Kind::charbonnier) {  // of t = d / eps, whose square is never too small or too large
+    vf t = d * (float)(1 / (p < 0x1p-126 ? 0x1p-126 : p));
+    t = t > 0x1p24f ? all(0x1p24f) : t < -0x1p24f ? all(-0x1p24f) : t;  // the slope is 1 from there on
+    return t * inverse_sqrt(t * t + 1.0f) + (d - d);                    // NaN for infinities, as sqrt(d^2 + eps^2) has
   }
   const vf delta = all((float)p);  // huber
   return a > delta ? delta * sign(d) : d;
@@ -42,7 +40,7 @@ template <Kind kind, typename T>
 static double pixel_sum(const Stretch<T>& s, double p) {
   const auto term = [&](int64_t i) __attribute__((always_inline)) {
     const vf value = distance<kind>(load(s.image_pred + i) - load(s.image + i), p);
-    return s.weight ? value * load(s.weight + i) : value;
+    return s.weight ? weighted(value, load(s.weight + i)) : value;
   };
   vd total{};
   int64_t i = 0;
@@ -60,7 +58,7 @@ static double pixel_sum(const Stretch<T>& s, double p) {
   for (; i < s.n; i += W) {
     const int64_t count = s.n - i < W ? s.n - i : W;
     vf value = distance<kind>(load_some(s.image_pred + i, count) - load_some(s.image + i, count), p);
-    if (s.weight) value *= load_some(s.weight + i, count);
+    if (s.weight) value = weighted(value, load_some(s.weight + i, count));
     for (int64_t k = 0; k < count; ++k) rest += value[k];
   }
   return sum(total) + rest;
@@ -71,12 +69,12 @@ static void pixel_map(const Stretch<T>& s, double p, float* out) {
   int64_t i = 0;
   for (; i + W <= s.n; i += W) {
     const vf value = distance<kind>(load(s.image_pred + i) - load(s.image + i), p);
-    store(out + i, s.weight ? value * load(s.weight + i) : value);
+    store(out + i, s.weight ? weighted(value, load(s.weight + i)) : value);
   }
   if (i == s.n) return;
   const int64_t count = s.n - i;
   vf value = distance<kind>(load_some(s.image_pred + i, count) - load_some(s.image + i, count), p);
-  if (s.weight) value *= load_some(s.weight + i, count);
+  if (s.weight) value = weighted(value, load_some(s.weight + i, count));
   store_some(out + i, value, count);
 }
 
@@ -86,8 +84,8 @@ static void pixel_grad(const Stretch<T>& s, double p, const Upstream& up, const 
   int64_t i = 0;
   for (; i + W <= s.n; i += W) {
     vf g = up.map ? load(up.map + i) : scale;
-    if (s.weight) g *= load(s.weight + i);
     g *= slope<kind>(load(s.image_pred + i) - load(s.image + i), p);
+    if (s.weight) g = weighted(g, load(s.weight + i));
     if (to.streamed) {
       if (to.image_pred) stream(to.image_pred + i, g);
       if (to.image) stream(to.image + i, -g);
@@ -100,8 +98,8 @@ static void pixel_grad(const Stretch<T>& s, double p, const Upstream& up, const 
   if (i == s.n) return;
   const int64_t count = s.n - i;
   vf g = up.map ? load_some(up.map + i, count) : scale;
-  if (s.weight) g *= load_some(s.weight + i, count);
   g *= slope<kind>(load_some(s.image_pred + i, count) - load_some(s.image + i, count), p);
+  if (s.weight) g = weighted(g, load_some(s.weight + i, count));
   if (to.image_pred) store_some(to.image_pred + i, g, count);
   if (to.image) store_some(to.image + i, -g, count);
 }

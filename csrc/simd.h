@@ -41,6 +41,7 @@ FASTLOSS_INLINE vi lanes() {
   return v;
 }
 FASTLOSS_INLINE vf where(vi chosen, vf x) { return (vf)((vi)x & chosen); }  // 0 in the other lanes, not x * 0
+FASTLOSS_INLINE vf weighted(vf x, vf weight) { return where(weight != 0.0f, x * weight); }  // 0 excludes even NaN
 // 1 / sqrt(x) of a positive normal number, two ulp: the CPU's estimate and a Newton step, several times as fast as root
 // and division. Without an estimate: those.
 FASTLOSS_INLINE vf inverse_sqrt(vf x) {

@@ -76,7 +76,7 @@ struct Bands {
   // body(image, plane, band, scratch) over torch's threads. It must not throw.
   template <typename T, typename Body>
   void each(bool backward, const Body& body) const {
-    const int64_t groups = guide ? 1 : layout.planes, planes = layout.planes / groups;
+    const int64_t groups = guide ? 1 : layout.planes, planes = guide ? layout.planes : 1;
     const int64_t size = std::min(rows, layout.height) * layout.row * planes;
     const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlock / size);
     torch::stable::parallel_for(0, images * groups * parts(), grain, [&](int64_t from, int64_t to) {

@@ -91,7 +91,7 @@ template <Step step, bool inside, bool plain, typename T>
 FASTLOSS_INLINE void add_pixels(const Row<plain, T>& r, int64_t x, float* sums, int64_t period) {
   const vf c = pixels<inside>(r, x);
   const auto add = [&](int k, vf loss) __attribute__((always_inline)) {
-    if (r.weight()) loss *= weight_at<inside>(r, x);
+    if (r.weight()) loss = weighted(loss, weight_at<inside>(r, x));
     store(sums + k * period, load((const float*)sums + k * period) + loss);
   };
   vf squares{};
@@ -167,7 +167,7 @@ FASTLOSS_INLINE void pull_pixels(const Row<plain, T>& r, int64_t x, const float*
         pull = load(up + k * period) * (step == Step::l1 ? sign(d) : d + d);
       }
       if (r.edge()) pull *= edge_at(r, k, x);
-      if (r.weight()) pull *= weight_at<inside>(r, x);
+      if (r.weight()) pull = weighted(pull, weight_at<inside>(r, x));
     }
     store(to + k * pitch, pull);
   }

@@ -215,8 +215,9 @@ def _shown(value: Any) -> str:
 
 
 def check_weight(name: str, weight: Any, name_of: str, of: Tensor) -> None:
-    """A map of weights without a gradient that broadcasts to the tensor `of`."""
-    check_tensor(name, weight)
+    """A map of weights, or a mask (bool), without a gradient that broadcasts to the tensor `of`."""
+    if not (isinstance(weight, Tensor) and weight.dtype == torch.bool):
+        check_tensor(name, weight)
     check_same_device(name_of, of, name, weight)
     if weight.requires_grad:
         raise ValueError(f"{name}: no gradient is provided for it; pass {name}.detach()")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,7 +86,11 @@ class Case:
     extra: dict = field(default_factory=dict)
 
 
-IMAGES = ((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 33, 65))
+NARROW = ((2, 3, 1, 9), (2, 3, 9, 1))  # a side of 1; with (1, 1, 1, 1): each, and all
+IMAGES = ((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 33, 65), *NARROW)
+# of a volume: each side, each two and all of them 1 in turn
+NARROW_VOLUMES = tuple((2, 2, *sides) for sides in itertools.product((1, 4), (1, 3), (1, 5)) if 1 in sides)
+VOLUMES = ((2, 2, 3, 4, 5), (1, 1, 2, 3, 2), *NARROW_VOLUMES)
 
 
 def image_pair(draw: Draw, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from tests.cases_consistency import CONSISTENCY_CASES
 from tests.cases_contrastive import CONTRASTIVE
 from tests.cases_image import IMAGE_CASES
 from tests.cases_perceptual import PERCEPTUAL_CASES
+from tests.cases_volumes import VOLUME_CASES
 
 __all__ = ["CASES", "IMAGES", "Bench", "Case", "Draw", "eager_pixel", "image_pair", "with_argument", "with_options"]
 
@@ -38,7 +39,7 @@ CASES = [
         fastloss.pixel_loss,
         image_pair,
         eager_pixel,
-        shapes=(*IMAGES, (5,)),
+        shapes=(*IMAGES, (5,), (2, 2, 1, 4, 5)),
         options=[
             {"p": 1}, {"p": 2}, {"p": 1.5}, {"p": 3}, {"p": "charbonnier"}, {"p": "charbonnier", "eps": 0.1},
             {"p": "huber"}, {"p": "huber", "delta": 0.1},
@@ -63,6 +64,7 @@ CASES = [
         module=fastloss.PixelLoss,
     ),
     *IMAGE_CASES,
+    *VOLUME_CASES,
     *CONSISTENCY_CASES,
     *PERCEPTUAL_CASES,
     *CONTRASTIVE,

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import fastloss
 from tests.case import Case, Draw, with_argument, with_options
 
-BANK_SHAPES = (((3, 2, 4, 5), 4), ((1, 1), 1), ((5, 7), 9), ((2, 3, 9, 9), 6))
+BANK_SHAPES = (((3, 2, 4, 5), 4), ((1, 1), 1), ((5, 7), 9), ((2, 3, 9, 9), 6), ((2, 3, 1, 4), 3), ((2, 3, 4, 1), 3))
 MAP_SHAPES = ((2, 3, 4, 5), (1, 1, 1, 1), (3, 7), (1, 2, 9, 33))
 MASKED_SHAPES = ((2, 3, 4, 5), (4, 5), (1, 1, 4, 5))
 QK_SHAPES = ((2, 3, 4, 5, 6), (1, 1, 4, 5, 1), (1, 2, 4, 5, 17))
@@ -138,7 +138,7 @@ CONSISTENCY_CASES = [
         fastloss.mode_seeking_loss,
         two_images_and_noises,
         eager_mode_seeking,
-        shapes=((2, 3, 4, 4), (1, 1), (3, 2, 7, 13)),
+        shapes=((2, 3, 4, 4), (1, 1), (3, 2, 7, 13), (2, 3, 1, 4), (2, 3, 4, 1)),
         options=[{}, {"eps": 0.1}],
         grads=(0, 1, 2, 3),
         reductions=(),

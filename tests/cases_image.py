@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.case import IMAGES, Bench, Case, image_pair, with_argument, with_options
+from tests.case import IMAGES, NARROW, Bench, Case, image_pair, with_argument, with_options
 
 
 def eager_smoothness(image_pred, guide=None, weight=None, p=1, order=1, convention="fastloss", reduction="mean"):
@@ -98,19 +98,26 @@ def eager_image(image, image_pred, pixel=(2, 1.0), smoothness=None, ssim=None, s
     return total if ssim is None else total + ssim * eager_ssim(image, image_pred, **(ssim_options or {}))
 
 
+def weighted_image(image, image_pred, weight, pixel=None, smoothness=None, ssim=None):
+    """One map of weights for every part."""
+    more = {name: {"weight": weight} for name, part in (("pixel", pixel), ("smoothness", smoothness)) if part}
+    if ssim is not None:
+        more["ssim"] = {"weight": weight, "window": 3}
+    options = {f"{name}_options": own for name, own in more.items()}
+    return fastloss.image_loss(image, image_pred, pixel=pixel, smoothness=smoothness, ssim=ssim, **options)
+
+
+def eager_weighted_image(image, image_pred, weight, pixel=None, smoothness=None, ssim=None):
+    distance = {1: F.l1_loss, 2: F.mse_loss, "huber": F.huber_loss}[pixel[0]]
+    w = weight.expand_as(image)
+    total = pixel[1] * (distance(image_pred, image, reduction="none") * w).sum() / w.sum()
+    if smoothness is not None:
+        total = total + smoothness[1] * eager_smoothness(image_pred, weight=weight, p=smoothness[0])
+    return total if ssim is None else total + ssim * eager_ssim(image, image_pred, weight=weight, window=3)
+
+
 def guided_smoothness(image_pred, guide, weight, **options):
     return fastloss.smoothness_loss(image_pred, guide=guide, weight=weight, **options)
-
-
-def eager_volume(image_pred, p=1, reduction="mean"):
-    """Total variation of [N, C, D, H, W]."""
-    diffs = [image_pred.diff(dim=dim) for dim in (2, 3, 4)]
-    if p == "isotropic":
-        padded = [F.pad(d, [0, 0] * (2 - i) + [0, 1]) for i, d in enumerate(diffs)]
-        each = torch.linalg.vector_norm(torch.stack(padded), dim=0).mean((1, 2, 3, 4))
-    else:
-        each = sum((d.abs() if p == 1 else d * d).mean((1, 2, 3, 4)) for d in diffs)
-    return each if reduction == "none" else getattr(each, reduction)()
 
 
 def kornia_smoothness(image_pred, p=1, **_):
@@ -175,7 +182,7 @@ IMAGE_CASES = [
         fastloss.smoothness_loss,
         lambda draw, shape: (draw.uniform(*shape),),
         eager_smoothness,
-        shapes=(*IMAGES, (2, 1, 5, 1)),
+        shapes=(*IMAGES, (2, 1, 2, 7), (2, 1, 7, 2), (1, 1, 2, 2), (1, 1, 1, 2)),
         options=[
             {}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": "isotropic", "order": 2},
             {"convention": "torchmetrics"}, {"p": "norm", "convention": "piq"},
@@ -203,16 +210,17 @@ IMAGE_CASES = [
             headline=3,
         ),
         module=fastloss.SmoothnessLoss,
-        extra={"rivals": rivals(kornia=kornia_smoothness)},
+        extra={"rivals": rivals(kornia=kornia_smoothness), "reach": 1},
     ),
     Case(
         "smoothness_loss with guide and weight",
         guided_smoothness,
         guided_image,
         eager_smoothness,
-        shapes=((2, 3, 8, 8), (3, 2, 7, 13)),
+        shapes=((2, 3, 8, 8), (3, 2, 7, 13), *NARROW),
         options=[{}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": "isotropic", "order": 2}],
         grads=(0,),
+        extra={"reach": 1},
         bench=Bench(
             shapes=[(8, 3, 512, 512)],
             # forward reads the image, as much of a guide, and a weight per pixel; backward the same, and a gradient
@@ -220,15 +228,6 @@ IMAGE_CASES = [
             * size * torch.Size(shape).numel() // 3,
             options=[{"p": 1}, {"p": "isotropic"}],
         ),
-    ),
-    Case(
-        "smoothness_loss of volumes",
-        fastloss.smoothness_loss,
-        lambda draw, shape: (draw.uniform(*shape),),
-        eager_volume,
-        shapes=((2, 2, 3, 4, 5), (1, 1, 2, 3, 2)),
-        options=[{}, {"p": 2}, {"p": "isotropic"}],
-        grads=(0,),
     ),
     Case(
         "ssim_loss",
@@ -306,7 +305,7 @@ IMAGE_CASES = [
         fastloss.image_loss,
         image_pair,
         eager_image,
-        shapes=((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13)),
+        shapes=((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13), *NARROW),
         options=[
             {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"smoothness": (2, 0.5)},
             {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": None, "smoothness": (1, 0.3), "ssim": 0.2},
@@ -338,5 +337,18 @@ IMAGE_CASES = [
             ],
         ),
         module=fastloss.ImageLoss,
+    ),
+    Case(
+        "image_loss with weights",
+        weighted_image,
+        lambda draw, shape: (*image_pair(draw, shape), draw.uniform(shape[0], 1, *shape[2:])),
+        eager_weighted_image,
+        shapes=((2, 3, 8, 8), (3, 2, 7, 13), *NARROW),
+        options=[
+            {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": (2, 1.0), "ssim": 0.2},
+            {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3},
+        ],
+        reductions=(),
+        extra={"reach": 1},
     ),
 ]

@@ -15,6 +15,7 @@ LAYERS = (
     ((2, 3, 5, 7), (2, 4, 3, 3), (2, 6, 1, 2)),
     ((1, 2, 1, 1), (1, 3, 1, 1), (1, 5, 1, 1)),
     ((3, 8, 9, 5), (3, 2, 4, 11), (3, 17, 2, 3)),
+    ((2, 3, 1, 7), (2, 4, 6, 1), (2, 1, 3, 3)),
 )
 
 # what VGG16 has for relu1_2, 2_2, 3_3, 4_3, 5_3 of a batch of four 256x256 images
@@ -226,7 +227,7 @@ PERCEPTUAL_CASES = [
         fastloss.dists_distance,
         feature_pair_and_weights,
         eager_dists_distance,
-        shapes=(*LAYERS[:1], ((1, 2, 2, 1), (1, 3, 1, 4), (1, 5, 3, 3)), LAYERS[2]),
+        shapes=(*LAYERS[:1], ((1, 2, 2, 1), (1, 3, 1, 4), (1, 5, 3, 3)), *LAYERS[2:]),
         options=[{}, {"c1": 1e-2, "c2": 1e-3}],
         grads=(0, 2, 3, 1),
         reductions=(),

@@ -14,11 +14,12 @@ from fastloss.losses.image import _image, _keep
 from tests.battery import Errors, first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
 from tests.cases_image import IMAGE_CASES
+from tests.cases_volumes import VOLUME_CASES
 
 pytestmark = pytest.mark.gpu
 WITH_KERNELS = [c for c in CASES if any(op.kernels["triton"] for op in ops_of(c.name))]
 # the first options of every case; all of the image-plane losses, whose options are kernels of their own
-ROWS = [(c, o) for c in WITH_KERNELS for o in (c.options if c in IMAGE_CASES else c.options[:1])]
+ROWS = [(c, o) for c in WITH_KERNELS for o in (c.options if c in (*IMAGE_CASES, *VOLUME_CASES) else c.options[:1])]
 by_case = pytest.mark.parametrize(("case", "options"), [pytest.param(c, o, id=f"{c.name} {o}") for c, o in ROWS])
 
 

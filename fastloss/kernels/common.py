@@ -146,6 +146,12 @@ def sign(x):
 
 
 @triton.jit
+def weighted(x, weight):
+    """A value times its weight: 0 where that is 0, which excludes even NaN."""
+    return tl.where(weight != 0, x * weight, 0.0)
+
+
+@triton.jit
 def zeros(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr = 0):
     """Sums that nothing has been added to: of ROWS elements, or of ROWS by COLS."""
     sums = ()

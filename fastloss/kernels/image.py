@@ -29,7 +29,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STREAM_OPTIONS, AotCase, added, laid_out_as, needs_int64, on_device, sign, vector_block, zeros
+from .common import (
+    STREAM_OPTIONS,
+    AotCase,
+    added,
+    laid_out_as,
+    needs_int64,
+    on_device,
+    sign,
+    vector_block,
+    weighted,
+    zeros,
+)
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
@@ -88,7 +99,7 @@ def _image_fwd_kernel(
         if PIXEL != "":
             loss = distance(pred - image, p, PIXEL)
             if pixel_weight is not None:
-                loss *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+                loss = weighted(loss, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
             of_pixels += tl.where(inside, loss, 0.0)
         if SMOOTHNESS != "":
             sums = added(
@@ -150,7 +161,7 @@ def _image_bwd_kernel(
         pred = tl.load(pred_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr) * slope(pred - image, p, PIXEL)
         if pixel_weight is not None:
-            grad *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+            grad = weighted(grad, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
     if image_grad_ptr is not None:
         to = image_grad_ptr + start_of(unit, size) + offsets
         tl.store(to, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)

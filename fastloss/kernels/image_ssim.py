@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import added, zeros
+from .common import added, weighted, zeros
 from .pixel import distance, slope
 from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
 from .ssim_sweep import (
@@ -127,7 +127,7 @@ def image_ssim_fwd_kernel(
                 y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
                 loss = distance(y - x, p, PIXEL)
                 if pixel_weight is not None:
-                    loss *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+                    loss = weighted(loss, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
                 of_pixels += tl.where(inside, loss, 0.0)
             if SMOOTHNESS != "":
                 terms = smoothness_terms(y_ptr, guide, weight, unit, spot, size, inside, SMOOTHNESS, ORDER, 2)
@@ -204,7 +204,7 @@ def image_ssim_bwd_kernel(
             if PIXEL != "":
                 pulled = tl.load(grad_ptr) * slope(y - x, p, PIXEL)
                 if pixel_weight is not None:
-                    pulled *= weight_at(pixel_weight, unit, spot, size, inside, 0, 0)
+                    pulled = weighted(pulled, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
             if needs[0] is not None:
                 total = up_map * (p_x[0] + by_a + by_d) - pulled
                 tl.store(needs[0] + start_of(unit, size) + spot[0], total.to(needs[0].dtype.element_ty), mask=inside)

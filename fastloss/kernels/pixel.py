@@ -9,6 +9,8 @@ With d = image_pred - image, w the weight (1 without) and g the gradient of the 
     charbonnier   sqrt(d^2 + p^2)                            d / sqrt(d^2 + p^2), 0 at d = 0
     huber         d^2 / 2 if |d| <= p else p (|d| - p / 2)   d if |d| <= p else p sign(d)
 
+A weight of 0 excludes its element: loss and slope are selected, not multiplied, so that even NaN has no effect.
+
 Bytes per element of size s: forward 2 s (+ 4 for a map), backward 3 s with one gradient and 4 s with both
 (+ 4 for the gradient of a map).
 """
@@ -37,6 +39,7 @@ from .common import (
     sign,
     stream_grid,
     total,
+    weighted,
 )
 from .totals import total_launchers
 
@@ -86,7 +89,9 @@ def slope(d, p, KIND: tl.constexpr):
     elif KIND == "lp":
         return p * _power(tl.abs(d), p - 1.0) * sign(d)
     elif KIND == "charbonnier":
-        return tl.where(d == 0, 0.0, d * tl.rsqrt(d * d + p * p))  # p * p may underflow
+        t = d * (1.0 / tl.maximum(p, 1.1754944e-38))  # its square is never too small, nor too large
+        t = tl.where(t > 16777216.0, 16777216.0, tl.where(t < -16777216.0, -16777216.0, t))  # from there on it is 1
+        return t * tl.rsqrt(t * t + 1.0) + (d - d)  # NaN for infinities, as sqrt(d^2 + p^2) has
     else:
         return tl.where(tl.abs(d) > p, p * sign(d), d)
 
@@ -117,7 +122,7 @@ def _pixel_fwd_kernel(
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         loss = distance(pred - image, p, KIND)
         if weight is not None:
-            loss *= factor
+            loss = weighted(loss, factor)
         if REDUCE:
             acc += tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
         else:
@@ -152,9 +157,9 @@ def _pixel_bwd_kernel(
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     else:
         grad = tl.load(grad_ptr) * factor
-    if weight is not None:
-        grad *= load_broadcast(weight, offsets, mask)
     grad *= slope(pred - image, p, KIND)
+    if weight is not None:
+        grad = weighted(grad, load_broadcast(weight, offsets, mask))
     tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
     if image_grad_ptr is not None:
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)

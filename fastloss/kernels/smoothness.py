@@ -9,6 +9,8 @@ pixel, 1 without, and m = sqrt(sum_axes (e d)^2):
     l2          w e d^2               2 w e d
     isotropic   w m                   w e^2 d / m, 0 where m is 0
 
+A weight of 0 excludes its differences: selected, not multiplied, so that even NaN has no effect.
+
 The backward gathers: a pixel's gradient is, summed over the axes, p[i-1] - p[i], or p[i-1] - 2 p[i] + p[i+1] for
 second differences. So it is written once, without atomics. Bytes per element of size s: forward s, backward 2 s, and
 those of guide and weight; the neighbours come from the caches. The factors of a guide are made once for all channels of

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import sign
+from .common import sign, weighted
 
 
 @triton.jit
@@ -180,7 +180,7 @@ def _pull(
         pull = e * sign(d)
     else:
         pull = e * 2.0 * d
-    return pull * w
+    return pull if weight is None else weighted(pull, w)
 
 
 @triton.jit
@@ -204,9 +204,11 @@ def smoothness_terms(
         if KIND == "isotropic":
             squares += d * e * d * e
         else:
-            terms = terms + ((tl.abs(d) if KIND == "l1" else d * d) * e * w,)  # type: ignore[assignment]
+            term = (tl.abs(d) if KIND == "l1" else d * d) * e
+            terms = terms + (term if weight is None else weighted(term, w),)  # type: ignore[assignment]
     if KIND == "isotropic":
-        terms = (tl.sqrt(squares) * w,)  # type: ignore[assignment]
+        term = tl.sqrt(squares)
+        terms = (term if weight is None else weighted(term, w),)  # type: ignore[assignment]
     return terms
 
 

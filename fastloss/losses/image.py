@@ -12,6 +12,7 @@ from ..checks import check_number, check_same_shape, check_tensor, check_weight,
 from ..core import Loss, Op, check_not_empty, result_dtype
 from ..inference import takes_inference_tensors
 from ..traced import changes, filled
+from .map_weights import over_weights, weight_sum
 from .pixel import pixel_kind, pixel_loss, pixel_reference
 from .smoothness import (
     check_distance,
@@ -260,11 +261,11 @@ def _in_one_pass(
     sums = _image(*args, kinds, numbers, keep, shares)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
-        values["pixel"] = sums[0] / counts["pixel"][0]
+        values["pixel"] = _mean(sums[0], counts["pixel"][0])
     if "smoothness" in distances:
         values["smoothness"] = smoothness_mean(sums[1:-1], counts["smoothness"], p)
     if "ssim" in weights:
-        values["ssim"] = sums[-1] / counts["ssim"][0]
+        values["ssim"] = _mean(sums[-1], counts["ssim"][0])
     return values
 
 
@@ -289,19 +290,20 @@ def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
 
 
 def _count(weight: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | int:
-    """What a mean divides by: `count`, or the sum of the weights, 1 where they are all zero."""
+    """What a mean is over: how many elements, or how much weight."""
     check_not_empty(count)
-    if weight is None:
-        return count
-    total = weight.sum(dtype=dtype)
-    return torch.where(total == 0, torch.ones_like(total), total)
+    return count if weight is None else weight_sum(weight, dtype)
+
+
+def _mean(total: Tensor, count: Tensor | int) -> Tensor:
+    return over_weights(total, count) if isinstance(count, Tensor) else total / count
 
 
 def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
     """What each sum counts in the total."""
     shares = [
-        weights.get(name, 0.0) / torch.where(c == 0, torch.ones_like(c), c).float() if isinstance(c, Tensor) else
-        weights.get(name, 0.0) / max(c, 1)
+        over_weights(filled((), weights.get(name, 0.0), torch.float32, c.device), c.float())
+        if isinstance(c, Tensor) else weights.get(name, 0.0) / max(c, 1)
         for name, each in counts.items() for c in each
     ]  # fmt: skip
     if not any(isinstance(share, Tensor) or changes(share) for share in shares):

@@ -9,7 +9,10 @@ from ..checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..inference import takes_inference_tensors
 from ..totals import Total
-from ..traced import number
+from ..traced import filled, number
+from .map_weights import over_weights, weight_sum
+
+LARGEST_EPS = 1e18  # its square fits float32
 
 
 def pixel_reference(
@@ -18,6 +21,8 @@ def pixel_reference(
     """The definition: weighted distances of the elements, or their sum, in float32 (float64 for float64)."""
     dtype = result_dtype(image, image_pred)
     d = image_pred.to(dtype) - image.to(dtype)
+    if weight is not None:
+        d = d.masked_fill(weight == 0, 0)  # of NaN or infinity too: weights of 0 exclude, a product would not
     if kind == "l1":
         loss = d.abs()
     elif kind == "l2":
@@ -25,7 +30,7 @@ def pixel_reference(
     elif kind == "lp":
         loss = d.abs().pow(number(p, d))
     elif kind == "charbonnier":
-        loss = (d * d + p * p).sqrt()
+        loss = torch.hypot(d, filled((), max(p, torch.finfo(dtype).tiny), dtype, d.device))  # p * p may be too small or too large
     else:  # huber with delta = p: no where(), whose untaken branch would give NaN for the gradient at |d| = inf
         a = d.abs()
         inner = a.clamp(max=number(p, a))
@@ -75,9 +80,9 @@ _pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_ref
 
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
-    """The kernel's op code and its one parameter."""
+    """The kernel's op code and its one parameter, which fits float32."""
     if isinstance(p, str) and p == "charbonnier":
-        return "charbonnier", check_number("eps", eps, 0, open_low=True)
+        return "charbonnier", check_number("eps", eps, 0, LARGEST_EPS, open_low=True)
     if isinstance(p, str) and p == "huber":
         return "huber", check_number("delta", delta, 0, open_low=True)
     if isinstance(p, str):
@@ -109,15 +114,17 @@ def pixel_loss(
         image: target, any shape, float16, bfloat16, float32 or float64; any value range.
         image_pred: prediction of the same shape. Both may need gradients.
         p: the distance, see above.
-        weight: non-negative weights, broadcastable to `image` (``[N,1,H,W]`` counts once per channel), no gradient.
-        eps: smoothing of Charbonnier, in units of the image, > 0.
+        weight: non-negative weights, or a mask (bool, True counts 1), broadcastable to `image` (``[N,1,H,W]`` counts
+            once per channel), no gradient. A weight of 0 excludes its elements: even NaN there has no effect, on the
+            value or on a gradient, which is 0.
+        eps: smoothing of Charbonnier, in units of the image, > 0 and at most 1e18.
         delta: threshold of Huber, in units of the image, > 0.
-        reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights, and 0 when all weights are 0),
-            ``"sum"``, or ``"none"`` for the map.
+        reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights; 0 when all weights are 0, NaN when their
+            sum is beyond float32, 3.4e38), ``"sum"``, or ``"none"`` for the map.
 
     Returns:
         float32 (float64 for float64 inputs), whatever the input dtype: a scalar, or the map for ``"none"``.
-        The gradient at d = 0 is 0 for every distance.
+        The gradient at d = 0 is 0 for every distance. Of a NaN it is NaN, for p=1 it is 0, as torch has it.
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit,
@@ -151,10 +158,7 @@ def pixel_loss(
 def mean_of(total: Tensor, weight: Tensor | None, count: int) -> Tensor:
     """A mean from a sum over `count` elements, or over those of `weight`; 0 where all weights are 0."""
     check_not_empty(count)
-    if weight is None:
-        return total / count
-    weights = weight.sum(dtype=total.dtype)
-    return total / torch.where(weights == 0, torch.ones_like(weights), weights)
+    return total / count if weight is None else over_weights(total, weight_sum(weight, total.dtype))
 
 
 class PixelLoss(Loss):

@@ -14,6 +14,7 @@ from ..checks import check_choice, check_same_device, check_tensor, check_weight
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
 from ..inference import takes_inference_tensors
 from ..totals import Total
+from .map_weights import over_weights
 
 DISTANCES = (1, 2, "isotropic", "norm")
 
@@ -73,6 +74,9 @@ def smoothness_reference(
     for dim in spatial:
         d = _difference(image, dim, order)
         edge = None if guide is None else _edge_weight(guide.to(dtype), dim, order)
+        if weight is not None:  # weights of 0 exclude even NaN, of the image and of the guide, as a product would not
+            none = _weight_at(weight, dim, order) == 0
+            d, edge = d.masked_fill(none, 0), None if edge is None else torch.where(none, 0, edge)
         if kind == "isotropic":
             d = d if edge is None else d * edge
             missing = image.shape[dim] - d.shape[dim]
@@ -159,8 +163,11 @@ def smoothness_loss(
         order: 1, ``x[i+1] - x[i]``; 2, ``x[i+1] - 2 x[i] + x[i-1]`` (no mixed terms), which leaves ramps alone.
         guide: image of the same batch and size, any number of channels, no gradient. Edge-aware: each difference
             counts ``exp(-mean_c |dI|)``, dI the guide's difference between the outermost of its pixels.
-        weight: non-negative weights, broadcastable to `image_pred`, no gradient. A difference has the weight of its
-            first pixel (`order` 2: its middle one), and means become weighted sum / sum of weights, 0 if that is 0.
+        weight: non-negative weights, or a mask (bool, True counts 1), broadcastable to `image_pred`, no gradient. A
+            difference has the weight of its first pixel (`order` 2: its middle one), and means become weighted sum /
+            sum of weights: 0 if that is 0, NaN if it is beyond float32, 3.4e38. A weight of 0 excludes the difference,
+            and that of the guide: NaN in a pixel whose every difference has weight 0 has no effect, on the value or
+            on a gradient, which is 0.
         convention: whose normalisation. ``"none"``, ``"mean"`` and ``"sum"`` then give::
 
                 "fastloss"      [N], each image's means | means over the batch      | sum of the [N]
@@ -259,8 +266,7 @@ def _normalised(total: Tensor, count: Tensor | int | None, over: tuple[int, ...]
         return total
     if not isinstance(count, Tensor):
         return total / max(count * math.prod([shape[dim] for dim in over]), 1)
-    count = count.sum(over) if over else count
-    return total / torch.where(count == 0, torch.ones_like(count), count)
+    return over_weights(total, count.sum(over) if over else count)
 
 
 def _check_guide(guide: Tensor, image: Tensor) -> None:
