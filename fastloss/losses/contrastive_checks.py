@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..checks import check_number, check_same_device, check_tensor
 from ..core import check_not_empty, check_reduction, reduce
 from .contrastive_reference import ContrastiveOutput, NegativeSampling
 
+MOST_MIB = 2**40
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -54,6 +56,9 @@ def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positi
     """A finite float (> 0 with `positive`), or a tensor of one element as a 0-d one, its value not looked at."""
     if not isinstance(value, Tensor):
         check_number(name, value, *((0,) if positive else ()), open_low=positive)
+        highest = torch.finfo(dtype).max
+        if not -highest <= value <= highest:
+            raise ValueError(f"{name}: expected at most {highest:.3g}, which {dtype} holds, got {value!r}")
         return float(value)
     check_tensor(name, value)
     if value.numel() != 1:
@@ -64,7 +69,13 @@ def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positi
 
 def inverse(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | float:
     """The scale that a temperature stands for."""
-    return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
+    value = as_scalar("temperature", temperature, like, dtype, positive=True)
+    highest = torch.finfo(dtype).max
+    if isinstance(value, float) and value * highest < 1:
+        raise ValueError(
+            f"temperature: expected at least {1 / highest:.3g}, whose inverse {dtype} holds, got {temperature!r}"
+        )
+    return 1.0 / value
 
 
 def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> Tensor:
@@ -121,7 +132,8 @@ def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing
     if weights is None:
         return
     rows = like.shape[0]
-    check_tensor("weights", weights)
+    if not (isinstance(weights, Tensor) and weights.dtype == torch.bool):
+        check_tensor("weights", weights)
     check_same_device("embeddings", like, "weights", weights)
     if weights.shape != (rows,):
         raise ValueError(f"weights: expected one per row, shape ({rows},), got {tuple(weights.shape)}")
@@ -129,18 +141,41 @@ def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing
         raise ValueError("weights: no gradient is provided for it; pass weights.detach()")
 
 
+def bounded(workspace_mib: float) -> float:
+    """The workspace as kernels count it, in bytes of 64 bits."""
+    return float(min(workspace_mib, MOST_MIB))
+
+
+def row_shares(weights: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """What each row counts in the reduced loss: its weight, of a mean over the sum of all (0 when all are 0)."""
+    weights = weights.to(torch.promote_types(weights.dtype, dtype))
+    if reduction == "mean":
+        largest = torch.linalg.vector_norm(weights, math.inf)  # first: the sum of large weights would be infinite
+        weights = weights / largest.clamp_min(torch.finfo(weights.dtype).tiny)
+        total = weights.sum()
+        weights = weights / total.masked_fill(total == 0, 1.0)
+    return weights.to(dtype)
+
+
+def excluded(weights: Tensor | None) -> Tensor | None:
+    """Which rows [M] have the weight 0, by which nothing may be multiplied: 0 times NaN is NaN."""
+    return None if weights is None else weights == 0
+
+
+def without(rows: Tensor, dropped: Tensor | None) -> Tensor:
+    """Embeddings with zeros in place of excluded rows, which so get no gradient either."""
+    return rows if dropped is None else rows.masked_fill(dropped[:, None], 0.0)
+
+
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """Weighted rows, their sum, or their weighted mean (0 when all weights are 0)."""
     check_reduction(reduction)
     if weights is None:
         return reduce(values, reduction)
-    weights = weights.to(values.dtype)
-    weighted = values * weights
-    if reduction != "mean":
-        return reduce(weighted, reduction)
-    check_not_empty(values.numel())
-    total = weights.sum()
-    return weighted.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    if reduction == "mean":
+        check_not_empty(values.numel())
+    weighted = (values * row_shares(weights, reduction, values.dtype)).masked_fill(weights == 0, 0.0)
+    return weighted if reduction == "none" else weighted.sum()
 
 
 def finish(

@@ -49,6 +49,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op, is_interpreting, result_dtype
+from .contrastive_checks import bounded
 from .contrastive_reference import statistics
 
 STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
@@ -229,5 +230,5 @@ def softmax_statistics(
         kind += "+stash"
     return contrastive(
         query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
-        float(workspace_mib), keep,
+        bounded(workspace_mib), keep,
     )  # fmt: skip
