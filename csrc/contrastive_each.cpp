@@ -234,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
         std::fill(sum.begin(), sum.end(), 0.0f);
         for (int a = 0; a < call.sums; ++a) {
           const float share = a == call.powers ? g.sum : g.mass[a] * q.power[a];
+          if (share == 0) continue;  // a row that is left out may be NaN
           for (int64_t d = 0; d < width; ++d) sum[d] += share * sums[(a * rows + i) * width + d];
         }
         double along = 0;
@@ -253,6 +254,10 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
     const bool streamed = aligned && rows * call.count * width * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
     call.each([&](int64_t row, int64_t, int64_t begin, int64_t n, const EachQuery& q) {
       const EachSlope g = slope_of(row);
+      if (g.mass[0] == 0 && g.mass[1] == 0 && g.mass[2] == 0 && g.sum == 0) {
+        std::fill_n(to + (row * call.count + begin) * width, n * width, static_cast<T>(0.0f));
+        return;
+      }
       for (int64_t k = begin; k < begin + n; k += kSlopes) {
         const int64_t some = std::min(kSlopes, begin + n - k), entry = row * call.count + k;
         float along[kSlopes], back[kSlopes];

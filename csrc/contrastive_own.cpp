@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
   const Problem& p = call.p;
   const Tensor up = torch::stable::contiguous(grad);
   std::vector<float> upstream(p.rows);  // of loss_i
-  for (int64_t i = 0; i < p.rows; ++i) upstream[i] = input<float>(up)[reduction == "none" ? i : 0] * call.share[i];
+  for (int64_t i = 0; i < p.rows; ++i)
+    upstream[i] = call.share[i] == 0 ? 0 : input<float>(up)[reduction == "none" ? i : 0] * call.share[i];
   const auto of_row = [&](int64_t i) { return upstream[i]; };
   const Tensor to_query = needs_query ? scaled(query_grad, of_row, query) : new_empty(query, {0});
   const Tensor to_key = needs_key ? scaled(key_grad, of_row, key) : new_empty(key, {0});
@@ -60,7 +61,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
     const float *n = input<float>(state), *positive = n + 2 * p.rows;
     std::copy_n(positive + p.rows, p.rows, output<float>(row_scale));
     for (int64_t i = 0; i < p.rows; ++i) {
-      output<float>(slopes)[i] = static_cast<float>(upstream[i] * call.slope(n[i], positive[i]));
+      const double slope = call.share[i] == 0 ? 0 : call.slope(n[i], positive[i]);
+      output<float>(slopes)[i] = static_cast<float>(upstream[i] * slope);
       output<float>(slopes)[p.rows + i] = 0;  // of the largest logit
     }
     to_negatives = std::get<1>(contrastive_each_bwd(slopes, p.query, negatives, row_scale, std::nullopt, normalize, "",

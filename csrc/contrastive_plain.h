@@ -124,6 +124,12 @@ inline void rows_pass(const Plain& call, const float* stats, Tensor& pulls, Made
     float* t = to + i * p.width;
     const int64_t j = call.target[i];
     const float *row = input<float>(p.query) + i * p.width, *key = input<float>(p.key) + j * p.width;
+    if (call.share[i] == 0) {  // left out, be it NaN
+      std::fill_n(t, p.width, 0.0f);
+      if (made.scale.numel() > 0) output<float>(made.scale)[i] = 0;
+      if (made.key.numel() > 0) std::fill_n(output<float>(made.key) + j * p.width, p.width, 0.0f);
+      return;
+    }
     kernels.combine(t, 1.0f, key, -call.key_c[j], p.width, t);
     const double slope = call.slope(stats[i], call.positive[i]), along = kernels.products(row, t, p.width).both;
     if (made.scale.numel() > 0)
@@ -145,7 +151,7 @@ inline Tensor losses(const Plain& call, const std::string& reduction) {
   Tensor out = each ? vector(call.p.rows) : scalar();
   double total = 0;
   for (int64_t i = 0; i < call.p.rows; ++i) {
-    const double loss = call.share[i] * call.loss_of(i);
+    const double loss = call.share[i] == 0 ? 0 : call.share[i] * call.loss_of(i);
     if (each) output<float>(out)[i] = static_cast<float>(loss);
     total += loss;
   }

@@ -12,12 +12,11 @@ from .losses.contrastive import (
     ClipLoss,
     ContrastiveLoss,
     InfoNCELoss,
-    LossAndGrads,
     clip_loss,
     info_nce,
-    loss_and_grads,
 )
 from .losses.contrastive_batch import NTXentLoss, SupConLoss, nt_xent_loss, supcon_loss
+from .losses.contrastive_cached import LossAndGrads, loss_and_grads
 from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
 from .losses.contrastive_siglip import SigLipLoss, siglip_loss
 from .losses.dists import DISTSDistance, dists_distance

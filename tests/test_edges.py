@@ -99,7 +99,7 @@ def poisoned(args: tuple, weight: Tensor, out: Tensor, values: tuple[float, ...]
 
 @grid(dtypes=(torch.float32, torch.bfloat16))
 def test_weights_of_0_exclude(case, place, options, dtype):
-    """NaN and infinities where no weight is change neither value nor gradients, which are 0 there; masks may be bool."""
+    """NaN and infinities without a weight change neither value nor gradients, which are 0 there; masks may be bool."""
     for shape in case.shapes if "weight" in inspect.signature(case.fn).parameters else ():
         for reduction in reductions(case):
             args, option, weight = to_device(weighted(case, Draw(dtype), shape), place[0])

@@ -49,13 +49,14 @@ def _own_rows_kernel(
     columns = tl.arange(0, WIDTH)
     inside = columns < width
     at = row * width + columns
-    query = tl.load(query_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    key = tl.load(key_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    slope, scale = tl.load(slope_ptr + row), tl.load(scale_ptr + row)
+    there = inside & (slope != 0.0)  # what is left out may be NaN
+    query = tl.load(query_ptr + at, mask=there, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float32)
     of_query, of_key = 1.0, 1.0
     if NORMALIZE:
         of_query, of_key = _inverse_length(tl.sum(query * query)), _inverse_length(tl.sum(key * key))
-    slope, scale = tl.load(slope_ptr + row), tl.load(scale_ptr + row)
-    u = slope * (tl.load(vectors_ptr + at, mask=inside, other=0.0) - of_key * key)
+    u = slope * (tl.load(vectors_ptr + at, mask=there, other=0.0) - of_key * key)
     along = tl.sum(query * u)
     if dot_ptr is not None:
         tl.store(dot_ptr + row, scale * along)

@@ -73,7 +73,7 @@ def _plain_loss_kernel(
     total, pulled = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for direction in tl.static_range(DIRECTIONS):
         negatives = tl.load(stats_ptr + 2 * direction * rows + index, mask=inside, other=0.0)
-        some = negatives != float("-inf")
+        some = (negatives != float("-inf")) & (weight != 0.0)  # what is left out may be NaN
         x = tl.where(some, negatives, 0.0) - positive
         loss, slope = x, tl.zeros((BLOCK,), tl.float32) + 1.0
         if POSITIVE:

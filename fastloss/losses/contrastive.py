@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
@@ -20,9 +18,11 @@ from .contrastive_checks import (
     check_sampling,
     check_shared,
     check_targets,
+    excluded,
     finish,
     full_precision,
     inverse,
+    without,
 )
 from .contrastive_forms import softmax_loss, softmax_rows
 from .contrastive_reference import ContrastiveOutput, NegativeSampling, SoftmaxForm
@@ -73,7 +73,11 @@ def info_nce(
             [N + K]), such as a log sampling probability. Gradients flow to it.
         query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
         key_ids: integers [N], or [N + K] with shared `negatives`. With M = N and no `targets` one of the two will do.
-        weights: one weight >= 0 per row [M], no gradient.
+        weights: one weight >= 0 per row [M], or a bool mask (True counts); no gradient. A row of weight 0 is left out:
+            NaN in its query, or in what no other row sees (its own negatives; its key where `negatives` are given
+            alone), arrives neither in the value nor in a gradient, and its by-products are 0 and False. What other rows
+            see, its key among the in-batch negatives above all, remains. With `symmetric` the weight is that of both
+            directions of pair i, and its query too remains a negative, of the other keys.
         reduction: ``"mean"`` (weighted: sum / sum of weights, 0 if that is 0), ``"sum"``, ``"none"``: weighted [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
@@ -104,12 +108,15 @@ def info_nce(
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxForm(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
-    plain = not return_lse and query_ids is None and not isinstance(offset, Tensor)
+    dropped = excluded(weights)
+    if not symmetric:  # a symmetric loss has each query among the keys' negatives
+        query = without(query, dropped)
+    plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)
     given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
     if plain and (loss := softmax_loss(*given)) is not None:
         return loss
     with full_precision(query):
-        rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib)
+        rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib, dropped)
         return finish(rows, weights, reduction, return_lse)
 
 
@@ -220,7 +227,8 @@ def clip_loss(
         label_smoothing: as in :func:`info_nce`.
         image_ids: integers [M]; a negative pair with equal ids is left out, in both directions.
         text_ids: integers [M]; when only one of the two is given it serves both.
-        weights: one weight >= 0 per pair [M], no gradient.
+        weights: one weight >= 0 per pair [M], or a bool mask, as in :func:`info_nce`: 0 leaves out both directions of the
+            pair, whose embeddings remain negatives of the other pairs.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the M pairs, each the
             mean of its two directions.
         return_lse: return ``(loss, lse, top1)`` with [2, M] by-products, see :class:`ContrastiveOutput`.
@@ -259,77 +267,8 @@ def clip_loss(
         if loss is not None:
             return loss
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib)
+        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, excluded(weights))
         return finish(out, weights, reduction, return_lse)
-
-
-class LossAndGrads(NamedTuple):
-    """A loss and the gradients of its embeddings, detached; `options` has those of the tensor options that need one."""
-
-    loss: Tensor
-    query: Tensor
-    key: Tensor
-    negatives: Tensor | None
-    options: dict[str, Tensor]
-
-
-def loss_and_grads(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None = None,
-    *,
-    loss_fn: Callable[..., Tensor | ContrastiveOutput] = info_nce,
-    **options: Any,
-) -> LossAndGrads:
-    r"""A contrastive loss and its gradients without the caller's autograd graph, for gradient caching.
-
-    Embed a large batch without graphs, call this once on all embeddings, then run the encoder again in small pieces and
-    call ``embeddings.backward(gradient_rows)`` on each: the gradient of the large batch at the memory of a piece.
-
-    Args:
-        query: embeddings [M, D]. They need no graph; a graph that they have is not touched.
-        key: embeddings [N, D], as `loss_fn` takes them.
-        negatives: passed on when not None; gets a gradient when it requires one.
-        loss_fn: :func:`info_nce`, :func:`clip_loss`, :func:`siglip_loss`, :func:`nt_xent_loss`, or any function of the
-            same kind.
-        **options: its options; `reduction` must be ``"mean"`` or ``"sum"``.
-
-    Returns:
-        :class:`LossAndGrads`: the detached loss, the gradients of `query`, `key` and `negatives` (None where it needs
-        none) in their own dtypes, and a dict of those of the tensor options that require a gradient (`temperature`).
-
-    Raises:
-        ValueError: the loss is not a scalar. TypeError, ValueError: what `loss_fn` raises.
-
-    Source: Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", 2021.
-
-    Example:
-        >>> out = loss_and_grads(torch.eye(4), torch.eye(4), temperature=0.5)
-        >>> out.query.shape
-        torch.Size([4, 4])
-    """
-    with torch.inference_mode(False), torch.enable_grad():
-        leaves = {"query": _leaf("query", query, True), "key": _leaf("key", key, True)}
-        args = [leaves["query"], leaves["key"]]
-        if negatives is not None:
-            args.append(_leaf("negatives", negatives, getattr(negatives, "requires_grad", False)))
-            if args[2].requires_grad:
-                leaves["negatives"] = args[2]
-        learned = {n: _leaf(n, v, True) for n, v in options.items() if isinstance(v, Tensor) and v.requires_grad}
-        out = loss_fn(*args, **(options | learned))
-        loss = out if isinstance(out, Tensor) else out[0]
-        if loss.ndim:
-            raise ValueError(f"loss_fn: expected a scalar loss (reduction 'mean' or 'sum'), got {tuple(loss.shape)}")
-        grads = torch.autograd.grad(loss, [*leaves.values(), *learned.values()], materialize_grads=True)
-    named = dict(zip([*leaves, *learned], grads, strict=True))
-    query_grad, key_grad = named.pop("query"), named.pop("key")
-    return LossAndGrads(loss.detach(), query_grad, key_grad, named.pop("negatives", None), named)
-
-
-def _leaf(name: str, value: Tensor, needs_grad: bool) -> Tensor:
-    check_tensor(name, value)
-    value = value.clone() if value.is_inference() else value.detach()
-    return value.requires_grad_(needs_grad)
 
 
 class InfoNCELoss(Loss):

@@ -13,6 +13,7 @@ from .contrastive_checks import (
     check_integers,
     check_sampling,
     check_shared,
+    excluded,
     finish,
     full_precision,
     inverse,
@@ -53,7 +54,8 @@ def supcon_loss(
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above.
         normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
-        weights: one weight >= 0 per row [M], no gradient.
+        weights: one weight >= 0 per row [M], or a bool mask, as in :func:`info_nce`; a row of weight 0 remains a positive
+            or negative of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
         workspace_mib: as in :func:`info_nce`.
@@ -81,7 +83,9 @@ def supcon_loss(
     workspace_mib, _ = check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
     with full_precision(features):
-        out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib)
+        out = supcon_rows(
+            features, labels, scale, include_positive, normalize, return_lse, workspace_mib, excluded(weights)
+        )
     return finish(out, weights, reduction, return_lse)
 
 
@@ -115,7 +119,8 @@ def nt_xent_loss(
         label_smoothing: as in :func:`info_nce`.
         ids: integers [M]; samples with equal ids are no negatives of each other.
         sampling: as in :func:`info_nce`.
-        weights: one weight >= 0 per sample [M], no gradient; both views of the sample get it.
+        weights: one weight >= 0 per sample [M], or a bool mask, as in :func:`info_nce`; both views of the sample get it,
+            and remain negatives of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
         return_lse: return ``(loss, lse, top1)`` with [2M] by-products, see :class:`ContrastiveOutput`.
         workspace_mib: as in :func:`info_nce`.
@@ -147,9 +152,10 @@ def nt_xent_loss(
     workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxForm(include_positive, False, normalize, label_smoothing, True, sampling)
+    both = None if weights is None else torch.cat((weights, weights))
     with full_precision(view_a):
-        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib)
-    return finish(out, None if weights is None else torch.cat((weights, weights)), reduction, return_lse)
+        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, excluded(both))
+    return finish(out, both, reduction, return_lse)
 
 
 class SupConLoss(Loss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -63,7 +64,13 @@ def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positi
 
 def inverse(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | float:
     """The scale that a temperature stands for."""
-    return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
+    value = as_scalar("temperature", temperature, like, dtype, positive=True)
+    highest = torch.finfo(dtype).max
+    if isinstance(value, float) and value * highest < 1:
+        raise ValueError(
+            f"temperature: expected at least {1 / highest:.3g}, whose inverse {dtype} holds, got {temperature!r}"
+        )
+    return 1.0 / value
 
 
 def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> Tensor:
@@ -121,7 +128,8 @@ def check_shared(
     if weights is None:
         return shared
     rows = like.shape[0]
-    check_tensor("weights", weights)
+    if not (isinstance(weights, Tensor) and weights.dtype == torch.bool):
+        check_tensor("weights", weights)
     check_same_device("embeddings", like, "weights", weights)
     if weights.shape != (rows,):
         raise ValueError(f"weights: expected one per row, shape ({rows},), got {tuple(weights.shape)}")
@@ -130,18 +138,36 @@ def check_shared(
     return shared
 
 
+def row_shares(weights: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """What each row counts in the reduced loss: its weight, of a mean over the sum of all (0 when all are 0)."""
+    weights = weights.to(torch.promote_types(weights.dtype, dtype))
+    if reduction == "mean":
+        largest = torch.linalg.vector_norm(weights, math.inf)  # first: the sum of large weights would be infinite
+        weights = weights / largest.clamp_min(torch.finfo(weights.dtype).tiny)
+        total = weights.sum()
+        weights = weights / total.masked_fill(total == 0, 1.0)
+    return weights.to(dtype)
+
+
+def excluded(weights: Tensor | None) -> Tensor | None:
+    """Which rows [M] have the weight 0, by which nothing may be multiplied: 0 times NaN is NaN."""
+    return None if weights is None else weights == 0
+
+
+def without(rows: Tensor, dropped: Tensor | None) -> Tensor:
+    """Embeddings with zeros in place of excluded rows, which so get no gradient either."""
+    return rows if dropped is None else rows.masked_fill(dropped[:, None], 0.0)
+
+
 def reduce_rows(values: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
     """Weighted rows, their sum, or their weighted mean (0 when all weights are 0)."""
     check_reduction(reduction)
     if weights is None:
         return reduce(values, reduction)
-    weights = weights.to(values.dtype)
-    weighted = values * weights
-    if reduction != "mean":
-        return reduce(weighted, reduction)
-    check_not_empty(values.numel())
-    total = weights.sum()
-    return weighted.sum() / torch.where(total == 0, torch.ones_like(total), total)
+    if reduction == "mean":
+        check_not_empty(values.numel())
+    weighted = (values * row_shares(weights, reduction, values.dtype)).masked_fill(weights == 0, 0.0)
+    return weighted if reduction == "none" else weighted.sum()
 
 
 def finish(

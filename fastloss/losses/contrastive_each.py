@@ -14,6 +14,7 @@ With G_ik = d loss / d s_ik,
 Each statistic's part of t, divided by its upstream gradient, is a sum that the forward has made when `keep` is 1 or 2,
 `pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits
 (-inf outside A) and the c are kept too, M K floats each: the gradient of the negatives is one read and write of them.
+A row whose statistics have the upstream gradient 0 has the gradient 0, even where it holds NaN.
 """
 
 from __future__ import annotations
@@ -113,17 +114,27 @@ contrastive_each = Op(
 
 
 def each_statistics(
-    query: Tensor, negatives: Tensor, row_scale: Tensor, form: SoftmaxForm, ceiling: Tensor | None, moments: bool
+    query: Tensor,
+    negatives: Tensor,
+    row_scale: Tensor,
+    form: SoftmaxForm,
+    ceiling: Tensor | None,
+    moments: bool,
+    dropped: Tensor | None,
 ) -> Tensor:
     """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`contrastive_softmax`.
 
     `row_scale` [M] is the scale over the query's length (with `form.normalize`, else the scale); `ceiling` [M] is in
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
-    `form` has a hardness.
+    `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
     """
     keep = 0
     if torch.is_grad_enabled():
         keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
     kind = "moments" if moments else ""
+    if dropped is not None:
+        row_scale = row_scale.masked_fill(dropped, 0.0)
+        if contrastive_each.backend(query, negatives) == "reference":  # kernels skip what has no upstream gradient
+            negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
     return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, is_interpreting, result_dtype
 from ..traced import filled
+from .contrastive_checks import row_shares, without
 from .contrastive_each import each_statistics
 from .contrastive_own import NEGATIVES, contrastive_own
 from .contrastive_plain import KEY, QUERY, SCALE, contrastive_plain
@@ -101,12 +102,11 @@ def softmax_loss(
         return None
     check_reduction(reduction)
     rows, dtype = query.shape[0], result_dtype(*embeddings)
-    share = None if weights is None else weights.to(dtype)
     if reduction == "mean":
         check_not_empty(rows)
-        if share is not None:
-            total = share.sum()
-            share, reduction = share / torch.where(total == 0, torch.ones_like(total), total), "sum"
+    share = None if weights is None else row_shares(weights, reduction, dtype)
+    if share is not None and reduction == "mean":
+        reduction = "sum"
     learned = scale if isinstance(scale, Tensor) else None
     needs = 0
     if torch.is_grad_enabled():
@@ -137,10 +137,11 @@ def softmax_rows(
     ids: tuple[Tensor | None, Tensor | None],
     form: SoftmaxForm,
     workspace_mib: float,
+    dropped: Tensor | None,
 ) -> ContrastiveOutput:
     """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
 
-    `ids` are the queries' and the keys', both or neither.
+    `ids` are the queries' and the keys', both or neither. Of `dropped` rows [M] nothing arrives in a sum over rows.
     """
     dtype = result_dtype(query, key, negatives)
     query_ids, key_ids = ids
@@ -149,46 +150,59 @@ def softmax_rows(
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
     row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
-    key_scale = inverse_length(key, dtype) if form.normalize else None
+    key_scale = inverse_length(key, dtype) if form.normalize and form.in_batch else None
     columns = bias if isinstance(bias, Tensor) and bias.ndim == 1 else None
     own = slice(0, rows) if targets is None else targets
-    positive = row_scale * _inner(query, key[own] if targets is not None or keys > rows else key, dtype)
-    if key_scale is not None:
-        positive = positive * key_scale[own]
+    paired = without(key[own] if targets is not None or keys > rows else key, dropped)
+    positive = row_scale * _inner(query, paired, dtype)
+    if form.normalize:
+        positive = positive * (inverse_length(paired, dtype) if key_scale is None else key_scale[own])
     ceiling = None if margin is None else (positive + scale * margin).detach()
     if columns is not None:
         positive = positive + columns[own]
     stats = None
     if form.in_batch:
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
-        stats = softmax_statistics(
+        stats = _left_out(dropped, softmax_statistics(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
             ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, workspace_mib,
-        )  # fmt: skip
+        ))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
-        extra = each_statistics(query, negatives, row_scale, form, ceiling, moments)
+        extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
         stats = torch.stack([extra] if stats is None else [merged(stats[0], extra), *stats[1:]])
     elif negatives is not None:
         negatives = widened(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
-        extra = softmax_statistics(
+        extra = _left_out(dropped, softmax_statistics(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
             _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
-        )  # fmt: skip
+        ))  # fmt: skip
         stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
     assert stats is not None
+    positive = _left_out(dropped, positive)
     out = row_losses(positive, stats if form.symmetric else stats[0], scale, form)
     if form.symmetric:
         out = out._replace(loss=out.loss.mean(0))
-    if bias is None or columns is not None:
-        return out
-    return out._replace(loss=out.loss + 0.0 * bias, lse=out.lse + bias)  # one number for all logits cancels
+    if bias is not None and columns is None:  # one number for all logits cancels
+        out = out._replace(loss=out.loss + 0.0 * bias, lse=out.lse + bias)
+    return out._replace(lse=_left_out(dropped, out.lse))
+
+
+def _left_out(dropped: Tensor | None, rows: Tensor) -> Tensor:
+    """[..., M] with 0 for dropped rows: what was NaN there has a gradient of 0 now, and not 0 times NaN."""
+    return rows if dropped is None else rows.masked_fill(dropped, 0.0)
 
 
 def nt_xent_rows(
-    view_a: Tensor, view_b: Tensor, scale: Tensor | float, ids: Tensor | None, form: SoftmaxForm, workspace_mib: float
+    view_a: Tensor,
+    view_b: Tensor,
+    scale: Tensor | float,
+    ids: Tensor | None,
+    form: SoftmaxForm,
+    workspace_mib: float,
+    dropped: Tensor | None,
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
@@ -206,7 +220,8 @@ def nt_xent_rows(
         views, views, row_scale, lengths, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
         workspace_mib,
     )  # fmt: skip
-    return row_losses(positive, stats[0], scale, form)
+    out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
+    return out._replace(lse=_left_out(dropped, out.lse))
 
 
 def supcon_rows(
@@ -217,6 +232,7 @@ def supcon_rows(
     normalize: bool,
     return_lse: bool,
     workspace_mib: float,
+    dropped: Tensor | None,
 ) -> ContrastiveOutput:
     """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives.
 
@@ -247,7 +263,7 @@ def supcon_rows(
         with torch.no_grad():
             other = statistics_of(not include_positive)[1]
         top1 = most > other if include_positive else other > most
-    return ContrastiveOutput(loss, lse, top1)
+    return ContrastiveOutput(loss, _left_out(dropped, lse), top1 if dropped is None else top1 & ~dropped)
 
 
 def _sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:

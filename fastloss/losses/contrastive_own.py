@@ -6,6 +6,7 @@
     n_i    = log sum_k e^s_ik
     loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
     out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
+             rows of share 0 are left out: nothing of them is multiplied, be it NaN
 
 With w_i = d out / d loss_i, g_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i), r_i = scale factor
 c(query_i) and t_i = sum_k e^(s_ik - n_i) c(n_ik) n_ik, which is summed in the forward's one read of the negatives:
@@ -47,6 +48,10 @@ def contrastive_own_reference(
 ) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(query, key, negatives)
+    gone = torch.zeros_like(query[:, :1], dtype=torch.bool) if share is None else (share == 0)[:, None]
+    query, key, negatives = (
+        x.masked_fill(mask, 0.0) for x, mask in ((query, gone), (key, gone), (negatives, gone[:, :, None]))
+    )
     anchor = embed(query, dtype, normalize) * factor
     if scale is not None:
         anchor = anchor * scale.reshape(())

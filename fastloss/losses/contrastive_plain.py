@@ -7,6 +7,7 @@
     loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
              with `symmetric` (M = N, no targets): the mean of this and the same of column i
     out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
+             0 where share_i is 0, be the loss NaN
 
 softplus and n keep the digits of rows whose positive has almost all of the probability. With w_i = d out / d loss_i,
 a_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i; halved with `symmetric`), and b_j the same of column j:
@@ -105,7 +106,7 @@ def contrastive_plain_reference(
     loss = row_losses(positive, statistics(logits, allowed, False, 0.0), factor, form).loss
     if symmetric:
         loss = (loss + row_losses(positive, statistics(logits.T, allowed.T, False, 0.0), factor, form).loss) / 2
-    return reduce(loss if share is None else loss * share, reduction)
+    return reduce(loss if share is None else (loss * share).masked_fill(share == 0, 0.0), reduction)
 
 
 def _contrastive_plain_fwd(

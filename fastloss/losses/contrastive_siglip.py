@@ -32,8 +32,11 @@ from .contrastive_checks import (
     check_flags,
     check_integers,
     check_shared,
+    excluded,
     full_precision,
     reduce_rows,
+    row_shares,
+    without,
 )
 from .contrastive_reference import embed
 
@@ -138,11 +141,7 @@ def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dt
     rows = like.shape[0]
     if weights is None:
         return filled((rows,), 1.0 / rows if reduction == "mean" else 1.0, dtype, like.device)
-    weights = weights.to(dtype)
-    if reduction == "sum":
-        return weights
-    total = weights.sum()
-    return weights / torch.where(total == 0, torch.ones_like(total), total)
+    return row_shares(weights, reduction, dtype)
 
 
 def _ids(
@@ -189,7 +188,8 @@ def siglip_loss(
         normalize: False: the embeddings are taken as they are. True: cosine similarity.
         image_ids: integers [M]; a negative pair with equal ids is left out.
         text_ids: integers, one per text; when only one of the two is given it serves both.
-        weights: one weight >= 0 per image [M], no gradient.
+        weights: one weight >= 0 per image [M], or a bool mask (True counts); no gradient. An image of weight 0 is left
+            out, be it NaN; its text remains a negative of the other images.
         negative_only: every pair is a negative one, the diagonal too (texts of another device); `text` may then have
             any number of rows.
         reduction: over images, each with the sum over its texts: ``"mean"`` (weighted as in :func:`info_nce`),
@@ -221,6 +221,7 @@ def siglip_loss(
     check_reduction(reduction)
     if reduction == "mean":
         check_not_empty(image.shape[0])
+    image = without(image, excluded(weights))
     with full_precision(image):
         share = _share(weights, reduction, image, dtype)
         scale, bias = (

@@ -30,7 +30,8 @@ def pixel_reference(
     elif kind == "lp":
         loss = d.abs().pow(number(p, d))
     elif kind == "charbonnier":
-        loss = torch.hypot(d, filled((), max(p, torch.finfo(dtype).tiny), dtype, d.device))  # p * p may be too small or too large
+        eps = filled((), max(p, torch.finfo(dtype).tiny), dtype, d.device)
+        loss = torch.hypot(d, eps)  # eps * eps may be too small or too large
     else:  # huber with delta = p: no where(), whose untaken branch would give NaN for the gradient at |d| = inf
         a = d.abs()
         inner = a.clamp(max=number(p, a))
