@@ -174,6 +174,7 @@ class Op:
         for name in backends.fitting(device):
             if self.kernels[name] and backends.state.missing[name] is None:
                 return name
+        backends.say_cpp_is_missing(device)
         return "reference"
 
     def __call__(self, *args: Any, backend: str | None = None) -> Tensor:
