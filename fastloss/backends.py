@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 
@@ -24,13 +25,17 @@ def _load_extension() -> str | None:
     """Load the compiled CPU kernels; None when they are there, else the reason why not."""
     if is_interpreting():
         return "not loaded while TRITON_INTERPRET=1: the Triton interpreter serves CPU tensors instead"
-    found = sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
+    given = os.environ.get("FASTLOSS_EXTENSION")  # another build of it, e.g. the one that `make sanitize` makes
+    found = [pathlib.Path(given)] if given else sorted(pathlib.Path(__file__).parent.glob("_C*.so"))
     if not found:
-        return "the extension is not built; install a C++ compiler and run `pip install --no-build-isolation .`"
+        return (
+            "the C++ kernels are not in this installation (they are left out where there is no C++ compiler); install "
+            "one, e.g. g++, and run `pip install --no-build-isolation --force-reinstall --no-deps .` in the sources"
+        )
     try:
         torch.ops.load_library(str(found[0]))
     except OSError as error:
-        return f"{found[0].name} does not load: {error}"
+        return f"{found[0]} does not load: {error}"
     return None
 
 
@@ -54,6 +59,7 @@ class State:
         }
         self.traced: str | None = _UNSET  # what a use_backend inside a compiled function forces
         self.latest: str | None = None  # of any thread, for a torch.compile that cannot read context variables
+        self.said_cpp_is_missing = False
 
     @property
     def forced(self) -> str | None:
@@ -136,3 +142,15 @@ def fitting(device: str) -> tuple[str, ...]:
     if device == "cpu":
         return ("triton",) if _INTERPRETING else ("cpp",)
     return ("triton",) if device == "cuda" else ()
+
+
+def say_cpp_is_missing(device: str) -> None:
+    """Warn, once in a process, at a call on the CPU that the C++ kernels would have served."""
+    if torch.compiler.is_compiling() or device != "cpu" or _INTERPRETING or state.said_cpp_is_missing:
+        return  # a traced call cannot warn without breaking the graph
+    state.said_cpp_is_missing = True
+    warnings.warn(
+        f"fastloss runs on PyTorch operators on the CPU, slower and in more memory: {state.missing['cpp']}. To keep it "
+        "so without this warning: FASTLOSS_BACKEND=reference, or fastloss.core.use_backend('reference')",
+        stacklevel=4,
+    )

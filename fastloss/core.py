@@ -183,8 +183,8 @@ class Op:
 
     def _traced_call(self, args: tuple) -> Any:
         """The call in a graph that is being compiled: its floats may be inputs of the graph."""
-        args, numbers = take_out_numbers(args, self._floats)
-        return self.fwd(*args) if numbers is None else self._fwd_traced(*args, numbers)
+        rest, numbers = take_out_numbers(args, self._floats)
+        return self.fwd(*args) if numbers is None else self._fwd_traced(*rest, numbers)
 
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
@@ -206,6 +206,7 @@ class Op:
         for name in backends.fitting(device):
             if self.kernels[name] and backends.state.missing[name] is None:
                 return name
+        backends.say_cpp_is_missing(device)
         return "reference"
 
     def __call__(self, *args: Any, backend: str | None = None) -> Tensor:

@@ -168,7 +168,8 @@ def test_folder_skips_counts_and_names_what_it_cannot_use(tmp_path, caplog):
     skipped = {"000.png", "cut.png", "cut.jpg", "none.png", "blank.png", "latin.png", "number.png", "../../gone.png"}
     skipped |= {"metadata.jsonl:2", "metadata.jsonl:4", "metadata.jsonl:5"}
     assert set(data.skipped) == {f"train/{name}" for name in skipped}
-    assert len(caplog.records) == len(skipped)
+    assert len(caplog.records) == len(skipped) + 1  # each once, and their sum
+    assert "4 train images, 11 skipped: 3 x names no image, 3 x unreadable image, 2 x no caption" in caplog.text
     assert all(any(name in record.getMessage() for record in caplog.records) for name in skipped)
     assert captions(stream(data, shuffle=False)) == data.captions
 
@@ -190,8 +191,95 @@ def test_folder_with_nothing_usable_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no usable image in its train split, 0 images found"):
         open_dataset(f"folder:{tmp_path}", "train", 16, 3)
     (captioned(tmp_path, 1) / "train" / "000.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"1 skipped \(train/000.png: UnidentifiedImageError"):
+    with pytest.raises(ValueError, match=r"1 skipped: 1 x unreadable image \(train/000.png: unreadable image \(Unid"):
         open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+
+
+def test_captions_lose_their_byte_order_mark(tmp_path):
+    mark = "\ufeff"
+    for i, text in enumerate((f"{mark}marked", "plain", f"{mark}", f"{mark}\u00e9t\u00e9 \u65e5\u672c")):
+        image_file(tmp_path / "train" / f"{i}.png").with_suffix(".txt").write_bytes(text.encode())
+    image_file(tmp_path / "train" / "listed.png")
+    image_file(tmp_path / "train" / "second.png")
+    rows = [{"file_name": "listed.png", "text": "listed"}, {"file_name": "second.png", "text": "second"}]
+    lines = mark + "\r\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "train" / "metadata.jsonl").write_bytes(lines.encode())
+    for split in ("val", "test"):
+        (tmp_path / split).mkdir()
+    data = open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+    assert data.captions == ["marked", "plain", "\u00e9t\u00e9 \u65e5\u672c", "listed", "second"]
+    assert data.skipped == {"train/2.png": "its caption is empty"}
+
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        png = image_file(tmp_path / "x.png").read_bytes()
+        for key, kind, text in (("a", "txt", "text"), ("b", "json", '{"text": "json"}'), ("c", "txt", "")):
+            _add(tar, f"{key}.png", png)
+            _add(tar, f"{key}.{kind}", f"{mark}{text}".encode())
+    shards = open_dataset(f"wds:{tmp_path}/train-0.tar", "train", 16, 3)
+    in_train = [key for key in "abc" if split_of(f"train-0.tar/{key}", "train", {"train"}) == "train"]
+    found = {"a": "text", "b": "json"}
+    assert captions(stream(shards, drop_last=False, shuffle=False)) == [found[key] for key in in_train if key in found]
+    assert shards.skipped == {f"train-0.tar/{key}": "its caption is empty" for key in in_train if key not in found}
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"file_name": "a.png"}, """expected "text" or "caption" among the keys, got 'file_name'"""),
+        ({"file_name": "a.png", "label": 3, "txt": "dog"}, "got 'file_name', 'label', 'txt'"),
+        ({"file_name": "a.png", "text": None}, 'expected a string under "text", got null'),
+        ({"file_name": "a.png", "text": ["one", "two"]}, 'expected a string under "text", got a list of 2'),
+        ({"file_name": "a.png", "caption": {"en": "x"}}, 'expected a string under "caption", got an object of 1'),
+        ({"file_name": "a.png", "text": 5, "caption": True}, 'under "text", got 5; expected a string under "caption"'),
+        ({"file_name": "a.png", "text": " "}, "its caption is empty"),
+    ],
+)
+def test_a_caption_that_is_none_is_said_as_it_came(tmp_path, row, said):
+    image_file(tmp_path / "train" / "a.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"1 skipped: 1 x (no caption|its caption is empty) \(train/a.png") as error:
+        open_dataset(f"folder:{tmp_path}", "train", 16, 3)
+    assert said in str(error.value)
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        key = next(k for k in "abcdef" if split_of(f"train-0.tar/{k}", "train", {"train"}) == "train")
+        _add(tar, f"{key}.png", (tmp_path / "train" / "a.png").read_bytes())
+        _add(tar, f"{key}.json", json.dumps(row).encode())
+    with pytest.raises(ValueError, match="1 skipped") as error:
+        open_dataset(f"wds:{tmp_path}/train-0.tar", "train", 16, 3)
+    assert said in str(error.value)
+
+
+def test_a_null_text_gives_way_to_the_caption(tmp_path):
+    image_file(tmp_path / "train" / "a.png")
+    row = {"file_name": "a.png", "text": None, "caption": "a dog"}
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(row))
+    assert open_dataset(f"folder:{tmp_path}", "train", 16, 3).captions == ["a dog"]
+
+
+def test_folder_counts_every_image_that_it_does_not_use(tmp_path):
+    root = captioned(tmp_path / "data", 3)
+    train = root / "train"
+    for split in ("val", "test"):
+        (root / split).mkdir()
+    for name in ("a.gif", "b.tiff"):
+        image_file(train / name).with_suffix(".txt").write_text("a format that is not read")
+    image_file(train / "photo.001.png").with_suffix(".txt").write_text("dots in its name")
+    image_file(train / "listed.gif")
+    image_file(train / "twice.png")
+    (train / "linked").symlink_to(captioned(tmp_path / "elsewhere", 1))
+    rows = [("listed.gif", "x"), ("twice.png", "first"), ("twice.png", "second"), ("notes.xyz", "x")]
+    (train / "notes.xyz").write_text("")
+    lines = [json.dumps({"file_name": name, "text": text}) for name, text in rows]
+    (train / "metadata.jsonl").write_text("\n".join(lines))
+    data = open_dataset(f"folder:{root}", "train", 16, 3)
+    assert data.captions == ["image 0", "image 1", "image 2", "dots in its name", "second"]
+    reasons = {name.removeprefix("train/"): reason for name, reason in data.skipped.items()}
+    assert set(reasons) == {"a.gif", "b.tiff", "listed.gif", "linked", "metadata.jsonl:2", "notes.xyz"}
+    for name in ("a.gif", "b.tiff", "listed.gif"):
+        assert reasons[name].startswith("an image format that is not read (.")
+    assert reasons["metadata.jsonl:2"] == "its image is named again (in train/metadata.jsonl:3, which counts)"
+    assert "link to a folder" in reasons["linked"] and "format that is not read (.xyz" in reasons["notes.xyz"]
+    assert data.skipped.summary().startswith("6 skipped: 3 x an image format that is not read, 1 x ")
 
 
 def test_pictures_of_all_kinds_are_read(tmp_path):
@@ -313,3 +401,94 @@ def test_shards_skip_count_and_name_what_they_cannot_use(tmp_path, caplog):
     assert all(any(name in record.getMessage() for record in caplog.records) for name in (*names, *broken))
     with pytest.raises(ValueError, match=r"no usable sample in its train split, shards: 2 in all, 2 skipped"):
         open_dataset(f"wds:{tmp_path}/part-{{4..5}}.tar", "train", 16, 3)
+
+
+def _shard(root, *files):
+    """A shard of a split of its own, so that no hash of a name takes samples out of it."""
+    for split in SPLITS:
+        with tarfile.open(root / f"{split}-0.tar", "w") as tar:
+            for name, content in files if split == "train" else ():
+                _add(tar, name, content)
+    return f"wds:{root}/{{train,val,test}}-0.tar"
+
+
+def _read(spec):
+    """Captions in order, and what was skipped."""
+    data = open_dataset(spec, "train", 8, 1)
+    found = captions(stream(data, drop_last=False, shuffle=False))
+    return found, {name.split("train-0.tar/")[1]: reason for name, reason in data.skipped.items()}
+
+
+def test_dots_in_the_names_of_a_shard_do_not_merge_its_samples(tmp_path):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    numbered = [(f"photo.{i:03}.{kind}", content) for i in range(50) for kind, content in
+                (("png", png), ("txt", f"photo {i}".encode()))]  # fmt: skip
+    dated = [("IMG_2024.05.01.JPG", png), ("IMG_2024.05.01.json", b'{"caption": "may"}'), ("v1.2/a.b.png", png),
+             ("v1.2/a.b.txt", b"in a folder")]  # fmt: skip
+    found, skipped = _read(_shard(tmp_path, *numbered, *dated))
+    assert found == [f"photo {i}" for i in range(50)] + ["may", "in a folder"]
+    assert skipped == {}
+
+
+def test_more_samples_of_one_first_name_than_wait_at_a_time(tmp_path):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    files = [("p.png", png), ("p.txt", b"plain")]
+    files += [(f"p.{i}.{kind}", content) for i in range(150) for kind, content in (("png", png), ("txt", b"own"))]
+    files += [(f"p.only{i}.png", png) for i in range(150)]
+    found, skipped = _read(_shard(tmp_path, *files))
+    assert found == ["own"] * 150 + ["plain"]
+    assert len(skipped) == 150
+    assert set(skipped.values()) == {"further images of samples that have one (1 images)"}
+
+
+def test_webdatasets_own_extensions_stay_fields_of_their_sample(tmp_path):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    keys = [f"{i:05}" for i in range(40)]
+    files = []
+    for key in keys:  # in the order in which tar sorts them: the text after the fields
+        files += [("__meta__/x.png", png), (f"{key}.cls", b"3"), (f"{key}.depth.exr", b"?"), (f"{key}.jpg", png)]
+        files += [(f"{key}.json", b'{"text": "json"}'), (f"{key}.meta.json", b"{}"), (f"{key}.seg.png", png)]
+        files += [(f"{key}.txt", key.encode())]
+    found, skipped = _read(_shard(tmp_path, *files))
+    assert found == keys  # the .txt comes before the .json
+    reason = "further images of samples that have one (40 images)"
+    assert skipped == {"*.seg.png": reason, "*.depth.exr": reason}
+
+
+def test_shards_count_every_image_that_they_do_not_use(tmp_path, caplog):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    files = [("good.png", png), ("good.txt", b"good")]
+    files += [(f"photo.{i:03}.png", png) for i in range(50)]  # not one has a caption
+    files += [("both.jpg", png), ("both.png", png), ("both.txt", b"both")]
+    files += [("gif.gif", png), ("gif.txt", b"gif"), ("empty.png", png), ("empty.txt", b" ")]
+    files += [("again.png", png), ("again.txt", b"first"), ("z.png", png), ("z.txt", b"z"), ("again.png", png)]
+    files += [("again.txt", b"second"), ("bad.png", b"no image"), ("bad.txt", b"bad"), ("null.png", png)]
+    files += [("null.json", b'{"text": null}')]
+    spec = _shard(tmp_path, *files)
+    with tarfile.open(tmp_path / "train-0.tar", "a") as tar:
+        for name, kind in (("sym.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "good.png"
+            tar.addfile(link)
+            _add(tar, name.replace("png", "txt"), b"linked")
+    with caplog.at_level(logging.WARNING, logger="fastloss"):
+        found, skipped = _read(spec)
+    assert found == ["good", "both", "first", "z"]
+    named = {f"photo.{i:03}": "no caption: no .txt or .json of its name" for i in range(50)}
+    named |= {"*.png": "further images of samples that have one (1 images)", "gif": "an image format that is not read"}
+    named |= {"empty": "its caption is empty", "again (2)": "a sample of this name came before"}
+    named |= {"bad": "unreadable image", "null": 'no caption (its .json: expected a string under "text", got null)'}
+    named |= dict.fromkeys(("sym", "hard"), "a link in the archive")
+    assert set(skipped) == set(named) and all(skipped[name].startswith(reason) for name, reason in named.items())
+    assert "4 train images, 58 skipped: 51 x no caption, 2 x a link in the archive" in caplog.text
+
+
+def test_shards_of_one_name_in_two_folders_are_counted_apart(tmp_path):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    files = [("k.png", png), ("l.png", png), ("l.txt", b"l"), ("m.png", png), ("m.txt", b"m")]
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        _shard(tmp_path / folder, *files)
+    data = open_dataset(f"wds:{tmp_path}/{{a,b}}/{{train,val,test}}-0.tar", "train", 8, 1)
+    assert captions(stream(data, drop_last=False, shuffle=False)) == ["l", "m", "l", "m"]
+    assert set(data.skipped) == {f"{tmp_path}/{folder}/train-0.tar/k" for folder in "ab"}

@@ -36,6 +36,8 @@ def train(config: Config, explicit: dict[str, Any] | None = None, resume: bool =
     model, _ = load_model(trainer.folder, trainer.device)
     figures = validate(model, config, "test")
     note = f"{trainer.step} steps on {trainer.device}."
+    if trainer.data.skipped:
+        note += f" Of the training data {trainer.data.skipped.summary()}."
     line = write_report(trainer.folder, model, config, figures, note)
     return f"{line}, {time.perf_counter() - started:.0f} s -> {trainer.folder}"
 
