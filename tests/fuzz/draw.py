@@ -86,7 +86,7 @@ def draw(name: str, seed: int, mode: str | None = None) -> Call:
         backend="cpp" if d.chance(0.4) else None,
         autocast=name != "PerceptualLoss" and d.chance(0.04),
         threads=d.rng.choices((1, 2, 3), (85, 10, 5))[0],
-        upstream=d.rng.choices((1.0, 65536.0, 1e-3), (85, 8, 7))[0],
+        upstream=d.rng.choices((1.0, 65536.0, 2.0**-10), (85, 8, 7))[0],
         seed=f"{name}:{seed}",
     )  # fmt: skip
     if mode == "nonsense":

@@ -68,7 +68,7 @@ def spoiled(d: Drawer, call: Any) -> Any:
     else:
         call = dataclasses.replace(call, options=call.options | {place[1]: new})
     where = f"argument {place[1]}" if place[0] == "args" else place[1]
-    return dataclasses.replace(call, spoiled=f"{where} {told}", sure=sure)
+    return dataclasses.replace(call, spoiled=f"{where} {told}", sure=sure, backend=None)
 
 
 def _changed(d: Drawer, value: Any) -> tuple[Any, str, bool] | None:
@@ -81,7 +81,7 @@ def _changed(d: Drawer, value: Any) -> tuple[Any, str, bool] | None:
         return made and (Made(value.name, value.options | {name: made[0]}), f"{name} {made[1]}", made[2])
     inside = list(value.items()) if isinstance(value, dict) else (
         list(enumerate(value)) if isinstance(value, (list, tuple)) else [])  # fmt: skip
-    if inside and d.chance(0.6):
+    if inside and (isinstance(inside[0][1], dict) or d.chance(0.6)):
         key, item = d.pick(*inside)
         made = _changed(d, item)
         if made is None:

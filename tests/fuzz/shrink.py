@@ -11,7 +11,7 @@ from tests.fuzz.draw import Call
 from tests.fuzz.judge import Failure, judge
 from tests.fuzz.values import T, replaced, tensors
 
-SECONDS = 1.5
+SECONDS = 2.0
 
 
 def shrunk(call: Call, failure: Failure, seconds: float = SECONDS) -> Call:

@@ -39,14 +39,14 @@ class Network(nn.Module):
 
 
 def perceptual_loss(
-    image: Tensor, image_pred: Tensor, *, pairwise: bool = False, encoded: bool = False, exact: bool = False, **options: Any
+    image: Tensor, image_pred: Tensor, *, encoded: bool = False, exact: bool = False, pairwise: bool = False, **options: Any
 ) -> Tensor:
     """A PerceptualLoss of a small network, called with the image or its encoded features."""
     more = {"lin_weights": False} if options.get("criterion") == "lpips" else {}
     loss = fastloss.PerceptualLoss(Network(), **more, **options)
     loss = loss.double() if exact else loss
     target = loss.encode(image) if encoded else image
-    return loss(target, image_pred, pairwise=True) if pairwise else loss(target, image_pred)
+    return loss(target, image_pred, pairwise=pairwise)
 
 
 def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, **options: Any) -> Any:
@@ -57,9 +57,9 @@ def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, *
     out = []
     for parts in steps:
         more: dict[str, Any] = {}
-        if loss.weighting == "vqgan":
+        if loss.weighting == "vqgan" and isinstance(parts, dict):
             more = {"last_layer": last}
-            parts = {name: part * last.pow(i + 1).sum() for i, (name, part) in enumerate(parts.items())}
+            parts = {name: part * last.pow(i + 1).sum() if isinstance(part, Tensor) else part for i, (name, part) in enumerate(parts.items())}
         total, seen = loss(parts, **more)
         out.append((total, seen, {name: weight.clone() for name, weight in loss.current_weights.items()}))
     return out

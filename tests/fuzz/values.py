@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastloss
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SMALLEST = {torch.float16: 6e-5, torch.bfloat16: 1.2e-38, torch.float32: 1.2e-38, torch.float64: 1.2e-38}
 LARGEST = {torch.float16: 6e4, torch.bfloat16: 3.3e38, torch.float32: 3.3e38, torch.float64: 3.3e38}
 
@@ -27,9 +28,8 @@ def _base(shape: tuple[int, ...], fill: str, generator: torch.Generator, dtype: 
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     half = dtype == torch.float16
     if fill in ("nan", "inf"):
-        where = uniform.flatten().argmax() if normal.numel() else 0
-        normal.view(-1)[where : where + 1] = float(fill) if fill == "nan" else normal.view(-1)[where].sign() * torch.inf
-        return normal
+        chosen = (uniform == uniform.max()) if normal.numel() else uniform.bool()
+        return torch.where(chosen, normal.sign() * float(fill), normal)
     if fill == "rows":  # every row the first one
         return normal[:1].expand(shape) if normal.ndim else normal
     return {
@@ -82,13 +82,6 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
     return torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape)  # "offset": not aligned
 
 
-def _nudged(t: Tensor, nudge: int) -> Tensor:
-    bits = t.contiguous().view(torch.int16 if t.element_size() == 2 else torch.int32 if t.element_size() == 4 else torch.int64)
-    step = ((bits.long() * 2654435761 + nudge * 40503) >> 11) % 3 - 1
-    step = step * ((t != 0) & t.isfinite() & (t.abs() < 0.99 * torch.finfo(t.dtype).max))
-    return (bits + step.to(bits.dtype)).view(t.dtype).view(t.shape)
-
-
 def tensor(
     shape: Sequence[int],
     dtype: str = "float32",
@@ -101,11 +94,9 @@ def tensor(
     layout: str = "dense",
     grad: bool = False,
     inference: bool = False,
-    nudge: int = 0,
 ) -> Tensor:
     """A drawn tensor. `fill`: a kind of values, or the one value. `near`: those of `seed` plus noise of this seed, with
-    a quarter of exact ties; -1: no noise. `low`, `high`: whole numbers of this range; `inference`: made in that mode.
-    `nudge`: moved by one unit in the last place or not, equal numbers alike."""
+    a quarter of exact ties; -1: no noise. `low`, `high`: whole numbers of this range; `inference`: made in that mode."""
     kind = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(seed)
     if low is not None and high is not None:
@@ -121,10 +112,8 @@ def tensor(
         noise = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         scale = values[values.isfinite()].abs().mean().nan_to_num(0) if values.numel() else 1
         values = values + 0.3 * scale * noise * (torch.rand(values.shape, generator=generator) > 0.25)
-    values = values.to(kind)
-    values = _nudged(values, nudge) if nudge and kind.is_floating_point else values
     with torch.inference_mode(inference):
-        made = laid_out(values, layout)
+        made = laid_out(values.to(kind), layout)
         made = made.clone(memory_format=torch.preserve_format) if inference else made
     return made.detach().requires_grad_() if grad else made
 
@@ -143,12 +132,11 @@ class T:
     layout: str = "dense"
     grad: bool = False
     inference: bool = False
-    nudge: int = 0
 
     def code(self) -> str:
         given = [f"{self.shape}, {self.dtype!r}, {self.fill!r}, {self.seed}"]
         more = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[4:]}
-        return f"tensor({', '.join(given + [f'{k}={v!r}' for k, v in more.items() if v is not None and v is not False and (k, v) != ('nudge', 0) and v != 'dense'])})"
+        return f"tensor({', '.join(given + [f'{k}={v!r}' for k, v in more.items() if v is not None and v is not False and v != 'dense'])})"
 
     def make(self) -> Tensor:
         return tensor(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
@@ -231,7 +219,9 @@ class Raw:
 
     def plain(self) -> Any:
         value = self.make()
-        return value.detach().double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
+            return value
+        return value.detach().double().requires_grad_(value.requires_grad)
 
 
 def code(value: Any) -> str:
