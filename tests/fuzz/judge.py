@@ -1,0 +1,322 @@
+"""A call -> its failure, if it has one.
+
+Three runs: the float64 reference, the call itself, and where these differ by more than one rounding the eager reference
+in the call's own dtype. The rule of tests/battery.py (Errors) then decides. It speaks of all samples of a kind, since on
+one of them eager may be exact by luck, and a drawn call is one: so where it fails on the call alone, eager's error is
+the largest of that and of some runs with random rounding to the dtype (rounding.py).
+
+The dtype whose eps counts: that of the inputs for the contrastive losses, whose kernels multiply in it, as eager does;
+of the value or gradient itself for all others, which compute in float32 whatever comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss.core import use_backend
+from tests.battery import INTERPRETING, Errors
+from tests.fuzz import targets
+from tests.fuzz.draw import Call
+from tests.fuzz.drawer import FLOATS
+from tests.fuzz.rounding import RandomRounding
+from tests.fuzz.values import make, plain, tensors
+
+ROUNDED_RUNS = 5
+CONTRASTIVE = ("info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent_loss", "loss_and_grads", "ContrastiveLoss")
+REFUSALS = (  # documented, of calls that are otherwise in order
+    r"reduction: the mean of an empty batch",
+    r"window: expected at most the image's sides",
+    r"features\[\d+\]: expected (at least one pixel|channels and pixels)",
+    r"bank: expected at least one image",
+)
+NO_SECOND = ("double backward is not provided", "once_differentiable")  # documented, with what to do instead
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What went wrong: its kind and where, which group failures, and the figures."""
+
+    kind: str
+    what: str
+    figures: str = ""
+
+    @property
+    def group(self) -> tuple[str, str]:
+        return self.kind, re.sub(r"-?\d+(\.\d+)?(e[-+]?\d+)?", "#", self.what)[:160]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run gave: named tensors, or an error."""
+
+    tensors: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
+    error: Exception | None = None
+    changed: bool = False  # wrote into its inputs
+    graph: tuple[str, ...] = ()  # the outputs that require a gradient
+
+
+def judge(call: Call) -> Failure | None | str:
+    """The failure; None where all is well, or the message with which the call is refused, as documented."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(call.threads)
+        if call.mode == "compile":
+            from tests.fuzz.compiled import judge_compiled
+
+            return judge_compiled(call)
+        return compare(call, run(call, "got"))
+
+
+def compare(call: Call, got: Outcome) -> Failure | None | str:
+    """What was computed against the references."""
+    if got.error is not None:
+        return _of_error(call, got.error)
+    if call.sure:
+        return Failure("accepted nonsense", str(call.spoiled))
+    if got.changed:
+        return Failure("an input is changed", "")
+    if any(t.is_meta for _, t in got.tensors):  # of meta tensors: there is nothing to compare
+        return None
+    exact = run(call, "exact")
+    if exact.error is not None:
+        if call.spoiled:  # in a form that has no plain one
+            return None
+        if any(re.match(pattern, str(exact.error)) for pattern in REFUSALS):
+            return Failure("refused by the reference only", str(exact.error))
+        return Failure("the reference fails", f"{type(exact.error).__name__}: {exact.error}")
+    if got.graph != exact.graph:
+        return Failure("graph", f"requires a gradient: {list(got.graph)}, expected {list(exact.graph)}")
+    if [name for name, _ in got.tensors] != [name for name, _ in exact.tensors]:
+        names = [set(n for n, _ in outcome.tensors) for outcome in (got, exact)]
+        return Failure("outputs", f"extra {sorted(names[0] - names[1])}, missing {sorted(names[1] - names[0])}")
+    return _numbers(call, got, exact)
+
+
+def _of_error(call: Call, error: Exception) -> Failure | None | str:
+    text = f"{type(error).__name__}: {error}"
+    if call.mode == "double" and isinstance(error, RuntimeError) and any(p in str(error) for p in NO_SECOND):
+        return "double backward is not provided"
+    if not isinstance(error, (TypeError, ValueError)):
+        return Failure("raw error", text.split("\n")[0][:120])
+    if not _is_named(str(error)):
+        return Failure("unnamed error", text.split("\n")[0][:120])
+    if call.spoiled or any(re.match(pattern, str(error)) for pattern in REFUSALS):
+        return str(error)
+    return Failure("a legitimate call is refused", text)
+
+
+@functools.cache
+def _words() -> set[str]:
+    return targets.all_parameters()
+
+
+def _is_named(message: str) -> bool:
+    """Begins with the name of an argument (or several, an entry of one, or the class)."""
+    start = re.match(r"(\w+)(\[[^\]]*\])*(, \w+)*( w)?(: |\()", message)
+    return start is not None and start.group(1) in _words() or bool(re.match(r"\w+(\.__init__)?\(\) (missing|got an)", message))
+
+
+def run(call: Call, how: str | RandomRounding) -> Outcome:
+    """`how`: "got", the call itself; "eager", the reference in its dtypes; "exact", in float64; or so, rounded."""
+    exact = how not in ("got", "eager")
+    try:
+        args, options = (plain if exact else make)((call.args, call.options))
+        options = targets.as_module(options) if call.form != "function" and not exact else options
+        function = targets.function(call.name, call.form if not exact else "function", exact)
+        leaves = [pair for pair in named_leaves((args, options)) if pair[1].requires_grad]
+        versions = [(t, t._version) for _, t in named_leaves((args, options)) if not t.is_inference()]
+        with _context(call, how):
+            autocast = call.autocast and how == "got"
+            with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+                out = targets.flat(function(*args, **options))
+            found = out if call.mode in ("no_grad", "inference") else out + derivatives(call, out, leaves)
+        changed = any(t._version != version for t, version in versions)
+        return Outcome(found, changed=changed, graph=tuple(name for name, t in out if t.requires_grad))
+    except Exception as error:  # noqa: BLE001 whatever comes is what is judged
+        return Outcome(error=error)
+
+
+@contextlib.contextmanager
+def _context(call: Call, how: Any) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        forced = call.backend and ("triton" if INTERPRETING else call.backend)
+        stack.enter_context(use_backend(forced if how == "got" else "reference"))
+        if call.mode in ("no_grad", "inference"):
+            stack.enter_context(torch.no_grad() if call.mode == "no_grad" else torch.inference_mode())
+        if isinstance(how, RandomRounding):
+            stack.enter_context(how)
+        yield
+
+
+def named_leaves(tree: Any, name: str = "") -> list[tuple[str, Tensor]]:
+    """The tensors of a built tree by where they stand."""
+    if isinstance(tree, Tensor):
+        return [(name, tree)]
+    if isinstance(tree, dict):
+        return [pair for k, v in tree.items() for pair in named_leaves(v, f"{name}.{k}")]
+    if isinstance(tree, (list, tuple)):
+        return [pair for i, v in enumerate(tree) for pair in named_leaves(v, f"{name}[{i}]")]
+    return []
+
+
+def derivatives(call: Call, out: list, leaves: list) -> list[tuple[str, Tensor]]:
+    """The gradients of the leaves, and in mode "double" those of a product with them."""
+    wanted = [(name, t) for name, t in out if t.requires_grad]
+    if not wanted or not leaves:
+        return []
+    generator = torch.Generator().manual_seed(7)
+    upstream = [(call.upstream * _coarse(t, generator)).to(t.dtype) for _, t in wanted]
+    if call.seed[-1:] in "13":  # as from .sum(): one number, stride 0
+        upstream = [u.new_full((), call.upstream).expand(u.shape) for u in upstream]
+    twice = call.mode == "double"
+    inputs = [t for _, t in leaves]
+    grads = torch.autograd.grad([t for _, t in wanted], inputs, upstream, create_graph=twice, allow_unused=True)
+    named = [
+        (f"gradient of {_place(name)}", torch.zeros_like(leaf) if g is None else g)
+        for (name, leaf), g in zip(leaves, grads, strict=True)
+    ]
+    if not twice:
+        return named
+    total = [
+        (g * _coarse(g, generator).to(g.dtype)).sum().to(upstream[0].dtype)
+        for g in grads if g is not None and g.requires_grad
+    ]  # fmt: skip
+    if not total:
+        return named + [(f"second {name}", torch.zeros_like(g)) for name, g in named]
+    second = torch.autograd.grad(torch.stack(total).sum(), inputs, allow_unused=True)
+    return named + [
+        (f"second {name}", torch.zeros_like(leaf) if g is None else g)
+        for (name, _), (_, leaf), g in zip(named, leaves, second, strict=True)
+    ]
+
+
+def _coarse(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Normal numbers that every dtype has exactly."""
+    return (32 * torch.randn(like.shape, generator=generator, dtype=torch.float64)).round() / 32
+
+
+def _place(name: str) -> str:
+    return name.removeprefix("[0]").removeprefix("[1].")
+
+
+def _numbers(call: Call, got: Outcome, exact: Outcome) -> Failure | None:
+    """The rule, tensor by tensor; the eager reference runs only where it is asked."""
+    eager: Outcome | None = None
+    for i, (name, mine) in enumerate(got.tensors):
+        right = exact.tensors[i][1]
+        if mine.shape != right.shape:
+            return Failure("shape", f"{name}: {tuple(mine.shape)} for {tuple(right.shape)}")
+        if one_rounding_off(mine, right):
+            continue
+        eager = eager or run(call, "eager")
+        if eager.error is not None or len(eager.tensors) != len(got.tensors):
+            return Failure("the reference fails", f"{type(eager.error).__name__}: {eager.error}")
+        theirs = eager.tensors[i][1]
+        if mine.dtype != theirs.dtype:
+            return Failure("dtype", f"{name}: {mine.dtype} for {theirs.dtype}")
+        where = _not_a_number(name, mine, theirs, right)
+        if where is not None:
+            return where
+        if mine.is_floating_point() and (failure := _by_the_rule(call, i, mine, theirs, right)):
+            return failure
+    return None
+
+
+def one_rounding_off(mine: Tensor, right: Tensor) -> bool:
+    """Equal but for the rounding to its dtype, the common case."""
+    if not mine.is_floating_point():
+        return torch.equal(mine, right)
+    finite = right.isfinite()
+    if not (finite.all() and mine.isfinite().all()):
+        return False
+    if not right.numel():
+        return True
+    error = (mine.detach().double() - right.detach()).abs().max()
+    return bool(error <= torch.finfo(mine.dtype).eps * right.detach().abs().max())
+
+
+def _not_a_number(name: str, mine: Tensor, eager: Tensor, exact: Tensor) -> Failure | None:
+    """Infinities and NaN: as float64 has them after rounding to the dtype, or as eager in the dtype has them."""
+    if not mine.is_floating_point():
+        wrong = (mine != exact) & (mine != eager)
+        return Failure("value", f"{name}: another answer", f"{int(wrong.sum())} of {wrong.numel()}") if wrong.any() else None
+    mine, eager, exact = mine.detach(), eager.detach(), exact.detach().to(mine.dtype)
+    lost = ~mine.isfinite() & exact.isfinite() & eager.isfinite()
+    if lost.any():
+        at = tuple(lost.nonzero()[0].tolist())
+        return Failure("not finite", f"{name}: {mine[at].item()}", f"for {exact[at].item():g} (eager {eager[at].item():g}) at {at}")
+    hidden = ~exact.isfinite() & ~_same(mine, exact) & ~_same(mine, eager)
+    if hidden.any():
+        at = tuple(hidden.nonzero()[0].tolist())
+        seen = mine[at].item()
+        told = f"{seen}" if not mine[at].isfinite() else "a number"
+        return Failure("hides", f"{name}: {told} for {exact[at].item()}", f"{seen:g} (eager {eager[at].item():g}) at {at}")
+    return None
+
+
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def rule_dtype(call: Call, mine: Tensor) -> torch.dtype:
+    """Whose eps counts, see above."""
+    given = [getattr(torch, t.dtype) for t in tensors(call.args) if t.dtype in FLOATS] if call.name in CONTRASTIVE else []
+    return max([mine.dtype, *given], key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def sample(mine: Tensor, eager: Tensor, exact: Tensor) -> tuple[float, float, float, str] | None:
+    """(our error, eager's, the largest number): over what is finite in all three."""
+    mine, eager, right = mine.detach().double(), eager.detach().double(), exact.detach().double()
+    kept = mine.isfinite() & eager.isfinite() & exact.to(mine.dtype).isfinite()
+    mine, eager, right = mine[kept], eager[kept], right[kept]
+    if not right.numel():
+        return None
+    return ((mine - right).abs().max().item(), (eager - right).abs().max().item(), right.abs().max().item(), "")
+
+
+def _by_the_rule(call: Call, index: int, mine: Tensor, eager: Tensor, exact: Tensor) -> Failure | None:
+    dtype, name = rule_dtype(call, mine), "tensor"
+    errors = Errors(dtype)
+    found = sample(mine, eager, exact)
+    if found is None:
+        return None
+    floor = torch.finfo(mine.dtype).smallest_normal  # below it numbers have no more digits than it has
+    errors.samples[name] = [found, (0.0, 0.0, floor, "")]
+    if _holds(errors) is None:
+        return None
+    for seed in range(ROUNDED_RUNS):
+        rounded = run(call, RandomRounding(torch.finfo(dtype).eps, seed))
+        if rounded.error is not None:
+            return Failure("the reference fails", f"rounded: {type(rounded.error).__name__}: {rounded.error}")
+        one = sample(mine, rounded.tensors[index][1], exact)
+        if one is not None:
+            errors.samples[name].append((0.0, one[1], 0.0, ""))
+    told = _holds(errors)
+    if told is None:
+        return None
+    what, (error, eagers, largest, _) = _what(call, index), found
+    return Failure("numbers", what, f"{told}; alone: error {error:.3g}, eager {eagers:.3g}, largest {largest:.3g}")
+
+
+def _holds(errors: Errors) -> str | None:
+    try:
+        errors.check()
+    except AssertionError as error:
+        return str(error).split("\n")[0]
+    return None
+
+
+def _what(call: Call, index: int) -> str:
+    outcome = run(call, "eager")
+    return outcome.tensors[index][0]
+
+
