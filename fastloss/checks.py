@@ -73,12 +73,18 @@ def check_flag(name: str, value: Any) -> bool:
 
 
 def check_number(
-    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    float32: bool = True,
 ) -> float:
     """The float of a finite real number in [low, high], or (low, high] with `open_low`. NaN never passes.
 
     Python's numbers, numpy's and 0-d arrays will do; a tensor, which might need a gradient or lie on a device, will
-    not. What float32 cannot hold is refused, since most losses are computed in it.
+    not. With `float32` what that cannot hold is refused, since most losses are computed in it.
     """
     number = _real(value)
     if number is None:
@@ -89,7 +95,8 @@ def check_number(
         bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         wanted = "a finite number" + (f" {bounds}" if low > -math.inf else "")
         raise ValueError(f"{name}: expected {wanted}, got {_brief(value)}")
-    if not -FLOAT32_MAX <= number <= FLOAT32_MAX or (open_low and low == 0 and number < FLOAT32_TINY):
+    too_small = open_low and low == 0 and number < FLOAT32_TINY
+    if float32 and (too_small or not -FLOAT32_MAX <= number <= FLOAT32_MAX):
         least = FLOAT32_TINY if open_low and low == 0 else -FLOAT32_MAX
         raise ValueError(
             f"{name}: expected a number that float32 holds, {least:.2g} to {FLOAT32_MAX:.2g}, got {_brief(value)}"
@@ -112,11 +119,11 @@ def check_integer(
 
 
 def check_workspace(value: Any, low: float = 0.0, *, open_low: bool = True) -> float:
-    """`workspace_mib`: a number of MiB, at most 2**30 (a pebibyte), so that bytes fit 64 bits.
+    """`workspace_mib`: a number of MiB, of which 2**30 (a pebibyte) bound nothing more: so that bytes fit 64 bits.
 
     In a compiled graph that it changes in, it is rounded down to a power of two: see :func:`traced.at_most`.
     """
-    return at_most(check_number("workspace_mib", value, low, 2.0**30, open_low=open_low))
+    return at_most(min(check_number("workspace_mib", value, low, open_low=open_low, float32=False), 2.0**30))
 
 
 def check_sequence(name: str, value: Any, of: str) -> list:
