@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from .traced import at_most
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST = sys.float_info.max
 FLOAT32_MAX, FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
 
 
@@ -91,7 +93,7 @@ def check_number(
         hint = f"; pass {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
         raise TypeError(f"{name}: expected a number, got {_shown(value)}{hint}")
     inside = low < number <= high if open_low else low <= number <= high
-    if not (inside and -math.inf < number < math.inf):  # not isfinite(), which torch.compile cannot trace
+    if not (inside and -LARGEST <= number <= LARGEST):  # not isfinite(), which torch.compile cannot trace
         bounds = f"{'>' if open_low else '>='} {low:g}" + (f" and <= {high:g}" if high < math.inf else "")
         wanted = "a finite number" + (f" {bounds}" if low > -math.inf else "")
         raise ValueError(f"{name}: expected {wanted}, got {_brief(value)}")
