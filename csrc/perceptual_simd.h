@@ -20,7 +20,7 @@ FASTLOSS_INLINE vf feature_slope(vf d, float p) {
     const vf root = sqrt(d * d + p * p);
     return d / (root == 0.0f ? all(1.0f) : root);  // eps^2 can underflow
   }
-  return abs(d) < p ? d / p : sign(d);  // smooth L1
+  return abs(d) >= p ? sign(d) : d / p;  // smooth L1; NaN divided by p stays NaN
 }
 
 // The lanes that are set, as bits from the lowest.
@@ -37,11 +37,14 @@ FASTLOSS_INLINE uint32_t bits_of(vi lanes) {
   return bits;
 #endif
 }
+// Which of the lanes are positive, and which negative; NaN counts as both.
+FASTLOSS_INLINE uint32_t positive_bits(vf d) { return bits_of(~(d <= 0.0f)); }
+FASTLOSS_INLINE uint32_t negative_bits(vf d) { return bits_of(~(d >= 0.0f)); }
 FASTLOSS_INLINE vf sign_of(uint32_t positive, uint32_t negative) {
   vi lane{};
   for (int k = 0; k < W; ++k) lane[k] = 1 << k;
   const vi up = ((vi{} + (int32_t)positive) & lane) != 0, down = ((vi{} + (int32_t)negative) & lane) != 0;
-  return (vf)(((vi)all(1.0f) & up) | ((vi)all(-1.0f) & down));
+  return (vf)(((vi)all(1.0f) & up) | ((vi)all(-1.0f) & down) | ((vi)all(__builtin_nanf("")) & up & down));
 }
 
 // The sum of the terms and, if `signs` is given, two words of signs for every kGroup elements. The accumulators move to
@@ -61,8 +64,8 @@ static double feature_sum(const Pair<T>& s, double parameter, uint32_t* signs) {
         const vf d = load(s.feature + i + v * W) - load(s.target + i + v * W);
         sums[v % kSums] += feature_term<criterion>(d, p);
         if constexpr (criterion == Criterion::l1) {
-          positive |= bits_of(d > 0.0f) << (v * W);
-          negative |= bits_of(d < 0.0f) << (v * W);
+          positive |= positive_bits(d) << (v * W);
+          negative |= negative_bits(d) << (v * W);
         }
       }
       if constexpr (criterion == Criterion::l1) {
@@ -81,8 +84,8 @@ static double feature_sum(const Pair<T>& s, double parameter, uint32_t* signs) {
     const vf value = feature_term<criterion>(d, p);
     for (int64_t k = 0; k < count; ++k) rest += value[k];
     if constexpr (criterion == Criterion::l1) {
-      positive |= bits_of(d > 0.0f) << (i - group);
-      negative |= bits_of(d < 0.0f) << (i - group);
+      positive |= positive_bits(d) << (i - group);
+      negative |= negative_bits(d) << (i - group);
     }
   }
   if constexpr (criterion == Criterion::l1) {

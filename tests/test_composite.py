@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastloss import CompositeLoss
-from fastloss.losses.composite import _uniform
+from fastloss.losses.composite_rules import _uniform
 
 WEIGHTS = {"b": 1.0, "a": 0.5, "off": 0.0}
 ALL = ("fixed", "uncertainty", "dwa", "relobralo", "vqgan")
@@ -187,8 +187,8 @@ def test_vqgan_refuses_what_it_cannot_measure():
     w, parts = layered()
     with pytest.raises(TypeError, match="last_layer: .* got NoneType"):
         loss(parts)
-    with pytest.raises(ValueError, match="part 'a' has no gradient with respect to it"):
-        loss({"b": parts["b"], "a": torch.tensor(1.0)}, last_layer=w)
+    with pytest.raises(ValueError, match="part 'a' has no gradient with respect to it"), torch.no_grad():
+        loss(layered()[1], last_layer=w)
     with pytest.raises(ValueError, match="part 'a' has no gradient"):
         loss({"b": parts["b"], "a": torch.ones((), requires_grad=True) * 2}, last_layer=w)
     with pytest.raises(ValueError, match="reference: expected a part with a weight > 0, one of .*'a', 'b'"):
@@ -236,6 +236,40 @@ def test_a_step_that_overflows_is_forgotten(weighting):
         call(clean, b, a)
     assert call(loss, math.inf, 1.0)[0].isinf()
     assert torch.equal(call(loss, 1.0, 2.0)[0], call(clean, 1.0, 2.0)[0])
+
+
+@pytest.mark.parametrize("weighting", ALL)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_rounds_no_state(weighting, dtype):
+    expected = [call(make(weighting), b, a)[0] for b, a in [(4.0, 2.0)]]
+    torch.set_default_dtype(dtype)
+    try:
+        loss = make(weighting)
+        state = [t for t in (*loss.buffers(), *loss.parameters()) if t.is_floating_point()]
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        assert state and all(t.dtype == wide for t in state)
+        w = torch.ones(1, requires_grad=True, dtype=torch.float32)
+        got, _ = loss({"b": 4 * w.sum(), "a": 2 * w.sum() ** 2}, last_layer=w)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(got, expected[0])
+
+
+def test_options_at_the_edge_of_float32():
+    for weighting, name in (("dwa", "temperature"), ("relobralo", "tau")):
+        cold, hot = (CompositeLoss({"b": 1.0, "a": 1.0}, weighting=weighting, **{name: t}) for t in (1.2e-38, 3e38))
+        for b, a in [(4.0, 2.0), (2.0, 2.5), (1.0, 1.0), (1.0, 1.0)]:
+            for loss in (cold, hot):
+                assert loss(scalars(b=b, a=a))[0].isfinite()
+        assert hot.current_weights["a"].item() == pytest.approx(1.0)
+        assert cold.current_weights["a"].item() != pytest.approx(1.0)
+    loss = CompositeLoss({"b": 3e38, "a": 3e38})
+    x = torch.tensor([0.25, 0.5], requires_grad=True)
+    total, _ = loss(b=x[0], a=x[1])
+    total.backward()
+    assert total.item() == pytest.approx(2.25e38) and x.grad.tolist() == pytest.approx([3e38, 3e38])
+    with pytest.raises(ValueError, match="log_variance: expected a finite number"):
+        CompositeLoss({"a": 1.0}, weighting="uncertainty", log_variance=1e4)
 
 
 @pytest.mark.parametrize("weighting", ALL)
@@ -287,8 +321,10 @@ def test_bad_parts(parts, error, text):
 
 
 def test_bad_calls():
-    with pytest.raises(TypeError, match=r"parts\['a'\]: expected a tensor, got float"):
-        make("fixed")(b=torch.ones(()), a=1.0)
+    with pytest.raises(TypeError, match=r"parts\['a'\]: expected a number, got str"):
+        make("fixed")(b=torch.ones(()), a="1.0")
+    with pytest.raises(ValueError, match=r"parts\['a'\]: expected a finite number, got nan"):
+        make("fixed")(b=torch.ones(()), a=math.nan)
     with pytest.raises(TypeError, match="parts: expected a dictionary of scalar tensors, got Tensor"):
         make("fixed")(torch.ones(2))
     with pytest.raises(ValueError, match=r"parts: \['a'\] came both"):

@@ -8,10 +8,12 @@ With d = f - t, p the parameter of the criterion and g the gradient of the sum o
     charbonnier   sqrt(d^2 + p^2)                            d / sqrt(d^2 + p^2), 0 at d = 0
     smooth_l1     d^2 / (2 p) if |d| < p else |d| - p / 2    d / p if |d| < p else sign(d)
 
+NaN has the slope NaN.
+
 A row is what one sum runs over (a layer, or a sample of it), a tile 16 * BLOCK elements of a row, one tile a program. A
 tile is read in 16 pieces of `step` elements, step = BLOCK but in the last tile of a row. Element w of piece r has its
-sign in word w of the tile: bit 2 r where d > 0, bit 2 r + 1 where d < 0. So a thread packs what it has read itself, and
-features, signs and gradients all move in 128-bit accesses.
+sign in word w of the tile: bit 2 r where d > 0, bit 2 r + 1 where d < 0, both where d is NaN. So a thread packs what it
+has read itself, and features, signs and gradients all move in 128-bit accesses.
 
 Bytes per element of size s: L1 forward 2 s + 1/4, backward s + 1/4; the others forward 2 s, backward 3 s; s more in the
 backward for a second side, and for incoming gradients.
@@ -58,7 +60,7 @@ def _slope(d, p, KIND: tl.constexpr):
     elif KIND == "charbonnier":
         return tl.where(d == 0, 0.0, d * tl.rsqrt(d * d + p * p))  # p * p may underflow
     else:
-        return tl.where(tl.abs(d) < p, d / p, tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0)))
+        return tl.where(tl.abs(d) >= p, tl.where(d > 0, 1.0, -1.0), d / p)
 
 
 @triton.jit
@@ -113,7 +115,7 @@ def _distance_fwd_kernel(
         acc += tl.where(mask, term, 0.0) if KIND == "charbonnier" else term  # charbonnier(0) is not 0
         if signs_ptr is not None:  # the bits are the same for all elements: a select and an or each
             above, below = tl.full((), 1, tl.int32) << (2 * r), tl.full((), 2, tl.int32) << (2 * r)
-            word |= tl.where(d > 0, above, 0) | tl.where(d < 0, below, 0)
+            word |= tl.where(d <= 0, 0, above) | tl.where(d >= 0, 0, below)  # NaN sets both
     if signs_ptr is not None:
         tl.store(signs_ptr + first_word + columns, word, mask=columns < step)
     tl.store(out_ptr + row * stride + tile, tl.sum(acc) * factor_of(scales, layer, starts, DTYPE))
@@ -157,7 +159,7 @@ def _distance_bwd_kernel(
         mask = columns < tl.minimum(step, count - r * step)
         if signs_ptr is not None:
             pair = word >> (2 * r)
-            slope = ((pair & 1) - ((pair >> 1) & 1)).to(tl.float32)
+            slope = tl.where((pair & 3) == 3, float("nan"), ((pair & 1) - ((pair >> 1) & 1)).to(tl.float32))
         else:
             f = tl.load(f_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -8,220 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_choice, check_integer, check_no_graph, check_number, check_same_device, check_tensor
+from ..checks import check_choice, check_no_graph, check_number, check_same_device, check_tensor
 from ..core import result_dtype
 from ..inference import takes_inference_tensors
+from ..traced import filled
+from .composite_rules import WEIGHTINGS, Rule
 
-
-class Rule(nn.Module):
-    """How much each part counts, beyond its own weight. This one: always 1.
-
-    `forward` gets the K detached parts as one vector and returns K multipliers without a gradient; it is called in
-    training mode only. State lives in buffers of K numbers in the alphabetical order of the parts, so that a
-    checkpoint does not depend on the order in which the weights were given.
-    """
-
-    base: Tensor
-    multipliers: Tensor
-
-    def __init__(self, names: list[str], base: list[float]) -> None:
-        super().__init__()
-        self.names = names
-        weights = torch.tensor(base, dtype=torch.float32)
-        self.register_buffer("base", weights, persistent=False)  # the arguments' business, not the state's
-
-    def effective(self) -> Tensor:
-        """The K weights as of the last step, those given included."""
-        return self.base
-
-    def total(self, losses: Tensor, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor:
-        return (self.base.to(losses.dtype) * losses).sum()
-
-
-class AdaptiveRule(Rule):
-    """Multipliers that change from step to step; in eval mode the last ones are used and nothing changes."""
-
-    step: Tensor
-
-    def __init__(self, names: list[str], base: list[float]) -> None:
-        super().__init__(names, base)
-        self.register_buffer("multipliers", torch.ones(len(names), dtype=torch.float32))
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-
-    def effective(self) -> Tensor:
-        return self.base * self.multipliers
-
-    def total(self, losses: Tensor, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor:
-        multipliers = self.multipliers.clone()
-        if self.training:
-            detached = losses.detach().to(multipliers.dtype)
-            gradients = self.gradients(parts, last_layer)
-            with torch.no_grad():
-                state = self.update(detached, gradients)
-                # one overflow (a step that the gradient scaler skips, say) must not stay in the averages for ever
-                fine = torch.isfinite(detached).all()
-                for values in state.values():
-                    fine = fine & torch.isfinite(values).all()
-                for name, values in state.items():
-                    buffer = getattr(self, name)
-                    buffer.copy_(torch.where(fine, values, buffer))
-                multipliers = self.multipliers.clone()  # autograd keeps it; the buffer changes in the next step
-        return ((self.base * multipliers).to(losses.dtype) * losses).sum()
-
-    def gradients(self, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor | None:
-        return None
-
-    def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
-        """The new state by buffer name, the multipliers among it."""
-        return {}
-
-
-class UncertaintyRule(Rule):
-    """Homoscedastic uncertainty: exp(-s) / 2 with a learnable log-variance s per part, and s / 2 on top."""
-
-    def __init__(self, names: list[str], base: list[float], *, log_variance: float = 0.0) -> None:
-        super().__init__(names, base)
-        start = check_number("log_variance", log_variance)
-        self.log_variances = nn.Parameter(torch.full((len(names),), start, dtype=torch.float32))
-
-    def effective(self) -> Tensor:
-        return self.base * (0.5 * torch.exp(-self.log_variances.detach()))
-
-    def total(self, losses: Tensor, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor:
-        s = self.log_variances.to(losses.dtype)
-        return (0.5 * torch.exp(-s) * self.base.to(losses.dtype) * losses + 0.5 * s).sum()
-
-
-class DynamicAverageRule(AdaptiveRule):
-    """Dynamic weight average: K softmax(r / T), r the ratio of the last two losses (of their means over `period`)."""
-
-    sums: Tensor
-    previous: Tensor
-    before: Tensor
-
-    def __init__(self, names: list[str], base: list[float], *, temperature: float = 2.0, period: int = 1) -> None:
-        super().__init__(names, base)
-        self.temperature = check_number("temperature", temperature, 0, open_low=True)
-        self.period = int(check_number("period", period, 1))
-        if period != self.period:
-            raise ValueError(f"period: expected a whole number of steps, got {period!r}")
-        for name in ("sums", "previous", "before"):
-            self.register_buffer(name, torch.zeros(len(names), dtype=torch.float32))
-
-    def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
-        ratio = _ratio(self.previous, self.before)
-        multipliers = len(self.names) * torch.softmax(ratio / self.temperature, 0)
-        sums, step = self.sums + losses, self.step + 1
-        ends = step % self.period == 0
-        return {
-            "multipliers": torch.where(self.step >= 2 * self.period, multipliers, 1.0),
-            "step": step,
-            "before": torch.where(ends, self.previous, self.before),
-            "previous": torch.where(ends, sums / self.period, self.previous),
-            "sums": torch.where(ends, 0.0, sums),
-        }
-
-
-class RelativeBalanceRule(AdaptiveRule):
-    """ReLoBRaLo: a running average of softmax(L / (tau L')), L' the last losses, or by chance the first ones."""
-
-    first: Tensor
-    previous: Tensor
-
-    def __init__(
-        self,
-        names: list[str],
-        base: list[float],
-        *,
-        alpha: float = 0.95,
-        beta: float = 0.99,
-        tau: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(names, base)
-        self.alpha, self.beta = check_number("alpha", alpha, 0, 1), check_number("beta", beta, 0, 1)
-        self.tau, self.seed = check_number("tau", tau, 0, open_low=True), check_integer("seed", seed, 0)
-        for name in ("first", "previous"):
-            self.register_buffer(name, torch.zeros(len(names), dtype=torch.float32))
-
-    def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
-        start = self.step == 0
-        since_first, since_last = (
-            len(self.names) * torch.softmax(_ratio(losses, past) / self.tau, 0) for past in (self.first, self.previous)
-        )
-        kept = torch.where(_uniform(self.step, self.seed) < self.beta, self.multipliers, since_first)
-        multipliers = self.alpha * kept + (1 - self.alpha) * since_last
-        return {
-            "multipliers": torch.where(start, 1.0, multipliers),
-            "step": self.step + 1,
-            "first": torch.where(start, losses, self.first),
-            "previous": losses,
-        }
-
-
-class GradientRatioRule(AdaptiveRule):
-    """VQGAN: |dL_reference / d last_layer| / (|dL_i / d last_layer| + eps), at most `max_ratio`."""
-
-    def __init__(
-        self, names: list[str], base: list[float], *, reference: str, eps: float = 1e-4, max_ratio: float = 1e4
-    ) -> None:
-        super().__init__(names, base)
-        if reference not in names:
-            raise ValueError(f"reference: expected a part with a weight > 0, one of {names}, got {reference!r}")
-        self.reference, self.eps = reference, check_number("eps", eps, 0, open_low=True)
-        self.max_ratio = check_number("max_ratio", max_ratio, 0, open_low=True)
-
-    def gradients(self, parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor:
-        """The K norms of the parts' gradients at the last layer."""
-        if not isinstance(last_layer, Tensor):
-            raise TypeError(
-                f"last_layer: weighting 'vqgan' in training mode expects the last layer's weight tensor, "
-                f"got {type(last_layer).__name__}"
-            )
-        norms = []
-        for name in self.names:
-            grad = None
-            if parts[name].requires_grad and last_layer.requires_grad:
-                (grad,) = torch.autograd.grad(parts[name], last_layer, retain_graph=True, allow_unused=True)
-            if grad is None:
-                raise ValueError(
-                    f"last_layer: part {name!r} has no gradient with respect to it; pass a tensor that every part "
-                    "depends on (under no_grad: .eval() keeps the last ratios)"
-                )
-            norms.append(torch.linalg.vector_norm(grad.detach().to(self.multipliers.dtype)))
-        return torch.stack(norms)
-
-    def update(self, losses: Tensor, gradients: Tensor | None) -> dict[str, Tensor]:
-        assert gradients is not None
-        at = self.names.index(self.reference)
-        ratios = (gradients[at] / (gradients + self.eps)).clamp(0, self.max_ratio)
-        one = torch.ones_like(ratios[:1])
-        return {"multipliers": torch.cat((ratios[:at], one, ratios[at + 1 :])), "step": self.step + 1}
-
-
-def _ratio(now: Tensor, past: Tensor) -> Tensor:
-    """now / past, and 1 where the past is 0."""
-    zero = past == 0
-    return torch.where(zero, 1.0, now / torch.where(zero, 1.0, past))
-
-
-def _uniform(step: Tensor, seed: int) -> Tensor:
-    """A number in [0, 1) from the step: an integer hash, so that the state dict holds all there is to resume, ranks
-    agree, and the random numbers of the training run stay as they are. Products stay below 2**63."""
-    mask = 2**31 - 1
-    x = (step * 0x1E3779B1 + seed * 0x5BD1E995 + 0x3C6EF372) & mask
-    for multiplier in (0x7FEB352D, 0x5B9F3B15, 0x31848BAB):
-        x = ((x ^ (x >> 15)) * multiplier) & mask
-    return (x ^ (x >> 16)).to(torch.float32) / 2**31
-
-
-WEIGHTINGS: dict[str, type[Rule]] = {
-    "fixed": Rule,
-    "uncertainty": UncertaintyRule,
-    "dwa": DynamicAverageRule,
-    "relobralo": RelativeBalanceRule,
-    "vqgan": GradientRatioRule,
-}
+Part = Tensor | float
 
 
 class CompositeLoss(nn.Module):
@@ -247,21 +40,27 @@ class CompositeLoss(nn.Module):
     A step with a loss that is not finite leaves the multipliers as they were. In eval mode nothing changes, so
     validation does not disturb training. On several ranks each follows its own losses.
 
+    A part may be constant for a while, a discriminator that has not begun, say: a number, or a tensor without a gradient
+    beside others that have one. It enters the total like any other, but the weighting passes it by: its multiplier
+    stays what it was (1 at first), its log-variance gets no gradient, and the K of the others' balance are the parts
+    that are not constant. When it begins, "dwa" and "relobralo" compare it from there on.
+
     Args:
         weights: number >= 0 by name. Weight 0 turns a part off: it does not enter the total and need not be passed.
         weighting: see above.
         **options: of the weighting, see above.
 
     Call:
-        ``loss(parts)`` or ``loss(contrastive=..., pixel=...)`` with a scalar tensor by name, and `last_layer` for
-        "vqgan". Returns the total, a float32 scalar (float64 if a part is), and the dictionary of the parts as passed,
-        detached and unweighted. Nothing waits for the device. ``current_weights`` has :math:`w_i m_i` by name.
+        ``loss(parts)`` or ``loss(contrastive=..., pixel=...)`` with a scalar tensor or a number by name, and
+        `last_layer` for "vqgan". Returns the total, a float32 scalar (float64 if a part is), and the dictionary of the
+        parts as passed, detached and unweighted, numbers as tensors. Nothing waits for the device.
+        ``current_weights`` has :math:`w_i m_i` by name.
 
     State: buffers and parameters only, so that a state dict resumes exactly; the weights given are not part of it.
 
     Raises:
-        TypeError: a part is no floating-point tensor, or an option is unknown. ValueError: a part is unknown, missing
-            or no scalar, or weights, options or devices do not fit.
+        TypeError: a part is neither a floating-point tensor nor a number, or an option is unknown. ValueError: a part
+            is unknown, missing, no scalar or no finite number, or weights, options or devices do not fit.
 
     Source: Kendall et al., "Multi-task learning using uncertainty to weigh losses", CVPR 2018; Liu et al., "End-to-end
     multi-task learning with attention", CVPR 2019 (DWA); Bischof and Kraus, "Multi-objective loss balancing for
@@ -302,27 +101,34 @@ class CompositeLoss(nn.Module):
 
     @takes_inference_tensors
     def forward(
-        self, parts: Mapping[str, Tensor] | None = None, /, *, last_layer: Tensor | None = None, **named: Tensor
+        self, parts: Mapping[str, Part] | None = None, /, *, last_layer: Tensor | None = None, **named: Part
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        parts = self._check({} if parts is None else parts, named)
-        active = [parts[name] for name in self.weights if self.weights[name] > 0]
-        dtype = result_dtype(*active)
-        detached = {name: parts[name].detach() for name in self.weights if name in parts}
+        given = self._check({} if parts is None else parts, named)
+        tensors = {name: part for name, part in given.items() if isinstance(part, Tensor)}
+        dtype = result_dtype(*(part for name, part in tensors.items() if self.weights[name] > 0))
+        device = next(iter(tensors.values()), self.rule.base).device
+        found = {
+            name: tensors[name] if name in tensors else filled((), part, dtype, device)
+            for name, part in given.items()
+        }
+        detached = {name: found[name].detach() for name in self.weights if name in found}
         if self.weighting == "fixed":  # in the order given, so that it is the sum that one would write, to the bit
-            total = active[0].new_zeros((), dtype=dtype)
+            total = torch.zeros((), dtype=dtype, device=device)
             for name, weight in self.weights.items():
                 if weight > 0:
-                    total = total + weight * parts[name].to(dtype)
+                    total = total + weight * found[name].to(dtype)
             return total, detached
-        losses = torch.stack([parts[name].to(dtype) for name in self.rule.names])
-        if self.rule.base.device != losses.device or self.rule.base.dtype not in (torch.float32, torch.float64):
+        if self.rule.base.device != device or self.rule.base.dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 f"CompositeLoss: its state is {self.rule.base.dtype} on {self.rule.base.device}, the parts are on "
-                f"{losses.device}; move the module there with .to(device), and keep it in float32"
+                f"{device}; move the module there with .to(device), and keep it in float32"
             )
-        return self.rule.total(losses, parts, last_layer), detached
+        losses = torch.stack([found[name].to(dtype) for name in self.rule.names])
+        learning = any(found[name].requires_grad for name in self.rule.names)
+        constant = [name not in tensors or (learning and not found[name].requires_grad) for name in self.rule.names]
+        return self.rule.total(losses, constant, found, last_layer), detached
 
-    def _check(self, parts: Mapping[str, Tensor], named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _check(self, parts: Mapping[str, Part], named: Mapping[str, Part]) -> dict[str, Part]:
         if not isinstance(parts, Mapping):
             raise TypeError(f"parts: expected a dictionary of scalar tensors, got {type(parts).__name__}")
         twice = sorted(set(parts) & set(named))
@@ -335,8 +141,11 @@ class CompositeLoss(nn.Module):
             raise ValueError(
                 f"parts: expected {list(self.weights)}, got {list(merged)}; unknown: {unknown}, missing: {missing}"
             )
-        first = next(iter(merged))
+        first = next((name for name, part in merged.items() if isinstance(part, Tensor)), "")
         for name, part in merged.items():
+            if not isinstance(part, Tensor):
+                merged[name] = check_number(f"parts[{name!r}]", part)
+                continue
             check_tensor(f"parts[{name!r}]", part)
             if part.ndim != 0:
                 raise ValueError(f"parts[{name!r}]: expected a scalar (0-D) loss, got shape {tuple(part.shape)}")

@@ -114,12 +114,13 @@ def dists_distance(
         if feature.shape[1] * feature.shape[2] * feature.shape[3] == 0:
             raise ValueError(f"features[{i}]: expected channels and pixels, got shape {tuple(feature.shape)}")
     stats = _dists(features, targets)
-    alpha, beta = (_weights(name, w, features, stats) for name, w in (("alphas", alphas), ("betas", betas)))
+    weights = torch.cat([_weights(name, w, features, stats) for name, w in (("alphas", alphas), ("betas", betas))])
+    weights = weights / (2 * weights.numel())  # so that no sum of them is infinite, not of 3e38 either
     mean_f, mean_d, square_f, square_t, square_d = stats.unbind()
     structure = mean_d.square() / (mean_f.square() + (mean_f - mean_d).square() + c1)
     texture = square_d / (square_f + square_t + c2)
-    total = alpha.sum() + beta.sum()
-    return (structure * alpha + texture * beta).sum(1) / torch.where(total == 0, torch.ones_like(total), total)
+    total = weights.sum()
+    return (torch.cat((structure, texture), 1) * weights).sum(1) / torch.where(total == 0, 1.0, total)
 
 
 def _weights(name: str, weights: Any, features: Sequence[Tensor], stats: Tensor) -> Tensor:

@@ -63,13 +63,14 @@ class InceptionInput(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        scale = torch.tensor((0.229, 0.224, 0.225), dtype=torch.float32).view(1, 3, 1, 1) / 0.5
-        shift = (torch.tensor((0.485, 0.456, 0.406), dtype=torch.float32).view(1, 3, 1, 1) - 0.5) / 0.5
+        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        scale = torch.tensor((0.229, 0.224, 0.225), dtype=exact).view(1, 3, 1, 1) / 0.5
+        shift = (torch.tensor((0.485, 0.456, 0.406), dtype=exact).view(1, 3, 1, 1) - 0.5) / 0.5
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("shift", shift, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale + self.shift
+        return (x * self.scale + self.shift).to(x.dtype)  # networks made in another default dtype take that
 
 
 def _vgg_steps(models: Any, name: str) -> Iterator[Step]:

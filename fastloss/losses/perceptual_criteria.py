@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_plain, is_sequence
+from ..checks import as_plain, check_same_length, is_sequence
 from ..core import reduce
 from ..traced import filled
 from .dists import dists_distance
@@ -25,7 +25,7 @@ LPIPS_FILES = {"alexnet": "alex", "squeezenet1_1": "squeeze", "vgg16": "vgg"}
 
 
 class Lins(nn.Module):
-    """The LPIPS weights of one network, one vector a layer: buffers, so that they move and save with the module."""
+    """The LPIPS weights of one network, one vector a layer: buffers, so that they move and save with the networks."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
@@ -35,6 +35,24 @@ class Lins(nn.Module):
 
     def forward(self) -> list[Tensor]:
         return [getattr(self, f"lin{i}") for i in range(self.count)]
+
+
+def gradient_counts(criterion: str, features: Sequence[Tensor], reduction: str) -> list[int]:
+    """Of each layer what the criterion divides the gradient of a feature by, about."""
+    counts = []
+    for f in features:
+        samples, each = (int(n) for n in (f.shape[0], f.numel() // max(f.shape[0], 1)))
+        if criterion in ("lpips", "dists", "style"):
+            channels = int(f.shape[1]) if f.ndim > 1 else 1
+            each //= max(channels, 1)  # a mean over the pixels, also for a sum over the samples
+            if criterion == "style" and reduction != "sum":  # the mean over the Gram matrix
+                each *= channels * channels
+            if criterion == "dists":
+                each *= 2 * sum(int(other.shape[1]) for other in features)
+        elif reduction == "sum":
+            each = 1
+        counts.append(each * (samples if reduction == "mean" else 1))
+    return counts
 
 
 def load_lins(given: Any, name: str | None) -> list[Tensor] | None:
@@ -86,11 +104,16 @@ def criterion_distance(
     reduction: str,
 ) -> Tensor:
     """The distance of two lists of features; `weights` one number a layer."""
+    if weights is not None:
+        check_same_length("features", features, "weights", weights)
     if criterion == "lpips":
+        factor = 1.0
         if weights is not None:
+            factor = 2.0**64 if max(abs(w) for w in weights) > 2.0**64 else 1.0  # times a lin, 3e38 would be infinite
             ones = lins or [f.new_ones(f.shape[1], dtype=torch.float32) for f in features]
-            lins = [w * lin for w, lin in zip(weights, ones, strict=True)]
-        return reduce(lpips_distance(features, targets, lins), reduction)
+            lins = [w / factor * lin for w, lin in zip(weights, ones, strict=True)]
+        distance = reduce(lpips_distance(features, targets, lins), reduction)
+        return distance if factor == 1 else factor * distance
     if criterion == "dists":
         each = None
         if weights is not None:

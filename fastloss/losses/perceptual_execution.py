@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import as_plain, check_flag, check_integer
-from ..core import check_not_empty
+from ..core import check_not_empty, result_dtype
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,14 @@ class Execution:
 
     Args:
         dtype: dtype of the networks' weights and activations, e.g. ``torch.bfloat16``; None leaves them as they are.
-            The distance is computed in float32 all the same. With float16 the gradient goes through the networks
-            scaled by a power of two of the image's size, since that of a mean would underflow.
+            The distance is computed in float32 all the same. In float16 the gradient goes through the networks
+            multiplied by a power of two that brings it to the middle of float16's range, whatever arrives from above,
+            and is divided by it again in float32: a loss scaler outside neither adds to it nor is needed for it.
         channels_last: weights and activations in ``torch.channels_last``, which tensor cores want.
         compile: True, or the name of a backend: each network goes through ``torch.compile``.
         chunk: images that go through the networks at a time, None: all. The gradient of each piece is made in the
-            forward, right after its loss, so that no more than one piece's activations are ever alive; the backward
-            multiplies it by what comes from above. Not differentiable twice.
+            forward, right after its loss, so that no more than one piece's activations are ever alive, and kept in
+            float32; the backward multiplies it by what comes from above. Not differentiable twice.
         checkpoint: between forward and backward keep the activations at the taps alone, and run the networks again
             from tap to tap in the backward.
     """
@@ -68,34 +69,6 @@ class Execution:
                 network.compile(**({"backend": self.compile} if isinstance(self.compile, str) else {}))
 
 
-class _ScaledGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        return grad * ctx.factor, None
-
-
-def scaled_gradient(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1 else _ScaledGradient.apply(x, factor)
-
-
-def gradient_scale(image: Tensor, dtype: torch.dtype | None, reduction: str) -> float:
-    """By how much the gradient is scaled inside networks that run in `dtype`: about what the mean divides by."""
-    device = image.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    if dtype != torch.float16 or reduction == "sum":
-        return 1.0
-    count = image.numel() // (1 if reduction == "mean" else max(image.shape[0], 1))
-    return float(2 ** max(int(count).bit_length() - 1, 0))
-
-
 class _Pieces(torch.autograd.Function):
     """Loss and gradient of one piece of the batch after the other."""
 
@@ -104,11 +77,12 @@ class _Pieces(torch.autograd.Function):
         ctx: Any, image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str
     ) -> Tensor:
         count, needs = image_pred.shape[0], ctx.needs_input_grad[0]
-        gradient = torch.empty_like(image_pred) if needs else None
+        wide = result_dtype(image_pred)  # what comes from above, a loss scale, arrives in the backward only
+        gradient = torch.empty_like(image_pred, dtype=wide) if needs else None
         values = []
         for low in range(0, count, chunk):
             part = slice(low, min(low + chunk, count))
-            piece = image_pred[part].detach()
+            piece = image_pred[part].detach().to(wide)
             with torch.set_grad_enabled(needs):
                 value = loss(part, piece.requires_grad_(needs))
                 if reduction == "mean":
@@ -118,6 +92,7 @@ class _Pieces(torch.autograd.Function):
             values.append(value.detach())
         if gradient is not None:
             ctx.save_for_backward(gradient)
+        ctx.dtype = image_pred.dtype
         return torch.cat(values) if reduction == "none" else torch.stack(values).sum(0)
 
     @staticmethod
@@ -125,14 +100,15 @@ class _Pieces(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple:
         (gradient,) = ctx.saved_tensors
         each = grad.reshape(-1, *[1] * (gradient.ndim - 1)) if grad.ndim else grad
-        return (gradient * each).to(gradient.dtype), None, None, None
+        return (gradient * each).to(ctx.dtype), None, None, None
 
 
 @torch.compiler.disable
 def in_pieces(
     image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str
 ) -> Tensor:
-    """`loss(part, image_pred[part])` of every piece of the batch, put together as `reduction` says."""
+    """`loss(part, image_pred[part])` of every piece of the batch, put together as `reduction` says. The pieces are
+    float32 at least."""
     if reduction == "mean":
         check_not_empty(math.prod(image_pred.shape))
     if image_pred.shape[0] <= chunk:

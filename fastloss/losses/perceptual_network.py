@@ -24,8 +24,10 @@ from ..checks import (
 from ..core import check_reduction, result_dtype
 from ..inference import takes_inference_tensors
 from .perceptual_backbones import LPIPS_TAPS, Backbone
-from .perceptual_criteria import CRITERIA, Lins, criterion_distance, load_lins
-from .perceptual_execution import Execution, gradient_scale, in_pieces, scaled_gradient
+from .perceptual_criteria import CRITERIA, Lins, criterion_distance, gradient_counts, load_lins
+from .perceptual_execution import Execution, in_pieces
+from .perceptual_frozen import FrozenNetworks
+from .perceptual_scale import ScaleBack, ScaleUp, base_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,13 +48,16 @@ class _Call(nn.Module):
         return getattr(self.fn, "__name__", repr(self.fn))
 
 
-class PerceptualLoss(nn.Module):
+class PerceptualLoss(FrozenNetworks):
     r"""Distance of two images in the features of frozen networks: target first, gradient to the prediction only.
 
     .. math:: L(x, \hat x) = \sum_b \lambda_b \sum_i w_{b,i} \cdot \mathrm{mean}\,|\phi_{b,i}(\hat x) - \phi_{b,i}(x)|
 
-    The networks are frozen: their parameters need no gradient and they stay in eval mode even after ``.train()``. The
-    features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
+    The networks are frozen. They are no submodules: the parameters, modules and state dict of a model that holds this
+    loss do not have them, so that ``model.train()``, ``model.requires_grad_(True)``, ``model.apply(init)``, optimizers,
+    averages of weights and DistributedDataParallel pass them by, and models with and without their loss load each
+    other's checkpoints strictly. They are ``loss.backbones`` and ``loss.lins``; they move and cast with the module,
+    and ``copy.deepcopy``, pickle and ``torch.save(model)`` carry them. The features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
     ``loss(targets, image_pred)`` takes them in place of the image. ``loss(image, image_pred, pairwise=True)`` gives the
     distances ``[N,M]`` of N targets and M predictions, with each image encoded once (and no reduction).
 
@@ -84,6 +89,10 @@ class PerceptualLoss(nn.Module):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` (one value a sample), see :func:`feature_distance`.
         execution: an :class:`Execution`: dtype and memory format of the networks, compilation, pieces of the batch,
             checkpoints.
+        save_networks: True: the state dict holds the networks (``backbones.*``) and the LPIPS weights (``lins.*``), and
+            loading one needs them, strictly. False: it holds nothing, and such keys of another's (all that versions
+            up to 0.1 saved, too) are passed over. Networks of random weights are then as random when one resumes, and
+            on every rank: seed them alike, or save them.
 
     Call:
         ``loss(image, image_pred, *, pairwise=False)``, both ``[N,C,H,W]`` of one shape, float16, bfloat16, float32 or
@@ -119,8 +128,9 @@ class PerceptualLoss(nn.Module):
         normalize: bool | tuple[Sequence[float], Sequence[float]] = True,
         reduction: str = "mean",
         execution: Execution | None = None,
+        save_networks: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(save_networks)
         check_choice("criterion", criterion, CRITERIA)
         check_reduction(reduction)
         if not isinstance(execution, (Execution, type(None))):
@@ -130,8 +140,7 @@ class PerceptualLoss(nn.Module):
         self.execution = execution or Execution()
         self.input_range = _range(input_range)
         self._affine = _affine(self.input_range, *_normalisation(normalize))
-        for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float32).view(1, -1, 1, 1), persistent=False)
+        self._register_affine(torch.promote_types(torch.get_default_dtype(), torch.float32))
         several = is_sequence(backbones)  # nn.Sequential is one backbone
         given: list = list(backbones) if several else [backbones]  # type: ignore[arg-type]
         if not given:
@@ -147,14 +156,13 @@ class PerceptualLoss(nn.Module):
         self.layer_weights = [_numbers("layer_weights", w) for w in all_weights]
         self.backbone_weights = _numbers("backbone_weights", backbone_weights) or [1.0] * len(given)
         check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
-        self.lins = nn.ModuleList(_lins(criterion, lin_weights, made, several))
-        for backbone, w, lins in zip(made, self.layer_weights, self.lins, strict=True):
+        made_lins = _lins(criterion, lin_weights, made, several)
+        for backbone, w, lins in zip(made, self.layer_weights, made_lins, strict=True):
             if isinstance(backbone, Backbone):
                 for name, one in (("layer_weights", w), ("lin_weights", lins() if isinstance(lins, Lins) else None)):
                     if one is not None:
                         check_same_length("layers", backbone.taps, name, one)
-        self.backbones = nn.ModuleList(made)
-        self.backbones.requires_grad_(False)
+        self.freeze(made, made_lins)
         self.execution.prepare(self.backbones)
         self.eval()
 
@@ -162,20 +170,16 @@ class PerceptualLoss(nn.Module):
         super().__setstate__(state)
         self.execution.compiled(self.backbones)
 
-    def train(self, mode: bool = True) -> PerceptualLoss:
-        """The mode of this module; the networks stay in eval mode (batch norm and dropout must not move)."""
-        super().train(mode)
-        self.backbones.eval()
-        return self
-
     def _apply(self, fn: Callable, recurse: bool = True) -> PerceptualLoss:
         """Moves and casts, but never rounds the normalisation: float32 at least, float64 with .double()."""
         super()._apply(fn, recurse)
-        for name, values in zip(("shift", "scale"), self._affine, strict=True):
-            moved = getattr(self, name)
-            exact = torch.tensor(values, dtype=result_dtype(moved), device=moved.device)
-            self.register_buffer(name, exact.view(1, -1, 1, 1), persistent=False)
+        self._register_affine(result_dtype(self.shift), self.shift.device)
         return self
+
+    def _register_affine(self, dtype: torch.dtype, device: torch.device | None = None) -> None:
+        for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
+            exact = torch.tensor(values, dtype=dtype, device=device)
+            self.register_buffer(name, exact.view(1, -1, 1, 1), persistent=False)
 
     def encode(self, image: Tensor) -> Targets:
         """The target's features, for each backbone a list, without a graph; they may be kept and used again."""
@@ -200,32 +204,40 @@ class PerceptualLoss(nn.Module):
             self._check_image("image_pred", image_pred)
         if pairwise:
             return self._pairwise(self.encode(image) if isinstance(image, Tensor) else image, image_pred)
+        dtype = image_pred.dtype
         if self.execution.chunk is None:
-            return self._value(image, image_pred, self.reduction)
+            return self._value(image, image_pred, self.reduction, dtype)
 
         def piece(part: slice, pred: Tensor) -> Tensor:
             own = image[part] if isinstance(image, Tensor) else [[f[part] for f in features] for features in image]
-            return self._value(own, pred, self.reduction)
+            return self._value(own, pred, self.reduction, dtype)
 
         return in_pieces(image_pred, piece, self.execution.chunk, self.reduction)
 
-    def _value(self, image: Tensor | Targets, image_pred: Tensor, reduction: str) -> Tensor:
+    def _value(self, image: Tensor | Targets, image_pred: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+        """`dtype`: that of the predictions as they were given, see `_features`."""
         if isinstance(image, Tensor):
             with torch.no_grad():
                 image = self._features(image)
-        scale = gradient_scale(image_pred, self._dtype(), reduction)
-        features = self._features(scaled_gradient(image_pred, 1 / scale))
-        return scaled_gradient(self._distance(image, features, reduction), scale)
+        if not self._in_float16(image_pred, dtype):
+            return self._distance(image, self._features(image_pred, dtype), reduction)
+        pred, token = ScaleBack.apply(image_pred.to(result_dtype(image_pred)))
+        features = self._features(pred, dtype)
+        return ScaleUp.apply(self._distance(image, features, reduction), token, self._base(features, reduction))
 
     def _pairwise(self, targets: Targets, image_pred: Tensor) -> Tensor:
         """Row by row: a target beside all predictions."""
-        scale = gradient_scale(image_pred, self._dtype(), "none")
-        features, rows = self._features(scaled_gradient(image_pred, 1 / scale)), []
+        dtype, rows = image_pred.dtype, []
+        scaled = self._in_float16(image_pred, dtype)
+        token: Any = None
+        if scaled:
+            image_pred, token = ScaleBack.apply(image_pred.to(result_dtype(image_pred)))
+        features = self._features(image_pred, dtype)
         for i in range(targets[0][0].shape[0]):
             row = [[t[i : i + 1].expand(image_pred.shape[0], *t.shape[1:]) for t in one] for one in targets]
             rows.append(self._distance(row, features, "none"))
         found = torch.stack(rows) if rows else image_pred.new_zeros((0, image_pred.shape[0]), dtype=torch.float32)
-        return scaled_gradient(found, scale)
+        return ScaleUp.apply(found, token, self._base(features, "none")) if scaled else found
 
     def _distance(self, targets: Targets, found: Targets, reduction: str) -> Tensor:
         total: Any = None
@@ -238,25 +250,44 @@ class PerceptualLoss(nn.Module):
             total = torch.add(total, distance, alpha=weight)
         return total
 
-    def _dtype(self) -> torch.dtype | None:
-        """In which the networks compute, unless under autocast: float16 if any of them does."""
-        found = [next(backbone.parameters(), self.shift).dtype for backbone in self.backbones]
-        return torch.float16 if torch.float16 in found else self.execution.dtype
+    def _in_float16(self, image: Tensor, dtype: torch.dtype) -> bool:
+        """Whether any of the networks computes in float16."""
+        device = image.device.type
+        if torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device) == torch.float16
+        return any(self._dtype_of(backbone, image, dtype) == torch.float16 for backbone in self.backbones)
 
-    def _features(self, image: Tensor) -> Targets:
+    def _dtype_of(self, backbone: nn.Module, image: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """In which a network gets the image: that of its weights; without any, that of the image."""
+        weight = next(backbone.parameters(), None)
+        if weight is not None:
+            return weight.dtype
+        plain = torch.promote_types(image.dtype, self.shift.dtype) if self.normalize else dtype
+        return self.execution.dtype or plain
+
+    def _base(self, found: Targets, reduction: str) -> float:
+        """See `base_of`, of all layers of all networks."""
+        counts, weights = [], []
+        for features, own, weight in zip(found, self.layer_weights, self.backbone_weights, strict=True):
+            counts += gradient_counts(self.criterion, features, reduction)
+            weights += [weight * w for w in own or [1.0] * len(features)]
+        return base_of(counts, weights)
+
+    def _features(self, image: Tensor, dtype: torch.dtype | None = None) -> Targets:
+        """`dtype`: of the image as it was given, where what comes here is wider."""
+        dtype = dtype or image.dtype
         if self.normalize:
-            dtype = torch.promote_types(image.dtype, self.shift.dtype)
-            image = (image.to(dtype) - self.shift.to(dtype)) / self.scale.to(dtype)
+            wide = torch.promote_types(image.dtype, self.shift.dtype)
+            image = (image.to(wide) - self.shift.to(wide)) / self.scale.to(wide)
         if self.execution.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
         found = []
         for backbone in self.backbones:
-            weight = next(backbone.parameters(), None)
-            dtype = self.execution.dtype or image.dtype if weight is None else weight.dtype
+            own = image.to(self._dtype_of(backbone, image, dtype))
             if self.execution.checkpoint and not isinstance(backbone, Backbone) and torch.is_grad_enabled():
-                features = checkpoint(backbone, image.to(dtype), use_reentrant=False, preserve_rng_state=False)
+                features = checkpoint(backbone, own, use_reentrant=False, preserve_rng_state=False)
             else:
-                features = backbone(image.to(dtype))
+                features = backbone(own)
             if not is_sequence(features) or not all(isinstance(f, Tensor) for f in features):
                 raise TypeError(f"backbones: expected each to return a list of tensors, got {type(features).__name__}")
             found.append(list(features))
@@ -276,7 +307,8 @@ class PerceptualLoss(nn.Module):
         return (
             f"criterion={self.criterion!r}, layer_weights={self.layer_weights}, "
             f"backbone_weights={self.backbone_weights}, input_range={self.input_range}, "
-            f"normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}"
+            f"normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}, "
+            f"save_networks={self.save_networks}\nbackbones={self.backbones!r}"
         )
 
 

@@ -1,7 +1,8 @@
 """The ops of `feature_distance`: one call forward and one backward for a whole list of layers.
 
 L1 is an op of its own. Its gradient is a sign, so it keeps two bits an element and neither list of features. All else
-the two share: arguments, reference, shapes.
+the two share: arguments, reference, shapes. A difference of NaN has the gradient NaN in both, whatever the criterion: a
+loss scaler must see it.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Op, result_dtype
 from ..layers import layers_of, layout_of, rows_of, sign_count
 from ..traced import changes
 
+PARAMETERS = (1e-18, 1e18)  # of eps and beta: their squares are normal float32 numbers
 
 def feature_distance_reference(
     features: list[Tensor],
@@ -30,20 +33,12 @@ def feature_distance_reference(
 
     One number, or one for each sample.
     """
-    dtype, per_sample = result_dtype(*features, *targets), reduction == "none"
+    returned, per_sample = result_dtype(*features, *targets), reduction == "none"
+    dtype = returned if _fits_float32(criterion, parameter) else torch.float64
     scales = layer_scales(features, weights, reduction)
     total = features[0].new_zeros(features[0].shape[:1] if per_sample else (), dtype=dtype)
     for feature, target, scale in zip(features, targets, scales, strict=True):
-        d = feature.to(dtype) - target.to(dtype)
-        if criterion == "l1":
-            loss = d.abs()
-        elif criterion == "l2":
-            loss = d * d
-        elif criterion == "charbonnier":
-            loss = (d * d + parameter * parameter).sqrt()
-        else:  # smooth L1 with beta = parameter: both branches are finite, so where() leaks no NaN gradient
-            a = d.abs()
-            loss = torch.where(a < parameter, 0.5 / parameter * d * d, a - 0.5 * parameter)
+        loss = _elementwise(feature.to(dtype), target.to(dtype), criterion, parameter)
         if not per_sample:
             loss = loss.sum()
         elif loss.ndim > 1:
@@ -52,7 +47,24 @@ def feature_distance_reference(
             total = total + scale * loss
         else:
             total = torch.add(total, loss, alpha=scale)  # scale * loss has a float64 tangent in forward-mode AD
-    return total
+    return total.to(returned)
+
+
+def _elementwise(feature: Tensor, target: Tensor, criterion: str, parameter: float) -> Tensor:
+    if criterion == "smooth_l1":
+        return F.smooth_l1_loss(feature, target, reduction="none", beta=parameter)
+    d = feature - target
+    if criterion == "l2":
+        return d * d
+    if criterion == "charbonnier":
+        return torch.hypot(d, torch.full_like(d, parameter))
+    # |d|, whose slope is NaN where d is (that of d.abs() is 0)
+    fixed = d.detach()
+    return d * torch.where(fixed == fixed, fixed.sign(), fixed)
+
+
+def _fits_float32(criterion: str, parameter: float) -> bool:
+    return criterion not in ("charbonnier", "smooth_l1") or PARAMETERS[0] <= parameter <= PARAMETERS[1]
 
 
 def layer_scales(features: Sequence[Tensor], weights: Sequence[float], reduction: str) -> list[float]:
@@ -83,6 +95,19 @@ def _distance_fwd(
     reduction: str,
 ) -> Tensor:
     return features[0].new_empty(features[0].shape[:1] if reduction == "none" else (), dtype=torch.float32)
+
+
+def _kernels_take(
+    features: list[Tensor],
+    targets: list[Tensor],
+    weights: list[float],
+    layout: list[int],
+    dtype: torch.dtype,
+    criterion: str,
+    parameter: float,
+    reduction: str,
+) -> bool:
+    return _fits_float32(criterion, parameter)
 
 
 def _distance_bwd(
@@ -169,6 +194,7 @@ _distance = Op(
     reference=feature_distance_reference,
     grads=("features", "targets"),
     triton="perceptual",
+    takes=_kernels_take,
 )
 
 

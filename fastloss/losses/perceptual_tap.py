@@ -72,8 +72,9 @@ def tap(
         criterion, eps, beta, reduction: see :func:`feature_distance`.
 
     Returns:
-        (the feature, the distance), float32 (float64 if an input is float64) the latter. The first is a view of
-        `feature`, and autograd lets nobody write into it: put no in-place layer behind it.
+        (the feature, the distance), float32 (float64 if an input is float64) the latter. The first is `feature`
+        itself or a view of it, which needs a gradient if `feature` does; autograd lets nobody write into it: put no
+        in-place layer behind it.
 
     Raises:
         TypeError, ValueError: as :func:`feature_distance`.
@@ -86,7 +87,8 @@ def tap(
     op, args = feature_distance_call(
         [feature], [target], weights=[weight], criterion=criterion, eps=eps, beta=beta, reduction=reduction
     )
-    if feature.dtype != target.dtype or op.backend(*args) == "reference" or changes(weight) or changes(args[6]):
+    untouched = not feature.requires_grad or feature.dtype != target.dtype
+    if untouched or op.backend(*args) == "reference" or changes(weight) or changes(args[6]):
         return feature, op(*args)
     with torch.autocast(feature.device.type, enabled=False):
         return _Tap.apply(feature, target, op, args[2:])
