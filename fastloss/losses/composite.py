@@ -40,8 +40,8 @@ class CompositeLoss(nn.Module):
     A step with a loss that is not finite leaves the multipliers as they were. In eval mode nothing changes, so
     validation does not disturb training. On several ranks each follows its own losses.
 
-    A part may be constant for a while, a discriminator that has not begun, say: a number, or a tensor without a gradient
-    beside others that have one. It enters the total like any other, but the weighting passes it by: its multiplier
+    A part may be constant for a while, a discriminator that has not begun, say: a number, or a tensor without a
+    gradient beside others that have one. It enters the total like any other, but the weighting passes it by: its multiplier
     stays what it was (1 at first), its log-variance gets no gradient, and the K of the others' balance are the parts
     that are not constant. When it begins, "dwa" and "relobralo" compare it from there on.
 

@@ -1,4 +1,4 @@
-"""A loss that has frozen networks: they move, cast, copy and pickle with it, and are no part of a model that holds it."""
+"""A loss that has frozen networks: they move, cast, copy and pickle with it, and no model that holds it has them."""
 
 from __future__ import annotations
 

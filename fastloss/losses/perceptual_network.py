@@ -57,7 +57,9 @@ class PerceptualLoss(FrozenNetworks):
     loss do not have them, so that ``model.train()``, ``model.requires_grad_(True)``, ``model.apply(init)``, optimizers,
     averages of weights and DistributedDataParallel pass them by, and models with and without their loss load each
     other's checkpoints strictly. They are ``loss.backbones`` and ``loss.lins``; they move and cast with the module,
-    and ``copy.deepcopy``, pickle and ``torch.save(model)`` carry them. The features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
+    and ``copy.deepcopy``, pickle and ``torch.save(model)`` carry them.
+
+    The features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
     ``loss(targets, image_pred)`` takes them in place of the image. ``loss(image, image_pred, pairwise=True)`` gives the
     distances ``[N,M]`` of N targets and M predictions, with each image encoded once (and no reduction).
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 2.0**100  # of s, so that s, 1 / s and what they multiply stay normal float32 numbers
+LARGEST = 2.0**120  # of s, so that s, 1 / s and what they multiply stay normal float32 numbers
 
 
 class ScaleBack(torch.autograd.Function):
@@ -68,4 +68,4 @@ def base_of(counts: Sequence[float], weights: Sequence[float]) -> float:
     1, in the middle of what float16 holds (2^-24 to 2^16)."""
     largest = max((abs(w) / c for c, w in zip(counts, weights, strict=True) if w != 0 and c > 0), default=0.0)
     exponent = -math.frexp(largest)[1] if largest else 0
-    return 2.0 ** min(max(exponent, -100), 100)
+    return 2.0 ** min(max(exponent, -120), 120)
