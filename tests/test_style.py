@@ -7,6 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastloss import gram_matrix, style_distance
+from fastloss.losses.style import _Gram
 
 
 def features(dtype=torch.float32):
@@ -41,6 +42,22 @@ def test_half_precision_is_summed_in_float32():
     gram = gram_matrix(x, normalization="none")
     assert gram.dtype == torch.float32 and (gram == 64 * 64 * 64).all()  # no float16
     assert torch.equal(gram_matrix(x.bfloat16(), normalization="none"), gram)
+
+
+@pytest.mark.parametrize("upstream", [2.0**10, 2.0**16])
+def test_the_gradient_of_float16_features_does_not_underflow_in_its_first_factor(upstream):
+    """As on CUDA, where products of float16 are: divided by C H W = 2^20, a mean's gradient would be 0 in float16
+    before C channels are added up; what comes out is not."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 64, 128 * 128, generator=generator).half()
+    grad = torch.full((1, 64, 64), upstream / 64**2)
+    grads = []
+    for given in (x, x.double()):
+        leaf = given.requires_grad_()
+        grads.append(torch.autograd.grad(_Gram.apply(leaf, 64 * 128 * 128), leaf, grad.to(_Gram.apply(leaf, 1).dtype)))
+    got, exact = grads[0][0].double(), grads[1][0]
+    assert exact.abs().max() > 2.0**-18
+    assert (got - exact).abs().max() <= 2**-10 * exact.abs().max() + 2.0**-24
 
 
 def test_piqs_gram_and_basicsrs_normalisation():

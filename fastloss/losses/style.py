@@ -18,17 +18,27 @@ NORMALIZATIONS = ("chw", "hw", "none")
 
 
 class _Gram(torch.autograd.Function):
-    """x x^T of a batch of matrices. Its gradient is one product, (G + G^T) x, where autograd's rule makes two."""
+    """x x^T / count of a batch of matrices. Its gradient is one product, (G + G^T) x / count, where autograd's rule
+    makes two. A power of two of the count, about its root, divides the product and only the rest the first factor:
+    of float16 that factor would underflow alone, as a gradient of a mean over so many."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return _product(x, x.mT)
+    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+        if ctx.needs_input_grad[0]:  # a target may be of inference mode, which lets nobody save it
+            ctx.save_for_backward(x)
+        ctx.count = count
+        return _product(x, x.mT) / count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        return torch.bmm((grad + grad.mT).to(x.dtype), x)
+        later = 1.0
+        if x.dtype == torch.float16:
+            later = 2.0 ** -(int(ctx.count).bit_length() // 2)
+        factor = ((grad + grad.mT) / (ctx.count * later)).to(x.dtype)
+        if later == 1:
+            return torch.bmm(factor, x), None
+        return torch.baddbmm(x.new_zeros((1, 1, 1)), factor, x, beta=0, alpha=later), None
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -68,8 +78,8 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
         x = features.flatten(2)
         # on CUDA the product of 16-bit matrices is summed and returned in float32; the CPU's would be rounded
         x = x if features.is_cuda and not transformed() else x.to(result_dtype(x))
-        gram = _product(x, x.mT) if transformed() else _Gram.apply(x)
-    return gram / max(count, 1)
+        count = max(count, 1)
+        return _product(x, x.mT) / count if transformed() else _Gram.apply(x, count)
 
 
 @takes_inference_tensors
