@@ -41,9 +41,9 @@ class CompositeLoss(nn.Module):
     validation does not disturb training. On several ranks each follows its own losses.
 
     A part may be constant for a while, a discriminator that has not begun, say: a number, or a tensor without a
-    gradient beside others that have one. It enters the total like any other, but the weighting passes it by: its multiplier
-    stays what it was (1 at first), its log-variance gets no gradient, and the K of the others' balance are the parts
-    that are not constant. When it begins, "dwa" and "relobralo" compare it from there on.
+    gradient beside others that have one. It enters the total like any other, but the weighting passes it by: its
+    multiplier stays what it was (1 at first), its log-variance gets no gradient, and the K of the others' balance are
+    the parts that are not constant. When it begins, "dwa" and "relobralo" compare it from there on.
 
     Args:
         weights: number >= 0 by name. Weight 0 turns a part off: it does not enter the total and need not be passed.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import as_plain, check_same_length, is_sequence
+from ..checks import as_plain, check_no_graph, check_same_length, is_sequence
 from ..core import reduce
 from ..traced import filled
 from .dists import dists_distance
@@ -93,6 +93,19 @@ def _package_file(name: str | None) -> str:
             "or pass the path of such a file, a list of tensors, or False for ones"
         )
     return os.path.join(spec.submodule_search_locations[0], "weights", "v0.1", f"{LPIPS_FILES[name]}.pth")
+
+
+def make_lins(criterion: str, given: Any, backbones: list, several: bool) -> list[nn.Module]:
+    """One module of LPIPS weights for each network, an empty one where there are none."""
+    if criterion != "lpips":
+        if given is not None:
+            raise ValueError(f"lin_weights: only criterion='lpips' has them, got them with {criterion!r}")
+        return [nn.Identity() for _ in backbones]
+    check_no_graph("PerceptualLoss", "lin_weights", given)
+    spread = list(given) if several and is_sequence(given) else [given] * len(backbones)
+    check_same_length("backbones", backbones, "lin_weights", spread)
+    found = [load_lins(one, getattr(backbone, "name", None)) for one, backbone in zip(spread, backbones, strict=True)]
+    return [nn.Identity() if one is None else Lins(one) for one in found]
 
 
 def criterion_distance(

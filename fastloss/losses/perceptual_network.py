@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import (
     as_plain,
     check_choice,
-    check_no_graph,
     check_number,
     check_numbers,
     check_same_length,
@@ -23,8 +22,9 @@ from ..checks import (
 )
 from ..core import check_reduction, result_dtype
 from ..inference import takes_inference_tensors
+from ..traced import at_most
 from .perceptual_backbones import LPIPS_TAPS, Backbone
-from .perceptual_criteria import CRITERIA, Lins, criterion_distance, gradient_counts, load_lins
+from .perceptual_criteria import CRITERIA, Lins, criterion_distance, gradient_counts, make_lins
 from .perceptual_execution import Execution, in_pieces
 from .perceptual_frozen import FrozenNetworks
 from .perceptual_scale import ScaleBack, ScaleUp, base_of
@@ -158,7 +158,7 @@ class PerceptualLoss(FrozenNetworks):
         self.layer_weights = [_numbers("layer_weights", w) for w in all_weights]
         self.backbone_weights = _numbers("backbone_weights", backbone_weights) or [1.0] * len(given)
         check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
-        made_lins = _lins(criterion, lin_weights, made, several)
+        made_lins = make_lins(criterion, lin_weights, made, several)
         for backbone, w, lins in zip(made, self.layer_weights, made_lins, strict=True):
             if isinstance(backbone, Backbone):
                 for name, one in (("layer_weights", w), ("lin_weights", lins() if isinstance(lins, Lins) else None)):
@@ -272,7 +272,7 @@ class PerceptualLoss(FrozenNetworks):
         counts, weights = [], []
         for features, own, weight in zip(found, self.layer_weights, self.backbone_weights, strict=True):
             counts += gradient_counts(self.criterion, features, reduction)
-            weights += [weight * w for w in own or [1.0] * len(features)]
+            weights += [at_most(abs(weight * w)) for w in own or [1.0] * len(features)]
         return base_of(counts, weights)
 
     def _features(self, image: Tensor, dtype: torch.dtype | None = None) -> Targets:
@@ -316,19 +316,6 @@ class PerceptualLoss(FrozenNetworks):
 
 def _lpips_taps(backbone: Any, layers: Any) -> Any:
     return LPIPS_TAPS.get(backbone) if layers is None and isinstance(backbone, str) else layers
-
-
-def _lins(criterion: str, given: Any, backbones: list, several: bool) -> list[nn.Module]:
-    """One module of LPIPS weights for each network, an empty one where there are none."""
-    if criterion != "lpips":
-        if given is not None:
-            raise ValueError(f"lin_weights: only criterion='lpips' has them, got them with {criterion!r}")
-        return [nn.Identity() for _ in backbones]
-    check_no_graph("PerceptualLoss", "lin_weights", given)
-    spread = list(given) if several and is_sequence(given) else [given] * len(backbones)
-    check_same_length("backbones", backbones, "lin_weights", spread)
-    found = [load_lins(one, getattr(backbone, "name", None)) for one, backbone in zip(spread, backbones, strict=True)]
-    return [nn.Identity() if one is None else Lins(one) for one in found]
 
 
 def _make(backbone: Any, layers: Any, pretrained: Any, checkpointed: bool) -> nn.Module:

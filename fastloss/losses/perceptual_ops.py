@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Op, result_dtype
 from ..layers import layers_of, layout_of, rows_of, sign_count
-from ..traced import changes
+from ..traced import changes, filled
 
 PARAMETERS = (1e-18, 1e18)  # of eps and beta: their squares are normal float32 numbers
+
 
 def feature_distance_reference(
     features: list[Tensor],
@@ -50,17 +50,19 @@ def feature_distance_reference(
     return total.to(returned)
 
 
-def _elementwise(feature: Tensor, target: Tensor, criterion: str, parameter: float) -> Tensor:
-    if criterion == "smooth_l1":
-        return F.smooth_l1_loss(feature, target, reduction="none", beta=parameter)
+def _elementwise(feature: Tensor, target: Tensor, criterion: str, p: float) -> Tensor:
+    """c(d), with gradients at infinities and NaN too: torch's own |d| has the slope 0 where d is NaN."""
     d = feature - target
     if criterion == "l2":
         return d * d
     if criterion == "charbonnier":
-        return torch.hypot(d, torch.full_like(d, parameter))
-    # |d|, whose slope is NaN where d is (that of d.abs() is 0)
+        return torch.hypot(d, filled((), p, d.dtype, d.device))
     fixed = d.detach()
-    return d * torch.where(fixed == fixed, fixed.sign(), fixed)
+    if criterion == "l1":
+        return d * torch.where(fixed == fixed, fixed.sign(), fixed)
+    inside = ~(fixed.abs() >= p)  # NaN too; each branch is finite, with its gradient, where it is not chosen
+    near = torch.where(inside, d, 0.0)
+    return torch.where(inside, 0.5 * near * (near / p), d * fixed.sign() - 0.5 * p)
 
 
 def _fits_float32(criterion: str, parameter: float) -> bool:
