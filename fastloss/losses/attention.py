@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from ..checks import (
     check_same_device,
     check_same_length,
     check_same_shape,
-    check_sequence,
     check_tensor,
+    is_sequence,
 )
 from ..core import Loss, check_not_empty, check_reduction, result_dtype
 from ..inference import takes_inference_tensors
@@ -210,10 +211,7 @@ def attention_consistency_loss(
         if layer_weights is not None:
             raise ValueError("layer_weights: expected None for single maps; it weighs the entries of lists")
         return _one_map("a", a, "b", b, mask, inputs, metric, reduction)
-    for name, value in (("a", a), ("b", b)):
-        if isinstance(value, Tensor):
-            raise TypeError(f"{name}: expected two tensors or two lists of them, got Tensor for {name}")
-    a, b = (check_sequence(name, value, "tensors, one a layer") for name, value in (("a", a), ("b", b)))
+    a, b = _two_lists(a, b)
     check_same_length("a", a, "b", b)
     if len(a) == 0:
         raise ValueError("a: expected at least one layer, got an empty list")
@@ -225,6 +223,13 @@ def attention_consistency_loss(
     for i, (x, y, weight) in enumerate(zip(a, b, layer_weights, strict=True)):
         layers.append(weight * _one_map(f"a[{i}]", x, f"b[{i}]", y, mask, inputs, metric, reduction))
     return layers if reduction == "none" else torch.stack(layers).sum()
+
+
+def _two_lists(a: Any, b: Any) -> tuple[list[Tensor], list[Tensor]]:
+    for name, value in sorted({"a": a, "b": b}.items(), key=lambda item: isinstance(item[1], Tensor)):
+        if not is_sequence(value):
+            raise TypeError(f"{name}: expected two tensors or two lists of them, got {type(value).__name__} for {name}")
+    return list(a), list(b)
 
 
 def _one_map(

@@ -82,10 +82,10 @@ _pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_ref
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
     """The kernel's op code and its one parameter, which fits float32."""
-    if isinstance(p, str) and p == "charbonnier":
-        return "charbonnier", check_number("eps", eps, 0, LARGEST_EPS, open_low=True)
-    if isinstance(p, str) and p == "huber":
-        return "huber", check_number("delta", delta, 0, open_low=True)
+    eps = check_number("eps", eps, 0, LARGEST_EPS, open_low=True)
+    delta = check_number("delta", delta, 0, open_low=True)
+    if isinstance(p, str) and p in ("charbonnier", "huber"):
+        return p, eps if p == "charbonnier" else delta
     if isinstance(p, str):
         raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
     p = check_number("p", p, 1)
