@@ -149,3 +149,74 @@ def test_many_blocks_per_program_and_wide_offsets(place, monkeypatch):
         monkeypatch.setattr(common, "_INT32_SPAN", span)
         for weight, reduction in itertools.product((None, draw.uniform(2, 1, 59, 61)), ("sum", "none")):
             check(place, image, image_pred, weight, reduction=reduction)
+
+
+@each_place
+@pytest.mark.parametrize("eps", [1e-6, 1e-20, 1e-37, 1e15])
+def test_charbonnier_of_any_eps(place, eps):
+    """Its slope is d / sqrt(d^2 + eps^2) though the squares are beyond float32; 0 at 0, 1 far away."""
+    steps = torch.tensor([0.0, 0.25, 1.0, -3.0, 1e3, -1e10, float("nan")], dtype=torch.float64)
+    image_pred = (steps * eps).clamp(-1e18, 1e18).float().to(place[0])
+    loss, _, slope = values(place[1], torch.zeros_like(image_pred), image_pred, reduction="none", p="charbonnier",
+                            eps=eps)  # fmt: skip
+    d = image_pred.double().cpu()
+    scale = torch.hypot(d, torch.tensor(eps, dtype=torch.float64))
+    torch.testing.assert_close(slope.double().cpu(), d / scale, rtol=1e-6, atol=0, equal_nan=True)
+    torch.testing.assert_close(loss.double().cpu(), scale, rtol=1e-6, atol=1e-19, equal_nan=True)
+
+
+@each_place
+def test_exponents_and_thresholds_of_any_size(place):
+    """|d|^p and its slope to the largest p; a Huber threshold beyond all differences, or none."""
+    image_pred = torch.tensor([0.0, 0.5, -0.999, 1.0, -1.0, 1.5], device=place[0])
+    zero, inf = torch.zeros_like(image_pred), float("inf")
+    loss, _, slope = values(place[1], zero, image_pred, reduction="none", p=1e30)
+    assert loss.tolist() == [0, 0, 0, 1, 1, inf]
+    torch.testing.assert_close(slope.cpu(), torch.tensor([0, 0, 0, 1e30, -1e30, inf]))
+    for delta, expected, slopes in ((1e38, 0.5 * image_pred**2, image_pred), (1e-37, zero, 1e-37 * image_pred.sign())):
+        loss, _, slope = values(place[1], zero, image_pred, reduction="none", p="huber", delta=delta)
+        torch.testing.assert_close(loss, expected, atol=1e-30, rtol=1e-6)
+        torch.testing.assert_close(slope, slopes, atol=0, rtol=1e-6)
+
+
+@each_place
+def test_sums_of_weights_beyond_float32_are_nan(place):
+    """Not 0, as a number over infinity would be; a single large weight is a weight."""
+    image, image_pred = torch.zeros(2, device=place[0]), torch.tensor([0.5, 1.0], device=place[0])
+    loss, _, slope = values(place[1], image, image_pred, weight=torch.tensor([3e38, 0.0], device=place[0]))
+    torch.testing.assert_close([loss.item(), *slope.tolist()], [0.25, 1.0, 0.0], rtol=1e-6, atol=0)
+    loss, _, slope = values(place[1], image, 0.1 * image_pred, weight=torch.tensor([3e38, 3e38], device=place[0]))
+    assert loss.isnan() and slope.isnan().all()
+
+
+@each_place
+@pytest.mark.parametrize("options", KINDS, ids=str)
+@pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
+def test_weights_of_0_exclude_in_every_vector(monkeypatch, cpu, place, options):
+    """Of all widths of a rest, with every instruction set: a row of NaN between others, with a mask of bytes."""
+    if place[1] != "cpp" and cpu != "default":
+        return
+    monkeypatch.setenv("FASTLOSS_CPU", cpu)
+    for size in (1, 5, 16, 21, 67):
+        image, image_pred = image_pair(Draw(device=place[0]), (3, size))
+        mask = torch.tensor([[True], [False], [True]], device=place[0])
+        for bad in (float("nan"), float("inf")):
+            image_pred[1] = bad
+            for reduction in ("mean", "none"):
+                loss, *grads = values(place[1], image, image_pred, weight=mask, reduction=reduction, **options)
+                kept = values(place[1], image[::2], image_pred[::2], reduction=reduction, **options)
+                loss = loss[::2] if reduction == "none" else loss
+                assert all(not g[1].any() for g in grads), (size, bad)
+                torch.testing.assert_close([loss, *(g[::2] for g in grads)], kept, rtol=1e-6, atol=0)
+
+
+@each_place
+def test_masks_of_any_layout_are_weights(place):
+    draw = Draw(device=place[0])
+    image, image_pred = image_pair(draw, SHAPE)
+    for name, shape in itertools.product(LAYOUTS, (SHAPE, (2, 1, 5, 7), (1, 3, 1, 1))):
+        mask = LAYOUTS[name](draw.uniform(*shape)) < 0.5
+        for reduction in ("mean", "none"):
+            got, expected = (values(place[1], image, image_pred, weight=w, reduction=reduction)
+                             for w in (mask, mask.float()))  # fmt: skip
+            assert all(map(torch.equal, got, expected)), (name, shape)

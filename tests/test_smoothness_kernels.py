@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -201,6 +203,41 @@ def test_every_instruction_set_with_a_guide(monkeypatch, cpu):
             inputs = (form(image), "isotropic", order, form(guide), weight)
             got, expected = (values(b, *inputs) for b in ("cpp", "reference"))
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@each_place
+@each_kind
+@pytest.mark.parametrize("order", [1, 2])
+def test_weights_of_0_exclude_their_differences(place, kind, order):
+    """A pixel of NaN counts for none of its differences; its neighbours' others stay, in either memory format."""
+    for shape, form in itertools.product(((1, 2, 6, 37), (1, 2, 4, 5, 18)), (lambda t: t, last)):
+        image, weight = random(*shape, device=place[0]), torch.ones((1, 1, *shape[2:]), device=place[0])
+        guide = random(1, 3, *shape[2:], device=place[0])
+        at = (0, slice(None), *(2,) * (len(shape) - 3), 16)
+        weight[at] = 0  # and of the differences that belong to neighbours
+        for axis in range(len(shape) - 2):
+            for step in (-1, 1) if order == 2 else (-1,):
+                weight[(*at[:2], *(i + step * (k == axis) for k, i in enumerate(at[2:])))] = 0
+        results = []
+        for fill in (float("nan"), float("inf"), 0.0):
+            image[at] = guide[at] = fill
+            for mask in (weight, weight.bool()):
+                args = (form(image), kind, order, form(guide), mask.expand(shape))
+                results.append(values(place[1], *args))
+        for sums, gradient in results:
+            torch.testing.assert_close([sums, gradient], results[-1], rtol=0, atol=0)
+            assert not gradient[at].any() and gradient.count_nonzero() > 0
+
+
+@each_place
+def test_nan_in_a_guide_counts_where_its_difference_does(place):
+    """The difference that begins left of a NaN of the guide has a weight; without one the NaN has no effect."""
+    image, guide = torch.arange(4.0, device=place[0]).reshape(1, 1, 1, 4), torch.zeros(1, 1, 1, 4, device=place[0])
+    guide[..., 2] = float("nan")
+    for weight, expected in (([1.0, 1, 0, 1], float("nan")), ([1.0, 0, 0, 1], 1.0)):
+        sums, gradient = values(place[1], image, "l1", 1, guide, torch.tensor(weight, device=place[0]).expand(1, 1, 1, 4))
+        torch.testing.assert_close(sums[0, 0, 1].item(), expected, equal_nan=True)
+        assert gradient.isnan().any() == (expected != expected)
 
 
 @pytest.mark.parametrize("place", [p for p in PLACES if "triton" in str(p)])
