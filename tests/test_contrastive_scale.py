@@ -48,7 +48,7 @@ def inputs(shape: tuple[int, ...] | None, dtype: torch.dtype = torch.float16) ->
 def gradients(loss, tensors, frozen, backend, up, **options) -> list[Tensor]:
     leaves = [t.detach().clone().requires_grad_(i not in frozen) for i, t in enumerate(tensors)]
     with core.use_backend(backend):
-        out = up * loss(*leaves, temperature=2e5, **options)
+        out = up * loss(*leaves, temperature=1e6, **options)
         return list(torch.autograd.grad(out.sum(), [t for t in leaves if t.requires_grad]))
 
 
