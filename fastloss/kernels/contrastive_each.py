@@ -63,7 +63,7 @@ def _each_query_kernel(
         place = 0 if a == 0 else 2 if a == POWERS else 1 + 2 * MOMENTS + a
         power = 1.0 + hardness if (a == 1 and a < POWERS) else hardness if (a == 2 and a < POWERS) else 1.0
         slope = tl.load(grad_ptr + place * rows + row) * power
-        there = inside & (slope != 0.0)  # a row that is left out may be NaN
+        there = inside & (tl.zeros((WIDTH,), tl.float32) + slope != 0.0)  # a row that is left out may be NaN
         vectors += slope * tl.load(pulls_ptr + a * rows * width + at, mask=there, other=0.0)
     query = tl.load(query_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(scale_grad_ptr + row, tl.sum(query * vectors))
@@ -102,11 +102,12 @@ def _each_negatives_kernel(
     columns = tl.arange(0, WIDTH)
     inside = columns < width
     mask = there[:, None] & inside
-    used = tl.load(grad_ptr + row) != 0.0
+    zero = tl.zeros((ROWS,), tl.float32)
+    used = zero + tl.load(grad_ptr + row) != 0.0
     if MOMENTS:
-        used |= tl.load(grad_ptr + 2 * rows + row) != 0.0
+        used |= zero + tl.load(grad_ptr + 2 * rows + row) != 0.0
     for a in tl.static_range(1, POWERS):
-        used |= tl.load(grad_ptr + (1 + 2 * MOMENTS + a) * rows + row) != 0.0
+        used |= zero + tl.load(grad_ptr + (1 + 2 * MOMENTS + a) * rows + row) != 0.0
     some = there & used  # a row that is left out may be NaN
     scores = tl.load(logits_ptr + row * count + k, mask=some, other=float("-inf"))
     inverse = tl.load(inverse_ptr + row * count + k, mask=some, other=0.0)
@@ -126,7 +127,7 @@ def _each_negatives_kernel(
     if NORMALIZE:
         offsets = k.to(tl.int64) * s_count if WIDE else k * s_count
         at = negatives_ptr + row * s_row + offsets[:, None] + columns
-        tile = tl.load(at, mask=mask & used, other=0.0).to(tl.float32)
+        tile = tl.load(at, mask=mask & used[:, None], other=0.0).to(tl.float32)
         grad -= (slope * scores * inverse)[:, None] * tile
     offsets = k.to(tl.int64) * width if WIDE else k * width
     to = negatives_grad_ptr + row * count * width + offsets[:, None] + columns

@@ -50,7 +50,7 @@ def _own_rows_kernel(
     inside = columns < width
     at = row * width + columns
     slope, scale = tl.load(slope_ptr + row), tl.load(scale_ptr + row)
-    there = inside & (slope != 0.0)  # what is left out may be NaN
+    there = inside & (tl.zeros((WIDTH,), tl.float32) + slope != 0.0)  # what is left out may be NaN
     query = tl.load(query_ptr + at, mask=there, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float32)
     of_query, of_key = 1.0, 1.0

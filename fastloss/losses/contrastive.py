@@ -227,8 +227,8 @@ def clip_loss(
         label_smoothing: as in :func:`info_nce`.
         image_ids: integers [M]; a negative pair with equal ids is left out, in both directions.
         text_ids: integers [M]; when only one of the two is given it serves both.
-        weights: one weight >= 0 per pair [M], or a bool mask, as in :func:`info_nce`: 0 leaves out both directions of the
-            pair, whose embeddings remain negatives of the other pairs.
+        weights: one weight >= 0 per pair [M], or a bool mask, as in :func:`info_nce`: 0 leaves out both directions of
+            the pair, whose embeddings remain negatives of the other pairs.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the M pairs, each the
             mean of its two directions.
         return_lse: return ``(loss, lse, top1)`` with [2, M] by-products, see :class:`ContrastiveOutput`.

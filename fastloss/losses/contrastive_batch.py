@@ -54,8 +54,8 @@ def supcon_loss(
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above.
         normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
-        weights: one weight >= 0 per row [M], or a bool mask, as in :func:`info_nce`; a row of weight 0 remains a positive
-            or negative of the others.
+        weights: one weight >= 0 per row [M], or a bool mask, as in :func:`info_nce`; a row of weight 0 remains a
+            positive or negative of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
         workspace_mib: as in :func:`info_nce`.
