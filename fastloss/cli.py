@@ -12,7 +12,7 @@ import inspect
 import logging
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,6 +99,7 @@ def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
 
 
 EXTRA_OPTIONS = {"resume": "continue the run in --out, with its options", "trials": "trials in all"}
+ALIASES = {"learning_rate": ("--learning-rate", "--lr")}
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {"tune": {"steps": 200, "out": "runs/tune"}}
 
 
@@ -111,7 +112,8 @@ def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[...,
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
     for field in dataclasses.fields(Config):
-        note = _annotated(hints[field.name], typer.Option(help=field.metadata["help"]))
+        option = typer.Option(*ALIASES.get(field.name, ()), help=field.metadata["help"])
+        note = _annotated(hints[field.name], option)
         default = defaults.get(field.name, field.default)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=note))
     own = [p for p in inspect.signature(command).parameters.values() if p.name in EXTRA_OPTIONS]
@@ -120,7 +122,7 @@ def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[...,
         parameters.append(inspect.Parameter(p.name, keyword, default=p.default, annotation=note))
 
     def run(context: Any, **options: Any) -> None:
-        with _one_line_errors():
+        with _one_line_errors([p.name for p in parameters]):
             extra = {p.name: options.pop(p.name) for p in own}
             given = {name: v for name, v in options.items() if _given(context, name)}
             command(Config(**options), given, **extra)
@@ -143,7 +145,7 @@ def _sample_command(typer: Any) -> Callable[..., None]:
     def sample(caption, checkpoint, out, count, seed, device):  # type: ignore[no-untyped-def]
         from .imagen.run import sample as job
 
-        with _one_line_errors():
+        with _one_line_errors(options):
             print(job(Path(checkpoint), caption, Path(out), count, seed, device))
 
     options: dict[str, tuple[type, Any, list[str], str]] = {
@@ -162,8 +164,24 @@ def _sample_command(typer: Any) -> Callable[..., None]:
     return sample
 
 
+# What Python code calls otherwise than the command line.
+OPTION_OF = {"pretrained": "backbone_weights", "folder": "data", "captions": "caption", "text encoder": "text_encoder"}
+IN_WORDS = {"pretrained=PATH to": "--backbone-weights PATH of", "pretrained=False for": "--backbone-weights random for"}
+
+
+def _in_options(message: str, options: Collection[str]) -> str:
+    """An error as one of the command line: `learning_rate: expected ...` names the option --learning-rate."""
+    head, colon, rest = message.partition(": ")
+    name = OPTION_OF.get(head, head)
+    if colon and name in options:
+        message = f"--{name.replace('_', '-')}: {rest}"
+    for words, own in IN_WORDS.items():
+        message = message.replace(words, own)
+    return message
+
+
 @contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(options: Collection[str]) -> Iterator[None]:
     from .imagen.train import Interrupted
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
@@ -175,11 +193,11 @@ def _one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         _fail(f"{error.name} is missing: {EXTRA}")
     except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        _fail(str(error))
+        _fail(_in_options(str(error), options))
     except RuntimeError as error:
         if "out of memory" not in str(error) and "backend" not in str(error) and "download" not in str(error):
             raise
-        _fail(str(error))
+        _fail(_in_options(str(error), options))
 
 
 def _fail(message: str) -> typing.NoReturn:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fastloss import cli  # noqa: E402
-from fastloss.imagen.metrics import read_metrics  # noqa: E402
+from fastloss.imagen.metrics import Metrics, read_metrics  # noqa: E402
 
 SMALL = ["--steps", "4", "--batch-size", "16", "--dim", "16", "--depth", "1", "--val-every", "2", "--device", "cpu"]
 
@@ -86,16 +90,24 @@ def test_tune_is_resumable(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--temperature", "nan"], "temperature: expected a finite number > 0"),
-        (["train", "--data", "cats"], "data: expected digits"),
-        (["train", "--data", "folder:/no/such/folder"], "/no/such/folder"),
-        (["train", "--weights", "pixel=-1"], "pixel needs a finite weight >= 0"),
-        (["train", "--batch-size", "5000"], "batch_size"),
-        (["train", "--device", "cuda:77"], "device: 'cuda:77' cannot be used"),
-        (["train", "--device", "toaster"], "device: 'toaster'"),
+        (["train", "--temperature", "nan"], "error: --temperature: expected a finite number > 0"),
+        (["train", "--learning-rate", "0"], "error: --learning-rate: expected a finite number > 0, got 0.0"),
+        (["train", "--lr", "inf"], "error: --learning-rate: expected a finite number > 0, got inf"),
+        (["train", "--val-every", "0"], "error: --val-every: expected at least 1, got 0"),
+        (["train", "--data", "cats"], "error: --data: expected digits"),
+        (["train", "--data", "folder:/no/such"], "error: --data: expected a folder of images, got '/no/such'"),
+        (["train", "--weights", "pixel=-1"], "error: --weights: pixel needs a finite weight >= 0"),
+        (["train", "--batch-size", "5000"], "error: --batch-size: expected at most the number of samples"),
+        (["train", "--device", "cuda:77"], "error: --device: 'cuda:77' cannot be used"),
+        (["train", "--device", "toaster"], "error: --device: 'toaster'"),
+        (
+            ["train", "--backbones", "vgg16", "--backbone-weights", "/no/such.pth"],
+            "error: --backbone-weights: there is no weights file '/no/such.pth'",
+        ),
         (["train", "--resume"], "does not exist"),
-        (["sample", "--checkpoint", "/no/such/run", "--caption", "a"], "does not exist"),
-        (["sample"], "captions: expected at least one"),
+        (["sample", "--checkpoint", "/no/such/run", "--caption", "a"], "error: --checkpoint: /no/such/run does not"),
+        (["sample"], "error: --caption: expected at least one"),
+        (["sample", "--caption", "a", "--count", "0"], "error: --count: expected at least 1, got 0"),
     ],
 )
 def test_mistakes_end_with_one_line(arguments, message, tmp_path, capsys):
@@ -103,6 +115,39 @@ def test_mistakes_end_with_one_line(arguments, message, tmp_path, capsys):
     code, _, err = call(capsys, *arguments, *out)
     assert code == 2
     assert message in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err
+
+
+def test_every_option_that_a_message_names_is_there():
+    """`--word` in the text of the training system is an option of train, tune or sample."""
+    import typer.main
+
+    commands = typer.main.get_command(cli.make_app()).commands
+    there = {option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    assert {"--learning-rate", "--lr", "--batch-size", "--resume", "--captions"} <= there
+    named = {}
+    for path in (Path(cli.__file__), *Path(cli.__file__).with_name("imagen").glob("*.py")):
+        for literal in (n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)):
+            if isinstance(literal, str):
+                named |= {option: path.name for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", literal)}
+    assert "--out" in named
+    assert {option: file for option, file in named.items() if option not in there | {"--help", "--"}} == {}
+
+
+def test_a_loss_that_is_not_finite_names_the_learning_rate(tmp_path):
+    metrics = Metrics(tmp_path, ["pixel"], 0, tensorboard=False)
+    metrics.add(1, torch.tensor([float("nan"), 0.0]), 0.1, 8)
+    with pytest.raises(FloatingPointError, match="the loss is nan at step 1; try a lower --learning-rate$"):
+        metrics.flush()
+    metrics.close()
+
+
+def test_a_failed_download_names_the_command_lines_option():
+    """The words of PerceptualLoss, in which the command line's own stand for the arguments of Python."""
+    message = "pretrained: no route. Pass pretrained=PATH to that file fetched elsewhere, pretrained=False for random"
+    assert cli._in_options(message, ["backbone_weights"]) == (
+        "--backbone-weights: no route. Pass --backbone-weights PATH of that file fetched elsewhere, "
+        "--backbone-weights random for random"
+    )
 
 
 def test_unwritable_folder_and_corrupt_checkpoint(tmp_path, capsys):

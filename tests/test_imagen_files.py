@@ -48,7 +48,7 @@ def test_corrupt_checkpoint_is_refused(tmp_path, content):
 
 def test_checkpoint_of_another_format_is_refused(tmp_path):
     torch.save({"weights": 1}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ValueError, match="format None"):
+    with pytest.raises(ValueError, match="format None, this fastloss reads 1; its keys are 'weights'"):
         load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="does not exist"):
         load_checkpoint(tmp_path / "nowhere.pt")

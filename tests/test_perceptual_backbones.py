@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import PerceptualLoss
-from fastloss.losses.perceptual_backbones import BACKBONES, DEFAULT_TAPS, Backbone
+from fastloss.losses.perceptual_backbones import BACKBONES, DEFAULT_TAPS, Backbone, read_weights
 from tests.test_perceptual_network import MEAN, STD, images, twice_pooled
 
 
@@ -152,6 +152,73 @@ def test_weights_from_a_file(tmp_path, suffix):
     path.write_bytes(b"not weights at all")
     with pytest.raises(ValueError, match="pretrained: .* is no readable weights file"):
         PerceptualLoss("squeezenet1_1", pretrained=str(path))
+
+
+WEIGHTS = {"a.weight": torch.arange(3.0), "a.bias": torch.ones(1)}
+WRAPPED = {f"module.{name}": value for name, value in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        WEIGHTS,
+        {"state_dict": WEIGHTS, "epoch": 3},
+        {"model": WEIGHTS, "optimizer": {"state": {}}, "args": {"lr": 1e-3}},
+        {"model_state_dict": WEIGHTS},
+        {"params": WEIGHTS},
+        {"params_ema": WEIGHTS, "params": {"a.weight": torch.zeros(3)}},
+        {"params": {"a.weight": torch.zeros(3)}, "params_ema": WEIGHTS},
+        {"state_dict": {"model": WEIGHTS, "step": 1}},
+        WRAPPED,
+        {"model": WRAPPED},
+        {f"_orig_mod.{name}": value for name, value in WEIGHTS.items()},
+        {f"module._orig_mod.{name}": value for name, value in WEIGHTS.items()},
+    ],
+    ids=lambda content: "-".join(content),
+)
+def test_weights_are_found_where_trainers_put_them(tmp_path, content):
+    torch.save(content, tmp_path / "weights.pth")
+    state = read_weights(str(tmp_path / "weights.pth"), "pretrained")
+    assert list(state) == list(WEIGHTS)
+    assert all(torch.equal(state[name], value) for name, value in WEIGHTS.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ([1, 2], "but a list"),
+        (torch.ones(2), "but a Tensor"),
+        ({"net": WEIGHTS, "epoch": 3}, "but a dict of 'net' (dict), 'epoch' (int)"),
+        ({"model": {"generator": WEIGHTS}}, "but a dict of 'generator' (dict) under 'model'"),
+        ({"a.weight": torch.ones(1), "lr": 0.1}, "but a dict of 'lr' (float), 'a.weight' (Tensor)"),
+        ({"state_dict": {"model": {"x": 1}}}, "but a dict of 'x' (int) under 'state_dict' 'model'"),
+        ({str(i): i for i in range(20)}, "but a dict of " + "".join(f"'{i}' (int), " for i in range(8)) + "..."),
+    ],
+    ids=str,
+)
+def test_a_file_without_weights_says_what_it_holds(tmp_path, content, said):
+    torch.save(content, tmp_path / "weights.pth")
+    wanted = "holds no state dict (names and tensors, at the top or under 'state_dict', 'model_state_dict', 'model', "
+    with pytest.raises(ValueError) as raised:
+        read_weights(str(tmp_path / "weights.pth"), "pretrained")
+    assert wanted in str(raised.value) and str(raised.value).endswith(said)
+
+
+@needs_torchvision
+def test_a_nested_checkpoint_of_a_wrapped_model_is_a_backbone(tmp_path):
+    import torchvision
+
+    torch.manual_seed(11)
+    model = torchvision.models.squeezenet1_1(weights=None)
+    wrapped = {f"module.{name}": value for name, value in model.state_dict().items()}
+    torch.save({"state_dict": wrapped, "epoch": 9}, tmp_path / "checkpoint.pth")
+    loss = PerceptualLoss("squeezenet1_1", layers=["fire3"], pretrained=tmp_path / "checkpoint.pth")
+    image, _ = images(1, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(loss.encode(image)[0][0], model.features[:5]((image - MEAN) / STD))
+    torch.save({"model": {f"net.{name}": value for name, value in model.state_dict().items()}}, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=r"(?s)does not fit squeezenet1_1: at .*; its names are net.features.0.weight"):
+        PerceptualLoss("squeezenet1_1", pretrained=tmp_path / "net.pth")
 
 
 @needs_torchvision

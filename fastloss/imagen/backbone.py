@@ -5,12 +5,14 @@ Its weights lie beside this file; `python -m fastloss.imagen.train_backbone` mak
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_tensor
+from ..losses.perceptual_backbones import read_weights
 
 WEIGHTS = Path(__file__).with_name("digits_backbone.safetensors")
 SIZE = 32
@@ -86,15 +88,11 @@ def digits_backbone(weights: str | Path = WEIGHTS) -> DigitsBackbone:
         >>> [tuple(f.shape[1:]) for f in digits_backbone()(torch.zeros(1, 1, 64, 64))]
         [(16, 32, 32), (32, 16, 16), (64, 8, 8), (64, 4, 4)]
     """
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError("the digits' backbone needs safetensors: pip install safetensors") from error
     classifier = DigitsClassifier()
     try:
-        classifier.load_state_dict({name: value.float() for name, value in load_file(weights).items()})
-    except Exception as error:  # safetensors' own error class, OSError, or load_state_dict's RuntimeError
-        raise ValueError(
-            f"weights: cannot load {weights} ({error}); `python -m fastloss.imagen.train_backbone` makes the file"
-        ) from error
+        state = read_weights(os.fspath(weights), "weights")
+        classifier.load_state_dict({name: value.float() for name, value in state.items()})
+    except (ValueError, OSError, RuntimeError) as error:
+        make = "`python -m fastloss.imagen.train_backbone` makes the file"
+        raise ValueError(f"digits_backbone: cannot load {weights} ({error}); {make}") from error
     return DigitsBackbone(classifier)

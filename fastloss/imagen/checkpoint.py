@@ -53,7 +53,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
         raise ValueError(f"checkpoint: {path} is corrupt or no checkpoint ({reason[:120]})") from error
     if not isinstance(content, dict) or content.get("version") != VERSION:
         got = content.get("version") if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"checkpoint: {path} has format {got!r}, this fastloss reads {VERSION}")
+        keys = f"; its keys are {', '.join(map(repr, [*content][:6]))}" if isinstance(content, dict) else ""
+        raise ValueError(f"checkpoint: {path} has format {got!r}, this fastloss reads {VERSION}{keys}")
     return content
 
 

@@ -51,7 +51,7 @@ class Metrics:
         self._waiting.clear()
         self._since = time.perf_counter()
         if bad is not None:
-            raise FloatingPointError(f"the loss is {values[bad][0]} at step {steps[bad]}; try a lower --lr")
+            raise FloatingPointError(f"the loss is {values[bad][0]} at step {steps[bad]}; try a lower --learning-rate")
 
     def board(self, step: int, values: dict[str, Any]) -> None:
         if self._board is not None:

@@ -24,6 +24,9 @@ _VGGS = (*_VGG_CONFIGURATIONS, *(f"{name}_bn" for name in _VGG_CONFIGURATIONS))
 _WEIGHTS = "IMAGENET1K_V1"  # there for every network, and a fixed choice: torchvision's DEFAULT may change
 _TOO_SMALL = ("is too small", "can't be greater than actual input size", "non-zero size", "strictly positive")
 
+NESTINGS = ("state_dict", "model_state_dict", "model", "params_ema", "params")
+_WRAPPERS = ("module.", "_orig_mod.")
+
 DEFAULT_TAPS = {
     "vgg11": ("relu1_1", "relu2_1", "relu3_2"),
     "vgg13": ("relu1_2", "relu2_2", "relu3_2"),
@@ -226,7 +229,8 @@ def _load(steps: list[Step], name: str, pretrained: Any) -> None:
         try:
             module.load_state_dict(own)
         except RuntimeError as error:
-            raise ValueError(f"pretrained: {source} does not fit {name}: at {prefix}: {error}") from error
+            there = "" if own else f"; its names are {', '.join([*state][:4])}, ..."
+            raise ValueError(f"pretrained: {source} does not fit {name}: at {prefix}: {error}{there}") from error
 
 
 def _download(name: str) -> dict[str, Tensor]:
@@ -242,7 +246,12 @@ def _download(name: str) -> dict[str, Tensor]:
 
 
 def read_weights(path: str, argument: str) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file; `argument` is whose path it was."""
+    """The tensors by name of a .pth or .safetensors file; `argument` is whose path it was.
+
+    They may lie under one of `NESTINGS` (or several, one in the other; of several beside one another the first counts,
+    so the averaged `params_ema` before `params`), and have the prefix `module.` of DataParallel and
+    DistributedDataParallel or `_orig_mod.` of torch.compile.
+    """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"{argument}: there is no weights file {path!r}")
     read: Callable[[str], Any]
@@ -261,9 +270,39 @@ def read_weights(path: str, argument: str) -> dict[str, Tensor]:
         if type(error).__name__ != "SafetensorError":  # its class is not public; it subclasses Exception only
             raise
         raise ValueError(f"{argument}: {path!r} is no readable weights file: {error}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{argument}: {path!r} holds no state dict (names and tensors), but {type(state).__name__}")
-    return state
+    return _state_in(state, path, argument)
+
+
+def _state_in(content: Any, path: str, argument: str) -> dict[str, Tensor]:
+    """The state dict that a file holds, itself or under keys that trainers use, without a wrapper's prefix."""
+    where = ""
+    while not _is_state(content):
+        key = next((k for k in NESTINGS if isinstance(content, dict) and isinstance(content.get(k), dict)), None)
+        if key is None:
+            nestings = ", ".join(map(repr, NESTINGS))
+            raise ValueError(
+                f"{argument}: {path!r} holds no state dict (names and tensors, at the top or under {nestings}), but "
+                f"{_kind_of(content)}{where}"
+            )
+        content, where = content[key], f"{where or ' under'} {key!r}"
+    while prefix := next((p for p in _WRAPPERS if content and all(name.startswith(p) for name in content)), None):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
+    return content
+
+
+def _is_state(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    )
+
+
+def _kind_of(content: Any) -> str:
+    """What a file holds instead of a state dict: for a dict its keys, first those that are no tensors."""
+    if not isinstance(content, dict):
+        return f"a {type(content).__name__}"
+    keys = sorted(content, key=lambda key: isinstance(content[key], Tensor))
+    shown = ", ".join(f"{key!r} ({type(content[key]).__name__})" for key in keys[:8])
+    return f"a dict of {shown}{', ...' if len(keys) > 8 else ''}"
 
 
 def _read_pth(path: str) -> Any:
