@@ -78,14 +78,16 @@ def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("TRITON_INTERPRET") == "1":
         import tests.interpreter  # noqa: F401 patches Triton's interpreter
+    from tests.fuzz import judge  # noqa: F401 before the first call is timed
+
     shrunk_groups: set = set()
     while (batch := pipe.recv()) is not None:
         for case in batch:
-            pipe.send(("begins", case))
+            pipe.send(("begins",))
             found, refused = judged(case, shrinks=False)
             if found is not None and (group := (found.name, found.kind, found.what)) not in shrunk_groups:
                 shrunk_groups.add(group)
-                found, _ = judged(case)
+                found, _ = judged(case)  # again, and simpler
             pipe.send(("ends", case, found, refused))
         pipe.send(("idle",))
 
@@ -97,7 +99,7 @@ class Worker:
     pipe: Connection
     process: Any
     left: collections.deque
-    since: float
+    since: float | None = None  # None: it is starting, which takes longer than a call
 
     @classmethod
     def start(cls) -> Worker:
@@ -106,11 +108,10 @@ class Worker:
         process = context.Process(target=_work, args=(there,), daemon=True)
         process.start()
         there.close()
-        return cls(here, process, collections.deque(), time.monotonic())
+        return cls(here, process, collections.deque())
 
     def give(self, batch: list[Case]) -> None:
-        self.left = collections.deque(batch)
-        self.since = time.monotonic()
+        self.left, self.since = collections.deque(batch), None
         self.pipe.send(batch)
 
     def stop(self) -> None:
@@ -152,7 +153,7 @@ def run(todo: Iterator[Case], total: int, processes: int, timeout: float, second
                 if worker.pipe in ready:
                     end = _receive(worker, totals, bar)
                 else:
-                    end = "hang" if worker.left and time.monotonic() - worker.since > timeout else None
+                    end = "hang" if worker.since and time.monotonic() - worker.since > timeout else None
                 if end in ("crash", "hang"):
                     _lost(worker, end, totals, timeout)
                     worker.stop()
@@ -177,7 +178,7 @@ def _receive(worker: Worker, totals: Totals, bar: Any) -> str | None:
         message = worker.pipe.recv()
     except (EOFError, OSError):
         return "crash" if worker.left else "idle"
-    worker.since = time.monotonic()
+    worker.since = None if message[0] == "idle" else time.monotonic()
     if message[0] == "idle":
         return "idle"
     if message[0] == "ends":
