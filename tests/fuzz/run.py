@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -128,7 +129,9 @@ def cases(names: list[str], calls: int, seed: int, compiled: float) -> Iterator[
         yield names[i % len(names)], seed + i // len(names), mode
 
 
-def run(todo: Iterator[Case], total: int, processes: int, timeout: float, seconds: float | None, quiet: bool = False) -> Totals:
+def run(
+    todo: Iterator[Case], total: int, processes: int, timeout: float, seconds: float | None, quiet: bool = False
+) -> Totals:
     """All cases, or as many as fit into `seconds`."""
     totals, began = Totals(), time.monotonic()
     batch_size = max(1, min(BATCH, total // (4 * processes)))
@@ -137,7 +140,7 @@ def run(todo: Iterator[Case], total: int, processes: int, timeout: float, second
 
     def batch() -> list[Case]:
         late = seconds is not None and time.monotonic() - began > seconds
-        return [] if late else [case for case, _ in zip(todo, range(batch_size), strict=False)]
+        return [] if late else list(itertools.islice(todo, batch_size))
 
     def refill(worker: Worker) -> bool:
         rest = list(worker.left) or batch()
@@ -217,7 +220,7 @@ def report(totals: Totals) -> str:
     rate = totals.calls / max(totals.seconds, 1e-9)
     refused = sum(totals.refused.values())
     lines.append(
-        f"\n{totals.calls} calls of {len(totals.drawn)} losses in {totals.seconds:.0f} s ({rate:.0f} a second), {refused} "
-        f"refused as documented, {len(totals.failures)} failures of {len(totals.groups())} kinds"
+        f"\n{totals.calls} calls of {len(totals.drawn)} losses in {totals.seconds:.0f} s ({rate:.0f} a second), "
+        f"{refused} refused as documented, {len(totals.failures)} failures of {len(totals.groups())} kinds"
     )
     return "\n".join(lines).strip("\n")
