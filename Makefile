@@ -9,13 +9,17 @@ BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: train test lint bench bench-check rivals gpu triton36 clean
+.PHONY: train test lint bench bench-check rivals fuzz gpu triton36 clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
 
 test: $(VENV)/.test
 	FASTLOSS_TRITON36=$(wildcard $(VENV)/triton36) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Drawn calls of the whole public API against the float64 reference: ARGS="--calls 100000 --loss clip_loss --replay ...".
+fuzz: $(VENV)/.test
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy

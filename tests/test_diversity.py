@@ -133,6 +133,16 @@ def test_bank_of_another_dtype_and_empty_batch():
     assert diversity_loss(g.half(), bank, mode="mean").dtype == torch.float32
 
 
+def test_images_of_one_element():
+    """[N] against [M]: each number is an image."""
+    generated, bank = torch.tensor([0.0, 2.0, 5.0], requires_grad=True), torch.tensor([1.0, 4.5])
+    values = diversity_loss(generated, bank, reduction="none")
+    torch.testing.assert_close(values, torch.tensor([-1.0, -1.0, -0.5]))
+    torch.testing.assert_close(torch.autograd.grad(values.sum(), generated)[0], torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(diversity_loss(generated, bank, metric="l2", mode="mean"), torch.tensor(-44.75 / 6))
+    assert diversity_loss(generated[:0], bank, reduction="none").shape == (0,)
+
+
 def test_mode_seeking_is_msgan():
     """The printed formula: lz = mean|I2 - I1| / mean|z2 - z1|, loss = 1 / (lz + 1e-5)."""
     generator = torch.Generator().manual_seed(2)

@@ -59,6 +59,7 @@ BATTERY = {  # parts for workers beside each other: the interpreter takes a minu
     "other losses": ["tests/test_losses.py", "-k", f"not ({WORDS} or ssim)"],
     "contrastive losses": ["tests/test_losses.py", "-k", WORDS],
     "contrastive kernels": CONTRASTIVE,
+    "drawn calls": ["tests/test_fuzz.py"],
     "other kernels": [name for name in KERNELS if name not in (*CONTRASTIVE, *IMAGE)],
 }
 

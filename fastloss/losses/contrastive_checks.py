@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dense, check_flag, check_number, check_same_device, check_tensor, check_workspace
-from ..core import check_not_empty, check_reduction, reduce
+from ..core import check_not_empty, check_reduction, full_precision, reduce  # noqa: F401 re-exported
 from .contrastive_reference import ContrastiveOutput, NegativeSampling
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -97,11 +96,6 @@ def check_targets(targets: Any, rows: int, keys: int, like: Tensor) -> Tensor:
         if low < 0 or high >= keys:
             raise ValueError(f"targets: expected indices of key's {keys} rows, 0 to {keys - 1}, got {low} to {high}")
     return targets
-
-
-def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off, so that similarities keep the dtype they are computed in; the meta device has no autocast."""
-    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def check_flags(**flags: Any) -> list[bool]:

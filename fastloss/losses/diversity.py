@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor, check_workspace
-from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..core import Loss, check_not_empty, check_reduction, full_precision, reduce, result_dtype
 from ..inference import takes_inference_tensors
 
 MODES = ("nearest", "softmin", "mean")
@@ -19,7 +19,7 @@ def _chunk_distances(generated: Tensor, rows: Tensor, metric: str) -> Tensor:
     """[N,P] against [m,P]: the [N,m] distances."""
     rows = rows.to(generated.dtype)
     if metric == "cosine":
-        with torch.autocast(generated.device.type, enabled=False):
+        with full_precision(generated):
             return 1 - _unit(generated) @ _unit(rows).T
     d = generated[:, None] - rows
     return (d.abs() if metric == "l1" else d * d).mean(-1)
@@ -154,7 +154,10 @@ def diversity_loss(
     check_reduction(reduction)
     if margin is not None:
         margin = check_number("margin", margin, 0, open_low=True)
-    distance = diversity_reference(generated.flatten(1), bank.flatten(1), mode, metric, temperature, workspace)
+    size = bank[0].numel()  # of an image: 1 where generated is [N]
+    distance = diversity_reference(
+        generated.reshape(-1, size), bank.reshape(-1, size), mode, metric, temperature, workspace
+    )
     return reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
 
 

@@ -18,11 +18,17 @@ def main() -> int:
     parser.add_argument("--backend", choices=("cpp", "triton"), help="triton: interpreted, on the CPU; default: cpp")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--timeout", type=float, default=60, help="seconds after which a call counts as hung")
-    parser.add_argument("--compiled", type=float, default=0.004, help="share of calls under torch.compile, which are slow")
-    parser.add_argument("--replay", nargs="+", metavar="LOSS:SEED", help="judge these cases in this process, and print them")
+    parser.add_argument(
+        "--compiled", type=float, default=0.004, help="share of calls under torch.compile, which are slow"
+    )
+    parser.add_argument(
+        "--replay", nargs="+", metavar="LOSS:SEED", help="judge these cases in this process, and print them"
+    )
     options = parser.parse_args()
     if options.backend == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
-        os.execve(sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], os.environ | {"TRITON_INTERPRET": "1"})
+        os.execve(
+            sys.executable, [sys.executable, "-m", "tests.fuzz", *sys.argv[1:]], os.environ | {"TRITON_INTERPRET": "1"}
+        )
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of each process; some calls have more threads
     if options.replay:
         return replay(options.replay, options.loss)

@@ -23,7 +23,9 @@ def calls_of(call: Call) -> list[Call]:
     plain = dataclasses.replace(call, mode="backward")
     all_calls = [plain] + [dataclasses.replace(plain, options=call.options | changed) for changed in call.varied]
     last = all_calls[-1]
-    all_calls.append(dataclasses.replace(last, args=replaced(last.args, doubled), options=replaced(last.options, doubled)))
+    all_calls.append(
+        dataclasses.replace(last, args=replaced(last.args, doubled), options=replaced(last.options, doubled))
+    )
     return [one for one in all_calls if run(one, "got").error is None]
 
 

@@ -54,7 +54,9 @@ class Call:
         for options in self.varied:
             changed = ", ".join(f"{k}={code(v)}" for k, v in options.items())
             lines.append(f"# compiled once, then called with {changed}")
-        told = f"# {self.seed}: {self.mode}, upstream x{self.upstream:g}" + (f", {self.spoiled}" if self.spoiled else "")
+        told = f"# {self.seed}: {self.mode}, upstream x{self.upstream:g}" + (
+            f", {self.spoiled}" if self.spoiled else ""
+        )
         return "\n".join([told, PRELUDE, *lines])
 
 
@@ -138,10 +140,16 @@ def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any
         settle_softmax(d, args, options)
     if kind == "siglip_loss" and d.sizes["texts"] != d.sizes["rows"]:
         options["negative_only"] = True
-    if kind == "siglip_loss" and d.sizes["texts"] != d.sizes["rows"] and ("image_ids" in options) != ("text_ids" in options):
+    if (
+        kind == "siglip_loss"
+        and d.sizes["texts"] != d.sizes["rows"]
+        and ("image_ids" in options) != ("text_ids" in options)
+    ):
         for option in ("image_ids", "text_ids"):
             options[option] = kind_of(kind, option)(d)
-    if kind in ("info_nce", "ContrastiveLoss", "nt_xent_loss") and "tau_plus" in getattr(options.get("sampling"), "options", {}):
+    if kind in ("info_nce", "ContrastiveLoss", "nt_xent_loss") and "tau_plus" in getattr(
+        options.get("sampling"), "options", {}
+    ):
         options.pop("normalize", None)
         options.pop("bias", None)
     if inner and options.get("reduction") == "none":
@@ -224,8 +232,8 @@ def compiled(d: Drawer, call: Call, inner: str) -> Call:
         for option, value in call.options.items():
             if isinstance(value, float) and not isinstance(value, bool):
                 other = kind_of(inner or call.name, option)(d)
-                changed[option] = float(other) if isinstance(other, (int, float)) and not isinstance(other, bool) else value
+                changed[option] = (
+                    float(other) if isinstance(other, (int, float)) and not isinstance(other, bool) else value
+                )
         varied.append(changed)
     return dataclasses.replace(call, mode="compile", form="function", autocast=False, varied=tuple(varied))
-
-

@@ -119,5 +119,3 @@ class Drawer:
         if self.chance(0.15):
             return T((rows,), "bool", self.pick(0.5, 0.0), self.seed())
         return self.tensor(rows, grad=None, fill=self.pick("uniform", "rectified", "ones", "zeros"))
-
-

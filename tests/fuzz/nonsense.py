@@ -8,35 +8,60 @@ from typing import Any
 from tests.fuzz.drawer import Drawer
 from tests.fuzz.values import Made, Raw, Spelled, T, code
 
-# (expression, whether no function can make sense of it)
-TENSORS = (
-    ("None", False), ("[0.5, 0.25]", True), ("'tensor'", True), ("np.ones((2, 3))", True), ("0.5", False),
-    ("{t}.to(torch.int64)", False), ("{t} > 0", False), ("{t}.to(torch.complex64)", True), ("{t}.detach().to_sparse()", True),
-    ("{t}.detach().to('meta')", False), ("{t}[None]", False), ("{t}.detach().sum()", False), ("{t}.detach().flatten()", False),
-    ("{t}.detach()[..., :-1]", False), ("torch.zeros(3, 0)", False), ("torch.zeros(0)", False),
-    ("torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])", True),
-    ("{t}.detach().float().to_mkldnn()", True), ("{t}.to(torch.float8_e4m3fn)", True), ("object()", True),
-    ("torch.quantize_per_tensor({t}.detach().float(), 0.1, 0, torch.quint8)", True), ("{t}.detach().requires_grad_()", False),
+
+def _table(sure: tuple[str, ...], perhaps: tuple[str, ...]) -> tuple[tuple[str, bool], ...]:
+    """(expression, whether no function can make sense of it in that place)."""
+    return tuple((text, text in sure) for text in sure + perhaps)
+
+
+TENSORS = _table(
+    sure=(
+        "[0.5, 0.25]", "'tensor'", "np.ones((2, 3))", "{t}.to(torch.complex64)", "{t}.detach().to_sparse()",
+        "torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)])", "{t}.detach().float().to_mkldnn()",
+        "{t}.to(torch.float8_e4m3fn)", "object()",
+        "torch.quantize_per_tensor({t}.detach().float(), 0.1, 0, torch.quint8)",
+    ),
+    perhaps=(
+        "None", "0.5", "{t}.to(torch.int64)", "{t} > 0", "{t}.detach().to('meta')", "{t}[None]", "{t}.detach().sum()",
+        "{t}.detach().flatten()", "{t}.detach()[..., :-1]", "torch.zeros(3, 0)", "torch.zeros(0)",
+        "{t}.detach().requires_grad_()",
+    ),
 )  # fmt: skip
-NUMBERS = (
-    ("'0.1'", True), ("None", False), ("nan", True), ("inf", True), ("-inf", True), ("0", False), ("-1.0", False),
-    ("1e39", False), ("1e-46", False), ("1e308", False), ("-1e308", False), ("1e-320", False), ("10 ** 400", True),
-    ("-10 ** 400", True), ("True", True), ("1j", True), ("[0.5]", True), ("torch.tensor([1.0, 2.0])", True),
-    ("np.array([1.0, 2.0])", True), ("torch.tensor(2)", False), ("Decimal('0.5')", False), ("Fraction(1, 2)", False),
-    ("np.float64('nan')", True), ("2 ** 40 + 1", False), ("object()", True), ("{'a': 1}", True), ("b'1'", True),
-    ("torch.tensor(0.5, device='meta')", False), ("np.True_", False), ("0.5", False), ("3", False),
+NUMBERS = _table(
+    sure=(
+        "'0.1'", "nan", "inf", "-inf", "10 ** 400", "-10 ** 400", "True", "1j", "[0.5]", "torch.tensor([1.0, 2.0])",
+        "np.array([1.0, 2.0])", "np.float64('nan')", "object()", "{'a': 1}", "b'1'",
+    ),
+    perhaps=(
+        "None", "0", "-1.0", "1e39", "1e-46", "1e308", "-1e308", "1e-320", "torch.tensor(2)", "Decimal('0.5')",
+        "Fraction(1, 2)", "2 ** 40 + 1", "torch.tensor(0.5, device='meta')", "np.True_", "0.5", "3",
+    ),
 )  # fmt: skip
-CHOICES = (
-    ("'nope'", True), ("3.7", True), ("None", False), ("[]", True), ("{}", True), ("True", True), ("b'mean'", True),
-    ("1.0", False), ("nan", True), ("torch.tensor(1)", False), ("np.str_('mean')", False), ("('mean', 'sum')", True),
-    ("np.int64(1)", False), ("'Mean'", True), ("object()", True), ("torch.ones(3)", True), ("np.ones(3)", True), ("0", True),
+CHOICES = _table(
+    sure=(
+        "'nope'", "3.7", "[]", "{}", "True", "b'mean'", "nan", "('mean', 'sum')", "'Mean'", "object()",
+        "torch.ones(3)", "np.ones(3)", "0",
+    ),
+    perhaps=(
+        "None", "1.0", "torch.tensor(1)", "np.str_('mean')", "np.int64(1)",
+    ),
 )  # fmt: skip
-FLAGS = (("'yes'", True), ("1", False), ("None", False), ("np.True_", False), ("[]", True), ("torch.tensor(True)", False),
-         ("2.5", True), ("object()", True))  # fmt: skip
-SEQUENCES = (
-    ("0.5", True), ("'weights'", True), ("[]", False), ("['1']", True), ("[None]", True), ("[[1.0]]", True), ("{}", False),
-    ("object()", True), ("[nan]", True), ("[True]", True), ("[1.0] * 40", False), ("{1.0: 2.0}", True), ("iter([1.0])", False),
-    ("torch.ones(2, 2)", True), ("None", False), ("[1e39]", False), ("[1j]", True),
+FLAGS = _table(
+    sure=(
+        "'yes'", "[]", "2.5", "object()",
+    ),
+    perhaps=(
+        "1", "None", "np.True_", "torch.tensor(True)",
+    ),
+)  # fmt: skip
+SEQUENCES = _table(
+    sure=(
+        "0.5", "'weights'", "['1']", "[None]", "[[1.0]]", "object()", "[nan]", "[True]", "{1.0: 2.0}",
+        "torch.ones(2, 2)", "[1j]",
+    ),
+    perhaps=(
+        "[]", "{}", "[1.0] * 40", "iter([1.0])", "None", "[1e39]",
+    ),
 )  # fmt: skip
 
 

@@ -93,7 +93,9 @@ def _bool(d: Drawer) -> Any:
 
 def data_range(d: Drawer) -> Any:
     if d.chance(0.2):
-        return d.sequence([-1, 1] if d.chance(0.5) else [d.number(-3, 0, spelled=False), d.number(0.1, 4, spelled=False)])
+        return d.sequence(
+            [-1, 1] if d.chance(0.5) else [d.number(-3, 0, spelled=False), d.number(0.1, 4, spelled=False)]
+        )
     return d.number(0.1, 255, 1, 2, 255)
 
 

@@ -20,7 +20,8 @@ ROUNDED = frozenset(
 )
 SUMS = frozenset(  # many roundings inside: of their terms too
     "sum mean mm bmm addmm baddbmm mv dot convolution convolution_backward _softmax _log_softmax logsumexp cumsum "
-    "_softmax_backward_data _log_softmax_backward_data linalg_vector_norm norm avg_pool2d avg_pool2d_backward var".split()
+    "_softmax_backward_data _log_softmax_backward_data linalg_vector_norm norm avg_pool2d "
+    "avg_pool2d_backward var".split()
 )
 
 

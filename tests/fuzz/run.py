@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import multiprocessing
 import os
 import signal
@@ -78,14 +79,16 @@ def _work(pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("TRITON_INTERPRET") == "1":
         import tests.interpreter  # noqa: F401 patches Triton's interpreter
+    from tests.fuzz import judge  # noqa: F401 before the first call is timed
+
     shrunk_groups: set = set()
     while (batch := pipe.recv()) is not None:
         for case in batch:
-            pipe.send(("begins", case))
+            pipe.send(("begins",))
             found, refused = judged(case, shrinks=False)
             if found is not None and (group := (found.name, found.kind, found.what)) not in shrunk_groups:
                 shrunk_groups.add(group)
-                found, _ = judged(case)
+                found, _ = judged(case)  # again, and simpler
             pipe.send(("ends", case, found, refused))
         pipe.send(("idle",))
 
@@ -97,7 +100,7 @@ class Worker:
     pipe: Connection
     process: Any
     left: collections.deque
-    since: float
+    since: float | None = None  # None: it is starting, which takes longer than a call
 
     @classmethod
     def start(cls) -> Worker:
@@ -106,11 +109,10 @@ class Worker:
         process = context.Process(target=_work, args=(there,), daemon=True)
         process.start()
         there.close()
-        return cls(here, process, collections.deque(), time.monotonic())
+        return cls(here, process, collections.deque())
 
     def give(self, batch: list[Case]) -> None:
-        self.left = collections.deque(batch)
-        self.since = time.monotonic()
+        self.left, self.since = collections.deque(batch), None
         self.pipe.send(batch)
 
     def stop(self) -> None:
@@ -127,7 +129,9 @@ def cases(names: list[str], calls: int, seed: int, compiled: float) -> Iterator[
         yield names[i % len(names)], seed + i // len(names), mode
 
 
-def run(todo: Iterator[Case], total: int, processes: int, timeout: float, seconds: float | None, quiet: bool = False) -> Totals:
+def run(
+    todo: Iterator[Case], total: int, processes: int, timeout: float, seconds: float | None, quiet: bool = False
+) -> Totals:
     """All cases, or as many as fit into `seconds`."""
     totals, began = Totals(), time.monotonic()
     batch_size = max(1, min(BATCH, total // (4 * processes)))
@@ -136,7 +140,7 @@ def run(todo: Iterator[Case], total: int, processes: int, timeout: float, second
 
     def batch() -> list[Case]:
         late = seconds is not None and time.monotonic() - began > seconds
-        return [] if late else [case for case, _ in zip(todo, range(batch_size), strict=False)]
+        return [] if late else list(itertools.islice(todo, batch_size))
 
     def refill(worker: Worker) -> bool:
         rest = list(worker.left) or batch()
@@ -152,7 +156,7 @@ def run(todo: Iterator[Case], total: int, processes: int, timeout: float, second
                 if worker.pipe in ready:
                     end = _receive(worker, totals, bar)
                 else:
-                    end = "hang" if worker.left and time.monotonic() - worker.since > timeout else None
+                    end = "hang" if worker.since and time.monotonic() - worker.since > timeout else None
                 if end in ("crash", "hang"):
                     _lost(worker, end, totals, timeout)
                     worker.stop()
@@ -177,7 +181,7 @@ def _receive(worker: Worker, totals: Totals, bar: Any) -> str | None:
         message = worker.pipe.recv()
     except (EOFError, OSError):
         return "crash" if worker.left else "idle"
-    worker.since = time.monotonic()
+    worker.since = None if message[0] == "idle" else time.monotonic()
     if message[0] == "idle":
         return "idle"
     if message[0] == "ends":
@@ -216,7 +220,7 @@ def report(totals: Totals) -> str:
     rate = totals.calls / max(totals.seconds, 1e-9)
     refused = sum(totals.refused.values())
     lines.append(
-        f"\n{totals.calls} calls of {len(totals.drawn)} losses in {totals.seconds:.0f} s ({rate:.0f} a second), {refused} "
-        f"refused as documented, {len(totals.failures)} failures of {len(totals.groups())} kinds"
+        f"\n{totals.calls} calls of {len(totals.drawn)} losses in {totals.seconds:.0f} s ({rate:.0f} a second), "
+        f"{refused} refused as documented, {len(totals.failures)} failures of {len(totals.groups())} kinds"
     )
     return "\n".join(lines).strip("\n")

@@ -45,12 +45,22 @@ def _simpler(call: Call) -> Iterator[Call]:
         for smaller in dict.fromkeys((1, 2, size // 2, size - 1)):
             if smaller < size:
                 yield _mapped(call, lambda t, a=size, b=smaller: _resized(t, a, b))
-    for field, plain in (("layout", "dense"), ("fill", "normal"), ("dtype", "float32"), ("grad", False), ("inference", False)):
+    for field, plain in (
+        ("layout", "dense"),
+        ("fill", "normal"),
+        ("dtype", "float32"),
+        ("grad", False),
+        ("inference", False),
+    ):
         for one in tensors((call.args, call.options)):
-            if getattr(one, field) != plain and not (field == "fill" and not isinstance(one.fill, str)) and not (
-                field == "dtype" and not one.dtype.startswith(("float", "bf"))
+            if (
+                getattr(one, field) != plain
+                and not (field == "fill" and not isinstance(one.fill, str))
+                and not (field == "dtype" and not one.dtype.startswith(("float", "bf")))
             ):
-                yield _mapped(call, lambda t, one=one, f=field, p=plain: dataclasses.replace(t, **{f: p}) if t == one else t)
+                yield _mapped(
+                    call, lambda t, one=one, f=field, p=plain: dataclasses.replace(t, **{f: p}) if t == one else t
+                )
 
 
 def _with(call: Call, **changes: Any) -> Call:

@@ -39,7 +39,13 @@ class Network(nn.Module):
 
 
 def perceptual_loss(
-    image: Tensor, image_pred: Tensor, *, encoded: bool = False, exact: bool = False, pairwise: bool = False, **options: Any
+    image: Tensor,
+    image_pred: Tensor,
+    *,
+    encoded: bool = False,
+    exact: bool = False,
+    pairwise: bool = False,
+    **options: Any,
 ) -> Tensor:
     """A PerceptualLoss of a small network, called with the image or its encoded features."""
     more = {"lin_weights": False} if options.get("criterion") == "lpips" else {}
@@ -59,7 +65,10 @@ def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, *
         more: dict[str, Any] = {}
         if loss.weighting == "vqgan" and isinstance(parts, dict):
             more = {"last_layer": last}
-            parts = {name: part * last.pow(i + 1).sum() if isinstance(part, Tensor) else part for i, (name, part) in enumerate(parts.items())}
+            parts = {
+                name: part * last.pow(i + 1).sum() if isinstance(part, Tensor) else part
+                for i, (name, part) in enumerate(parts.items())
+            }
         total, seen = loss(parts, **more)
         out.append((total, seen, {name: weight.clone() for name, weight in loss.current_weights.items()}))
     return out
@@ -151,7 +160,11 @@ def function(name: str, form: str, exact: bool) -> Callable:
 
     def through_module(*args: Any, **options: Any) -> Any:
         module = getattr(fastloss, str(module_of(name)))(**options)
-        module = copy.deepcopy(module) if form == "copied" and not any(p.requires_grad for p in module.parameters()) else module
+        module = (
+            copy.deepcopy(module)
+            if form == "copied" and not any(p.requires_grad for p in module.parameters())
+            else module
+        )
         return module(*args)
 
     return through_module

@@ -1,8 +1,8 @@
 """What a drawn call is made of: values that print as code, build as what is passed, and have a plain float64 form.
 
-    code(v)    what can be pasted
-    make(v)    what the call under test gets
-    plain(v)   what the float64 reference gets: float64 tensors of the same values, Python numbers and lists
+code(v)    what can be pasted
+make(v)    what the call under test gets
+plain(v)   what the float64 reference gets: float64 tensors of the same values, Python numbers and lists
 """
 
 from __future__ import annotations
@@ -95,8 +95,9 @@ def tensor(
     grad: bool = False,
     inference: bool = False,
 ) -> Tensor:
-    """A drawn tensor. `fill`: a kind of values, or the one value. `near`: those of `seed` plus noise of this seed, with
-    a quarter of exact ties; -1: no noise. `low`, `high`: whole numbers of this range; `inference`: made in that mode."""
+    """A drawn tensor. `fill`: a kind of values, or the one value. `near`: those of `seed` plus noise of this seed,
+    with a quarter of exact ties; -1: no noise. `low`, `high`: whole numbers of this range. `inference`: made in that
+    mode."""
     kind = getattr(torch, dtype)
     generator = torch.Generator().manual_seed(seed)
     if low is not None and high is not None:
@@ -136,7 +137,8 @@ class T:
     def code(self) -> str:
         given = [f"{self.shape}, {self.dtype!r}, {self.fill!r}, {self.seed}"]
         more = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)[4:]}
-        return f"tensor({', '.join(given + [f'{k}={v!r}' for k, v in more.items() if v is not None and v is not False and v != 'dense'])})"
+        given += [f"{k}={v!r}" for k, v in more.items() if v is not None and v is not False and v != "dense"]
+        return f"tensor({', '.join(given)})"
 
     def make(self) -> Tensor:
         return tensor(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)})  # type: ignore[arg-type]
