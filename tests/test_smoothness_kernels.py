@@ -235,7 +235,8 @@ def test_nan_in_a_guide_counts_where_its_difference_does(place):
     image, guide = torch.arange(4.0, device=place[0]).reshape(1, 1, 1, 4), torch.zeros(1, 1, 1, 4, device=place[0])
     guide[..., 2] = float("nan")
     for weight, expected in (([1.0, 1, 0, 1], float("nan")), ([1.0, 0, 0, 1], 1.0)):
-        sums, gradient = values(place[1], image, "l1", 1, guide, torch.tensor(weight, device=place[0]).expand(1, 1, 1, 4))
+        by_pixel = torch.tensor(weight, device=place[0]).reshape(1, 1, 1, 4)
+        sums, gradient = values(place[1], image, "l1", 1, guide, by_pixel)
         torch.testing.assert_close(sums[0, 0, 1].item(), expected, equal_nan=True)
         assert gradient.isnan().any() == (expected != expected)
 

@@ -242,7 +242,7 @@ def aot_cases() -> Iterator[AotCase]:
         weight = None if size is None else torch.empty(size, device="meta").expand(shape)
         yield from _aot_calls(sort, torch.empty(shape, dtype=dtype, device="meta"), weight, kind, reduce)
     image = torch.empty(shape, device="meta")
-    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+    for dtype in (torch.float16, torch.bfloat16, torch.float64, torch.bool):
         weight = torch.empty(2, 1, 64, 64, dtype=dtype, device="meta").expand(shape)
         yield from _aot_calls(f"{dtype} weight", image, weight, "l2", True)
     large = torch.empty(2, 3, 32768, 16384, dtype=torch.bfloat16, device="meta")  # offsets pass 2**31

@@ -300,7 +300,7 @@ smoothness_total_fwd, smoothness_total_bwd = total_launchers(
 def aot_cases() -> Iterator[AotCase]:
     """Every kind and dtype; odd sizes and offsets past 32 bits; each option; volumes and channels_last with all."""
     image, volume = (2, 3, 64, 64), (1, 2, 16, 32, 64)
-    everything: dict[str, Any] = {"order": 2, "guide": True, "weight": True}
+    everything: dict[str, Any] = {"order": 2, "guide": True, "weight": torch.float32}
     each: dict[str, dict[str, Any]] = {name: {name: value} for name, value in everything.items()}
     for kind in KINDS:
         for dtype in HALF_AND_SINGLE:
@@ -310,6 +310,7 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls("all", volume, torch.bfloat16, kind, **everything)
         yield from _aot_calls("all, channels_last", image, torch.float32, kind, last=True, **everything)
     yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
+    yield from _aot_calls("mask", image, torch.float32, "l1", weight=torch.bool)
     for kind, factors in (("l1", [0.5, 0.25]), ("isotropic", [0.5])):
         args = (torch.empty(image, device="meta"), None, None, kind, 1, factors)
         yield AotCase(f"forward {kind} total", smoothness_total_fwd, args)
@@ -319,14 +320,15 @@ def aot_cases() -> Iterator[AotCase]:
 
 def _aot_calls(
     label: str, shape: tuple, dtype: torch.dtype, kind: str, *,
-    order: int = 1, guide: bool = False, weight: bool = False, last: bool = False, vector: bool = False,
+    order: int = 1, guide: bool = False, weight: torch.dtype | None = None, last: bool = False, vector: bool = False,
 ) -> Iterator[AotCase]:  # fmt: skip
     tensor: dict[str, Any] = {"dtype": dtype, "device": "meta"}
     image = torch.empty(shape, **tensor)
     if last:
         image = image.contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
     edges = torch.empty((shape[0], 3, *shape[2:]), **tensor) if guide else None
-    by_pixel = torch.empty((shape[0], 1, *shape[2:]), device="meta").expand(shape) if weight else None
+    pixels = (shape[0], 1, *shape[2:])
+    by_pixel = None if weight is None else torch.empty(pixels, dtype=weight, device="meta").expand(shape)
     grad = torch.empty((*shape[:2], 1 if kind == "isotropic" else len(shape) - 2), device="meta")
     label = f"{kind} {str(dtype).removeprefix('torch.')} {len(shape) - 2}-D {label}".rstrip()
     options = (image, edges, by_pixel, kind, order)
