@@ -119,8 +119,8 @@ def nt_xent_loss(
         label_smoothing: as in :func:`info_nce`.
         ids: integers [M]; samples with equal ids are no negatives of each other.
         sampling: as in :func:`info_nce`.
-        weights: one weight >= 0 per sample [M], or a bool mask, as in :func:`info_nce`; both views of the sample get it,
-            and remain negatives of the others.
+        weights: one weight >= 0 per sample [M], or a bool mask, as in :func:`info_nce`; both views of the sample get
+            it, and remain negatives of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
         return_lse: return ``(loss, lse, top1)`` with [2M] by-products, see :class:`ContrastiveOutput`.
         workspace_mib: as in :func:`info_nce`.

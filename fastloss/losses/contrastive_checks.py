@@ -63,13 +63,7 @@ def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positi
 
 def inverse(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | float:
     """The scale that a temperature stands for."""
-    value = as_scalar("temperature", temperature, like, dtype, positive=True)
-    highest = torch.finfo(dtype).max
-    if isinstance(value, float) and value * highest < 1:
-        raise ValueError(
-            f"temperature: expected at least {1 / highest:.3g}, whose inverse {dtype} holds, got {temperature!r}"
-        )
-    return 1.0 / value
+    return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
 
 
 def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> Tensor:
