@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -10,14 +11,16 @@ import pytest
 import torch
 
 import fastloss
+from fastloss import core
 from fastloss.core import Loss
 from tests.battery import INTERPRETING
 from tests.fuzz import targets
-from tests.fuzz.draw import draw
+from tests.fuzz.draw import Call, draw
 from tests.fuzz.judge import Failure, judge
 from tests.fuzz.rounding import RandomRounding
 from tests.fuzz.run import report, run
-from tests.fuzz.values import T, code, evaluate, make, plain, tensors
+from tests.fuzz.shrink import shrunk
+from tests.fuzz.values import Raw, T, code, evaluate, make, plain, tensors
 
 CALLS = 2 if INTERPRETING else 16  # of each public name
 by_name = pytest.mark.parametrize("name", targets.names())
@@ -144,3 +147,64 @@ def test_the_command_replays_a_case():
         done.stdout + done.stderr
     )
     assert done.returncode == 0
+
+
+def _raise(error):
+    raise error
+
+
+FAULTS = {  # of the kernels alone: what the judge says of a value that they change so
+    "numbers": lambda out, args: out * (1 + 1e-5),
+    "numbers gradient": lambda out, args: out + 0.001 * (out - out.detach()),
+    "not finite": lambda out, args: out + torch.where(args[1] == args[1].max(), torch.nan, 0.0).sum(),
+    "shape": lambda out, args: out[None],
+    "dtype": lambda out, args: out.double() * (1 + 1e-5),
+    "graph": lambda out, args: out.detach(),
+    "raw error": lambda out, args: _raise(RuntimeError("expected all tensors to be on the same device")),
+    "unnamed error": lambda out, args: _raise(ValueError("the truth value is ambiguous")),
+    "a legitimate call is refused": lambda out, args: _raise(ValueError("weight: expected something else")),
+    "an input is changed": lambda out, args: (args[0].add_(0), out)[1],
+}
+
+
+@pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_judge_sees_each_kind_of_fault(monkeypatch, fault):
+    """And nothing where there is none."""
+    right = fastloss.pixel_loss
+    call = Call("pixel_loss", (T((3, 4), seed=1), T((3, 4), seed=2, grad=True)), {"p": 2}, seed="pixel_loss:0")
+    if fault == "an input is changed":  # with a graph torch says so itself
+        call = dataclasses.replace(call, mode="no_grad")
+    assert judge(call) is None
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return out if core.backends.state.forced == "reference" else FAULTS[fault](out, args)
+
+    monkeypatch.setattr(fastloss, "pixel_loss", wrong)
+    found = judge(call)
+    assert isinstance(found, Failure) and found.kind == fault.split(" gradient")[0], found
+
+
+def test_nonsense_must_be_refused():
+    args = (T((3, 4), seed=1), T((3, 4), seed=2))
+    told = judge(Call("pixel_loss", args, {"p": Raw("'l3'")}, spoiled="p 'l3'", sure=True))
+    assert isinstance(told, str) and told.startswith("p: expected")
+    taken = judge(Call("pixel_loss", args, {"p": 2}, spoiled="p 2", sure=True))
+    assert isinstance(taken, Failure) and taken.kind == "accepted nonsense"
+
+
+def test_a_failing_call_is_made_simpler(monkeypatch):
+    """Options, sizes, layouts and dtypes that do not matter go; what matters stays."""
+    right = fastloss.smoothness_loss
+    monkeypatch.setattr(
+        fastloss, "smoothness_loss",
+        lambda image, **options: right(image, **options) * (1 if options.get("p") != 2 or len(image) < 2 else
+                                                            1 + (core.backends.state.forced != "reference")),
+    )  # fmt: skip
+    call = Call("smoothness_loss", (T((6, 3, 9, 8), "bfloat16", "uniform", 3, layout="channels_last"),),
+                {"p": 2, "order": 2, "reduction": "sum"})  # fmt: skip
+    simpler = shrunk(call, judge(call), seconds=30)
+    assert simpler.options == {"p": 2}
+    (image,) = simpler.args
+    assert image.shape[0] == 2 and image.dtype == "float32" and image.layout == "dense" and max(image.shape) <= 2

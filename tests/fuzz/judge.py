@@ -28,7 +28,7 @@ from tests.fuzz import targets
 from tests.fuzz.draw import Call
 from tests.fuzz.drawer import FLOATS
 from tests.fuzz.rounding import RandomRounding
-from tests.fuzz.values import make, plain, tensors
+from tests.fuzz.values import Rest, make, plain, tensors
 
 ROUNDED_RUNS = 5
 CONTRASTIVE = (
@@ -142,7 +142,7 @@ def run(call: Call, how: str | RandomRounding) -> Outcome:
     exact = how not in ("got", "eager")
     try:
         args, options = (plain if exact else make)((call.args, call.options))
-        options = targets.as_module(options) if call.form != "function" and not exact else options
+        options = options if exact else targets.given(call.name, call.form, options)
         function = targets.function(call.name, call.form if not exact else "function", exact)
         leaves = [pair for pair in named_leaves((args, options)) if pair[1].requires_grad]
         versions = [(t, t._version) for _, t in named_leaves((args, options)) if not t.is_inference()]
@@ -175,7 +175,7 @@ def named_leaves(tree: Any, name: str = "") -> list[tuple[str, Tensor]]:
         return [(name, tree)]
     if isinstance(tree, dict):
         return [pair for k, v in tree.items() for pair in named_leaves(v, f"{name}.{k}")]
-    if isinstance(tree, (list, tuple)):
+    if isinstance(tree, (list, tuple, Rest)):
         return [pair for i, v in enumerate(tree) for pair in named_leaves(v, f"{name}[{i}]")]
     return []
 
@@ -223,8 +223,14 @@ def _place(name: str) -> str:
 def _numbers(call: Call, got: Outcome, exact: Outcome) -> Failure | None:
     """The rule, tensor by tensor; the eager reference runs only where it is asked."""
     eager: Outcome | None = None
+    overflows = any(
+        name.startswith("gradient") and not right.detach().to(got.tensors[i][1].dtype).isfinite().all()
+        for i, (name, right) in enumerate(exact.tensors)
+    )
     for i, (name, mine) in enumerate(got.tensors):
         right = exact.tensors[i][1]
+        if overflows and name.startswith("second"):  # of a gradient that its dtype cannot hold
+            continue
         if mine.shape != right.shape:
             return Failure("shape", f"{name}: {tuple(mine.shape)} for {tuple(right.shape)}")
         if one_rounding_off(mine, right):

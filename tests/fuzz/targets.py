@@ -60,6 +60,7 @@ def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, *
     loss = fastloss.CompositeLoss(**options)
     loss = loss.double() if exact else loss
     last = torch.linspace(0.5, 1.5, 3, dtype=torch.float64 if exact else torch.float32).requires_grad_()
+    loss.train(torch.is_grad_enabled())  # "vqgan" asks for gradients in training mode
     out = []
     for parts in steps:
         more: dict[str, Any] = {}
@@ -145,8 +146,10 @@ def all_parameters() -> set[str]:
     return found
 
 
-def as_module(options: dict[str, Any]) -> dict[str, Any]:
-    """Options for a module: what is learned has to be a Parameter."""
+def given(name: str, form: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as they are passed: to a module, what is learned has to be a Parameter."""
+    if form == "function" and name != "ContrastiveLoss":
+        return options
     return {k: nn.Parameter(v.detach()) if isinstance(v, Tensor) and v.requires_grad else v for k, v in options.items()}
 
 
@@ -172,8 +175,7 @@ def function(name: str, form: str, exact: bool) -> Callable:
 
 def call(name: str, *args: Any, form: str = "function", **options: Any) -> Any:
     """A drawn call again, pasted by hand."""
-    options = options if form == "function" else as_module(options)
-    return function(name, form, exact=False)(*args, **options)
+    return function(name, form, exact=False)(*args, **given(name, form, options))
 
 
 def flat(out: Any, name: str = "out") -> list[tuple[str, Tensor]]:

@@ -275,7 +275,8 @@ def tensors(value: Any) -> list[Any]:
         return [value]
     if isinstance(value, Made):
         return tensors(value.options)
-    found = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    value = value.value if isinstance(value, Spelled) else value
+    found = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, Rest)) else ()
     return [t for v in found for t in tensors(v)]
 
 
@@ -285,4 +286,6 @@ def replaced(value: Any, change: Any) -> Any:
         return change(value)
     if isinstance(value, (list, tuple)):
         return type(value)(replaced(v, change) for v in value)
+    if isinstance(value, Spelled) and isinstance(value.value, (list, tuple)):
+        return Spelled(value.form, replaced(value.value, change))
     return {k: replaced(v, change) for k, v in value.items()} if isinstance(value, dict) else value
