@@ -10,6 +10,7 @@ implementations to that schema; the eager reference serves every other case:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -340,6 +341,11 @@ def result_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The dtype every loss accumulates in and returns: float64 if any input is float64, else float32."""
     double = any(t is not None and t.dtype == torch.float64 for t in tensors)
     return torch.float64 if double else torch.float32
+
+
+def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
+    """Autocast off on the tensor's device, for products that must keep their dtype; the meta device has no autocast."""
+    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 class Loss(nn.Module):

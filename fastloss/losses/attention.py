@@ -20,7 +20,7 @@ from ..checks import (
     check_tensor,
     is_sequence,
 )
-from ..core import Loss, check_not_empty, check_reduction, result_dtype
+from ..core import Loss, check_not_empty, check_reduction, full_precision, result_dtype
 from ..inference import takes_inference_tensors
 
 INPUTS = ("probs", "logits")
@@ -121,7 +121,7 @@ def attention_qk_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition: build both [B,H,Q,K] maps of logits, then compare them."""
     dtype = result_dtype(q1, k1, q2, k2)
-    with torch.autocast(q1.device.type, enabled=False):
+    with full_precision(q1):
         a = q1.to(dtype) @ k1.to(dtype).transpose(-1, -2) * scales[0]
         b = q2.to(dtype) @ k2.to(dtype).transpose(-1, -2) * scales[1]
     return attention_reference(a, b, mask, "logits", metric)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -97,11 +96,6 @@ def check_targets(targets: Any, rows: int, keys: int, like: Tensor) -> Tensor:
         if low < 0 or high >= keys:
             raise ValueError(f"targets: expected indices of key's {keys} rows, 0 to {keys - 1}, got {low} to {high}")
     return targets
-
-
-def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
-    """Autocast off, so that similarities keep the dtype they are computed in; the meta device has no autocast."""
-    return contextlib.nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False)
 
 
 def check_flags(**flags: Any) -> list[bool]:

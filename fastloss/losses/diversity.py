@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor, check_workspace
-from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
+from ..core import Loss, check_not_empty, check_reduction, full_precision, reduce, result_dtype
 from ..inference import takes_inference_tensors
 
 MODES = ("nearest", "softmin", "mean")
@@ -19,7 +19,7 @@ def _chunk_distances(generated: Tensor, rows: Tensor, metric: str) -> Tensor:
     """[N,P] against [m,P]: the [N,m] distances."""
     rows = rows.to(generated.dtype)
     if metric == "cosine":
-        with torch.autocast(generated.device.type, enabled=False):
+        with full_precision(generated):
             return 1 - _unit(generated) @ _unit(rows).T
     d = generated[:, None] - rows
     return (d.abs() if metric == "l1" else d * d).mean(-1)

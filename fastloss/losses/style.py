@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_tensor
-from ..core import Loss, result_dtype, transformed
+from ..core import Loss, full_precision, result_dtype, transformed
 from ..inference import takes_inference_tensors
 from .perceptual import feature_distance
 from .perceptual_checks import check_layers, check_samples
@@ -64,7 +64,7 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
     check_choice("normalization", normalization, NORMALIZATIONS)
     _, channels, height, width = features.shape
     count = {"chw": channels * height * width, "hw": height * width, "none": 1}[normalization]
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features):
         x = features.flatten(2)
         # on CUDA the product of 16-bit matrices is summed and returned in float32; the CPU's would be rounded
         x = x if features.is_cuda and not transformed() else x.to(result_dtype(x))
