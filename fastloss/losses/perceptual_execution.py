@@ -88,7 +88,7 @@ def scaled_gradient(x: Tensor, factor: float) -> Tensor:
 def gradient_scale(image: Tensor, dtype: torch.dtype | None, reduction: str) -> float:
     """By how much the gradient is scaled inside networks that run in `dtype`: about what the mean divides by."""
     device = image.device.type
-    if torch.is_autocast_enabled(device):
+    if not image.is_meta and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     if dtype != torch.float16 or reduction == "sum":
         return 1.0
