@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
-from ..core import Loss, result_dtype
+from ..core import Loss, full_precision, result_dtype
 from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     as_scalar,
@@ -20,7 +20,6 @@ from .contrastive_checks import (
     check_targets,
     excluded,
     finish,
-    full_precision,
     inverse,
     without,
 )

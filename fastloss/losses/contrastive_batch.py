@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..core import Loss, result_dtype
+from ..core import Loss, full_precision, result_dtype
 from ..inference import takes_inference_tensors
 from .contrastive_checks import (
     check_embeddings,
@@ -15,7 +15,6 @@ from .contrastive_checks import (
     check_shared,
     excluded,
     finish,
-    full_precision,
     inverse,
 )
 from .contrastive_forms import nt_xent_rows, supcon_rows

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
+from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, result_dtype
 from ..inference import takes_inference_tensors
 from ..traced import filled
 from .contrastive_checks import (
@@ -33,7 +33,6 @@ from .contrastive_checks import (
     check_integers,
     check_shared,
     excluded,
-    full_precision,
     reduce_rows,
     row_shares,
     without,

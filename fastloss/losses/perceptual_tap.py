@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Op
+from ..core import Op, full_precision
 from ..inference import takes_inference_tensors
 from ..traced import changes
 from .perceptual import feature_distance_call
@@ -90,5 +90,5 @@ def tap(
     untouched = not feature.requires_grad or feature.dtype != target.dtype
     if untouched or op.backend(*args) == "reference" or changes(weight) or changes(args[6]):
         return feature, op(*args)
-    with torch.autocast(feature.device.type, enabled=False):
+    with full_precision(feature):
         return _Tap.apply(feature, target, op, args[2:])

@@ -18,7 +18,7 @@ from ..checks import (
     check_tensor,
     check_weight,
 )
-from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
+from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce, result_dtype
 from ..inference import takes_inference_tensors
 from ..traced import number
 
@@ -56,7 +56,7 @@ def ssim_distances(
     channels = 4 * x.shape[1]  # all four moments as channels: at least 4 groups, which CUDA never gives to TF32
     g = _gaussian(window, sigma, x)
     pad = window // 2 if same else 0
-    with torch.autocast(x.device.type, enabled=False):  # a half-precision convolution would lose the variances
+    with full_precision(x):  # a half-precision convolution would lose the variances
         moments = torch.cat([a, d, a * a, d * d], 1)
         moments = F.conv2d(moments, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), padding=(pad, 0), groups=channels)
         moments = F.conv2d(moments, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), padding=(0, pad), groups=channels)
