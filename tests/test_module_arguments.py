@@ -129,6 +129,18 @@ def test_inception_input_under_another_default_dtype():
         assert torch.equal(got.scale, usual.scale) and torch.equal(got.shift, usual.shift)
 
 
+def test_the_training_systems_measures_under_another_default_dtype():
+    from fastloss.imagen.digits import measure
+    from fastloss.imagen.losses import MemoryBank
+
+    image = torch.rand(3, 1, 8, 9, generator=torch.Generator().manual_seed(0))
+    usual = measure(image)
+    for default in (torch.bfloat16, torch.float64):
+        with default_dtype(default):
+            assert all(torch.equal(a, b) for a, b in zip(measure(image), usual, strict=True))
+            assert MemoryBank(3, 4).emb.dtype == torch.float32
+
+
 @pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w != "vqgan"])
 def test_composite_parts_may_come_from_inference_mode(weighting):
     """A part beside one with a gradient; and a validation step inside it between two training steps."""

@@ -67,8 +67,7 @@ def measure(images: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"images: expected [N, 1, S, S], got shape {tuple(images.shape)}")
     images = images.detach().float()
     height, width = images.shape[-2:]
-    x = torch.arange(width, device=images.device) - (width - 1) / 2
-    y = torch.arange(height, device=images.device) - (height - 1) / 2
+    x, y = (torch.arange(n, dtype=torch.float32, device=images.device) - (n - 1) / 2 for n in (width, height))
     area = images.sum((1, 2, 3))
 
     padded = F.pad(images, (1, 1, 1, 1))  # a stroke that touches the border has an edge there too

@@ -97,7 +97,7 @@ class MemoryBank(nn.Module):
     def __init__(self, size: int, emb_dim: int) -> None:
         super().__init__()
         self.size = size
-        self.register_buffer("emb", torch.zeros(size, emb_dim))
+        self.register_buffer("emb", torch.zeros(size, emb_dim, dtype=torch.float32))
         self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
         self.pushed = 0
 
