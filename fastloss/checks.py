@@ -86,7 +86,8 @@ def check_number(
     """The float of a finite real number in [low, high], or (low, high] with `open_low`. NaN never passes.
 
     Python's numbers, numpy's and 0-d arrays will do; a tensor, which might need a gradient or lie on a device, will
-    not. With `float32` what that cannot hold is refused, since most losses are computed in it.
+    not. With `float32` what that cannot hold is refused, since most losses are computed in it. To a compiled function
+    numpy's float32 is a tensor whose value cannot be checked: pass it float(x), or give it to a module.
     """
     number = _real(value)
     if number is None:

@@ -100,7 +100,8 @@ def eager_image(image, image_pred, pixel=(2, 1.0), smoothness=None, ssim=None, s
 
 def weighted_image(image, image_pred, weight, pixel=None, smoothness=None, ssim=None):
     """One map of weights for every part."""
-    more = {name: {"weight": weight} for name, part in (("pixel", pixel), ("smoothness", smoothness)) if part}
+    parts = (("pixel", pixel), ("smoothness", smoothness))
+    more = {name: {"weight": weight} for name, part in parts if part is not None}
     if ssim is not None:
         more["ssim"] = {"weight": weight, "window": 3}
     options = {f"{name}_options": own for name, own in more.items()}
