@@ -29,11 +29,11 @@ struct Terms {
   bool pixel, smoothness, ssim, same;
   Kind kind;
   Step step;
-  double p, sigma, c1, c2;
+  double p, sigma, c1, c2, low;
   int64_t order, window;
 
   Terms(const std::string& kinds, const std::vector<double>& numbers) {
-    STD_TORCH_CHECK(numbers.size() == 7 && kinds.find(',') != std::string::npos, "image: unknown terms ", kinds);
+    STD_TORCH_CHECK(numbers.size() == 8 && kinds.find(',') != std::string::npos, "image: unknown terms ", kinds);
     const std::string first = kinds.substr(0, kinds.find(',')), second = kinds.substr(kinds.find(',') + 1);
     p = numbers[0];
     order = static_cast<int64_t>(numbers[1]);
@@ -42,6 +42,7 @@ struct Terms {
     same = numbers[4] != 0;
     c1 = numbers[5];
     c2 = numbers[6];
+    low = numbers[7];
     pixel = !first.empty();
     smoothness = !second.empty();
     ssim = window > 0;
@@ -69,7 +70,8 @@ struct Pair {
     STD_TORCH_CHECK(target.scalar_type() == image_pred.scalar_type(), "image: the images differ in dtype");
     if (pixel_weight) weight.emplace(*pixel_weight, *memory_order(bands.image));
     if (terms.ssim)
-      ssim.emplace(image, bands.image, ssim_weight, terms.window, terms.sigma, terms.same, terms.c1, terms.c2, false);
+      ssim.emplace(image, bands.image, ssim_weight, terms.window, terms.sigma, terms.same, terms.c1, terms.c2,
+                   terms.low, false);
   }
 
   // What a call returns: the sums of the pixel loss, of the smoothness along each axis, of SSIM.

@@ -65,9 +65,10 @@ void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to,
 }
 
 std::tuple<Tensor, Tensor> ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight,
-                                    int64_t window, double sigma, bool same, double c1, double c2, bool structure,
+                                    int64_t window, double sigma, bool same, double c1, double c2, double low,
+                                    bool structure,
                                     int64_t keep) {
-  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, structure);
+  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
   const Tiles tiles(call);
   const Kept kept(keep);
   Tensor out = torch::stable::new_empty(image, {image.size(0), image.size(1)}, ScalarType::Float);
@@ -120,9 +121,10 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
                                     const Tensor& image_pred, std::optional<Tensor> weight, int64_t window,
-                                    double sigma, bool same, double c1, double c2, bool structure, int64_t keep,
+                                    double sigma, bool same, double c1, double c2, double low,
+                                    bool structure, int64_t keep,
                                     bool needs_image, bool needs_image_pred) {
-  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, structure);
+  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == call.planes,
                   "ssim: expected a float32 gradient of the sums");
   const Tensor upstream = torch::stable::contiguous(grad);

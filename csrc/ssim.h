@@ -28,16 +28,26 @@ struct SsimOptions {
   int radius;
   float taps[kSsimRadius + 1];  // weight of the pixels k away
   int64_t margin;               // the SSIM map covers margin .. size - margin: 0 for "same", radius for "valid"
-  float c1, c2;
+  float c1, c2, low;
   bool structure;  // the contrast-structure term alone, without luminance
+  bool one_pixel;  // nothing but the window's middle counts: variances are 0, and there is luminance alone
 };
 
-inline SsimOptions ssim_options(int64_t window, double sigma, bool same, double c1, double c2, bool structure) {
+// What is subtracted from x + y and x - y before they are squared, and what is then missing in their means. Outside the
+// image they are minus that.
+struct SsimShift {
+  float a, d, rest_a, rest_d;
+};
+
+inline SsimOptions ssim_options(int64_t window, double sigma, bool same, double c1, double c2, double low,
+                                bool structure) {
   const int radius = static_cast<int>(window / 2);
-  SsimOptions o{radius, {}, same ? 0 : radius, static_cast<float>(c1), static_cast<float>(c2), structure};
+  const bool one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
+  SsimOptions o{radius, {}, same ? 0 : radius, static_cast<float>(c1), static_cast<float>(c2), static_cast<float>(low),
+                structure, one_pixel};
   double taps[kSsimRadius + 1], total = 0;
   for (int k = 0; k <= radius; ++k) {
-    taps[k] = std::exp(k * k / (-2 * sigma * sigma));
+    taps[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
     total += k == 0 ? taps[k] : 2 * taps[k];
   }
   for (int k = 0; k <= radius; ++k) o.taps[k] = static_cast<float>(taps[k] / total);
@@ -117,11 +127,11 @@ struct SsimCall {
   int64_t channels, planes, height, width;
   std::optional<Operand> weights;
 
-  SsimCall(const Tensor& a, const Tensor& b, const std::optional<Tensor>& weight, int64_t window, double sigma, bool same,
-       double c1, double c2, bool structure)
+  SsimCall(const Tensor& a, const Tensor& b, const std::optional<Tensor>& weight, int64_t window, double sigma,
+           bool same, double c1, double c2, double low, bool structure)
       : image(a), image_pred(b) {
     STD_TORCH_CHECK(window >= 1 && window <= 2 * kSsimRadius + 1 && window % 2 == 1, "ssim: odd windows to 11 only");
-    options = ssim_options(window, sigma, same, c1, c2, structure);
+    options = ssim_options(window, sigma, same, c1, c2, low, structure);
     STD_TORCH_CHECK(a.dim() == 4 && b.dim() == 4 && a.scalar_type() == b.scalar_type(),
                     "ssim: expected two 4-D images of one dtype");
     bool fits = true;

@@ -21,6 +21,16 @@ struct SsimRing {
     float* const to = row(ring, k);
     for (int64_t i = 0; i < ring.size; ++i) to[i] = 0;
   }
+  // A row outside the image, as the filter along x would leave it.
+  FASTLOSS_INLINE void outside(const SsimRing& ring, int64_t k, const SsimOptions& o, const SsimShift& shift) {
+    if (shift.rest_a == 0 && shift.rest_d == 0) return clear(ring, k);
+    float taps = o.taps[0];
+    for (int i = 1; i <= o.radius; ++i) taps += 2 * o.taps[i];
+    const float a = 0 - shift.rest_a, d = 0 - shift.rest_d;
+    const float values[4] = {taps * a, taps * d, taps * a * a, taps * d * d};
+    float* const to = row(ring, k);
+    for (int64_t i = 0; i < ring.size; i += W) store(to + i, all(values[i / W % 4]));
+  }
   FASTLOSS_INLINE void windows(const SsimRing& ring, int64_t first, int radius, const float** rows) {
     for (int i = 0; i < kRows + 2 * radius; ++i) rows[i] = row(ring, first - radius + i);
   }
@@ -33,6 +43,7 @@ struct SsimWalk {
   SsimTile tile;
   SsimOptions o;
   SsimWeights weights;
+  SsimShift shift;
   SsimSteps steps;
   SsimMap map;
   int64_t n, step;                    // columns; floats of a row of scratch
@@ -51,7 +62,8 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
   const auto from = [&](int64_t at) { return at > bound ? at : bound; };
   const auto to = [&](int64_t at, int64_t size) { return at < size - bound ? at : size - bound; };
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
-  k = {p, t, o, weights, ssim_steps(o.radius, 2 + x + y), {}, n, step, 0, t.y0, t.y0 - reach,
+  const SsimShift shift = ssim_shift(p, t, o);
+  k = {p, t, o, weights, shift, ssim_steps(o, shift, 2 + x + y), {}, n, step, 0, t.y0, t.y0 - reach,
        from(t.y0 - reach), to(t.y1 + reach, p.height), from(t.x0 - reach), to(t.x1 + reach, p.width),
        scratch + kSsimPad, nullptr, nullptr, nullptr, nullptr, {}, {}};
   const int64_t origin = t.x0 - kSsimPad;
@@ -63,8 +75,8 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
   float* const partials = k.y_line + all_rows;
   k.moments = {partials + 4 * all_rows, count, 4 * step};
   k.filtered = {k.moments.data + count * 4 * step, count, 4 * step};
-  k.map = {(k.left - origin) / W * W, k.right - origin, from(t.x0) - origin, to(t.x1, p.width) - origin, 0, 0, nullptr,
-           scale, x, y, partials, step};
+  k.map = {shift, (k.left - origin) / W * W, k.right - origin, from(t.x0) - origin, to(t.x1, p.width) - origin, 0, 0,
+           nullptr, scale, x, y, partials, step};
 }
 
 // Rows y .. y + kRows of the map: their sum, and their partials filtered along x.
@@ -74,9 +86,9 @@ static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
   const float* rows[2 * kSsimRadius + kRows];
   for (; k.next < y + kRows + k.o.radius; ++k.next) {
     if (k.next < 0 || k.next >= k.p.height) {
-      SsimRing::clear(k.moments, k.next);
+      SsimRing::outside(k.moments, k.next, k.o, k.shift);
     } else {
-      ssim_read(k.p, k.next, origin, width, k.a, k.d);
+      ssim_read(k.p, k.shift, k.next, origin, width, k.a, k.d);
       const int64_t later = k.next + kSsimAhead < k.p.height ? kSsimAhead : 0;
       const T* const x = k.p.x + (k.next + later) * k.p.x_row + (k.tile.x0 - kSsimPad) * k.p.x_column;
       const T* const z = k.p.y + (k.next + later) * k.p.y_row + (k.tile.x0 - kSsimPad) * k.p.y_column;
@@ -134,13 +146,25 @@ static void ssim_scale(const float* from, const float* factors, float factor, in
   if (streamed) fence();
 }
 
+// 0 for what is not finite: its gradient is NaN by the partials of the windows that see it, if their weights are not 0.
+static void ssim_finite(float* a, float* d, int64_t n) {
+  for (int64_t i = 0; i < n; i += W) {
+    const vf u = load(a + i), v = load(d + i);
+    store(a + i, where(u - u == 0.0f, u));
+    store(d + i, where(v - v == 0.0f, v));
+  }
+}
+
 // Writes the gradients of rows at .. at + count from the filtered partials around them.
 template <typename T>
 static void ssim_emit(SsimWalk<T>& k, int64_t count, const SsimGradients& to) {
   const float* rows[2 * kSsimRadius + kRows];
   const int64_t x0 = k.tile.x0;
-  for (int64_t b = 0; b < count; ++b)
-    ssim_read(k.p, k.at + b, x0, k.n, k.a + b * k.step + kSsimPad, k.d + b * k.step + kSsimPad);
+  for (int64_t b = 0; b < count; ++b) {
+    float *const a = k.a + b * k.step + kSsimPad, *const d = k.d + b * k.step + kSsimPad;
+    ssim_read(k.p, k.shift, k.at + b, x0, k.n, a, d);
+    if (k.weights.read != nullptr) ssim_finite(a, d, k.n);
+  }
   SsimRing::windows(k.filtered, k.at, k.o.radius, rows);
   const int64_t apart = to.x ? to.x_row : to.y_row;
   const bool vectors = k.n % W == 0 && count == kRows && !to.streamed && (!to.x || !to.y || to.x_row == to.y_row);

@@ -48,8 +48,16 @@ def eager_smoothness(image_pred, guide=None, weight=None, p=1, order=1, conventi
     return value if reduction == "none" or value.ndim == 0 else getattr(value, reduction)()
 
 
+def from_zero(image, image_pred, data_range):
+    """Images of a range (low, high) moved to begin at 0, and how long the range is."""
+    low, high = data_range
+    return image - low, image_pred - low, high - low
+
+
 def eager_ssim_map(image, image_pred, window=11, sigma=1.5, data_range=1.0, padding="same", k1=0.01, k2=0.03):
     """SSIM with the window as a matrix, the way most training scripts have it; and the structure term alone."""
+    if isinstance(data_range, tuple):
+        image, image_pred, data_range = from_zero(image, image_pred, data_range)
     channels = image.shape[1]
     x = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
     g = torch.exp(-(x**2) / (2 * sigma**2))
@@ -81,6 +89,8 @@ def eager_ssim(image, image_pred, weight=None, reduction="mean", **options):
 
 def eager_ms_ssim(image, image_pred, level_weights, padding="valid", reduction="mean", **options):
     levels = []
+    if isinstance(options.get("data_range"), tuple):
+        image, image_pred, options["data_range"] = from_zero(image, image_pred, options["data_range"])
     for i, w in enumerate(level_weights):
         ssim, structure = eager_ssim_map(image, image_pred, padding=padding, **options)
         levels.append((ssim if i == len(level_weights) - 1 else structure).mean((2, 3)).relu() ** w)
@@ -236,7 +246,10 @@ IMAGE_CASES = [
         image_pair,
         eager_ssim,
         shapes=((2, 3, 5, 4), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 12, 33)),
-        options=[{}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05}],
+        options=[
+            {}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05},
+            {"window": 5, "data_range": (-1.0, 1.5)}, {"window": 1},
+        ],
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
@@ -246,6 +259,7 @@ IMAGE_CASES = [
             ("window", with_options(window=11.0), TypeError, "window: expected an odd integer, got float 11.0"),
             ("too large", with_options(padding="valid"), ValueError, "got 11 for images of 5 x 4 pixels"),
             ("range", with_options(data_range=0), ValueError, "data_range: expected a finite number > 0, got 0"),
+            ("range ends", with_options(data_range=(1, 0)), ValueError, "data_range: expected low < high, got (1, 0)"),
             ("sigma", with_options(sigma=-1.0), ValueError, "sigma: expected a finite number > 0"),
             ("padding", with_options(padding="zeros"), ValueError, "padding: expected one of ('same', 'valid')"),
             ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
@@ -269,7 +283,7 @@ IMAGE_CASES = [
         lambda draw, shape: (*image_pair(draw, shape), draw.uniform(shape[0], 1, *shape[2:])),
         eager_ssim,
         shapes=((2, 3, 6, 5), (1, 2, 7, 13)),
-        options=[{}, {"window": 5, "padding": "valid"}],
+        options=[{}, {"window": 5, "padding": "valid"}, {"window": 5, "data_range": (-1.0, 1.5)}],
     ),
     Case(
         "ms_ssim_loss",
@@ -280,6 +294,7 @@ IMAGE_CASES = [
         options=[
             {"window": 5, "level_weights": (0.4, 0.6)},
             {"padding": "same", "level_weights": (0.2, 0.8), "sigma": 1.0, "data_range": 2.0},
+            {"padding": "same", "level_weights": (0.2, 0.8), "window": 5, "data_range": (-1.0, 1.5)},
         ],
         bad=[
             ("size", with_options(window=7), ValueError, "9 x 9 pixels, which is 5 x 5 at level 2"),
@@ -311,6 +326,7 @@ IMAGE_CASES = [
             {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"smoothness": (2, 0.5)},
             {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": None, "smoothness": (1, 0.3), "ssim": 0.2},
             {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3, "ssim_options": {"window": 5}},
+            {"pixel": (1, 0.8), "ssim": 0.2, "ssim_options": {"window": 5, "data_range": (-1.0, 1.5)}},
         ],
         reductions=(),
         bad=[

@@ -143,7 +143,7 @@ def test_image_loss_of_an_image_past_two_to_the_31_elements(window):
     part = pred.detach()[..., -64:, -64:].clone().requires_grad_()
     found = []
     for x, y in ((image, pred), (image[..., -64:, -64:].contiguous(), part)):
-        args = (x, y, None, None, None, None, "l1,l1", [1.0, 1.0, window, 1.5, 1.0, 1e-4, 9e-4])
+        args = (x, y, None, None, None, None, "l1,l1", [1.0, 1.0, window, 1.5, 1.0, 1e-4, 9e-4, 0.0])
         sums = _image(*args, _keep(*args), None)
         upstream = torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda")
         found.append((sums.detach(), torch.autograd.grad(sums, y, upstream)[0][..., -32:, -32:]))

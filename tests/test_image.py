@@ -126,7 +126,7 @@ def test_any_upstream_gradient_of_the_sums(dtype):
     """A multiple of the shares takes the gradient that was kept, all else makes it again; any number of times."""
     generator = torch.Generator().manual_seed(5)
     x, y = (torch.rand(2, 3, 20, 23, generator=generator).to(dtype).requires_grad_() for _ in range(2))
-    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4]
+    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0]
     args, shares = (x, y, None, None, None, None, "l1,l2", numbers), torch.tensor([0.5, 0.0, 0.25, 0.125])
     with core.use_backend("cpp"):
         sums = _image(*args, 11, shares)

@@ -13,7 +13,9 @@ from tests.cases import CASES, Draw, image_pair
 
 PLACES = places(next(case for case in CASES if case.name == "image_loss"))
 TRITON = [p for p in PLACES if "triton" in str(p)]
-SSIM = {"off": [0.0, 0.0, 0.0, 0.0, 0.0], "same": [3.0, 1.5, 1.0, 1e-4, 9e-4], "valid": [5.0, 1.0, 0.0, 1e-4, 9e-4]}
+SSIM = {
+    "off": [0.0] * 6, "same": [3.0, 1.5, 1.0, 1e-4, 9e-4, 0.0], "valid": [5.0, 1.0, 0.0, 1e-4, 9e-4, -0.1],
+}  # fmt: skip
 # (kinds, number of the pixel loss, order, SSIM, whether there are maps of weights and a guide)
 MIXES = {
     "signs": ("l1,l1", 1.0, 1, "off", False),

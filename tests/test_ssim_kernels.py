@@ -39,7 +39,7 @@ def values(backend, x, y, weight=None, window=11, same=True, structure=False, ne
     x, y = x.detach(), y.detach()
     wrt = [t.requires_grad_() for t, needed in zip((x, y), needs, strict=True) if needed]
     with core.use_backend(backend):
-        sums = _sums(x, y, weight, window, 1.5, same, 1e-4, 9e-4, structure)
+        sums = _sums(x, y, weight, window, 1.5, same, 1e-4, 9e-4, 0.0, structure)
         upstream = torch.linspace(-1, 2, sums.numel(), device=x.device).reshape(sums.shape)
         return sums.detach(), *torch.autograd.grad(sums, wrt, upstream.to(sums.dtype))
 
@@ -175,7 +175,7 @@ def test_a_backward_without_what_the_forward_kept(place):
     if place[1] == "reference":
         return
     x, y = pair(1, 2, 7, 9, device=place[0])
-    options = (None, 5, 1.5, False, 1e-4, 9e-4, False)
+    options = (None, 5, 1.5, False, 1e-4, 9e-4, 0.0, False)
     grad = torch.tensor([[0.5, -2.0]], device=place[0])
     sums, partials = _ssim.fwd(x, y, *options, 0)
     assert partials.numel() == 0
@@ -209,7 +209,7 @@ def test_what_the_kernels_lack_goes_to_the_reference(place):
         with core.use_backend("reference"):
             assert torch.equal(got, ssim_loss(x, other, **options))
     with core.use_backend(place[1]):
-        assert _ssim.backend(x, y, None, 11, 1.5, True, 1e-4, 9e-4, False) == place[1]
+        assert _ssim.backend(x, y, None, 11, 1.5, True, 1e-4, 9e-4, 0.0, False) == place[1]
 
 
 @cpp_only
@@ -233,7 +233,7 @@ def test_large_gradients_are_streamed_whole(monkeypatch, cpu):
         x, y = pair(1, 2, 1050, width, dtype=dtype)
         with core.use_backend("cpp"):
             whole, *parts = (
-                torch.autograd.grad(_sums(a, b, None, 3, 1.5, True, 1e-4, 9e-4, False).sum(), (a, b))
+                torch.autograd.grad(_sums(a, b, None, 3, 1.5, True, 1e-4, 9e-4, 0.0, False).sum(), (a, b))
                 for a, b in ((t[:, c].clone().requires_grad_() for t in (x, y)) for c in ([0, 1], [0], [1]))
             )
         for i in range(2):
@@ -261,7 +261,7 @@ def test_the_kept_gradient_serves_every_upstream_gradient(same):
     for layout in LAYOUTS.values():
         x, y = (layout(t).requires_grad_() for t in pair(2, 3, 13, 15))
         wide = [t.detach().double().requires_grad_() for t in (x, y)]
-        options = (None, 5, 1.5, same, 1e-4, 9e-4, False)
+        options = (None, 5, 1.5, same, 1e-4, 9e-4, 0.0, False)
         with core.use_backend("cpp"):
             sums = _sums(x, y, *options)
         expected = _ssim.reference(*wide, *options)

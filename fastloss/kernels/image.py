@@ -45,7 +45,7 @@ from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
 from .smoothness_terms import smoothness_pulled, smoothness_terms, start_of, tile_of, weight_at
-from .ssim import BLOCK, OPTIONS, layout, strided, taps_of
+from .ssim import BLOCK, OPTIONS, layout, one_pixel, strided, taps_of
 
 SIGNS_BLOCK = 1024
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -275,17 +275,17 @@ def image_fwd(
     shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
-    window, sigma, _, c1, c2 = numbers[2:]
+    window, sigma, _, c1, c2, low = numbers[2:]
     if window:
-        sweep = _sweep(call, numbers)
+        sweep, taps = _sweep(call, numbers), taps_of(int(window), sigma)
         kept = call.pred.new_empty(sweep.shape(call, keep), dtype=torch.float32)
         out = call.pred.new_empty((call.outs + 2, sweep.grid[0] * sweep.grid[1]), dtype=torch.float32)
         with on_device(call.pred):
             image_ssim_fwd_kernel[sweep.grid](
                 call.image, call.pred, *call.strided_weights, strided(ssim_weight), out, kept,
-                taps_of(int(window), sigma), call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c1, c2,
-                call.pixel, call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size),
-                int(window) // 2, keep, call.wide, BLOCK, **OPTIONS,
+                taps, call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c1, c2, low or None, call.pixel,
+                call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size), int(window) // 2,
+                one_pixel(taps), keep, call.wide, BLOCK, **OPTIONS,
             )  # fmt: skip
         return out.sum(1), kept
     kept = call.pred.new_empty(call.pred.numel() if keep else 0, dtype=torch.uint8 if keep else torch.float32)
@@ -316,7 +316,7 @@ def image_bwd(
             keep = needs_image + 2 * needs_image_pred
             weights = pixel_weight, guide, smoothness_weight, ssim_weight
             _, kept = image_fwd(image, image_pred, *weights, kinds, numbers, keep)
-        _ssim_bwd(grad, kept, call, numbers, keep, first, second)
+        _ssim_bwd(grad, kept, call, numbers, ssim_weight is not None, keep, first, second)
     elif keep:
         with on_device(call.pred):
             _image_signs_bwd_kernel[(triton.cdiv(kept.numel(), SIGNS_BLOCK),)](
@@ -340,15 +340,16 @@ def image_bwd(
 
 
 def _ssim_bwd(
-    grad: Tensor, kept: Tensor, call: _Call, numbers: list[float], keep: int, first: Tensor | None,
+    grad: Tensor, kept: Tensor, call: _Call, numbers: list[float], weighted: bool, keep: int, first: Tensor | None,
     second: Tensor | None,
 ) -> None:  # fmt: skip
     sweep, window = _sweep(call, numbers), int(numbers[2])
     with on_device(call.pred):
         image_ssim_bwd_kernel[sweep.grid](
             grad, call.image, call.pred, (first,), (second,), *call.strided_weights, kept, taps_of(window, numbers[3]),
-            call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, call.pixel, call.smoothness, call.order,
-            call.outs, sweep.margin, aside_of(call.size), window // 2, keep, call.wide, BLOCK, **OPTIONS,
+            call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, numbers[6], call.pixel, call.smoothness,
+            call.order, call.outs, sweep.margin, aside_of(call.size), window // 2, weighted, keep, call.wide, BLOCK,
+            **OPTIONS,
         )  # fmt: skip
 
 
@@ -377,6 +378,7 @@ def aot_cases() -> Iterator[AotCase]:
         yield from _aot_calls(f"isotropic {label}", plain | ssim | {"smoothness": "isotropic", label: option})
     yield from _aot_calls("pixel alone", ssim | {"pixel": "l1"})
     yield from _aot_calls("smoothness alone", ssim | {"smoothness": "isotropic"})
+    yield from _aot_calls("low", plain | ssim | {"low": -1.0})
     yield from _aot_calls("valid, odd", plain | ssim | {"same": 0.0, "shape": (1, 3, 33, 65)})
     yield from _aot_calls("volume", plain | {"shape": (1, 2, 16, 32, 64)})
 
@@ -395,7 +397,7 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     partials = (3 + (keep == 3), shape[2] - cut, shape[0] * shape[1] * (shape[3] - cut)) if window else (image.numel(),)
     kept = torch.empty(partials, dtype=torch.float32 if window else torch.uint8, device="meta")
     grad = torch.empty(3 if smoothness == "isotropic" else axes + 2, device="meta")
-    numbers = [0.5, float(o.get("order", 1)), window, 1.5, o.get("same", 1.0), 1e-4, 9e-4]
+    numbers = [0.5, float(o.get("order", 1)), window, 1.5, o.get("same", 1.0), 1e-4, 9e-4, o.get("low", 0.0)]
     args = (image, image, weight, guide, weight if smoothness else None, on_map, f"{pixel},{smoothness}", numbers, keep)
     label = f"{pixel},{smoothness} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))

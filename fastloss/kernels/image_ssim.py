@@ -14,7 +14,9 @@ from .pixel import distance, slope
 from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
 from .ssim_sweep import (
     at_column,
+    counted,
     ends,
+    finite,
     lane_of,
     map_lane_of,
     map_loss,
@@ -22,6 +24,8 @@ from .ssim_sweep import (
     next_moments,
     nothing,
     partial_ends,
+    shift_of,
+    shifted,
     window,
 )  # fmt: skip
 
@@ -49,6 +53,14 @@ def _spot(column, at, start, size):
 def _columns(weight, image, channel, column):
     """A map of weights, as smoothness_terms.py takes it for the columns of an image."""
     return at_column(weight, image, channel, column), weight[3], weight[4]
+
+
+@triton.jit
+def _shift(x_at, y_at, start, column, size, inside, c2, ASIDE: tl.constexpr):
+    """What a plane's images have in common; its pixels begin where column 0 does."""
+    first, way = start - column * ASIDE, (size[0] * ASIDE, ASIDE)
+    first = tl.where(inside, first, 0)
+    return shift_of(x_at + first, y_at + first, way, way, size[1], size[0], inside, c2)
 
 
 @triton.jit
@@ -80,8 +92,10 @@ def image_ssim_fwd_kernel(
     p,
     c1,
     c2,
+    low,  # the images' value outside, or None: 0
     PIXEL: tl.constexpr, SMOOTHNESS: tl.constexpr, ORDER: tl.constexpr, OUTS: tl.constexpr, MARGIN: tl.constexpr,
-    ASIDE: tl.constexpr, RADIUS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ASIDE: tl.constexpr, RADIUS: tl.constexpr, ONE_PIXEL: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     width, height = size[0], size[1]
     lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
@@ -93,6 +107,10 @@ def image_ssim_fwd_kernel(
     if weight is not None:
         weight = _columns(weight, image, channel, column)
     inside = column < width
+    shift = _shift(x_at, y_at, start, column, size, inside, c2, ASIDE)
+    rest = shift
+    if low is not None:
+        rest = (shift[0] - 2.0 * low, shift[1])
     in_map = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
@@ -107,16 +125,16 @@ def image_ssim_fwd_kernel(
     row_start = (tl.cast(first - RADIUS, tl.int64) if WIDE else first - RADIUS) * width * ASIDE + start
     x_row, y_row = x_at + row_start, y_at + row_start
     bound = tl.where(first >= RADIUS, width, 0).to(tl.uint32)
-    x_ends = ends(x_row, column, bound, ASIDE, MARGIN, RADIUS, 1)
-    y_ends = ends(y_row, column, bound, ASIDE, MARGIN, RADIUS, 1)
+    x_ends = ends(x_row, column, bound, ASIDE, MARGIN, RADIUS, 1, low)
+    y_ends = ends(y_row, column, bound, ASIDE, MARGIN, RADIUS, 1, low)
     for row in range(first - RADIUS, last + RADIUS):
         x_outer, y_outer, within = x_ends, y_ends, bound
         bound = tl.where((row >= -1) & (row + 1 < height), width, 0).to(tl.uint32)
-        x_ends = ends(x_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1)
-        y_ends = ends(y_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1)
-        x_window = window(x_row, column, within, x_outer, ASIDE, MARGIN, RADIUS, 1)
-        y_window = window(y_row, column, within, y_outer, ASIDE, MARGIN, RADIUS, 1)
-        moments, moving = next_moments(moving, x_window, y_window, taps, MARGIN, RADIUS, 1)
+        x_ends = ends(x_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1, low)
+        y_ends = ends(y_row + width * ASIDE, column, bound, ASIDE, MARGIN, RADIUS, 1, low)
+        x_window = window(x_row, column, within, x_outer, ASIDE, MARGIN, RADIUS, 1, low)
+        y_window = window(y_row, column, within, y_outer, ASIDE, MARGIN, RADIUS, 1, low)
+        moments, moving = next_moments(moving, x_window, y_window, shift, taps, MARGIN, RADIUS, 1)
         x_row += width * ASIDE
         y_row += width * ASIDE
         at = row - RADIUS
@@ -133,12 +151,13 @@ def image_ssim_fwd_kernel(
                 terms = smoothness_terms(y_ptr, guide, weight, unit, spot, size, inside, SMOOTHNESS, ORDER, 2)
                 sums = added(sums, terms)
             if (at >= MARGIN) & (at < height - MARGIN):
-                w = 1.0
+                w, taken = (1.0,), moments
                 if map_weight[0] is not None:
                     there = w_at + tl.cast(at - MARGIN, tl.int64) * map_weight[3]
-                    w = tl.load(there, mask=in_map, other=0.0).to(tl.float32)
+                    w = (tl.load(there, mask=in_map, other=0.0).to(tl.float32),)
+                    taken = counted(moments, w, 1)
                 to = partials_ptr + tl.cast(at - MARGIN, tl.int64) * lanes[1] + map_lane
-                lost = map_loss(moments, (w,), to, step, in_map, c1, c2, False, KEEP, 1)
+                lost = map_loss(taken, rest, w, to, step, in_map, c1, c2, False, ONE_PIXEL, KEEP, 1)
                 of_map += tl.where(in_map, lost, 0.0)
     _store_sums(out_ptr, of_pixels, sums, of_map, OUTS)
 
@@ -160,8 +179,10 @@ def image_ssim_bwd_kernel(
     channels,
     rows,
     p,
+    c2,
     PIXEL: tl.constexpr, SMOOTHNESS: tl.constexpr, ORDER: tl.constexpr, OUTS: tl.constexpr, MARGIN: tl.constexpr,
-    ASIDE: tl.constexpr, RADIUS: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+    ASIDE: tl.constexpr, RADIUS: tl.constexpr, WEIGHTED: tl.constexpr, KEPT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     width, height = size[0], size[1]
     lane, image, channel, column = lane_of(channels, width, lanes[0], ASIDE, WIDE, 1, BLOCK)
@@ -173,6 +194,7 @@ def image_ssim_bwd_kernel(
     if weight is not None:
         weight = _columns(weight, image, channel, column)
     inside = column < width
+    shift = _shift(x_at, y_at, start, column, size, inside, c2, ASIDE)
     map_lane = map_lane_of(lane, width, MARGIN, ASIDE)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes[1]
     none = nothing(RADIUS, 1, BLOCK)
@@ -199,7 +221,10 @@ def image_ssim_bwd_kernel(
             spot = _spot(column, tl.cast(at, tl.int64) if WIDE else at, start, size)
             x = tl.load(x_at + spot[0], mask=inside, other=0.0).to(tl.float32)
             y = tl.load(y_at + spot[0], mask=inside, other=0.0).to(tl.float32)
-            by_a, by_d = 2.0 * (x + y) * p_aa[0], 2.0 * (x - y) * p_dd[0]
+            a, d = shifted((x,), (y,), shift)
+            if WEIGHTED:  # NaN that no weight sees has partials of 0; where one does, they are NaN
+                a, d = finite(a), finite(d)
+            by_a, by_d = 2.0 * a[0] * p_aa[0], 2.0 * d[0] * p_dd[0]
             pulled = tl.zeros((BLOCK,), tl.float32)
             if PIXEL != "":
                 pulled = tl.load(grad_ptr) * slope(y - x, p, PIXEL)

@@ -2,13 +2,13 @@
 
 With G the window, a = x + y and d = x - y (x the image, y the prediction):
 
-    ma = G a, md = G d, va = G a^2 - ma^2, vd = G d^2 - md^2
+    ma = G a, md = G d, va = G (a - sa)^2 - (ma - sa)^2, vd = G (d - sd)^2 - (md - sd)^2    sa, sd: what cancels there
     l = md^2 / ((ma^2 + md^2) / 2 + C1), s = vd / ((va + vd) / 2 + C2)      one minus luminance, minus structure
     loss = l + s - l s                                                      one minus SSIM
 
-    p_aa, p_dd, p_a, p_d    d loss / d (G a^2, G d^2, ma, md)               the partials
-    grad x = G (p_a + p_d) + 2 a G p_aa + 2 d G p_dd
-    grad y = G (p_a - p_d) + 2 a G p_aa - 2 d G p_dd
+    p_aa, p_dd, p_a, p_d    d loss / d (G (a - sa)^2, G (d - sd)^2, ma, md)     the partials
+    grad x = G (p_a + p_d) + 2 (a - sa) G p_aa + 2 (d - sd) G p_dd
+    grad y = G (p_a - p_d) + 2 (a - sa) G p_aa - 2 (d - sd) G p_dd
 
 A lane is two adjacent columns of one plane (one where they cannot be read as one number); a program walks its lanes
 down a stretch of rows. Along x the window is read as shifted loads, which the L1 cache serves, since of the next row
@@ -33,7 +33,9 @@ from torch import Tensor
 from .common import REDUCE_PROGRAMS, AotCase, on_device
 from .ssim_sweep import (
     at_column,
+    counted,
     ends,
+    finite,
     lane_of,
     load_lane,
     map_lane_of,
@@ -42,6 +44,8 @@ from .ssim_sweep import (
     next_moments,
     nothing,
     partial_ends,
+    shift_of,
+    shifted,
     store_lane,
     window,
 )  # fmt: skip
@@ -68,9 +72,11 @@ def _ssim_fwd_kernel(
     rows,
     c1,
     c2,
+    low,  # the images' value outside, or None: 0
     MARGIN: tl.constexpr,
     RADIUS: tl.constexpr,
     STRUCTURE: tl.constexpr,
+    ONE_PIXEL: tl.constexpr,
     KEEP: tl.constexpr,
     ASIDE: tl.constexpr,
     X_STEP: tl.constexpr,
@@ -84,6 +90,13 @@ def _ssim_fwd_kernel(
     inside = column.to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     if weight[0] is not None:
         w_at = at_column(weight, image, channel, column)
+    shift = shift_of(
+        at_column(x, image, channel, column * 0), at_column(y, image, channel, column * 0), (x[3], x[4]), (y[3], y[4]),
+        height, width, inside, c2,
+    )  # fmt: skip
+    rest = shift
+    if low is not None:
+        rest = (shift[0] - 2.0 * low, shift[1])
     column += MARGIN
     x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes
@@ -94,28 +107,29 @@ def _ssim_fwd_kernel(
     last = tl.minimum(first + rows, height - MARGIN)
     x_at, y_at = x_at + (first - RADIUS) * x[3], y_at + (first - RADIUS) * y[3]
     bound = tl.where(first >= RADIUS, width, 0).to(tl.uint32)
-    x_ends = ends(x_at, column, bound, X_STEP, MARGIN, RADIUS, SIDE)
-    y_ends = ends(y_at, column, bound, Y_STEP, MARGIN, RADIUS, SIDE)
+    x_ends = ends(x_at, column, bound, X_STEP, MARGIN, RADIUS, SIDE, low)
+    y_ends = ends(y_at, column, bound, Y_STEP, MARGIN, RADIUS, SIDE, low)
     for row in range(first - RADIUS, last + RADIUS):
         x_outer, y_outer, here = x_ends, y_ends, bound
         bound = tl.where((row >= -1) & (row + 1 < height), width, 0).to(tl.uint32)
-        x_ends = ends(x_at + x[3], column, bound, X_STEP, MARGIN, RADIUS, SIDE)
-        y_ends = ends(y_at + y[3], column, bound, Y_STEP, MARGIN, RADIUS, SIDE)
-        x_row = window(x_at, column, here, x_outer, X_STEP, MARGIN, RADIUS, SIDE)
-        y_row = window(y_at, column, here, y_outer, Y_STEP, MARGIN, RADIUS, SIDE)
-        moments, sums = next_moments(sums, x_row, y_row, taps, MARGIN, RADIUS, SIDE)
+        x_ends = ends(x_at + x[3], column, bound, X_STEP, MARGIN, RADIUS, SIDE, low)
+        y_ends = ends(y_at + y[3], column, bound, Y_STEP, MARGIN, RADIUS, SIDE, low)
+        x_row = window(x_at, column, here, x_outer, X_STEP, MARGIN, RADIUS, SIDE, low)
+        y_row = window(y_at, column, here, y_outer, Y_STEP, MARGIN, RADIUS, SIDE, low)
+        moments, sums = next_moments(sums, x_row, y_row, shift, taps, MARGIN, RADIUS, SIDE)
         x_at += x[3]
         y_at += y[3]
         at = row - RADIUS - MARGIN
         if at + MARGIN >= first:
-            w = (1.0, 1.0)
+            w, taken = (1.0, 1.0), moments
             if weight[0] is not None:
                 w_here = w_at + at * weight[3]
                 w_first = tl.load(w_here, mask=inside, other=0.0).to(tl.float32)
                 w_second = tl.load(w_here + weight[4] * (SIDE - 1), mask=inside, other=0.0).to(tl.float32)
                 w = (w_first, w_second)
+                taken = counted(moments, w, SIDE)
             to = partials_ptr + at * lanes + lane
-            total += map_loss(moments, w, to, step, inside, c1, c2, STRUCTURE, KEEP, SIDE)
+            total += map_loss(taken, rest, w, to, step, inside, c1, c2, STRUCTURE, ONE_PIXEL, KEEP, SIDE)
     lanes, lane = lanes // SIDE, lane // SIDE
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
@@ -131,8 +145,10 @@ def _ssim_bwd_kernel(
     taps,  # of the pixels 0 .. RADIUS away
     size,  # channels, height, width, elements of a row of the images and of the map
     rows,
+    c2,
     MARGIN: tl.constexpr,
     RADIUS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     KEPT: tl.constexpr,
     ASIDE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -143,6 +159,10 @@ def _ssim_bwd_kernel(
     lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, SIDE, BLOCK)
     inside = column.to(tl.uint32) < tl.cast(width, tl.uint32)
     x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
+    shift = shift_of(
+        at_column(x, image, channel, column * 0), at_column(y, image, channel, column * 0), (x[3], x[4]), (y[3], y[4]),
+        height, width, inside, c2,
+    )  # fmt: skip
     upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
     step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
     map_column = column - MARGIN
@@ -171,8 +191,11 @@ def _ssim_bwd_kernel(
         if at >= first:
             p_aa, p_dd, p_x, p_y = filtered
             of_x, of_y = (), ()
+            a, d = shifted(x_row, y_row, shift)
+            if WEIGHTED:  # NaN that no weight sees has partials of 0; where one does, they are NaN
+                a, d = finite(a), finite(d)
             for j in tl.static_range(SIDE):
-                by_a, by_d = 2.0 * (x_row[j] + y_row[j]) * p_aa[j], 2.0 * (x_row[j] - y_row[j]) * p_dd[j]
+                by_a, by_d = 2.0 * a[j] * p_aa[j], 2.0 * d[j] * p_dd[j]
                 of_x = of_x + (upstream * (p_x[j] + by_a + by_d),)  # type: ignore[assignment]
                 of_y = of_y + (upstream * (p_y[j] + by_a - by_d),)  # type: ignore[assignment]
             if x_grad[0] is not None:
@@ -182,9 +205,14 @@ def _ssim_bwd_kernel(
 
 
 def taps_of(window: int, sigma: float) -> tuple[float, ...]:
-    exact = [math.exp(k * k / (-2 * sigma * sigma)) for k in range(window // 2 + 1)]
+    exact = [math.exp(-0.5 * (k / sigma) * (k / sigma)) for k in range(window // 2 + 1)]
     total = exact[0] + 2 * sum(exact[1:])
     return tuple(tap / total for tap in exact)
+
+
+def one_pixel(taps: tuple[float, ...]) -> bool:
+    """Whether the middle of a window rounds to 1, so that nothing else counts: variances are 0, exactly."""
+    return taps[0] > 1 - 2**-25
 
 
 def strided(tensor: Tensor | None) -> tuple:
@@ -222,7 +250,7 @@ def layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
 
 def ssim_fwd(
     image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, sigma: float, same: bool, c1: float,
-    c2: float, structure_only: bool, keep: int,
+    c2: float, low: float, structure_only: bool, keep: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     margin = 0 if same else window // 2
     size, aside, _ = layout(image, margin)
@@ -235,12 +263,12 @@ def ssim_fwd(
     lanes = map_lanes // side
     rows = stretch(height - 2 * margin, lanes)
     stretches = triton.cdiv(height - 2 * margin, rows)
-    sums = image.new_empty((stretches, lanes), dtype=torch.float32)
+    sums, taps = image.new_empty((stretches, lanes), dtype=torch.float32), taps_of(window, sigma)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, PAIRS), stretches)](
-            strided(image), strided(image_pred), strided(weight), sums, partials, taps_of(window, sigma), size, rows,
-            c1, c2, margin, window // 2, structure_only, keep, aside, image.stride(3), image_pred.stride(3),
-            map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
+            strided(image), strided(image_pred), strided(weight), sums, partials, taps, size, rows, c1, c2,
+            low or None, margin, window // 2, structure_only, one_pixel(taps), keep, aside, image.stride(3),
+            image_pred.stride(3), map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
         )  # fmt: skip
     if aside > 1:
         return sums.view(stretches, -1, width - 2 * margin, channels).sum((0, 2)), partials
@@ -249,12 +277,12 @@ def ssim_fwd(
 
 def ssim_bwd(
     grad: Tensor, partials: Tensor, image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int,
-    sigma: float, same: bool, c1: float, c2: float, structure_only: bool, keep: int, needs_image: bool,
+    sigma: float, same: bool, c1: float, c2: float, low: float, structure_only: bool, keep: int, needs_image: bool,
     needs_image_pred: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if not keep:  # nobody asked for a gradient when the forward ran
         keep = needs_image + 2 * needs_image_pred
-        _, partials = ssim_fwd(image, image_pred, weight, window, sigma, same, c1, c2, structure_only, keep)
+        _, partials = ssim_fwd(image, image_pred, weight, window, sigma, same, c1, c2, low, structure_only, keep)
     x_grad = torch.empty_like(image) if needs_image else None
     y_grad = torch.empty_like(image_pred) if needs_image_pred else None
     margin = 0 if same else window // 2
@@ -266,7 +294,7 @@ def ssim_bwd(
         with on_device(image):
             _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size[1], rows))](
                 grad.contiguous(), strided(image), strided(image_pred), strided(x_grad), strided(y_grad),
-                partials, taps_of(window, sigma), size, rows, margin, window // 2, keep, aside,
+                partials, taps_of(window, sigma), size, rows, c2, margin, window // 2, weight is not None, keep, aside,
                 size[3] >= WIDE_LANES, side, PAIRS, **SWEEP,
             )  # fmt: skip
     none = image.new_empty(0)
@@ -277,7 +305,8 @@ def aot_cases() -> Iterator[AotCase]:
     """Every dtype, both paddings, with and without weight, one gradient or both; other windows and layouts."""
 
     def case(label: str, image: Tensor, weight: Tensor | None, keep: int, **changed: Any) -> Iterator[AotCase]:
-        o = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "structure_only": False} | changed
+        o = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "low": 0.0, "structure_only": False}
+        o |= changed
         cut = 0 if o["same"] else o["window"] - 1
         map_lanes = image.shape[0] * image.shape[1] * (image.shape[3] - cut)
         partials = torch.empty((3 + (keep == 3), image.shape[2] - cut, map_lanes), device="meta")
@@ -297,6 +326,8 @@ def aot_cases() -> Iterator[AotCase]:
     image, odd = meta(2, 3, 64, 64), meta(1, 3, 33, 65)
     yield from case("odd, valid, weight", odd, meta(1, 3, 23, 55), 3, same=False)
     yield from case("weight of an image", image, meta(2, 1, 64, 64).expand(2, 3, 64, 64), 2)
+    yield from case("low", image, None, 3, low=-1.0)
+    yield from case("low, weight", odd, meta(1, 1, 33, 65).expand(1, 3, 33, 65), 2, low=-1.0)
     yield from case("structure", image, None, 3, structure_only=True)
     yield from case("channels last", image.contiguous(memory_format=torch.channels_last), None, 3)
     yield from case("window 1", odd, None, 3, window=1)

@@ -42,8 +42,19 @@ def at_column(tensor, image, channel, column):
 
 
 @triton.jit
-def load_lane(at, inside, SIDE: tl.constexpr):
-    """The SIDE elements of a lane as float32, zeros outside."""
+def load_lane(at, inside, SIDE: tl.constexpr, low=None):
+    """The SIDE elements of a lane as float32, `low` outside, or zeros."""
+    values = _load_lane(at, inside, SIDE)
+    if low is None:
+        return values
+    elif SIDE == 1:
+        return (tl.where(inside, values[0], low),)
+    else:
+        return tl.where(inside, values[0], low), tl.where(inside, values[1], low)
+
+
+@triton.jit
+def _load_lane(at, inside, SIDE: tl.constexpr):
     kind: tl.constexpr = at.dtype.element_ty
     if SIDE == 1:
         return (tl.load(at, mask=inside, other=0.0).to(tl.float32),)
@@ -73,28 +84,31 @@ def store_lane(at, values, inside, SIDE: tl.constexpr):
 
 
 @triton.jit
-def ends(at, column, bound, STEP: tl.constexpr, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr):
+def ends(
+    at, column, bound, STEP: tl.constexpr, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr, low=None
+):
     """The first and the last lane of a row's windows around `column`, MARGIN columns from an even one."""
     before: tl.constexpr = -RADIUS - (MARGIN + RADIUS) % SIDE
     after: tl.constexpr = before + (RADIUS - before + SIDE - 1) // SIDE * SIDE
-    first = load_lane(at + before * STEP, (column + before).to(tl.uint32) < bound, SIDE)
+    first = load_lane(at + before * STEP, (column + before).to(tl.uint32) < bound, SIDE, low)
     if after == before:
         return first, first
     else:
-        return first, load_lane(at + after * STEP, (column + after).to(tl.uint32) < bound, SIDE)
+        return first, load_lane(at + after * STEP, (column + after).to(tl.uint32) < bound, SIDE, low)
 
 
 @triton.jit
 def window(
-    at, column, bound, outer, STEP: tl.constexpr, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr
-):
-    """All columns of a row's windows, of which `outer` are the ends."""
+    at, column, bound, outer, STEP: tl.constexpr, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr,
+    low=None,
+):  # fmt: skip
+    """All columns of a row's windows, of which `outer` are the ends; `low` outside the image, or zeros."""
     before: tl.constexpr = -RADIUS - (MARGIN + RADIUS) % SIDE
     last: tl.constexpr = (RADIUS - before + SIDE - 1) // SIDE
     values = outer[0]
     for k in tl.static_range(1, last):
         off = before + k * SIDE
-        values = values + load_lane(at + off * STEP, (column + off).to(tl.uint32) < bound, SIDE)
+        values = values + load_lane(at + off * STEP, (column + off).to(tl.uint32) < bound, SIDE, low)
     if last > 0:
         values = values + outer[1]
     return values
@@ -150,36 +164,91 @@ def nothing(RADIUS: tl.constexpr, SIDE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _combined(a, b, KIND: tl.constexpr):
+def _nearest(value, found, least):
+    """`value` where it is nearer to 0 than what was found, and how near the nearest is. Never NaN nor infinite."""
+    nearer = tl.abs(value) < least
+    return tl.where(nearer, value, found), tl.where(nearer, tl.abs(value), least)
+
+
+@triton.jit
+def shift_of(x_at, y_at, x_way, y_way, height, width, inside, c2):
+    """What is subtracted from x + y and x - y before they are squared: what a plane's images have in common, by four
+    of its pixels, whose first is at x_at and y_at; the ways are those to the next row and column.
+
+    It is the sample nearest to 0, so that no single pixel can cost the others their digits; 0 where nothing would
+    cancel: then images that are equal in a place have a loss and a gradient of exactly 0 there.
+    """
+    a, d = tl.zeros(inside.shape, tl.float32), tl.zeros(inside.shape, tl.float32)
+    least_a, least_d = a + float("inf"), d + float("inf")
+    for i in tl.static_range(4):
+        row = (i // 2 * 2 + 1) * tl.cast(height, tl.int64) // 4
+        column = (i % 2 * 2 + 1) * tl.cast(width, tl.int64) // 4
+        x = tl.load(x_at + (row * x_way[0] + column * x_way[1]), mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(y_at + (row * y_way[0] + column * y_way[1]), mask=inside, other=0.0).to(tl.float32)
+        a, least_a = _nearest(x + y, a, least_a)
+        d, least_d = _nearest(x - y, d, least_d)
+    return tl.where(least_a * least_a > 4096.0 * c2, a, 0.0), tl.where(least_d * least_d > 4096.0 * c2, d, 0.0)
+
+
+@triton.jit
+def shifted(x, y, shift):
+    """x + y and x - y minus the shift: exact where both images are near half of it."""
+    a, d = (), ()
+    for i in tl.static_range(len(x)):
+        a, d = a + ((x[i] - shift[0]) + y[i],), d + ((x[i] - y[i]) - shift[1],)  # type: ignore[assignment]
+    return a, d
+
+
+@triton.jit
+def finite(values):
+    """0 for what is not finite."""
     new = ()
-    for i in tl.static_range(len(a)):
-        if KIND == "+":
-            new = new + (a[i] + b[i],)  # type: ignore[assignment]
-        elif KIND == "-":
-            new = new + (a[i] - b[i],)  # type: ignore[assignment]
-        else:
-            new = new + (a[i] * b[i],)  # type: ignore[assignment]
+    for i in tl.static_range(len(values)):
+        new = new + (tl.where(values[i] - values[i] == 0, values[i], 0.0),)  # type: ignore[assignment]
     return new
 
 
 @triton.jit
-def next_moments(sums, x, y, taps, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr):
+def _squared(a):
+    new = ()
+    for i in tl.static_range(len(a)):
+        new = new + (a[i] * a[i],)  # type: ignore[assignment]
+    return new
+
+
+@triton.jit
+def next_moments(sums, x, y, shift, taps, MARGIN: tl.constexpr, RADIUS: tl.constexpr, SIDE: tl.constexpr):
     """Windows of a row of both images taken in: the moments ma, md, G a^2, G d^2 it completes, new sums."""
-    a, d = _combined(x, y, "+"), _combined(x, y, "-")
+    a, d = shifted(x, y, shift)
     ma, mean_a = take_row(sums[0], a, taps, MARGIN, RADIUS, SIDE)
     md, mean_d = take_row(sums[1], d, taps, MARGIN, RADIUS, SIDE)
-    saa, square_a = take_row(sums[2], _combined(a, a, "*"), taps, MARGIN, RADIUS, SIDE)
-    sdd, square_d = take_row(sums[3], _combined(d, d, "*"), taps, MARGIN, RADIUS, SIDE)
+    saa, square_a = take_row(sums[2], _squared(a), taps, MARGIN, RADIUS, SIDE)
+    sdd, square_d = take_row(sums[3], _squared(d), taps, MARGIN, RADIUS, SIDE)
     return (ma, md, saa, sdd), (mean_a, mean_d, square_a, square_d)
 
 
 @triton.jit
-def _map_loss(ma, md, saa, sdd, w, c1, c2, STRUCTURE: tl.constexpr):
-    """w times one minus SSIM; its partials p_aa, p_dd, p_a + p_d, p_a - p_d."""
-    maa, mdd = ma * ma, md * md
-    va, vd = saa - maa, sdd - mdd
+def counted(moments, w, SIDE: tl.constexpr):
+    """The moments where the weights are not 0: what does not count may be NaN."""
+    new = ()
+    for k in tl.static_range(4):
+        each = ()
+        for j in tl.static_range(SIDE):
+            each = each + (tl.where(w[j] == 0, 0.0, moments[k][j]),)  # type: ignore[assignment]
+        new = new + (each,)  # type: ignore[assignment]
+    return new
+
+
+@triton.jit
+def _map_loss(ma, md, saa, sdd, rest, w, c1, c2, STRUCTURE: tl.constexpr, ONE_PIXEL: tl.constexpr):
+    """w times one minus SSIM; its partials p_aa, p_dd, p_a + p_d, p_a - p_d. `rest`: what the shifted means lack."""
+    va, vd = saa - ma * ma, sdd - md * md
     per_s = 1.0 / (0.5 * (va + vd) + c2)
+    if ONE_PIXEL:
+        per_s = tl.zeros_like(per_s)
     form = vd * per_s
+    whole_a, whole_d = ma + rest[0], md + rest[1]
+    maa, mdd = whole_a * whole_a, whole_d * whole_d
     if STRUCTURE:
         per_l = tl.zeros_like(form)
     else:
@@ -187,18 +256,21 @@ def _map_loss(ma, md, saa, sdd, w, c1, c2, STRUCTURE: tl.constexpr):
     light = mdd * per_l
     by_s, by_l = w * (1.0 - light) * per_s, w * (1.0 - form) * per_l
     p_aa, p_dd = -0.5 * form * by_s, by_s * (1.0 - 0.5 * form)
-    p_a = 2.0 * ma * (-0.5 * light * by_l - p_aa)
-    p_d = 2.0 * md * (by_l * (1.0 - 0.5 * light) - p_dd)
+    p_a = 2.0 * (whole_a * (-0.5 * light * by_l) - ma * p_aa)
+    p_d = 2.0 * (whole_d * (by_l * (1.0 - 0.5 * light)) - md * p_dd)
     return (light + form - light * form) * w, (p_aa, p_dd, p_a + p_d, p_a - p_d)
 
 
 @triton.jit
-def map_loss(moments, w, to, step, inside, c1, c2, STRUCTURE: tl.constexpr, KEEP: tl.constexpr, SIDE: tl.constexpr):
+def map_loss(
+    moments, rest, w, to, step, inside, c1, c2, STRUCTURE: tl.constexpr, ONE_PIXEL: tl.constexpr, KEEP: tl.constexpr,
+    SIDE: tl.constexpr,
+):  # fmt: skip
     """w times one minus SSIM of a row, summed over a lane; its partials go to `to`, a map lies `step` from the next."""
     ma, md, saa, sdd = moments
-    total, made = _map_loss(ma[0], md[0], saa[0], sdd[0], w[0], c1, c2, STRUCTURE)
+    total, made = _map_loss(ma[0], md[0], saa[0], sdd[0], rest, w[0], c1, c2, STRUCTURE, ONE_PIXEL)
     if SIDE == 2:
-        more, other = _map_loss(ma[1], md[1], saa[1], sdd[1], w[1], c1, c2, STRUCTURE)
+        more, other = _map_loss(ma[1], md[1], saa[1], sdd[1], rest, w[1], c1, c2, STRUCTURE, ONE_PIXEL)
         total += more
     else:
         other = made

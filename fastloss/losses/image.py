@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -22,7 +23,9 @@ from .smoothness import (
     smoothness_mean,
     smoothness_reference,
 )
-from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, check_ssim_options, check_window_fits, ssim_loss, ssim_reference
+from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, map_weight, ssim_loss
+from .ssim_checks import NegativeImages, check_ssim_options, check_window_fits
+from .ssim_reference import ssim_reference
 
 SIGNS = 4  # of `keep`, see _image_fwd
 _OPTIONS = {
@@ -47,10 +50,10 @@ def image_reference(
     """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
 
     `kinds`: "pixel,smoothness", empty where off; `numbers`: the pixel loss's parameter, the order of the smoothness,
-    and of SSIM window (0: off), sigma, whether the padding is "same", c1 and c2.
+    and of SSIM window (0: off), sigma, whether the padding is "same", c1, c2 and the value that images begin at.
     """
     pixel, smoothness = kinds.split(",")
-    p, order, window, sigma, same, c1, c2 = numbers
+    p, order, window, sigma, same, c1, c2, low = numbers
     dtype = result_dtype(image, image_pred)
     sums = [image_pred.new_zeros(1, dtype=dtype)] * 3
     if pixel:
@@ -60,7 +63,7 @@ def image_reference(
     else:
         sums[1] = image_pred.new_zeros(image_pred.ndim - 2, dtype=dtype)
     if window:
-        args = (int(window), sigma, same != 0, c1, c2, False)
+        args = (int(window), sigma, same != 0, c1, c2, low, False)
         sums[2] = ssim_reference(image, image_pred, ssim_weight, *args).sum().reshape(1)
     return torch.cat(sums)
 
@@ -172,7 +175,8 @@ def image_loss(
         ssim: the weight of :func:`ssim_loss`; None (the default): off. At least one part must be on.
         pixel_options: further options of the part: ``weight`` (a map), ``eps``, ``delta``.
         smoothness_options: ``order``, ``guide``, ``weight``.
-        ssim_options: ``window``, ``sigma``, ``data_range``, ``padding``, ``k1``, ``k2``, ``weight``.
+        ssim_options: ``window``, ``sigma``, ``data_range``, ``padding``, ``k1``, ``k2``, ``weight``. For images in
+            [-1, 1] pass ``data_range=(-1, 1)``, see :func:`ssim_loss`.
 
     Returns:
         ``(total, parts)``, a named tuple. `total` is a float32 scalar (float64 for float64 inputs) with the gradients;
@@ -230,7 +234,7 @@ def _in_one_pass(
     image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
 ) -> dict[str, Tensor]:
     """The same values from one op, which returns the sum of every part, where a kernel takes it."""
-    names, numbers, maps = ["", ""], [0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0], dict.fromkeys(weights)
+    names, numbers, maps = ["", ""], [0.0, 1.0, *[0.0] * 6], dict.fromkeys(weights)
     guide = more["smoothness"].get("guide")
     p, order = check_distance(distances.get("smoothness", 1), more["smoothness"].get("order", 1))
     counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
@@ -313,19 +317,19 @@ def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], li
 
 
 def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:
-    """(window, sigma, whether the padding is "same", c1, c2), the weight of the map, how many elements the map has."""
+    """(window, sigma, whether the padding is "same", c1, c2, low), the weight of the map, how many elements it has."""
     check_tensor("image", image, 4)
     o = {"window": 11, "sigma": 1.5, "data_range": 1.0, "padding": "same", "k1": 0.01, "k2": 0.03, **options}
-    weight = _expanded(o.pop("weight", None), image)
-    window, sigma, same, c1, c2 = check_ssim_options(**o)
+    weight = o.pop("weight", None)
+    window, sigma, same, *numbers = check_ssim_options(**o, dtype=result_dtype(image, image_pred))
     if not same:
         check_window_fits(image, window, 1)
+    NegativeImages.warn_once(image, o["data_range"])
     cut = 0 if same else window // 2
-    height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
+    shape = (*image.shape[:2], image.shape[2] - 2 * cut, image.shape[3] - 2 * cut)
     if weight is not None:
-        weight = weight[:, :, cut : cut + height, cut : cut + width]
-    count = image.shape[0] * image.shape[1] * height * width
-    return [float(window), sigma, float(same), c1, c2], weight, count
+        weight = map_weight(weight, image, cut).expand(shape)
+    return [float(window), sigma, float(same), *numbers], weight, math.prod(shape)
 
 
 def _expanded(weight: Any, image: Tensor) -> Tensor | None:

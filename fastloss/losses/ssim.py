@@ -9,81 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import (
-    check_choice,
-    check_integer,
-    check_number,
-    check_numbers,
-    check_same_shape,
-    check_tensor,
-    check_weight,
-)
-from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce, result_dtype
+from ..checks import check_numbers, check_weight
+from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype, transformed
 from ..inference import takes_inference_tensors
 from ..traced import number
+from .map_weights import over_weights
+from .ssim_checks import NegativeImages, check_pair, check_ssim_options, check_window_fits
+from .ssim_reference import ssim_reference
 
-PADDINGS = ("same", "valid")
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
 KEEP_GRADIENTS = 8  # of `keep`, see _ssim_fwd
+LARGE_WEIGHT = 1e25  # the sum of as many smaller ones as memory holds fits float32
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-
-
-def _gaussian(window: int, sigma: float, like: Tensor) -> Tensor:
-    """The window's taps, rounded once, made on the device: a copy from the host would wait and break CUDA graphs."""
-    exact = torch.float32 if like.device.type == "mps" else torch.float64  # mps has no float64
-    x = torch.arange(window, device=like.device, dtype=exact) - window // 2
-    g = torch.exp(x * x / (-2 * sigma * sigma))
-    return (g / g.sum()).to(like.dtype)
-
-
-def ssim_distances(
-    image: Tensor,
-    image_pred: Tensor,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-) -> tuple[Tensor, Tensor]:
-    """One minus the luminance and one minus the contrast-structure map, in float32 (float64 for float64).
-
-    Four moments do: means and variances of a = x + y and d = x - y, for mx^2 + my^2 = (ma^2 + md^2) / 2 and
-    2 mx my = (ma^2 - md^2) / 2, and likewise for the variances. So nothing cancels where the images are close.
-    """
-    dtype = result_dtype(image, image_pred)
-    x, y = image.to(dtype), image_pred.to(dtype)
-    a, d = x + y, x - y
-    channels = 4 * x.shape[1]  # all four moments as channels: at least 4 groups, which CUDA never gives to TF32
-    g = _gaussian(window, sigma, x)
-    pad = window // 2 if same else 0
-    with full_precision(x):  # a half-precision convolution would lose the variances
-        moments = torch.cat([a, d, a * a, d * d], 1)
-        moments = F.conv2d(moments, g.view(1, 1, -1, 1).expand(channels, 1, -1, 1), padding=(pad, 0), groups=channels)
-        moments = F.conv2d(moments, g.view(1, 1, 1, -1).expand(channels, 1, 1, -1), padding=(0, pad), groups=channels)
-    mean_a, mean_d, square_a, square_d = moments.chunk(4, 1)
-    mean_aa, mean_dd = mean_a * mean_a, mean_d * mean_d
-    var_a, var_d = square_a - mean_aa, square_d - mean_dd
-    return mean_dd / (0.5 * (mean_aa + mean_dd) + c1), var_d / (0.5 * (var_a + var_d) + c2)
-
-
-def ssim_reference(
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    structure_only: bool,
-    keep: int = 0,
-) -> Tensor:
-    """The definition: (weighted) sums of 1 - SSIM, or of one minus its contrast-structure term alone, ``[N, C]``."""
-    luminance, structure = ssim_distances(image, image_pred, window, sigma, same, c1, c2)
-    loss = structure if structure_only else luminance + structure - luminance * structure
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
-    return loss.flatten(2).sum(2)
 
 
 def _ssim_fwd(
@@ -95,6 +32,7 @@ def _ssim_fwd(
     same: bool,
     c1: float,
     c2: float,
+    low: float,
     structure_only: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
@@ -123,6 +61,7 @@ def _ssim_bwd(
     same: bool,
     c1: float,
     c2: float,
+    low: float,
     structure_only: bool,
     keep: int,
     needs_image: bool,
@@ -144,6 +83,7 @@ def _kernels_take(
     same: bool,
     c1: float,
     c2: float,
+    low: float,
     structure_only: bool,
     keep: int = 0,
 ) -> bool:
@@ -170,6 +110,26 @@ def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
     return _ssim(image, image_pred, *options, keep)
 
 
+def _no_sums(image: Tensor, image_pred: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of empty images: 0 for each, within the graph."""
+    return (image * image_pred).to(dtype).sum((1, 2, 3))
+
+
+def map_weight(weight: Tensor, image: Tensor, cut: int) -> Tensor:
+    """The weights of the SSIM map, 4-D: broadcast over its height and width, but not over the batch and channels."""
+    check_weight("weight", weight, "image", image)
+    height, width = image.shape[2:]
+    weight = weight.reshape((1,) * (4 - weight.ndim) + weight.shape).expand(-1, -1, height, width)
+    weight = weight[:, :, cut : height - cut, cut : width - cut]
+    if weight.dtype in (torch.bool, torch.float16) or weight.numel() == 0:
+        return weight
+    largest = weight.amax()  # a mean is the same with weights by the largest one; their sum must fit float32
+    looks = weight.device.type == "cpu" and type(weight) is Tensor and not torch.compiler.is_compiling()
+    if looks and not transformed() and largest.item() < LARGE_WEIGHT:
+        return weight
+    return weight * torch.where(largest < LARGE_WEIGHT, 1.0, 1 / largest)
+
+
 @takes_inference_tensors
 def ssim_loss(
     image: Tensor,
@@ -177,7 +137,7 @@ def ssim_loss(
     *,
     window: int = 11,
     sigma: float = 1.5,
-    data_range: float = 1.0,
+    data_range: float | Sequence[float] = 1.0,
     padding: str = "same",
     k1: float = 0.01,
     k2: float = 0.03,
@@ -191,25 +151,33 @@ def ssim_loss(
         SSIM = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),    loss = 1 - mean SSIM
 
     Args:
-        image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
         image_pred: prediction of the same shape. Both may need gradients.
-        window: side of the Gaussian window in pixels, odd. Above 11 the reference runs instead of the kernels.
+        window: side of the Gaussian window in pixels, odd, at most 65535. Above 11 the reference runs instead of the
+            kernels. Of a window of one pixel (1, or a `sigma` below 0.166) only the luminance term is left.
         sigma: its standard deviation in pixels, > 0.
-        data_range: largest value minus smallest that images can have (1 for [0, 1], 2 for [-1, 1]), > 0.
+        data_range: ``(low, high)``, the least and the largest value that images can have: SSIM is that of the images
+            minus `low`, in a range of high - low. Or a number > 0, for images from 0 up to it. **Images in [-1, 1]
+            need** ``data_range=(-1, 1)``: with 2 an image and its negative would count as nearly alike, since SSIM
+            takes the means of images for positive. (The first call on the CPU looks, and warns of values below 0.)
         padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
-            (as pytorch-msssim), at least one must fit.
-        k1, k2: stabilisers, > 0.
-        weight: non-negative weights of the SSIM map, broadcastable to `image` (``"valid"`` uses its centre), no
-            gradient. Means become weighted sum / sum of weights, 0 if that is 0. The windows themselves are not cut.
+            (as pytorch-msssim), at least one must fit. With (low, high) it pads with `low`.
+        k1, k2: stabilisers, > 0. (k range)^2 must lie between 1e-36 and 1e36 (1e-289 and 1e289 in float64).
+        weight: non-negative weights of the SSIM map, or a mask (bool, True counts 1), broadcastable to `image`
+            (``"valid"`` uses its centre), no gradient. Means become weighted sum / sum of weights, 0 if that is 0. A
+            weight of 0 excludes: what the map is there, even NaN, has no effect on the value or a gradient. The windows
+            themselves are not cut: they see pixels up to half a window from a weighted one.
         reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
 
     Returns:
         float32 (float64 for float64 inputs), in [0, 2]: a scalar, or ``[N]``. Constant images have finite gradients.
+        Images far from 0 keep their digits: what their pixels have in common is subtracted before it is squared
+        (images of 1000 to 1001 with a data_range of 1 have a relative error below 1e-3, as those from 0 to 1).
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit (even
-            window, window larger than a ``"valid"`` image), `weight` requires a gradient, or ``"mean"`` of an empty
-            batch.
+            window, window larger than a ``"valid"`` image, low >= high), `weight` requires a gradient, or ``"mean"`` of
+            an empty batch.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004.
 
@@ -217,28 +185,30 @@ def ssim_loss(
         >>> ssim_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 3, 16, 16)).item()
         0.0
     """
-    _check_pair(image, image_pred)
-    window, sigma, same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
+    check_pair(image, image_pred)
+    dtype = result_dtype(image, image_pred)
+    window, sigma, same, c1, c2, low = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype)
     check_reduction(reduction)
     if not same:
         check_window_fits(image, window, 1)
     if reduction == "mean":
         check_not_empty(image.numel())
+    NegativeImages.warn_once(image, data_range)
     cut = 0 if same else window // 2
     height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
-    if weight is not None:
-        check_weight("weight", weight, "image", image)
-        weight = weight.expand(image.shape)[:, :, cut : cut + height, cut : cut + width]
+    mine = None if weight is None else map_weight(weight, image, cut)
     if image.numel() == 0:
-        sums = (image * image_pred).to(result_dtype(image, image_pred)).flatten(1).sum(1)
+        sums = _no_sums(image, image_pred, dtype)
     else:
-        sums = _sums(image, image_pred, weight, window, sigma, same, c1, c2, False).sum(1)
-    if weight is None:
+        spread = None if mine is None else mine.expand(*image.shape[:2], height, width)
+        sums = _sums(image, image_pred, spread, window, sigma, same, c1, c2, low, False).sum(1)
+    if mine is None:
         return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
-    counts = weight.to(sums.dtype).flatten(1).sum(1)
+    counts = mine.sum((1, 2, 3), dtype=dtype) * (image.shape[1] // max(mine.shape[1], 1))
     if reduction == "mean":
+        counts = counts.expand(image.shape[0])
         sums, counts = sums.sum(), counts.sum()
-    values = sums / torch.where(counts == 0, torch.ones_like(counts), counts)
+    values = over_weights(sums, counts)
     return values if reduction == "mean" else reduce(values, reduction)
 
 
@@ -262,7 +232,7 @@ def ms_ssim_loss(
     *,
     window: int = 11,
     sigma: float = 1.5,
-    data_range: float = 1.0,
+    data_range: float | Sequence[float] = 1.0,
     padding: str = "valid",
     k1: float = 0.01,
     k2: float = 0.03,
@@ -277,7 +247,7 @@ def ms_ssim_loss(
         loss = 1 - mean_c prod_l max(cs_l, 0)^w_l * max(ssim_last, 0)^w_last
 
     Args:
-        image: target ``[N, C, H, W]``, any floating-point dtype, values in a range `data_range` long.
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
         image_pred: prediction of the same shape. Both may need gradients.
         window, sigma, data_range, k1, k2: as in :func:`ssim_loss`, at every level.
         padding: ``"valid"`` (the default, as pytorch-msssim: the window must fit into the last level, so that 11
@@ -299,29 +269,36 @@ def ms_ssim_loss(
         >>> ms_ssim_loss(torch.ones(1, 1, 176, 176), torch.ones(1, 1, 176, 176)).item()
         0.0
     """
-    _check_pair(image, image_pred)
-    window, sigma, same, c1, c2 = check_ssim_options(window, sigma, data_range, padding, k1, k2)
+    check_pair(image, image_pred)
+    dtype = result_dtype(image, image_pred)
+    window, sigma, same, c1, c2, low = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype)
     check_reduction(reduction)
     level_weights = check_numbers("level_weights", level_weights, 0)
     if not level_weights:
         raise ValueError("level_weights: expected at least one number, got none")
     if not same:
         check_window_fits(image, window, len(level_weights))
-    dtype = result_dtype(image, image_pred)
+    if reduction == "mean":
+        check_not_empty(image.numel())
     if image.numel() == 0:
-        return reduce((image * image_pred).to(dtype).flatten(1).sum(1), reduction)
+        return reduce(_no_sums(image, image_pred, dtype), reduction)
+    NegativeImages.warn_once(image, data_range)
     x, y = image, image_pred
     score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
     last = len(level_weights) - 1
     for level, w in enumerate(level_weights):
         cut = 0 if same else window - 1
         count = (x.shape[2] - cut) * (x.shape[3] - cut)
-        sums = _sums(x, y, None, window, sigma, same, c1, c2, level < last)
+        sums = _sums(x, y, None, window, sigma, same, c1, c2, low, level < last)
         score = score * _power(1 - sums / count, w)
         if level < last:
             x, y = x.to(dtype), y.to(dtype)
             odd = (x.shape[2] % 2, x.shape[3] % 2)
+            within = torch.ones(1, 1, *x.shape[2:], dtype=dtype, device=x.device) if low and any(odd) else None
             x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
+            if low:  # the zeros of the padding are those of images that begin at 0, which these now do
+                begin = low if within is None else low * F.avg_pool2d(within, 2, padding=odd)
+                x, y, low = x - begin, y - begin, 0.0
     return reduce(1 - score.mean(1), reduction)
 
 
@@ -329,33 +306,3 @@ class MSSSIMLoss(Loss):
     """Module form of :func:`ms_ssim_loss`."""
 
     fn = staticmethod(ms_ssim_loss)
-
-
-def _check_pair(image: Tensor, image_pred: Tensor) -> None:
-    check_tensor("image", image, 4)
-    check_tensor("image_pred", image_pred, 4)
-    check_same_shape("image", image, "image_pred", image_pred)
-
-
-def check_ssim_options(
-    window: int, sigma: float, data_range: float, padding: str, k1: float, k2: float
-) -> tuple[int, float, bool, float, float]:
-    """Window and sigma, whether the padding is "same", and the two stabilising constants."""
-    window = check_integer("window", window, 1, wanted="an odd integer")
-    if window % 2 == 0:
-        raise ValueError(f"window: expected an odd integer >= 1, got {window}")
-    numbers = {"sigma": sigma, "data_range": data_range, "k1": k1, "k2": k2}
-    sigma, data_range, k1, k2 = (check_number(name, value, 0, open_low=True) for name, value in numbers.items())
-    check_choice("padding", padding, PADDINGS)
-    return window, sigma, padding == "same", (k1 * data_range) ** 2, (k2 * data_range) ** 2
-
-
-def check_window_fits(image: Tensor, window: int, levels: int) -> None:
-    """Every halving rounds up, so the last of `levels` is ceil(side / 2**(levels - 1)) pixels."""
-    height, width = (-(-side // 2 ** (levels - 1)) for side in image.shape[2:])
-    if min(height, width) < window:
-        where = "" if levels == 1 else f", which is {height} x {width} at level {levels}"
-        raise ValueError(
-            f"window: expected at most the image's sides with padding='valid', got {window} for images of "
-            f"{image.shape[2]} x {image.shape[3]} pixels{where}; use padding='same' or a smaller window"
-        )
