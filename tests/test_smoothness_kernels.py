@@ -210,7 +210,8 @@ def test_every_instruction_set_with_a_guide(monkeypatch, cpu):
 @pytest.mark.parametrize("order", [1, 2])
 def test_weights_of_0_exclude_their_differences(place, kind, order):
     """A pixel of NaN counts for none of its differences; its neighbours' others stay, in either memory format."""
-    for shape, form in itertools.product(((1, 2, 6, 37), (1, 2, 4, 5, 18)), (lambda t: t, last)):
+    shapes, forms = ((1, 2, 6, 19), (1, 2, 4, 5, 18)), (last, lambda t: t)
+    for shape, form in (zip if INTERPRETING else itertools.product)(shapes, forms):
         image, weight = random(*shape, device=place[0]), torch.ones((1, 1, *shape[2:]), device=place[0])
         guide = random(1, 3, *shape[2:], device=place[0])
         at = (0, slice(None), *(2,) * (len(shape) - 3), 16)
@@ -219,11 +220,9 @@ def test_weights_of_0_exclude_their_differences(place, kind, order):
             for step in (-1, 1) if order == 2 else (-1,):
                 weight[(*at[:2], *(i + step * (k == axis) for k, i in enumerate(at[2:])))] = 0
         results = []
-        for fill in (float("nan"), float("inf"), 0.0):
+        for fill, mask in ((float("nan"), weight), (float("inf"), weight.bool()), (0.0, weight)):
             image[at] = guide[at] = fill
-            for mask in (weight, weight.bool()):
-                args = (form(image), kind, order, form(guide), mask.expand(shape))
-                results.append(values(place[1], *args))
+            results.append(values(place[1], form(image), kind, order, form(guide), mask.expand(shape)))
         for sums, gradient in results:
             torch.testing.assert_close([sums, gradient], results[-1], rtol=0, atol=0)
             assert not gradient[at].any() and gradient.count_nonzero() > 0

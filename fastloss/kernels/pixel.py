@@ -124,7 +124,9 @@ def _pixel_fwd_kernel(
         if weight is not None:
             loss = weighted(loss, factor)
         if REDUCE:
-            acc += tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
+            if weight is None:
+                loss = tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
+            acc += loss
         else:
             tl.store(out_ptr + offsets, loss, mask=mask)
     if REDUCE:
