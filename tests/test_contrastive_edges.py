@@ -126,3 +126,49 @@ def test_empty_batch():
         assert fn(none, none, reduction="none").shape == (0,)
         with pytest.raises(ValueError, match="mean of an empty batch"):
             fn(none, none)
+
+
+def test_temperatures_and_scales_at_the_ends_of_float32():
+    """Losses near 1e38 and logits near 0 are what float64 has."""
+    q, k, bank, own = (unit(*s, seed=i).float() for i, s in enumerate(((4, 5), (4, 5), (3, 5), (4, 3, 5))))
+    for temperature in (1.2e-38, 3e38):
+        for negatives in (None, bank, own):
+            ours, exact = (
+                info_nce(*(None if x is None else x.to(t) for x in (q, k, negatives)), temperature=temperature)
+                for t in (torch.float32, torch.float64)
+            )
+            close(ours.double(), exact, rtol=1e-5, atol=0)
+        exact = clip_loss(q.double(), k.double(), logit_scale=temperature)
+        close(clip_loss(q, k, logit_scale=temperature), exact.float(), rtol=1e-5, atol=0)
+    for option, value in (("temperature", 1e-45), ("temperature", 1e39), ("bias", -1e39)):
+        with pytest.raises(ValueError, match=f"{option}: expected a number that float32 holds"):
+            info_nce(q, k, **{option: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+def test_ids_of_no_integers_are_refused_by_name(dtype):
+    q, k, ids = randn(4, 3), randn(4, 3, seed=1), torch.arange(4).to(dtype)
+    calls = {
+        "query_ids": lambda: info_nce(q, k, query_ids=ids), "key_ids": lambda: info_nce(q, k, key_ids=ids),
+        "targets": lambda: info_nce(q, k, targets=ids), "labels": lambda: supcon_loss(q, ids),
+        "image_ids": lambda: clip_loss(q, k, logit_scale=1.0, image_ids=ids),
+        "ids": lambda: nt_xent_loss(q, k, ids=ids),
+        "text_ids": lambda: siglip_loss(q, k, logit_scale=1.0, logit_bias=None, text_ids=ids),
+    }  # fmt: skip
+    for name, call in calls.items():
+        with pytest.raises(TypeError, match=f"^{name}: expected an integer tensor, got {dtype}"):
+            call()
+
+
+def test_targets_at_the_ends_of_64_bits_are_refused():
+    q, k = randn(4, 3), randn(4, 3, seed=1)
+    for value in (2**63 - 1, -(2**63)):
+        with pytest.raises(ValueError, match=f"targets: expected indices of key's 4 rows, 0 to 3, got .*{value}"):
+            info_nce(q, k, targets=torch.tensor([0, 1, 2, value]))
+
+
+def test_labels_of_any_integers_are_alike():
+    z, labels = randn(5, 3, dtype=torch.float32), torch.tensor([0, 1, 0, 1, 2])
+    expected = supcon_loss(z, labels)
+    for other in (labels.int(), labels.to(torch.uint8), labels.to(torch.int8) - 128, labels + (2**63 - 3)):
+        assert torch.equal(supcon_loss(z, other), expected)
