@@ -108,8 +108,7 @@ class CompositeLoss(nn.Module):
         dtype = result_dtype(*(part for name, part in tensors.items() if self.weights[name] > 0))
         device = next(iter(tensors.values()), self.rule.base).device
         found = {
-            name: tensors[name] if name in tensors else filled((), part, dtype, device)
-            for name, part in given.items()
+            name: part if isinstance(part, Tensor) else filled((), part, dtype, device) for name, part in given.items()
         }
         detached = {name: found[name].detach() for name in self.weights if name in found}
         if self.weighting == "fixed":  # in the order given, so that it is the sum that one would write, to the bit
@@ -141,7 +140,7 @@ class CompositeLoss(nn.Module):
             raise ValueError(
                 f"parts: expected {list(self.weights)}, got {list(merged)}; unknown: {unknown}, missing: {missing}"
             )
-        first = next((name for name, part in merged.items() if isinstance(part, Tensor)), "")
+        first: tuple[str, Tensor] | None = None
         for name, part in merged.items():
             if not isinstance(part, Tensor):
                 merged[name] = check_number(f"parts[{name!r}]", part)
@@ -149,7 +148,8 @@ class CompositeLoss(nn.Module):
             check_tensor(f"parts[{name!r}]", part)
             if part.ndim != 0:
                 raise ValueError(f"parts[{name!r}]: expected a scalar (0-D) loss, got shape {tuple(part.shape)}")
-            check_same_device(f"parts[{first!r}]", merged[first], f"parts[{name!r}]", part)
+            first = first or (name, part)
+            check_same_device(f"parts[{first[0]!r}]", first[1], f"parts[{name!r}]", part)
         return merged
 
     @property

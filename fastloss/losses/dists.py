@@ -120,7 +120,8 @@ def dists_distance(
     structure = mean_d.square() / (mean_f.square() + (mean_f - mean_d).square() + c1)
     texture = square_d / (square_f + square_t + c2)
     total = weights.sum()
-    return (torch.cat((structure, texture), 1) * weights).sum(1) / torch.where(total == 0, 1.0, total)
+    shares = weights / torch.where(total == 0, 1.0, total)
+    return (torch.cat((structure, texture), 1) * shares).sum(1)
 
 
 def _weights(name: str, weights: Any, features: Sequence[Tensor], stats: Tensor) -> Tensor:

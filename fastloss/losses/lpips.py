@@ -23,6 +23,7 @@ from ..core import Loss, Op, result_dtype
 from ..inference import takes_inference_tensors
 from .perceptual_checks import check_layers, check_samples
 
+MOST_EPS = 1e18  # of the kernels
 STATISTICS = 4  # that the forward keeps of a pixel: |f|, |t|, and the sums over channels of w d u and w d v
 
 
@@ -84,7 +85,8 @@ def _lpips_bwd(
 def _kernels_take(
     features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
 ) -> bool:
-    return not any(lin.requires_grad for lin in lin_weights)  # they are learnt once, by those who make the metric
+    # the weights are learnt once, by those who make the metric; the kernels divide eps by norms
+    return eps <= MOST_EPS and not any(lin.requires_grad for lin in lin_weights)
 
 
 _lpips = Op(
