@@ -33,6 +33,7 @@ NEEDED_FLAGS = {  # what csrc/common.h asks of a CPU
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx512_bf16": {"avx512_bf16"},
 }
+VALUES = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")  # differ from call to call at one place
 # Left out: what never gets to a kernel (gradcheck), what compiles for minutes and calls the same kernels, and what
 # looks at the installed library or at the memory of the process.
 CHOICE = (
@@ -92,8 +93,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
     if options.calls and importlib.util.find_spec("tests.fuzz") is not None:
         for seed, (isa, threads) in enumerate(pairs):
             calls = ("--calls", str(max(1, options.calls // len(pairs))), "--seed", str(1_000_000 * seed))
-            fuzz = (sys.executable, "-m", "tests.fuzz", *calls, "--processes", "1", "--compiled", "0")
-            runs.append(Run("fuzz", isa, threads, fuzz))
+            alone = ("--processes", "1", "--compiled", "0", "--timeout", "600")
+            runs.append(Run("fuzz", isa, threads, (sys.executable, "-m", "tests.fuzz", *calls, *alone)))
     return runs
 
 
@@ -124,13 +125,13 @@ def findings() -> dict[str, set[str]]:
     for path in LOGS.glob("*san.*"):
         name, text = path.name.rsplit(".", 2)[0], path.read_text(errors="replace")
         for where, what in re.findall(r"^(\S+:\d+:\d+): runtime error: (.*)$", text, re.MULTILINE):
-            met[f"{where}: {re.sub('0x[0-9a-f]+|-?[0-9.e+]+', '#', what)}"].add(name)
+            met[f"{where}: {VALUES.sub('#', what)}"].add(name)
         for what in re.findall(r"^SUMMARY: (AddressSanitizer: .*)$", text, re.MULTILINE):
             met[what].add(name)
     return met
 
 
-def main() -> int:
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
     parser.add_argument("--isa", nargs="+", choices=tuple(NEEDED_FLAGS), help="these alone; default: all of this CPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
@@ -139,7 +140,11 @@ def main() -> int:
     parser.add_argument("--no-build", action="store_true", help="take the build that is there")
     parser.add_argument("-k", default="", help="only tests that this pytest expression chooses, too")
     parser.add_argument("files", nargs="*", help="test files; default: those of the kernels")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    options = options_of(None)
     if not options.no_build:
         build()
     LOGS.mkdir(parents=True, exist_ok=True)
