@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: train test lint bench bench-check rivals fuzz gpu triton36 clean
+.PHONY: train test fuzz sanitize lint bench bench-check rivals gpu triton36 clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
@@ -20,6 +20,11 @@ test: $(VENV)/.test
 # Drawn calls of the whole public API against the float64 reference: ARGS="--calls 100000 --loss clip_loss --replay ...".
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz $(ARGS)
+
+# The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two; not part of CI.
+# ARGS="--isa avx2 --calls 0 tests/test_pixel_kernels.py" chooses; a change in csrc/ builds again what it touches.
+sanitize: $(VENV)/.test
+	$(BIN)/python -m tests.sanitize $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/mypy
