@@ -13,13 +13,13 @@ from tests.test_contrastive import close, gradients, randn, unit
 
 ALL = {
     "info_nce": info_nce,
-    "symmetric": lambda q, k: info_nce(q, k, symmetric=True),
-    "decoupled": lambda q, k: info_nce(q, k, include_positive=False),
-    "debiased": lambda q, k: info_nce(q, k, sampling=NegativeSampling(tau_plus=0.1, hardness=1.0, margin=0.1)),
-    "clip": lambda q, k: clip_loss(q, k, logit_scale=10.0),
-    "siglip": lambda q, k: siglip_loss(q, k, logit_scale=10.0, logit_bias=-10.0),
+    "symmetric": lambda q, k, **o: info_nce(q, k, symmetric=True, **o),
+    "decoupled": lambda q, k, **o: info_nce(q, k, include_positive=False, **o),
+    "debiased": lambda q, k, **o: info_nce(q, k, sampling=NegativeSampling(tau_plus=0.1, hardness=1.0, margin=0.1), **o),
+    "clip": lambda q, k, **o: clip_loss(q, k, logit_scale=10.0, **o),
+    "siglip": lambda q, k, **o: siglip_loss(q, k, logit_scale=10.0, logit_bias=-10.0, **o),
     "nt_xent": nt_xent_loss,
-    "supcon": lambda q, k: supcon_loss(q, torch.arange(len(q)) // 2),
+    "supcon": lambda q, k, **o: supcon_loss(q, torch.arange(len(q)) // 2, **o),
 }
 
 
@@ -73,7 +73,7 @@ def test_supcon_without_positives_and_without_negatives():
     z = randn(4, 3)
     alone, (grad,) = gradients(lambda f: supcon_loss(f, torch.arange(4)), z)
     assert alone.item() == 0 and (grad == 0).all()
-    one_class, (grad,) = gradients(lambda f: supcon_loss(f, torch.zeros(4).int(), include_positive=False), z)
+    one_class, (grad,) = gradients(lambda f: supcon_loss(f, torch.zeros(4).int(), include_positive=False, **o), z)
     assert one_class.item() == 0 and (grad == 0).all()
     rows = supcon_loss(z, torch.tensor([0, 0, 1, 2]), reduction="none")
     assert (rows[:2] > 0).all() and (rows[2:] == 0).all()
@@ -115,6 +115,15 @@ def test_permutation_equivariance(name):
     moved, moved_grads = gradients(ALL[name], q[order], k[order])
     close(moved, loss)
     close(moved_grads, tuple(g[order] for g in grads))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_autocast_takes_weights_of_any_dtype(name):
+    """torch's own cat of float16 raises under the CPU's autocast."""
+    q, k, weights = randn(6, 5), randn(6, 5, seed=1).half(), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25]).half()
+    plain = ALL[name](q, k, weights=weights)
+    with torch.autocast("cpu", torch.bfloat16):
+        close(ALL[name](q, k, weights=weights), plain)
 
 
 def test_empty_batch():

@@ -60,6 +60,8 @@ def test_lpips_map_is_that_of_lpips_and_averages_to_the_distance():
         at = F.conv2d((u - v) ** 2, lin.view(1, -1, 1, 1))
         total = total + nn.Upsample(size=(16, 16), mode="bilinear", align_corners=False)(at)
     torch.testing.assert_close(got, total)
+    for size in ([16, 16], torch.Size((16, 16)), torch.tensor([16, 16])):
+        torch.testing.assert_close(lpips_distance(features, targets, lins, spatial=True, size=size), got)
     assert lpips_distance(features, targets, lins, spatial=True).shape == (2, 1, 8, 8)
     one = lpips_distance(features[:1], targets[:1], lins[:1], spatial=True)
     torch.testing.assert_close(one.mean((1, 2, 3)), lpips_distance(features[:1], targets[:1], lins[:1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
@@ -151,7 +150,7 @@ def nt_xent_loss(
     workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxForm(include_positive, False, normalize, label_smoothing, True, sampling)
-    both = None if weights is None else torch.cat((weights, weights))
+    both = None if weights is None else weights.repeat(2)
     with full_precision(view_a):
         out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, excluded(both))
     return finish(out, both, reduction, return_lse)

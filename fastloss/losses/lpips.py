@@ -189,6 +189,7 @@ def _check_lin_weights(features: Sequence[Tensor], lin_weights: Any) -> list[Ten
 
 def _checked_size(size: Any) -> list[int]:
     wanted = "(height, width), two whole numbers"
+    size = size.tolist() if isinstance(size, Tensor) and size.ndim == 1 else size
     sides = [check_integer("size", side, 0, wanted=wanted) for side in check_sequence("size", size, wanted)]
     if len(sides) != 2 or min(sides) < 1:
         raise ValueError(f"size: expected {wanted} >= 1, got {size!r}")

@@ -100,11 +100,11 @@ class Drawer:
         value = self.pick(*choices)
         return Spelled("np.int64", value) if self.spells and self.chance(0.2) else value
 
-    def sequence(self, values: list[Any]) -> Any:
-        """A list, or another sequence of the same."""
+    def sequence(self, values: list[Any], numbers: bool = True) -> Any:
+        """A list, or another sequence of the same: an array or a tensor of `numbers`."""
         if not (self.spells and self.chance(0.6)):
             return values if self.chance(0.7) else tuple(values)
-        numbers = all(isinstance(v, (int, float)) for v in values)
+        numbers = numbers and all(isinstance(v, (int, float)) for v in values)
         form = self.pick(*SEQUENCES) if numbers and values else self.pick("tuple", "Rest")
         return Spelled(form, values)
 
