@@ -23,7 +23,8 @@ def eager_reduce(rows, weights, reduction):
 def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1, bias=0.0):
     """Row losses from scaled similarities [M, C], the positives' columns and the mask of the negatives, and a bias.
 
-    With plain exponentials. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in their place.
+    With plain exponentials below the largest. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in
+    their place.
     """
     logits = similar + bias
     positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
@@ -33,12 +34,16 @@ def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, samp
     none = ~keep.any(1)
     if sampling is not None and (sampling.tau_plus or sampling.hardness):
         count = keep.sum(1).clamp(min=1).to(logits)
-        negative, importance = logits.exp() * keep, (sampling.hardness * logits).exp() * keep
+        most = logits.detach().masked_fill(~keep, -torch.inf).amax(1).masked_fill(none, 0.0)
+        below = logits - most[:, None]
+        negative = below.masked_fill(~keep, -torch.inf).exp()
+        importance = (sampling.hardness * below).masked_fill(~keep, -torch.inf).exp()
         total = (importance * negative).sum(1) / ((importance.sum(1) + none) / count)
-        total = (total - sampling.tau_plus * count * pos.exp()) / (1 - sampling.tau_plus)
         if sampling.tau_plus:
-            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits)))
-        rows = (pos.exp() * include_positive + total.masked_fill(none, 1.0)).log() - pos
+            total = (total - sampling.tau_plus * count * (pos - most).exp()) / (1 - sampling.tau_plus)
+            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits) - most))
+        total = total.masked_fill(none, 1.0).log() + most
+        rows = (torch.logaddexp(pos, total) if include_positive else total) - pos
     else:
         candidates = keep | positive if include_positive else keep | (positive & none[:, None])
         rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
@@ -243,6 +248,10 @@ CONTRASTIVE = [
             {"label_smoothing": 0.2, "symmetric": True, "include_positive": False},
             {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.4), "symmetric": True},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07, "symmetric": True},
+            {"sampling": NegativeSampling(hardness=1000), "temperature": 0.07, "include_positive": False},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07, "symmetric": True},
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
@@ -259,6 +268,8 @@ CONTRASTIVE = [
             {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
             {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
             {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
+            {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=100), "temperature": 0.07},
+            {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(0.1, hardness=1000), "temperature": 0.07},
             {"query_ids": IDS, "key_ids": IDS, "include_positive": False, "bias": torch.linspace(-1, 1, 6)},
             {
                 "bias": torch.linspace(-1, 1, 6), "include_positive": False, "sampling": NegativeSampling(margin=0.3),
@@ -272,6 +283,9 @@ CONTRASTIVE = [
             {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
             {"in_batch": True, "symmetric": True, "temperature": 0.25},
             {"in_batch": True, "sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"in_batch": True, "sampling": NegativeSampling(hardness=100), "temperature": 0.07, "symmetric": True},
+            {"in_batch": True, "sampling": NegativeSampling(0.1, 1000, 0.2), "temperature": 0.07},
             {"normalize": False, "temperature": torch.tensor(4.0), "sampling": NegativeSampling(margin=0.5)},
         ],
         grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
@@ -283,6 +297,8 @@ CONTRASTIVE = [
             {}, {"label_smoothing": 0.1, "normalize": False, "temperature": 3.0},
             {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.4, hardness=1.0), "temperature": 1.0, "include_positive": False},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07},
+            {"sampling": NegativeSampling(tau_plus=0.1, hardness=1000), "temperature": 0.07},
         ],
         bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
     ),
@@ -293,6 +309,7 @@ CONTRASTIVE = [
             {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "weights": WEIGHTS},
             {"query_ids": IDS, "key_ids": IDS, "label_smoothing": 0.2, "bias": torch.linspace(-1, 1, 6)},
             {"sampling": NegativeSampling(hardness=0.5, margin=0.4), "temperature": 1.0},
+            {"sampling": NegativeSampling(hardness=1000), "temperature": 0.07, "query_ids": IDS, "key_ids": IDS},
         ],
     ),
     Case(
@@ -305,6 +322,9 @@ CONTRASTIVE = [
             {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},  # a row has none left
             {"sampling": NegativeSampling(0.1, 0.5, margin=0.2), "temperature": 1.0, "in_batch": True},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07, "in_batch": True},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07, "in_batch": True},
             {"sampling": NegativeSampling(margin=0.2), "include_positive": False, "label_smoothing": 0.1},
         ],
         bench=Bench(
@@ -388,6 +408,9 @@ CONTRASTIVE = [
             {}, {"include_positive": False, "temperature": 0.5}, {"label_smoothing": 0.1, "weights": WEIGHTS},
             {"ids": IDS, "temperature": torch.tensor(0.5)}, {"normalize": False, "temperature": 3.0},
             {"sampling": NegativeSampling(tau_plus=0.1), "temperature": 0.5},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07, "include_positive": False},
+            {"sampling": NegativeSampling(0.1, hardness=100), "temperature": 0.07, "ids": IDS},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07},
         ],
         bad=[
             *BAD_PAIR, *BAD_TEMPERATURES, *BAD_OPTIONS,
