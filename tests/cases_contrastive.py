@@ -241,7 +241,8 @@ def frozen_flops(shape, size, mode):
 
 CONTRASTIVE = [
     Case(
-        "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
+        "info_nce", fastloss.info_nce, pair, eager_info_nce, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (4, 16), (9, 33)),
         options=[
             {}, {"temperature": torch.tensor(0.3)}, {"include_positive": False}, {"symmetric": True},
             {"normalize": False, "temperature": 9.0, "bias": -1.5},
@@ -278,7 +279,8 @@ CONTRASTIVE = [
         ],
     ),
     Case(
-        "info_nce shared negatives", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((6, 4, 7), (5, 9, 3)),
+        "info_nce shared negatives", fastloss.info_nce, with_negatives, eager_info_nce, empty=((6, 0, 7), (0, 4, 7), (0, 0, 7), (1, 0, 7)),
+        shapes=((6, 4, 7), (5, 9, 3)),
         options=[
             {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
             {"in_batch": True, "symmetric": True, "temperature": 0.25},
@@ -291,7 +293,8 @@ CONTRASTIVE = [
         grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
     ),
     Case(
-        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((3, 5, 4), (4, 40, 6)),
+        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, empty=((3, 0, 4), (0, 5, 4)),
+        shapes=((3, 5, 4), (4, 40, 6)),
         grads=(0, 1),
         options=[
             {}, {"label_smoothing": 0.1, "normalize": False, "temperature": 3.0},
@@ -303,7 +306,8 @@ CONTRASTIVE = [
         bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
     ),
     Case(
-        "info_nce frozen keys", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (6, 2)), grads=(0,),
+        "info_nce frozen keys", fastloss.info_nce, pair, eager_info_nce, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 2)), grads=(0,),
         options=[
             {}, {"include_positive": False, "normalize": False, "temperature": torch.tensor(6.0)},
             {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "weights": WEIGHTS},
@@ -314,6 +318,7 @@ CONTRASTIVE = [
     ),
     Case(
         "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
+        empty=((6, 0, 7), (0, 4, 7), (1, 0, 7)),
         shapes=((6, 4, 7), (4, 9, 6)), grads=(0, 1, 2),
         options=[
             {"temperature": 0.5}, {"in_batch": True},
@@ -341,6 +346,7 @@ CONTRASTIVE = [
     ),
     Case(
         "info_nce frozen negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
+        empty=((3, 0, 7), (0, 5, 7)),
         shapes=((3, 5, 7), (1, 70, 6)), options=[{"temperature": 0.5}, {"label_smoothing": 0.1, "normalize": False}],
         bench=Bench(
             shapes=[(64, 1024, 512)], cost=lambda shape, size, mode: (mode != "backward") * size * math.prod(shape),
@@ -349,7 +355,8 @@ CONTRASTIVE = [
         extra=rivals(info_nce=library_info_nce),
     ),
     Case(
-        "clip_loss", fastloss.clip_loss, pair, eager_clip, shapes=((8, 7), (1, 3), (11, 33)),
+        "clip_loss", fastloss.clip_loss, pair, eager_clip, empty=((0, 7), (1, 7)),
+        shapes=((8, 7), (1, 3), (11, 33)),
         options=[
             {"logit_scale": 0.5}, {"logit_scale": torch.tensor(4.0), "normalize": True, "logit_bias": -0.5},
             {"logit_scale": 14.3, "normalize": True, "label_smoothing": 0.1},
@@ -369,7 +376,8 @@ CONTRASTIVE = [
         ),
     ),
     Case(
-        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 3)),
+        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 3)),
         options=[
             {"logit_scale": 1.0, "logit_bias": None}, {"logit_scale": 1.0, "logit_bias": 0.0, "negative_only": True},
             {"logit_scale": 1.0, "logit_bias": 0.5, "image_ids": IDS, "text_ids": IDS, "weights": WEIGHTS},
@@ -390,7 +398,8 @@ CONTRASTIVE = [
         extra=rivals(open_clip=library_siglip),
     ),
     Case(
-        "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, shapes=((6, 7), (9, 3)), grads=(0,),
+        "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (9, 3)), grads=(0,),
         options=[
             {}, {"temperature": 0.5, "include_positive": False}, {"temperature": torch.tensor(2.0), "normalize": False},
         ],
@@ -403,7 +412,8 @@ CONTRASTIVE = [
         bench=Bench(shapes=[(2048, 512)], cost=triangle_flops(1), unit="flops", cuda_shapes=[(4096, 512)]),
     ),
     Case(
-        "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, shapes=((6, 7), (6, 2)),
+        "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 2)),
         options=[
             {}, {"include_positive": False, "temperature": 0.5}, {"label_smoothing": 0.1, "weights": WEIGHTS},
             {"ids": IDS, "temperature": torch.tensor(0.5)}, {"normalize": False, "temperature": 3.0},
