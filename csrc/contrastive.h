@@ -270,7 +270,7 @@ struct Problem {
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
   bool once = false;           // each key is in one product: none of them is copied before
-  std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta, below the maximum
+  std::vector<float> factors;  // of the logits in the log-sum-exps: 1; below the maximum 1 + hardness, hardness
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
 

@@ -5,8 +5,9 @@
 namespace fastloss {
 namespace {
 
-// What the pulls at 1 + hardness and at hardness add: the first's share, and hardness times what the second leaves of it.
-void add_hard(int64_t width, float hardness, const HardGrads<float>& grads, const HardGrads<const float*>& pulls, float* to) {
+// What the pulls at 1 + hardness and at hardness add: the first, and hardness times what the second leaves of it.
+void add_hard(int64_t width, float hardness, const HardGrads<float>& grads, const HardGrads<const float*>& pulls,
+              float* to) {
   for (int64_t d = 0; d < width; ++d) {
     const float h = grads.harder * pulls.harder[d];
     to[d] += h + hardness * (h + grads.hard * pulls.hard[d]);

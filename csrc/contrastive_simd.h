@@ -97,7 +97,8 @@ static void contrastive_grad_columns(const float* s, int64_t n, const float* lse
   for (int64_t i = 0; i < n; i += W)
     store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) - load(lse + i)));
 }
-// With d_j = s_j - most: g_j += h_j + hardness (h_j + hard e^(hardness d_j - lse)), h_j = harder e^((1 + hardness) d_j - lse')
+// With d_j = s_j - most and h_j = harder e^((1 + hardness) d_j - lse'), of which hardness times is to cancel exactly:
+// g_j += h_j + hardness (h_j + hard e^(hardness d_j - lse))
 static void contrastive_grad_hard_row(const float* s, int64_t n, float hardness, const HardSums<float>& sums,
                                       const HardGrads<float>& grads, float* g) {
   const float harder = 1 + hardness;

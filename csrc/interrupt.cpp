@@ -1,5 +1,5 @@
-// Signals are looked for through Python's stable C API, found at run time: there is nothing to link with, and nothing to
-// do in a process without Python.
+// Signals are looked for through Python's stable C API, which is found at run time: nothing is linked with, and in a
+// process without Python nothing is done.
 
 #include "interrupt.h"
 
@@ -18,8 +18,8 @@
 #include <ctime>
 #endif
 
-// The base of exceptions that set Python's error themselves, by pybind11, which torch's bindings are made with: they know
-// it by its name and its one function. A binding that does not gets a runtime_error.
+// pybind11's base of exceptions that set Python's error themselves, as torch's bindings know it, by its name and its one
+// function. Bindings that do not know it see a runtime_error.
 namespace pybind11 {
 class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
  public:
@@ -31,9 +31,9 @@ class __attribute__((visibility("default"))) builtin_exception : public std::run
 namespace fastloss {
 namespace {
 
-constexpr int64_t kEvery = 50'000'000;      // nanoseconds from a call's begin, and from one look for signals to the next;
-constexpr int64_t kMost = 500'000'000;      // more, up to this, where Python's lock was waited for long: at least
-constexpr int64_t kTimesTheWait = 50;       // as many times as long as that
+// Nanoseconds from a call's begin, and from one look for signals to the next. Where the look waits for Python's lock, as
+// other threads are busy with Python, it is more, so that the call loses no more than a fiftieth by it.
+constexpr int64_t kEvery = 50'000'000, kMost = 500'000'000, kTimesTheWait = 50;
 
 struct Object;  // PyObject
 

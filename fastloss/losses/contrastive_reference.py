@@ -114,8 +114,8 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
         stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
     if hardness:
         below = logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]
-        harder = hardness * below  # once for both: where one logit is all, their gradients by it cancel to the last digit
-        stats += [lse(below + harder), lse(harder)]
+        more = hardness * below  # one for both: where one logit is all of the sums, their gradients by it cancel
+        stats += [lse(below + more), lse(more)]
     return torch.stack(stats)
 
 
