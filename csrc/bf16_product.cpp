@@ -143,17 +143,17 @@ void bf16_product(const Tensor& a, const Tensor& b, const Tensor& to, bool adds)
     for (int64_t begin = 0; begin < terms; begin += deep) {
       const int64_t some = std::min(deep, terms - begin), wide = std::min(kPacked, n - first);
       const int64_t panel = (some + 1) / 2 * kPanel;
-      torch::stable::parallel_for(0, (wide + kPanel - 1) / kPanel, 1, [&](int64_t one, int64_t last) {
-        for (int64_t p = one; p < last; ++p) {
+      over_threads(0, (wide + kPanel - 1) / kPanel, 1, [&](int64_t one, int64_t last) {
+        for (int64_t p = one; p < last && going_on(); ++p) {
           const int64_t rows = std::min(kPanel, wide - p * kPanel);
           pack_across(kernels, Piece(b, first + p * kPanel, rows, begin, some), kPanel, packed + p * panel);
         }
       });
       const int64_t across = (wide + kAcross - 1) / kAcross, tiles = (m + kTile - 1) / kTile;
       const int64_t down = pieces_of(tiles, across);
-      torch::stable::parallel_for(0, across * down, 1, [&](int64_t one, int64_t last) {
+      over_threads(0, across * down, 1, [&](int64_t one, int64_t last) {
         std::vector<uint32_t> rows(kTall * ((some + 1) / 2));
-        for (int64_t task = one; task < last; ++task) {
+        for (int64_t task = one; task < last && going_on(); ++task) {
           const int64_t i = task / across * tiles / down * kTile;
           const int64_t count = std::min(m, (task / across + 1) * tiles / down * kTile) - i;
           const Bf16Rows of_a = rounds ? round_rows(kernels, input<float>(a) + i * a.stride(0) + begin, a.stride(0),
@@ -181,4 +181,4 @@ Tensor product_of(const Tensor& a, const Tensor& b) {
 }  // namespace
 }  // namespace fastloss
 
-STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("bf16_product", TORCH_BOX(&fastloss::product_of)); }
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("bf16_product", FASTLOSS_BOX(&fastloss::product_of)); }

@@ -1,6 +1,8 @@
 // What every kernel file needs of torch (stable ABI only) and of the host: checks, operands, the choice of an ISA.
 #pragma once
 
+#include "interrupt.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -201,11 +203,11 @@ class Operand {
 constexpr int64_t kBlock = 16384;  // elements a thread takes at a time
 constexpr int64_t kChunk = 2048;   // elements a kernel gets at a time; what it is handed besides stays in the L1 cache
 
-// body(begin, end) for each block of `count` elements, over torch's threads. It must not throw.
+// body(begin, end) for each block of `count` elements, over torch's threads.
 template <typename Body>
 void for_blocks(int64_t count, const Body& body) {
-  torch::stable::parallel_for(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last; ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
+  over_threads(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last && going_on(); ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
   });
 }
 

@@ -37,4 +37,4 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(
 }  // namespace
 }  // namespace fastloss
 
-STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("contrastive_fwd", TORCH_BOX(&fastloss::contrastive_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("contrastive_fwd", FASTLOSS_BOX(&fastloss::contrastive_fwd)); }

@@ -44,6 +44,15 @@ struct SumAndCount {
 struct OwnAndBoth {
   double own, both;
 };
+// The maximum of a row, or of columns, and below it the log-sum-exps at 1 + hardness and at hardness; their gradients.
+template <typename T>
+struct HardSums {
+  T most, harder, hard;
+};
+template <typename T>
+struct HardGrads {
+  T harder, hard;
+};
 template <typename T>
 using Combine = void (*)(const float* v, float factor, const float* x, float along, int64_t n, T* to);
 struct ContrastiveKernels {
@@ -56,8 +65,12 @@ struct ContrastiveKernels {
                 double* total);
   void (*raise)(int64_t n, const float* most, float* now);
   void (*grad_both)(const float* s, int64_t n, float at, float row, const float* column, float* g);
-  void (*grad_row)(const float* s, int64_t n, float factor, float lse, float grad, float* g);
-  void (*grad_columns)(const float* s, int64_t n, float factor, const float* lse, const float* grad, float* g);
+  void (*grad_row)(const float* s, int64_t n, float lse, float grad, float* g);
+  void (*grad_columns)(const float* s, int64_t n, const float* lse, const float* grad, float* g);
+  void (*grad_hard_row)(const float* s, int64_t n, float hardness, const HardSums<float>&, const HardGrads<float>&,
+                        float* g);
+  void (*grad_hard_columns)(const float* s, int64_t n, float hardness, const HardSums<const float*>&,
+                            const HardGrads<const float*>&, float* g);
   void (*grad_sum)(const float* s, int64_t n, float row, const float* column, float* g);
   double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
                    float* of_bias, float* to);
@@ -84,8 +97,8 @@ inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size
 // body(i) for i in 0 .. count, over torch's threads, `grain` of them at least to each.
 template <typename Body>
 void for_each(int64_t count, const Body& body, int64_t grain = 1) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) body(i);
+  over_threads(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && going_on(); ++i) body(i);
   });
 }
 
@@ -134,7 +147,7 @@ inline Tensor floats(std::array<int64_t, 2> sizes) {
 // to += from, both dense and of one shape
 inline void add(const Tensor& from, const Tensor& to) {
   const auto kernels = contrastive_kernels();
-  torch::stable::parallel_for(0, blocks_of(to.numel(), kBlock), 2, [&](int64_t first, int64_t last) {
+  over_threads(0, blocks_of(to.numel(), kBlock), 2, [&](int64_t first, int64_t last) {
     const int64_t begin = first * kBlock, end = std::min(last * kBlock, to.numel());
     kernels.add(input<float>(from) + begin, end - begin, output<float>(to) + begin);
   });
@@ -169,6 +182,7 @@ inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> to
   }
   if (is_small(a.size(0), b.size(0), a.size(1))) return blas_product(a, b, total);
   for_pieces(a.size(1), kTerms, [&](int64_t k, int64_t n) {
+    check_signals();
     const Tensor x = slice(a, 1, k, n), w = dense(slice(b, 1, k, n));
     AtenTensorHandle out = nullptr;
     if (&aoti_torch_cpu__linear_pointwise != nullptr &&
@@ -256,7 +270,7 @@ struct Problem {
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
   bool once = false;           // each key is in one product: none of them is copied before
-  std::vector<float> factors;  // of the logits in the log-sum-exps: 1, and with hardness 1 + beta, beta
+  std::vector<float> factors;  // of the logits in the log-sum-exps: 1; below the maximum 1 + hardness, hardness
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
 
@@ -344,6 +358,8 @@ struct Problem {
 
   // Whether the factors of products, the gradient of the raw products too, are rounded to bfloat16.
   bool narrow() const { return queries.scalar_type() == ScalarType::BFloat16; }
+  bool hard() const { return factors.size() > 1; }
+  float hardness() const { return factors[2]; }
   bool empty() const { return rows == 0 || columns == 0; }
   int64_t directions() const { return symmetric && !upper ? 2 : 1; }
   // Whether rows from `begin` on have no pair with columns before `end`.
@@ -352,7 +368,7 @@ struct Problem {
   int64_t idle(int64_t begin, int64_t first, int64_t n) const {
     return upper ? std::clamp<int64_t>((begin + 1 - first) / 16 * 16, 0, n) : 0;
   }
-  int64_t statistics() const { return 2 + 2 * moments + 2 * (factors.size() > 1); }
+  int64_t statistics() const { return 2 + 2 * moments + 2 * hard(); }
   // Statistics with a gradient, in the order of the pulls: the log-sum-exps, then the sum.
   int64_t sums() const { return static_cast<int64_t>(factors.size()) + moments; }
   // The statistic that holds the log-sum-exp of factors[f].

@@ -33,7 +33,7 @@ struct EachPart {
   double total[3] = {}, sum = 0, count = 0;
 };
 struct EachSlope {
-  float mass[3], lse[3], sum;  // upstream gradients of the log-sum-exps and of the sum
+  float mass[3], most, lse[3], sum;  // upstream gradients of the log-sum-exps and of the sum; the largest logit
 };
 template <typename T>
 struct EachKernels {
@@ -115,14 +115,15 @@ struct Each {
   // Where the log-sum-exp of power a is among the statistics, which are as in contrastive_softmax.py.
   int64_t place(int a) const { return (a == 0 ? 0 : statistics - 3 + a) * rows; }
 
-  // body(row, piece, first negative, negatives, query) over torch's threads
+  // body(row, piece, first negative, negatives, query) for the pieces that have some, over torch's threads
   template <typename Body>
   void each(const Body& body) const {
     const int64_t grain = std::max<int64_t>(1, 2 * kBlock / std::max<int64_t>(1, length * width));
-    torch::stable::parallel_for(0, rows * pieces, grain, [&](int64_t first, int64_t last) {
+    over_threads(0, rows * pieces, grain, [&](int64_t first, int64_t last) {
       std::vector<float> space;
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t begin = std::min(count, task % pieces * length);
+      for (int64_t task = first; task < last && going_on(); ++task) {
+        const int64_t begin = task % pieces * length;
+        if (begin >= count) continue;  // no negatives: there may be no memory either
         body(task / pieces, task % pieces, begin, std::min(length, count - begin), of(task / pieces, space));
       }
     });
@@ -151,7 +152,7 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
     double total = 0;
     for (int64_t p = 0; p < call.pieces && !plain; ++p) total += parts[p].total[a] * factor(p);
     if (!plain)
-      stats[call.place(a)] = all.most == infinity ? infinity : static_cast<float>(power * all.most + std::log(total));
+      stats[call.place(a)] = all.most == infinity ? infinity : static_cast<float>((a == 0 ? all.most : 0) + std::log(total));
     if (!to) continue;
     float* sum = to + (a * rows + row) * call.width;
     std::fill_n(sum, call.width, 0.0f);
@@ -193,8 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_each_fwd(const Tensor& qu
     });
   });
   float *to_stats = output<float>(stats), *to_pulls = keep ? output<float>(pulls) : nullptr;
-  torch::stable::parallel_for(0, call.rows, std::max<int64_t>(1, kBlock / stride), [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
+  const int64_t grain = kBlock / std::clamp<int64_t>(stride, 1, kBlock);
+  over_threads(0, call.rows, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && going_on(); ++i)
       merge(call, &parts[i * call.pieces], sums.data() + i * call.pieces * call.sums * stride, i, to_stats + i,
             to_pulls);
   });
@@ -219,24 +221,31 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
   Tensor to_scale = new_empty(query, {needs_row_scale ? rows : 0}, ScalarType::Float);
   Tensor to_negatives = new_empty(negatives, {needs_negatives ? rows : 0, call.count, width});
   const auto slope_of = [&](int64_t i) {
-    EachSlope g{{}, {}, call.moments ? up[2 * rows + i] : 0.0f};
+    EachSlope g{{}, lse[rows + i], {}, call.moments ? up[2 * rows + i] : 0.0f};
     for (int a = 0; a < call.powers; ++a) g.mass[a] = up[call.place(a) + i], g.lse[a] = lse[call.place(a) + i];
     return g;
   };
   const int64_t wanted = needs_query || needs_row_scale ? rows : 0;
   for_dtype(query.scalar_type(), "contrastive_each", [&](auto element) {
     using T = decltype(element);
-    torch::stable::parallel_for(0, wanted, std::max<int64_t>(1, kBlock / width), [&](int64_t first, int64_t last) {
+    const int64_t grain = kBlock / std::clamp<int64_t>(width, 1, kBlock);
+    over_threads(0, wanted, grain, [&](int64_t first, int64_t last) {
       std::vector<float> space, sum(width);
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last && going_on(); ++i) {
         const EachQuery q = call.of(i, space);
         const EachSlope g = slope_of(i);
         std::fill(sum.begin(), sum.end(), 0.0f);
-        for (int a = 0; a < call.sums; ++a) {
-          const float share = a == call.powers ? g.sum : g.mass[a] * q.power[a];
-          if (share == 0) continue;  // a row that is left out may be NaN
-          for (int64_t d = 0; d < width; ++d) sum[d] += share * sums[(a * rows + i) * width + d];
+        const auto pull = [&](int a) { return sums + (a * rows + i) * width; };
+        const auto add = [&](float share, const float* more) {
+          for (int64_t d = 0; d < width && share != 0; ++d) sum[d] += share * more[d];  // a row left out may be NaN
+        };
+        const bool hard = call.powers == 3 && (g.mass[1] != 0 || g.mass[2] != 0);
+        add(g.mass[0], pull(0));
+        for (int64_t d = 0; d < width && hard; ++d) {  // what cancels, before it is times the hardness
+          const float harder = g.mass[1] * pull(1)[d];
+          sum[d] += harder + q.power[2] * (harder + g.mass[2] * pull(2)[d]);
         }
+        if (call.moments) add(g.sum, pull(call.powers));
         double along = 0;
         for (int64_t d = 0; d < width && needs_row_scale; ++d) along += q.query[d] * sum[d];
         if (needs_row_scale) output<float>(to_scale)[i] = static_cast<float>(along);
@@ -272,6 +281,6 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_each_fwd", TORCH_BOX(&fastloss::contrastive_each_fwd));
-  m.impl("contrastive_each_bwd", TORCH_BOX(&fastloss::contrastive_each_bwd));
+  m.impl("contrastive_each_fwd", FASTLOSS_BOX(&fastloss::contrastive_each_fwd));
+  m.impl("contrastive_each_bwd", FASTLOSS_BOX(&fastloss::contrastive_each_bwd));
 }

@@ -119,8 +119,11 @@ static void each_slopes(const float* logits, const float* inverse, int64_t n, co
     const vf c = k + W <= n ? load(inverse + k) : load_some(inverse + k, n - k);
     const vi out = given == -__builtin_inff();
     const vf s = out ? all(0.0f) : given;
-    vf slope = all(g.sum);
-    for (int a = 0; a < q.powers; ++a) slope += (g.mass[a] * q.power[a]) * exp(q.power[a] * s - g.lse[a]);
+    vf slope = g.sum + g.mass[0] * exp(s - g.lse[0]);
+    if (q.powers == 3) {
+      const vf d = s - g.most, h = g.mass[1] * exp(q.power[1] * d - g.lse[1]);
+      slope += h + q.power[2] * (h + g.mass[2] * exp(q.power[2] * d - g.lse[2]));
+    }
     slope = out ? all(0.0f) : slope;
     store(along + k, slope * q.scale * c);
     store(back + k, slope * s * c * c);

@@ -5,10 +5,19 @@
 namespace fastloss {
 namespace {
 
+// What the pulls at 1 + hardness and at hardness add: the first, and hardness times what the second leaves of it.
+void add_hard(int64_t width, float hardness, const HardGrads<float>& grads, const HardGrads<const float*>& pulls,
+              float* to) {
+  for (int64_t d = 0; d < width; ++d) {
+    const float h = grads.harder * pulls.harder[d];
+    to[d] += h + hardness * (h + grads.hard * pulls.hard[d]);
+  }
+}
+
 // The gradients of queries and their scales (empty: not needed) from what the forward has made.
 void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls, Tensor& query_grad,
                 Tensor& scale_grad) {
-  const size_t factors = p.factors.size();
+  const int64_t factors = static_cast<int64_t>(p.factors.size());
   const float* from = input<float>(pulls);
   for_dtype(query_grad.scalar_type(), "contrastive", [&](auto element) {
     using T = decltype(element);
@@ -17,12 +26,14 @@ void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls,
       std::vector<float> t(p.width);
       for (int64_t i = block * kRows; i < std::min((block + 1) * kRows, p.rows); ++i) {
         std::fill(t.begin(), t.end(), 0.0f);
-        for (int64_t a = 0; a < p.sums(); ++a) {
-          const bool plain = a == static_cast<int64_t>(factors);
-          const float share = plain ? upstream.sum[i] : upstream.grad[a][i];
-          const float* pull = from + (a * p.rows + i) * p.width;
-          for (int64_t d = 0; d < p.width; ++d) t[d] += share * pull[d];
-        }
+        const auto pull = [&](int64_t a) { return from + (a * p.rows + i) * p.width; };
+        const auto add = [&](float share, const float* more) {
+          for (int64_t d = 0; d < p.width; ++d) t[d] += share * more[d];
+        };
+        add(upstream.grad[0][i], pull(0));
+        if (p.hard())
+          add_hard(p.width, p.hardness(), {upstream.grad[1][i], upstream.grad[2][i]}, {pull(1), pull(2)}, t.data());
+        if (p.moments) add(upstream.sum[i], pull(factors));
         double along = 0;
         const float* x = input<float>(p.query) + i * p.width;
         for (int64_t d = 0; d < p.width; ++d) along += static_cast<double>(x[d]) * t[d];
@@ -77,4 +88,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
 }  // namespace
 }  // namespace fastloss
 
-STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("contrastive_bwd", TORCH_BOX(&fastloss::contrastive_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) { m.impl("contrastive_bwd", FASTLOSS_BOX(&fastloss::contrastive_bwd)); }

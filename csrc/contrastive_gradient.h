@@ -11,7 +11,8 @@ constexpr int64_t kWidest = 8192;      // its columns at most: keys are packed o
 
 // The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
 struct Upstream {
-  std::vector<std::vector<float>> grad, lse;  // by factor; grad is times the factor
+  std::vector<std::vector<float>> grad, lse;  // by factor
+  std::vector<float> most;                    // what the log-sum-exps of all factors but the first are below
   std::vector<float> sum;                     // empty: no moments
 
   Upstream() = default;
@@ -30,9 +31,13 @@ struct Upstream {
       for (int64_t i = 0; i < p.rows; ++i) {
         const float value = row(stats, p.lse_of(f))[i];
         if (value == -std::numeric_limits<float>::infinity()) continue;
-        grad[f][i] = row(grads, p.lse_of(f))[i] * p.factors[f];
+        grad[f][i] = row(grads, p.lse_of(f))[i];
         lse[f][i] = value;
       }
+    }
+    if (p.hard()) {
+      most.assign(length, 0.0f);
+      for (int64_t i = 0; i < p.rows; ++i) most[i] = std::max(row(stats, 1)[i], kLowest);
     }
     if (!p.moments) return;
     sum.assign(length, 0.0f);
@@ -69,14 +74,14 @@ class Gradient {
     std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
     std::vector<float> of_bias(needs_bias ? groups * width : 0, 0.0f);
     const int64_t grain = tiles_grain(raw.size(0), raw.size(1));
-    torch::stable::parallel_for(0, groups * across, grain, [&](int64_t from, int64_t last) {
-      for (int64_t t = from; t < last; ++t) {
+    over_threads(0, groups * across, grain, [&](int64_t from, int64_t last) {
+      for (int64_t t = from; t < last && going_on(); ++t) {
         const int64_t row = t / across * kRows, start = t % across * kColumns;
         const int64_t whole = std::min(kColumns, raw.size(1) - start);
         const int64_t idle = p_.idle(begin + row, first + start, whole), n = whole - idle, at = start + idle;
         const int64_t sums = t / across * width + at;
-        float* scale = needs_column_scale ? &of_scale[sums] : nullptr;
-        float* bias = needs_bias ? &of_bias[sums] : nullptr;
+        float* scale = needs_column_scale ? of_scale.data() + sums : nullptr;
+        float* bias = needs_bias ? of_bias.data() + sums : nullptr;
         for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r) {
           const float* x = input<float>(raw) + r * raw.stride(0) + at;
           clear(to, to_row + r, to_column + start, idle);
@@ -121,7 +126,7 @@ class Gradient {
 
   // Where all log-sum-exps are within e^(+-50) of each other, e^(s - common) serves both directions of all pairs.
   void find_common() {
-    if (!p_.symmetric || p_.two_ceilings || p_.factors.size() > 1) return;
+    if (!p_.symmetric || p_.two_ceilings || p_.hard()) return;
     const Upstream& back = columns_;
     float low = std::numeric_limits<float>::infinity(), high = -low;
     for (int64_t i = 0; i < p_.rows; ++i) {
@@ -160,15 +165,19 @@ class Gradient {
       kernels_.grad_both(s, n, common_, row_share_[i], &column_share_[first], g);
     } else {
       std::fill_n(g, (n + 15) / 16 * 16, 0.0f);
-      for (size_t f = 0; f < p_.factors.size(); ++f)
-        kernels_.grad_row(s, n, p_.factors[f], rows_.lse[f][i], rows_.grad[f][i], g);
+      kernels_.grad_row(s, n, rows_.lse[0][i], rows_.grad[0][i], g);
+      if (p_.hard())
+        kernels_.grad_hard_row(s, n, p_.hardness(), {rows_.most[i], rows_.lse[1][i], rows_.lse[2][i]},
+                               {rows_.grad[1][i], rows_.grad[2][i]}, g);
     }
     if (p_.moments) kernels_.grad_sum(s, n, rows_.sum[i], nullptr, g);
     if (p_.symmetric && (!shared_ || p_.moments)) {
       const Upstream& back = columns_;
       if (p_.two_ceilings) p_.logits(kernels_, raw, i, first, n, true, s);
-      for (size_t f = 0; !shared_ && f < p_.factors.size(); ++f)
-        kernels_.grad_columns(s, n, p_.factors[f], &back.lse[f][first], &back.grad[f][first], g);
+      if (!shared_) kernels_.grad_columns(s, n, &back.lse[0][first], &back.grad[0][first], g);
+      if (p_.hard())
+        kernels_.grad_hard_columns(s, n, p_.hardness(), {&back.most[first], &back.lse[1][first], &back.lse[2][first]},
+                                   {&back.grad[1][first], &back.grad[2][first]}, g);
       if (p_.moments) kernels_.grad_sum(s, n, 0.0f, &back.sum[first], g);
     }
     if (!positives_.empty()) {

@@ -81,6 +81,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_own_fwd", TORCH_BOX(&fastloss::contrastive_own_fwd));
-  m.impl("contrastive_own_bwd", TORCH_BOX(&fastloss::contrastive_own_bwd));
+  m.impl("contrastive_own_fwd", FASTLOSS_BOX(&fastloss::contrastive_own_fwd));
+  m.impl("contrastive_own_bwd", FASTLOSS_BOX(&fastloss::contrastive_own_bwd));
 }

@@ -195,6 +195,6 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_plain_fwd", TORCH_BOX(&fastloss::contrastive_plain_fwd));
-  m.impl("contrastive_plain_bwd", TORCH_BOX(&fastloss::contrastive_plain_bwd));
+  m.impl("contrastive_plain_fwd", FASTLOSS_BOX(&fastloss::contrastive_plain_fwd));
+  m.impl("contrastive_plain_bwd", FASTLOSS_BOX(&fastloss::contrastive_plain_bwd));
 }

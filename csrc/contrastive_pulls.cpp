@@ -93,7 +93,7 @@ class Pulls {
       stats[statistic * p_.rows + begin + r] = static_cast<float>(value);
     };
     for (size_t f = 0; f < p_.factors.size(); ++f) {
-      put(p_.lse_of(f), std::isinf(top) ? top : p_.factors[f] * top + std::log(row.total[f]));
+      put(p_.lse_of(f), std::isinf(top) ? top : (f == 0 ? top : 0) + std::log(row.total[f]));
       const float share = row.total[f] == 0 || top == -infinity ? 0.0f : static_cast<float>(1 / row.total[f]);
       float* pull = output<float>(pulls) + (static_cast<int64_t>(f) * p_.rows + begin + r) * p_.width;
       for (int64_t d = 0; d < p_.width; ++d) pull[d] *= share;

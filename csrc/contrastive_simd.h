@@ -88,15 +88,34 @@ static void contrastive_raise(int64_t n, const float* most, float* now) {
 static void contrastive_grad_both(const float* s, int64_t n, float at, float row, const float* column, float* g) {
   for (int64_t i = 0; i < n; i += W) store(g + i, (load(column + i) + row) * exp(load(s + i) - at));
 }
-// g_j += grad e^(factor s_j - lse)
-static void contrastive_grad_row(const float* s, int64_t n, float factor, float lse, float grad, float* g) {
-  for (int64_t i = 0; i < n; i += W) store(g + i, load(g + i) + grad * exp(load(s + i) * factor - lse));
+// g_j += grad e^(s_j - lse)
+static void contrastive_grad_row(const float* s, int64_t n, float lse, float grad, float* g) {
+  for (int64_t i = 0; i < n; i += W) store(g + i, load(g + i) + grad * exp(load(s + i) - lse));
 }
-// g_j += grad_j e^(factor s_j - lse_j)
-static void contrastive_grad_columns(const float* s, int64_t n, float factor, const float* lse, const float* grad,
-                                     float* g) {
+// g_j += grad_j e^(s_j - lse_j)
+static void contrastive_grad_columns(const float* s, int64_t n, const float* lse, const float* grad, float* g) {
   for (int64_t i = 0; i < n; i += W)
-    store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) * factor - load(lse + i)));
+    store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) - load(lse + i)));
+}
+// With d_j = s_j - most and h_j = harder e^((1 + hardness) d_j - lse'), of which hardness times is to cancel exactly:
+// g_j += h_j + hardness (h_j + hard e^(hardness d_j - lse))
+static void contrastive_grad_hard_row(const float* s, int64_t n, float hardness, const HardSums<float>& sums,
+                                      const HardGrads<float>& grads, float* g) {
+  const float harder = 1 + hardness;
+  for (int64_t i = 0; i < n; i += W) {
+    const vf d = load(s + i) - sums.most, h = grads.harder * exp(d * harder - sums.harder);
+    store(g + i, load(g + i) + (h + hardness * (h + grads.hard * exp(d * hardness - sums.hard))));
+  }
+}
+static void contrastive_grad_hard_columns(const float* s, int64_t n, float hardness, const HardSums<const float*>& sums,
+                                          const HardGrads<const float*>& grads, float* g) {
+  const float harder = 1 + hardness;
+  for (int64_t i = 0; i < n; i += W) {
+    const vf d = load(s + i) - load(sums.most + i);
+    const vf h = load(grads.harder + i) * exp(d * harder - load(sums.harder + i));
+    const vf less = load(grads.hard + i) * exp(d * hardness - load(sums.hard + i));
+    store(g + i, load(g + i) + (h + hardness * (h + less)));
+  }
 }
 // g_j += row + column_j (or null) where j is a negative
 static void contrastive_grad_sum(const float* s, int64_t n, float row, const float* column, float* g) {
@@ -210,7 +229,8 @@ static void contrastive_combine(const float* v, float factor, const float* x, fl
 static ContrastiveKernels contrastive_kernels() {
   return {contrastive_logits,    contrastive_most,     contrastive_row,          contrastive_columns,
           contrastive_moments,   contrastive_merge,    contrastive_raise,        contrastive_grad_both,
-          contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_sum, contrastive_finish,
+          contrastive_grad_row,  contrastive_grad_columns, contrastive_grad_hard_row, contrastive_grad_hard_columns,
+          contrastive_grad_sum,  contrastive_finish,
           contrastive_add,       contrastive_transpose, contrastive_pull,        contrastive_pull_sum,
           contrastive_rescale,   contrastive_narrow,   contrastive_products,     contrastive_combine<float>,
           contrastive_combine<BFloat16>, contrastive_combine<Half>,

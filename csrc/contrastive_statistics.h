@@ -51,9 +51,9 @@ class Statistics {
   void chunk(const Tensor& raw, int64_t first, int64_t n) {
     const int64_t groups = blocks_of(count_, kRows), across = blocks_of(n, kColumns);
     ColumnParts columns(p_, groups, n);
-    torch::stable::parallel_for(0, groups * across, tiles_grain(count_, n), [&](int64_t from, int64_t to) {
+    over_threads(0, groups * across, tiles_grain(count_, n), [&](int64_t from, int64_t to) {
       const auto scratch = std::make_unique_for_overwrite<float[]>(std::min(kRows, count_) * kColumns);
-      for (int64_t t = from; t < to; ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
+      for (int64_t t = from; t < to && going_on(); ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
     });
     if (!p_.symmetric) return;
     for_each(across, [&](int64_t b) { merge_columns(columns, groups, first, b * kColumns, n); });
@@ -130,7 +130,7 @@ class Statistics {
   }
 
   void finish_row(int64_t r) {
-    const RowPart* parts = &parts_[r * blocks_];
+    const RowPart* parts = parts_.data() + r * blocks_;  // none without columns
     float most = kLowest;
     for (int64_t b = 0; b < blocks_; ++b)
       if (parts[b].most > most || parts[b].most != parts[b].most) most = parts[b].most;
@@ -167,7 +167,7 @@ class Statistics {
     const double infinity = std::numeric_limits<double>::infinity();
     const double top = most <= kLowest ? -infinity : most;
     for (size_t f = 0; f < p_.factors.size(); ++f)
-      put(p_.lse_of(f), std::isinf(top) ? top : p_.factors[f] * top + std::log(total[f]));
+      put(p_.lse_of(f), std::isinf(top) ? top : (f == 0 ? top : 0) + std::log(total[f]));
     put(1, top);
     if (!p_.moments) return;
     put(2, moments.sum);

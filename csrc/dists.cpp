@@ -76,8 +76,8 @@ struct PlanePlan {
   // body(layer, its index, plane) for all planes, over torch's threads.
   template <typename Body>
   void run(const Body& body) const {
-    torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b)
+    over_threads(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last && going_on(); ++b)
         for (int64_t p = blocks[b].begin; p < blocks[b].end; ++p) body(layers[blocks[b].layer], blocks[b].layer, p);
     });
   }
@@ -146,6 +146,6 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, 
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("dists_fwd", TORCH_BOX(&fastloss::dists_fwd));
-  m.impl("dists_bwd", TORCH_BOX(&fastloss::dists_bwd));
+  m.impl("dists_fwd", FASTLOSS_BOX(&fastloss::dists_fwd));
+  m.impl("dists_bwd", FASTLOSS_BOX(&fastloss::dists_bwd));
 }

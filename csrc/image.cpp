@@ -372,6 +372,6 @@ std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& gradients
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("image_fwd", TORCH_BOX(&fastloss::image_fwd));
-  m.impl("image_bwd", TORCH_BOX(&fastloss::image_bwd));
+  m.impl("image_fwd", FASTLOSS_BOX(&fastloss::image_fwd));
+  m.impl("image_bwd", FASTLOSS_BOX(&fastloss::image_bwd));
 }

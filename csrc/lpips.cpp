@@ -138,11 +138,11 @@ struct Plan {
   template <typename T, typename Body>
   void run(bool backward, const Body& body) const {
     const int64_t floats = scratch(backward);
-    torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
+    over_threads(0, static_cast<int64_t>(blocks.size()), 1, [&](int64_t first, int64_t last) {
       std::vector<float> buffer(floats);
       float* aligned = buffer.data();
       while (reinterpret_cast<uintptr_t>(aligned) % 64 != 0) ++aligned;
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last && going_on(); ++i) {
         const Block& b = blocks[i];
         const Layer& layer = layers[b.layer];
         const int64_t start = b.image * layer.channels * layer.pixels + b.begin * (layer.rows ? layer.channels : 1);
@@ -248,6 +248,6 @@ std::vector<Tensor> lpips_bwd(const Tensor& grad, const Tensor& statistics, std:
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("lpips_fwd", TORCH_BOX(&fastloss::lpips_fwd));
-  m.impl("lpips_bwd", TORCH_BOX(&fastloss::lpips_bwd));
+  m.impl("lpips_fwd", FASTLOSS_BOX(&fastloss::lpips_fwd));
+  m.impl("lpips_bwd", FASTLOSS_BOX(&fastloss::lpips_bwd));
 }

@@ -93,8 +93,8 @@ struct Plan {
   // body(layer, block, its index, where it starts in the layer) for all blocks, over torch's threads.
   template <typename Body>
   void run(const Body& body) const {
-    torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 2, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
+    over_threads(0, static_cast<int64_t>(blocks.size()), 2, [&](int64_t first, int64_t last) {
+      for (int64_t b = first; b < last && going_on(); ++b) {
         const Layer& layer = layers[blocks[b].layer];
         body(layer, blocks[b], b, blocks[b].row * layer.length + blocks[b].begin);
       }
@@ -245,8 +245,8 @@ std::vector<Tensor> distance_bwd(const Tensor& grad, std::vector<Tensor> feature
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("feature_l1_fwd", TORCH_BOX(&fastloss::l1_fwd));
-  m.impl("feature_l1_bwd", TORCH_BOX(&fastloss::l1_bwd));
-  m.impl("feature_distance_fwd", TORCH_BOX(&fastloss::distance_fwd));
-  m.impl("feature_distance_bwd", TORCH_BOX(&fastloss::distance_bwd));
+  m.impl("feature_l1_fwd", FASTLOSS_BOX(&fastloss::l1_fwd));
+  m.impl("feature_l1_bwd", FASTLOSS_BOX(&fastloss::l1_bwd));
+  m.impl("feature_distance_fwd", FASTLOSS_BOX(&fastloss::distance_fwd));
+  m.impl("feature_distance_bwd", FASTLOSS_BOX(&fastloss::distance_bwd));
 }

@@ -107,6 +107,6 @@ std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, co
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("pixel_fwd", TORCH_BOX(&fastloss::pixel_fwd));
-  m.impl("pixel_bwd", TORCH_BOX(&fastloss::pixel_bwd));
+  m.impl("pixel_fwd", FASTLOSS_BOX(&fastloss::pixel_fwd));
+  m.impl("pixel_bwd", FASTLOSS_BOX(&fastloss::pixel_bwd));
 }

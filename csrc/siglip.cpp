@@ -274,6 +274,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("siglip_fwd", TORCH_BOX(&fastloss::siglip_fwd));
-  m.impl("siglip_bwd", TORCH_BOX(&fastloss::siglip_bwd));
+  m.impl("siglip_fwd", FASTLOSS_BOX(&fastloss::siglip_fwd));
+  m.impl("siglip_bwd", FASTLOSS_BOX(&fastloss::siglip_bwd));
 }

@@ -69,6 +69,6 @@ Tensor smoothness_bwd(const Tensor& grad, const Tensor& image_pred, std::optiona
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("smoothness_fwd", TORCH_BOX(&fastloss::smoothness_fwd));
-  m.impl("smoothness_bwd", TORCH_BOX(&fastloss::smoothness_bwd));
+  m.impl("smoothness_fwd", FASTLOSS_BOX(&fastloss::smoothness_fwd));
+  m.impl("smoothness_bwd", FASTLOSS_BOX(&fastloss::smoothness_bwd));
 }

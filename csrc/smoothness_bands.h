@@ -73,16 +73,16 @@ struct Bands {
     return ((n * layout.depth + z) * per_slice + begin / rows) * channels + plane * layout.step;
   }
 
-  // body(image, plane, band, scratch) over torch's threads. It must not throw.
+  // body(image, plane, band, scratch) over torch's threads.
   template <typename T, typename Body>
   void each(bool backward, const Body& body) const {
     const int64_t groups = guide ? 1 : layout.planes, planes = guide ? layout.planes : 1;
     const int64_t size = std::min(rows, layout.height) * layout.row * planes;
     const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlock / size);
-    torch::stable::parallel_for(0, images * groups * parts(), grain, [&](int64_t from, int64_t to) {
+    over_threads(0, images * groups * parts(), grain, [&](int64_t from, int64_t to) {
       Scratch scratch(layout, backward);
       std::vector<float> edges(guide ? Edges::size(layout, rows) : 0), sums;
-      for (int64_t item = from; item < to; ++item) {
+      for (int64_t item = from; item < to && going_on(); ++item) {
         const int64_t begin = item % per_slice * rows, z = item / per_slice % layout.depth;
         const int64_t n = item / parts() / groups, end = std::min(layout.height, begin + rows);
         if (guide) fill(n, z, begin, end, backward, sums, edges.data());

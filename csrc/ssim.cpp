@@ -18,13 +18,13 @@ struct Tiles {
         across((width + kSsimColumns - 1) / kSsimColumns), columns(std::min(width, kSsimColumns)),
         count(call.planes * down * across) {}
 
-  // body(tile number, plane, tile, room) over torch's threads. It must not throw.
+  // body(tile number, plane, tile, room) over torch's threads.
   template <typename Body>
   void each(size_t size, const Body& body) const {
     const int64_t grain = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, std::min(height, rows) * columns));
-    torch::stable::parallel_for(0, count, grain, [&](int64_t first, int64_t last) {
+    over_threads(0, count, grain, [&](int64_t first, int64_t last) {
       SsimRoom room(columns, size);
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = first; i < last && going_on(); ++i) {
         const int64_t plane = i / (down * across), within = i % (down * across);
         const int64_t y = within / across * rows, x = within % across * kSsimColumns;
         body(i, plane, SsimTile{y, std::min(height, y + rows), x, std::min(width, x + kSsimColumns)}, room);
@@ -104,9 +104,9 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
   const int64_t run = last ? size * channels : size;
   const int64_t piece = last ? channels * std::max<int64_t>(16, kBlock / channels / 16 * 16) : kBlock;
   const int64_t pieces = (run + piece - 1) / piece;
-  torch::stable::parallel_for(0, total / run * pieces, 2, [&](int64_t first, int64_t end) {
+  over_threads(0, total / run * pieces, 2, [&](int64_t first, int64_t end) {
     std::vector<float> factors(last ? piece : 0);
-    for (int64_t i = first; i < end; ++i) {
+    for (int64_t i = first; i < end && going_on(); ++i) {
       const int64_t index = i / pieces, at = index * run + i % pieces * piece;
       for (size_t k = 0; k < factors.size(); ++k) factors[k] = up[index * channels + k % channels];
       scale(from + at, last ? factors.data() : nullptr, last ? 0.0f : up[index],
@@ -155,6 +155,6 @@ std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients,
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("ssim_fwd", TORCH_BOX(&fastloss::ssim_fwd));
-  m.impl("ssim_bwd", TORCH_BOX(&fastloss::ssim_bwd));
+  m.impl("ssim_fwd", FASTLOSS_BOX(&fastloss::ssim_fwd));
+  m.impl("ssim_bwd", FASTLOSS_BOX(&fastloss::ssim_bwd));
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -291,7 +291,10 @@ class Op:
             total = torch.stack([(f * g).sum() for f, g in pairs]).sum()
             wrt = {"grad": upstream} | wrt
             flat = [t for value in wrt.values() for t in _tensors(value)]
-            second = iter(torch.autograd.grad(total, flat, create_graph=torch.is_grad_enabled(), allow_unused=True))
+            second: Iterator[Tensor | None] = iter([None] * len(flat))
+            if total.requires_grad:  # else, of an empty batch say, it depends on nothing
+                again = torch.is_grad_enabled()
+                second = iter(torch.autograd.grad(total, flat, create_graph=again, allow_unused=True))
         got = {n: [next(second) for _ in v] if isinstance(v, list) else next(second) for n, v in wrt.items()}
         none = {name: _no_gradient(have[name]) for name in self._bwd_wants}
         return tuple((none | got)[name] for name in self._bwd_wants)
@@ -311,7 +314,11 @@ class Op:
         out = self.reference(*((have | wrt)[name] for name in self.inputs))
         used = [i for i, name in enumerate(self.grads) if name in wrt and have.get(f"needs_{name}", True)]
         inputs = [t for i in used for t in _tensors(wrt[self.grads[i]])]
-        first = torch.autograd.grad(out, inputs, upstream.to(out.dtype), create_graph=True)
+        first = tuple(torch.zeros_like(t) for t in inputs)  # without a row or a negative nothing may depend on them
+        if out.requires_grad:
+            first = torch.autograd.grad(
+                out, inputs, upstream.to(out.dtype), create_graph=True, allow_unused=True, materialize_grads=True
+            )
         if not isinstance(grad_grads[0], list):  # a list holds the needed ones only
             grad_grads = tuple(grad_grads[i] for i in used)
         return wrt, first, grad_grads

@@ -69,7 +69,8 @@ class Case:
 
     `make(draw, shape)` gives the positional arguments (tensors, or lists of tensors); `eager(*args, **options)` is the
     same loss written independently in plain PyTorch, as a user would have it; `grads` are the positions of the
-    arguments that get gradients; `bad` rows are (what, change(args, options), exception, text the message has).
+    arguments that get gradients; `bad` rows are (what, change(args, options), exception, text the message has); `empty`
+    are shapes with an axis of 0 that are taken, beside the options without tensors of one value per row.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Case:
     shapes: Sequence[Any]
     options: Sequence[dict] = ({},)
     grads: tuple[int, ...] = (0, 1)
+    empty: Sequence[Any] = ()
     reductions: tuple[str, ...] = ("none", "mean", "sum")  # () where the function has no reduction
     bad: Sequence[tuple[str, Callable, type[Exception], str]] = ()
     bench: Bench | None = None

@@ -11,116 +11,7 @@ import torch.nn.functional as F
 import fastloss
 from fastloss import NegativeSampling
 from tests.case import Bench, Case, with_argument, with_options
-
-
-def eager_reduce(rows, weights, reduction):
-    if weights is None:
-        return rows if reduction == "none" else getattr(rows, reduction)()
-    rows = rows * weights
-    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
-
-
-def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1, bias=0.0):
-    """Row losses from scaled similarities [M, C], the positives' columns and the mask of the negatives, and a bias.
-
-    With plain exponentials. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in their place.
-    """
-    logits = similar + bias
-    positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
-    pos = logits.gather(1, target[:, None])[:, 0]
-    if sampling is not None and sampling.margin is not None:
-        keep = keep & (similar * temperature <= similar.gather(1, target[:, None]) * temperature + sampling.margin)
-    none = ~keep.any(1)
-    if sampling is not None and (sampling.tau_plus or sampling.hardness):
-        count = keep.sum(1).clamp(min=1).to(logits)
-        negative, importance = logits.exp() * keep, (sampling.hardness * logits).exp() * keep
-        total = (importance * negative).sum(1) / ((importance.sum(1) + none) / count)
-        total = (total - sampling.tau_plus * count * pos.exp()) / (1 - sampling.tau_plus)
-        if sampling.tau_plus:
-            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits)))
-        rows = (pos.exp() * include_positive + total.masked_fill(none, 1.0)).log() - pos
-    else:
-        candidates = keep | positive if include_positive else keep | (positive & none[:, None])
-        rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
-    if smoothing:
-        mean = torch.where(keep | positive, logits, 0).sum(1) / (keep.sum(1) + 1)
-        rows = rows + smoothing * (pos - mean)
-    return rows.masked_fill(none, 0.0)
-
-
-def eager_info_nce(
-    query, key, negatives=None, temperature=0.1, include_positive=True, symmetric=False, normalize=True,
-    label_smoothing=0.0, bias=None, query_ids=None, key_ids=None, weights=None, reduction="mean", in_batch=None,
-    targets=None, sampling=None,
-):  # fmt: skip
-    if normalize:
-        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
-        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
-    target = torch.arange(len(query), device=query.device) if targets is None else targets
-    logits = query @ key.T * (1 / temperature)
-    keep = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
-    if query_ids is not None:
-        keep = keep & (query_ids[:, None] != key_ids)
-    if negatives is not None and not in_batch:
-        keep = torch.zeros_like(keep)
-    inside, mask = logits, keep
-    if negatives is not None:
-        extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
-        inside = torch.cat((inside, extra * (1 / temperature)), 1)
-        mask = torch.cat((keep, torch.ones_like(extra, dtype=torch.bool)), 1)
-    offset = 0.0 if bias is None else bias
-    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature, offset)
-    if symmetric:
-        back = eager_rows(logits.T, target, keep.T, include_positive, label_smoothing, sampling, temperature)
-        rows = (rows + back) / 2
-    return eager_reduce(rows, weights, reduction)
-
-
-def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean"):
-    if normalize:
-        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    logits, labels = logit_scale * (image @ text.T) + logit_bias, torch.arange(len(image), device=image.device)
-    options = {"label_smoothing": label_smoothing, "reduction": reduction}
-    return (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
-
-
-def eager_siglip(
-    image, text, logit_scale, logit_bias, normalize=False, image_ids=None, text_ids=None, negative_only=False,
-    weights=None, reduction="mean",
-):  # fmt: skip
-    if normalize:
-        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
-    logits = logit_scale * (image @ text.T) + (logit_bias or 0.0)
-    sign = -torch.ones_like(logits) if negative_only else 2 * torch.eye(len(image), device=image.device).to(logits) - 1
-    pairs = -F.logsigmoid(sign * logits)
-    if image_ids is not None:
-        pairs = pairs * ((image_ids[:, None] != text_ids) | (sign > 0))
-    return eager_reduce(pairs.sum(1), weights, reduction)
-
-
-def eager_supcon(features, labels, temperature=0.1, include_positive=True, normalize=True, weights=None,
-                 reduction="mean"):  # fmt: skip
-    features = F.normalize(features, dim=1) if normalize else features
-    logits = features @ features.T * (1 / temperature)
-    other = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    same = (labels[:, None] == labels) & other
-    candidates = other if include_positive else other & ~same
-    log_p = logits - logits.masked_fill(~candidates, -torch.inf).logsumexp(1, keepdim=True)
-    rows = -torch.where(same, log_p, 0).sum(1) / same.sum(1).clamp(min=1)
-    return eager_reduce(rows, weights, reduction)
-
-
-def eager_nt_xent(view_a, view_b, temperature=0.1, include_positive=True, normalize=True, label_smoothing=0.0, ids=None,
-                  sampling=None, weights=None, reduction="mean"):  # fmt: skip
-    z = torch.cat((view_a, view_b))
-    z = F.normalize(z, dim=1) if normalize else z
-    target = torch.arange(len(z), device=z.device).roll(len(view_a))
-    keep = ~torch.eye(len(z), dtype=torch.bool, device=z.device).scatter(1, target[:, None], True)
-    if ids is not None:
-        keep = keep & (ids.repeat(2)[:, None] != ids.repeat(2))
-    logits = z @ z.T * (1 / temperature)
-    rows = eager_rows(logits, target, keep, include_positive, label_smoothing, sampling, temperature)
-    return eager_reduce(rows, None if weights is None else weights.repeat(2), reduction)
+from tests.eager_contrastive import eager_clip, eager_info_nce, eager_nt_xent, eager_siglip, eager_supcon
 
 
 def pair(draw, shape):
@@ -236,13 +127,18 @@ def frozen_flops(shape, size, mode):
 
 CONTRASTIVE = [
     Case(
-        "info_nce", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (4, 16), (9, 33)),
+        "info_nce", fastloss.info_nce, pair, eager_info_nce, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (4, 16), (9, 33)),
         options=[
             {}, {"temperature": torch.tensor(0.3)}, {"include_positive": False}, {"symmetric": True},
             {"normalize": False, "temperature": 9.0, "bias": -1.5},
             {"label_smoothing": 0.2, "symmetric": True, "include_positive": False},
             {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.4), "symmetric": True},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07, "symmetric": True},
+            {"sampling": NegativeSampling(hardness=1000), "temperature": 0.07, "include_positive": False},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07, "symmetric": True},
         ],
         bad=BAD_INFO_NCE, module=fastloss.InfoNCELoss,
         bench=Bench(
@@ -259,6 +155,8 @@ CONTRASTIVE = [
             {"bias": torch.linspace(-1, 1, 6), "label_smoothing": 0.1},
             {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=1.0), "temperature": 1.0},
             {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(tau_plus=0.1), "temperature": 1.0},
+            {"query_ids": IDS, "key_ids": IDS, "sampling": NegativeSampling(hardness=100), "temperature": 0.07},
+            {"targets": torch.arange(6) // 2, "sampling": NegativeSampling(0.1, hardness=1000), "temperature": 0.07},
             {"query_ids": IDS, "key_ids": IDS, "include_positive": False, "bias": torch.linspace(-1, 1, 6)},
             {
                 "bias": torch.linspace(-1, 1, 6), "include_positive": False, "sampling": NegativeSampling(margin=0.3),
@@ -267,37 +165,46 @@ CONTRASTIVE = [
         ],
     ),
     Case(
-        "info_nce shared negatives", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((6, 4, 7), (5, 9, 3)),
+        "info_nce shared negatives", fastloss.info_nce, with_negatives, eager_info_nce,
+        shapes=((6, 4, 7), (5, 9, 3)), empty=((6, 0, 7), (0, 4, 7), (0, 0, 7), (1, 0, 7)),
         options=[
             {}, {"in_batch": True, "label_smoothing": 0.1}, {"include_positive": False, "temperature": 1.0},
             {"in_batch": True, "symmetric": True, "temperature": 0.25},
             {"in_batch": True, "sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"in_batch": True, "sampling": NegativeSampling(hardness=100), "temperature": 0.07, "symmetric": True},
+            {"in_batch": True, "sampling": NegativeSampling(0.1, 1000, 0.2), "temperature": 0.07},
             {"normalize": False, "temperature": torch.tensor(4.0), "sampling": NegativeSampling(margin=0.5)},
         ],
         grads=(0, 1, 2), bad=BAD_NEGATIVES, module=fastloss.InfoNCELoss,
     ),
     Case(
-        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, shapes=((3, 5, 4), (4, 40, 6)),
+        "info_nce bank", fastloss.info_nce, with_negatives, eager_info_nce, empty=((3, 0, 4), (0, 5, 4)),
+        shapes=((3, 5, 4), (4, 40, 6)),
         grads=(0, 1),
         options=[
             {}, {"label_smoothing": 0.1, "normalize": False, "temperature": 3.0},
             {"sampling": NegativeSampling(tau_plus=0.1, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.4, hardness=1.0), "temperature": 1.0, "include_positive": False},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07},
+            {"sampling": NegativeSampling(tau_plus=0.1, hardness=1000), "temperature": 0.07},
         ],
         bench=Bench(shapes=[(256, 65536, 512)], cost=frozen_flops, unit="flops", all_grads=True),
     ),
     Case(
-        "info_nce frozen keys", fastloss.info_nce, pair, eager_info_nce, shapes=((6, 7), (6, 2)), grads=(0,),
+        "info_nce frozen keys", fastloss.info_nce, pair, eager_info_nce, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 2)), grads=(0,),
         options=[
             {}, {"include_positive": False, "normalize": False, "temperature": torch.tensor(6.0)},
             {"targets": torch.tensor([5, 5, 0, 1, 2, 3]), "weights": WEIGHTS},
             {"query_ids": IDS, "key_ids": IDS, "label_smoothing": 0.2, "bias": torch.linspace(-1, 1, 6)},
             {"sampling": NegativeSampling(hardness=0.5, margin=0.4), "temperature": 1.0},
+            {"sampling": NegativeSampling(hardness=1000), "temperature": 0.07, "query_ids": IDS, "key_ids": IDS},
         ],
     ),
     Case(
         "info_nce own negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
-        shapes=((6, 4, 7), (4, 9, 6)), grads=(0, 1, 2),
+        shapes=((6, 4, 7), (4, 9, 6)), empty=((6, 0, 7), (0, 4, 7), (1, 0, 7)), grads=(0, 1, 2),
         options=[
             {"temperature": 0.5}, {"in_batch": True},
             {"sampling": NegativeSampling(hardness=0.5), "include_positive": False, "temperature": 1.0},
@@ -305,6 +212,9 @@ CONTRASTIVE = [
             {"sampling": NegativeSampling(margin=0.6, hardness=0.5), "temperature": 1.0},
             {"sampling": NegativeSampling(margin=0.2, tau_plus=0.1), "temperature": 1.0},  # a row has none left
             {"sampling": NegativeSampling(0.1, 0.5, margin=0.2), "temperature": 1.0, "in_batch": True},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07},
+            {"sampling": NegativeSampling(hardness=100), "temperature": 0.07, "in_batch": True},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07, "in_batch": True},
             {"sampling": NegativeSampling(margin=0.2), "include_positive": False, "label_smoothing": 0.1},
         ],
         bench=Bench(
@@ -321,7 +231,8 @@ CONTRASTIVE = [
     ),
     Case(
         "info_nce frozen negatives", fastloss.info_nce, with_own_negatives, eager_info_nce,
-        shapes=((3, 5, 7), (1, 70, 6)), options=[{"temperature": 0.5}, {"label_smoothing": 0.1, "normalize": False}],
+        shapes=((3, 5, 7), (1, 70, 6)), empty=((3, 0, 7), (0, 5, 7)),
+        options=[{"temperature": 0.5}, {"label_smoothing": 0.1, "normalize": False}],
         bench=Bench(
             shapes=[(64, 1024, 512)], cost=lambda shape, size, mode: (mode != "backward") * size * math.prod(shape),
             options=[{"temperature": 0.1}], all_grads=True,
@@ -329,7 +240,8 @@ CONTRASTIVE = [
         extra=rivals(info_nce=library_info_nce),
     ),
     Case(
-        "clip_loss", fastloss.clip_loss, pair, eager_clip, shapes=((8, 7), (1, 3), (11, 33)),
+        "clip_loss", fastloss.clip_loss, pair, eager_clip, empty=((0, 7), (1, 7)),
+        shapes=((8, 7), (1, 3), (11, 33)),
         options=[
             {"logit_scale": 0.5}, {"logit_scale": torch.tensor(4.0), "normalize": True, "logit_bias": -0.5},
             {"logit_scale": 14.3, "normalize": True, "label_smoothing": 0.1},
@@ -349,7 +261,8 @@ CONTRASTIVE = [
         ),
     ),
     Case(
-        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, shapes=((6, 7), (6, 3)),
+        "siglip_loss", fastloss.siglip_loss, pair, eager_siglip, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 3)),
         options=[
             {"logit_scale": 1.0, "logit_bias": None}, {"logit_scale": 1.0, "logit_bias": 0.0, "negative_only": True},
             {"logit_scale": 1.0, "logit_bias": 0.5, "image_ids": IDS, "text_ids": IDS, "weights": WEIGHTS},
@@ -370,7 +283,8 @@ CONTRASTIVE = [
         extra=rivals(open_clip=library_siglip),
     ),
     Case(
-        "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, shapes=((6, 7), (9, 3)), grads=(0,),
+        "supcon_loss", fastloss.supcon_loss, with_labels, eager_supcon, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (9, 3)), grads=(0,),
         options=[
             {}, {"temperature": 0.5, "include_positive": False}, {"temperature": torch.tensor(2.0), "normalize": False},
         ],
@@ -383,11 +297,15 @@ CONTRASTIVE = [
         bench=Bench(shapes=[(2048, 512)], cost=triangle_flops(1), unit="flops", cuda_shapes=[(4096, 512)]),
     ),
     Case(
-        "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, shapes=((6, 7), (6, 2)),
+        "nt_xent_loss", fastloss.nt_xent_loss, pair, eager_nt_xent, empty=((0, 7), (1, 7)),
+        shapes=((6, 7), (6, 2)),
         options=[
             {}, {"include_positive": False, "temperature": 0.5}, {"label_smoothing": 0.1, "weights": WEIGHTS},
             {"ids": IDS, "temperature": torch.tensor(0.5)}, {"normalize": False, "temperature": 3.0},
             {"sampling": NegativeSampling(tau_plus=0.1), "temperature": 0.5},
+            {"sampling": NegativeSampling(hardness=10), "temperature": 0.07, "include_positive": False},
+            {"sampling": NegativeSampling(0.1, hardness=100), "temperature": 0.07, "ids": IDS},
+            {"sampling": NegativeSampling(0.1, 1000, margin=0.2), "temperature": 0.07},
         ],
         bad=[
             *BAD_PAIR, *BAD_TEMPERATURES, *BAD_OPTIONS,

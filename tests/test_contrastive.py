@@ -19,7 +19,7 @@ from fastloss import (
     siglip_loss,
     supcon_loss,
 )
-from tests.cases_contrastive import eager_info_nce, eager_nt_xent, eager_siglip, eager_supcon
+from tests.eager_contrastive import eager_info_nce, eager_nt_xent, eager_siglip, eager_supcon
 
 close = torch.testing.assert_close
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import pickle
 
 import pytest
@@ -108,16 +109,23 @@ def _alike(a, b) -> bool:
     return isinstance(a, list) and isinstance(b, list) and all(_alike(x, y) for x, y in zip(a, b, strict=True))
 
 
-@grid(dtypes=(torch.float32,), options=False)
+@grid(dtypes=(torch.float32,))
 def test_nonfinite_values_arrive(case, place, options, dtype):
-    """An infinity or NaN in an input is never hidden: the loss is not finite either."""
-    for value in (float("nan"), float("inf")):
-        args = inputs(case, case.shapes[0], dtype, place[0])
-        leaf = leaves(case, args)[-1]
-        leaf.view(-1)[0] = value
-        with core.use_backend(place[1]):
-            loss = first(case.fn(*args, **to_device(options, place[0])))
-        assert case.extra.get("bounded") or not loss.isfinite().all()
+    """A NaN in an input is never hidden: neither in the loss nor in the gradients, where eager's are not finite (a loss
+    scaler would take the step). Nor is an infinity in the loss, as long as it does not stand for something left out."""
+    options, first_options = to_device(options, place[0]), options is case.options[0]
+    for which, value in itertools.product(range(len(case.grads)), (math.nan, math.inf)[: 1 + first_options]):
+        results = []
+        for fn in (case.fn, case.eager):
+            args = inputs(case, case.shapes[0], dtype, place[0])
+            leaves(case, args)[which].view(-1)[0] = value
+            with core.use_backend(place[1]):
+                results.append(run(case, fn, args, options))
+        (loss, grads, _), (_, eager, _) = results
+        assert case.extra.get("bounded") or not loss.isfinite().all(), f"the loss hides the {value} of {which}"
+        for i, (mine, theirs) in enumerate(zip(grads, eager, strict=True)):
+            shown = math.isinf(value) or theirs.isfinite().all() or not mine.isfinite().all()
+            assert shown, f"gradient {i} hides the {value} of {which}"
 
 
 @grid(dtypes=(torch.float32,))
@@ -197,22 +205,51 @@ def test_opcheck(case, place, options, dtype):
                 torch.library.opcheck(op.fwd, tree_map_only(Tensor, _as_leaf, op_args))
 
 
+def _derivatives(case: Case, backend: str, args: tuple, options: dict) -> tuple[list[Tensor], list[Tensor]]:
+    """The loss and its gradients, and the gradients of their squares."""
+    wrt = [t.requires_grad_() for t in leaves(case, args)]
+    with core.use_backend(backend):
+        loss = first(case.fn(*args, **options))
+        grads = torch.autograd.grad(loss.sum(), wrt, create_graph=True, allow_unused=True)
+        total = sum((g * g).sum() for g in grads if g is not None)
+        none = [None] * len(wrt)  # a piecewise linear op has gradients that depend on no input
+        there = isinstance(total, Tensor) and total.requires_grad
+        second = torch.autograd.grad(total, wrt, allow_unused=True) if there else none
+    once, twice = (
+        [torch.zeros_like(t) if g is None else g.detach() for t, g in zip(wrt, got, strict=True)]
+        for got in (grads, second)
+    )
+    return [loss.detach(), *once], twice
+
+
 @grid(dtypes=(torch.float32,), only_ops=True)
 def test_double_backward_is_the_references(case, place, options, dtype):
-    second, options = [], to_device(options, place[0])
-    for backend in (place[1], "reference"):
-        args = inputs(case, case.shapes[0], dtype, place[0])
-        wrt = [t.requires_grad_() for t in leaves(case, args)]
-        with core.use_backend(backend):
-            loss = first(case.fn(*args, **options)).sum()
-            grads = torch.autograd.grad(loss, wrt, create_graph=True, allow_unused=True)
-            total = sum((g * g).sum() for g in grads if g is not None)
-            none = [None] * len(wrt)  # a piecewise linear op has gradients that depend on no input
-            got = torch.autograd.grad(total, wrt, allow_unused=True) if total.requires_grad else none
-        second.append([torch.zeros_like(t) if g is None else g for t, g in zip(wrt, got, strict=True)])
+    options = to_device(options, place[0])
+    second = [
+        _derivatives(case, backend, inputs(case, case.shapes[0], dtype, place[0]), options)[1]
+        for backend in (place[1], "reference")
+    ]
     for ours, theirs in zip(*second, strict=True):  # of many magnitudes in one tensor; p=1.5 has none (NaN) at d=0
         largest = theirs.abs().nan_to_num(0, 0).max().item() if theirs.numel() else 0.0
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * max(1.0, largest), equal_nan=True)
+
+
+@grid(dtypes=(torch.float32,))
+def test_empty_axes(case, place, options, dtype):
+    """Value, gradient and double backward of inputs without rows, or without what they are compared with."""
+    if any(isinstance(value, Tensor) and value.ndim for value in options.values()):
+        return
+    options = to_device(options, place[0])
+    for shape, reduction in itertools.product(case.empty, set(reductions(case)) - {"mean"}):
+        ours, theirs = (
+            _derivatives(
+                case, backend, inputs(case, shape, dtype, place[0]), with_reduction(case, options, reduction)
+            )
+            for backend in (place[1], "reference")
+        )
+        for mine, reference in zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True):
+            assert mine.isfinite().all(), shape
+            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
 
 
 @not_interpreted

@@ -7,7 +7,7 @@ state is
     mass     sum of e^s / 2^reference, reference = ceil(best / log 2): a whole number, so that the powers between
              references are exact, and each exponential costs one fused multiply-add and one exp2
     total, count                  with MOMENTS: sum and number of the allowed s
-    hard, soft                    with HARD: mass at (1 + beta) s and at beta s, references ceil((1 + beta) best), ..
+    hard, soft                    with HARD: sums of e^((1 + beta) (s - best)) and of e^(beta (s - best))
 
 Forward: program (group, split) walks the tiles of its row blocks (group, group + groups, ..) and, within each, of its
 column blocks (split, split + splits, ..). A row's state stays in registers along the walk and goes to slot `split`; the

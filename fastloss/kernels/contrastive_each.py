@@ -6,8 +6,9 @@ row. The forward's kernels are those of contrastive_each_sums.py.
     s_k = r c_k <q, n_k>                         c_k = 1 / |n_k| (0 for zero vectors), or 1 without NORMALIZE
     part of the logits      max s, and for each power e of (1; 1 + beta, beta):  sum exp(e (s_k - max))
     part of the vectors     sum exp(e (s_k - max)) c_k n_k, the moments' sum c_k n_k  (KEEP)
-    merged, in order        log-sum-exps, max, sum and count;  the vectors over their total
-    backward                d n_k = G_k c_k (r q - s_k c_k n_k),  G_k = sum_e g_e e exp(e s_k - lse_e) + g_sum
+    merged, in order        log-sum-exps (with hardness below max), max, sum, count;  the vectors over their total
+    backward                d n_k = G_k c_k (r q - s_k c_k n_k),  G_k = sum_e g_e e exp(e d_k - lse_e) + g_sum
+                            d_k = s_k for e = 1, else s_k - max
 
 Bytes per element of size s: forward s, and the queries' gradient needs no more; the negatives' gradient 2 s, or s where
 nothing is normalised, since it then needs no negative.
@@ -61,14 +62,24 @@ def _each_query_kernel(
     vectors = tl.zeros((WIDTH,), tl.float32)
     for a in tl.static_range(POWERS + MOMENTS):
         place = 0 if a == 0 else 2 if a == POWERS else 1 + 2 * MOMENTS + a
-        power = 1.0 + hardness if (a == 1 and a < POWERS) else hardness if (a == 2 and a < POWERS) else 1.0
-        slope = tl.load(grad_ptr + place * rows + row) * power
+        slope = tl.load(grad_ptr + place * rows + row)
         there = inside & (tl.zeros((WIDTH,), tl.float32) + slope != 0.0)  # a row that is left out may be NaN
-        vectors += slope * tl.load(pulls_ptr + a * rows * width + at, mask=there, other=0.0)
+        pull = slope * tl.load(pulls_ptr + a * rows * width + at, mask=there, other=0.0)
+        vectors += pull
+        if POWERS == 3:
+            if a == 1:
+                harder = pull
+            if a == 2:  # the two cancel before they are times the hardness
+                vectors += hardness * (harder + pull) - pull
     query = tl.load(query_ptr + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(scale_grad_ptr + row, tl.sum(query * vectors))
     grad = tl.load(scale_ptr + row) * vectors
     tl.store(query_grad_ptr + at, grad.to(query_grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _hard_slope(grad_ptr, stats_ptr, over):
+    return tl.load(grad_ptr) * below_one(over - tl.load(stats_ptr))
 
 
 @triton.jit
@@ -116,11 +127,14 @@ def _each_negatives_kernel(
     slope = tl.zeros((ROWS,), tl.float32)
     if MOMENTS:
         slope += tl.load(grad_ptr + 2 * rows + row)
-    for a in tl.static_range(POWERS):
-        place = 0 if a == 0 else 1 + 2 * MOMENTS + a
-        power = 1.0 if a == 0 else 1.0 + hardness if a == 1 else hardness
-        mass = tl.load(grad_ptr + place * rows + row) * power
-        slope += mass * below_one(power * scores - tl.load(stats_ptr + place * rows + row))
+    slope += tl.load(grad_ptr + row) * below_one(scores - tl.load(stats_ptr + row))
+    if POWERS == 3:
+        below = scores - tl.load(stats_ptr + rows + row)
+        at: tl.constexpr = 2 + 2 * MOMENTS
+        harder = _hard_slope(grad_ptr + at * rows + row, stats_ptr + at * rows + row, (1.0 + hardness) * below)
+        at_less: tl.constexpr = 3 + 2 * MOMENTS
+        less = _hard_slope(grad_ptr + at_less * rows + row, stats_ptr + at_less * rows + row, hardness * below)
+        slope += harder + hardness * (harder + less)
     slope = tl.where(out, 0.0, slope * inverse)
     query = tl.load(query_ptr + row * width + columns, mask=inside, other=0.0).to(tl.float32)
     grad = (slope * tl.load(scale_ptr + row))[:, None] * query

@@ -260,7 +260,8 @@ def each_merge_kernel(
             totals = tl.load(parts_ptr + split * 6 + 3 + a, mask=exists, other=0.0)
             total = tl.sum(below_one(power * (tops - most)) * totals)
             if tl.program_id(1) == 0:
-                lse = tl.where(most == float("inf"), most, power * most + tl.log(total))
+                over = most if a == 0 else 0.0
+                lse = tl.where(most == float("inf"), most, over + tl.log(total))
                 place = 0 if a == 0 else 1 + 2 * MOMENTS + a
                 tl.store(stats_ptr + place * rows + row, lse)
         if KEEP:

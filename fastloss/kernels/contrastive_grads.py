@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .contrastive_states import _below, _binary, _reference
+from .contrastive_states import LOG2E, _below, _binary, _reference
 from .contrastive_tile import tile_logits
 
 # An exponential below a row's reference serves the columns whose references lie no further than this under it.
@@ -24,6 +24,16 @@ def _log_sum(stats_ptr, grad_ptr, index, mask, ANEW: tl.constexpr = False):
 
 
 @triton.jit
+def _hard_pull(d, stats_ptr, grad_ptr, index, mask, power, AXIS: tl.constexpr):
+    """Upstream times e^(power d - lse), 0 where there are no terms."""
+    lse = tl.load(stats_ptr + index, mask, other=0.0)
+    up = tl.load(grad_ptr + index, mask, other=0.0)
+    empty = lse == float("-inf")
+    lse, up = tl.where(empty, 0.0, lse), tl.where(empty, 0.0, up)
+    return tl.exp2((d * power - tl.expand_dims(lse, AXIS)) * LOG2E) * tl.expand_dims(up, AXIS)
+
+
+@triton.jit
 def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr):
     """G_ij of one direction, whose stats and upstream are (states, M)."""
     HARD: tl.constexpr = beta is not None
@@ -34,11 +44,12 @@ def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr,
         pull += tl.where(s == float("-inf"), 0.0, tl.expand_dims(up, AXIS))
     if HARD:
         at: tl.constexpr = 4 if MOMENTS else 2
-        reference, up = _log_sum(stats_ptr + at * stride, grad_ptr + at * stride, index, mask)
-        more = 1.0 + beta
-        pull += _below(more * s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(more * up, AXIS)
-        reference, up = _log_sum(stats_ptr + (at + 1) * stride, grad_ptr + (at + 1) * stride, index, mask)
-        pull += _below(beta * s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(beta * up, AXIS)
+        best = tl.load(stats_ptr + stride + index, mask, other=0.0)
+        best = tl.where(best == float("-inf"), 0.0, best)
+        stats_ptr, grad_ptr = stats_ptr + at * stride, grad_ptr + at * stride
+        d = s - tl.expand_dims(best, AXIS)
+        harder = _hard_pull(d, stats_ptr, grad_ptr, index, mask, 1.0 + beta, AXIS)
+        pull += harder + beta * (harder + _hard_pull(d, stats_ptr + stride, grad_ptr + stride, index, mask, beta, AXIS))
     return pull
 
 

@@ -56,8 +56,15 @@ def _merge(a, b, b_reference, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
 
 
 @triton.jit
+def _power_below(s, best, power):
+    """e^(power (s - best)): the difference first, as power s has no digits left for it."""
+    best = tl.where(best == float("-inf"), 0.0, best)
+    return tl.exp2((s - best) * (power * LOG2E))
+
+
+@triton.jit
 def _power_shift(old, new, power):
-    return _shift(power * old, power * new, _reference(power * old))
+    return tl.where(old == float("-inf"), 0.0, _power_below(old, new, power))
 
 
 @triton.jit
@@ -69,9 +76,8 @@ def _tile_state(s, best, mass, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr, 
         total = tl.sum(tl.where(allowed, s, 0.0), AXIS)
         count = tl.sum(allowed.to(tl.float32), AXIS)
     if HARD:
-        up = 1.0 + beta
-        hard = tl.sum(_below(up * s, tl.expand_dims(_reference(up * best), AXIS)), AXIS)
-        soft = tl.sum(_below(beta * s, tl.expand_dims(_reference(beta * best), AXIS)), AXIS)
+        hard = tl.sum(_power_below(s, tl.expand_dims(best, AXIS), 1.0 + beta), AXIS)
+        soft = tl.sum(_power_below(s, tl.expand_dims(best, AXIS), beta), AXIS)
     return best, mass, total, count, hard, soft
 
 
@@ -267,10 +273,10 @@ def _contrastive_merge_kernel(
         tl.store(stats_ptr + 3 * stride, tl.sum(a[3], 0), inside)
     if HARD:
         stats_ptr += (STATES - 2) * stride
-        up = 1.0 + beta
-        tl.store(stats_ptr, _log(up * best, tl.sum(a[4] * _power_shift(a[0], best[None, :], up), 0)), inside)
+        hard = tl.sum(a[4] * _power_shift(a[0], best[None, :], 1.0 + beta), 0)
         soft = tl.sum(a[5] * _power_shift(a[0], best[None, :], beta), 0)
-        tl.store(stats_ptr + stride, _log(beta * best, soft), inside)
+        tl.store(stats_ptr, tl.log(hard), inside)
+        tl.store(stats_ptr + stride, tl.log(soft), inside)
 
 
 @triton.jit

@@ -4,7 +4,7 @@
     A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
 
 The statistics [S, M] are those of contrastive_softmax.py, without its directions: log-sum-exp, maximum, with `kind`
-"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) s and beta s.
+"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
 With G_ik = d loss / d s_ik,
 
     t_i      = sum_k G_ik c_ik n_ik

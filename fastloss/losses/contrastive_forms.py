@@ -169,7 +169,8 @@ def softmax_rows(
         ))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
-        stats = torch.stack([extra] if stats is None else [merged(stats[0], extra), *stats[1:]])
+        union = extra if stats is None else merged(stats[0], extra, moments, hardness)
+        stats = torch.stack([union] if stats is None else [union, *stats[1:]])
     elif negatives is not None:
         negatives = widened(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
@@ -179,7 +180,9 @@ def softmax_rows(
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
             _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
         ))  # fmt: skip
-        stats = extra if stats is None else torch.stack([merged(stats[0], extra[0]), *stats[1:]])
+        if stats is not None:
+            extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])
+        stats = extra
     assert stats is not None
     positive = _left_out(dropped, positive)
     out = row_losses(positive, stats if form.symmetric else stats[0], scale, form)

@@ -116,20 +116,31 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
     if moments:
         stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
     if hardness:
-        stats += [lse((1 + hardness) * logits), lse(hardness * logits)]
+        below = logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]
+        more = hardness * below  # one for both: where one logit is all of the sums, their gradients by it cancel
+        stats += [lse(below + more), lse(more)]
     return torch.stack(stats)
 
 
-def merged(one: Tensor, two: Tensor) -> Tensor:
+def merged(one: Tensor, two: Tensor, moments: bool, hardness: float) -> Tensor:
     """Statistics [S, M] of the union of two sets of negatives."""
+    most = torch.maximum(one[1], two[1]).detach()
+    if hardness:  # theirs are below each set's own maximum, in whose place comes that of both
+        one, two = (_below(most, stats, hardness) for stats in (one, two))
     none = (one == -math.inf) & (two == -math.inf)  # whose log-sum-exp has the gradient NaN
     both = torch.stack((one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)))
     # not logaddexp: its second derivatives are NaN where one of the sets is empty, or over e^88 times the other
     together = list(torch.logsumexp(both, 0).masked_fill(none, -math.inf))
-    together[1] = torch.maximum(one[1], two[1])
-    if one.shape[0] in (4, 6):  # moments
+    together[1] = most
+    if moments:
         together[2:4] = one[2] + two[2], one[3] + two[3]
     return torch.stack(together)
+
+
+def _below(most: Tensor, stats: Tensor, hardness: float) -> Tensor:
+    """The statistics with the log-sum-exps of hardness below `most`, no less than the set's own maximum."""
+    gap = (stats[1].detach() - most).masked_fill(most == -math.inf, -math.inf)
+    return torch.cat((stats[:-2], (stats[-2] + (1 + hardness) * gap)[None], (stats[-1] + hardness * gap)[None]))
 
 
 def negative_mass(
@@ -142,8 +153,8 @@ def negative_mass(
         return mass, some
     log_count = stats[3].clamp_min(1).log()
     if sampling.hardness:
-        zero = torch.zeros_like(mass)
-        mass = torch.where(some, stats[-2], zero) - torch.where(some, stats[-1], zero) + log_count
+        most, harder, easier = (torch.where(some, x, torch.zeros_like(x)) for x in (stats[1], *stats[-2:]))
+        mass = harder - easier + log_count + most.detach()  # the largest last
     if sampling.tau_plus:
         tau = sampling.tau_plus
         shift = torch.maximum(mass, positive).detach()  # cancels in value and gradient

@@ -14,7 +14,9 @@ needs all M x N logits, the statistics and their gradients, is here.
       0  lse_A(s)        -inf where A is empty, then without gradient
       1  max_A(s)        -inf where A is empty; no gradient
       "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
-      hardness beta > 0:  -2  lse_A((1 + beta) s)             -1  lse_A(beta s)    (the last two rows)
+      hardness beta > 0:  -2  lse_A((1 + beta) (s - max_A))   -1  lse_A(beta (s - max_A))    (the last two rows)
+                               max_A without gradient: their difference, all that is used of them, has none by it, and
+                               so keeps the digits that beta s is too large for
 
 `kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "bfloat16", "stash" (below). With
 "symmetric", M = N and there are two directions: the second has the statistics of column j over the rows i of the
@@ -26,8 +28,9 @@ products are made so, and what multiplies query and key in the gradients, G and 
 
 Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
 
-    G_ij = g_0 e^(s_ij - lse_i) + g_2 + (1 + beta) g_-2 e^((1 + beta) s_ij - lse'_i) + beta g_-1 e^(beta s_ij - lse''_i)
+    G_ij = g_0 e^(s_ij - lse_i) + g_2 + h_ij + beta (h_ij + g_-1 e^(beta d_ij - lse''_i))
            + the same of the column's direction, which with "upper" are the statistics of row j
+    d_ij = s_ij - max_i        h_ij = g_-2 e^((1 + beta) d_ij - lse'_i), of which beta times are to cancel exactly
     t_i = sum_j G_ij column_scale_j key_j      d query_i = row_scale_i t_i    d row_scale_i = <query_i, t_i>
     u_j = sum_i G_ij row_scale_i query_i       d key_j = column_scale_j u_j   d column_scale_j = <key_j, u_j>
     d bias_j = sum_i G_ij

@@ -1,0 +1,121 @@
+"""The contrastive losses as plain PyTorch, written independently: what the battery compares with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def eager_reduce(rows, weights, reduction):
+    if weights is None:
+        return rows if reduction == "none" else getattr(rows, reduction)()
+    rows = rows * weights
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
+
+
+def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1, bias=0.0):
+    """Row losses from scaled similarities [M, C], the positives' columns and the mask of the negatives, and a bias.
+
+    With plain exponentials below the largest. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in
+    their place.
+    """
+    logits = similar + bias
+    positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
+    pos = logits.gather(1, target[:, None])[:, 0]
+    if sampling is not None and sampling.margin is not None:
+        keep = keep & (similar * temperature <= similar.gather(1, target[:, None]) * temperature + sampling.margin)
+    none = ~keep.any(1)
+    if sampling is not None and (sampling.tau_plus or sampling.hardness):
+        count = keep.sum(1).clamp(min=1).to(logits)
+        most = logits.detach().masked_fill(~keep, -torch.inf).amax(1).masked_fill(none, 0.0)
+        below = logits - most[:, None]
+        negative = below.masked_fill(~keep, -torch.inf).exp()
+        importance = (sampling.hardness * below).masked_fill(~keep, -torch.inf).exp()
+        total = (importance * negative).sum(1) / ((importance.sum(1) + none) / count)
+        if sampling.tau_plus:
+            total = (total - sampling.tau_plus * count * (pos - most).exp()) / (1 - sampling.tau_plus)
+            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits) - most))
+        total = total.masked_fill(none, 1.0).log() + most
+        rows = (torch.logaddexp(pos, total) if include_positive else total) - pos
+    else:
+        candidates = keep | positive if include_positive else keep | (positive & none[:, None])
+        rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
+    if smoothing:
+        mean = torch.where(keep | positive, logits, 0).sum(1) / (keep.sum(1) + 1)
+        rows = rows + smoothing * (pos - mean)
+    return rows.masked_fill(none, 0.0)
+
+
+def eager_info_nce(
+    query, key, negatives=None, temperature=0.1, include_positive=True, symmetric=False, normalize=True,
+    label_smoothing=0.0, bias=None, query_ids=None, key_ids=None, weights=None, reduction="mean", in_batch=None,
+    targets=None, sampling=None,
+):  # fmt: skip
+    if normalize:
+        query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
+        negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    target = torch.arange(len(query), device=query.device) if targets is None else targets
+    logits = query @ key.T * (1 / temperature)
+    keep = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
+    if query_ids is not None:
+        keep = keep & (query_ids[:, None] != key_ids)
+    if negatives is not None and not in_batch:
+        keep = torch.zeros_like(keep)
+    inside, mask = logits, keep
+    if negatives is not None:
+        extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
+        inside = torch.cat((inside, extra * (1 / temperature)), 1)
+        mask = torch.cat((keep, torch.ones_like(extra, dtype=torch.bool)), 1)
+    offset = 0.0 if bias is None else bias
+    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature, offset)
+    if symmetric:
+        back = eager_rows(logits.T, target, keep.T, include_positive, label_smoothing, sampling, temperature)
+        rows = (rows + back) / 2
+    return eager_reduce(rows, weights, reduction)
+
+
+def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean"):
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits, labels = logit_scale * (image @ text.T) + logit_bias, torch.arange(len(image), device=image.device)
+    options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    return (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
+
+
+def eager_siglip(
+    image, text, logit_scale, logit_bias, normalize=False, image_ids=None, text_ids=None, negative_only=False,
+    weights=None, reduction="mean",
+):  # fmt: skip
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits = logit_scale * (image @ text.T) + (logit_bias or 0.0)
+    sign = -torch.ones_like(logits) if negative_only else 2 * torch.eye(len(image), device=image.device).to(logits) - 1
+    pairs = -F.logsigmoid(sign * logits)
+    if image_ids is not None:
+        pairs = pairs * ((image_ids[:, None] != text_ids) | (sign > 0))
+    return eager_reduce(pairs.sum(1), weights, reduction)
+
+
+def eager_supcon(features, labels, temperature=0.1, include_positive=True, normalize=True, weights=None,
+                 reduction="mean"):  # fmt: skip
+    features = F.normalize(features, dim=1) if normalize else features
+    logits = features @ features.T * (1 / temperature)
+    other = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    same = (labels[:, None] == labels) & other
+    candidates = other if include_positive else other & ~same
+    log_p = logits - logits.masked_fill(~candidates, -torch.inf).logsumexp(1, keepdim=True)
+    rows = -torch.where(same, log_p, 0).sum(1) / same.sum(1).clamp(min=1)
+    return eager_reduce(rows, weights, reduction)
+
+
+def eager_nt_xent(view_a, view_b, temperature=0.1, include_positive=True, normalize=True, label_smoothing=0.0, ids=None,
+                  sampling=None, weights=None, reduction="mean"):  # fmt: skip
+    z = torch.cat((view_a, view_b))
+    z = F.normalize(z, dim=1) if normalize else z
+    target = torch.arange(len(z), device=z.device).roll(len(view_a))
+    keep = ~torch.eye(len(z), dtype=torch.bool, device=z.device).scatter(1, target[:, None], True)
+    if ids is not None:
+        keep = keep & (ids.repeat(2)[:, None] != ids.repeat(2))
+    logits = z @ z.T * (1 / temperature)
+    rows = eager_rows(logits, target, keep, include_positive, label_smoothing, sampling, temperature)
+    return eager_reduce(rows, None if weights is None else weights.repeat(2), reduction)
