@@ -57,6 +57,14 @@ def in_inference_mode(tensor: Tensor) -> Tensor:
         return tensor.clone()
 
 
+def assert_unrounded(got: Tensor, usual: Tensor, default: torch.dtype) -> None:
+    """Under a narrow default dtype the same to the bit; under float64 a module's own constants may have more digits."""
+    if default == torch.float64:
+        torch.testing.assert_close(got, usual, check_dtype=False)
+    else:
+        assert got.dtype == usual.dtype and torch.equal(got, usual)
+
+
 @pytest.mark.parametrize("normalize", [True, False], ids=["normalised", "plain"])
 @pytest.mark.parametrize("execution", [None, Execution(chunk=1), Execution(checkpoint=True)], ids=str)
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -92,7 +100,7 @@ def test_perceptual_loss_under_another_default_dtype(network, criterion, default
             value = loss(target, leaf)
             results.append((value, *torch.autograd.grad(value, leaf), loss.shift, loss.scale))
     for usual, got in zip(*results, strict=True):
-        assert got.dtype == usual.dtype == torch.float32 and torch.equal(got, usual)
+        assert_unrounded(got, usual, default)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
@@ -113,9 +121,9 @@ def test_composite_loss_under_another_default_dtype(weighting, default):
             states.append(fuse.state_dict())
             fuse.load_state_dict(states[0], strict=True)
     for usual, got in zip(*totals, strict=True):
-        assert got.dtype == torch.float32 and torch.equal(got, usual)
+        assert_unrounded(got, usual, default)
     for usual, got in zip(*(state.values() for state in states), strict=True):
-        assert got.dtype == usual.dtype and torch.equal(got, usual)
+        assert_unrounded(got, usual, default)
 
 
 def test_inception_input_under_another_default_dtype():
@@ -125,8 +133,8 @@ def test_inception_input_under_another_default_dtype():
     for default in (torch.bfloat16, torch.float64):
         with default_dtype(default):
             got = InceptionInput()
-        assert got.scale.dtype == torch.float32
-        assert torch.equal(got.scale, usual.scale) and torch.equal(got.shift, usual.shift)
+        assert_unrounded(got.scale, usual.scale, default)
+        assert_unrounded(got.shift, usual.shift, default)
 
 
 def test_the_training_systems_measures_under_another_default_dtype():
@@ -206,7 +214,7 @@ def test_perceptual_loss_names_what_came(network):
     graph = torch.ones(2, requires_grad=True)
     for options, error, text in (
         ({"layer_weights": {0.5: 1}}, TypeError, "layer_weights: expected a list of numbers, got dict"),
-        ({"layer_weights": [10**400, 1.0]}, ValueError, r"layer_weights\[0\]: expected a number that float32 holds"),
+        ({"layer_weights": [10**400, 1.0]}, ValueError, r"layer_weights\[0\]: expected a finite number"),
         ({"layer_weights": graph}, ValueError, "layer_weights: no gradient is provided"),
         ({"layer_weights": [True, 1.0]}, TypeError, r"layer_weights\[0\]: expected a number, got bool"),
         ({"input_range": "01"}, TypeError, "input_range: expected a list of numbers, got str"),
