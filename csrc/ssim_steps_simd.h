@@ -57,9 +57,11 @@ static void ssim_read(const SsimPlanes<T>& p, const SsimShift& shift, int64_t y,
   const int64_t left = begin < 0 ? (-begin < n ? -begin : n) : 0;
   const int64_t end = begin + n < p.width ? n : p.width - begin;
   int64_t i = left;
+  const vf by_a = all(shift.a), by_d = all(shift.d);  // once: what is stored might be the shift, for all GCC knows
+  const float outside_a = 0 - shift.rest_a, outside_d = 0 - shift.rest_d;
   const auto keep = [&](vf u, vf v) __attribute__((always_inline)) {
-    store(a + i, (u - shift.a) + v);  // exact where both are near half the shift
-    store(d + i, (u - v) - shift.d);
+    store(a + i, (u - by_a) + v);  // exact where both are near half the shift
+    store(d + i, (u - v) - by_d);
   };
   if (p.x_column == 1 && p.y_column == 1) {
     for (; i + W <= end; i += W) keep(load(x + i), load(z + i));
@@ -70,7 +72,7 @@ static void ssim_read(const SsimPlanes<T>& p, const SsimShift& shift, int64_t y,
       keep(ssim_gather(x + i * p.x_column, p.x_column, count), ssim_gather(z + i * p.y_column, p.y_column, count));
     }
   }
-  const auto outside = [&](int64_t k) { a[k] = 0 - shift.rest_a, d[k] = 0 - shift.rest_d; };
+  const auto outside = [&](int64_t k) { a[k] = outside_a, d[k] = outside_d; };
   for (i = 0; i < left; ++i) outside(i);
   for (i = end < left ? left : end; i < n; ++i) outside(i);
 }

@@ -89,15 +89,20 @@ def test_the_loss_of_an_offset_that_was_reported():
 @not_interpreted
 @each_backend
 def test_ms_ssim_and_image_loss_keep_their_digits_too(backend):
-    x, y = (t + 1e3 for t in pair(1, 2, 33, 38))
+    x, y = pair(1, 2, 33, 38)
 
-    def several(a, b):
-        return ms_ssim_loss(a, b, window=3, level_weights=(0.3, 0.3, 0.4), padding="same")
+    def several(a, b, data_range=1.0):
+        return ms_ssim_loss(
+            a, b, window=3, level_weights=(0.3, 0.3, 0.4), padding="same", data_range=data_range
+        )
 
     def parts(a, b):
         return image_loss(a, b, pixel=(1, 0.1), smoothness=(1, 0.1), ssim=0.5).total
 
-    assert max(relative_errors(several, backend, x, y)) < 1e-3
+    assert max(relative_errors(several, backend, x + 100, y + 100)) < 1e-3
+    far = [t + 1e4 for t in (x, y)]
+    assert max(relative_errors(lambda a, b: several(a, b, (1e4, 10001)), backend, *far)) < 1e-3
+    x, y = x + 1e3, y + 1e3
     assert max(relative_errors(parts, backend, x, y)) < 1e-3
 
 

@@ -249,7 +249,9 @@ def ms_ssim_loss(
     Args:
         image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
         image_pred: prediction of the same shape. Both may need gradients.
-        window, sigma, data_range, k1, k2: as in :func:`ssim_loss`, at every level.
+        window, sigma, data_range, k1, k2: as in :func:`ssim_loss`, at every level. Images far from 0 (from 100 times
+            their range on) need (low, high), which is subtracted before the levels are made: means of 2x2 pixels in
+            float32 lose digits that no level can find again.
         padding: ``"valid"`` (the default, as pytorch-msssim: the window must fit into the last level, so that 11
             pixels and five levels need sides of more than 160 pixels) or ``"same"`` (zeros, any size).
         level_weights: exponent of each level, finest first, >= 0; its length is the number of levels.
@@ -284,6 +286,8 @@ def ms_ssim_loss(
         return reduce(_no_sums(image, image_pred, dtype), reduction)
     NegativeImages.warn_once(image, data_range)
     x, y = image, image_pred
+    if low:  # before the means, which would be rounded as numbers of its size
+        x, y, low = x.to(dtype) - low, y.to(dtype) - low, 0.0
     score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
     last = len(level_weights) - 1
     for level, w in enumerate(level_weights):
@@ -294,11 +298,7 @@ def ms_ssim_loss(
         if level < last:
             x, y = x.to(dtype), y.to(dtype)
             odd = (x.shape[2] % 2, x.shape[3] % 2)
-            within = torch.ones(1, 1, *x.shape[2:], dtype=dtype, device=x.device) if low and any(odd) else None
             x, y = F.avg_pool2d(x, 2, padding=odd), F.avg_pool2d(y, 2, padding=odd)
-            if low:  # the zeros of the padding are those of images that begin at 0, which these now do
-                begin = low if within is None else low * F.avg_pool2d(within, 2, padding=odd)
-                x, y, low = x - begin, y - begin, 0.0
     return reduce(1 - score.mean(1), reduction)
 
 
