@@ -162,7 +162,7 @@ def _members(open_url: Callable[..., Any], url: str, note: Callable[[Exception],
         try:
             tar = tarfile.open(fileobj=source["stream"], mode="r|*")
             for entry in tar:
-                tar.members = []  # or it keeps the headers of all it has read
+                tar.members = []  # type: ignore[attr-defined]  # or it keeps the headers of all it has read
                 folder, slash, file = entry.name.rpartition("/")
                 stem, dot, extension = file.rpartition(".")
                 extension = extension.lower()
@@ -223,11 +223,11 @@ def _judge(files: Files) -> tuple[bytes, str, str, list[str]]:
     images = sorted((kind for kind in _IMAGES if kind in files), key=lambda kind: isinstance(files[kind], str))
     if not images:
         return b"", "", "a caption without an image", []
-    image = files[images[0]]
-    caption, fault = _caption(files)
+    image, others = files[images[0]], images[1:]
     if isinstance(image, str):
-        image, fault = b"", image
-    return image, caption, fault, images[1:]
+        return b"", "", image, others
+    caption, fault = _caption(files)
+    return image, caption, fault, others
 
 
 def _caption(files: Files) -> tuple[str, str]:
