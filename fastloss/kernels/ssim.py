@@ -305,8 +305,8 @@ def aot_cases() -> Iterator[AotCase]:
     """Every dtype, both paddings, with and without weight, one gradient or both; other windows and layouts."""
 
     def case(label: str, image: Tensor, weight: Tensor | None, keep: int, **changed: Any) -> Iterator[AotCase]:
-        o = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "low": 0.0, "structure_only": False}
-        o |= changed
+        o: dict[str, Any] = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4, "low": 0.0}
+        o |= {"structure_only": False, **changed}
         cut = 0 if o["same"] else o["window"] - 1
         map_lanes = image.shape[0] * image.shape[1] * (image.shape[3] - cut)
         partials = torch.empty((3 + (keep == 3), image.shape[2] - cut, map_lanes), device="meta")

@@ -68,7 +68,8 @@ def check_ssim_options(
         constants.append(square)
     if not span * span <= most:
         raise ValueError(f"data_range: expected a range of at most {math.sqrt(most):.0e}, got {data_range!r}")
-    return SsimNumbers(window, sigma, padding == "same", *constants, low)
+    c1, c2 = constants
+    return SsimNumbers(window, sigma, padding == "same", c1, c2, low)
 
 
 def _low_and_span(data_range: Any) -> tuple[float, float]:
