@@ -26,8 +26,8 @@ SUMS = frozenset(  # many roundings inside: of their terms too
 
 
 class RandomRounding(TorchDispatchMode):
-    """Inside the block float64 results are off by up to half an `eps` of themselves: each by its own share, or, as equal
-    numbers round `alike`, all of an operation by one."""
+    """Inside the block float64 results are off by up to half an `eps` of themselves: each by its own share, or, as
+    equal numbers round `alike`, all of an operation by one."""
 
     def __init__(self, eps: float, seed: int, alike: bool = False) -> None:
         super().__init__()
