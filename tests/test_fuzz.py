@@ -23,6 +23,7 @@ from tests.fuzz.shrink import shrunk
 from tests.fuzz.values import Raw, T, code, evaluate, make, plain, tensors
 
 CALLS = 2 if INTERPRETING else 16  # of each public name
+not_interpreted = pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
 by_name = pytest.mark.parametrize("name", targets.names())
 
 
@@ -46,6 +47,7 @@ def test_drawn_calls_compiled(name):
     assert not isinstance(found, Failure), f"{found}\n{call.code()}"
 
 
+@not_interpreted
 def test_every_public_name_is_drawn():
     """A new function or class has to be drawn, be the module form of what is, or belong to what is."""
     modules = {targets.module_of(name) for name in targets.names()}
@@ -57,6 +59,7 @@ def test_every_public_name_is_drawn():
             assert name in targets.names() or name in targets.PARTS, f"{name}: draw it, see tests/fuzz/targets.py"
 
 
+@not_interpreted
 @by_name
 def test_every_option_is_drawn(name):
     """Each option comes, with a value that is not its default."""
@@ -107,7 +110,7 @@ def test_random_rounding_is_that_of_the_dtype():
     assert 0 < total.abs() < 1000**0.5 * eps
 
 
-@pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
+@not_interpreted
 def test_crashes_hangs_and_wrong_values_are_reported(monkeypatch):
     """A call may end its process, or not end: the cases after it are judged all the same."""
     import tests.fuzz.run as module
@@ -167,7 +170,7 @@ FAULTS = {  # of the kernels alone: what the judge says of a value that they cha
 }
 
 
-@pytest.mark.skipif(INTERPRETING, reason="nothing here depends on the backend")
+@not_interpreted
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_judge_sees_each_kind_of_fault(monkeypatch, fault):
     """And nothing where there is none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tests.fuzz.drawer import Drawer
+from tests.fuzz.drawer import FLOATS, Drawer
 from tests.fuzz.values import Made, Raw, Spelled, T, code
 
 
@@ -117,6 +117,8 @@ def _changed(d: Drawer, value: Any) -> tuple[Any, str, bool] | None:
     kinds = kind_of_value(value)
     if not kinds:
         return None
+    if isinstance(value, T) and value.dtype not in FLOATS:
+        kinds = tuple(pair for pair in kinds if "requires_grad_" not in pair[0])  # whole numbers cannot
     text, sure = d.pick(*kinds)
     if isinstance(value, T):
         text = text.replace("{t}", code(value))

@@ -26,16 +26,18 @@ SUMS = frozenset(  # many roundings inside: of their terms too
 
 
 class RandomRounding(TorchDispatchMode):
-    """Inside the block float64 results are off by up to half an `eps` of themselves."""
+    """Inside the block float64 results are off by up to half an `eps` of themselves: each by its own share, or, as
+    equal numbers round `alike`, all of an operation by one."""
 
-    def __init__(self, eps: float, seed: int) -> None:
+    def __init__(self, eps: float, seed: int, alike: bool = False) -> None:
         super().__init__()
-        self.eps, self.generator = eps, torch.Generator().manual_seed(seed)
+        self.eps, self.alike, self.generator = eps, alike, torch.Generator().manual_seed(seed)
 
     def _rounded(self, t: Tensor) -> Tensor:
         if t.dtype != torch.float64 or not t.numel():
             return t
-        return t * (1 + self.eps * (torch.rand(t.shape, generator=self.generator, dtype=torch.float64) - 0.5))
+        shape = () if self.alike else t.shape
+        return t * (1 + self.eps * (torch.rand(shape, generator=self.generator, dtype=torch.float64) - 0.5))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = func.overloadpacket.__name__
