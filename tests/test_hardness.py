@@ -1,7 +1,7 @@
 """Hardness up to 1000 at temperature 0.07, where (1 + hardness) s has no digits left for the difference of two logits.
 
-The battery's tolerance, but not in float64, which is its own oracle: there 64 eps are less than the conditioning, hardness
-times the largest logit.
+The battery's tolerance, but not in float64, which is its own oracle: there 64 eps are less than what the conditioning
+makes of its rounding, hardness times the largest logit.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ FORMS = {
     "info_nce own negatives": [{}, {"in_batch": True, "tau_plus": 0.1}, {"in_batch": True, "margin": 0.2}],
     "nt_xent_loss": [{}, {"ids": IDS, "tau_plus": 0.1}, {"margin": 0.2, "include_positive": False}],
 }
+SHAPES = {  # where not the case's own, to which ids belong: some width, so that eager's normalised vectors round as usual
+    "info_nce": (64, 32), "info_nce shared negatives": (64, 100, 32), "info_nce bank": (64, 200, 32),
+    "info_nce own negatives": (64, 60, 32),
+}  # fmt: skip
 ROWS = [
     pytest.param(
         case, *((place.values[0], options) if hasattr(place, "values") else (place, options)),
@@ -48,8 +52,8 @@ def test_hardness_keeps_its_digits(case, place, options, hardness):
     """Over several draws, as eager alone rounds to the exact number now and then."""
     for dtype in (torch.float32,) if INTERPRETING else (torch.float32, torch.bfloat16):
         errors = Errors(dtype)
-        for shape in case.shapes[: 1 if INTERPRETING else None]:
-            for seed in range(2 if INTERPRETING else 6):
-                args = inputs(case, shape, dtype, place[0], seed)
-                compare(case, place, args, _hard(hardness, **options) | {"reduction": "sum"}, errors, "sum", str(shape))
+        shape = case.shapes[0] if INTERPRETING else SHAPES.get(case.name, case.shapes[0])
+        for seed in range(2 if INTERPRETING else 6):
+            args = inputs(case, shape, dtype, place[0], seed)
+            compare(case, place, args, _hard(hardness, **options) | {"reduction": "sum"}, errors, "sum", str(seed))
         errors.check()
