@@ -124,23 +124,38 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
 
 def merged(one: Tensor, two: Tensor, moments: bool, hardness: float) -> Tensor:
     """Statistics [S, M] of the union of two sets of negatives."""
-    most = torch.maximum(one[1], two[1]).detach()
-    if hardness:  # theirs are below each set's own maximum, in whose place comes that of both
-        one, two = (_below(most, stats, hardness) for stats in (one, two))
     none = (one == -math.inf) & (two == -math.inf)  # whose log-sum-exp has the gradient NaN
     both = torch.stack((one.masked_fill(none, 0.0), two.masked_fill(none, 0.0)))
     # not logaddexp: its second derivatives are NaN where one of the sets is empty, or over e^88 times the other
     together = list(torch.logsumexp(both, 0).masked_fill(none, -math.inf))
-    together[1] = most
+    together[1] = torch.maximum(one[1], two[1]).detach()
     if moments:
         together[2:4] = one[2] + two[2], one[3] + two[3]
+    if hardness:
+        together[-2:] = _merged_hardness(one, two, hardness)
     return torch.stack(together)
 
 
-def _below(most: Tensor, stats: Tensor, hardness: float) -> Tensor:
-    """The statistics with the log-sum-exps of hardness below `most`, no less than the set's own maximum."""
-    gap = (stats[1].detach() - most).masked_fill(most == -math.inf, -math.inf)
-    return torch.cat((stats[:-2], (stats[-2] + (1 + hardness) * gap)[None], (stats[-1] + hardness * gap)[None]))
+def _merged_hardness(one: Tensor, two: Tensor, hardness: float) -> tuple[Tensor, Tensor]:
+    """The log-sum-exps of hardness, each below its set's own maximum, of the union and below that of both.
+
+    That of (1 + hardness) s is made from the difference to the other one: so their roundings, which are times the
+    hardness, are the same and cancel in the difference of the results and of its gradients.
+    """
+    most = torch.maximum(one[1], two[1]).detach()
+    easier, more = [], []
+    for stats in (one, two):
+        empty = stats[1] == -math.inf
+        gap = (stats[1].detach() - most).masked_fill(empty, 0.0)
+        harder, easy = (x.masked_fill(empty, 0.0) for x in stats[-2:])
+        easier.append((easy + hardness * gap).masked_fill(empty, -math.inf))
+        more.append(harder - easy + gap)
+    none = most == -math.inf
+    shares = torch.stack(easier).masked_fill(none, 0.0)
+    top = shares.detach().amax(0)
+    shares = shares - top
+    sums = (torch.logsumexp(shares + torch.stack(more), 0) + top, torch.logsumexp(shares, 0) + top)
+    return sums[0].masked_fill(none, -math.inf), sums[1].masked_fill(none, -math.inf)
 
 
 def negative_mass(
