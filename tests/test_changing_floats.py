@@ -64,7 +64,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
         "beta": lambda t: {"beta": t, "criterion": "smooth_l1"},
     },
     "style_distance": {
-        "weights": lambda t: {"weights": [t, 1.0]},
+        "weights": lambda t: {"weights": [t, 1.0, 0.5]},
         "eps": lambda t: {"eps": t, "criterion": "charbonnier"},
         "beta": lambda t: {"beta": t, "criterion": "smooth_l1"},
     },
