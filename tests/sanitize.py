@@ -87,7 +87,7 @@ def plan(options: argparse.Namespace) -> list[Run]:
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernels.py"))
     files = options.files or [*kernels, "tests/test_cpp.py", "tests/test_bf16_product.py", "tests/test_losses.py"]
     choice = f"({CHOICE}) and ({options.k})" if options.k else CHOICE
-    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", choice, *files)
+    pytest = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", choice, *files)
     pairs = list(itertools.product(options.isa or instruction_sets(), options.threads))
     runs = [Run("tests", isa, threads, pytest) for isa, threads in pairs]
     if options.calls and importlib.util.find_spec("tests.fuzz") is not None:
@@ -122,11 +122,11 @@ def run(job: Run, preload: str) -> tuple[Run, int, str]:
 def findings() -> dict[str, set[str]]:
     """What the logs report, by kind and place, and the names of the runs that met it."""
     met: dict[str, set[str]] = defaultdict(set)
-    for path in LOGS.glob("*san.*"):
-        name, text = path.name.rsplit(".", 2)[0], path.read_text(errors="replace")
-        for where, what in re.findall(r"^(\S+:\d+:\d+): runtime error: (.*)$", text, re.MULTILINE):
+    for path in LOGS.iterdir():  # what a process printed too: a report that ends it may stand there
+        name, text = path.name.split(".")[0], path.read_text(errors="replace")
+        for where, what in re.findall(r"(\S+:\d+:\d+): runtime error: (.*)$", text, re.MULTILINE):
             met[f"{where}: {VALUES.sub('#', what)}"].add(name)
-        for what in re.findall(r"^SUMMARY: (AddressSanitizer: .*)$", text, re.MULTILINE):
+        for what in re.findall(r"SUMMARY: (AddressSanitizer: .*)$", text, re.MULTILINE):
             met[what].add(name)
     return met
 

@@ -28,9 +28,10 @@ def test_each_place_is_one_finding_with_the_runs_that_met_it(logs):
     (logs / "tests-avx2-1.ubsan.100").write_text(UBSAN)
     (logs / "tests-avx512-2.ubsan.101").write_text(UBSAN.replace("0x7f01", "0x7f05"))
     (logs / "fuzz-avx2-1.asan.102").write_text(ASAN)
-    (logs / "fuzz-avx2-1.out").write_text("3 calls\n")
+    (logs / "fuzz-avx2-1.out").write_text("3 calls\n.csrc/d.h:1:2: runtime error: reference binding to null pointer\n")
     met = sanitize.findings()
-    assert len(met) == 3
+    assert len(met) == 4
+    assert met[".csrc/d.h:1:2: reference binding to null pointer"] == {"fuzz-avx2-1"}
     assert met["csrc/a.h:12:5: division by zero"] == {"tests-avx2-1", "tests-avx512-2"}
     assert met["AddressSanitizer: heap-buffer-overflow csrc/c.h:8 in g"] == {"fuzz-avx2-1"}
     assert next(names for what, names in met.items() if "misaligned" in what) == {"tests-avx2-1", "tests-avx512-2"}
