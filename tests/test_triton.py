@@ -58,6 +58,8 @@ BATTERY = {  # parts for workers beside each other: the interpreter takes a minu
     "image kernels": IMAGE,
     "other losses": ["tests/test_losses.py", "-k", f"not ({WORDS} or ssim)"],
     "contrastive losses": ["tests/test_losses.py", "-k", WORDS],
+    "edges of images": ["tests/test_edges.py", "-k", "pixel or smoothness or image or ssim"],
+    "edges of others": ["tests/test_edges.py", "-k", "not (pixel or smoothness or image or ssim)"],
     "contrastive kernels": CONTRASTIVE,
     "drawn calls": ["tests/test_fuzz.py"],
     "other kernels": [name for name in KERNELS if name not in (*CONTRASTIVE, *IMAGE)],
