@@ -147,6 +147,7 @@ def all_parameters() -> set[str]:
         item = getattr(fastloss, name)
         if callable(item):
             found |= set(inspect.signature(item).parameters)
+            found |= set(inspect.signature(getattr(item, "forward", item)).parameters)
     return found
 
 
