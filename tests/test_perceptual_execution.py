@@ -305,3 +305,22 @@ def test_bad_executions_and_lin_files(tmp_path):
     ones = PerceptualLoss(twice_pooled, criterion="lpips", lin_weights=False)
     given = PerceptualLoss(twice_pooled, criterion="lpips", lin_weights=[torch.ones(3), torch.ones(1, 3, 1, 1)])
     torch.testing.assert_close(ones(image, image_pred), given(image, image_pred))
+
+
+def test_pieces_under_inference_mode():
+    """A prediction that requires a gradient gets its value, and no gradient is made."""
+    image, image_pred = images(4)
+    expected = made()(image, image_pred)
+    with torch.inference_mode():
+        got = made(execution=Execution(chunk=2))(image, image_pred.requires_grad_())
+    torch.testing.assert_close(got, expected)
+    assert not got.requires_grad
+
+
+def test_pairwise_is_a_flag_and_needs_one_device():
+    image, image_pred = images(2)
+    for value in (2.5, [], "yes", None):
+        with pytest.raises(TypeError, match="pairwise: expected True or False"):
+            made()(image, image_pred, pairwise=value)
+    with pytest.raises(ValueError, match="image_pred: expected it on the device of image"):
+        made()(image, image_pred.to("meta"), pairwise=True)

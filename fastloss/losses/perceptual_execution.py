@@ -76,7 +76,7 @@ class _Pieces(torch.autograd.Function):
     def forward(
         ctx: Any, image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str
     ) -> Tensor:
-        count, needs = image_pred.shape[0], ctx.needs_input_grad[0]
+        count, needs = image_pred.shape[0], ctx.needs_input_grad[0] and not torch.is_inference_mode_enabled()
         wide = result_dtype(image_pred)  # what comes from above, a loss scale, arrives in the backward only
         gradient = torch.empty_like(image_pred, dtype=wide) if needs else None
         values = []

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from ..checks import (
     as_plain,
     check_choice,
+    check_flag,
     check_number,
     check_numbers,
+    check_same_device,
     check_same_length,
     check_same_shape,
     check_tensor,
@@ -196,9 +198,11 @@ class PerceptualLoss(FrozenNetworks):
     @takes_inference_tensors
     def forward(self, image: Tensor | Targets, image_pred: Tensor, *, pairwise: bool = False) -> Tensor:
         """The loss; `image` is the target, or what :meth:`encode` made of it."""
+        pairwise = check_flag("pairwise", pairwise)
         if isinstance(image, Tensor):
             self._check_image("image", image)
             check_tensor("image_pred", image_pred)
+            check_same_device("image", image, "image_pred", image_pred)
             if not pairwise or image.shape[1:] != image_pred.shape[1:]:
                 check_same_shape("image", image, "image_pred", image_pred)
         else:

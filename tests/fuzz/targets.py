@@ -67,12 +67,16 @@ def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, *
         if loss.weighting == "vqgan" and isinstance(parts, dict):
             more = {"last_layer": last}
             parts = {
-                name: part * last.pow(i + 1).sum() if isinstance(part, Tensor) else part
+                name: _own(part) * last.pow(i + 1).sum() if isinstance(part, Tensor) else part
                 for i, (name, part) in enumerate(parts.items())
             }
         total, seen = loss(parts, **more)
         out.append((total, seen, {name: weight.clone() for name, weight in loss.current_weights.items()}))
     return out
+
+
+def _own(part: Tensor) -> Tensor:
+    return part.clone() if part.is_inference() and not torch.is_inference_mode_enabled() else part
 
 
 def contrastive_loss(
@@ -143,6 +147,7 @@ def all_parameters() -> set[str]:
         item = getattr(fastloss, name)
         if callable(item):
             found |= set(inspect.signature(item).parameters)
+            found |= set(inspect.signature(getattr(item, "forward", item)).parameters)
     return found
 
 
