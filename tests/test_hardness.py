@@ -30,7 +30,7 @@ FORMS = {
     "info_nce own negatives": [{}, {"in_batch": True, "tau_plus": 0.1}, {"in_batch": True, "margin": 0.2}],
     "nt_xent_loss": [{}, {"ids": IDS, "tau_plus": 0.1}, {"margin": 0.2, "include_positive": False}],
 }
-SHAPES = {  # where not the case's own, to which ids belong: some width, so that eager's normalised vectors round as usual
+SHAPES = {  # where not the case's own, to which ids belong: some width, so that normalised vectors round as usual
     "info_nce": (64, 32), "info_nce shared negatives": (64, 100, 32), "info_nce bank": (64, 200, 32),
     "info_nce own negatives": (64, 60, 32),
 }  # fmt: skip

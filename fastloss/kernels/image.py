@@ -7,11 +7,10 @@ it streams in memory order (here); with SSIM the losses ride along in its sweeps
     out = [pixel, smoothness along z, y and x (or one number if isotropic), SSIM]; 0 for what is off
 
 Where every gradient is a sign (l1 of both, without guide and weight), the forward keeps a byte per element,
-
     (s + 1) + a ((t_x + n) + b (t_y + n)),    s = sign(d), t the gradient along an axis, |t| <= n = 2 order
 
-with a, b = 4, 8 for first differences, which shifts take apart, and 3, 9 for second ones, as 4, 16 need more bits.
-The backward reads nothing else. Bytes per element of size s (k partials of SSIM):
+with a, b = 4, 8 for first differences, which shifts take apart, and 3, 9 for second ones. The backward reads nothing
+else. Bytes per element of size s (k partials of SSIM):
 
     both l1, images     forward 2 s + 1     backward 1 + s
     other               forward 2 s         backward 3 s
@@ -43,12 +42,11 @@ from .common import (
 )
 from .image_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
-from .smoothness import block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
+from .smoothness import aside_of, block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
 from .smoothness_terms import smoothness_pulled, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, layout, one_pixel, strided, taps_of
 
 SIGNS_BLOCK = 1024
-HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @triton.jit
@@ -353,15 +351,11 @@ def _ssim_bwd(
         )  # fmt: skip
 
 
-def aside_of(size: tuple[int, ...]) -> int:
-    return size[4] if len(size) == 5 else 1
-
-
 def aot_cases() -> Iterator[AotCase]:
     """Every pixel and smoothness distance with and without SSIM, every dtype; each option; volumes; memory formats."""
     plain: dict[str, Any] = {"pixel": "l1", "smoothness": "l1"}
     ssim: dict[str, Any] = {"window": 11.0}
-    for dtype, more in itertools.product(HALF_AND_SINGLE, ({}, ssim)):
+    for dtype, more in itertools.product((torch.float32, torch.bfloat16, torch.float16), ({}, ssim)):
         for smoothness in ("l1", "l2", "isotropic"):
             yield from _aot_calls("", plain | more | {"smoothness": smoothness}, dtype)
     for more in ({}, ssim):
@@ -376,8 +370,8 @@ def aot_cases() -> Iterator[AotCase]:
     yield from _aot_calls("all but guide", plain | everything | {"smoothness": "isotropic", "guide": False})
     for label, option in {"order": 2, "weights": True}.items():  # more goes to the parts, see losses/image.py
         yield from _aot_calls(f"isotropic {label}", plain | ssim | {"smoothness": "isotropic", label: option})
-    yield from _aot_calls("pixel alone", ssim | {"pixel": "l1"})
-    yield from _aot_calls("smoothness alone", ssim | {"smoothness": "isotropic"})
+    for alone in ({"pixel": "l1"}, {"smoothness": "isotropic"}):
+        yield from _aot_calls("alone", ssim | alone)
     yield from _aot_calls("low", plain | ssim | {"low": -1.0})
     yield from _aot_calls("valid, odd", plain | ssim | {"same": 0.0, "shape": (1, 3, 33, 65)})
     yield from _aot_calls("volume", plain | {"shape": (1, 2, 16, 32, 64)})

@@ -221,6 +221,10 @@ def weight_args(weight: Tensor | None) -> tuple | None:
     return (weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)
 
 
+def aside_of(size: tuple[int, ...]) -> int:
+    return size[4] if len(size) == 5 else 1
+
+
 def sizes(image: Tensor) -> tuple[int, ...]:
     """Of an image in order: width, height, depth, units (planes, or 1) of an image and, if channels_last, channels."""
     channels, (*depth, height, width) = image.shape[1], image.shape[2:]

@@ -56,7 +56,7 @@ def info_nce(
         include_positive=True    -log( exp(s_ip) / (exp(s_ip) + sum_{j in A_i} exp(s_ij)) )
         include_positive=False   -log( exp(s_ip) / sum_{j in A_i} exp(s_ij) )                 decoupled, may be negative
 
-    A row that has no negatives left (one row; all ids equal) has loss 0 and gradient 0, and counts in the mean.
+    A row that has no negatives left has loss 0 and gradient 0, and counts in the mean.
 
     Args:
         query: embeddings [M, D], float16, bfloat16, float32 or float64.
@@ -72,11 +72,8 @@ def info_nce(
             [N + K]), such as a log sampling probability. Gradients flow to it.
         query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
         key_ids: integers [N], or [N + K] with shared `negatives`. With M = N and no `targets` one of the two will do.
-        weights: one weight >= 0 per row [M], or a bool mask (True counts); no gradient. A row of weight 0 is left out:
-            NaN in its query, or in what no other row sees (its own negatives; its key where `negatives` are given
-            alone), arrives neither in the value nor in a gradient, and its by-products are 0 and False. What other rows
-            see, its key among the in-batch negatives above all, remains. With `symmetric` the weight is that of both
-            directions of pair i, and its query too remains a negative, of the other keys.
+        weights: one weight >= 0 per row [M], or a bool mask, no gradient. 0 leaves the row out, be it NaN; its key
+            stays a negative of the others, and so does its query with `symmetric`, which both directions leave out.
         reduction: ``"mean"`` (weighted: sum / sum of weights, 0 if that is 0), ``"sum"``, ``"none"``: weighted [M].
         in_batch: whether the other keys are negatives; None: only when `negatives` is None.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
@@ -88,8 +85,8 @@ def info_nce(
         float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
-            not finite, targets out of range (on the CPU; a GPU asserts on the device), ``"mean"`` of an empty batch.
+        TypeError, ValueError: types, shapes, devices or options that do not fit, targets out of range (on the CPU; on a
+            GPU an assertion of the device), ``"mean"`` of an empty batch.
 
     Source: van den Oord et al., "Contrastive predictive coding", 2018; Yeh et al., "Decoupled contrastive learning".
 
@@ -108,8 +105,7 @@ def info_nce(
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxForm(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     dropped = excluded(weights)
-    if not symmetric:  # a symmetric loss has each query among the keys' negatives
-        query = without(query, dropped)
+    query = query if symmetric else without(query, dropped)  # a symmetric loss has each query among its negatives
     plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)
     given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
     if plain and (loss := softmax_loss(*given)) is not None:
