@@ -116,9 +116,8 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
     if moments:
         stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
     if hardness:
-        below = logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]
-        more = hardness * below  # one for both: where one logit is all of the sums, their gradients by it cancel
-        stats += [lse(below + more), lse(more)]
+        below = (logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]).masked_fill(~allowed, -math.inf)
+        stats += _hardness_sums((hardness * below).exp(), below, allowed.any(1))
     return torch.stack(stats)
 
 
@@ -137,11 +136,7 @@ def merged(one: Tensor, two: Tensor, moments: bool, hardness: float) -> Tensor:
 
 
 def _merged_hardness(one: Tensor, two: Tensor, hardness: float) -> tuple[Tensor, Tensor]:
-    """The log-sum-exps of hardness, each below its set's own maximum, of the union and below that of both.
-
-    That of (1 + hardness) s is made from the difference to the other one: so their roundings, which are times the
-    hardness, are the same and cancel in the difference of the results and of its gradients.
-    """
+    """The log-sum-exps of hardness, each below its set's own maximum, of the union and below that of both."""
     most = torch.maximum(one[1], two[1]).detach()
     easier, more = [], []
     for stats in (one, two):
@@ -150,12 +145,20 @@ def _merged_hardness(one: Tensor, two: Tensor, hardness: float) -> tuple[Tensor,
         harder, easy = (x.masked_fill(empty, 0.0) for x in stats[-2:])
         easier.append((easy + hardness * gap).masked_fill(empty, -math.inf))
         more.append(harder - easy + gap)
-    none = most == -math.inf
-    shares = torch.stack(easier).masked_fill(none, 0.0)
-    top = shares.detach().amax(0)
-    shares = shares - top
-    sums = (torch.logsumexp(shares + torch.stack(more), 0) + top, torch.logsumexp(shares, 0) + top)
-    return sums[0].masked_fill(none, -math.inf), sums[1].masked_fill(none, -math.inf)
+    shares, some = torch.stack(easier, 1), most > -math.inf
+    top = shares.detach().amax(1).masked_fill(~some, 0.0)
+    harder, easy = _hardness_sums((shares - top[:, None]).exp(), torch.stack(more, 1), some)
+    return harder + top, easy + top
+
+
+def _hardness_sums(powers: Tensor, below: Tensor, some: Tensor) -> list[Tensor]:
+    """log sum_j powers_j e^below_j and log sum_j powers_j of each row, -inf where there are no terms.
+
+    Both are sums of the same powers, times the hardness in their exponents: so roundings of those cancel in the
+    difference, as they would not in two log-sum-exps.
+    """
+    sums = ((powers * below.exp()).sum(1), powers.sum(1))
+    return [total.masked_fill(~some, 1.0).log().masked_fill(~some, -math.inf) for total in sums]
 
 
 def negative_mass(
