@@ -31,15 +31,16 @@ def layout_of(features: Sequence[Tensor], targets: Sequence[Tensor], reduction: 
 
 def _walkable(shape: Sequence[int], strides: Sequence[int], samples_first: bool) -> bool:
     """The tensor fills its memory without gaps or overlaps."""
-    order = sorted((d for d in range(len(shape)) if shape[d] != 1), key=lambda d: -strides[d])
-    if samples_first and order and shape[0] != 1 and order[0] != 0:
-        return False
-    expected = 1
-    for d in reversed(order):
-        if strides[d] != expected:
+    left = [d for d in range(len(shape)) if shape[d] != 1]
+    expected, outermost = 1, 0
+    while left:  # not sorted by strides, which torch.compile cannot do where they change from call to call
+        fitting = [d for d in left if strides[d] == expected]
+        if not fitting:
             return False
-        expected *= shape[d]
-    return True
+        outermost = fitting[0]
+        expected *= shape[outermost]
+        left.remove(outermost)
+    return not samples_first or shape[0] == 1 or outermost == 0
 
 
 def layers_of(layout: list[int]) -> Iterator[tuple[list[int], list[int]]]:
