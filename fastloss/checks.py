@@ -143,7 +143,7 @@ def is_sequence(value: Any) -> bool:
     """Whether :func:`check_sequence` takes it."""
     if isinstance(value, (list, tuple)):
         return True
-    if isinstance(value, (str, bytes, bytearray, Tensor)):
+    if isinstance(value, (str, bytes, bytearray, int, float, Tensor)):  # of a symbolic float no attribute is asked
         return False
     if isinstance(value, (Sequence, nn.ParameterList, nn.ModuleList)):
         return True

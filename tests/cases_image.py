@@ -275,7 +275,7 @@ IMAGE_CASES = [
             make=unit_pair,
         ),
         module=fastloss.SSIMLoss,
-        extra={"rivals": rivals(kornia=kornia_ssim)},
+        extra={"rivals": rivals(kornia=kornia_ssim), "reach": 5},
     ),
     Case(
         "ssim_loss with weight",
@@ -284,6 +284,7 @@ IMAGE_CASES = [
         eager_ssim,
         shapes=((2, 3, 6, 5), (1, 2, 7, 13)),
         options=[{}, {"window": 5, "padding": "valid"}, {"window": 5, "data_range": (-1.0, 1.5)}],
+        extra={"reach": 5},
     ),
     Case(
         "ms_ssim_loss",
