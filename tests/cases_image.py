@@ -70,7 +70,7 @@ def eager_ssim_map(image, image_pred, window=11, sigma=1.5, data_range=1.0, padd
     sx, sy = blur(image**2) - mx**2, blur(image_pred**2) - my**2
     sxy = blur(image * image_pred) - mx * my
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
-    structure = (2 * sxy + c2) / (sx + sy + c2)
+    structure = (2 * sxy + c2) / (sx + sy + c2) if window > 1 else torch.ones_like(sxy)  # a pixel has no variance
     return (2 * mx * my + c1) / (mx**2 + my**2 + c1) * structure, structure
 
 

@@ -58,10 +58,10 @@ def compare(case: Case, place: tuple, args: tuple, options: dict, errors: Errors
 @grid()
 def test_value_and_gradient(case, place, options, dtype, nan_filled):
     errors = Errors(dtype)
-    seeds = range(4 if place[0] == "cuda" else 1)  # of more samples eager is less often exact by luck
-    for shape, reduction, seed in itertools.product(case.shapes, reductions(case), seeds):
-        args = inputs(case, shape, dtype, place[0], seed)
-        compare(case, place, args, with_reduction(case, options, reduction), errors, str(reduction), str(shape))
+    for seed in errors.draws(4 if place[0] == "cuda" else 1):
+        for shape, reduction in itertools.product(case.shapes, reductions(case)):
+            args = inputs(case, shape, dtype, place[0], seed)
+            compare(case, place, args, with_reduction(case, options, reduction), errors, str(reduction), str(shape))
     errors.check()
 
 
@@ -75,9 +75,9 @@ def test_strides(case, place, options, dtype):
         "stride 0": lambda t: t[:1].expand_as(t),
     }
     errors = Errors(dtype)
-    for name, form in forms.items():
-        for reduction in reductions(case):
-            args = inputs(case, case.shapes[0], dtype, place[0])
+    for seed in errors.draws():
+        for (name, form), reduction in itertools.product(forms.items(), reductions(case)):
+            args = inputs(case, case.shapes[0], dtype, place[0], seed)
             args = tree_map_only(Tensor, lambda t, form=form: form(t) if t.is_floating_point() else t, args)
             compare(case, place, args, with_reduction(case, options, reduction), errors, str(reduction), name)
     errors.check()

@@ -120,7 +120,7 @@ def test_equal_features_are_exactly_zero():
 
 def test_near_convergence_the_difference_is_direct():
     """|f|^2 + |t|^2 - 2 f.t would be off by its whole value here."""
-    f = torch.rand(16, 64, 4, 4, generator=torch.Generator().manual_seed(1))  # of one value eager may be exact by luck
+    f = torch.rand(96, 64, 2, 2, generator=torch.Generator().manual_seed(1))  # of one value eager may be exact by luck
     check([f], [f * (1 + 1e-4 * torch.sin(torch.arange(64.0)).view(1, -1, 1, 1))], None)
 
 

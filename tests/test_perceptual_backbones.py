@@ -36,7 +36,7 @@ def test_the_default_is_the_hand_written_vgg16_in_value_and_gradient():
     import torchvision
 
     torch.manual_seed(9)
-    loss = PerceptualLoss(pretrained=False)
+    loss = PerceptualLoss(pretrained=False, save_networks=True)
     assert loss.backbones[0].taps == ("relu1_2", "relu2_2", "relu3_3")
     layers = torchvision.models.vgg.make_layers([64, 64, "M", 128, 128, "M", 256, 256, 256])  # features[:16]
     assert len(layers) == 16 == len(loss.backbones[0].steps)

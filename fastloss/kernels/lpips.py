@@ -143,8 +143,8 @@ def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
     tile's, whether they are more than those, how many they are, and PIXELS. A backward takes them in two halves: it
     holds more of each."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
-    block = min(triton.next_power_of_2(channels), MOST_CHANNELS)
-    tile = min(TILE // block, triton.next_power_of_2(pixels))
+    block = min(triton.next_power_of_2(max(channels, 1)), MOST_CHANNELS)
+    tile = min(TILE // block, triton.next_power_of_2(max(pixels, 1)))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0, channels > block

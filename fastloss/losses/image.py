@@ -254,7 +254,9 @@ def _in_one_pass(
     args = (image.to(dtype), image_pred.to(dtype), maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"))
     kinds = ",".join(names)
     backend = _image.backend(*args, kinds, numbers)
-    if backend == "reference" or (backend == "triton" and _is_heavy(kinds, guide, maps, numbers)):
+    # On the CPU a sweep would subtract the pixels of a side without differences from themselves, NaN too.
+    narrow = backend == "cpp" and "smoothness" in distances and min(image.shape[2:]) <= order
+    if backend == "reference" or narrow or (backend == "triton" and _is_heavy(kinds, guide, maps, numbers)):
         return _part_by_part(image, image_pred, distances, more, weights)
     keep, shares = 0, None
     if backend == "triton":

@@ -118,7 +118,8 @@ def pixel_loss(
         weight: non-negative weights, or a mask (bool, True counts 1), broadcastable to `image` (``[N,1,H,W]`` counts
             once per channel), no gradient. A weight of 0 excludes its elements: even NaN there has no effect, on the
             value or on a gradient, which is 0.
-        eps: smoothing of Charbonnier, in units of the image, > 0 and at most 1e18.
+        eps: smoothing of Charbonnier, in units of the image, > 0 and at most 1e18. Differences above 1e19 have an
+            infinite distance in the kernels, which square them.
         delta: threshold of Huber, in units of the image, > 0.
         reduction: ``"mean"`` (with `weight`: weighted sum / sum of weights; 0 when all weights are 0, NaN when their
             sum is beyond float32, 3.4e38), ``"sum"``, or ``"none"`` for the map.
