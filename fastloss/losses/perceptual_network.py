@@ -132,6 +132,7 @@ class PerceptualLoss(FrozenNetworks):
         normalize: bool | tuple[Sequence[float], Sequence[float]] = True,
         reduction: str = "mean",
         execution: Execution | None = None,
+        *,
         save_networks: bool = False,
     ) -> None:
         super().__init__(save_networks)
