@@ -147,7 +147,7 @@ def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
     tile = min(TILE // block, triton.next_power_of_2(max(pixels, 1)))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
-    ragged, more = channels % block != 0, channels > block
+    ragged, more = channels % block != 0 or channels == 0, channels > block
     even = (pixels | before) % 16 == 0
     return block, tile, rows, wide, even, pixels % tile == 0, ragged, more, channels, PIXELS
 
