@@ -46,6 +46,7 @@ REFUSALS = (  # documented, of calls that are otherwise in order
     r"features\[\d+\]: expected (at least one pixel|channels and pixels)",
     r"bank: expected at least one image",
 )
+SQUARED = torch.finfo(torch.float32).max ** 0.5  # the kernels compute in float32: of larger values there may be no square
 NO_SECOND = ("double backward is not provided", "once_differentiable")  # documented, with what to do instead
 
 
@@ -68,6 +69,7 @@ class Outcome:
 
     tensors: list[tuple[str, Tensor]] = dataclasses.field(default_factory=list)
     error: Exception | None = None
+    unmade: bool = False  # the error is that of an argument's own expression
     changed: bool = False  # wrote into its inputs
     graph: tuple[str, ...] = ()  # the outputs that require a gradient
 
@@ -86,6 +88,8 @@ def judge(call: Call) -> Failure | None | str:
 
 def compare(call: Call, got: Outcome) -> Failure | None | str:
     """What was computed against the references."""
+    if got.unmade:
+        return f"no argument: {got.error}"
     if got.error is not None:
         return _of_error(call, got.error)
     if call.sure:
@@ -142,6 +146,9 @@ def run(call: Call, how: str | RandomRounding) -> Outcome:
     exact = how not in ("got", "eager")
     try:
         args, options = (plain if exact else make)((call.args, call.options))
+    except Exception as error:  # noqa: BLE001 of a spoiled argument
+        return Outcome(error=error, unmade=True)
+    try:
         options = options if exact else targets.given(call.name, call.form, options)
         function = targets.function(call.name, call.form if not exact else "function", exact)
         leaves = [pair for pair in named_leaves((args, options)) if pair[1].requires_grad]
@@ -281,7 +288,8 @@ def _near_ties(call: Call, index: int, right: Tensor) -> Tensor:
 def _not_a_number(
     call: Call, name: str, mine: Tensor, eager: Tensor, exact: Tensor, no_step: bool
 ) -> Failure | None:
-    """Infinities and NaN: as float64 has them after rounding to the dtype, or as eager in the dtype has them.
+    """Infinities and NaN: as float64 has them after rounding to the dtype, or as eager in the dtype has them. Of inputs
+    that float32 cannot square, no finite number is asked; a wrong one is still a failure.
 
     One NaN of an embedding reaches, by the order of products and sums, gradients of rows that it is no negative of: of
     contrastive gradients it is asked only that some number is not finite either, and, where the loss is not finite
@@ -289,7 +297,7 @@ def _not_a_number(
     """
     mine, eager, exact = mine.detach(), eager.detach(), exact.detach().to(mine.dtype)
     lost = ~mine.isfinite() & exact.isfinite() & eager.isfinite()
-    if lost.any() and not no_step:
+    if lost.any() and not no_step and not _has_no_square(call):
         at = tuple(lost.nonzero()[0].tolist())
         return Failure(
             "not finite", f"{name}: {mine[at].item()}", f"for {exact[at].item():g} (eager {eager[at].item():g}) at {at}"
@@ -304,6 +312,11 @@ def _not_a_number(
             "hides", f"{name}: {told} for {exact[at].item()}", f"{seen:g} (eager {eager[at].item():g}) at {at}"
         )
     return None
+
+
+def _has_no_square(call: Call) -> bool:
+    given = [t for _, t in named_leaves(make((call.args, call.options))) if t.is_floating_point() and t.numel()]
+    return any(bool(t.detach().double().nan_to_num(0, 0, 0).abs().max() > SQUARED) for t in given)
 
 
 def _same(a: Tensor, b: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def composite_loss(steps: Sequence[dict[str, Tensor]], *, exact: bool = False, *
         if loss.weighting == "vqgan" and isinstance(parts, dict):
             more = {"last_layer": last}
             parts = {
-                name: _own(part) * last.pow(i + 1).sum() if isinstance(part, Tensor) else part
+                name: _own(part) * last.pow(i + 1).sum() if isinstance(part, Tensor) and not part.is_quantized else part
                 for i, (name, part) in enumerate(parts.items())
             }
         total, seen = loss(parts, **more)
