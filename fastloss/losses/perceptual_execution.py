@@ -11,6 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+try:  # torch.compiler.disable, but torch._dynamo is imported at the first call only: it takes seconds
+    from torch._compile import _disable_dynamo as uncompiled
+except ImportError:
+    uncompiled = torch.compiler.disable
+
 from ..checks import as_plain, check_flag, check_integer
 from ..core import check_not_empty, result_dtype
 
@@ -103,7 +108,7 @@ class _Pieces(torch.autograd.Function):
         return (gradient * each).to(ctx.dtype), None, None, None
 
 
-@torch.compiler.disable
+@uncompiled
 def in_pieces(
     image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str
 ) -> Tensor:

@@ -46,7 +46,7 @@ REFUSALS = (  # documented, of calls that are otherwise in order
     r"features\[\d+\]: expected (at least one pixel|channels and pixels)",
     r"bank: expected at least one image",
 )
-SQUARED = torch.finfo(torch.float32).max ** 0.5  # the kernels compute in float32: of larger values there may be no square
+SQUARED = torch.finfo(torch.float32).max ** 0.5  # kernels compute in float32: larger values may have no square
 NO_SECOND = ("double backward is not provided", "once_differentiable")  # documented, with what to do instead
 
 
