@@ -127,7 +127,7 @@ def _patch_lang_once(fn: Callable) -> Any:
 _broadcast = TritonSemantic.broadcast_impl_value
 _block_type = tl.block_type.__init__
 _block_types: dict[tuple, dict] = {}
-_SCALAR = (tl.constexpr(1), ())
+_SCALAR = (tl.constexpr(1), tl.tuple([]))
 
 
 def _broadcast_unequal(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
@@ -146,7 +146,7 @@ def _make_block_type(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> N
     made = _block_types.get((element_ty.name, sizes))
     if made is None:
         _block_type(self, element_ty, shape)
-        self.sizes, self.constants = sizes, (tl.constexpr(self.numel), tuple(map(tl.constexpr, sizes)))
+        self.sizes, self.constants = sizes, (tl.constexpr(self.numel), tl.tuple([tl.constexpr(s) for s in sizes]))
         _block_types[element_ty.name, sizes] = dict(self.__dict__)
     else:
         self.__dict__.update(made)
