@@ -249,7 +249,7 @@ def report() -> str:
     for device, name in DEVICES.items():
         parts += ["", f"## Where fastloss loses, {name}", ""]
         if not _read(device):
-            parts.append("Not measured. Predictions, kept apart from measurements, are in NOTES.md.")
+            parts.append("Not measured. Predictions, kept apart from measurements, are in docs/experiments.")
             continue
         parts += [*_lost_table(device), "", f"## Not timed, {name}", "", *_without_time(device)]
         parts += ["", f"## Scaling, {name}", "", *_scaling_table(device)]

@@ -4,28 +4,11 @@ The logits s_ij = r_i c_j <q_i, k_j> + b_j are made tile by tile with `tl.dot` a
 state is
 
     best     max of s over its allowed entries
-    mass     sum of e^s / 2^reference, reference = ceil(best / log 2): a whole number, so that the powers between
-             references are exact, and each exponential costs one fused multiply-add and one exp2
+    mass     sum of e^s / 2^reference, reference = ceil(best / log 2)
     total, count                  with MOMENTS: sum and number of the allowed s
     hard, soft                    with HARD: sums of e^((1 + beta) (s - best)) and of e^(beta (s - best))
 
-Forward: program (group, split) walks the tiles of its row blocks (group, group + groups, ..) and, within each, of its
-column blocks (split, split + splits, ..). A row's state stays in registers along the walk and goes to slot `split`; the
-columns' states are merged into slot splits + group, which it alone writes. A second kernel merges the slots in
-order: no atomics. Where rows and columns are the same ("upper"), the tiles below the diagonal are left out, and all
-slots merge into one. A symmetric tile needs one exponential per element: the columns' sums are those of the rows'
-exponentials e, c_j = sum_i e_ij 2^(ref_i - t) with t the tile's largest reference, exact unless the tile's spread of
-references is so wide that e could underflow where a column needs it. Such tiles take a second exponential.
-
-Backward: a block of G_ij r_i c_j (of `workspace_mib` at most) is made in the embeddings' dtype from the same tiles, and
-two library products turn it into d query and d key, accumulated in float32 over the blocks. With p = e^(s - lse_i) the
-symmetric form again needs one exponential: G = p (g_i + h_j e^(lse_i - lse_j)), the power an outer product; where the
-log-sum-exps of a tile lie too far apart for that, two. Then d r_i = <q_i, dq_i> / r_i and d c_j = <k_j, dk_j> / c_j.
-
-With "stash" the forward stores e = e^s / 2^reference of each tile, the references those of its rows, and
-G = e (g_i 2^(reference_i - lse_i / log 2) + ..) needs no logits; a tile whose columns these do not serve is
-flagged by an infinite reference and made again. Where the keys are frozen, the forward makes the pulls
-sum_j e^(s - lse_i) c_j k_j too, a chunk of rows at a time, G in the place of e.
+The derivation: docs/design/contrastive.md
 """
 
 from __future__ import annotations

@@ -1,37 +1,14 @@
 """The op of the plain softmax losses: one call from embeddings to loss, CLIP's above all.
 
-    s_ij   = scale factor c(query_i) c(key_j) <query_i, key_j>    c(x) = 1 / |x| with `normalize` (0 for zero vectors),
-                                                                  else 1; no `scale`: 1
-    p_i    = s_i,target_i, without `targets` the diagonal         the positive; the other columns are negatives
-    n_i    = log sum_{j != target_i} e^s_ij
-    loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
-             with `symmetric` (M = N, no targets): the mean of this and the same of column i
-    out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
-             0 where share_i is 0, be the loss NaN
+    s_ij   = scale factor c(query_i) c(key_j) <query_i, key_j>    c(x) = 1 / |x| with `normalize`, else 1; no `scale`: 1
+    p_i    = s_i,target_i, without `targets` the diagonal         n_i = log sum_{j != target_i} e^s_ij
+    loss_i = softplus(n_i - p_i), without `include_positive` n_i - p_i; with `symmetric` the mean with column i's
+    out    = share_i loss_i [M], their sum or their mean by `reduction`; 0 where share_i is 0, be the loss NaN
 
-softplus and n keep the digits of rows whose positive has almost all of the probability. With w_i = d out / d loss_i,
-a_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i; halved with `symmetric`), and b_j the same of column j:
-
-    G_ij = a_i e^(s_ij - n_i) + b_j e^(s_ij - n'_j) off the positives, -a_i - b_i on them
-    v_i  = scale factor c(query_i) sum_j G_ij c(key_j) key_j
-    d query_i = v_i - c(query_i)^2 <query_i, v_i> query_i         without `normalize`: v_i; keys alike
-    d scale   = sum_ij G_ij s_ij / scale
-
-U = 2 M N D FLOP. `needs` says what will be differentiated: bit 0 the queries, bit 1 the keys, bit 2 the scale. `saves`
-decides what the forward leaves for the backward:
-
-    nothing   `needs` is 0: 1 U
-    "rows"    one direction, keys without gradient: the gradient of each row's loss, 2 U and a backward without products
-    "grads"   reduced: the gradients of queries and keys, 3 U, where the workspace holds three times all logits of a
-              symmetric loss, CHUNK_MIB at most, or three times LEAST_ROWS rows of logits of one direction
-    "stash"   else: the products <query_i, key_j> [M, N], 3 U, where they are in STASH_MIB and the workspace
-    "again"   the products of as many rows as a quarter of the workspace and STASH_MIB hold: the backward makes the
-              others again, 4 U less U times the share of the rows
-
-query and key are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32, targets int64.
-Where both are bfloat16 and the CPU multiplies pairs of those with float32 sums, products are made so, and what
-multiplies query and key in the gradients, G and its scales, is rounded to bfloat16.
-Gradients that the forward makes are float32, so that a loss scale reaches them before they are rounded.
+query [M, D] and key [N, D] are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32,
+targets [M] int64. `needs`: what will be differentiated, bit 0 the queries, bit 1 the keys, bit 2 the scale.
+What the forward leaves for the backward is nothing, "rows", "grads", "stash" or "again" ("How many products" there).
+The derivation: docs/design/contrastive.md
 """
 
 from __future__ import annotations

@@ -1,49 +1,14 @@
 """The op of the softmax contrastive losses: statistics of each row's negative logits, which are never stored whole.
 
-Every form of the loss is assembled from them in O(M) and O(M D) differentiable torch (contrastive_forms.py); what
-needs all M x N logits, the statistics and their gradients, is here.
+    s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j     query [M, D], key [N, D]; the rest [M] or [N]
+    A_i, the negatives of row i: all j but j == i ("diagonal" in `kind`) and, where given, j == excluded_i,
+         column_ids_j == row_ids_i and s_ij - bias_j > ceiling_i
+    stats [directions, S, M] in float32: lse_A(s), max_A(s), -inf where A is empty; "moments": sum_A(s), |A|;
+         hardness beta > 0: lse_A((1 + beta) (s - max_A)), lse_A(beta (s - max_A))
 
-    logit  s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j           (no column_scale: 1, no bias: 0)
-    A_i    the negatives of row i: all j but
-             j == i             if `kind` has "diagonal"
-             j == excluded_i    if `excluded` is given (an index that no column has leaves out nothing)
-             column_ids_j == row_ids_i                    if both are given
-             s_ij - bias_j > ceiling_i                    if `ceiling` is given (NaN stays in)
-
-    stats [directions, S, M] in float32, of each row:
-      0  lse_A(s)        -inf where A is empty, then without gradient
-      1  max_A(s)        -inf where A is empty; no gradient
-      "moments" in kind:   2  sum_A(s), 0 where A is empty     3  |A|, no gradient
-      hardness beta > 0:  -2  lse_A((1 + beta) (s - max_A))   -1  lse_A(beta (s - max_A))    (the last two rows)
-                               max_A without gradient: their difference, all that is used of them, has none by it, and
-                               so keeps the digits that beta s is too large for
-
-`kind` is "", or words joined by "+": "diagonal", "moments", "symmetric", "upper", "bfloat16", "stash" (below). With
-"symmetric", M = N and there are two directions: the second has the statistics of column j over the rows i of the
-transposed mask, {i: j in A_i}, except that a ceiling is then the column's own, s_ij - bias_j > ceiling_j.
-With "upper", M = N and the matrix of logits is symmetric: only the pairs i < j are made, and each counts in both rows,
-as if s_ji were s_ij and the mask symmetric too; one direction, no bias, and a ceiling is each row's own. Half the work.
-With "bfloat16", query and key hold widened bfloat16: where the CPU multiplies pairs of bfloat16 with float32 sums,
-products are made so, and what multiplies query and key in the gradients, G and its scales, is rounded to bfloat16.
-
-Gradients, with g_t the upstream of statistic t and G_ij = d loss / d s_ij for j in A_i, else 0,
-
-    G_ij = g_0 e^(s_ij - lse_i) + g_2 + h_ij + beta (h_ij + g_-1 e^(beta d_ij - lse''_i))
-           + the same of the column's direction, which with "upper" are the statistics of row j
-    d_ij = s_ij - max_i        h_ij = g_-2 e^((1 + beta) d_ij - lse'_i), of which beta times are to cancel exactly
-    t_i = sum_j G_ij column_scale_j key_j      d query_i = row_scale_i t_i    d row_scale_i = <query_i, t_i>
-    u_j = sum_i G_ij row_scale_i query_i       d key_j = column_scale_j u_j   d column_scale_j = <key_j, u_j>
-    d bias_j = sum_i G_ij
-
-So cosine similarity needs no normalised copy: row_scale = scale / |query|, column_scale = 1 / |key|, 0 for zero
-vectors.
-query and key are float32, bfloat16 or float16 of any strides, the other float arguments float32, integers int64.
-`workspace_mib` bounds what the op holds beyond its results. What is kept for the backward: with `keep`, which serves
-one direction whose columns (keys, their scales and biases) need no gradient, `pulls` [S - 2 or S - 3, M, D]: for each
-statistic with a gradient (the log-sum-exp, then with hardness those of (1 + beta) s and beta s, last the sum), its part
-of t divided by its upstream gradient and its factor: the backward multiplies no matrices, 2 U in all. Without `keep`,
-`stash`: of the C++ kernels the logits, where they are few; of the Triton kernels, with "stash" in `kind`, what
-`kept_exponentials` says: 3 U, else 4 U.
+`kind`: words joined by "+": "diagonal", "moments", "symmetric", "upper", "bfloat16", "stash". Kept for the backward, in
+`workspace_mib`: `pulls` [.., M, D] with `keep`, else `stash`.
+The derivation: docs/design/contrastive.md
 """
 
 from __future__ import annotations
