@@ -23,7 +23,7 @@ from torch.library import Library
 
 from . import backends
 from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
-from .checks import as_plain, check_choice, check_no_graph
+from .checks import as_plain, check_choice, check_dense, check_no_graph
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
@@ -377,6 +377,8 @@ class Loss(nn.Module):
             if name not in allowed:
                 raise TypeError(f"{type(self).__name__}: unknown option {name!r}; the options are {allowed}")
             check_no_graph(type(self).__name__, name, value)
+            if isinstance(value, Tensor):
+                check_dense(name, value)
             if isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self.register_buffer(name, value)
             else:

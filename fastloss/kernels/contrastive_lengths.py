@@ -13,8 +13,8 @@ PREPARE_BLOCK = (8, 256)
 
 @triton.jit
 def _inverse_length(square):
-    """1 / |x|, 0 for zero vectors."""
-    length = tl.sqrt_rn(square)
+    """1 / |x|, 0 for zero vectors, NaN where the square is beyond float32."""
+    length = tl.where(square == float("inf"), float("nan"), tl.sqrt_rn(square))
     small = length <= 1e-12  # TINY_NORM; False for NaN
     return tl.where(small, 0.0, tl.div_rn(1.0, tl.where(small, 1.0, length)))
 

@@ -78,7 +78,7 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
         x = features.flatten(2)
         # on CUDA the product of 16-bit matrices is summed and returned in float32; the CPU's would be rounded
         x = x if features.is_cuda and not transformed() else x.to(result_dtype(x))
-        count = max(count, 1)
+        count = count or 1  # of no pixels; not max(): a symbolic one breaks torch.compile's partitioner (2.14)
         return _product(x, x.mT) / count if transformed() else _Gram.apply(x, count)
 
 

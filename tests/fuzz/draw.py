@@ -76,6 +76,7 @@ def draw(name: str, seed: int, mode: str | None = None) -> Call:
         args = three_channels(d, args)
     if inner == "info_nce" and len(args) == 3 and mode == "no_grad":
         args = args[:2]
+        d.sizes["columns"] = d.sizes["keys"]
     options = draw_options(d, name, inner)
     settle(d, name, inner, args, options)
     if name == "diversity_loss":

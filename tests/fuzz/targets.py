@@ -48,7 +48,8 @@ def perceptual_loss(
     **options: Any,
 ) -> Tensor:
     """A PerceptualLoss of a small network, called with the image or its encoded features."""
-    more = {"lin_weights": False} if options.get("criterion") == "lpips" else {}
+    criterion = options.get("criterion")
+    more = {"lin_weights": False} if isinstance(criterion, str) and criterion == "lpips" else {}
     loss = fastloss.PerceptualLoss(Network(), **more, **options)
     loss = loss.double() if exact else loss
     target = loss.encode(image) if encoded else image
