@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 
 .PHONY: train test fuzz sanitize lint bench bench-check rivals gpu triton36 clean
 
