@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)
-	$(BIN)/python -m benchmarks.steps --device cpu --batches 4096 --minutes 1
+	$(BIN)/python -m benchmarks.train_steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 
 # Measures the headline rows again: did one get worse by more than 15 %, by its ratios to eager and to torch.compile?

@@ -20,7 +20,7 @@ import torch
 MIB = 2**20
 CYCLES = 2_000_000  # a millisecond of a GPU at 2 GHz
 LONGEST_SLEEP = 20.0  # ms
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def device_label(device: str) -> str:

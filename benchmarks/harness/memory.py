@@ -12,10 +12,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
-
-from benchmarks import measure
 
 MARK = "@peak "
 # Blocks of 64 KiB and more are mapped, and so given back as soon as they are free: the opposite of prepare_process().
@@ -62,7 +59,7 @@ class Child:
 
     def _alive(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
-            command = [sys.executable, "-m", "benchmarks.memory", str(self.limit_mib)]
+            command = [sys.executable, "-m", "benchmarks.harness.memory_child", str(self.limit_mib)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
                 env=os.environ | CHILD_ENV,
@@ -83,39 +80,3 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
-    import gc
-
-    from benchmarks import perceptual_step, steps
-    from benchmarks.providers import providers
-    from benchmarks.rows import item_of, passes
-
-    gc.collect()
-    try:
-        if question["loss"] in steps.STEPS:
-            make = steps.STEPS[question["loss"]]
-            call: Callable[[], object] = make(question["shape"], question["dtype"], "cpu", question["provider"])
-        elif question["loss"] == "perceptual_step":
-            call = perceptual_step.step_of(question, "cpu")[0]
-        else:
-            item = item_of(question)
-            function = providers(item.case, item.options, "cpu", [question["provider"]])[question["provider"]]
-            if isinstance(function, str):
-                return {"peak": "", "why": function}
-            forward, backward, _ = passes(item.case, function, item.inputs("cpu"), item.options)
-            call = lambda: backward(forward())  # noqa: E731
-        with measure.address_limit(limit_mib):
-            return {"peak": f"{measure.peak_mib(call, 'cpu'):.1f}", "why": ""}
-    except Exception as error:
-        return {"peak": "", "why": measure.reason(error)}
-
-
-def main() -> None:
-    for line in sys.stdin:
-        print(MARK + json.dumps(answer(json.loads(line), int(sys.argv[1]))), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,9 @@
-"""What is measured (items: a loss, its options, a shape, a dtype) and the table it is written to."""
+"""What is measured: items, each a loss, its options, a shape and a dtype."""
 
 from __future__ import annotations
 
-import csv
 import json
-import os
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +13,7 @@ from torch.utils._pytree import tree_flatten
 from tests.battery import leaves
 from tests.cases import CASES, Case, Draw
 
-RESULTS = pathlib.Path(__file__).parent / "results"
 MODES = ("forward", "backward", "both")
-COLUMNS = (
-    "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,cost,rate,unit,share,ceiling,peak_mib,error,note,"
-    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches,host_ms"
-).split(",")
 BATCHES = tuple(256 * 2**k for k in range(11))  # 256 to 262144
 SIDES = (32, 64, 128, 256, 512, 1024)  # pixels of an image or feature, or tokens of an attention map
 
@@ -134,24 +126,3 @@ def passes(case: Case, fn: Callable, inputs: tuple, options: dict) -> tuple[Call
         torch.autograd.grad(out, wrt)
 
     return forward, backward, wrt
-
-
-def read(path: pathlib.Path) -> list[dict[str, str]]:
-    """The rows of one file; a column that an older file has not is empty."""
-    with path.open(newline="", encoding="utf8") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
-
-
-def read_all(folder: pathlib.Path) -> list[dict[str, str]]:
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
-
-
-def write(path: pathlib.Path, rows: Iterable[dict]) -> None:
-    """Rewritten whole, and atomically: an interrupted run leaves the old file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(".new")
-    with new.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        table.writeheader()
-        table.writerows(rows)
-    os.replace(new, path)

@@ -8,8 +8,9 @@ import math
 import re
 from collections.abc import Iterable
 
-from benchmarks.explanations import why
-from benchmarks.rows import RESULTS, named, read_all
+from benchmarks.harness.results import RESULTS, read_all
+from benchmarks.report.explanations import why
+from benchmarks.workloads.items import named
 
 BEGIN, END = "<!-- results: written by benchmarks/plot.py -->", "<!-- end of results -->"
 DEVICES = {"cpu": "CPU", "h200": "H200"} | {  # and whatever else there are results of

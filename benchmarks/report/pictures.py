@@ -19,8 +19,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from benchmarks.rows import RESULTS, read_all
-from benchmarks.tables import BASE, DEVICES, Group, Key, grouped, is_headline, rows_of, shape_label, short
+from benchmarks.harness.results import RESULTS, read_all
+from benchmarks.report.tables import BASE, DEVICES, Group, Key, grouped, is_headline, rows_of, shape_label, short
 
 INK, FAINT, LINE = "#7a828c", "#8a929c", "#8a929c55"  # greys that stand out from white and from near-black alike
 OURS = "#2f7fe8"
