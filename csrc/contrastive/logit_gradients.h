@@ -19,8 +19,7 @@ struct Upstream {
 
   Upstream() = default;
   // of the log-sum-exps alone
-  explicit Upstream(int64_t rows)
-      : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(grad) {}
+  explicit Upstream(int64_t rows) : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(grad) {}
 
   Upstream(const Problem& p, const Tensor& grads, const Tensor& stats, int64_t direction) {
     const auto row = [&](const Tensor& t, int64_t k) {

@@ -14,12 +14,12 @@
 
 namespace fastloss {
 
-constexpr int64_t kColumns = 1024;          // a tile: what is read twice stays in a thread's cache
+constexpr int64_t kColumns = 1024;  // a tile: what is read twice stays in a thread's cache
 constexpr int64_t kRows = 32;
 constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kStashMiB = 64;           // as in save_plan.py
-constexpr int64_t kUpper = 1024;            // rows and columns of a block at most where the triangle above the diagonal is all
+constexpr int64_t kStashMiB = 64;  // as in save_plan.py
+constexpr int64_t kUpper = 1024;   // rows and columns of a block at most where the triangle above the diagonal is all
 
 struct RowOf {
   float scale, ceiling;
@@ -104,7 +104,8 @@ inline Tensor single(const Tensor& t) {
   const Tensor to = floats({from.size(0), from.size(1)});
   const auto kernels = matmul_kernels();
   const bool half = from.scalar_type() == ScalarType::Half;
-  STD_TORCH_CHECK(half || from.scalar_type() == ScalarType::BFloat16, "contrastive: expected float32, bfloat16, float16");
+  STD_TORCH_CHECK(half || from.scalar_type() == ScalarType::BFloat16,
+                  "contrastive: expected float32, bfloat16, float16");
   for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
     float* target = output<float>(to) + begin;
     if (half)
@@ -117,10 +118,10 @@ inline Tensor single(const Tensor& t) {
 
 // The operands of the op; those of columns are padded to whole vectors.
 struct Problem {
-  Tensor query, key;               // float32, contiguous
-  std::vector<Tensor> query_pieces, key_pieces;  // columns, kTerms at a time, of the rows at hand and of all keys
+  Tensor query, key;                                // float32, contiguous
+  std::vector<Tensor> query_pieces, key_pieces;     // columns, kTerms at a time, of the rows at hand and of all keys
   std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // first and count
-  Tensor queries, keys;            // the same as operands of products: where those may be of bfloat16, in that
+  Tensor queries, keys;  // the same as operands of products: where those may be of bfloat16, in that
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
   bool once = false;           // each key is in one product: none of them is copied before

@@ -60,9 +60,8 @@ Tensor scaled(const Tensor& from, const Factor& factor, const Tensor& like) {
     const auto combine = combine_of<T>(contrastive_kernels());
     const float* all_from = input<float>(from);  // not in the loop: calls into torch
     T* all_to = output<T>(to);
-    each_row(from.size(0), width, [&](int64_t i) {
-      combine(all_from + i * width, factor(i), nullptr, 0.0f, width, all_to + i * width);
-    });
+    each_row(from.size(0), width,
+             [&](int64_t i) { combine(all_from + i * width, factor(i), nullptr, 0.0f, width, all_to + i * width); });
   });
   return to;
 }

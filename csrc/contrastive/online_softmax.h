@@ -1,4 +1,5 @@
-// Statistics of the negatives of each row (and column) from chunks of raw products: what the softmax ops' forwards share.
+// Statistics of the negatives of each row (and column) from chunks of
+// raw products: what the softmax ops' forwards share.
 #pragma once
 
 #include "contrastive/logit_matrix.h"
@@ -56,7 +57,8 @@ class Statistics {
     ColumnParts columns(p_, groups, n);
     over_threads(0, groups * across, tiles_grain(count_, n), [&](int64_t from, int64_t to) {
       const auto scratch = std::make_unique_for_overwrite<float[]>(std::min(kRows, count_) * kColumns);
-      for (int64_t t = from; t < to && going_on(); ++t) tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
+      for (int64_t t = from; t < to && going_on(); ++t)
+        tile(raw, t / across, first, t % across * kColumns, n, columns, scratch.get());
     });
     if (!p_.symmetric) return;
     for_each(across, [&](int64_t b) { merge_columns(columns, groups, first, b * kColumns, n); });
@@ -85,7 +87,8 @@ class Statistics {
     const float* from = input<float>(raw) + row * raw.stride(0) + at;
     const auto read = [&](bool back) {
       for (int64_t r = 0; r < rows; ++r)
-        p_.logits(kernels_, from + r * raw.stride(0), begin_ + row + r, first + at, width, back, &scratch[r * kColumns]);
+        p_.logits(kernels_, from + r * raw.stride(0), begin_ + row + r, first + at, width, back,
+                  &scratch[r * kColumns]);
     };
     float* sum = p_.moments && p_.symmetric ? &columns.sum[group * columns.width + at] : nullptr;
     float* number = sum ? &columns.count[group * columns.width + at] : nullptr;
@@ -96,8 +99,7 @@ class Statistics {
       const float* s = &scratch[r * kColumns];
       RowPart& part = parts_[(row + r) * blocks_ + (first + at) / kColumns];
       part.most = kernels_.most(s, width, together ? most : nullptr);
-      for (size_t f = 0; f < p_.factors.size(); ++f)
-        part.total[f] = kernels_.row(s, width, p_.factors[f], part.most);
+      for (size_t f = 0; f < p_.factors.size(); ++f) part.total[f] = kernels_.row(s, width, p_.factors[f], part.most);
       if (p_.moments) part.moments = kernels_.moments(s, width, together ? sum : nullptr, number);
     }
     if (!p_.symmetric) return;
@@ -122,8 +124,7 @@ class Statistics {
     for (size_t f = 0; f < p_.factors.size(); ++f)
       for (int64_t g = 0; g < groups; ++g)
         kernels_.merge(width, p_.factors[f], g == 0 ? before : &most_[j], &most_[j],
-                       &columns.most[g * columns.width + at], &columns.total[f][g * columns.width + at],
-                       &total_[f][j]);
+                       &columns.most[g * columns.width + at], &columns.total[f][g * columns.width + at], &total_[f][j]);
     if (!p_.moments) return;
     for (int64_t g = 0; g < groups; ++g)
       for (int64_t i = 0; i < width; ++i) {
@@ -194,8 +195,8 @@ inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, i
   std::optional<Tensor> kept;
   const bool all = rows > 0 && rows == p.rows;
   // Else chunks as the backward makes them: a library may give a row other bits among other rows.
-  const auto [height, width] = all && !p.upper ? std::pair(p.rows, p.columns)
-                                               : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
+  const auto [height, width] =
+      all && !p.upper ? std::pair(p.rows, p.columns) : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
   const bool whole = all && height >= p.rows && width >= p.columns;  // one product, which itself is kept
   if (rows > 0 && !whole) kept = torch::stable::new_empty(p.query, {rows, p.columns});
   for_pieces(p.rows, height, [&, width = width](int64_t begin, int64_t count) {

@@ -1,5 +1,5 @@
-// Sigmoid loss of all pairs. The gradient of a pair needs nothing but its own logit, so it is made in the forward, block
-// after block of a bounded workspace, and the products of a block with the embeddings follow at once.
+// Sigmoid loss of all pairs. The gradient of a pair needs nothing but its own logit, so it is made in the forward,
+// block after block of a bounded workspace, and the products of a block with the embeddings follow at once.
 
 #include "contrastive/norms.h"
 #include "core/isa.h"
@@ -27,8 +27,8 @@ using torch::stable::new_empty;
 using Given = std::optional<Tensor>;
 
 constexpr int64_t kImage = 1, kText = 2, kNumbers = 4;  // bits of `needs`
-constexpr double kGradientBlock = 64;     // MiB of a block of the products' gradient at most
-constexpr int64_t kWidest = 16384;        // its columns at most
+constexpr double kGradientBlock = 64;                   // MiB of a block of the products' gradient at most
+constexpr int64_t kWidest = 16384;                      // its columns at most
 
 struct Pairs {
   Problem problem;
@@ -132,9 +132,8 @@ class Siglip {
       const int64_t deep = p_.narrow() ? height : kTerms;  // which cuts its sums itself
       for_pieces(p_.rows, height, [&, width = width](int64_t begin, int64_t m) {
         for_pieces(p_.columns, width, [&](int64_t first, int64_t n) {
-          for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
-            column_panel(begin, m, first + c, some, c, to, panel, block);
-          });
+          for_pieces(n, kTerms,
+                     [&](int64_t c, int64_t some) { column_panel(begin, m, first + c, some, c, to, panel, block); });
           for_pieces(needs_ & kText ? m : 0, deep, [&](int64_t r, int64_t some) {
             const Tensor h = slice(slice(block, 0, r, some), 1, 0, n), images = slice(p_.queries, 0, begin + r, some);
             accumulate(flipped(images), flipped(h), to.text, first, begin + r == 0);
@@ -176,8 +175,8 @@ class Siglip {
     return total;
   }
 
-  // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that, and
-  // H at column `at` of the block.
+  // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that,
+  // and H at column `at` of the block.
   void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
                     const Tensor& block) {
     const Tensor texts = slice(p_.keys, 0, first, n), raw = p_.raw(begin, m, first, n);
@@ -232,10 +231,12 @@ class Siglip {
   std::vector<double> loss_, slope_, of_row_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
-    const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias, std::optional<Tensor> image_ids,
-    std::optional<Tensor> text_ids, std::optional<Tensor> share, bool normalize, bool negative_only, int64_t needs,
-    double workspace_mib) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(const Tensor& image, const Tensor& text,
+                                                              const Tensor& scale, const Tensor& bias,
+                                                              std::optional<Tensor> image_ids,
+                                                              std::optional<Tensor> text_ids,
+                                                              std::optional<Tensor> share, bool normalize,
+                                                              bool negative_only, int64_t needs, double workspace_mib) {
   Pairs pairs(image, text, scale, bias, image_ids, text_ids, share, normalize, negative_only);
   Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
   const Gradients made = pass.run();
@@ -247,19 +248,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(
   return {loss, made.image, made.text, made.scale, made.bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(
-    const Tensor& grad, const Tensor& image, const Tensor& text, const Tensor& scale, const Tensor& bias,
-    std::optional<Tensor> image_ids, std::optional<Tensor> text_ids, std::optional<Tensor> share, bool normalize,
-    bool negative_only, int64_t needs, double workspace_mib, const Tensor& image_grad, const Tensor& text_grad,
-    const Tensor& scale_grad, const Tensor& bias_grad, bool needs_image, bool needs_text, bool needs_scale,
-    bool needs_bias) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(const Tensor& grad, const Tensor& image, const Tensor& text,
+                                                      const Tensor& scale, const Tensor& bias,
+                                                      std::optional<Tensor> image_ids, std::optional<Tensor> text_ids,
+                                                      std::optional<Tensor> share, bool normalize, bool negative_only,
+                                                      int64_t needs, double workspace_mib, const Tensor& image_grad,
+                                                      const Tensor& text_grad, const Tensor& scale_grad,
+                                                      const Tensor& bias_grad, bool needs_image, bool needs_text,
+                                                      bool needs_scale, bool needs_bias) {
   Gradients made{image_grad, text_grad, scale_grad, bias_grad};
   float factor = 1;
   if (share.has_value()) {
     factor = input<float>(torch::stable::contiguous(grad))[0];
   } else {
     Pairs pairs(image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only);
-    made = Siglip(pairs, needs_image * kImage + needs_text * kText + (needs_scale || needs_bias) * kNumbers, workspace_mib).run();
+    made =
+        Siglip(pairs, needs_image * kImage + needs_text * kText + (needs_scale || needs_bias) * kNumbers, workspace_mib)
+            .run();
   }
   const auto times = [factor](const Tensor& from, const Tensor& like, bool needed) {
     return needed ? scaled(from, [factor](int64_t) { return factor; }, like) : new_empty(like, {0});

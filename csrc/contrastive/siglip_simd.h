@@ -3,9 +3,9 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// Sums over the row of softplus(s_j + bias) and of its slope sigmoid(s_j + bias); g_j = share slope_j, unless g is null.
-// Both come of e = exp(-|x|) and one division: log(1 + e) is 2 atanh(t) with t = e / (2 + e) <= 1/3,
-// atanh(t) / t fitted by a polynomial in t^2 to 2e-8.
+// Sums over the row of softplus(s_j + bias) and of its slope sigmoid(s_j + bias); g_j = share slope_j, unless g is
+// null. Both come of e = exp(-|x|) and one division: log(1 + e) is 2 atanh(t) with t = e / (2 + e) <= 1/3, atanh(t) / t
+// fitted by a polynomial in t^2 to 2e-8.
 static SigmoidSums siglip_row(const float* s, int64_t n, float bias, float share, float* g) {
   vd loss{}, slope{};
   for (int64_t i = 0; i < n;) {

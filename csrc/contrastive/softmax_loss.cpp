@@ -13,8 +13,8 @@ using torch::stable::new_empty;
 
 constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each; where there
 constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
-constexpr int64_t kLeastRows = 64;  // of a chunk whose gradients the forward makes, at most
-constexpr double kChunk = 16;  // MiB of its logits at most; and of their gradient, and of its transpose
+constexpr int64_t kLeastRows = 64;         // of a chunk whose gradients the forward makes, at most
+constexpr double kChunk = 16;              // MiB of its logits at most; and of their gradient, and of its transpose
 
 enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
 
@@ -51,8 +51,8 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
   }
   Statistics forward(p, stats);
   const double row_mib = static_cast<double>(p.columns * 4) / kMiB;
-  const int64_t fit = std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib),
-                               std::min(p.rows, kLeastRows));
+  const int64_t fit =
+      std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib), std::min(p.rows, kLeastRows));
   const int64_t height = p.symmetric ? p.rows : std::min(p.rows, fit > kRows ? fit / kRows * kRows : fit);
   const bool of_keys = made.key.numel() > 0;
   const Tensor block = floats({height, p.columns}), turned = floats({of_keys ? p.columns : 0, height});
@@ -77,8 +77,7 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
     for_each(
         2,
         [&](int64_t side) {
-          if (side == 0 && made.query.numel() > 0)
-            call.queries().put(begin, product(h, flipped(p.keys)), made.query);
+          if (side == 0 && made.query.numel() > 0) call.queries().put(begin, product(h, flipped(p.keys)), made.query);
           if (side == 1 && of_keys) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
         },
         apart ? 2 : 1);
@@ -99,8 +98,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   const bool made = saves == Saves::kRows || saves == Saves::kGrads;
   const bool again = saves == Saves::kStash || saves == Saves::kAgain;
   Made grads{floats({made && needs & kQuery ? p.rows : 0, p.width}),
-             floats({made && needs & kKey ? p.columns : 0, p.width}),
-             vector(made && needs & kScale ? p.rows : 0)};
+             floats({made && needs & kKey ? p.columns : 0, p.width}), vector(made && needs & kScale ? p.rows : 0)};
   std::vector<float> stats(p.directions() * 2 * p.rows);
   const int64_t part = saves == Saves::kAgain ? part_of_stash(p.columns, workspace_mib) : 0;
   Tensor stash = floats({saves == Saves::kStash ? p.rows : part, p.columns});
@@ -111,8 +109,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
   } else if (saves == Saves::kGrads) {
     grads_pass(call, workspace_mib, stats.data(), grads);
   } else {
-    if (const auto kept = make_statistics(p, workspace_mib, p.empty() ? 0 : stash.size(0), stats.data()))
-      stash = *kept;
+    if (const auto kept = make_statistics(p, workspace_mib, p.empty() ? 0 : stash.size(0), stats.data())) stash = *kept;
   }
   std::copy_n(stats.begin(), p.rows, call.lse.begin());
   if (symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());

@@ -17,8 +17,8 @@ struct Plain {
   const double factor;
   const bool include_positive, normalize;
   std::vector<int64_t> target;
-  std::vector<float> share;           // w_i, but for the upstream gradient
-  std::vector<float> c, key_c;        // inverse lengths, or 1
+  std::vector<float> share;                // w_i, but for the upstream gradient
+  std::vector<float> c, key_c;             // inverse lengths, or 1
   std::vector<float> positive, lse, back;  // p, n, n'
 
   Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,

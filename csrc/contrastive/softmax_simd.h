@@ -50,8 +50,7 @@ static double contrastive_row(const float* s, int64_t n, float factor, float mos
 
 // total_j += e^(factor (s_j - most_j))
 static void contrastive_columns(const float* s, int64_t n, float factor, const float* most, float* total) {
-  for (int64_t i = 0; i < n; i += W)
-    store(total + i, load(total + i) + exp((load(s + i) - load(most + i)) * factor));
+  for (int64_t i = 0; i < n; i += W) store(total + i, load(total + i) + exp((load(s + i) - load(most + i)) * factor));
 }
 
 // Sum and number of the row's negatives; also added to the columns' (or null).
@@ -94,8 +93,7 @@ static void contrastive_grad_row(const float* s, int64_t n, float lse, float gra
 }
 // g_j += grad_j e^(s_j - lse_j)
 static void contrastive_grad_columns(const float* s, int64_t n, const float* lse, const float* grad, float* g) {
-  for (int64_t i = 0; i < n; i += W)
-    store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) - load(lse + i)));
+  for (int64_t i = 0; i < n; i += W) store(g + i, load(g + i) + load(grad + i) * exp(load(s + i) - load(lse + i)));
 }
 // With d_j = s_j - most and h_j = harder e^((1 + hardness) d_j - lse'), of which hardness times is to cancel exactly:
 // g_j += h_j + hardness (h_j + hard e^(hardness d_j - lse))
@@ -191,12 +189,26 @@ static void contrastive_combine(const float* v, float factor, const float* x, fl
 }
 
 static ContrastiveKernels contrastive_kernels() {
-  return {contrastive_logits,     contrastive_most,         contrastive_row,           contrastive_columns,
-          contrastive_moments,    contrastive_merge,        contrastive_raise,         contrastive_grad_both,
-          contrastive_grad_row,   contrastive_grad_columns, contrastive_grad_hard_row, contrastive_grad_hard_columns,
-          contrastive_grad_sum,   contrastive_finish,       contrastive_pull,          contrastive_pull_sum,
-          contrastive_products,   contrastive_combine<float>,
-          contrastive_combine<BFloat16>, contrastive_combine<Half>};
+  return {contrastive_logits,
+          contrastive_most,
+          contrastive_row,
+          contrastive_columns,
+          contrastive_moments,
+          contrastive_merge,
+          contrastive_raise,
+          contrastive_grad_both,
+          contrastive_grad_row,
+          contrastive_grad_columns,
+          contrastive_grad_hard_row,
+          contrastive_grad_hard_columns,
+          contrastive_grad_sum,
+          contrastive_finish,
+          contrastive_pull,
+          contrastive_pull_sum,
+          contrastive_products,
+          contrastive_combine<float>,
+          contrastive_combine<BFloat16>,
+          contrastive_combine<Half>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -9,11 +9,12 @@
 namespace fastloss {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(
-    const Tensor& query, const Tensor& key, const Tensor& row_scale, std::optional<Tensor> column_scale,
-    std::optional<Tensor> bias, std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
-    std::optional<Tensor> column_ids, std::optional<Tensor> ceiling, std::string kind, double hardness,
-    double workspace_mib, bool keep_pulls) {
+std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& key, const Tensor& row_scale,
+                                                   std::optional<Tensor> column_scale, std::optional<Tensor> bias,
+                                                   std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
+                                                   std::optional<Tensor> column_ids, std::optional<Tensor> ceiling,
+                                                   std::string kind, double hardness, double workspace_mib,
+                                                   bool keep_pulls) {
   Problem p(query, key, kind, hardness);
   p.scales(row_scale, column_scale, bias);
   p.masks(excluded, row_ids, column_ids, ceiling);

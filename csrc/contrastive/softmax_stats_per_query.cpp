@@ -1,5 +1,5 @@
-// Softmax statistics of each row's own negatives [M, K, D], read once; what the queries' gradient needs of them is summed
-// in the same read, and their own gradient costs one more read and one write.
+// Softmax statistics of each row's own negatives [M, K, D], read once; what the queries' gradient needs of them is
+// summed in the same read, and their own gradient costs one more read and one write.
 
 #include "contrastive/softmax_stats_per_query.h"
 #include "core/isa.h"
@@ -41,8 +41,8 @@ template <typename T>
 struct EachKernels {
   void (*read)(const T* rows, int64_t stride, int64_t count, const EachQuery&, EachPart&, float* pulls, float* logits,
                float* inverse);
-  void (*slopes)(const float* logits, const float* inverse, int64_t n, const EachQuery&, const EachSlope&,
-                 float* along, float* back);
+  void (*slopes)(const float* logits, const float* inverse, int64_t n, const EachQuery&, const EachSlope&, float* along,
+                 float* back);
   void (*grad)(const T* rows, int64_t stride, int64_t count, const EachQuery&, const float* along, const float* back,
                T* to, bool streamed);
 };
@@ -73,7 +73,7 @@ struct Each {
        bool normalize, const std::string& kind, double hardness)
       : query(query),
         negatives(given.dim() == 3 && given.size(2) != 1 && given.stride(2) != 1 ? torch::stable::contiguous(given)
-                                                                                  : given),
+                                                                                 : given),
         scale(torch::stable::contiguous(row_scale)),
         ceiling(most.has_value() ? torch::stable::contiguous(*most) : scale),
         operand(query, {0, 1}),
@@ -108,8 +108,8 @@ struct Each {
     const float* found = operand.read(i * width, width, space.data());
     if (found != space.data()) std::copy_n(found, width, space.data());
     const float most = ceilinged_ ? input<float>(ceiling)[i] : std::numeric_limits<float>::infinity();
-    return {space.data(), width,   input<float>(scale)[i], most,
-            normalize,    moments, powers,                 {power(0), power(1), power(2)}};
+    return {space.data(), width,  input<float>(scale)[i],        most, normalize,
+            moments,      powers, {power(0), power(1), power(2)}};
   }
 
   float power(int a) const { return static_cast<float>((a != 2) + (a != 0) * hardness); }
@@ -154,7 +154,8 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
     double total = 0;
     for (int64_t p = 0; p < call.pieces && !plain; ++p) total += parts[p].total[a] * factor(p);
     if (!plain)
-      stats[call.place(a)] = all.most == infinity ? infinity : static_cast<float>((a == 0 ? all.most : 0) + std::log(total));
+      stats[call.place(a)] =
+          all.most == infinity ? infinity : static_cast<float>((a == 0 ? all.most : 0) + std::log(total));
     if (!to) continue;
     float* sum = to + (a * rows + row) * call.width;
     std::fill_n(sum, call.width, 0.0f);

@@ -44,7 +44,8 @@ class Pulls {
     while (weights.size() < static_cast<size_t>(p_.sums())) weights.emplace_back(floats({m, n}), m, n);
     for_each(blocks_of(m, kGroup), [&](int64_t g) {
       std::vector<float> s((n + 15) / 16 * 16);
-      for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) line(begin, r, first, n, input<float>(raw) + r * raw.stride(0), weights, s.data());
+      for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r)
+        line(begin, r, first, n, input<float>(raw) + r * raw.stride(0), weights, s.data());
     });
     for (size_t a = 0; a < weights.size(); ++a) {
       const Tensor part = product(weights[a], keys);
@@ -74,8 +75,8 @@ class Pulls {
       row.kept[f] = static_cast<float>(kept);
       row.total[f] *= kept;
       for_pieces(n, kTerms, [&](int64_t c, int64_t some) {
-        row.total[f] += kernels_.pull(s + c, some, p_.factors[f], row.most, &p_.column_scale[first + c],
-                                      weights[f].at(r, c));
+        row.total[f] +=
+            kernels_.pull(s + c, some, p_.factors[f], row.most, &p_.column_scale[first + c], weights[f].at(r, c));
       });
     }
     if (!p_.moments) return;

@@ -1,5 +1,5 @@
-// Products of bfloat16 matrices with float32 sums: blocks of b are packed as pairs along K in panels of kPanel rows, which
-// all the rows of a then meet in tiles of kTile rows, whose sums stay in registers for kDeep terms.
+// Products of bfloat16 matrices with float32 sums: blocks of b are packed as pairs along K in panels of kPanel rows,
+// which all the rows of a then meet in tiles of kTile rows, whose sums stay in registers for kDeep terms.
 
 #include "core/bf16_product.h"
 #include "core/parallel.h"
@@ -9,13 +9,13 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kPanel = 64;    // rows of b in a panel: four vectors of sums for a row of a
-constexpr int64_t kTile = 6;      // rows of a: 24 of 32 registers hold sums, the most that leave room for the operands
-constexpr int64_t kSquare = 16;   // rows and pairs that are turned at a time
-constexpr int64_t kDeep = 512;    // terms of a tile: 6 KiB of a stay in the L1 cache, 64 KiB of b in the L2
-constexpr int64_t kTall = 48;     // rows of a and
-constexpr int64_t kAcross = 512;  // rows of b that a thread takes at a time
-constexpr int64_t kPacked = 2048; // rows of b that are packed at a time, 2 MiB
+constexpr int64_t kPanel = 64;     // rows of b in a panel: four vectors of sums for a row of a
+constexpr int64_t kTile = 6;       // rows of a: 24 of 32 registers hold sums, the most that leave room for the operands
+constexpr int64_t kSquare = 16;    // rows and pairs that are turned at a time
+constexpr int64_t kDeep = 512;     // terms of a tile: 6 KiB of a stay in the L1 cache, 64 KiB of b in the L2
+constexpr int64_t kTall = 48;      // rows of a and
+constexpr int64_t kAcross = 512;   // rows of b that a thread takes at a time
+constexpr int64_t kPacked = 2048;  // rows of b that are packed at a time, 2 MiB
 
 // Pair k of row r is pairs[r * row + k * step].
 struct Bf16Rows {

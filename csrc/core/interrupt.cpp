@@ -18,8 +18,8 @@
 #include <ctime>
 #endif
 
-// pybind11's base of exceptions that set Python's error themselves, as torch's bindings know it, by its name and its one
-// function. Bindings that do not know it see a runtime_error.
+// pybind11's base of exceptions that set Python's error themselves, as torch's bindings know it, by its name and its
+// one function. Bindings that do not know it see a runtime_error.
 namespace pybind11 {
 class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
  public:
@@ -31,8 +31,8 @@ class __attribute__((visibility("default"))) builtin_exception : public std::run
 namespace fastloss {
 namespace {
 
-// Nanoseconds from a call's begin, and from one look for signals to the next. Where the look waits for Python's lock, as
-// other threads are busy with Python, it is more, so that the call loses no more than a fiftieth by it.
+// Nanoseconds from a call's begin, and from one look for signals to the next. Where the look waits for Python's lock,
+// as other threads are busy with Python, it is more, so that the call loses no more than a fiftieth by it.
 constexpr int64_t kEvery = 50'000'000, kMost = 500'000'000, kTimesTheWait = 50;
 
 struct Object;  // PyObject

@@ -15,8 +15,9 @@
 
 namespace fastloss {
 
-// 0: the compiler's default target, 1: AVX2, 2: AVX-512, 3: that and its products of bfloat16. FASTLOSS_CPU lowers it and is read at every call, so that a
-// test can go through all the paths of one machine; what the CPU does not have is never chosen.
+// 0: the compiler's default target, 1: AVX2, 2: AVX-512, 3: that and its products of bfloat16. FASTLOSS_CPU lowers it
+// and is read at every call, so that a test can go through all the paths of one machine;
+// what the CPU does not have is never chosen.
 inline int cpu_level() {
 #if defined(__x86_64__)
   static const int best = [] {

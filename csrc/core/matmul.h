@@ -17,10 +17,10 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 
 namespace fastloss {
 
-constexpr int64_t kTerms = 256;             // of a product that oneDNN adds up in one go
-constexpr double kProduct = 8;              // MiB of logits of one product: a larger one costs page faults
-constexpr int64_t kWide = 2048;             // its columns at most: the more rows, the rarer the keys are packed
-constexpr int64_t kSmall = 1 << 21;         // multiplications of a product that the BLAS starts, and ends, sooner
+constexpr int64_t kTerms = 256;              // of a product that oneDNN adds up in one go
+constexpr double kProduct = 8;               // MiB of logits of one product: a larger one costs page faults
+constexpr int64_t kWide = 2048;              // its columns at most: the more rows, the rarer the keys are packed
+constexpr int64_t kSmall = 1 << 21;          // multiplications of a product that the BLAS starts, and ends, sooner
 constexpr int64_t kSmallInPieces = 1 << 25;  // the same of one that oneDNN would make in pieces
 
 struct MatmulKernels {
@@ -45,7 +45,8 @@ inline void add(const Tensor& from, const Tensor& to) {
 
 // oneDNN is slow with weights that leave gaps.
 inline Tensor dense(const Tensor& t) {
-  const bool rows = t.stride(1) == 1 && t.stride(0) == t.size(1), columns = t.stride(0) == 1 && t.stride(1) == t.size(0);
+  const bool rows = t.stride(1) == 1 && t.stride(0) == t.size(1),
+             columns = t.stride(0) == 1 && t.stride(1) == t.size(0);
   return rows || columns ? t : torch::stable::contiguous(t);
 }
 
@@ -61,8 +62,8 @@ inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tenso
   return *total;
 }
 
-// a b^T of [m, K] and [n, K] in float32, with a bfloat16 b a is rounded to it, added to `total` [m, n] if given. oneDNN adds up
-// all K terms one after another; in pieces of kTerms the error is that of a BLAS.
+// a b^T of [m, K] and [n, K] in float32, with a bfloat16 b a is rounded to it, added to `total` [m, n] if given. oneDNN
+// adds up all K terms one after another; in pieces of kTerms the error is that of a BLAS.
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
   if (b.scalar_type() == ScalarType::BFloat16) {
     const bool adds = total.has_value();

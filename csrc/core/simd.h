@@ -101,7 +101,7 @@ FASTLOSS_INLINE vf widen_half(vh h) {
 #else
   const vu bits = __builtin_convertvector(h, vu);
   const vu magnitude = (bits & 0x7fffu) << 13;
-  const vf value = (vf)magnitude * 0x1p112f;  // moves the exponent, subnormals included
+  const vf value = (vf)magnitude * 0x1p112f;                        // moves the exponent, subnormals included
   const vu big = (vu)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;  // inf, NaN
   return (vf)((vu)value | big | ((bits & 0x8000u) << 16));
 #endif
@@ -147,8 +147,10 @@ FASTLOSS_INLINE void turn_square(const void* given, int64_t row, void* result, i
     }
   const auto put = [&](int k, __m512i v) { _mm512_storeu_si512(to + k * row_of_result, v); };
   for (int j = 0; j < 4; ++j) {
-    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
-    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
+    const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88),
+                             _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd),
+                            _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
     put(j, _mm512_shuffle_i32x4(even[0], even[1], 0x88));
     put(4 + j, _mm512_shuffle_i32x4(odd[0], odd[1], 0x88));
     put(8 + j, _mm512_shuffle_i32x4(even[0], even[1], 0xdd));
@@ -261,7 +263,8 @@ FASTLOSS_INLINE vf exp(vf x) {
   return x < lowest ? all(0.0f) : p * power;
 }
 
-// x^y for x >= 0 and y > 0, computed in double so that the result is as good as rounded: log2 by its atanh series, 2^t by Taylor.
+// x^y for x >= 0 and y > 0, computed in double so that the result is as good as
+// rounded: log2 by its atanh series, 2^t by Taylor.
 FASTLOSS_INLINE vf pow(vf x, double y) {
   const vd wide = __builtin_convertvector(x, vd);
   const vl bits = (vl)wide;

@@ -50,8 +50,8 @@ T* output(const Tensor& t) {
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   using torch::stable::detail::from;
   const std::optional<ScalarType> type = dtype;
-  StableIValue stack[] = {from(t),           from(type),        from(std::nullopt),
-                          from(std::nullopt), from(std::nullopt), from(std::nullopt)};
+  StableIValue stack[] = {from(t),           from(type), from(std::nullopt), from(std::nullopt), from(std::nullopt),
+                          from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
@@ -175,9 +175,7 @@ inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) 
   sizes[dim] = count;
   return view_of(t, sizes, {t.stride(0), t.stride(1)}, begin * t.stride(dim));
 }
-inline Tensor flipped(const Tensor& t) {
-  return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0);
-}
+inline Tensor flipped(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0); }
 // Float32, dense, on the CPU.
 inline Tensor floats(std::array<int64_t, 2> sizes) {
   const std::array<int64_t, 2> strides{std::max<int64_t>(sizes[1], 1), 1};
@@ -189,14 +187,14 @@ inline Tensor floats(std::array<int64_t, 2> sizes) {
 inline Tensor vector(int64_t size) {
   AtenTensorHandle to = nullptr;
   const int64_t stride = 1;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(),
-                                                  aoti_torch_device_type_cpu(), 0, &to));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &to));
   return Tensor(to);
 }
 inline Tensor scalar() {
   AtenTensorHandle to = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(),
-                                                  aoti_torch_device_type_cpu(), 0, &to));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &to));
   return Tensor(to);
 }
 

@@ -1,6 +1,6 @@
-// Image loss: pixel, smoothness and SSIM losses of an image pair on bands of rows that stay in the caches, so that memory
-// is passed over once in each direction: SSIM of some rows first, then the usual pixel and smoothness losses in one sweep
-// of each row, sums and gradients alike, or others one after the other.
+// Image loss: pixel, smoothness and SSIM losses of an image pair on bands of rows that stay in the caches, so that
+// memory is passed over once in each direction: SSIM of some rows first, then the usual pixel and smoothness losses in
+// one sweep of each row, sums and gradients alike, or others one after the other.
 //
 // With SSIM, which would otherwise be made twice, the forward makes the gradient of the total too, in float32, and the
 // backward multiplies it by its one upstream number. `shares` says what each sum counts in the total. An upstream
@@ -144,11 +144,11 @@ struct Strip {
     for (int64_t y = band.begin; y < band.end; ++y) {
       const int64_t i = at(y), within = (y - band.begin) * size;
       const float* weight = pair.weight ? pair.weight->read(i, size, weights.data()) : nullptr;
-      kernels.sweep.row({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i,
-                         size, band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0,
-                         up ? up[down] : 0, up ? up[right] : 0, more_of(more, within), gradients_of(i), above,
-                         to_sums ? sums[0] : nullptr},
-                        pair.terms.p);
+      kernels.sweep.row(
+          {input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i, size,
+           band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0, up ? up[down] : 0,
+           up ? up[right] : 0, more_of(more, within), gradients_of(i), above, to_sums ? sums[0] : nullptr},
+          pair.terms.p);
     }
     const int64_t places[3] = {0, down, right};
     for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[places[k]] += std::accumulate(sums[k], sums[k] + 16, 0.0);

@@ -12,7 +12,7 @@ namespace {
 template <typename T, typename G>
 struct SweepRow {
   const T *image, *image_pred;
-  int64_t first, last;            // what may be read of either, from there on
+  int64_t first, last;  // what may be read of either, from there on
   int64_t size, step;
   int64_t below;                  // from the row to the next one, 0 if it is the last
   const float* weight;            // of the pixel loss, or null

@@ -49,13 +49,17 @@ static SmoothnessRows<T> smoothness_rows_of(bool plain) {
 // G: the type of the gradients.
 template <typename T, typename G>
 static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
-  ImageKernels<T, G> found{pixel_kernels<T>(kind).sum, image_row<Kind::l2, false, T, G>,
-                           smoothness_kernels<T>(step, plain).sum, nullptr, image_fence, ssim_kernels<T>(), {}};
+  ImageKernels<T, G> found{pixel_kernels<T>(kind).sum,
+                           image_row<Kind::l2, false, T, G>,
+                           smoothness_kernels<T>(step, plain).sum,
+                           nullptr,
+                           image_fence,
+                           ssim_kernels<T>(),
+                           {}};
   if (pixel && plain && step == Step::l1) found.sweep = sweep_of<Step::l1, T, G>(kind);
   if (pixel && plain && step == Step::l2) found.sweep = sweep_of<Step::l2, T, G>(kind);
 #define FASTLOSS_KIND(k) \
-  case Kind::k:          \
-    found.row = image_row<Kind::k, true, T, G>; break;
+  case Kind::k: found.row = image_row<Kind::k, true, T, G>; break;
   if (pixel) switch (kind) {
       FASTLOSS_KIND(l1)
       FASTLOSS_KIND(l2)

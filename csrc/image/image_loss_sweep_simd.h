@@ -1,5 +1,5 @@
-// The usual terms of an image loss in one sweep over a row, sums and gradient alike: a pixel loss, and first differences
-// to the right and down without guide or weights; included by image_loss_simd.h.
+// The usual terms of an image loss in one sweep over a row, sums and gradient alike: a pixel loss, and first
+// differences to the right and down without guide or weights; included by image_loss_simd.h.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {

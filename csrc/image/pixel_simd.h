@@ -107,8 +107,7 @@ static void pixel_grad(const Stretch<T>& s, double p, const Upstream& up, const 
 template <typename T>
 static PixelKernels<T> pixel_kernels(Kind kind) {
 #define FASTLOSS_KIND(k) \
-  case Kind::k:          \
-    return {pixel_sum<Kind::k, T>, pixel_map<Kind::k, T>, pixel_grad<Kind::k, T>};
+  case Kind::k: return {pixel_sum<Kind::k, T>, pixel_map<Kind::k, T>, pixel_grad<Kind::k, T>};
   switch (kind) {
     FASTLOSS_KIND(l1)
     FASTLOSS_KIND(l2)

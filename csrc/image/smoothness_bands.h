@@ -34,8 +34,16 @@ struct Guide {
     const int64_t line = width * each, slice = height * line, plane = depth * slice;
     const int64_t at = image * groups * plane + z * slice + y * line;
     const auto has = [&](int64_t i, int64_t n) { return i + 1 < n && (i > 0 || !second); };
-    kernel({data + at * bytes, -at, tensor.numel() - at, groups, plane, each, width, {slice, line, each},
-            {has(z, depth), has(y, height), width > (second ? 2 : 1)}, second},
+    kernel({data + at * bytes,
+            -at,
+            tensor.numel() - at,
+            groups,
+            plane,
+            each,
+            width,
+            {slice, line, each},
+            {has(z, depth), has(y, height), width > (second ? 2 : 1)},
+            second},
            step, pitch, sums.data(), to);
   }
 };

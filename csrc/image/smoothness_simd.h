@@ -31,8 +31,8 @@ struct Row {
   const T* at;
   int64_t first, last;  // what may be read of the tensor, from `at` on
   int64_t size, step;
-  int64_t away[2];   // z, y: from the row to the next one
-  bool has[kAxes];   // whether pixels of the row have a difference along z, y, x
+  int64_t away[2];  // z, y: from the row to the next one
+  bool has[kAxes];  // whether pixels of the row have a difference along z, y, x
   bool of_second;
   const float *edges, *weights;  // or null; the edges' rows for z, y, x are `pitch` apart
   int64_t pitch;
@@ -47,9 +47,17 @@ FASTLOSS_INLINE Row<plain, T> row_of(const Band<T>& band, int64_t z, int64_t y, 
   const Layout& at = band.layout;
   const int64_t slice = at.height * at.row, from = z * slice + y * at.row, rows = band.end - band.begin;
   const auto has = [&](int64_t i, int64_t n) { return i + 1 < n && (i > 0 || !band.second); };
-  Row<plain, T> r{band.plane + from, band.first - from, band.last - from, at.row, at.step, {slice, at.row},
-           {has(z, at.depth), has(y, at.height), at.row > (band.second ? 2 : 1) * at.step}, band.second,
-           nullptr, nullptr, Edges::pitch(at)};
+  Row<plain, T> r{band.plane + from,
+                  band.first - from,
+                  band.last - from,
+                  at.row,
+                  at.step,
+                  {slice, at.row},
+                  {has(z, at.depth), has(y, at.height), at.row > (band.second ? 2 : 1) * at.step},
+                  band.second,
+                  nullptr,
+                  nullptr,
+                  Edges::pitch(at)};
   if (!plain && band.edges) r.edges = band.edges + Edges::offset(at, rows, z - band.z, y - band.begin);
   if (!plain && band.weight) r.weights = band.weight->read(band.position + from, at.row, buffer);
   return r;
@@ -143,8 +151,8 @@ static void smoothness_sum(const Band<T>& band, const Memory& memory) {
 }
 
 template <Step step, bool inside, bool plain, typename T>
-FASTLOSS_INLINE void pull_pixels(const Row<plain, T>& r, int64_t x, const float* up, int64_t period, int axes, float* to,
-                                 int64_t pitch) {
+FASTLOSS_INLINE void pull_pixels(const Row<plain, T>& r, int64_t x, const float* up, int64_t period, int axes,
+                                 float* to, int64_t pitch) {
   const vf c = pixels<inside>(r, x);
   vf squares{}, steps[kAxes];
   if constexpr (step == Step::isotropic) {
@@ -261,8 +269,8 @@ FASTLOSS_INLINE vf guide_steps(const GuideRow& g, int64_t from, int64_t to, int6
   return sum;
 }
 
-// The factors of edge_row() along y (unless null) and x, of the vectors of a row of planes whose neighbours to the right
-// are in it too: in one sweep, which loads each pixel once for both. Returns where it ended.
+// The factors of edge_row() along y (unless null) and x, of the vectors of a row of planes whose neighbours to the
+// right are in it too: in one sweep, which loads each pixel once for both. Returns where it ended.
 template <typename T>
 FASTLOSS_INLINE int64_t edge_sweep(const GuideRow& g, float scale, float* along_y, float* along_x) {
   const int64_t below = along_y == nullptr ? 0 : g.away[1], groups = g.groups, plane = g.plane;
@@ -281,7 +289,8 @@ FASTLOSS_INLINE int64_t edge_sweep(const GuideRow& g, float scale, float* along_
   return x;
 }
 
-// The factors exp(-mean) of a row's differences along each axis that has some, 0 where there is none, `step` times each.
+// The factors exp(-mean) of a row's differences along each axis that has some,
+// 0 where there is none, `step` times each.
 template <typename T>
 static void edge_row(const GuideRow& given, int64_t step, int64_t pitch, float* sums, float* to) {
   const GuideRow g = given;

@@ -15,8 +15,12 @@ struct Tiles {
   int64_t height, width, rows, down, across, columns, count;
 
   explicit Tiles(const SsimCall& call)
-      : height(call.height), width(call.width), rows(kSsimRows), down((height + rows - 1) / rows),
-        across((width + kSsimColumns - 1) / kSsimColumns), columns(std::min(width, kSsimColumns)),
+      : height(call.height),
+        width(call.width),
+        rows(kSsimRows),
+        down((height + rows - 1) / rows),
+        across((width + kSsimColumns - 1) / kSsimColumns),
+        columns(std::min(width, kSsimColumns)),
         count(call.planes * down * across) {}
 
   // body(tile number, plane, tile, room) over torch's threads.
@@ -67,8 +71,7 @@ void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to,
 
 std::tuple<Tensor, Tensor> ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight,
                                     int64_t window, double sigma, bool same, double c1, double c2, double low,
-                                    bool structure,
-                                    int64_t keep) {
+                                    bool structure, int64_t keep) {
   const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
   const Tiles tiles(call);
   const Kept kept(keep);
@@ -122,9 +125,8 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
 
 std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
                                     const Tensor& image_pred, std::optional<Tensor> weight, int64_t window,
-                                    double sigma, bool same, double c1, double c2, double low,
-                                    bool structure, int64_t keep,
-                                    bool needs_image, bool needs_image_pred) {
+                                    double sigma, bool same, double c1, double c2, double low, bool structure,
+                                    int64_t keep, bool needs_image, bool needs_image_pred) {
   const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == call.planes,
                   "ssim: expected a float32 gradient of the sums");
@@ -144,8 +146,9 @@ std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients,
       found = kept.empty(image);
       make<T>(call, Tiles(call), kept, output<float>(found), nullptr);
     }
-    STD_TORCH_CHECK(found.numel() == kept.count * image.numel() && kept.image >= needs_image &&
-                    kept.image_pred >= needs_image_pred, "ssim: the gradient asked for was not kept");
+    STD_TORCH_CHECK(
+        found.numel() == kept.count * image.numel() && kept.image >= needs_image && kept.image_pred >= needs_image_pred,
+        "ssim: the gradient asked for was not kept");
     if (needs_image) x = scaled<T>(input<float>(found), up, image);
     if (needs_image_pred) y = scaled<T>(input<float>(found) + (kept.image ? image.numel() : 0), up, image_pred);
   });

@@ -44,8 +44,9 @@ inline SsimOptions ssim_options(int64_t window, double sigma, bool same, double 
                                 bool structure) {
   const int radius = static_cast<int>(window / 2);
   const bool one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
-  SsimOptions o{radius, {}, same ? 0 : radius, static_cast<float>(c1), static_cast<float>(c2), static_cast<float>(low),
-                structure, one_pixel};
+  SsimOptions o{
+      radius,    {},       same ? 0 : radius, static_cast<float>(c1), static_cast<float>(c2), static_cast<float>(low),
+      structure, one_pixel};
   double taps[kSsimRadius + 1], total = 0;
   for (int k = 0; k <= radius; ++k) {
     taps[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
@@ -117,7 +118,8 @@ struct SsimRoom {
   float* scratch;
 
   SsimRoom(int64_t columns, size_t size)
-      : room(new float[ssim_scratch(columns) + 16]), walk(size / sizeof(std::max_align_t) + 1),
+      : room(new float[ssim_scratch(columns) + 16]),
+        walk(size / sizeof(std::max_align_t) + 1),
         scratch(room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float)) {}
 };
 
@@ -154,8 +156,8 @@ struct SsimCall {
 
   template <typename T>
   SsimPlanes<T> plane(int64_t index) const {
-    return {at<const T>(image, index), at<const T>(image_pred, index), image.stride(2),      image.stride(3),
-            image_pred.stride(2),      image_pred.stride(3),           height, width};
+    return {at<const T>(image, index), at<const T>(image_pred, index), image.stride(2), image.stride(3),
+            image_pred.stride(2),      image_pred.stride(3),           height,          width};
   }
 
   // Where the gradients of a plane go, from the first: in the order of its image's memory if

@@ -46,9 +46,9 @@ struct SsimWalk {
   SsimShift shift;
   SsimSteps steps;
   SsimMap map;
-  int64_t n, step;                    // columns; floats of a row of scratch
-  int64_t next, at, row;              // the next rows to filter along x, to emit, of the map
-  int64_t top, bottom, left, right;   // the part of the map to make: what is in the tile, or what the tile sees
+  int64_t n, step;                     // columns; floats of a row of scratch
+  int64_t next, at, row;               // the next rows to filter along x, to emit, of the map
+  int64_t top, bottom, left, right;    // the part of the map to make: what is in the tile, or what the tile sees
   float *a, *d, *w, *x_line, *y_line;  // kRows rows each
   SsimRing moments, filtered;
 };
@@ -63,9 +63,29 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
   const auto to = [&](int64_t at, int64_t size) { return at < size - bound ? at : size - bound; };
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
   const SsimShift shift = ssim_shift(p, t, o);
-  k = {p, t, o, weights, shift, ssim_steps(o, shift, 2 + x + y), {}, n, step, 0, t.y0, t.y0 - reach,
-       from(t.y0 - reach), to(t.y1 + reach, p.height), from(t.x0 - reach), to(t.x1 + reach, p.width),
-       scratch + kSsimPad, nullptr, nullptr, nullptr, nullptr, {}, {}};
+  k = {p,
+       t,
+       o,
+       weights,
+       shift,
+       ssim_steps(o, shift, 2 + x + y),
+       {},
+       n,
+       step,
+       0,
+       t.y0,
+       t.y0 - reach,
+       from(t.y0 - reach),
+       to(t.y1 + reach, p.height),
+       from(t.x0 - reach),
+       to(t.x1 + reach, p.width),
+       scratch + kSsimPad,
+       nullptr,
+       nullptr,
+       nullptr,
+       nullptr,
+       {},
+       {}};
   const int64_t origin = t.x0 - kSsimPad;
   k.next = k.top - o.radius;
   k.d = k.a + all_rows;
@@ -75,8 +95,19 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
   float* const partials = k.y_line + all_rows;
   k.moments = {partials + 4 * all_rows, count, 4 * step};
   k.filtered = {k.moments.data + count * 4 * step, count, 4 * step};
-  k.map = {shift, (k.left - origin) / W * W, k.right - origin, from(t.x0) - origin, to(t.x1, p.width) - origin, 0, 0,
-           nullptr, scale, x, y, partials, step};
+  k.map = {shift,
+           (k.left - origin) / W * W,
+           k.right - origin,
+           from(t.x0) - origin,
+           to(t.x1, p.width) - origin,
+           0,
+           0,
+           nullptr,
+           scale,
+           x,
+           y,
+           partials,
+           step};
 }
 
 // Rows y .. y + kRows of the map: their sum, and their partials filtered along x.

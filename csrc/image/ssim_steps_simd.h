@@ -8,8 +8,8 @@
 //   grad x = G (p_a + p_d) + 2 (a - sa) G p_aa + 2 (d - sd) G p_dd
 //   grad y = G (p_a - p_d) + 2 (a - sa) G p_aa - 2 (d - sd) G p_dd
 //
-// The steps along a row, or a few rows. In every row of scratch, column x0 of the tile is element kSsimPad: what a window
-// reads to either side lies there too, and vectors are aligned.
+// The steps along a row, or a few rows. In every row of scratch, column x0 of the tile is element kSsimPad: what a
+// window reads to either side lies there too, and vectors are aligned.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
@@ -202,7 +202,8 @@ struct SsimMap {
 
 // The (weighted) sum of the map, and the partials if `grad`; 32 vectors are added before the sum moves to double.
 // `plain`: nothing is shifted, images begin at 0, and windows have more than one pixel, which spares a few operations.
-// l / 2 and s / 2 come without a multiplication by 2 in the denominators, and the partials are doubled for the same end.
+// l / 2 and s / 2 come without a multiplication by 2 in the denominators, and
+// the partials are doubled for the same end.
 template <int R, bool grad, bool plain>
 static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* const* rows) {
   const SsimMap map = given;

@@ -1,5 +1,5 @@
-// The statistics of DISTS: of every channel of a sample, with d = f - t, the means of f and d and the mean squares about
-// their means of f, t and d, for a list of layers; and the gradient, one pass over both.
+// The statistics of DISTS: of every channel of a sample, with d = f - t, the means of f and d and the mean squares
+// about their means of f, t and d, for a list of layers; and the gradient, one pass over both.
 
 #include "core/isa.h"
 #include "core/parallel.h"
@@ -115,12 +115,14 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, 
   const bool fits = grad.numel() == 5 * table && stats.numel() == 5 * table && rest.numel() == 3 * table;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && fits,
                   "dists: expected a float32 gradient of the statistics");
-  const Tensor upstream = torch::stable::contiguous(grad), saved = torch::stable::contiguous(stats), kept = torch::stable::contiguous(rest);
+  const Tensor upstream = torch::stable::contiguous(grad), saved = torch::stable::contiguous(stats),
+               kept = torch::stable::contiguous(rest);
   const float *g = input<float>(upstream), *s = input<float>(saved), *r = input<float>(kept);
   std::vector<Tensor> made;
   for (int side = 0; side < int{needs_features} + int{needs_targets}; ++side)
     for (const PlaneLayer& layer : plan.layers)
-      made.push_back(torch::stable::new_empty(layer.f, {plan.samples, layer.channels, layer.f.size(2), layer.f.size(3)}));
+      made.push_back(
+          torch::stable::new_empty(layer.f, {plan.samples, layer.channels, layer.f.size(2), layer.f.size(3)}));
   for_dtype(plan.dtype, "dists", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(dists_kernels<T>());
@@ -131,8 +133,16 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, 
       const int64_t n = layer.pixels, at = plan.column(layer, plane);
       const float scale = 1.0f / static_cast<float>(n);
       const float mean_f = s[at], mean_d = s[table + at];
-      const Slopes slopes{mean_f, mean_f - mean_d, mean_d, r[at], r[table + at], r[2 * table + at], g[at] * scale,
-                          g[table + at] * scale, 2 * g[2 * table + at] * scale, 2 * g[3 * table + at] * scale,
+      const Slopes slopes{mean_f,
+                          mean_f - mean_d,
+                          mean_d,
+                          r[at],
+                          r[table + at],
+                          r[2 * table + at],
+                          g[at] * scale,
+                          g[table + at] * scale,
+                          2 * g[2 * table + at] * scale,
+                          2 * g[3 * table + at] * scale,
                           2 * g[4 * table + at] * scale};
       PlaneSides<T> sides{needs_features ? to[index] + plane * n : nullptr,
                           needs_targets ? to[second + index] + plane * n : nullptr, false};

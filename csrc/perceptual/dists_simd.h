@@ -8,8 +8,8 @@ constexpr int64_t kPiece = 2048;  // elements: both planes' stay in the L1 cache
 struct Sums {
   double f, t, d;
 };
-// In double: where a mean is near zero the gradient divides by it, and what floats lose of the sum would show. That of d
-// is of the rounded differences, which the gradient takes it from: of a single pixel nothing must be left.
+// In double: where a mean is near zero the gradient divides by it, and what floats lose of the sum would show. That of
+// d is of the rounded differences, which the gradient takes it from: of a single pixel nothing must be left.
 template <typename T>
 FASTLOSS_INLINE Sums add_up(const T* f, const T* t, int64_t n) {
   vd of_f{}, of_t{}, of_d{};
@@ -64,7 +64,8 @@ FASTLOSS_INLINE Squares add_squares(const T* f, const T* t, int64_t n, float abo
 struct Running {
   double mean, square;
 };
-// Merges `count` elements of which the mean, and the squares about a number close to it, are given (Chan, Golub, LeVeque).
+// Merges `count` elements of which the mean, and the squares about a number
+// close to it, are given (Chan, Golub, LeVeque).
 FASTLOSS_INLINE void merge(Running& r, int64_t at, int64_t count, double mean, float about, double square_about) {
   const double off = mean - about, step = mean - r.mean, share = (double)count / (double)(at + count);
   r.square += square_about - (double)count * off * off + step * step * (double)at * share;

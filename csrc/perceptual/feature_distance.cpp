@@ -110,7 +110,7 @@ struct Plan {
 
 Tensor new_empty_strided(const Tensor& like, const Layer& layer, ScalarType dtype) {
   const std::optional<ScalarType> type = dtype;
-  StableIValue stack[] = {from(like), from(layer.sizes),  from(layer.strides), from(type),
+  StableIValue stack[] = {from(like),         from(layer.sizes),  from(layer.strides), from(type),
                           from(std::nullopt), from(std::nullopt), from(std::nullopt)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::new_empty_strided", "", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
@@ -201,8 +201,8 @@ std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& inc
 }
 
 std::tuple<Tensor, Tensor> l1_fwd(std::vector<Tensor> features, std::vector<Tensor> targets,
-                                  std::vector<double> weights, std::vector<int64_t> layout, ScalarType,
-                                  std::string, double, std::string reduction) {
+                                  std::vector<double> weights, std::vector<int64_t> layout, ScalarType, std::string,
+                                  double, std::string reduction) {
   const Plan plan(layout, weights, reduction);
   Tensor signs = torch::stable::new_empty(features[0], {plan.words}, ScalarType::Int);
   auto* words = output<uint32_t>(signs);
@@ -229,9 +229,9 @@ Tensor distance_fwd(std::vector<Tensor> features, std::vector<Tensor> targets, s
 }
 
 std::vector<Tensor> distance_bwd(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> targets,
-                                 std::vector<Tensor> incoming, std::vector<double> weights,
-                                 std::vector<int64_t> layout, ScalarType dtype, std::string criterion, double p,
-                                 std::string reduction, bool needs_features, bool needs_targets) {
+                                 std::vector<Tensor> incoming, std::vector<double> weights, std::vector<int64_t> layout,
+                                 ScalarType dtype, std::string criterion, double p, std::string reduction,
+                                 bool needs_features, bool needs_targets) {
   const Plan plan(layout, weights, reduction);
   const std::vector<Tensor> f = laid_out(features, plan), t = laid_out(targets, plan);
   STD_TORCH_CHECK(f[0].scalar_type() == dtype && t[0].scalar_type() == dtype, "feature_distance: dtypes differ");

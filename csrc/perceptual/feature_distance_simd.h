@@ -144,8 +144,7 @@ static void sign_grad(const uint32_t* signs, int64_t n, float upstream, const Si
 template <typename T>
 static FeatureKernels<T> feature_kernels(Criterion criterion) {
 #define FASTLOSS_CRITERION(c) \
-  case Criterion::c:          \
-    return {feature_sum<Criterion::c, T>, feature_grad<Criterion::c, T>, sign_grad<T>};
+  case Criterion::c: return {feature_sum<Criterion::c, T>, feature_grad<Criterion::c, T>, sign_grad<T>};
   switch (criterion) {
     FASTLOSS_CRITERION(l1)
     FASTLOSS_CRITERION(l2)

@@ -174,11 +174,12 @@ std::tuple<Tensor, Tensor> lpips_fwd(std::vector<Tensor> features, std::vector<T
   for_dtype(plan.dtype, "lpips", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(lpips_kernels<T>());
-    plan.run<T>(false, [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* own) {
-      const int64_t at = Plan::pixel(layer, b);
-      partial[i] = (layer.rows ? kernels.rows : kernels.planar)(pixels, static_cast<float>(eps), all.at(at),
-                                                                spatial ? values + at : nullptr, own);
-    });
+    plan.run<T>(false,
+                [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* own) {
+                  const int64_t at = Plan::pixel(layer, b);
+                  partial[i] = (layer.rows ? kernels.rows : kernels.planar)(pixels, static_cast<float>(eps), all.at(at),
+                                                                            spatial ? values + at : nullptr, own);
+                });
   });
   if (spatial) return {out, kept};
   for (size_t i = 0; i < partial.size(); ++i)  // in order, whatever the number of threads
@@ -228,7 +229,8 @@ std::vector<Tensor> lpips_bwd(const Tensor& grad, const Tensor& statistics, std:
   for_dtype(plan.dtype, "lpips", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(lpips_kernels<T>());
-    plan.run<T>(true, [&](const Layer& layer, const Block& b, int64_t, const Pixels<T>& pixels, int64_t start, float* own) {
+    plan.run<T>(true, [&](const Layer& layer, const Block& b, int64_t, const Pixels<T>& pixels, int64_t start,
+                          float* own) {
       const int64_t at = Plan::pixel(layer, b);
       const Upstream up = spatial ? Upstream{g + at, 2.0f} : Upstream{nullptr, 2.0f * g[b.image] / (float)layer.pixels};
       LpipsSides<T> sides{to_x.at<T>(b.layer, start), to_y.at<T>(b.layer, start), false};

@@ -3,8 +3,8 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// What a pixel's channels are divided by, |x| + eps, and the inverse of that. Both are 0 where |x| is 0 or too large for
-// a float: so then are the quotients (an infinite x over it is NaN all the same).
+// What a pixel's channels are divided by, |x| + eps, and the inverse of that. Both are 0 where |x| is 0 or too large
+// for a float: so then are the quotients (an infinite x over it is NaN all the same).
 struct Divisor {
   vf value, inverse;
 };
@@ -14,7 +14,8 @@ FASTLOSS_INLINE Divisor divisor(vf norm, float eps) {
   return {(vf)((vi)value & ~dead), (vf)((vi)(1.0f / value) & ~dead)};
 }
 
-// x / by as if divided, so that a lone channel gives 1 in u and in v: with FMA the product is mended by what is missing.
+// x / by as if divided, so that a lone channel gives 1 in u and in v: with FMA
+// the product is mended by what is missing.
 FASTLOSS_INLINE vf divide(vf x, const Divisor& by) {
   const vf quotient = x * by.inverse;
 #if FASTLOSS_BYTES > 16
