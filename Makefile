@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 2
 BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 
 .PHONY: train test fuzz sanitize lint bench bench-check rivals gpu triton36 clean
 
@@ -27,11 +27,11 @@ sanitize: $(VENV)/.test
 	$(BIN)/python -m tests.sanitize $(ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)
-	$(BIN)/python -m benchmarks.steps --device cpu --batches 4096 --minutes 1
+	$(BIN)/python -m benchmarks.train_steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 
 # Measures the headline rows again: did one get worse by more than 15 %, by its ratios to eager and to torch.compile?

@@ -44,10 +44,12 @@ def extension() -> dict:
             if wheel is not None:
                 wheel.root_is_pure, wheel.py_limited_api = True, False
 
-    sources, headers = (sorted(map(str, pathlib.Path("csrc").glob(ending))) for ending in ("*.cpp", "*.h"))
+    sources, headers = (sorted(map(str, pathlib.Path("csrc").rglob(ending))) for ending in ("*.cpp", "*.h"))
     flags = {"cxx": ["-std=c++20", *(CHECKED if SANITIZE else FAST), "-fvisibility=hidden"]}
     macros = [("TORCH_TARGET_VERSION", MINIMUM_TORCH)]
-    kernels = CppExtension("fastloss._C", sources, depends=headers, define_macros=macros, extra_compile_args=flags,
+    here = os.path.abspath("csrc")  # ninja runs in another folder
+    kernels = CppExtension("fastloss._C", sources, depends=headers, include_dirs=[here], define_macros=macros,
+                           extra_compile_args=flags,
                            extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
                            py_limited_api=True)  # fmt: skip
     abi3 = {"bdist_wheel": {"py_limited_api": "cp310"}}

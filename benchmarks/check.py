@@ -18,9 +18,10 @@ from collections.abc import Iterable
 
 import torch
 
-from benchmarks import measure
-from benchmarks.rows import RESULTS, named, read_all
-from benchmarks.tables import Key, grouped, label, time_of
+from benchmarks.harness import measure
+from benchmarks.harness.results import RESULTS, read_all
+from benchmarks.report.tables import Key, grouped, label, time_of
+from benchmarks.workloads.items import named
 
 WORSE = 0.15
 BASELINES = ("eager", "torch.compile")

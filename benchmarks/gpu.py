@@ -21,8 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks import measure
-from benchmarks.rows import RESULTS, named
+from benchmarks.harness import measure
+from benchmarks.harness.results import RESULTS
+from benchmarks.workloads.items import named
 from tests.cases import CASES
 
 LONGEST = 9.0  # minutes
@@ -62,7 +63,7 @@ def parts(device: str, out: pathlib.Path) -> list[Part]:
         groups.setdefault(group, []).append(name)
     run = ["-m", "benchmarks.run", "--headline", *more]
     loss = [Part(f"bench-{group}", [*run, *names], True) for group, names in groups.items()]
-    steps = Part("steps", ["-m", "benchmarks.steps", *more], True)
+    steps = Part("steps", ["-m", "benchmarks.train_steps", *more], True)
     perceptual = Part("perceptual-step", ["-m", "benchmarks.perceptual_step", *more])
     return [*tests, *loss, steps, perceptual, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
 

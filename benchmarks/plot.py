@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from benchmarks import tables
-from benchmarks.measure import ROOT
+from benchmarks.harness.measure import ROOT
+from benchmarks.report import tables
 
 FILES = {"README.md": tables.readme_body, "benchmarks/REPORT.md": tables.report}
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         print("no pictures, for matplotlib is not installed")
     else:
-        from benchmarks import pictures
+        from benchmarks.report import pictures
 
         for drawn in pictures.draw_all():
             print(f"drew {drawn.relative_to(ROOT)}")
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         path = ROOT / name
         path.write_text(tables.between(path.read_text(encoding="utf8"), body()), encoding="utf8")
     for line in tables.unexplained():
-        print(f"lost and not explained in benchmarks/explanations.py: {line}")
+        print(f"lost and not explained in benchmarks/report/explanations.py: {line}")
     return 0
 
 

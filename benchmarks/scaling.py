@@ -17,12 +17,13 @@ from collections.abc import Sequence
 
 import torch
 
-from benchmarks import measure
-from benchmarks.memory import Child
-from benchmarks.progress import Progress
-from benchmarks.providers import providers
-from benchmarks.rows import RESULTS, Item, items, named, read, shape_text, sized, sweep, write
-from benchmarks.run import Session, measure_item, show
+from benchmarks.harness import measure
+from benchmarks.harness.memory import Child
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.results import RESULTS, read, write
+from benchmarks.harness.session import Session, measure_item, show
+from benchmarks.workloads.items import Item, items, named, shape_text, sized, sweep
+from benchmarks.workloads.providers import providers
 from tests.battery import ops_of
 
 

@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("pytest_benchmark")
 
-from benchmarks import run  # noqa: E402
-from benchmarks.providers import providers  # noqa: E402
-from benchmarks.rows import Item, items, named, passes  # noqa: E402
+from benchmarks.harness import session  # noqa: E402
+from benchmarks.workloads.items import Item, items, named, passes  # noqa: E402
+from benchmarks.workloads.providers import providers  # noqa: E402
 from tests.battery import cast, ops_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,7 +39,7 @@ def rows() -> list:
 @lru_cache(maxsize=1)
 def inputs_and_truth(item: Item) -> tuple:
     inputs = item.inputs(DEVICE)
-    return inputs, run.truth(item, inputs, DEVICE)
+    return inputs, session.truth(item, inputs, DEVICE)
 
 
 @pytest.mark.parametrize(("item", "provider"), rows())
@@ -50,7 +50,7 @@ def test_forward_and_backward(benchmark, item, provider):
     function = providers(item.case, item.options, DEVICE, [provider])[provider]
     dtype = getattr(torch, item.dtype)
     if exact is not None:
-        error, wrong = run.judge(provider, run.once(item, function, dtype, inputs, DEVICE), eager, exact, dtype)
+        error, wrong = session.judge(provider, session.once(item, function, dtype, inputs, DEVICE), eager, exact, dtype)
         assert not wrong, wrong
         benchmark.extra_info["error"] = error
     forward, backward, _ = passes(item.case, function, cast(inputs, dtype), item.options)

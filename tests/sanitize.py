@@ -27,7 +27,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitize"
 LOGS = BUILD / "logs"
 EXTENSION = BUILD / "fastloss" / "_C.abi3.so"
-NEEDED_FLAGS = {  # what csrc/common.h asks of a CPU
+NEEDED_FLAGS = {  # what csrc/core/isa.h asks of a CPU
     "default": set(),
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},

@@ -12,21 +12,11 @@ import pytest
 import torch
 
 import fastloss
-from benchmarks import (
-    check,
-    explanations,
-    gpu,
-    measure,
-    memory,
-    perceptual_step,
-    plot,
-    providers,
-    rows,
-    run,
-    scaling,
-    steps,
-    tables,
-)
+from benchmarks import check, gpu, perceptual_step, plot, run, scaling, train_steps
+from benchmarks.harness import measure, memory, results, session
+from benchmarks.harness.progress import Progress
+from benchmarks.report import explanations, tables
+from benchmarks.workloads import items, providers
 from tests.cases import CASES, Draw
 
 PIXEL = next(c for c in CASES if c.name == "pixel_loss")
@@ -58,7 +48,7 @@ def small(monkeypatch):
     monkeypatch.setattr(PIXEL.bench, "options", [{"p": 1}])
     monkeypatch.setattr(measure, "ceilings", lambda device: {"copy": 10.0})
     monkeypatch.setattr(measure, "ceiling", lambda *a: 10.0)
-    for module in (run, scaling, steps):
+    for module in (run, scaling, train_steps):
         monkeypatch.setattr(module, "Child", FakeChild)
     threads = torch.get_num_threads()
     yield
@@ -102,7 +92,7 @@ def test_who_is_wrong_missing_or_broken_gets_no_time_and_disturbs_nobody(small, 
 
     given = {"off": off, "full": full, "broken": broken, "missing": missing, "text": "absent: why"}
     given["eager"] = PIXEL.eager
-    monkeypatch.setattr(run, "providers", lambda *a: given)
+    monkeypatch.setattr(session, "providers", lambda *a: given)
     run.main(["pixel_loss", *SMALL, "--out", str(tmp_path)])
     found = {r["provider"]: r for r in table(tmp_path / "cpu" / "pixel_loss.csv")}
     assert found["eager"]["p50_ms"] and not any(r["p50_ms"] for name, r in found.items() if name != "eager")
@@ -117,16 +107,15 @@ def test_an_item_that_fails_as_a_whole_is_a_row(small, monkeypatch):
     def none(*a):
         raise ValueError("no inputs")
 
-    monkeypatch.setattr(run, "candidates", none)
-    item = rows.Item(PIXEL, {"p": 1}, (1, 3, 8, 8), "float32")
-    (row,) = run.measure_item(item, run.Session("cpu", 0.0))
+    monkeypatch.setattr(session, "candidates", none)
+    item = items.Item(PIXEL, {"p": 1}, (1, 3, 8, 8), "float32")
+    (row,) = session.measure_item(item, session.Session("cpu", 0.0))
     assert row["note"] == "failed: ValueError: no inputs" and row["loss"] == "pixel_loss"
 
 
 def test_when_the_time_is_over_the_rest_is_named(small, capsys):
-    items = rows.items(["pixel_loss"], "cpu", ["float32"])
-    session = run.Session("cpu", 0.0)
-    assert list(run.measured(items, session, -1.0, run.Progress(1))) == []
+    work = items.items(["pixel_loss"], "cpu", ["float32"])
+    assert list(session.measured(work, session.Session("cpu", 0.0), -1.0, Progress(1))) == []
     assert "not measured" in capsys.readouterr().out
 
 
@@ -139,53 +128,54 @@ def test_an_unknown_loss_is_named(capsys):
 
 def test_judge_knows_the_tolerances():
     exact = [torch.tensor([1.0, 2.0], dtype=torch.float64)]
+    judge = session.judge
     tf32, poor = [torch.tensor([1.0, 2.002])], [torch.tensor([1.0, 2.1])]
-    assert run.judge("other", tf32, exact, exact, torch.float32) == ("1.0e-03", "")
-    assert run.judge("other", poor, exact, exact, torch.float32)[1] == "wrong: relative error 5.0e-02, allowed 2.0e-03"
-    assert run.judge("other", poor, [torch.tensor([1.0, 2.05])], exact, torch.float32)[1] == ""  # eager is no better
-    assert run.judge("fastloss", tf32, exact, exact, torch.float32)[1].endswith("error 1.0e-03, allowed 3.6e-07")
-    assert "nan" in run.judge("other", [torch.tensor([1.0, float("nan")])], exact, exact, torch.float32)[1]
+    assert judge("other", tf32, exact, exact, torch.float32) == ("1.0e-03", "")
+    assert judge("other", poor, exact, exact, torch.float32)[1] == "wrong: relative error 5.0e-02, allowed 2.0e-03"
+    assert judge("other", poor, [torch.tensor([1.0, 2.05])], exact, torch.float32)[1] == ""  # eager is no better
+    assert judge("fastloss", tf32, exact, exact, torch.float32)[1].endswith("error 1.0e-03, allowed 3.6e-07")
+    assert "nan" in judge("other", [torch.tensor([1.0, float("nan")])], exact, exact, torch.float32)[1]
 
 
 def test_without_float64_the_others_are_held_against_fastloss(monkeypatch):
-    monkeypatch.setattr(run, "truth", lambda *a: (None, None, ""))
-    item = rows.Item(PIXEL, {"p": 1}, (1, 3, 8, 8), "float32")
-    found = run.candidates(item, run.Session("cpu", 0.0), {"eager": PIXEL.eager, "fastloss": PIXEL.fn})
+    monkeypatch.setattr(session, "truth", lambda *a: (None, None, ""))
+    item = items.Item(PIXEL, {"p": 1}, (1, 3, 8, 8), "float32")
+    found = session.candidates(item, session.Session("cpu", 0.0), {"eager": PIXEL.eager, "fastloss": PIXEL.fn})
     assert found["fastloss"].checked.startswith("not at this size") and found["eager"].checked.startswith("fastloss,")
     assert not found["eager"].note and found["eager"].timed
 
 
 def test_shapes_survive_the_result_file():
     for shape in ((8, 3, 512, 512), (5,), ((4, 64, 8, 8), (4, 128, 4, 4))):
-        assert rows.shape_of(rows.shape_text(shape)) == shape
-    assert rows.shape_text(((4, 64, 8, 8), (4, 128, 4, 4))) == "4x64x8x8+4x128x4x4"
-    for item in rows.items(rows.named(), "cpu", ["float32"]):
-        again = rows.item_of(json.loads(json.dumps(item.columns())))
+        assert items.shape_of(items.shape_text(shape)) == shape
+    assert items.shape_text(((4, 64, 8, 8), (4, 128, 4, 4))) == "4x64x8x8+4x128x4x4"
+    for item in items.items(items.named(), "cpu", ["float32"]):
+        again = items.item_of(json.loads(json.dumps(item.columns())))
         assert (again.case, again.options, again.shape) == (item.case, item.options, item.shape)
 
 
 def test_sizes_change_what_scales():
-    assert rows.sized((8192, 512), 256) == (256, 512)
-    assert rows.sized((8, 3, 512, 512), 32) == (8, 3, 32, 32)
-    assert rows.sized((2, 8, 77, 77, 64), 128) == (2, 8, 128, 128, 64)
-    assert rows.sized(((4, 64, 256, 256), (4, 128, 128, 128)), 64) == ((4, 64, 64, 64), (4, 128, 32, 32))
-    assert rows.sweep((8192, 512))[0] == 256 and rows.sweep((8, 3, 512, 512)) == (32, 64, 128, 256, 512, 1024)
+    assert items.sized((8192, 512), 256) == (256, 512)
+    assert items.sized((8, 3, 512, 512), 32) == (8, 3, 32, 32)
+    assert items.sized((2, 8, 77, 77, 64), 128) == (2, 8, 128, 128, 64)
+    assert items.sized(((4, 64, 256, 256), (4, 128, 128, 128)), 64) == ((4, 64, 64, 64), (4, 128, 32, 32))
+    assert items.sweep((8192, 512))[0] == 256 and items.sweep((8, 3, 512, 512)) == (32, 64, 128, 256, 512, 1024)
 
 
 def test_every_loss_with_rows_has_a_headline():
-    headline = {item.case.name for item in rows.items(rows.named(), "cpu", ["float32"], headline=True)}
-    assert headline == set(rows.named())
+    headline = {item.case.name for item in items.items(items.named(), "cpu", ["float32"], headline=True)}
+    assert headline == set(items.named())
 
 
 def test_all_layers_of_a_list_are_differentiated():
     case = next(c for c in CASES if c.name == "feature_distance")
     args = case.make(Draw(), case.shapes[0])
-    assert [t.shape for t in rows.passes(case, case.fn, args, {})[2]] == [t.shape for t in args[1]]
+    assert [t.shape for t in items.passes(case, case.fn, args, {})[2]] == [t.shape for t in args[1]]
 
 
 def test_an_older_file_is_read(tmp_path):
     (tmp_path / "a.csv").write_text("loss,provider,p50_ms\npixel_loss,eager,1.0\n")
-    (row,) = rows.read_all(tmp_path)
+    (row,) = results.read_all(tmp_path)
     assert row["p50_ms"] == "1.0" and row["headline"] == "" and tables.is_headline(row)
 
 
@@ -194,11 +184,12 @@ def test_the_tables_say_what_the_result_files_say():
 
 
 def test_every_lost_row_is_explained():
-    assert tables.unexplained() == [], "say why in benchmarks/explanations.py"
+    assert tables.unexplained() == [], "say why in benchmarks/report/explanations.py"
 
 
 def test_a_lost_row_without_a_reason_is_found(monkeypatch):
-    row = dict.fromkeys(rows.COLUMNS, "") | dict(loss="new_loss", options="{}", shape="8x8", dtype="half", mode="both")
+    row = dict.fromkeys(results.COLUMNS, "")
+    row |= dict(loss="new_loss", options="{}", shape="8x8", dtype="half", mode="both")
     ours = row | dict(provider="fastloss", p20_ms="2.0", p50_ms="2.1", p80_ms="2.2", peak_mib="8")
     fast = row | dict(provider="kornia", p20_ms="0.9", p50_ms="1.0", p80_ms="1.1", peak_mib="2")
     level = row | dict(provider="piq", p20_ms="1.9", p50_ms="2.05", p80_ms="2.2", peak_mib="8")
@@ -235,7 +226,7 @@ def test_what_got_worse_is_named_if_it_is_worse_again(monkeypatch, capsys):
 
 
 def test_ratios_are_of_rows_that_both_have():
-    eager = dict.fromkeys(rows.COLUMNS, "") | dict(loss="a", shape="8", mode="both", provider="eager", p50_ms="4.0")
+    eager = dict.fromkeys(results.COLUMNS, "") | dict(loss="a", shape="8", mode="both", provider="eager", p50_ms="4.0")
     ours, compiled = eager | dict(provider="fastloss", p50_ms="1.0"), eager | dict(provider="torch.compile", p50_ms="")
     found = check.ratios([eager, ours, compiled, ours | {"mode": "forward", "p50_ms": "9"}])
     assert found == {("a", "", "8", ""): {"eager": 0.25}}
@@ -262,32 +253,32 @@ def test_scaling_goes_on_where_it_ended(small, tmp_path):
     first = table(path)
     first[-1]["note"] = "no time for 64"  # of fastloss
     next(r for r in first if r["mode"] == "both" and r["provider"] == "eager")["note"] = "out of memory at 64"
-    rows.write(path, first)
+    results.write(path, first)
     assert scaling.main([*asked, "32", "64", "--more"]) == 0
     found = table(path)
     assert [r | {"note": ""} for r in found[: len(first)]] == [r | {"note": ""} for r in first]
     more = {r["provider"]: r for r in found[len(first) :] if r["mode"] == "both"}
-    assert {r["shape"] for r in more.values()} == {rows.shape_text(rows.sized(PIXEL.bench.shapes[0], 64))}
+    assert {r["shape"] for r in more.values()} == {items.shape_text(items.sized(PIXEL.bench.shapes[0], 64))}
     assert more["fastloss"]["p50_ms"] and not more["eager"]["p50_ms"]
     assert [r["note"] for r in found if r["provider"] == "fastloss"] == [""] * 6
 
 
 def test_a_training_step_is_measured(small, monkeypatch):
-    monkeypatch.setattr(steps, "names_of", lambda *a: ["eager", "fastloss"])
+    monkeypatch.setattr(train_steps, "names_of", lambda *a: ["eager", "fastloss"])
     for loss, shape in (("clip_step", "16x512"), ("imagen_step", "4x1x32x32")):
-        found = steps.measure_step(loss, shape, "float32", "cpu", 0.0, FakeChild())
+        found = train_steps.measure_step(loss, shape, "float32", "cpu", 0.0, FakeChild())
         assert [(r["provider"], r["note"]) for r in found] == [("eager", ""), ("fastloss", "")]
         assert all(float(r["p50_ms"]) > 0 for r in found)
 
 
 def test_steps_keep_the_rows_of_other_batches(small, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "measure_step", lambda loss, shape, dtype, *a: [
+    monkeypatch.setattr(train_steps, "measure_step", lambda loss, shape, dtype, *a: [
         dict(loss=loss, shape=shape, dtype=dtype, mode="step", provider="fastloss", p50_ms=next(times))
     ])  # fmt: skip
     times = iter("12345")
     for batches in ("64 16", "16"):
-        steps.main(["--device", "cpu", "--out", str(tmp_path), "--batches", *batches.split()])
-    found = rows.read(tmp_path / measure.device_folder("cpu") / "train_step.csv")
+        train_steps.main(["--device", "cpu", "--out", str(tmp_path), "--batches", *batches.split()])
+    found = results.read(tmp_path / measure.device_folder("cpu") / "train_step.csv")
     assert [(r["shape"], r["p50_ms"]) for r in found] == [("64x1x32x32", "4"), ("16x512", "5"), ("64x512", "2")]
 
 
@@ -304,7 +295,7 @@ def test_a_perceptual_step_is_measured(small, monkeypatch):
 
 def test_rows_of_other_criteria_stay(monkeypatch, tmp_path):
     row = dict(loss="perceptual_step", provider="eager", peak_mib="", note="")
-    measured = lambda criterion, *_: [row | dict(options=rows.options_text({"criterion": criterion}), p50_ms=next(ms))]  # noqa: E731
+    measured = lambda criterion, *_: [row | dict(options=items.options_text({"criterion": criterion}), p50_ms=next(ms))]  # noqa: E731
     ms = iter("123")
     monkeypatch.setattr(perceptual_step, "measure_criterion", measured)
     for criteria in (["lpips", "l1"], ["l1"]):
@@ -317,7 +308,7 @@ def test_rows_of_other_criteria_stay(monkeypatch, tmp_path):
 def test_the_memory_child_measures_and_keeps_its_limit(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")  # as prepare_process() sets it, for processes that measure time
     with memory.Child(limit_mib=64) as child:
-        columns = rows.Item(PIXEL, PIXEL.bench.options[0], (1, 3, 512, 512), "float32").columns()
+        columns = items.Item(PIXEL, PIXEL.bench.options[0], (1, 3, 512, 512), "float32").columns()
         peak, why = child.peak(columns, "eager")
         assert why == "" and 2.5 < float(peak) < 40  # at least the gradient's 3 MiB
         peak, why = child.peak(columns | {"shape": "16x3x1024x1024"}, "eager")
@@ -328,7 +319,7 @@ def test_gpu_parts_are_skipped_once_finished(tmp_path, monkeypatch, capsys):
     parts = gpu.parts("cuda", tmp_path)
     names, words = [p.name for p in parts], [word for p in parts for word in p.command]
     assert len(set(names)) == len(names) and {"tests-1", "bench-planes", "steps", "scaling"} <= set(names)
-    assert all(words.count(loss) == 1 for loss in rows.named())  # each is measured once
+    assert all(words.count(loss) == 1 for loss in items.named())  # each is measured once
     done = []
     monkeypatch.setattr(gpu, "do", lambda part, minutes: (done.append(part.name), (part.name != "steps", "last"))[1])
     monkeypatch.setattr(measure, "commit", lambda: "abc")
@@ -352,11 +343,11 @@ def test_adapters_take_what_they_know_and_no_more():
 
 def test_pictures_are_drawn(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    from benchmarks import pictures
+    from benchmarks.report import pictures
 
     monkeypatch.setattr(pictures, "RESULTS", tmp_path)
     monkeypatch.setattr(tables, "_read", lambda device: tuple(sample()) if device == "cpu" else ())
-    rows.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", sample())
+    results.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", sample())
     drawn = [p.name for p in pictures.draw_all()]
     assert drawn == ["speed.svg", "memory.svg", "roofline.svg", "scaling.svg"]
     assert b"pixel" not in (tmp_path / "cpu" / "speed.svg").read_bytes()[:100]
@@ -367,7 +358,7 @@ def test_the_report_says_how_far_each_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables._scaling_table("cpu") == ["Not measured."]
     eager, ours, _ = sample()
-    rows.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", [
+    results.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", [
         eager | {"threads": "1", "p50_ms": "6"}, eager | {"threads": "1", "p50_ms": "24", "shape": "8x3x64x64"},
         eager | {"p50_ms": "4"}, eager | {"shape": "8x3x64x64", "p50_ms": "", "note": "out of memory at 64"}, ours,
     ])  # fmt: skip
@@ -379,7 +370,7 @@ def test_the_report_says_how_far_each_goes(tmp_path, monkeypatch):
 
 
 def sample():
-    row = dict.fromkeys(rows.COLUMNS, "") | dict(
+    row = dict.fromkeys(results.COLUMNS, "") | dict(
         loss="pixel_loss", options="{}", shape="8x3x32x32", dtype="float32", mode="both", device="a cpu", threads="2",
         unit="GB/s", ceiling="10", rate="5", share="0.5", p20_ms="1", p50_ms="1", p80_ms="1", peak_mib="3",
     )  # fmt: skip

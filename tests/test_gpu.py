@@ -9,7 +9,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastloss
-from benchmarks import measure, rows, run
+from benchmarks import run
+from benchmarks.harness import measure
+from benchmarks.harness.results import read_all
 from fastloss.losses.image import _image, _keep
 from tests.battery import Errors, first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
@@ -92,7 +94,7 @@ def test_side_streams_do_not_disturb_each_other(case, options):
 def test_benchmark_rows_are_measured_on_the_device(tmp_path):
     asked = ["pixel_loss", "--device", "cuda", "--dtype", "bfloat16", "--sizes", "2x3x512x512", "--seconds", "0.1"]
     assert run.main([*asked, "--providers", "eager", "torch.compile", "fastloss", "--out", str(tmp_path)]) == 0
-    found = [r for r in rows.read_all(tmp_path / measure.device_folder("cuda")) if r["mode"] == "both"]
+    found = [r for r in read_all(tmp_path / measure.device_folder("cuda")) if r["mode"] == "both"]
     assert found and all(r["note"] == "" and float(r["p50_ms"]) > 0 for r in found)
     ours = next(r for r in found if r["provider"] == "fastloss")
     assert int(ours["launches"]) >= 2 and ours["saved_mib"] == "0.0" and float(ours["peak_mib"]) > 0

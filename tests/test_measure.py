@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import measure
+from benchmarks.harness import measure
 
 
 def test_a_pass_that_fails_while_it_is_timed_drops_out():

@@ -27,7 +27,7 @@ TILE_ROWS = 32  # of the C++ kernels
 
 
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
-    """What the forward leaves for the backward, as above; csrc/contrastive_plain.cpp has the same."""
+    """What the forward leaves for the backward, as above; csrc/contrastive/softmax_loss.cpp has the same."""
     if needs == 0:
         return ""
     if not symmetric and not needs & KEY:
@@ -40,7 +40,7 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
 
 
 def rows_kept(columns: int, workspace_mib: float) -> int:
-    """Of how many rows "again" keeps the products; csrc/contrastive_statistics.h has the same."""
+    """Of how many rows "again" keeps the products; csrc/contrastive/online_softmax.h has the same."""
     fit = int(min(workspace_mib / 4, STASH_MIB) * 1048576) // (4 * columns)
     return fit // TILE_ROWS * TILE_ROWS if fit > TILE_ROWS else fit
 

@@ -1,0 +1,35 @@
+"""The result files: a CSV per loss, a row per item, mode and provider."""
+
+from __future__ import annotations
+
+import csv
+import os
+import pathlib
+from collections.abc import Iterable
+
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
+COLUMNS = (
+    "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,cost,rate,unit,share,ceiling,peak_mib,error,note,"
+    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches,host_ms"
+).split(",")
+
+
+def read(path: pathlib.Path) -> list[dict[str, str]]:
+    """The rows of one file; a column that an older file has not is empty."""
+    with path.open(newline="", encoding="utf8") as file:
+        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+
+
+def read_all(folder: pathlib.Path) -> list[dict[str, str]]:
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+
+
+def write(path: pathlib.Path, rows: Iterable[dict]) -> None:
+    """Rewritten whole, and atomically: an interrupted run leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    with new.open("w", newline="", encoding="utf8") as file:
+        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+    os.replace(new, path)

@@ -1,0 +1,150 @@
+// A call of the plain softmax losses: lengths, positives, what follows from the log-sum-exps.
+#pragma once
+
+#include "contrastive/norms.h"
+
+#include <cmath>
+
+namespace fastloss {
+
+using Given = std::optional<Tensor>;
+
+constexpr int64_t kQuery = 1, kKey = 2, kScale = 4, kNegatives = 8;  // bits of `needs`
+
+struct Plain {
+  Problem p;
+  double scale = 1;  // of `scale` itself; `factor` is the number beside it
+  const double factor;
+  const bool include_positive, normalize;
+  std::vector<int64_t> target;
+  std::vector<float> share;                // w_i, but for the upstream gradient
+  std::vector<float> c, key_c;             // inverse lengths, or 1
+  std::vector<float> positive, lse, back;  // p, n, n'
+
+  Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
+        const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
+        const std::string& reduction)
+      : p(query, key, kind(query, key, !targets.has_value(), symmetric), 0.0),
+        factor(factor_given),
+        include_positive(positives),
+        normalize(cosine) {
+    if (scale_given.has_value()) {
+      STD_TORCH_CHECK(scale_given->numel() == 1 && scale_given->scalar_type() == ScalarType::Float,
+                      "contrastive_plain: expected one float32 scale");
+      scale = input<float>(*scale_given)[0];
+    }
+    STD_TORCH_CHECK(!symmetric || !targets.has_value(), "contrastive_plain: symmetric takes no targets");
+    p.masks(targets, std::nullopt, std::nullopt, std::nullopt);
+    target = p.excluded;
+    for (int64_t i = 0; i < p.rows; ++i) {
+      if (p.diagonal) target[i] = i;
+      STD_TORCH_CHECK(target[i] >= 0 && target[i] < p.columns, "contrastive_plain: targets are out of key's rows");
+    }
+    const double rows = reduction == "mean" ? static_cast<double>(p.rows) : 1.0;
+    share = padded(share_given, ScalarType::Float, p.rows, p.rows, 1.0f);
+    for (float& w : share) w = static_cast<float>(w / rows);
+    c.assign(p.rows, 1.0f);
+    key_c.assign(p.padded_columns, 1.0f);
+    positive.resize(p.rows);
+    lse.resize(p.rows);
+    back.resize(p.symmetric ? p.rows : 0);
+  }
+
+  static std::string kind(const Tensor& query, const Tensor& key, bool diagonal, bool symmetric) {
+    const std::string which = std::string(diagonal ? "diagonal" : "") + (symmetric ? "+symmetric" : "");
+    return which + (are_bfloat16(query, key) ? "+bfloat16" : "");
+  }
+
+  // The scales of rows and columns from the inverse lengths.
+  void set_scales() {
+    p.bias.assign(p.padded_columns, 0.0f);
+    p.column_scale = key_c;
+    p.row_scale.resize(p.rows);
+    for (int64_t i = 0; i < p.rows; ++i) p.row_scale[i] = static_cast<float>(c[i] * (scale * factor));
+  }
+
+  void measure() {
+    const auto kernels = contrastive_kernels();
+    if (normalize)
+      each_row(p.columns, p.width, [&](int64_t j) {
+        const float* key = input<float>(p.key) + j * p.width;
+        key_c[j] = inverse_length(kernels.products(key, key, p.width).own);
+      });
+    each_row(p.rows, p.width, [&](int64_t i) {
+      const OwnAndBoth got =
+          kernels.products(input<float>(p.query) + i * p.width, input<float>(p.key) + target[i] * p.width, p.width);
+      if (normalize) c[i] = inverse_length(got.own);
+      positive[i] = static_cast<float>(got.both * c[i] * key_c[target[i]] * (scale * factor));
+    });
+    set_scales();
+  }
+
+  static double loss(bool include_positive, double n, double positive) {
+    if (n == -std::numeric_limits<double>::infinity()) return 0;
+    const double x = n - positive;
+    return include_positive ? std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))) : x;
+  }
+  // d loss / d n
+  double slope(double n, double at) const {
+    if (n == -std::numeric_limits<double>::infinity()) return 0;
+    return include_positive ? 1 / (1 + std::exp(at - n)) : 1;
+  }
+  double loss_of(int64_t i) const {
+    const double forth = loss(include_positive, lse[i], positive[i]);
+    return p.symmetric ? (forth + loss(include_positive, back[i], positive[i])) / 2 : forth;
+  }
+
+  Lengths queries() const { return {p.query, normalize ? c.data() : nullptr}; }
+  Lengths keys() const { return {p.key, normalize ? key_c.data() : nullptr}; }
+};
+
+struct Made {
+  Tensor query, key, scale;
+};
+
+// t_i, the pull of n_i, becomes the gradient of loss_i by the query, for each i with its own `stats`, n_i; that by the
+// positive's key is written where it is wanted, which no other row may share then.
+inline void rows_pass(const Plain& call, const float* stats, Tensor& pulls, Made& made) {
+  const Problem& p = call.p;
+  const auto kernels = contrastive_kernels();
+  float* to = output<float>(pulls);
+  each_row(p.rows, p.width, [&](int64_t i) {
+    float* t = to + i * p.width;
+    const int64_t j = call.target[i];
+    const float *row = input<float>(p.query) + i * p.width, *key = input<float>(p.key) + j * p.width;
+    if (call.share[i] == 0) {  // left out, be it NaN
+      std::fill_n(t, p.width, 0.0f);
+      if (made.scale.numel() > 0) output<float>(made.scale)[i] = 0;
+      if (made.key.numel() > 0) std::fill_n(output<float>(made.key) + j * p.width, p.width, 0.0f);
+      return;
+    }
+    kernels.combine(t, 1.0f, key, -call.key_c[j], p.width, t);
+    const double slope = call.slope(stats[i], call.positive[i]), along = kernels.products(row, t, p.width).both;
+    if (made.scale.numel() > 0)
+      output<float>(made.scale)[i] = static_cast<float>(slope * along * call.c[i] * call.factor);
+    const double share = slope * p.row_scale[i], less = call.normalize ? share * along * call.c[i] * call.c[i] : 0;
+    kernels.combine(t, static_cast<float>(share), row, static_cast<float>(-less), p.width, t);
+    if (made.key.numel() == 0) return;
+    const double c = call.key_c[j], back = -share * c;
+    const double own = call.normalize ? back * kernels.products(row, key, p.width).both * c * c : 0;
+    kernels.combine(row, static_cast<float>(back), key, static_cast<float>(-own), p.width,
+                    output<float>(made.key) + j * p.width);
+  });
+  if (made.query.numel() > 0) made.query = pulls;
+}
+
+// Losses [rows], or reduced.
+inline Tensor losses(const Plain& call, const std::string& reduction) {
+  const bool each = reduction == "none";
+  Tensor out = each ? vector(call.p.rows) : scalar();
+  double total = 0;
+  for (int64_t i = 0; i < call.p.rows; ++i) {
+    const double loss = call.share[i] == 0 ? 0 : call.share[i] * call.loss_of(i);
+    if (each) output<float>(out)[i] = static_cast<float>(loss);
+    total += loss;
+  }
+  if (!each) output<float>(out)[0] = static_cast<float>(total);
+  return out;
+}
+
+}  // namespace fastloss

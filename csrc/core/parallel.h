@@ -1,0 +1,56 @@
+// Work cut into pieces over torch's threads, where Ctrl-C can end it between two of them.
+#pragma once
+
+#include "core/interrupt.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace fastloss {
+
+// Fixed blocks, whatever the number of threads: what is summed is the same, and so are its bits.
+constexpr int64_t kBlock = 16384;  // elements a thread takes at a time
+constexpr int64_t kChunk = 2048;   // elements a kernel gets at a time; what it is handed besides stays in the L1 cache
+
+// body(begin, end) for each block of `count` elements, over torch's threads.
+template <typename Body>
+void for_blocks(int64_t count, const Body& body) {
+  over_threads(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last && going_on(); ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
+  });
+}
+
+// The sum of body(begin, end) over the blocks, added in order in float64.
+template <typename Body>
+double sum_blocks(int64_t count, const Body& body) {
+  std::vector<double> partial((count + kBlock - 1) / kBlock);
+  for_blocks(count, [&](int64_t begin, int64_t end) { partial[begin / kBlock] = body(begin, end); });
+  double total = 0;
+  for (double p : partial) total += p;
+  return total;
+}
+
+inline int64_t blocks_of(int64_t n, int64_t size) { return (n + size - 1) / size; }
+
+// body(i) for i in 0 .. count, over torch's threads, `grain` of them at least to each.
+template <typename Body>
+void for_each(int64_t count, const Body& body, int64_t grain = 1) {
+  over_threads(0, count, grain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last && going_on(); ++i) body(i);
+  });
+}
+
+// body(i) for i in 0 .. rows of `width` elements: over the threads where they have something to do.
+template <typename Body>
+void each_row(int64_t rows, int64_t width, const Body& body) {
+  for_each(rows, body, std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(width, 1)));
+}
+
+// body(first, count) for the pieces of `size` of 0 .. total
+template <typename Body>
+void for_pieces(int64_t total, int64_t size, const Body& body) {
+  for (int64_t i = 0; i < total; i += size) body(i, std::min(size, total - i));
+}
+
+}  // namespace fastloss

@@ -1,0 +1,378 @@
+// Image loss: pixel, smoothness and SSIM losses of an image pair on bands of rows that stay in the caches, so that
+// memory is passed over once in each direction: SSIM of some rows first, then the usual pixel and smoothness losses in
+// one sweep of each row, sums and gradients alike, or others one after the other.
+//
+// With SSIM, which would otherwise be made twice, the forward makes the gradient of the total too, in float32, and the
+// backward multiplies it by its one upstream number. `shares` says what each sum counts in the total. An upstream
+// gradient that is no multiple of the shares is as right: the pass is then made again with it.
+
+#include "image/image_loss.h"
+#include "core/isa.h"
+
+#include <numeric>
+
+#define FASTLOSS_KERNELS "image/image_loss_simd.h"
+#include "core/for_each_isa.h"
+#include "image/smoothness_bands.h"
+
+namespace fastloss {
+namespace {
+
+Tensor laid_out_as(const Tensor& t, const Tensor& model) {
+  if (same_strides(t, model)) return t;
+  Tensor copy = empty_like(model, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+// What the losses are: `kinds` names those of pixel and smoothness, "pixel,smoothness", empty where one is off.
+struct Terms {
+  bool pixel, smoothness, ssim, same;
+  Kind kind;
+  Step step;
+  double p, sigma, c1, c2, low;
+  int64_t order, window;
+
+  Terms(const std::string& kinds, const std::vector<double>& numbers) {
+    STD_TORCH_CHECK(numbers.size() == 8 && kinds.find(',') != std::string::npos, "image: unknown terms ", kinds);
+    const std::string first = kinds.substr(0, kinds.find(',')), second = kinds.substr(kinds.find(',') + 1);
+    p = numbers[0];
+    order = static_cast<int64_t>(numbers[1]);
+    window = static_cast<int64_t>(numbers[2]);
+    sigma = numbers[3];
+    same = numbers[4] != 0;
+    c1 = numbers[5];
+    c2 = numbers[6];
+    low = numbers[7];
+    pixel = !first.empty();
+    smoothness = !second.empty();
+    ssim = window > 0;
+    kind = pixel ? kind_of(first, p) : Kind::l2;
+    step = smoothness ? step_of(second) : Step::l1;
+  }
+};
+
+struct Pair {
+  Terms terms;
+  Bands bands;
+  Tensor image;  // laid out as the prediction in bands
+  std::optional<Operand> weight;
+  std::optional<SsimCall> ssim;
+  int64_t axes;
+
+  Pair(const Tensor& target, const Tensor& image_pred, const std::optional<Tensor>& pixel_weight,
+       const std::optional<Tensor>& guide, const std::optional<Tensor>& smoothness_weight,
+       const std::optional<Tensor>& ssim_weight, const std::string& kinds, const std::vector<double>& numbers)
+      : terms(kinds, numbers),
+        bands(image_pred, guide, smoothness_weight, terms.order,
+              terms.ssim ? kSsimRows * image_pred.size(image_pred.dim() - 1) : kBlock),
+        image(laid_out_as(target, bands.image)),
+        axes(terms.step == Step::isotropic ? 1 : bands.spatial) {
+    STD_TORCH_CHECK(target.scalar_type() == image_pred.scalar_type(), "image: the images differ in dtype");
+    if (pixel_weight) weight.emplace(*pixel_weight, *memory_order(bands.image));
+    if (terms.ssim)
+      ssim.emplace(image, bands.image, ssim_weight, terms.window, terms.sigma, terms.same, terms.c1, terms.c2,
+                   terms.low, false);
+  }
+
+  // What a call returns: the sums of the pixel loss, of the smoothness along each axis, of SSIM.
+  int64_t sums() const { return axes + 2; }
+
+  template <typename T, typename G>
+  auto kernels() const {
+    auto found = FASTLOSS_PICK(image_kernels<T, G>(terms.pixel, terms.kind, terms.step, bands.plain()));
+    if (!terms.smoothness || bands.layout.depth > 1) found.sweep = {};
+    return found;
+  }
+};
+
+// Where gradients go, in the order of the prediction in bands; null where one is not needed.
+template <typename G>
+struct Targets {
+  G *image = nullptr, *image_pred = nullptr;
+  bool needed() const { return image != nullptr || image_pred != nullptr; }
+};
+
+constexpr int64_t kRowsTogether = 16;  // of a band, from term to term
+
+// A band of rows: what all the terms need of it.
+template <typename T, typename G>
+struct Strip {
+  const Pair& pair;
+  const ImageKernels<T, G>& kernels;
+  const float* up;  // of each sum
+  Targets<G> to;
+  bool streamed;
+  int64_t n, plane;
+  Band<T> band;
+  const Memory& memory;
+
+  int64_t row_size() const { return band.layout.row; }
+  int64_t at(int64_t y) const { return band.position + (band.z * band.layout.height + y) * row_size(); }
+  bool second() const { return pair.terms.smoothness && to.image_pred != nullptr; }
+
+  double pixel() const {
+    float buffer[kChunk];
+    double total = 0;
+    for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunk) {
+      const int64_t count = std::min(kChunk, end - i);
+      const float* weight = pair.weight ? pair.weight->read(i, count, buffer) : nullptr;
+      total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count}, pair.terms.p);
+    }
+    return total;
+  }
+
+  void smoothness(double* to_axes) const {
+    kernels.smoothness(band, memory);
+    std::vector<double> totals(band.layout.step * pair.axes);
+    add_totals(memory, pair.axes, band.layout.step, totals.data());
+    for (size_t i = 0; i < totals.size(); ++i) to_axes[i % pair.axes] += totals[i];
+  }
+
+  // All but SSIM, whose gradients are in `more`: of the rows from the band's beginning on, then of those that follow.
+  void sweep(bool begins, double* to_sums, const Targets<const float>& more) const {
+    const int64_t size = row_size(), right = pair.axes, down = right - 1;  // of the sums: a volume's begin with z
+    float* const above = memory.pulls;
+    if (begins && to.needed()) {
+      if (band.begin > 0)
+        kernels.sweep.above(band.plane + (band.begin - 1) * size, size, size, above);
+      else
+        std::fill_n(above, size, 0.0f);
+    }
+    std::vector<float> weights(pair.weight ? size : 0);
+    alignas(64) double sums[3][16] = {};  // or each load of them waits for the stores before it
+    for (int64_t y = band.begin; y < band.end; ++y) {
+      const int64_t i = at(y), within = (y - band.begin) * size;
+      const float* weight = pair.weight ? pair.weight->read(i, size, weights.data()) : nullptr;
+      kernels.sweep.row(
+          {input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i, size,
+           band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0, up ? up[down] : 0,
+           up ? up[right] : 0, more_of(more, within), gradients_of(i), above, to_sums ? sums[0] : nullptr},
+          pair.terms.p);
+    }
+    const int64_t places[3] = {0, down, right};
+    for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[places[k]] += std::accumulate(sums[k], sums[k] + 16, 0.0);
+    if (streamed) kernels.fence();
+  }
+
+  // `more`: SSIM's gradients of the rows, or null.
+  void gradients(const Targets<const float>& more) const {
+    std::vector<float> buffer(pair.weight ? row_size() : 0);
+    const Rows rows{*this, buffer.data(), more};
+    if (second()) {
+      kernels.rows(band, memory, Rows::row, &rows);
+    } else {
+      for (int64_t y = band.begin; y < band.end; ++y) Rows::row(&rows, y, nullptr);
+    }
+    if (streamed) kernels.fence();
+  }
+
+ private:
+  Gradients<G> gradients_of(int64_t i) const {
+    return {to.image ? to.image + i : nullptr, to.image_pred ? to.image_pred + i : nullptr, streamed};
+  }
+  static Gradients<const float> more_of(const Targets<const float>& more, int64_t i) {
+    return {more.image ? more.image + i : nullptr, more.image_pred ? more.image_pred + i : nullptr, false};
+  }
+
+  // As the kernels of the smoothness loss hand rows over.
+  struct Rows {
+    const Strip& strip;
+    float* buffer;
+    Targets<const float> more;
+
+    static void row(const void* context, int64_t y, const float* line) {
+      const auto& [s, buffer, more] = *static_cast<const Rows*>(context);
+      const int64_t n = s.row_size(), i = s.at(y), within = (y - s.band.begin) * n;
+      const float* weight = s.pair.weight ? s.pair.weight->read(i, n, buffer) : nullptr;
+      s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.p, s.up[0],
+                    line, more_of(more, within), s.gradients_of(i));
+    }
+  };
+};
+
+// SSIM over a band: a walk for each channel and stretch of columns, and the gradients of the rows just passed.
+template <typename T>
+struct SsimStrip {
+  const SsimKernels<T>& kernels;
+  const Layout& layout;
+  int64_t size;
+  std::vector<SsimPlaneWeights> weights;
+  std::vector<SsimRoom> rooms;
+  std::vector<float> image, image_pred;
+
+  template <typename G>
+  explicit SsimStrip(const Strip<T, G>& s) : kernels(s.kernels.ssim), layout(s.band.layout) {
+    const SsimCall& call = *s.pair.ssim;
+    const int64_t step = layout.step, width = layout.row / step, across = (width + kSsimColumns - 1) / kSsimColumns;
+    size = kRowsTogether * layout.row;
+    image.resize(s.to.image ? size : 0);
+    image_pred.resize(s.to.image_pred ? size : 0);
+    weights.reserve(step * across);
+    for (int64_t i = 0; i < step * across; ++i) {
+      const int64_t plane = s.n * s.pair.bands.channels + s.plane * step + i / across, x = i % across * kSsimColumns;
+      const SsimTile tile{s.band.begin, s.band.end, x, std::min(width, x + kSsimColumns)};
+      const SsimPlaneWeights& w = weights.emplace_back(call.weights_of(plane));
+      SsimRoom& room = rooms.emplace_back(tile.x1 - tile.x0, kernels.size);
+      kernels.start(room.walk.data(), call.plane<T>(plane), tile, call.options,
+                    {w.weights ? SsimPlaneWeights::read : nullptr, &w}, s.up ? s.up[s.pair.sums() - 1] : 0.0f,
+                    s.to.image != nullptr, s.to.image_pred != nullptr, room.scratch);
+    }
+  }
+
+  double advance(int64_t begin, int64_t end) {
+    double total = 0;
+    const int64_t across = static_cast<int64_t>(rooms.size()) / layout.step, row = layout.row, step = layout.step;
+    for (size_t i = 0; i < rooms.size(); ++i) {
+      const int64_t at = static_cast<int64_t>(i) / across - begin * row;
+      total += kernels.advance(rooms[i].walk.data(), end,
+                               {image.empty() ? nullptr : image.data() + at,
+                                image_pred.empty() ? nullptr : image_pred.data() + at, row, step, row, step, false});
+    }
+    return total;
+  }
+  Targets<const float> gradients() const {
+    return {image.empty() ? nullptr : image.data(), image_pred.empty() ? nullptr : image_pred.data()};
+  }
+};
+
+// All the terms: the sums into `partial` (or null), in the slot of a band's first channel, and the gradients.
+template <typename T, typename G>
+void pass(const Pair& pair, const float* up, const Targets<G>& to, double* partial) {
+  const Bands& bands = pair.bands;
+  const int64_t sums = pair.sums(), step = bands.layout.step, row = bands.layout.row;
+  const auto kernels = pair.kernels<T, G>();
+  const bool aligned = (reinterpret_cast<uintptr_t>(to.image) | reinterpret_cast<uintptr_t>(to.image_pred)) % 64 == 0;
+  const bool streamed = aligned && row % 16 == 0 && bands.image.numel() * static_cast<int64_t>(sizeof(G)) >= kStreamed;
+  std::vector<float> along;
+  for (int64_t c = 0; up != nullptr && c < step; ++c) along.insert(along.end(), up + 1, up + 1 + pair.axes);
+  bands.each<T>(to.needed(), [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+    Strip<T, G> strip{pair, kernels, up, to, streamed, n, plane, band, memory};
+    double* const sum = partial == nullptr ? nullptr : partial + bands.slot(n, plane, band.z, band.begin) * sums;
+    std::optional<SsimStrip<T>> ssim;
+    if (pair.terms.ssim) ssim.emplace(strip);
+    if (strip.second()) set_upstream(along.data(), pair.axes, step, memory);
+    const int64_t together = pair.terms.ssim ? kRowsTogether : band.end - band.begin;
+    for (int64_t y = band.begin; y < band.end; y += together) {
+      strip.band.begin = y;
+      strip.band.end = std::min(band.end, y + together);
+      if (band.edges) strip.band.edges = band.edges + (y - band.begin) * kAxes * Edges::pitch(band.layout);
+      const double structure = ssim ? ssim->advance(y, strip.band.end) : 0;
+      const Targets<const float> more = ssim ? ssim->gradients() : Targets<const float>{};
+      if (kernels.sweep.row != nullptr) {
+        strip.sweep(y == band.begin, sum, more);
+        if (sum != nullptr) sum[sums - 1] += structure;
+        continue;
+      }
+      if (sum != nullptr) {
+        if (pair.terms.pixel) sum[0] += strip.pixel();
+        if (pair.terms.smoothness) strip.smoothness(sum + 1);
+        sum[sums - 1] += structure;
+      }
+      if (to.needed()) strip.gradients(more);
+    }
+  });
+}
+
+// What `keep` asks for: the gradients of the total, one after the other, in the order of the prediction in bands.
+struct Kept {
+  Tensor gradients;
+  Targets<float> at;
+
+  Kept(const Tensor& like, bool image, bool image_pred)
+      : gradients(torch::stable::new_empty(like, {0}, ScalarType::Float)) {
+    if (!image && !image_pred) return;
+    gradients = torch::stable::new_empty(like, {image + image_pred, like.numel()}, ScalarType::Float);
+    float* const data = output<float>(gradients);
+    at = {image ? data : nullptr, image_pred ? data + (image ? like.numel() : 0) : nullptr};
+  }
+};
+
+constexpr int64_t kKeepGradients = 8;  // of `keep`, beside 1 for the image's and 2 for the prediction's
+
+std::tuple<Tensor, Tensor> image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> pixel_weight,
+                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
+                                     int64_t keep, std::optional<Tensor> shares) {
+  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+  const int64_t sums = pair.sums(), slots = pair.bands.slots();
+  STD_TORCH_CHECK(keep == 0 || (keep & kKeepGradients && shares && shares->numel() == sums && shares->is_contiguous() &&
+                                shares->scalar_type() == ScalarType::Float),
+                  "image: the CPU kernels keep the gradient of a total with float32 shares of each sum, or nothing");
+  const Kept kept(image_pred, keep & 1, keep & 2);
+  Tensor out = torch::stable::new_empty(image_pred, {sums}, ScalarType::Float);
+  std::vector<double> partial(slots * sums);
+  for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
+    pass<decltype(element), float>(pair, keep ? input<float>(*shares) : nullptr, kept.at, partial.data());
+  });
+  for (int64_t k = 0; k < sums; ++k) {
+    double total = 0;
+    for (int64_t i = 0; i < slots; ++i) total += partial[i * sums + k];
+    output<float>(out)[k] = static_cast<float>(total);
+  }
+  return {out, kept.gradients};
+}
+
+// The number that makes `shares` the upstream gradient, but for rounding; nothing if there is none.
+std::optional<float> multiple(const float* up, const float* shares, int64_t n) {
+  int64_t largest = 0;
+  for (int64_t k = 1; k < n; ++k)
+    if (std::abs(shares[k]) > std::abs(shares[largest])) largest = k;
+  const float by = shares[largest] == 0 ? 0 : up[largest] / shares[largest];
+  for (int64_t k = 0; k < n; ++k)
+    if (!(std::abs(up[k] - by * shares[k]) <= 0x1p-20f * std::abs(up[k]))) return std::nullopt;
+  return by;
+}
+
+std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
+                                     const Tensor& image_pred, std::optional<Tensor> pixel_weight,
+                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
+                                     int64_t keep, std::optional<Tensor> shares, bool needs_image,
+                                     bool needs_image_pred) {
+  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+  const Tensor& laid_out = pair.bands.image;
+  const int64_t sums = pair.sums(), total = laid_out.numel();
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == sums,
+                  "image: expected a float32 gradient of the sums");
+  const Tensor upstream = torch::stable::contiguous(grad);
+  const float* up = input<float>(upstream);
+  std::optional<Result> x, y;
+  if (needs_image) x.emplace(image, image.scalar_type(), laid_out);
+  if (needs_image_pred) y.emplace(image_pred, image.scalar_type(), laid_out);
+  for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
+    using T = decltype(element);
+    const Targets<T> to{x ? output<T>(x->written) : nullptr, y ? output<T>(y->written) : nullptr};
+    if (!pair.terms.ssim) return pass<T, T>(pair, up, to, nullptr);
+    const bool there = (!needs_image || keep & 1) && (!needs_image_pred || keep & 2) && shares;
+    std::optional<float> by;
+    if (there) by = multiple(up, input<float>(*shares), sums);
+    std::optional<Kept> made;
+    if (!by) {
+      made.emplace(laid_out, needs_image, needs_image_pred);
+      pass<T, float>(pair, up, made->at, nullptr);
+    }
+    const float* from = input<float>(made ? made->gradients : gradients);
+    const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
+    const auto write = [&](const float* values, T* result) {
+      const bool streamed = reinterpret_cast<uintptr_t>(result) % 64 == 0 && total % 16 == 0 &&
+                            total * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+      for_blocks(total, [&](int64_t begin, int64_t end) {
+        scale(values + begin, nullptr, by.value_or(1.0f), end - begin, result + begin, streamed);
+      });
+    };
+    const bool image_first = made ? needs_image : keep & 1;
+    if (needs_image) write(from, to.image);
+    if (needs_image_pred) write(from + (image_first ? total : 0), to.image_pred);
+  });
+  const auto none = [&] { return torch::stable::new_empty(image, {0}); };
+  return {x ? x->take() : none(), y ? y->take() : none()};
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("image_fwd", FASTLOSS_BOX(&fastloss::image_fwd));
+  m.impl("image_bwd", FASTLOSS_BOX(&fastloss::image_bwd));
+}

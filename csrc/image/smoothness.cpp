@@ -1,0 +1,75 @@
+// Smoothness loss: sums of the differences of neighbouring pixels, and their gradient, in one pass over memory each.
+
+#include "image/smoothness.h"
+#include "core/isa.h"
+
+#define FASTLOSS_KERNELS "image/smoothness_simd.h"
+#include "core/for_each_isa.h"
+#include "image/smoothness_bands.h"
+
+namespace fastloss {
+namespace {
+
+constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
+
+Tensor smoothness_fwd(const Tensor& image_pred, std::optional<Tensor> guide, std::optional<Tensor> weight,
+                      std::string kind, int64_t order) {
+  const Bands bands(image_pred, guide, weight, order);
+  const Step step = step_of(kind);
+  const int64_t axes = step == Step::isotropic ? 1 : bands.spatial, channels = bands.channels;
+  Tensor out = torch::stable::new_empty(image_pred, {bands.images, channels, axes}, ScalarType::Float);
+  std::vector<double> partial(bands.slots() * axes);
+  for_dtype(image_pred.scalar_type(), "smoothness", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
+    bands.each<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+      kernels.sum(band, memory);
+      add_totals(memory, axes, bands.layout.step, partial.data() + bands.slot(n, plane, band.z, band.begin) * axes);
+    });
+  });
+  float* to = output<float>(out);
+  const int64_t sums = channels * axes;
+  for (int64_t i = 0; i < bands.images * sums; ++i) {
+    const double* from = partial.data() + i / sums * bands.parts() * sums + i % sums;
+    double total = 0;
+    for (int64_t part = 0; part < bands.parts(); ++part) total += from[part * sums];
+    to[i] = static_cast<float>(total);
+  }
+  return out;
+}
+
+Tensor smoothness_bwd(const Tensor& grad, const Tensor& image_pred, std::optional<Tensor> guide,
+                      std::optional<Tensor> weight, std::string kind, int64_t order) {
+  const Bands bands(image_pred, guide, weight, order);
+  const Step step = step_of(kind);
+  const int64_t axes = step == Step::isotropic ? 1 : bands.spatial, channels = bands.channels;
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == bands.images * channels * axes,
+                  "smoothness: expected a float32 gradient of the sums");
+  const Tensor upstream = torch::stable::contiguous(grad);
+  const Tensor out = empty_like(image_pred, image_pred.scalar_type());
+  Tensor written = same_strides(out, bands.image) ? out : empty_like(bands.image, image_pred.scalar_type());
+  for_dtype(image_pred.scalar_type(), "smoothness", [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
+    T* to = output<T>(written);
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bands.layout.row % 16 == 0;
+    const bool streamed = aligned && image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
+    bands.each<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+      const int64_t channel = n * channels + plane * bands.layout.step;
+      set_upstream(input<float>(upstream) + channel * axes, axes, bands.layout.step, memory);
+      kernels.grad(band, memory, to + band.position, streamed);
+    });
+  });
+  if (written.data_ptr() == out.data_ptr()) return written;
+  Tensor result = out;
+  torch::stable::copy_(result, written);
+  return result;
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("smoothness_fwd", FASTLOSS_BOX(&fastloss::smoothness_fwd));
+  m.impl("smoothness_bwd", FASTLOSS_BOX(&fastloss::smoothness_bwd));
+}

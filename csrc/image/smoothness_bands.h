@@ -1,0 +1,140 @@
+// How the smoothness kernels are walked over an image; included after for_each_isa.h.
+#pragma once
+
+namespace fastloss {
+namespace {
+
+// A guide's rows: `groups` planes of an image with `each` channels side by side.
+struct Guide {
+  Tensor tensor;
+  int64_t channels, groups, each, depth, height, width, bytes = 0;
+  const char* data = nullptr;
+  EdgeKernel kernel = nullptr;
+
+  explicit Guide(const Tensor& t)
+      : tensor(is_dense(t, true) ? t : torch::stable::contiguous(t)),
+        channels(t.size(1)),
+        groups(is_dense(t, true) ? 1 : channels),
+        each(channels / std::max<int64_t>(1, groups)),
+        depth(t.dim() == 5 ? t.size(2) : 1),
+        height(t.size(t.dim() - 2)),
+        width(t.size(t.dim() - 1)) {
+    for_dtype(t.scalar_type(), "smoothness: guide", [&](auto element) {
+      using T = decltype(element);
+      data = static_cast<const char*>(tensor.const_data_ptr());
+      bytes = sizeof(T);
+      kernel = FASTLOSS_PICK(edge_kernel<T>());
+    });
+  }
+
+  // The factors of a row of an image whose pixels have `step` elements.
+  void row(int64_t image, int64_t z, int64_t y, bool second, int64_t step, int64_t pitch, std::vector<float>& sums,
+           float* to) const {
+    sums.resize(width * each + 16);
+    const int64_t line = width * each, slice = height * line, plane = depth * slice;
+    const int64_t at = image * groups * plane + z * slice + y * line;
+    const auto has = [&](int64_t i, int64_t n) { return i + 1 < n && (i > 0 || !second); };
+    kernel({data + at * bytes,
+            -at,
+            tensor.numel() - at,
+            groups,
+            plane,
+            each,
+            width,
+            {slice, line, each},
+            {has(z, depth), has(y, height), width > (second ? 2 : 1)},
+            second},
+           step, pitch, sums.data(), to);
+  }
+};
+
+// An image cut into bands of whole rows, the same whatever the number of threads.
+struct Bands {
+  Tensor image;  // contiguous or channels_last
+  Layout layout;
+  int64_t images, channels, spatial, rows, per_slice;
+  bool second;
+  std::optional<Operand> weight;
+  std::optional<Guide> guide;
+
+  Bands(const Tensor& given, const std::optional<Tensor>& edges, const std::optional<Tensor>& map, int64_t order,
+        int64_t block = kBlock)
+      : image(given), images(given.size(0)), channels(given.size(1)), spatial(given.dim() - 2), second(order == 2) {
+    STD_TORCH_CHECK(spatial == 2 || spatial == 3, "smoothness: the kernel takes 4-D and 5-D tensors");
+    const bool last = !is_dense(given, false) && is_dense(given, true);
+    if (!last) image = torch::stable::contiguous(given);
+    const int64_t step = last ? channels : 1, width = given.size(given.dim() - 1);
+    layout = {last ? 1 : channels, step, spatial == 3 ? given.size(2) : 1, given.size(given.dim() - 2), width * step};
+    if (map) weight.emplace(*map, *memory_order(image));
+    if (edges) guide.emplace(*edges);
+    const int64_t together = guide ? layout.planes * layout.row : layout.row;
+    rows = std::max<int64_t>(1, block / std::max<int64_t>(1, together));
+    per_slice = image.numel() == 0 ? 0 : (layout.height + rows - 1) / rows;
+  }
+
+  bool plain() const { return !second && !weight && !guide; }
+
+  // Slots of partial sums: one per image, slice, band and channel.
+  int64_t parts() const { return layout.depth * per_slice; }
+  int64_t slots() const { return images * parts() * channels; }
+  int64_t slot(int64_t n, int64_t plane, int64_t z, int64_t begin) const {
+    return ((n * layout.depth + z) * per_slice + begin / rows) * channels + plane * layout.step;
+  }
+
+  // body(image, plane, band, scratch) over torch's threads.
+  template <typename T, typename Body>
+  void each(bool backward, const Body& body) const {
+    const int64_t groups = guide ? 1 : layout.planes, planes = guide ? layout.planes : 1;
+    const int64_t size = std::min(rows, layout.height) * layout.row * planes;
+    const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlock / size);
+    over_threads(0, images * groups * parts(), grain, [&](int64_t from, int64_t to) {
+      Scratch scratch(layout, backward);
+      std::vector<float> edges(guide ? Edges::size(layout, rows) : 0), sums;
+      for (int64_t item = from; item < to && going_on(); ++item) {
+        const int64_t begin = item % per_slice * rows, z = item / per_slice % layout.depth;
+        const int64_t n = item / parts() / groups, end = std::min(layout.height, begin + rows);
+        if (guide) fill(n, z, begin, end, backward, sums, edges.data());
+        for (int64_t p = 0; p < planes; ++p) {
+          const int64_t plane = item / parts() % groups + p, at = (n * layout.planes + plane) * layout.size();
+          body(n, plane,
+               Band<T>{input<T>(image) + at, -at, image.numel() - at, layout, z, begin, end, second,
+                       weight ? &*weight : nullptr, at, guide ? edges.data() : nullptr},
+               scratch.memory);
+        }
+      }
+    });
+  }
+
+ private:
+  // The factors of the rows that a band reads.
+  void fill(int64_t n, int64_t z, int64_t begin, int64_t end, bool backward, std::vector<float>& sums,
+            float* edges) const {
+    const auto row = [&](int64_t at, int64_t y) {
+      if (at < 0 || at >= layout.depth || y < 0 || y >= layout.height) return;
+      guide->row(n, at, y, second, layout.step, Edges::pitch(layout), sums,
+                 edges + Edges::offset(layout, end - begin, at - z, y - begin));
+    };
+    for (int64_t y = begin - backward; y < end + (backward && second); ++y) row(z, y);
+    for (int64_t y = begin; backward && y < end; ++y) {
+      row(z - 1, y);
+      if (second) row(z + 1, y);
+    }
+  }
+};
+
+// Adds what a band's kernel has summed to the sums of its channels, [channels, axes].
+inline void add_totals(const Memory& from, int64_t axes, int64_t step, double* to) {
+  for (int64_t k = 0; k < axes; ++k)
+    for (int64_t i = 0; i < from.period; i += step)
+      for (int64_t c = 0; c < step; ++c) to[c * axes + k] += from.totals[(kAxes - axes + k) * from.period + i + c];
+}
+
+// Writes the upstream gradients of the sums of a plane, [N, C, axes], as a pattern along its rows.
+inline void set_upstream(const float* up, int64_t axes, int64_t step, const Memory& to) {
+  for (int64_t k = 0; k < axes; ++k)
+    for (int64_t i = 0; i < to.period; i += step)
+      for (int64_t c = 0; c < step; ++c) to.up[(kAxes - axes + k) * to.period + i + c] = up[c * axes + k];
+}
+
+}  // namespace
+}  // namespace fastloss
