@@ -23,7 +23,6 @@ from .losses.dists import DISTSDistance, dists_distance
 from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .losses.image import ImageLoss, ImageLosses, image_loss
 from .losses.lpips import LPIPSDistance, lpips_distance
-from .losses.perceptual import FeatureDistance, feature_distance
 from .losses.perceptual_execution import Execution
 from .losses.perceptual_network import PerceptualLoss
 from .losses.perceptual_tap import tap
@@ -31,6 +30,7 @@ from .losses.pixel import PixelLoss, pixel_loss
 from .losses.smoothness import SmoothnessLoss, smoothness_loss
 from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
 from .losses.style import StyleDistance, gram_matrix, style_distance
+from .perceptual.feature_distance import FeatureDistance, feature_distance
 
 __all__ = [
     "AttentionConsistencyFromQK",

@@ -32,7 +32,7 @@ import triton
 from triton.runtime.jit import JITFunction
 
 from fastloss import kernels
-from fastloss.kernels.common import AotCase
+from fastloss.core.kernels.launch import AotCase
 from tests import fake_driver
 
 NVIDIA_BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"

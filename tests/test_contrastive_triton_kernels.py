@@ -45,7 +45,7 @@ def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
 
 @triton_only
 def test_plans_cover_the_blocks_within_their_bounds():
-    from fastloss.kernels.contrastive_blocks import block_plan
+    from fastloss.contrastive.kernels.passes import block_plan
     from fastloss.kernels.contrastive_table import Tile, walk_plan
 
     tile = Tile(128, 128, 64, True, True, 4, 3)

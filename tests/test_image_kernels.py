@@ -216,7 +216,7 @@ def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
 @pytest.mark.parametrize("name", ["signs", "streamed with maps", "sweep with maps"])
 def test_wide_offsets(place, name, monkeypatch):
     """What only tensors of billions of elements reach, at a small size."""
-    from fastloss.kernels import common
+    from fastloss.core.kernels import launch as common
 
     monkeypatch.setattr(common, "_INT32_SPAN", 0)
     pair, rest = inputs((1, 2, 5, 7), MIXES[name], place[0])

@@ -140,7 +140,7 @@ def test_nothing_in_nothing_out(place):
 @pytest.mark.parametrize("place", [p for p in PLACES if "triton" in str(p)])
 def test_many_blocks_per_program_and_wide_offsets(place, monkeypatch):
     """What only tensors of millions or billions of elements reach, at a small size."""
-    from fastloss.kernels import common
+    from fastloss.core.kernels import launch as common
 
     monkeypatch.setattr(common, "REDUCE_PROGRAMS", 3)
     draw = Draw(device=place[0])

@@ -35,7 +35,7 @@ def launches(monkeypatch, stem, run, shape):
     module, calls = importlib.import_module(f"fastloss.kernels.{stem}"), []
     target = SimpleNamespace(backend="cuda", warp_size=32)  # in place of a device's
     active = SimpleNamespace(get_current_target=lambda: target)
-    monkeypatch.setattr("fastloss.kernels.common.driver", SimpleNamespace(active=active))
+    monkeypatch.setattr("fastloss.core.kernels.launch.driver", SimpleNamespace(active=active))
     for name in [n for n in vars(module) if n.endswith("_kernel")]:
         monkeypatch.setattr(module, name, Recorded(getattr(module, name), calls))
     image = torch.empty(shape, dtype=torch.bfloat16, device="meta")

@@ -35,9 +35,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..losses.contrastive_softmax import kept_exponentials
-from .common import AotCase, on_device
-from .contrastive_blocks import (
+from ..contrastive.kernels.passes import (
     Call,
     Side,
     add_product,
@@ -52,6 +50,8 @@ from .contrastive_blocks import (
     make_statistics,
     new_stash,
 )
+from ..core.kernels.launch import AotCase, on_device
+from ..losses.contrastive_softmax import kept_exponentials
 from .contrastive_table import SPILLED
 
 _EMPTY = float("-inf")

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCase, needs_int64, on_device, warp_size
+from ..core.kernels.launch import AotCase, needs_int64, on_device, warp_size
 from .contrastive_each_sums import below_one, each_fwd_kernel, each_merge_kernel
 
 TILE = 16384  # bytes of negatives that a program of the backward has at a time

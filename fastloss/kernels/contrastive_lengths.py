@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STREAM_OPTIONS
+from ..core.kernels.launch import STREAM_OPTIONS
 
 PREPARE_BLOCK = (8, 256)
 

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contrastive.kernels.passes import scaled
+from ..core.kernels.launch import AotCase, on_device
 from ..losses.contrastive_own import NEGATIVES
 from ..losses.contrastive_plain import KEY, QUERY, SCALE
-from .common import AotCase, on_device
-from .contrastive_blocks import scaled
 from .contrastive_each import HALF_AND_SINGLE, contrastive_each_bwd, contrastive_each_fwd
 from .contrastive_lengths import _inverse_length, prepare
 from .contrastive_plain import plain_losses

@@ -19,10 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..losses.contrastive_plain import KEY, QUERY, SCALE, triton_saves
-from ..losses.contrastive_softmax import exponentials, kept_exponentials
-from .common import STREAM_OPTIONS, AotCase, on_device
-from .contrastive_blocks import (
+from ..contrastive.kernels.passes import (
     Call,
     Side,
     add_product,
@@ -39,6 +36,9 @@ from .contrastive_blocks import (
     new_stash,
     scaled,
 )
+from ..core.kernels.launch import STREAM_OPTIONS, AotCase, on_device
+from ..losses.contrastive_plain import KEY, QUERY, SCALE, triton_saves
+from ..losses.contrastive_softmax import exponentials, kept_exponentials
 from .contrastive_lengths import prepare
 from .contrastive_table import SPILLED
 from .siglip import _softplus

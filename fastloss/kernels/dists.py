@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import STREAM_OPTIONS, AotCase, on_device, registers, warp_size
+from ..core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, registers, warp_size
 from .layers import MOST, UNIT, columns_of, layer_of, number_of, pointer_of, start_of
 
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
+from ..core.kernels.launch import (
     STREAM_OPTIONS,
     AotCase,
     added,

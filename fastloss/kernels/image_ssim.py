@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import added, weighted, zeros
+from ..core.kernels.launch import added, weighted, zeros
 from .pixel import distance, slope
 from .smoothness_terms import apart, smoothness_pulled, smoothness_terms, start_of, weight_at
 from .ssim_sweep import (

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCase, on_device, registers
+from ..core.kernels.launch import AotCase, on_device, registers
 from .layers import DIRECT, MOST, columns_of, layer_of
 from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
 

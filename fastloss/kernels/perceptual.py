@@ -31,8 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, registers, total, vector_block
 from ..layers import layers_of, layout_of, rows_of, sign_count, sign_words
-from .common import STREAM_OPTIONS, AotCase, on_device, registers, total, vector_block
 from .layers import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")

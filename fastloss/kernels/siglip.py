@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..contrastive.kernels.passes import GROUP, HALF_TILE, Call, add_product, block_plan, embeddings, finish, scaled
+from ..core.kernels.launch import AotCase, on_device
 from ..losses.contrastive_siglip import IMAGE, NUMBERS, TEXT
-from .common import AotCase, on_device
-from .contrastive_blocks import GROUP, HALF_TILE, Call, add_product, block_plan, embeddings, finish, scaled
 from .contrastive_lengths import prepare
 from .contrastive_table import DESCRIPTORS, best_tile
 from .contrastive_tile import products

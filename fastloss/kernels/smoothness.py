@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
+from ..core.kernels.launch import (
     REDUCE_PROGRAMS,
     STREAM_BLOCK,
     STREAM_OPTIONS,

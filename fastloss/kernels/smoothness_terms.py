@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import sign, weighted
+from ..core.kernels.launch import sign, weighted
 
 
 @triton.jit

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import REDUCE_PROGRAMS, AotCase, on_device
+from ..core.kernels.launch import REDUCE_PROGRAMS, AotCase, on_device
 from .ssim_sweep import (
     at_column,
     counted,

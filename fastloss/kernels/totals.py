@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import AotCase, on_device, zeros
+from ..core.kernels.launch import AotCase, on_device, zeros
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..checks import as_plain, check_no_graph, check_same_length, is_sequence
 from ..core import reduce
+from ..perceptual.feature_distance import CRITERIA as ELEMENTWISE
+from ..perceptual.feature_distance import feature_distance
 from ..traced import filled
 from .dists import dists_distance
 from .lpips import lpips_distance
-from .perceptual import CRITERIA as ELEMENTWISE
-from .perceptual import feature_distance
 from .perceptual_backbones import read_weights
 from .style import style_distance
 

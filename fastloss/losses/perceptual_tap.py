@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..core import Op, full_precision
 from ..inference import takes_inference_tensors
+from ..perceptual.feature_distance import feature_distance_call
 from ..traced import changes
-from .perceptual import feature_distance_call
 
 
 class _Tap(torch.autograd.Function):

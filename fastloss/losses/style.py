@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_tensor
 from ..core import Loss, full_precision, result_dtype, transformed
 from ..inference import takes_inference_tensors
-from .perceptual import feature_distance
+from ..perceptual.feature_distance import feature_distance
 from .perceptual_checks import check_layers, check_samples
 
 NORMALIZATIONS = ("chw", "hw", "none")

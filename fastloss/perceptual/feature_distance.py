@@ -9,8 +9,8 @@ from torch import Tensor
 from ..checks import check_choice, check_number
 from ..core import Loss, Op, check_not_empty, check_reduction
 from ..inference import takes_inference_tensors
-from .perceptual_checks import check_layers, check_samples, check_weights
-from .perceptual_ops import distance_call
+from ..losses.perceptual_checks import check_layers, check_samples, check_weights
+from ..losses.perceptual_ops import distance_call
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 

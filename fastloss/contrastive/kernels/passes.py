@@ -12,9 +12,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..losses.contrastive_softmax import exponentials
-from .common import STREAM_BLOCK, STREAM_OPTIONS
-from .contrastive_grads import (
+from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS
+from ...kernels.contrastive_grads import (
     AGAIN,
     FLAGGED,
     KEPT,
@@ -22,8 +21,9 @@ from .contrastive_grads import (
     _contrastive_finish_kernel,
     _contrastive_scale_kernel,
 )
-from .contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
-from .contrastive_table import DESCRIPTORS, PRODUCTS, Tile, best_tile, products_kind, walk_plan
+from ...kernels.contrastive_states import _contrastive_fwd_kernel, _contrastive_merge_kernel
+from ...kernels.contrastive_table import DESCRIPTORS, PRODUCTS, Tile, best_tile, products_kind, walk_plan
+from ...losses.contrastive_softmax import exponentials
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 FINISH_BLOCK = (8, 256)

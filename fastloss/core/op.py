@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from . import backends
-from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
-from .checks import as_plain, check_choice, check_no_graph
-from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
+from .. import backends
+from ..backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend  # noqa: F401 re-exported
+from ..checks import as_plain, check_choice, check_no_graph
+from ..traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
 REDUCTIONS = ("none", "mean", "sum")
@@ -155,7 +155,7 @@ class Op:
             return
 
         def launch(*args: Any, **kwargs: Any) -> Any:  # Triton is imported on the first call
-            kernels = importlib.import_module(f"{__package__}.kernels.{triton}")
+            kernels = importlib.import_module(f"{NAMESPACE}.kernels.{triton}")
             return getattr(kernels, name)(*args, **kwargs)
 
         for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
