@@ -2,11 +2,11 @@
 
     python -m tests.aot [stem ...] [--all | --most N] [-v]      a table; exit code 1 on a failed expectation
 
-The launchers of each kernels/<stem>.py run on the calls its `aot_cases()` lists, under a driver without a device.
-Every call is compiled for sm_90; sm_80 and gfx942 get a sample of the calls of each kernel (all with --all). Expected:
-no spills, shared memory within the device's, 128-bit accesses and matrix instructions where the case names them. AMD's
-scalar registers (masks, one per element of a lane) may go to lanes of vector registers, which the column "lanes"
-counts, as long as no vector register is spilled and no scratch memory is used.
+The launchers of each file <stem>.py of a family's kernels run on the calls its `aot_cases()` lists, under a driver
+without a device. Every call is compiled for sm_90; sm_80 and gfx942 get a sample of the calls of each kernel (all with
+--all). Expected: no spills, shared memory within the device's, 128-bit accesses and matrix instructions where the case
+names them. AMD's scalar registers (masks, one per element of a lane) may go to lanes of vector registers, which the
+column "lanes" counts, as long as no vector register is spilled and no scratch memory is used.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import importlib
 import multiprocessing
 import os
 import pathlib
-import pkgutil
 import random
 import re
 import subprocess
@@ -31,10 +30,15 @@ from typing import Any
 import triton
 from triton.runtime.jit import JITFunction
 
-from fastloss import kernels
+import fastloss
 from fastloss.core.kernels.launch import AotCase
 from tests import fake_driver
 
+PACKAGE = pathlib.Path(fastloss.__file__).parent
+MODULES = {  # of the kernels, by stem
+    path.stem: f"fastloss.{path.parts[-3]}.kernels.{path.stem}"
+    for path in sorted(PACKAGE.glob("*/kernels/[!_]*.py"))
+}
 NVIDIA_BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 SAMPLE = 4  # calls of each kernel compiled for the targets other than sm_90
 # Share of the bytes of global loads and stores, counted in the code, that move in 128-bit instructions.
@@ -103,12 +107,12 @@ def problems(found: dict[str, float], case: AotCase, kernel: str, target: str) -
 
 
 def cases_of(stem: str) -> list[AotCase]:
-    module = importlib.import_module(f"{kernels.__name__}.{stem}")
+    module = importlib.import_module(MODULES[stem])
     return list(module.aot_cases()) if hasattr(module, "aot_cases") else []
 
 
 def stems() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(kernels.__path__)]
+    return list(MODULES)
 
 
 _seen: list[tuple[str, Any]] = []  # (name, compiled kernel) of the launches since the last clear()
@@ -198,7 +202,7 @@ def table(rows: list[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.aot", description=__doc__.split("\n")[0])
-    parser.add_argument("stems", nargs="*", help="files of fastloss/kernels; default: all")
+    parser.add_argument("stems", nargs="*", help="files of kernels, without .py; default: all")
     parser.add_argument("--all", action="store_true", help="compile every call for every target")
     parser.add_argument("--most", type=int, help="calls of each file to compile, drawn at random; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

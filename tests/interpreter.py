@@ -21,7 +21,7 @@ from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 
-from fastloss.kernels.layers import MOST
+from fastloss.perceptual.kernels.layer_table import MOST
 
 ARITHMETIC = (
     "fadd fsub fmul fdiv fma minimumf maximumf minnumf maxnumf fneg fabs "
@@ -185,7 +185,7 @@ def _extent(t: torch.Tensor) -> tuple[int, int]:
 
 
 def _launch_within(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
-    """A launch whose addresses are checked, unless a table of addresses is among its arguments (kernels/layers.py)."""
+    """A launch whose addresses are checked, unless a table of addresses is among its arguments (layer_table.py)."""
     global _extents
     tensors = list(_tensors((*args, *kwargs.values())))
     has_table = any(t.dtype == torch.int64 and t.ndim == 2 and t.shape[1] == MOST for t in tensors)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from fastloss import NegativeSampling, checks, core
+from fastloss import NegativeSampling, core
+from fastloss.core import checks
 from tests.battery import INTERPRETING, first, grid, leaves, run, to_device
 from tests.cases import CASES, Case, Draw
 

@@ -136,7 +136,7 @@ def _graph_ops(fn, *args) -> set[str]:
     return found
 
 
-@pytest.mark.skipif(not core._OPS["pixel"].kernels["cpp"], reason="about the C++ kernels")
+@pytest.mark.skipif(not core.op._OPS["pixel"].kernels["cpp"], reason="about the C++ kernels")
 def test_compiled_functions_follow_the_block():
     """Outside a compiled function it means another graph, inside it works; every call gives the eager value."""
     x, y = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)
@@ -162,7 +162,7 @@ def test_compiled_functions_follow_the_block():
     assert counter.frame_count == 3  # one graph for each of None, "reference" and "cpp"
 
 
-@pytest.mark.skipif(not core._OPS["pixel"].kernels["cpp"], reason="about the C++ kernels")
+@pytest.mark.skipif(not core.op._OPS["pixel"].kernels["cpp"], reason="about the C++ kernels")
 def test_the_backward_follows_its_forward():
     """After the block, in another thread, twice, and of a checkpoint that is told the block."""
     x, y = torch.rand(2, 3, 4, 5), torch.rand(2, 3, 4, 5)

@@ -102,7 +102,8 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
     "mode_seeking_loss": {"eps": lambda t: {"eps": t}},
     "attention_consistency_from_qk": {"scale": lambda t: {"scale": t}},
 }
-WITHOUT = {"smoothness_loss", "gram_matrix", "attention_consistency_loss"}  # have no float option but layer_weights
+# have no float option but layer_weights
+WITHOUT = {"smoothness_loss", "gram_matrix", "attention_consistency_loss", "use_backend"}
 FUNCTIONS = {name: f for name in fastloss.__all__ if inspect.isfunction(f := getattr(fastloss, name))}
 MODULES = [m for m in vars(fastloss).values() if inspect.isclass(m) and issubclass(m, core.Loss)]
 MODULES.remove(fastloss.ContrastiveLoss)  # an InfoNCELoss with names of its own

@@ -16,7 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fastloss import cli  # noqa: E402
-from fastloss.imagen.metrics import Metrics, read_metrics  # noqa: E402
+from fastloss.recipes.training.metrics import Metrics, read_metrics  # noqa: E402
 
 SMALL = ["--steps", "4", "--batch-size", "16", "--dim", "16", "--depth", "1", "--val-every", "2", "--device", "cpu"]
 
@@ -125,7 +125,7 @@ def test_every_option_that_a_message_names_is_there():
     there = {option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)}
     assert {"--learning-rate", "--lr", "--batch-size", "--resume", "--captions"} <= there
     named = {}
-    for path in (Path(cli.__file__), *Path(cli.__file__).with_name("imagen").glob("*.py")):
+    for path in (Path(cli.__file__), *Path(cli.__file__).with_name("recipes").rglob("*.py")):
         for literal in (n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)):
             if isinstance(literal, str):
                 named |= {option: path.name for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", literal)}

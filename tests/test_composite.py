@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastloss import CompositeLoss
-from fastloss.losses.composite_rules import _uniform
+from fastloss.fusion.rules import _uniform
 
 WEIGHTS = {"b": 1.0, "a": 0.5, "off": 0.0}
 ALL = ("fixed", "uncertainty", "dwa", "relobralo", "vqgan")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastloss import core, info_nce
-from fastloss.losses.contrastive_each import contrastive_each
+from fastloss.contrastive.ops.softmax_stats_per_query import contrastive_each
 from tests.battery import INTERPRETING, Errors, places, recorded
 from tests.cases import CASES
 

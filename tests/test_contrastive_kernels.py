@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import clip_loss, core, info_nce
-from fastloss.losses.contrastive_softmax import contrastive
+from fastloss.contrastive.ops.softmax_stats import contrastive
 from tests.battery import Errors
 
 pytestmark = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")

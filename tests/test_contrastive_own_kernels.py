@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastloss import NegativeSampling, core, info_nce
-from fastloss.losses.contrastive_own import NEGATIVES, contrastive_own
-from fastloss.losses.contrastive_plain import KEY, QUERY, SCALE
+from fastloss.contrastive.ops.softmax_loss_per_query import contrastive_own
+from fastloss.contrastive.save_plan import KEY, NEGATIVES, QUERY, SCALE
 from tests.battery import INTERPRETING, Errors, places, recorded
 from tests.cases import CASES
 

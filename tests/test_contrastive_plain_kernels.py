@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastloss import clip_loss, core, info_nce
-from fastloss.losses.contrastive_plain import KEY, QUERY, SCALE, contrastive_plain, rows_kept, saves
+from fastloss.contrastive.ops.softmax_loss import contrastive_plain
+from fastloss.contrastive.save_plan import KEY, QUERY, SCALE, rows_kept, saves
 from tests.battery import Errors, recorded
 
 pytestmark = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastloss.losses.contrastive_plain import contrastive_plain, contrastive_plain_reference
-from fastloss.losses.contrastive_softmax import contrastive, contrastive_stats_reference, softmax_statistics
+from fastloss.contrastive.ops.softmax_loss import contrastive_plain, contrastive_plain_reference
+from fastloss.contrastive.ops.softmax_stats import contrastive, contrastive_stats_reference, softmax_statistics
 from tests.battery import INTERPRETING, Errors, recorded
 
 triton_only = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1; test_triton.py runs it so")
@@ -45,8 +45,8 @@ def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
 
 @triton_only
 def test_plans_cover_the_blocks_within_their_bounds():
-    from fastloss.contrastive.kernels.passes import block_plan
-    from fastloss.kernels.contrastive_table import Tile, walk_plan
+    from fastloss.contrastive.kernels.blocking import block_plan, walk_plan
+    from fastloss.contrastive.kernels.tile_configs import Tile
 
     tile = Tile(128, 128, 64, True, True, 4, 3)
     for rows, columns in ((1, 1), (200, 70000), (70000, 200), (65536, 65536), (2**20, 2**20)):

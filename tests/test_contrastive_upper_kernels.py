@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import NegativeSampling, core, nt_xent_loss, supcon_loss
-from fastloss.losses.contrastive_softmax import contrastive, contrastive_stats_reference
+from fastloss.contrastive.ops.softmax_stats import contrastive, contrastive_stats_reference
 from tests.battery import INTERPRETING, Errors, recorded
 
 KERNELS = INTERPRETING or core.backend_report()["cpp"] == "available"

@@ -94,7 +94,7 @@ def test_forced_backend_from_the_environment():
 
 
 def test_float64_and_unknown_devices_take_the_reference():
-    op = core._OPS["pixel"]
+    op = core.op._OPS["pixel"]
     args = (None, "l2", 2.0, True)
     x = torch.zeros(2, dtype=torch.float64)
     assert op.backend(x, x, *args) == "reference"
@@ -103,7 +103,7 @@ def test_float64_and_unknown_devices_take_the_reference():
 
 
 def test_gradient_that_an_op_does_not_provide_raises():
-    op = core._OPS["pixel"]
+    op = core.op._OPS["pixel"]
     if not op.kernels["cpp"]:
         pytest.fail("the C++ extension is not built: run `pip install --no-build-isolation -e .`")
     x = torch.rand(4)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastloss.imagen.data import batches, open_dataset
-from fastloss.imagen.digits import SPLITS, load_digits
-from fastloss.imagen.samples import fault_of, split_of
+from fastloss.recipes.data.batches import batches, open_dataset
+from fastloss.recipes.data.digits import load_digits
+from fastloss.recipes.data.samples import SPLITS, fault_of, split_of
 
 
 def image_file(path, value=128, size=(20, 12), mode="RGB"):

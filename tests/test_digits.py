@@ -9,17 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fastloss.imagen import tokenizer
-from fastloss.imagen.digits import (
-    NAMES,
-    SLANTS,
-    SPLITS,
-    WEIGHTS,
-    caption_of,
-    load_digits,
-    measure,
-    split_indices,
-)
+from fastloss.recipes.data import tokenizer
+from fastloss.recipes.data.digits import NAMES, SLANTS, WEIGHTS, caption_of, load_digits, measure, split_indices
+from fastloss.recipes.data.samples import SPLITS
 
 
 def test_digit_splits_are_disjoint_complete_and_fixed():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import diversity_loss, mode_seeking_loss
-from fastloss.losses.diversity import METRICS, MODES, diversity_reference
+from fastloss.diversity.diversity import METRICS, MODES, diversity_reference
 
 BANK = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
 

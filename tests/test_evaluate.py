@@ -6,11 +6,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastloss.imagen.backbone import WEIGHTS as WEIGHTS_FILE
-from fastloss.imagen.backbone import digits_backbone
-from fastloss.imagen.digits import load_digits
-from fastloss.imagen.evaluate import judge, quality
-from fastloss.imagen.train_backbone import train
+from fastloss.recipes.data.digits import load_digits
+from fastloss.recipes.imagen.digits_backbone import WEIGHTS as WEIGHTS_FILE
+from fastloss.recipes.imagen.digits_backbone import digits_backbone
+from fastloss.recipes.imagen.digits_quality import judge, quality
+from fastloss.recipes.imagen.train_digits_backbone import train
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastloss
 from benchmarks import measure, rows, run
-from fastloss.losses.image import _image, _keep
+from fastloss.image.image_loss import _image, _keep
 from tests.battery import Errors, first, leaves, ops_of, to_device
 from tests.cases import CASES, Draw
 from tests.cases_image import IMAGE_CASES

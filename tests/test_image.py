@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import ImageLoss, core, image_loss, pixel_loss, smoothness_loss, ssim_loss
-from fastloss.losses.image import _image
+from fastloss.image.image_loss import _image
 
 
 @pytest.fixture

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
 from fastloss import core, image_loss
-from fastloss.losses import image as module
-from fastloss.losses.image import SIGNS, _image, _keep
+from fastloss.image.image_loss import SIGNS, _image, _keep
 from tests.battery import INTERPRETING, Errors, places
 from tests.cases import CASES, Draw, image_pair
 
@@ -197,7 +198,7 @@ def test_a_backward_without_what_the_forward_kept(place, name):
 @pytest.mark.parametrize("place", TRITON)
 def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
     """Larger windows, and an isotropic smoothness with a guide: the parts' own kernels then."""
-    called = []
+    called, module = [], importlib.import_module("fastloss.image.image_loss")
     original = module._part_by_part
     monkeypatch.setattr(module, "_part_by_part", lambda *args: called.append(1) or original(*args))
     (x, y), _ = inputs((1, 1, 5, 6), MIXES["signs"], place[0])
@@ -216,8 +217,8 @@ def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
 @pytest.mark.parametrize("name", ["signs", "streamed with maps", "sweep with maps"])
 def test_wide_offsets(place, name, monkeypatch):
     """What only tensors of billions of elements reach, at a small size."""
-    from fastloss.core.kernels import launch as common
+    from fastloss.core.kernels import memory_order
 
-    monkeypatch.setattr(common, "_INT32_SPAN", 0)
+    monkeypatch.setattr(memory_order, "_INT32_SPAN", 0)
     pair, rest = inputs((1, 2, 5, 7), MIXES[name], place[0])
     check(place, pair, rest, (False, True))

@@ -16,20 +16,19 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
 from fastloss import core  # noqa: E402
-from fastloss.imagen.build import generate, load_model  # noqa: E402
-from fastloss.imagen.checkpoint import load_checkpoint  # noqa: E402
-from fastloss.imagen.config import Config, parse_weights  # noqa: E402
-from fastloss.imagen.losses import WEIGHTS, ImagenLosses, MemoryBank, caption_ids, make_views  # noqa: E402
-from fastloss.imagen.metrics import read_metrics  # noqa: E402
-from fastloss.imagen.model import (  # noqa: E402
-    ImageDecoder,
-    ImageEncoder,
-    Imagen,
-    PretrainedTextEncoder,
-    TextEncoder,
+from fastloss.recipes.data.tokenizer import ByteTokenizer, WordTokenizer  # noqa: E402
+from fastloss.recipes.imagen.build import generate, load_model  # noqa: E402
+from fastloss.recipes.imagen.config import (  # noqa: E402
+    WEIGHTS,  # noqa: E402
+    Config,
+    parse_weights,
 )
-from fastloss.imagen.tokenizer import ByteTokenizer, WordTokenizer  # noqa: E402
-from fastloss.imagen.train import Interrupted, Trainer  # noqa: E402
+from fastloss.recipes.imagen.losses import ImagenLosses, MemoryBank, caption_ids, make_views  # noqa: E402
+from fastloss.recipes.imagen.model import ImageDecoder, ImageEncoder, Imagen, PretrainedTextEncoder, TextEncoder  # noqa: E402
+from fastloss.recipes.imagen.train import Trainer  # noqa: E402
+from fastloss.recipes.training.checkpoint import load_checkpoint  # noqa: E402
+from fastloss.recipes.training.interrupt import Interrupted  # noqa: E402
+from fastloss.recipes.training.metrics import read_metrics  # noqa: E402
 
 CAPTIONS = ["a bold handwritten seven leaning right", "a thin handwritten one upright", "a handwritten two upright"]
 
@@ -321,7 +320,7 @@ def test_interrupt_saves_and_resume_ends_with_every_row_once(tmp_path, monkeypat
 
 def test_early_stopping_keeps_the_best(tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2])
-    monkeypatch.setattr("fastloss.imagen.train.validate", lambda model, config: {"score": next(scores)})
+    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda model, config: {"score": next(scores)})
     trainer = Trainer(small(tmp_path, steps=50, val_every=1, patience=2, weights="perceptual=0"), quiet=True)
     trainer.run()
     assert trainer.step == 4 and trainer.best == 0.5
@@ -331,7 +330,7 @@ def test_early_stopping_keeps_the_best(tmp_path, monkeypatch):
 
 
 def test_quality_aimed_for_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastloss.imagen.train.validate", lambda model, config: {"score": 0.9})
+    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda model, config: {"score": 0.9})
     trainer = Trainer(small(tmp_path, steps=50, val_every=3, quality=0.8), quiet=True)
     trainer.run()
     assert trainer.step == 3

@@ -7,8 +7,8 @@ import csv
 import pytest
 import torch
 
-from fastloss.imagen.checkpoint import load_checkpoint, save_checkpoint
-from fastloss.imagen.metrics import Metrics
+from fastloss.recipes.training.checkpoint import load_checkpoint, save_checkpoint
+from fastloss.recipes.training.metrics import Metrics
 
 
 def test_metrics_rows_wait_for_the_flush(tmp_path):

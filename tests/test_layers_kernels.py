@@ -63,8 +63,8 @@ LAUNCHES = """
     import torch
     from tests import aot, fake_driver
     aot._start_worker()
-    from fastloss.kernels import dists, lpips, perceptual
-    from fastloss.layers import layout_of, sign_count
+    from fastloss.perceptual.kernels import dists, feature_distance, lpips
+    from fastloss.perceptual.layer_layout import layout_of, sign_count
 
     def calls(shapes):
         f = [torch.empty(s, device="meta") for s in shapes]
@@ -74,8 +74,8 @@ LAUNCHES = """
         stats = torch.empty(5, 2, sum(s[1] for s in shapes), device="meta")
         kept = torch.empty(4, sum(s[0] * s[2] * s[3] for s in shapes), device="meta")
         lins = [torch.empty(s[1], device="meta") for s in shapes]
-        yield perceptual.feature_l1_fwd, (f, f, ones, layout, torch.float32, "l1", 1.0, "mean")
-        yield perceptual.feature_l1_bwd, (grad, signs, [], ones, layout, torch.float32, "mean", True, False)
+        yield feature_distance.feature_l1_fwd, (f, f, ones, layout, torch.float32, "l1", 1.0, "mean")
+        yield feature_distance.feature_l1_bwd, (grad, signs, [], ones, layout, torch.float32, "mean", True, False)
         yield lpips.lpips_fwd, (f, f, lins, 1e-10, False)
         yield lpips.lpips_bwd, (torch.empty(2, device="meta"), kept, f, f, lins, 1e-10, False, True, False)
         yield dists.dists_fwd, (f, f)

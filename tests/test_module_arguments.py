@@ -127,7 +127,7 @@ def test_composite_loss_under_another_default_dtype(weighting, default):
 
 
 def test_inception_input_under_another_default_dtype():
-    from fastloss.losses.perceptual_backbones import InceptionInput
+    from fastloss.perceptual.backbones import InceptionInput
 
     usual = InceptionInput()
     for default in (torch.bfloat16, torch.float64):
@@ -138,8 +138,8 @@ def test_inception_input_under_another_default_dtype():
 
 
 def test_the_training_systems_measures_under_another_default_dtype():
-    from fastloss.imagen.digits import measure
-    from fastloss.imagen.losses import MemoryBank
+    from fastloss.recipes.data.digits import measure
+    from fastloss.recipes.imagen.losses import MemoryBank
 
     image = torch.rand(3, 1, 8, 9, generator=torch.Generator().manual_seed(0))
     usual = measure(image)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import PerceptualLoss
-from fastloss.losses.perceptual_backbones import BACKBONES, DEFAULT_TAPS, Backbone, read_weights
+from fastloss.perceptual.backbones import BACKBONES, DEFAULT_TAPS, Backbone, read_weights
 from tests.test_perceptual_network import MEAN, STD, images, twice_pooled
 
 
@@ -72,7 +72,7 @@ def test_every_backbone_agrees_with_torchvision(name, monkeypatch):
     if name.startswith("vgg"):
         model.features.to_empty(device="cpu").apply(lambda m: getattr(m, "reset_parameters", int)())
     state = model.state_dict()
-    monkeypatch.setattr("fastloss.losses.perceptual_backbones._download", lambda _: state)
+    monkeypatch.setattr("fastloss.perceptual.backbones._download", lambda _: state)
     ours = Backbone(name).eval()
     size = 80 if name == "inception_v3" else 64
     image = torch.rand(1, 3, size, size)

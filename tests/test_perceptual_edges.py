@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import PerceptualLoss, core, dists_distance, feature_distance, lpips_distance, tap
-from fastloss.losses.perceptual_backbones import InceptionInput
+from fastloss.perceptual.backbones import InceptionInput
 from tests.battery import Errors, places
 from tests.cases import CASES
 from tests.test_perceptual_network import MEAN, STD, Net, images, twice_pooled

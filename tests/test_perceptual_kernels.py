@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import core
-from fastloss.layers import layout_of
+from fastloss.perceptual.layer_layout import layout_of
 
 pytestmark = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
 CRITERIA = ({"criterion": "l1"}, {"criterion": "l2"}, {"criterion": "charbonnier", "eps": 0.1},

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from fastloss import Execution, PerceptualLoss
-from fastloss.losses.perceptual_criteria import gradient_counts
-from fastloss.losses.perceptual_scale import ScaleBack, ScaleUp, base_of, power_below
+from fastloss.perceptual.criteria import gradient_counts
+from fastloss.perceptual.scale import ScaleBack, ScaleUp, base_of, power_below
 from tests.test_perceptual_backbones import needs_torchvision
 from tests.test_perceptual_network import images
 

@@ -140,13 +140,13 @@ def test_nothing_in_nothing_out(place):
 @pytest.mark.parametrize("place", [p for p in PLACES if "triton" in str(p)])
 def test_many_blocks_per_program_and_wide_offsets(place, monkeypatch):
     """What only tensors of millions or billions of elements reach, at a small size."""
-    from fastloss.core.kernels import launch as common
+    from fastloss.core.kernels import launch, memory_order
 
-    monkeypatch.setattr(common, "REDUCE_PROGRAMS", 3)
+    monkeypatch.setattr(launch, "REDUCE_PROGRAMS", 3)
     draw = Draw(device=place[0])
     image, image_pred = image_pair(draw, (2, 3, 59, 61))
-    for span in (common._INT32_SPAN, 0):
-        monkeypatch.setattr(common, "_INT32_SPAN", span)
+    for span in (memory_order._INT32_SPAN, 0):
+        monkeypatch.setattr(memory_order, "_INT32_SPAN", span)
         for weight, reduction in itertools.product((None, draw.uniform(2, 1, 59, 61)), ("sum", "none")):
             check(place, image, image_pred, weight, reduction=reduction)
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import webdataset
 
-from fastloss.imagen.data import open_dataset
-from fastloss.imagen.digits import SPLITS
-from fastloss.imagen.samples import split_of
+from fastloss.recipes.data.batches import open_dataset
+from fastloss.recipes.data.samples import SPLITS, split_of
 from tests.test_data import add_file, captions, image_file, same, stream
 
 

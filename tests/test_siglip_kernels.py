@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastloss import core, siglip_loss
-from fastloss.losses.contrastive_siglip import siglip
+from fastloss.contrastive.siglip import siglip
 from tests.battery import INTERPRETING, Errors, places, recorded
 from tests.cases import CASES
 

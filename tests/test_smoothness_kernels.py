@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastloss import core
-from fastloss.losses.smoothness import _smoothness
+from fastloss.image.smoothness import _smoothness
 from tests.battery import INTERPRETING, Errors, places
 from tests.cases import CASES
 

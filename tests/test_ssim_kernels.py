@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import core, ms_ssim_loss, ssim_loss
-from fastloss.losses.ssim import _ssim, _sums
+from fastloss.image.ssim import _ssim, _sums
 from tests.battery import INTERPRETING, Errors, places
 from tests.cases import CASES
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastloss import SSIMLoss, core, image_loss, ms_ssim_loss, ssim_loss
-from fastloss.losses.ssim_checks import NegativeImages
+from fastloss.image.ssim_checks import NegativeImages
 from tests.battery import INTERPRETING, places
 from tests.cases import CASES
 

@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from fastloss import gram_matrix, style_distance
-from fastloss.losses.style import _Gram
+from fastloss.perceptual.style import _Gram
 
 
 def features(dtype=torch.float32):

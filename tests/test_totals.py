@@ -39,7 +39,7 @@ def values(backend, call, inputs):
 @each_place
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_totals_are_the_references_and_one_launch(place, call, monkeypatch):
-    kernels = importlib.import_module("fastloss.kernels.totals")
+    kernels = importlib.import_module("fastloss.core.kernels.scaled_sum")
     launches, original = [], kernels.total_of
     monkeypatch.setattr(kernels, "total_of", lambda *args: launches.append(1) or original(*args))
     inputs = pair(place)
@@ -50,7 +50,7 @@ def test_totals_are_the_references_and_one_launch(place, call, monkeypatch):
 
 @each_place
 def test_totals_of_many_partials(place, monkeypatch):
-    kernels = importlib.import_module("fastloss.kernels.totals")
+    kernels = importlib.import_module("fastloss.core.kernels.scaled_sum")
     partials = torch.arange(3 * 5, dtype=torch.float32, device=place[0]).reshape(5, 3).T
     for most in (5, 4):
         monkeypatch.setattr(kernels, "MOST", most)

@@ -32,7 +32,7 @@ class Recorded:
 
 
 def launches(monkeypatch, stem, run, shape):
-    module, calls = importlib.import_module(f"fastloss.kernels.{stem}"), []
+    module, calls = importlib.import_module(f"fastloss.image.kernels.{stem}"), []
     target = SimpleNamespace(backend="cuda", warp_size=32)  # in place of a device's
     active = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr("fastloss.core.kernels.launch.driver", SimpleNamespace(active=active))
@@ -76,7 +76,8 @@ def image_with_ssim(module, image):
     module.image_bwd(image.new_empty(4, dtype=torch.float32), kept, *args, None, False, True)
 
 
-LAUNCHERS = {"pixel": pixel, "smoothness": smoothness, "image": image_without_ssim, "image, ssim": image_with_ssim}
+LAUNCHERS = {"pixel": pixel, "smoothness": smoothness, "image_loss": image_without_ssim,
+             "image_loss, ssim": image_with_ssim}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", [SMALL, IMAGE, BATCH, LAST, SIDE_8K], ids=str)
