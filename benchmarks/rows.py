@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from tests.battery import leaves
-from tests.cases import CASES, Case, Draw
+from tests.conformance.cases import CASES, Case, Draw
+from tests.conformance.tools import leaves
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 MODES = ("forward", "backward", "both")

@@ -26,7 +26,7 @@ from benchmarks.memory import Child
 from benchmarks.progress import Progress
 from benchmarks.providers import Function, absent, providers
 from benchmarks.rows import MODES, RESULTS, Item, items, named, passes, write
-from tests.battery import cast, cast_options, ops_of, to_device
+from tests.conformance.tools import cast, cast_options, ops_of, to_device
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # tf32 passes
 

@@ -23,7 +23,7 @@ from benchmarks.progress import Progress
 from benchmarks.providers import providers
 from benchmarks.rows import RESULTS, Item, items, named, read, shape_text, sized, sweep, write
 from benchmarks.run import Session, measure_item, show
-from tests.battery import ops_of
+from tests.conformance.tools import ops_of
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -26,7 +26,7 @@ from benchmarks.memory import Child
 from benchmarks.progress import Progress
 from benchmarks.providers import providers
 from benchmarks.rows import RESULTS, read, shape_of, write
-from tests.cases import CASES
+from tests.conformance.cases import CASES
 
 WIDTH = 512
 CLIP_OPTIONS = {"logit_scale": 14.3, "normalize": True}
