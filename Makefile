@@ -22,7 +22,7 @@ fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two; not part of CI.
-# ARGS="--isa avx2 --calls 0 tests/test_pixel_kernels.py" chooses; a change in csrc/ builds again what it touches.
+# ARGS="--isa avx2 --calls 0 tests/image/test_pixel.py" chooses; a change in csrc/ builds again what it touches.
 sanitize: $(VENV)/.test
 	$(BIN)/python -m tests.sanitize $(ARGS)
 

@@ -24,7 +24,8 @@ import torch
 from benchmarks.harness import measure
 from benchmarks.harness.results import RESULTS
 from benchmarks.workloads.items import named
-from tests.cases import CASES
+from tests import kernel_files
+from tests.conformance.cases import CASES
 
 LONGEST = 9.0  # minutes
 LEAST = 1.5  # minutes that must be left for a part to be begun
@@ -37,7 +38,7 @@ WORKERS = min(12, (os.cpu_count() or 2) - 1)  # each a context on the device, an
 PYTEST = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
 if importlib.util.find_spec("xdist") and WORKERS > 1:
     PYTEST += ["-n", str(WORKERS), "--dist", "worksteal"]
-KERNELS = sorted(str(path.relative_to(measure.ROOT)) for path in (measure.ROOT / "tests").glob("test_*_kernels.py"))
+KERNELS = kernel_files()
 
 
 @dataclass
@@ -50,12 +51,12 @@ class Part:
 def parts(device: str, out: pathlib.Path) -> list[Part]:
     families = sorted({case.name.split()[0] for case in CASES})
     shards = [families[i::SHARDS] for i in range(SHARDS)]
-    tests = [Part("tests-device", [*PYTEST, "tests/test_gpu.py"]), Part("tests-kernels", [*PYTEST, *KERNELS])]
+    device_tests, every_loss = "tests/conformance/test_gpu.py", "tests/conformance/test_every_loss.py"
+    tests = [Part("tests-device", [*PYTEST, device_tests]), Part("tests-kernels", [*PYTEST, *KERNELS])]
     tests += [
-        Part(f"tests-{i + 1}", [*PYTEST, "tests/test_losses.py", "-k", " or ".join(shard)])
-        for i, shard in enumerate(shards)
+        Part(f"tests-{i + 1}", [*PYTEST, every_loss, "-k", " or ".join(shard)]) for i, shard in enumerate(shards)
     ]
-    tests.append(Part("tests-rest", [*PYTEST, "tests/test_losses.py", "-k", f"not ({' or '.join(families)})"]))
+    tests.append(Part("tests-rest", [*PYTEST, every_loss, "-k", f"not ({' or '.join(families)})"]))
     more = ["--device", device, "--out", str(out)]
     groups: dict[str, list[str]] = {}  # losses measured in one process, for a start takes ten seconds
     for name in named():

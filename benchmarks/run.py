@@ -20,7 +20,7 @@ from benchmarks.harness.progress import Progress
 from benchmarks.harness.results import RESULTS, write
 from benchmarks.harness.session import Session, measured, show
 from benchmarks.workloads.items import items, named
-from tests.battery import ops_of
+from tests.conformance.tools import ops_of
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from benchmarks.harness.results import RESULTS, read, write
 from benchmarks.harness.session import Session, measure_item, show
 from benchmarks.workloads.items import Item, items, named, shape_text, sized, sweep
 from benchmarks.workloads.providers import providers
-from tests.battery import ops_of
+from tests.conformance.tools import ops_of
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks.harness import session  # noqa: E402
 from benchmarks.workloads.items import Item, items, named, passes  # noqa: E402
 from benchmarks.workloads.providers import providers  # noqa: E402
-from tests.battery import cast, ops_of  # noqa: E402
+from tests.conformance.tools import cast, ops_of  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = os.environ.get("FASTLOSS_BENCH_DTYPES", "float32 bfloat16" if DEVICE == "cuda" else "float32").split()

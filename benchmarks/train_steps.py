@@ -28,7 +28,7 @@ from benchmarks.harness.results import RESULTS, read, write
 from benchmarks.workloads.items import shape_of
 from benchmarks.workloads.providers import providers
 from benchmarks.workloads.train_steps import CLIP_OPTIONS, STEPS, WIDTH, Step
-from tests.cases import CASES
+from tests.conformance.cases import CASES
 
 BATCHES = {"cpu": (256, 1024, 4096), "cuda": (1024, 4096, 16384, 65536)}
 TOLERANCE = {"float32": 2e-3, "bfloat16": 0.1}

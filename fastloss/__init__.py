@@ -1,36 +1,59 @@
 """fastloss: fused losses for contrastive and generative training in PyTorch."""
 
 from ._version import __version__
-from .losses.attention import (
+from .attention import (
     AttentionConsistencyFromQK,
     AttentionConsistencyLoss,
     attention_consistency_from_qk,
     attention_consistency_loss,
 )
-from .losses.composite import CompositeLoss
-from .losses.contrastive import (
+from .contrastive import (
     ClipLoss,
     ContrastiveLoss,
+    ContrastiveOutput,
     InfoNCELoss,
+    LossAndGrads,
+    NegativeSampling,
+    NTXentLoss,
+    SigLipLoss,
+    SupConLoss,
     clip_loss,
     info_nce,
+    loss_and_grads,
+    nt_xent_loss,
+    siglip_loss,
+    supcon_loss,
 )
-from .losses.contrastive_batch import NTXentLoss, SupConLoss, nt_xent_loss, supcon_loss
-from .losses.contrastive_cached import LossAndGrads, loss_and_grads
-from .losses.contrastive_reference import ContrastiveOutput, NegativeSampling
-from .losses.contrastive_siglip import SigLipLoss, siglip_loss
-from .losses.dists import DISTSDistance, dists_distance
-from .losses.diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
-from .losses.image import ImageLoss, ImageLosses, image_loss
-from .losses.lpips import LPIPSDistance, lpips_distance
-from .losses.perceptual import FeatureDistance, feature_distance
-from .losses.perceptual_execution import Execution
-from .losses.perceptual_network import PerceptualLoss
-from .losses.perceptual_tap import tap
-from .losses.pixel import PixelLoss, pixel_loss
-from .losses.smoothness import SmoothnessLoss, smoothness_loss
-from .losses.ssim import MSSSIMLoss, SSIMLoss, ms_ssim_loss, ssim_loss
-from .losses.style import StyleDistance, gram_matrix, style_distance
+from .core import use_backend
+from .diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
+from .fusion import CompositeLoss
+from .image import (
+    ImageLoss,
+    ImageLosses,
+    MSSSIMLoss,
+    PixelLoss,
+    SmoothnessLoss,
+    SSIMLoss,
+    image_loss,
+    ms_ssim_loss,
+    pixel_loss,
+    smoothness_loss,
+    ssim_loss,
+)
+from .perceptual import (
+    DISTSDistance,
+    Execution,
+    FeatureDistance,
+    LPIPSDistance,
+    PerceptualLoss,
+    StyleDistance,
+    dists_distance,
+    feature_distance,
+    gram_matrix,
+    lpips_distance,
+    style_distance,
+    tap,
+)
 
 __all__ = [
     "AttentionConsistencyFromQK",
@@ -81,4 +104,5 @@ __all__ = [
     "style_distance",
     "supcon_loss",
     "tap",
+    "use_backend",
 ]

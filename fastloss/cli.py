@@ -86,14 +86,14 @@ def bench(context: Any) -> None:
 
 def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:
     """Train the text-to-image system; writes pictures, curves, metrics, a report and a checkpoint to --out."""
-    from .imagen.run import train as job
+    from .recipes.imagen.run import train as job
 
     print(job(config, explicit, resume))
 
 
 def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
     """Search the fusion weights with short runs; a second call with the same --out goes on with the search."""
-    from .imagen.run import tune as job
+    from .recipes.imagen.run import tune as job
 
     print(job(config, trials))
 
@@ -105,7 +105,7 @@ OTHER_DEFAULTS: dict[str, dict[str, Any]] = {"tune": {"steps": 200, "out": "runs
 
 def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[..., None]:
     """`command` with an option for every field of `Config`, and one for each parameter of its own."""
-    from .imagen.config import Config
+    from .recipes.imagen.config import Config
 
     hints = typing.get_type_hints(Config)
     defaults = OTHER_DEFAULTS.get(command.__name__, {})
@@ -143,7 +143,7 @@ def _given(context: Any, name: str) -> bool:
 
 def _sample_command(typer: Any) -> Callable[..., None]:
     def sample(caption, checkpoint, out, count, seed, device):  # type: ignore[no-untyped-def]
-        from .imagen.run import sample as job
+        from .recipes.imagen.run import sample as job
 
         with _one_line_errors(options):
             print(job(Path(checkpoint), caption, Path(out), count, seed, device))
@@ -182,7 +182,7 @@ def _in_options(message: str, options: Collection[str]) -> str:
 
 @contextlib.contextmanager
 def _one_line_errors(options: Collection[str]) -> Iterator[None]:
-    from .imagen.train import Interrupted
+    from .recipes.training.interrupt import Interrupted
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:

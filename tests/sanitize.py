@@ -5,7 +5,7 @@ printed once with its place and the runs that met it; the whole reports stay in 
 where there is a finding, a test that fails or a process that dies, else 0. Leaks are not looked for: Python and torch
 keep memory until the process ends.
 
-    python -m tests.sanitize --isa avx2 --threads 2 -k pixel tests/test_pixel_kernels.py --calls 0
+    python -m tests.sanitize --isa avx2 --threads 2 -k pixel tests/image/test_pixel.py --calls 0
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import ROOT, kernel_files
+
 BUILD = ROOT / "build" / "sanitize"
 LOGS = BUILD / "logs"
 EXTENSION = BUILD / "fastloss" / "_C.abi3.so"
@@ -37,8 +38,8 @@ VALUES = re.compile(r"0x[0-9a-f]+|-?\d+(?:\.\d+)?(?:e[+-]?\d+)?")  # differ from
 # Left out: what never gets to a kernel (gradcheck), what compiles for minutes and calls the same kernels, and what
 # looks at the installed library or at the memory of the process.
 CHOICE = (
-    "(cpp or kernels or bf16_product) and not reference and not compiles and not opcheck and not gradcheck "
-    "and not stable_abi and not triton"
+    "(cpp or kernels or test_matmul) and not reference and not compiles and not opcheck and not gradcheck "
+    "and not stable_abi and not triton and not test_blocking"
 )
 
 
@@ -84,8 +85,8 @@ def instruction_sets() -> list[str]:
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*_kernels.py"))
-    files = options.files or [*kernels, "tests/test_cpp.py", "tests/test_bf16_product.py", "tests/test_losses.py"]
+    others = ("core/test_cpp.py", "core/test_matmul.py", "conformance/test_every_loss.py")
+    files = options.files or [*kernel_files(), *(f"tests/{name}" for name in others)]
     choice = f"({CHOICE}) and ({options.k})" if options.k else CHOICE
     pytest = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", choice, *files)
     pairs = list(itertools.product(options.isa or instruction_sets(), options.threads))

@@ -56,7 +56,7 @@ def test_every_instruction_set_and_thread_count_has_its_runs():
     runs = sanitize.plan(options)
     names = {run.name for run in runs if run.job == "tests"}
     assert names == {f"tests-{isa}-{threads}" for isa in ("default", "avx2") for threads in (1, 2)}
-    assert all(run.command[-1] == "tests/test_losses.py" for run in runs if run.job == "tests")
+    assert all(run.command[-1] == "tests/conformance/test_every_loss.py" for run in runs if run.job == "tests")
     fuzz = [run for run in runs if run.job == "fuzz"]
     assert len(fuzz) == 4 and all("20" in run.command for run in fuzz)
     assert len({run.command for run in fuzz}) == 4  # each draws its own

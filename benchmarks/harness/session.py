@@ -17,7 +17,7 @@ from benchmarks.harness.memory import Child
 from benchmarks.harness.progress import Progress
 from benchmarks.workloads.items import MODES, Item, passes
 from benchmarks.workloads.providers import Function, absent, providers
-from tests.battery import cast, cast_options, to_device
+from tests.conformance.tools import cast, cast_options, to_device
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # tf32 passes
 

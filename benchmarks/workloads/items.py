@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from tests.battery import leaves
-from tests.cases import CASES, Case, Draw
+from tests.conformance.cases import CASES, Case, Draw
+from tests.conformance.tools import leaves
 
 MODES = ("forward", "backward", "both")
 BATCHES = tuple(256 * 2**k for k in range(11))  # 256 to 262144

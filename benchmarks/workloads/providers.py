@@ -2,7 +2,7 @@
 
 An adapter says how a library computes what a row asks for: it takes the row's options and gives a function of the row's
 inputs, or None where the library has nothing of the kind. Imports are inside, so that a missing library is one row
-"absent". A row of `tests/cases.py` may bring providers of its own, `extra={"rivals": {name: function}}`.
+"absent". A row of `tests/conformance/cases` may bring providers of its own, `extra={"rivals": {name: function}}`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from tests.cases import Case
+from tests.conformance.cases import Case
 
 Function = Callable[..., torch.Tensor]
 AUTOTUNE = "torch.compile max-autotune"

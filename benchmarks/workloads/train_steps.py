@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.workloads.items import shape_of
 from benchmarks.workloads.providers import providers
-from tests.cases import CASES
+from tests.conformance.cases import CASES
 
 WIDTH = 512
 CLIP_OPTIONS = {"logit_scale": 14.3, "normalize": True}
@@ -59,10 +59,10 @@ def clip_step(shape: str, dtype: str, device: str, provider: str) -> Step:
 def imagen_step(shape: str, dtype: str, device: str, provider: str) -> Step:
     """A step of `fastloss train --data digits`, of its default size, on random images and captions."""
     from fastloss import PerceptualLoss
-    from fastloss.imagen.backbone import DigitsBackbone, DigitsClassifier
-    from fastloss.imagen.build import make_model, make_tokenizer
-    from fastloss.imagen.config import Config
-    from fastloss.imagen.losses import ImagenLosses, caption_ids, make_views
+    from fastloss.recipes.imagen.build import make_model, make_tokenizer
+    from fastloss.recipes.imagen.config import Config
+    from fastloss.recipes.imagen.digits_backbone import DigitsBackbone, DigitsClassifier
+    from fastloss.recipes.imagen.losses import ImagenLosses, caption_ids, make_views
 
     torch.manual_seed(0)
     config = Config(losses="fast" if provider == "fastloss" else "reference")

@@ -48,7 +48,7 @@ def replay(which: list[str], names: list[str] | None) -> int:
     from tests.fuzz.shrink import shrunk
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        import tests.interpreter  # noqa: F401 patches Triton's interpreter
+        import tests.triton.interpreter  # noqa: F401 patches Triton's interpreter
     failed = False
     for word in which:
         name, _, rest = word.rpartition(":") if word.count(":") < 2 else (word.split(":")[0], "", word.split(":", 1)[1])

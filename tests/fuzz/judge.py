@@ -1,8 +1,8 @@
 """A call -> its failure, if it has one.
 
 Three runs: the float64 reference, the call itself, and where these differ by more than one rounding the eager
-reference in the call's own dtype. The rule of tests/battery.py (Errors) then decides. It speaks of all samples of a
-kind, since on one of them eager may be exact by luck, and a drawn call is one: so where it fails on the call alone,
+reference in the call's own dtype. The rule of conformance/tools.py (Errors) then decides. It speaks of all samples of
+a kind, since on one of them eager may be exact by luck, and a drawn call is one: so where it fails on the call alone,
 eager's error is the largest of that and of some runs with random rounding to the dtype (rounding.py).
 
 The dtype whose eps counts: that of the inputs for the contrastive losses, whose kernels multiply in it, as eager does;
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastloss.core import use_backend
-from tests.battery import INTERPRETING, Errors
+from tests.conformance.tools import INTERPRETING, Errors
 from tests.fuzz import targets
 from tests.fuzz.draw import Call
 from tests.fuzz.drawer import FLOATS

@@ -80,7 +80,7 @@ def _work(pipe: Connection) -> None:
     """A process: takes batches of cases, tells which one it begins, and what came out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        import tests.interpreter  # noqa: F401 patches Triton's interpreter
+        import tests.triton.interpreter  # noqa: F401 patches Triton's interpreter
     from tests.fuzz import judge  # noqa: F401 before the first call is timed
 
     shrunk_groups: set = set()

@@ -15,10 +15,11 @@ from torch.utils._pytree import tree_map_only
 
 import fastloss
 from fastloss.core import Loss
-from fastloss.losses.composite import WEIGHTINGS
+from fastloss.fusion.rules import WEIGHTINGS
 
 # Types whose objects other calls take or return: each is drawn with those.
-PARTS = {"ContrastiveOutput", "Execution", "ImageLosses", "LossAndGrads", "NegativeSampling", "__version__"}
+PARTS = {"ContrastiveOutput", "Execution", "ImageLosses", "LossAndGrads", "NegativeSampling", "__version__",
+         "use_backend"}  # fmt: skip
 
 
 class Network(nn.Module):
@@ -101,7 +102,7 @@ SPECIAL: dict[str, Callable] = {
 @functools.cache
 def names() -> list[str]:
     """What is called: every public function, and the modules that are not a function's options alone."""
-    functions = [name for name in fastloss.__all__ if inspect.isfunction(getattr(fastloss, name))]
+    functions = [name for name in fastloss.__all__ if inspect.isfunction(getattr(fastloss, name)) and name not in PARTS]
     return sorted({*functions, *SPECIAL})
 
 

@@ -1,0 +1,43 @@
+"""Contrastive losses of embeddings: each query is to pick its own key out of many.
+
+info_nce.py          InfoNCE, all options, and the ContrastiveLoss of text-to-image training
+clip.py              CLIP's symmetric softmax loss
+siglip.py            SigLIP's sigmoid loss, with its op
+supcon.py            SupCon: the positives are the rows of the same label
+nt_xent.py           NT-Xent: two views of each sample
+loss_and_grads.py    a loss and its gradients without the caller's graph, for gradient caching
+options.py           NegativeSampling, ContrastiveOutput, and the options of the softmax losses
+checks.py            checks of arguments, and the last step of every loss here
+embeddings.py        embeddings as the losses take them: dtype, lengths, scales
+query_key_losses.py  the softmax losses of queries against keys, from the ops' results
+row_losses.py        the definition: losses of rows from the statistics of their negatives
+save_plan.py         what the ops keep for their backward
+ops/                 the ops of the softmax losses
+kernels/             their Triton kernels
+"""
+
+from .clip import ClipLoss, clip_loss
+from .info_nce import ContrastiveLoss, InfoNCELoss, info_nce
+from .loss_and_grads import LossAndGrads, loss_and_grads
+from .nt_xent import NTXentLoss, nt_xent_loss
+from .options import ContrastiveOutput, NegativeSampling
+from .siglip import SigLipLoss, siglip_loss
+from .supcon import SupConLoss, supcon_loss
+
+__all__ = [
+    "ClipLoss",
+    "ContrastiveLoss",
+    "ContrastiveOutput",
+    "InfoNCELoss",
+    "LossAndGrads",
+    "NTXentLoss",
+    "NegativeSampling",
+    "SigLipLoss",
+    "SupConLoss",
+    "clip_loss",
+    "info_nce",
+    "loss_and_grads",
+    "nt_xent_loss",
+    "siglip_loss",
+    "supcon_loss",
+]

@@ -1,0 +1,92 @@
+"""CLIP: the symmetric softmax loss of two sets of paired embeddings."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..core import Loss, full_precision, result_dtype
+from ..core.inference import takes_inference_tensors
+from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, finish
+from .options import ContrastiveOutput, SoftmaxForm
+from .query_key_losses import softmax_loss, softmax_rows
+
+
+@takes_inference_tensors
+def clip_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None = None,
+    normalize: bool = False,
+    label_smoothing: float = 0.0,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+) -> Tensor | ContrastiveOutput:
+    r"""CLIP's symmetric softmax loss, in open_clip's convention.
+
+    With :math:`s = \mathrm{logit\_scale} \cdot I T^\top + b`, the mean of ``cross_entropy(s, arange(M))`` and
+    ``cross_entropy(s.T, arange(M))``.
+
+    Args:
+        image: embeddings [M, D], float16, bfloat16, float32 or float64.
+        text: embeddings [M, D]; row i is the positive of image i.
+        logit_scale: factor of the similarities, > 0, already exponentiated (``log_scale.exp()``): a number, or a
+            one-element tensor, whose gradient is exact.
+        logit_bias: added to every logit, a number or a one-element tensor; it cancels in this loss.
+        normalize: False, as in open_clip: the embeddings are taken as they are. True: cosine similarity.
+        label_smoothing: as in :func:`info_nce`.
+        image_ids: integers [M]; a negative pair with equal ids is left out, in both directions.
+        text_ids: integers [M]; when only one of the two is given it serves both.
+        weights: one weight >= 0 per pair [M], or a bool mask, as in :func:`info_nce`: 0 leaves out both directions of
+            the pair, whose embeddings remain negatives of the other pairs.
+        reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the M pairs, each the
+            mean of its two directions.
+        return_lse: return ``(loss, lse, top1)`` with [2, M] by-products, see :class:`ContrastiveOutput`.
+        workspace_mib: as in :func:`info_nce`.
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError, ValueError: as :func:`info_nce`; logit_scale <= 0 or not finite.
+
+    Source: Radford et al., "Learning transferable visual models from natural language supervision", 2021; open_clip's
+    ``ClipLoss``.
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> round(clip_loss(x, x, logit_scale=1.0).item(), 4)
+        0.7437
+    """
+    check_embeddings("image", image)
+    check_embeddings("text", text, image, "image", rows=True)
+    normalize, return_lse = check_flags(normalize=normalize, return_lse=return_lse)
+    rows = image.shape[0]
+    if image_ids is not None:
+        image_ids = check_integers("image_ids", image_ids, (rows,), image)
+    if text_ids is not None:
+        text_ids = check_integers("text_ids", text_ids, (rows,), image)
+    workspace_mib, label_smoothing = check_shared(image, weights, workspace_mib, label_smoothing)
+    dtype = result_dtype(image, text)
+    scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
+    bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
+    form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
+    ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
+    if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
+        loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)
+        if loss is not None:
+            return loss
+    with full_precision(image):
+        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, excluded(weights))
+        return finish(out, weights, reduction, return_lse)
+
+
+class ClipLoss(Loss):
+    """Module form of :func:`clip_loss`; `logit_scale` is given here or at each call."""
+
+    fn = staticmethod(clip_loss)

@@ -1,0 +1,63 @@
+"""Embeddings as the losses take them: their dtype, their lengths, the scales of their products."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import is_interpreting
+from ..core.traced import filled
+
+TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with everything, gradient 0
+
+
+def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / |x| of each row, 0 without gradient for zero vectors."""
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    return 1 / length.masked_fill(length <= TINY_NORM, math.inf)
+
+
+def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return (a.to(dtype) * b.to(dtype)).sum(-1)
+
+
+def widened(x: Tensor) -> Tensor:
+    """On the CPU in float32: the parts of a gradient then add up before they are rounded."""
+    on_cpu = x.device.type == "cpu" and not is_interpreting()
+    return x.float() if on_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def against_themselves(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
+    """What the op gets of rows that meet one another, and the inverse lengths that it is to multiply with, if any.
+
+    float32 comes at unit length already. Half precision keeps its dtype, in which a device multiplies fastest.
+    """
+    x = widened(x)
+    if normalize and x.dtype in (torch.bfloat16, torch.float16):
+        return x, inverse_length(x, dtype)
+    return embed(x, dtype if normalize else x.dtype, normalize), None
+
+
+def are_bfloat16(one: Tensor, two: Tensor) -> bool:
+    """Whether, on the CPU, both are bfloat16, so that their products may be made in it after all."""
+    return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
+
+
+def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of each row's products: the scale, times the inverse lengths of normalised rows."""
+    if lengths is not None:
+        return lengths * scale
+    if isinstance(scale, Tensor):
+        return scale.expand(like.shape[0])
+    return filled((like.shape[0],), scale, dtype, like.device)
+
+
+def embed(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
+    """`x` in `dtype`, rows at unit length if asked; zero vectors stay zero and get no gradient."""
+    x = x.to(dtype)
+    if not normalize:
+        return x
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / length.masked_fill(length <= TINY_NORM, math.inf)

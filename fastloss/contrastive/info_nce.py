@@ -1,0 +1,235 @@
+"""InfoNCE: the softmax contrastive loss between two sets of embeddings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..core import Loss, full_precision, result_dtype
+from ..core.checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
+from ..core.inference import takes_inference_tensors
+from .checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_negatives,
+    check_sampling,
+    check_shared,
+    check_targets,
+    excluded,
+    finish,
+    inverse,
+    without,
+)
+from .options import ContrastiveOutput, NegativeSampling, SoftmaxForm
+from .query_key_losses import softmax_loss, softmax_rows
+
+
+@takes_inference_tensors
+def info_nce(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    include_positive: bool = True,
+    symmetric: bool = False,
+    normalize: bool = True,
+    label_smoothing: float = 0.0,
+    bias: float | Tensor | None = None,
+    query_ids: Tensor | None = None,
+    key_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    in_batch: bool | None = None,
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+    targets: Tensor | None = None,
+    sampling: NegativeSampling | None = None,
+) -> Tensor | ContrastiveOutput:
+    r"""InfoNCE: each query must pick its own key out of the candidates.
+
+    With :math:`s_{ij} = \mathrm{sim}(q_i, k_j) / \tau + b_j`, the positive :math:`p` and the negatives :math:`A_i`::
+
+        include_positive=True    -log( exp(s_ip) / (exp(s_ip) + sum_{j in A_i} exp(s_ij)) )
+        include_positive=False   -log( exp(s_ip) / sum_{j in A_i} exp(s_ij) )                 decoupled, may be negative
+
+    A row that has no negatives left has loss 0 and gradient 0, and counts in the mean.
+
+    Args:
+        query: embeddings [M, D], float16, bfloat16, float32 or float64.
+        key: embeddings [N, D]; row i is the positive of query i, or row ``targets[i]``.
+        negatives: None: the other keys are the negatives. [K, D] shared by all rows or [M, K, D] per row: those alone,
+            and the other keys too with ``in_batch=True``. Gradients flow to all three.
+        temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
+        include_positive: see above; False is the decoupled form, the sum over negatives only.
+        symmetric: mean of the loss above and that of the keys against the queries; M = N, in-batch, no `targets`.
+        normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
+        label_smoothing: share in [0, 1] of the target spread evenly over the positive and its negatives.
+        bias: added to the logits: a number, a one-element tensor, or one value per key [N] (with shared negatives
+            [N + K]), such as a log sampling probability. Gradients flow to it.
+        query_ids: integers [M]. A negative whose id equals the query's is a false negative and left out.
+        key_ids: integers [N], or [N + K] with shared `negatives`. With M = N and no `targets` one of the two will do.
+        weights: one weight >= 0 per row [M], or a bool mask, no gradient. 0 leaves the row out, be it NaN; its key
+            stays a negative of the others, and so does its query with `symmetric`, which both directions leave out.
+        reduction: ``"mean"`` (weighted: sum / sum of weights, 0 if that is 0), ``"sum"``, ``"none"``: weighted [M].
+        in_batch: whether the other keys are negatives; None: only when `negatives` is None.
+        return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0, for any M, N, K; the reference holds [M, N + K].
+        targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
+        sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError, ValueError: types, shapes, devices or options that do not fit, targets out of range (on the CPU; on a
+            GPU an assertion of the device), ``"mean"`` of an empty batch.
+
+    Source: van den Oord et al., "Contrastive predictive coding", 2018; Yeh et al., "Decoupled contrastive learning".
+
+    Example:
+        >>> loss = info_nce(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
+        >>> round(loss.item(), 4)
+        0.7437
+    """
+    include_positive, symmetric, normalize, return_lse = check_flags(
+        include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse
+    )
+    in_batch, targets, columns = _candidates(query, key, negatives, in_batch, symmetric, targets)
+    ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
+    check_sampling(sampling, normalize, bias)
+    workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
+    scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
+    form = SoftmaxForm(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
+    dropped = excluded(weights)
+    query = query if symmetric else without(query, dropped)  # a symmetric loss has each query among its negatives
+    plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)
+    given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
+    if plain and (loss := softmax_loss(*given)) is not None:
+        return loss
+    with full_precision(query):
+        rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib, dropped)
+        return finish(rows, weights, reduction, return_lse)
+
+
+def _candidates(
+    query: Any, key: Any, negatives: Any, in_batch: bool | None, symmetric: bool, targets: Any
+) -> tuple[bool, Tensor | None, int]:
+    """Checks the embeddings; whether the other keys are negatives, the targets, and the number of shared columns."""
+    check_embeddings("query", query)
+    check_embeddings("key", key, query, "query")
+    rows, keys = query.shape[0], key.shape[0]
+    if negatives is not None:
+        check_negatives(negatives, query)
+    in_batch = _in_batch(in_batch, negatives)
+    if symmetric:
+        _check_symmetric(rows, keys, targets, in_batch)
+    if targets is not None:
+        targets = check_targets(targets, rows, keys, query)
+    elif keys < rows:
+        raise ValueError(f"key: expected at least query's {rows} rows when targets is None, got {keys}")
+    shared = negatives.shape[0] if negatives is not None and negatives.ndim == 2 else 0
+    return in_batch, targets, keys + shared
+
+
+def _in_batch(in_batch: Any, negatives: Tensor | None) -> bool:
+    if in_batch is None:
+        return negatives is None
+    in_batch = check_flag("in_batch", in_batch)
+    if not in_batch and negatives is None:
+        raise ValueError("in_batch: False leaves no negatives; pass `negatives` too")
+    return in_batch
+
+
+def _check_symmetric(rows: int, keys: int, targets: Any, in_batch: bool) -> None:
+    if rows != keys or targets is not None:
+        raise ValueError(
+            f"symmetric: expected as many keys as queries and no targets, got {rows} queries, {keys} keys"
+            + (", and targets" if targets is not None else "")
+        )
+    if not in_batch:
+        raise ValueError("symmetric: the keys' direction has in-batch negatives only; pass in_batch=True")
+
+
+def _ids(
+    query_ids: Tensor | None, key_ids: Tensor | None, query: Tensor, key: Tensor, columns: int, diagonal: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    rows, keys = query.shape[0], key.shape[0]
+    if query_ids is not None:
+        query_ids = check_integers("query_ids", query_ids, (rows,), query)
+    if key_ids is not None:
+        key_ids = check_integers("key_ids", key_ids, (keys, columns), query)
+    if (query_ids is None) == (key_ids is None):
+        return query_ids, key_ids
+    if rows != keys or not diagonal:
+        missing = "key_ids" if key_ids is None else "query_ids"
+        raise ValueError(f"{missing}: expected it beside the other ids, as queries and keys are not paired one to one")
+    return (query_ids, query_ids) if key_ids is None else (key_ids[:rows], key_ids)
+
+
+def _scale_and_bias(
+    temperature: Any, bias: Any, query: Tensor, key: Tensor, negatives: Tensor | None, columns: int
+) -> tuple[Tensor | float, Tensor | float | None]:
+    """The factor of the similarities, and what is added: one number for all, one per shared column, or nothing."""
+    dtype = result_dtype(query, key, negatives)
+    scale = inverse(temperature, query, dtype)
+    if bias is None:
+        return scale, None
+    if not isinstance(bias, Tensor) or bias.ndim == 0:
+        return scale, as_scalar("bias", bias, query, dtype, positive=False)
+    check_tensor("bias", bias)
+    per_sample = negatives is not None and negatives.ndim == 3
+    if bias.numel() == 1 and (columns != 1 or per_sample):
+        return scale, bias.reshape(()).to(dtype)
+    if bias.shape != (columns,) or per_sample:
+        wanted = "one element (per-sample negatives have no columns)" if per_sample else f"one element or [{columns}]"
+        raise ValueError(f"bias: expected a number or a tensor of {wanted}, got shape {tuple(bias.shape)}")
+    check_same_device("query", query, "bias", bias)
+    return scale, bias.to(dtype)
+
+
+class InfoNCELoss(Loss):
+    """Module form of :func:`info_nce`. A `temperature` given as a Parameter is learned; keep it > 0."""
+
+    fn = staticmethod(info_nce)
+
+
+class ContrastiveLoss(Loss):
+    r"""The contrastive loss of a text-to-image training loop: :func:`info_nce` of texts against images.
+
+    ``ContrastiveLoss(temp=0.1)(text_emb, image_emb, negative_embs=None)`` with text_emb and image_emb [M, D] and
+    negative_embs [K, D] (shared) or [M, K, D] (per text); None: the other images of the batch.
+
+    Args:
+        temp: temperature, a number > 0 or a one-element tensor; a Parameter is learned.
+        **options: those of :func:`info_nce`, e.g. ``include_positive=False``, the sum over negatives only.
+
+    Example:
+        >>> loss = ContrastiveLoss(temp=0.1)(torch.eye(4), torch.eye(4))
+    """
+
+    fn = staticmethod(info_nce)
+
+    def __init__(self, temp: float | Tensor = 0.1, **options: Any) -> None:
+        if "temperature" in options:
+            raise TypeError("ContrastiveLoss: the option is called temp here, got 'temperature'")
+        check_no_graph(type(self).__name__, "temp", temp)
+        if not isinstance(temp, Tensor):
+            temp = check_number("temp", temp, 0, open_low=True)
+        super().__init__(temperature=temp, **options)
+
+    @property
+    def temp(self) -> float | Tensor:
+        return self.temperature
+
+    @temp.setter
+    def temp(self, value: float | Tensor) -> None:
+        self.temperature = value
+
+    def forward(
+        self, text_emb: Tensor, image_emb: Tensor, negative_embs: Tensor | None = None, **overrides: Any
+    ) -> Tensor | ContrastiveOutput:
+        return super().forward(text_emb, image_emb, negative_embs, **overrides)

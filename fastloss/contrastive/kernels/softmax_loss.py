@@ -1,0 +1,228 @@
+"""Triton kernels of the plain softmax losses (see ops/softmax_loss.py): the tiles' are those of the softmax op.
+
+Around them one kernel makes the scales r_i = scale factor c(query_i), c(key_j) and the positives p_i; one the losses
+from p and the log-sum-exps n; the same makes what the kernel of G takes, the gradients of n and, of the positives,
+
+    -sum of d out / d n_i over the directions        (the loss depends on n - p alone)
+
+and one ends the embeddings' gradients, v - <v, x> x / |x|^2 in their dtype. A forward that makes the gradients does all
+of this a chunk of rows at a time, as high as the exponentials that the workspace holds, which G then replaces in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.matmul import add_product, embeddings
+from ..save_plan import KEY, QUERY, SCALE, exponentials, kept_exponentials, triton_saves
+from .blocking import block_plan, chunk_plan
+from .embedding_gradients import Side, finish, scaled
+from .logit_matrix import Call
+from .norms import prepare
+from .passes import chunk_memory, half_range, kept, make_block, make_gradients, make_statistics, new_stash
+from .row_losses import plain_losses
+from .tile_configs import SPILLED
+
+
+class _Plain:
+    """One call's operands: padded embeddings, their scales, the positives, weights."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, targets: Tensor | None, include_positive: bool, symmetric: bool,
+        normalize: bool, share: Tensor | None, reduction: str, lengths: Tensor, positive: Tensor,
+    ) -> None:  # fmt: skip
+        self.query, self.key, self.width = embeddings(query), embeddings(key), query.shape[1]
+        self.m, self.n = query.shape[0], key.shape[0]
+        self.targets = None if targets is None else targets.contiguous()
+        self.share = None if share is None else share.contiguous()
+        self.normalize, self.include_positive, self.directions = normalize, include_positive, 1 + symmetric
+        self.kind = "+".join(["diagonal"] * (targets is None) + ["symmetric"] * symmetric)
+        self.reduction, self.factor = reduction, 1.0 / self.m if reduction == "mean" and self.m else 1.0
+        self.row_scale, self.positive = lengths[: self.m], positive
+        self.column_scale = lengths[self.m :] if normalize else None
+
+    def prepare(self, scale: Tensor | None, factor: float) -> None:
+        prepare(
+            self.query, self.key, scale, factor, self.targets, (self.row_scale, self.column_scale, self.positive)
+        )
+
+    def call(
+        self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool, workspace_mib: float = 0.0
+    ) -> Call:
+        rows = (self.row_scale[part], None if excluded is None else excluded[part], None, None)
+        columns = (self.column_scale, None, None)
+        return Call(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps, workspace_mib)
+
+    def losses(
+        self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, pulls: Tensor | None
+    ) -> None:
+        """Losses of these rows and, where `pulls` is given, what the kernel of G takes."""
+        plain_losses(
+            stats, self.positive[part], None if self.share is None else self.share[part], self.reduction,
+            self.include_positive, None if loss is None else loss[part], pulls, grad, self.directions, self.factor,
+        )  # fmt: skip
+
+
+def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor], workspace_mib: float) -> None:
+    """Losses and gradients of one direction, chunk by chunk: `made` are those of query, key and the scale, or empty."""
+    of_query, of_key, of_scale = made
+    like, width, whole = plain.query, plain.width, slice(0, plain.m)
+    height, size, pitch = chunk_plan(plain.m, plain.n, like.element_size(), workspace_mib)
+    stash, factor = like.new_empty(size), None
+    kind, excluded = plain.kind, plain.targets
+    if excluded is None and height < plain.m:  # a chunk knows no diagonal
+        kind, excluded = "", torch.arange(plain.m, device=like.device)
+    if like.dtype == torch.float16:
+        bound = loss.new_full((1, 2, plain.m), plain.factor)
+        factor = half_range(
+            bound if plain.share is None else bound * plain.share, plain.call(whole, kind, excluded, False, True)
+        )
+    for start in range(0, plain.m, height):
+        part = slice(start, min(start + height, plain.m))
+        count = part.stop - start
+        call = plain.call(part, kind, excluded, False, True)
+        keep, work, room = chunk_memory(call, stash, count, pitch)
+        stats, pulls = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
+        make_statistics(call, stats, keep, room)
+        plain.losses(part, stats, None, loss, pulls)
+        given = (stats, pulls, factor, *keep, pulls[2])
+        block = make_block(call, work, None, given, (0, 0, count, plain.n), pitch, room is not None)
+        if of_query.shape[0] or of_scale.shape[0]:
+            v = of_query[part] if of_query.shape[0] else loss.new_empty((count, width))
+            add_product(v, block, plain.key[:, :width], True)
+            dot = of_scale[part] if of_scale.shape[0] else None
+            if plain.normalize or factor is not None or dot is not None:
+                finish(v, call.query, v, None, dot, factor, plain.normalize)
+        if of_key.shape[0]:
+            add_product(of_key, block.T, call.query[:, :width], start == 0)
+    if of_key.shape[0] and (plain.normalize or factor is not None):
+        finish(of_key, plain.key, of_key, None, None, factor, plain.normalize)
+
+
+def contrastive_plain_fwd(
+    query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None, factor: float,
+    include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int, workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (m, width), n = query.shape, key.shape[0]
+    with on_device(query):
+        single = query.new_empty(0, dtype=torch.float32)
+        saved = triton_saves(symmetric, reduction, needs)
+        loss, stats = single.new_empty(m), single.new_empty((2 * (1 + symmetric) + 1, m))
+        lengths = single.new_empty(m + n * normalize)
+        grads = saved == "grads"
+        made = (
+            single.new_empty((m if grads and needs & QUERY else 0, width)),
+            single.new_empty((n if grads and needs & KEY else 0, width)),
+            single.new_empty(m if grads and needs & SCALE else 0),
+        )
+        kind = "symmetric" * symmetric + "+stash" * (saved == "again")
+        elements, pitch = kept_exponentials(query, key, None, kind, 0.0, workspace_mib)
+        stash = new_stash(query, elements)
+        if m and n:
+            plain = _Plain(
+                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
+            )
+            plain.prepare(scale, factor)
+            if grads:
+                _make_grads(plain, loss, made, workspace_mib)
+            else:
+                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0, workspace_mib)
+                make_statistics(call, stats[:-1].view(1 + symmetric, 2, m), kept(stash, m, pitch))
+                plain.losses(slice(0, m), stats, None, loss, None)
+        else:
+            for each in (loss, *made):
+                each.zero_()
+        out = loss if reduction == "none" else getattr(loss, reduction)()
+        again = saved == "again"
+        kept_stats, kept_lengths = (stats, lengths) if again else (single.new_empty((stats.shape[0], 0)), single)
+        return out, kept_stats, kept_lengths, stash, *made
+
+
+def contrastive_plain_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None,
+    factor: float, include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int,
+    workspace_mib: float, stats: Tensor, lengths: Tensor, stash: Tensor, query_grad: Tensor, key_grad: Tensor,
+    scale_grad: Tensor, needs_query: bool, needs_key: bool, needs_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    m, n = query.shape[0], key.shape[0]
+    none = grad.new_empty(0)
+    with on_device(query):
+        if m == 0 or n == 0:
+            grads = (query.new_zeros(query.shape if needs_query else 0), key.new_zeros(key.shape if needs_key else 0))
+            return *grads, torch.zeros_like(scale) if needs_scale and scale is not None else none
+        if triton_saves(symmetric, reduction, needs) == "grads":
+            rows = grad[:, None] if reduction == "none" else grad
+            of_query = scaled(query_grad, rows, query, needs_query)
+            of_key = scaled(key_grad, grad, key, needs_key)
+            dot = scale_grad * grad if needs_scale else none
+        else:
+            plain = _Plain(
+                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
+            )
+            of_query, of_key, dot = _again(
+                plain, grad.contiguous(), stats[:-1], stash, workspace_mib, (needs_query, needs_key, needs_scale)
+            )
+        if not needs_scale or scale is None:
+            return of_query, of_key, none
+        return of_query, of_key, (dot.sum() / scale).reshape(scale.shape)
+
+
+def _again(
+    plain: _Plain, grad: Tensor, stats: Tensor, stash: Tensor, workspace_mib: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of query and key from the statistics, and those of the scale times it, by rows."""
+    m, n, like, whole = plain.m, plain.n, plain.query, slice(0, plain.m)
+    call = plain.call(whole, plain.kind, plain.targets, True, stash.numel() > 0)
+    pulls = stats.new_empty((stats.shape[0] + 1, m))
+    plain.losses(whole, stats, grad, None, pulls)
+    elements = int(workspace_mib * 2**20) // like.element_size() - stash.numel()
+    high, wide = block_plan(m, n, elements, call.tile)
+    upstream = pulls[:-1].view(plain.directions, 2, m)
+    factor = half_range(upstream, call) if like.dtype == torch.float16 else None
+    needs_query, needs_key, needs_scale = needs
+    q = Side(like, plain.width, None, (needs_query, needs_scale), min(high, m), wide >= n, factor, plain.normalize)
+    k = Side(plain.key, plain.width, None, (needs_key, False), n, high >= m, factor, plain.normalize)
+    _, pitch = exponentials(m, n, like.element_size())
+    given = (stats, upstream, factor, *kept(stash, m, pitch), pulls[-1])
+    make_gradients(call, given, (high, wide), q, k, stats.new_empty(0))
+    return q.grad, k.grad, q.dot
+
+
+def _both_ways(*args: Any) -> None:
+    out, *made = contrastive_plain_fwd(*args)
+    contrastive_plain_bwd(*(torch.empty_like(out), *args, *made, True, True, True))
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every dtype, both directions and one, cosine or not, with targets and weights or not; small, odd, long."""
+    calls: list[tuple[torch.dtype, tuple[int, int, int], bool, bool, str]] = [
+        (torch.bfloat16, (8192, 8192, 768), True, True, "mean"),
+        (torch.bfloat16, (512, 512, 768), True, False, "mean"),
+        (torch.float16, (4099, 4099, 77), True, True, "none"),
+        (torch.float32, (1024, 1024, 512), True, True, "sum"),
+        (torch.bfloat16, (4096, 65536, 512), False, True, "mean"),
+        (torch.bfloat16, (300, 300, 512), False, False, "sum"),
+        (torch.float16, (4096, 4096, 512), False, True, "mean"),
+        (torch.float32, (4099, 5000, 77), False, True, "none"),
+    ]
+    for dtype, (rows, columns, width), symmetric, normalize, reduction in calls:
+        query, key = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
+        scale, share = (torch.empty(size, device="meta") for size in (1, rows))
+        targets = share.long() if rows < columns else None
+        matrix = ("_contrastive_fwd_kernel",) if dtype != torch.float32 else ()
+        for needs in (0, QUERY + KEY + SCALE):
+            args = (
+                query, key, scale, share if reduction == "sum" else None, targets, 1.0, True, symmetric, normalize,
+                reduction, needs, 256.0,
+            )  # fmt: skip
+            words = (str(dtype).removeprefix("torch."), (rows, columns, width), reduction)
+            label = " ".join(map(str, (*words, *["symmetric"] * symmetric, *["cosine"] * normalize, f"needs {needs}")))
+            spills = SPILLED if symmetric and dtype == torch.bfloat16 else 0
+            yield AotCase(f"forward {label}", contrastive_plain_fwd, args, (), matrix, spills)
+            if needs:
+                yield AotCase(f"backward {label}", _both_ways, args, spills=spills)

@@ -1,0 +1,185 @@
+"""Triton kernels of the softmax contrastive op (see ops/softmax_stats.py for its definition).
+
+The logits s_ij = r_i c_j <q_i, k_j> + b_j are made tile by tile with `tl.dot` and never stored. A row's or a column's
+state is
+
+    best     max of s over its allowed entries
+    mass     sum of e^s / 2^reference, reference = ceil(best / log 2)
+    total, count                  with MOMENTS: sum and number of the allowed s
+    hard, soft                    with HARD: sums of e^((1 + beta) (s - best)) and of e^(beta (s - best))
+
+The derivation: docs/design/contrastive.md
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.matmul import add_product, embeddings
+from ..save_plan import kept_exponentials
+from .blocking import block_plan, chunk_plan
+from .embedding_gradients import Side
+from .logit_matrix import Call
+from .passes import chunk_memory, half_range, kept, make_block, make_gradients, make_statistics, new_stash
+from .tile_configs import SPILLED
+
+_EMPTY = float("-inf")
+
+
+def contrastive_fwd(
+    query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
+    excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
+    hardness: float, workspace_mib: float, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    with on_device(query):
+        rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
+        elements, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = Call(query, key, rows, columns, kind, hardness, False, elements > 0, workspace_mib)
+        count = query.shape[0]
+        stats = row_scale.new_empty((call.directions, call.states, count))
+        stash = new_stash(query, elements)
+        if keep:
+            return make_pulls(query, key, rows, columns, kind, workspace_mib)
+        pulls = row_scale.new_empty(0, count, query.shape[1])
+        if count == 0 or key.shape[0] == 0:
+            stats.zero_()[:, :2] = _EMPTY
+            stats[:, 2 + 2 * call.moments :] = _EMPTY
+            return stats, stash, pulls
+        make_statistics(call, stats, kept(stash, count, pitch))
+        return stats, stash, pulls
+
+
+def make_pulls(
+    query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, workspace_mib: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics, no stash, and the pull of each row's log-sum-exp on it, a chunk of rows at a time."""
+    (m, width), n = query.shape, key.shape[0]
+    query, key = embeddings(query), embeddings(key)
+    stats, pulls = rows[0].new_empty((1, 2, m)), rows[0].new_empty((1, m, width))
+    if m == 0 or n == 0:
+        return stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_()
+    ones = torch.ones_like(stats)
+    rows = (rows[0], torch.arange(m, device=query.device) if "diagonal" in kind else rows[1], *rows[2:])
+    if query.dtype == torch.float32:  # the pulls are those before the rows' own scale, for which products have no place
+        query, rows = query * rows[0][:, None], (ones[0, 0], *rows[1:])
+    height, size, pitch = chunk_plan(m, n, query.element_size(), workspace_mib)
+    stash, factor = query.new_empty(size), None
+    if query.dtype == torch.float16:
+        factor = half_range(ones, Call(query, key, (torch.ones_like(rows[0]), None, None, None), columns, "", 0.0))
+    for start in range(0, m, height):
+        part = slice(start, min(start + height, m))
+        count, some = part.stop - start, tuple(None if v is None else v[part] for v in rows)
+        call = Call(query[part], key, some, columns, "", 0.0, False, True)
+        made, (keep, work, room) = stats.new_empty((1, 2, count)), chunk_memory(call, stash, count, pitch)
+        make_statistics(call, made, keep, room)
+        stats[:, :, part] = made
+        call.rows = (ones[0, 0, :count], *call.rows[1:])
+        given = (made, ones, factor, *keep, None)
+        block = make_block(call, work, None, given, (0, 0, count, n), pitch, room is not None)
+        add_product(pulls[0, part], block, key[:, :width], True)
+    if factor is not None:
+        pulls /= factor
+    return stats, query.new_empty(0), pulls
+
+
+def contrastive_bwd(
+    grad: Tensor, query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
+    excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
+    hardness: float, workspace_mib: float, keep: bool, stats: Tensor, stash: Tensor, pulls: Tensor, needs_query: bool,
+    needs_key: bool, needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (m, width), n = query.shape, key.shape[0]
+    with on_device(query):
+        if keep:
+            empty = row_scale.new_empty(0)
+            query_grad = query.new_empty(query.shape if needs_query else 0)
+            if needs_query:
+                torch.mul(pulls[0], (grad[0, 0] * row_scale)[:, None], out=query_grad)
+            dot = (pulls[0] * query).sum(1) * grad[0, 0] if needs_row_scale else empty
+            return query_grad, key.new_empty(0), dot, empty, empty
+        rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
+        _, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
+        call = Call(query, key, rows, columns, kind, hardness, True, pitch > 0)
+        elements = int(workspace_mib * 2**20) // query.element_size() - stash.numel()
+        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
+        factor = half_range(grad, call) if query.dtype == torch.float16 and m else None
+        needs = ((needs_query, needs_row_scale), (needs_key, needs_column_scale))
+        q = Side(call.query, width, call.rows[0], needs[0], min(high, m), wide >= n, factor)
+        k = Side(call.key, width, call.columns[0], needs[1], n, high >= m, factor)
+        bias_grad = row_scale.new_zeros(n if needs_bias else 0)
+        out = (q.grad, k.grad, q.dot, k.dot, bias_grad)
+        if m == 0 or n == 0:
+            for each in out:
+                each.zero_()
+            return out
+        given = (stats, grad.contiguous(), factor, *kept(stash, m, pitch), None)
+        make_gradients(call, given, (high, wide), q, k, bias_grad)
+    return out
+
+
+def _aot_call(
+    dtype: torch.dtype, shape: tuple[int, int, int], kind: str, extras: tuple[str, ...] = (), hardness: float = 0.0
+) -> tuple[tuple, tuple]:
+    """Arguments of the two launchers on the meta device; `extras` names the optional vectors that are given."""
+    rows, columns, width = shape
+    meta = torch.device("meta")
+    query, key = (torch.empty((size, width), dtype=dtype, device=meta) for size in (rows, columns))
+    floats = {"column_scale": columns, "bias": columns, "ceiling": rows}
+    vectors = {name: torch.empty(size, device=meta) if name in extras else None for name, size in floats.items()}
+    whole = {"excluded": rows, "row_ids": rows, "column_ids": columns}
+    ids = {
+        name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in extras else None
+        for name, size in whole.items()
+    }
+    given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
+    workspace_mib = rows * columns / 2**17  # one block of gradients, and a stash
+    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib, False)
+    count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
+    stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
+    needs = (True, True, True, "column_scale" in extras, "bias" in extras)
+    elements, _ = kept_exponentials(query, key, vectors["ceiling"], kind, hardness, workspace_mib)
+    stash = torch.empty(elements, dtype=dtype, device=meta)
+    return forward, (stats, *forward, stats, stash, torch.empty(0, device=meta), *needs)
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every tile of the table once at least, every option once at least, sizes that no block divides."""
+    half, brain, full = torch.float16, torch.bfloat16, torch.float32
+    clip, square, small = "diagonal+symmetric", (4096, 4096, 512), (200, 200, 77)
+    scaled = ("column_scale",)
+    calls: list[tuple[torch.dtype, tuple[int, int, int], str, tuple[str, ...], float]] = [
+        (brain, square, clip, scaled, 0.0),
+        (half, (4099, 4099, 77), clip, scaled, 0.0),
+        (brain, (4096, 4096, 16), clip, scaled, 0.0),
+        (brain, small, clip, scaled, 0.0),
+        (full, square, clip, scaled, 0.0),
+        (full, small, clip, scaled, 0.0),
+        (brain, (2**20, 2**20, 768), "", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, (4096, 65536, 768), "diagonal+moments", ("column_scale", "excluded"), 0.5),
+        (half, square, clip, ("ceiling", "bias"), 0.0),
+        (brain, square, "diagonal+symmetric+moments", ("column_scale", "ids"), 0.5),
+        (full, square, "diagonal+symmetric+moments", ("column_scale", "ceiling"), 0.5),
+        (brain, square, clip, ("column_scale", "bias", "ids"), 0.0),
+        (full, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
+        (brain, square, clip + "+stash", scaled, 0.0),
+        (brain, small, clip + "+stash", scaled, 0.0),
+        (half, square, "diagonal+stash", scaled, 0.0),
+        (brain, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
+        (brain, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
+        (brain, square, "upper+stash", ("excluded",), 0.0),
+        (brain, square, "upper", ("excluded",), 0.0),
+        (full, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
+        (half, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
+    ]
+    for dtype, shape, kind, extras, hardness in calls:
+        forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
+        words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
+        sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
+        for name, launch, given, end in sides:
+            kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not (end == "bwd" and "stash" in kind))
+            spills = SPILLED if end == "fwd" and kind == clip + "+stash" else 0
+            yield AotCase(" ".join((name, *words)), launch, given, (), kernels, spills)

@@ -1,0 +1,107 @@
+"""The configurations of the contrastive kernels: one line per architecture, dtype and width of the embeddings.
+
+Chosen by what compiles without spills at two programs per multiprocessor, so that one program's exponentials overlap
+the other's products; sm_90's by measurement too, on an H200, the others' on no device yet. A tuned line replaces one
+here, nothing else. `programs` is how many the forward launches at most: those that a device holds at once, fixed per
+architecture so that sums have one order on all its devices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from triton.runtime import driver
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block of M, of N, of D; what the operands are, see below, and whether rows and columns share exponentials where
+    they can (fewer, for more code and registers); warps, pipeline stages."""
+
+    rows: int
+    columns: int
+    width: int
+    operands: int
+    shares: bool
+    warps: int
+    stages: int
+    registers: int | None = None  # of a thread, at most; None: as the compiler likes
+
+    @property
+    def constants(self) -> tuple:
+        return self.rows, self.columns, self.width, self.operands, self.shares
+
+    @property
+    def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
+        given = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+        return given if self.registers is None else given | {"maxnreg": self.registers}
+
+
+# Embeddings by pointers or by tensor descriptors, multiplied by `tl.dot`; or a block of their products, which a library
+# has made: without matrix instructions `tl.dot` reaches a tenth of its rate, and with tf32's three products no digits.
+POINTERS, DESCRIPTORS, PRODUCTS = 0, 1, 2
+HALF, FULL = "half", "full"
+# Bytes that triton 3.6 has on the stack in the symmetric forward that keeps exponentials: on an H200 it takes 266 us at
+# 8192 x 8192 x 768, a tile half as wide without any 334.
+SPILLED = 40
+# programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
+_FULL = ((1 << 30, Tile(32, 128, 16, PRODUCTS, True, 4, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
+TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
+    "sm_80": (216, {FULL: _FULL, HALF: (
+        (32, Tile(128, 128, 32, POINTERS, False, 8, 3)),
+        (1 << 30, Tile(128, 128, 64, POINTERS, False, 8, 3)), (0, Tile(64, 64, 32, POINTERS, False, 4, 3)),
+    )}),
+    "sm_90": (264, {FULL: _FULL, HALF: (
+        (32, Tile(128, 128, 32, DESCRIPTORS, True, 4, 3)),
+        (1 << 30, Tile(128, 128, 64, DESCRIPTORS, True, 4, 3)), (0, Tile(64, 64, 64, DESCRIPTORS, True, 4, 4)),
+    )}),
+    "gfx942": (608, {FULL: _FULL, HALF: (
+        (1 << 30, Tile(128, 64, 32, POINTERS, False, 8, 2)), (0, Tile(64, 64, 32, POINTERS, False, 4, 2)),
+    )}),
+    "interpreter": (6, {
+        kind: ((1 << 30, Tile(16, 16, 16, operands, True, 4, 1)), (0, Tile(16, 16, 16, operands, True, 4, 1)))
+        for kind, operands in ((HALF, POINTERS), (FULL, PRODUCTS))
+    }),
+}  # fmt: skip
+
+
+def architecture(device: torch.device) -> str:
+    """The line of TABLE for the current device: a newer one than it knows takes the newest line of its kind."""
+    if device.type == "cpu":
+        return "interpreter"
+    target = driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return "sm_90" if target.arch >= 90 else "sm_80"
+
+
+def products_kind(dtype: torch.dtype) -> str:
+    return FULL if dtype == torch.float32 else HALF
+
+
+def best_tile(
+    device: torch.device, kind: str, rows: int, columns: int, width: int, burden: int = 0
+) -> tuple[Tile, int]:
+    """The tile for a problem, and the number of programs.
+
+    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for a part of that.
+    """
+    line = architecture(device)
+    programs, kinds = TABLE[line]
+    *tiles, (_, small) = kinds[kind]
+    if line.startswith("sm_") and (kind == HALF or burden == 3):
+        # ptxas spills a little at round numbers unless it is told it has all
+        small, tiles = replace(small, registers=255), [(limit, replace(t, registers=255)) for limit, t in tiles]
+    tile = next(tile for limit, tile in tiles if width <= limit)
+    few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
+    if burden == 3:
+        if line == "gfx942":
+            return replace(small, rows=32, columns=32), programs
+        return replace(small, columns=32, warps=8, stages=2), programs
+    if burden == 2:
+        return replace(small, warps=8), programs
+    if few:
+        return small, programs
+    return (replace(tile, warps=8) if burden else tile), programs

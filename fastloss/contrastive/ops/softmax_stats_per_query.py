@@ -1,0 +1,142 @@
+"""The op of per-sample negatives: statistics of each row's logits with negatives [M, K, D] of its own, read once.
+
+    s_ik = row_scale_i c_ik <query_i, n_ik>     c_ik = 1 / |n_ik| with `normalize` (0 for zero vectors), else 1
+    A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
+
+The statistics [S, M] are those of softmax_stats.py, without its directions: log-sum-exp, maximum, with `kind`
+"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
+With G_ik = d loss / d s_ik,
+
+    t_i      = sum_k G_ik c_ik n_ik
+    d query  = row_scale_i t_i                  d row_scale = <query_i, t_i>
+    d n_ik   = G_ik c_ik (row_scale_i query_i - s_ik c_ik n_ik)      without `normalize` the last term is absent
+
+Each statistic's part of t, divided by its upstream gradient, is a sum that the forward has made when `keep` is 1 or 2,
+`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits
+(-inf outside A) and the c are kept too, M K floats each: the gradient of the negatives is one read and write of them.
+A row whose statistics have the upstream gradient 0 has the gradient 0, even where it holds NaN.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...core import Op, result_dtype
+from ..embeddings import embed
+from ..options import SoftmaxForm
+from ..row_losses import statistics
+
+WIDEST = 8192  # a Triton program holds a whole negative
+
+
+def contrastive_each_reference(
+    query: Tensor,
+    negatives: Tensor,
+    row_scale: Tensor,
+    ceiling: Tensor | None,
+    normalize: bool,
+    kind: str,
+    hardness: float,
+    keep: int,
+) -> Tensor:
+    """The definition, dense and in differentiable torch."""
+    dtype = result_dtype(query, negatives)
+    vectors = embed(negatives, dtype, normalize)
+    logits = row_scale[:, None] * torch.bmm(vectors, query.to(dtype)[:, :, None]).squeeze(2)
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    if ceiling is not None:
+        allowed = ~(logits.detach() > ceiling[:, None])
+
+    return statistics(logits, allowed, kind == "moments", hardness)
+
+
+def _contrastive_each_fwd(
+    query: Tensor,
+    negatives: Tensor,
+    row_scale: Tensor,
+    ceiling: Tensor | None,
+    normalize: bool,
+    kind: str,
+    hardness: float,
+    keep: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, count, width = negatives.shape
+    moments, powers = int(kind == "moments"), 3 if hardness else 1
+    kept = rows if keep > 1 else 0
+    single = query.new_empty(0, dtype=torch.float32)
+    return (
+        single.new_empty(1 + 2 * moments + powers, rows),
+        single.new_empty(powers + moments if keep else 0, rows, width),
+        single.new_empty(kept, count),
+        single.new_empty(kept, count),
+    )
+
+
+def _contrastive_each_bwd(
+    grad: Tensor,
+    query: Tensor,
+    negatives: Tensor,
+    row_scale: Tensor,
+    ceiling: Tensor | None,
+    normalize: bool,
+    kind: str,
+    hardness: float,
+    keep: int,
+    stats: Tensor,
+    pulls: Tensor,
+    logits: Tensor,
+    inverse: Tensor,
+    needs_query: bool,
+    needs_negatives: bool,
+    needs_row_scale: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, count, width = negatives.shape
+    return (
+        query.new_empty(rows if needs_query else 0, width),
+        negatives.new_empty(rows if needs_negatives else 0, count, width),
+        row_scale.new_empty(rows if needs_row_scale else 0),
+    )
+
+
+def kernels_take(query: Tensor, *rest: object) -> bool:
+    return query.device.type == "cpu" or query.shape[1] <= WIDEST
+
+
+contrastive_each = Op(
+    "contrastive_each",
+    fwd=_contrastive_each_fwd,
+    bwd=_contrastive_each_bwd,
+    reference=contrastive_each_reference,
+    grads=("query", "negatives", "row_scale"),
+    outputs=("stats", "pulls", "logits", "inverse"),
+    triton="contrastive.kernels.softmax_stats_per_query",
+    takes=kernels_take,
+)
+
+
+def each_statistics(
+    query: Tensor,
+    negatives: Tensor,
+    row_scale: Tensor,
+    form: SoftmaxForm,
+    ceiling: Tensor | None,
+    moments: bool,
+    dropped: Tensor | None,
+) -> Tensor:
+    """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`softmax_stats`.
+
+    `row_scale` [M] is the scale over the query's length (with `form.normalize`, else the scale); `ceiling` [M] is in
+    units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
+    `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
+    """
+    keep = 0
+    if torch.is_grad_enabled():
+        keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
+    hardness = form.sampling.hardness if form.sampling is not None else 0.0
+    kind = "moments" if moments else ""
+    if dropped is not None:
+        row_scale = row_scale.masked_fill(dropped, 0.0)
+        if contrastive_each.backend(query, negatives) == "reference":  # kernels skip what has no upstream gradient
+            negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
+    return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)

@@ -1,0 +1,66 @@
+"""The options and by-products of the softmax contrastive losses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..core.checks import check_number
+
+
+@dataclass(frozen=True)
+class NegativeSampling:
+    r"""How the negatives of a softmax contrastive loss are chosen and weighted; the defaults change nothing.
+
+    Args:
+        tau_plus: debiasing, the probability in [0, 1) that a negative has the anchor's class. The sum over the
+            negatives becomes ``N max((mean_A exp(s) - tau_plus exp(s_ip)) / (1 - tau_plus), exp(-scale))``, with the
+            least exponential that a cosine gives as its floor: ``normalize=True`` and no bias.
+        hardness: beta >= 0, weighs each negative by ``exp(beta s)`` (normalised to mean 1): hard ones count more.
+        margin: leaves out the negatives that are more similar than the positive by more than `margin` (a difference of
+            similarities, before scale and bias): likely false negatives. No gradient flows through the choice.
+
+    Source: Chuang et al., "Debiased contrastive learning", 2020; Robinson et al., "Contrastive learning with hard
+    negative samples", 2021; the margin as in Zhang et al., "Qwen3 embedding", 2025.
+    """
+
+    tau_plus: float = 0.0
+    hardness: float = 0.0
+    margin: float | None = None
+
+    def __post_init__(self) -> None:
+        checked = {"tau_plus": check_number("tau_plus", self.tau_plus, 0)}
+        if self.tau_plus >= 1:
+            raise ValueError(f"tau_plus: expected a probability >= 0 and < 1, got {self.tau_plus!r}")
+        checked["hardness"] = check_number("hardness", self.hardness, 0)
+        if self.margin is not None:
+            checked["margin"] = check_number("margin", self.margin)
+        for name, value in checked.items():  # of a frozen dataclass
+            object.__setattr__(self, name, value)
+
+
+class ContrastiveOutput(NamedTuple):
+    """What ``return_lse=True`` returns: the loss and, without further work, two by-products.
+
+    `loss` is the loss as without it. `lse` is the log-sum-exp that each row's loss has (with gradient; -inf where a sum
+    over negatives alone has none). `top1` (bool) says whether the positive beats all of the row's negatives; a tie
+    does not. Rows are ``[M]``; ``[2, M]`` for the two directions of a symmetric loss.
+    """
+
+    loss: Tensor
+    lse: Tensor
+    top1: Tensor
+
+
+@dataclass(frozen=True)
+class SoftmaxForm:
+    """The options of the softmax losses that are no tensors."""
+
+    include_positive: bool = True
+    symmetric: bool = False
+    normalize: bool = True
+    label_smoothing: float = 0.0
+    in_batch: bool = True
+    sampling: NegativeSampling | None = None

@@ -1,0 +1,157 @@
+"""The softmax losses of queries and keys, assembled from the statistics of their negatives in O(M D): InfoNCE and CLIP.
+
+The positives' logits, the lengths of the embeddings and all that is one number per row are plain torch here, so that
+autograd has their exact gradients, in float32 whatever the kernels' products are in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import check_not_empty, check_reduction, result_dtype, row_shares
+from .checks import without
+from .embeddings import _inner, are_bfloat16, inverse_length, scale_of_rows, widened
+from .ops.softmax_loss import contrastive_plain
+from .ops.softmax_loss_per_query import contrastive_own
+from .ops.softmax_stats import softmax_statistics
+from .ops.softmax_stats_per_query import each_statistics
+from .options import ContrastiveOutput, SoftmaxForm
+from .row_losses import merged, row_losses
+from .save_plan import KEY, NEGATIVES, QUERY, SCALE
+
+
+def _kind(diagonal: bool, moments: bool, symmetric: bool = False, bfloat16: bool = False) -> str:
+    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric, "bfloat16": bfloat16}
+    return "+".join(word for word, there in words.items() if there)
+
+
+def _sampling(form: SoftmaxForm) -> tuple[bool, float, float | None]:
+    """Whether the form needs moments, its hardness, and its margin."""
+    sampling = form.sampling
+    if sampling is None:
+        return form.label_smoothing > 0, 0.0, None
+    moments = form.label_smoothing > 0 or sampling.tau_plus > 0 or sampling.hardness > 0
+    return moments, float(sampling.hardness), sampling.margin
+
+
+def softmax_loss(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor | float,
+    targets: Tensor | None,
+    weights: Tensor | None,
+    form: SoftmaxForm,
+    reduction: str,
+    workspace_mib: float,
+) -> Tensor | None:
+    """The reduced loss of a form without options, of in-batch negatives or of each row's own (see
+    :mod:`softmax_loss` and :mod:`softmax_loss_per_query`); None where their ops do not serve."""
+    if form.sampling is not None or form.label_smoothing != 0:
+        return None
+    own = negatives is not None
+    embeddings = (query, key) if negatives is None else (query, key, negatives)
+    if negatives is not None and negatives.ndim == 2:
+        return None
+    if own and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
+        return None
+    op = contrastive_own if own else contrastive_plain
+    if (backend := op.backend(*embeddings)) == "reference":
+        return None
+    check_reduction(reduction)
+    rows, dtype = query.shape[0], result_dtype(*embeddings)
+    if reduction == "mean":
+        check_not_empty(rows)
+    share = None if weights is None else row_shares(weights, reduction, dtype)
+    if share is not None and reduction == "mean":
+        reduction = "sum"
+    learned = scale if isinstance(scale, Tensor) else None
+    needs = 0
+    if torch.is_grad_enabled():
+        needs = sum(
+            bit
+            for bit, x in ((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
+            if x is not None and x.requires_grad
+        )
+    factor = scale if isinstance(scale, float) else 1.0
+    if own:
+        return contrastive_own(
+            query, key, negatives, learned, share, factor, form.include_positive, form.normalize, reduction, needs,
+            backend=backend,
+        )  # fmt: skip
+    return contrastive_plain(
+        query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
+        needs, workspace_mib, backend=backend,
+    )  # fmt: skip
+
+
+def softmax_rows(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor | float,
+    bias: Tensor | float | None,
+    targets: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None],
+    form: SoftmaxForm,
+    workspace_mib: float,
+    dropped: Tensor | None,
+) -> ContrastiveOutput:
+    """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
+
+    `ids` are the queries' and the keys', both or neither. Of `dropped` rows [M] nothing arrives in a sum over rows.
+    """
+    dtype = result_dtype(query, key, negatives)
+    query_ids, key_ids = ids
+    bfloat16 = (are_bfloat16(query, key), negatives is not None and are_bfloat16(query, negatives))
+    query, key = widened(query), widened(key)
+    rows, keys = query.shape[0], key.shape[0]
+    moments, hardness, margin = _sampling(form)
+    row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
+    key_scale = inverse_length(key, dtype) if form.normalize and form.in_batch else None
+    columns = bias if isinstance(bias, Tensor) and bias.ndim == 1 else None
+    own = slice(0, rows) if targets is None else targets
+    paired = without(key[own] if targets is not None or keys > rows else key, dropped)
+    positive = row_scale * _inner(query, paired, dtype)
+    if form.normalize:
+        positive = positive * (inverse_length(paired, dtype) if key_scale is None else key_scale[own])
+    ceiling = None if margin is None else (positive + scale * margin).detach()
+    if columns is not None:
+        positive = positive + columns[own]
+    stats = None
+    if form.in_batch:
+        row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
+        stats = _left_out(dropped, softmax_statistics(
+            query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
+            ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, workspace_mib,
+        ))  # fmt: skip
+    if negatives is not None and negatives.ndim == 3:
+        extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
+        union = extra if stats is None else merged(stats[0], extra, moments, hardness)
+        stats = torch.stack([union] if stats is None else [union, *stats[1:]])
+    elif negatives is not None:
+        negatives = widened(negatives)
+        covered = key_ids is not None and key_ids.shape[0] > keys
+        row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
+        extra = _left_out(dropped, softmax_statistics(
+            query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
+            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
+            _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
+        ))  # fmt: skip
+        if stats is not None:
+            extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])
+        stats = extra
+    assert stats is not None
+    positive = _left_out(dropped, positive)
+    out = row_losses(positive, stats if form.symmetric else stats[0], scale, form)
+    if form.symmetric:
+        out = out._replace(loss=out.loss.mean(0))
+    if bias is not None and columns is None:  # one number for all logits cancels
+        out = out._replace(loss=out.loss + 0.0 * bias, lse=out.lse + bias)
+    return out._replace(lse=_left_out(dropped, out.lse))
+
+
+def _left_out(dropped: Tensor | None, rows: Tensor) -> Tensor:
+    """[..., M] with 0 for dropped rows: what was NaN there has a gradient of 0 now, and not 0 times NaN."""
+    return rows if dropped is None else rows.masked_fill(dropped, 0.0)

@@ -1,0 +1,232 @@
+"""SigLIP's pairwise sigmoid loss: the op, which makes the gradients in the forward, and the public function.
+
+    s_ij = scale c(image_i) c(text_j) <image_i, text_j> + bias      c(x) = 1 / |x| with `normalize` (0 for zero vectors)
+    x_ij = -s_ii for i = j, s_ij elsewhere (with `negative_only` everywhere); pairs i != j with equal ids are left out
+    loss_i = sum_j log(1 + e^x_ij)                       [M], or with `share` the scalar sum_i share_i loss_i
+
+    H_ij = share_i (dx_ij / ds_ij) sigmoid(x_ij) scale c(image_i) c(text_j)
+    v = H text           d image_i = v_i - c(image_i)^2 <image_i, v_i> image_i, without `normalize` v_i; texts alike
+    d scale = sum_i <image_i, v_i> / scale      d bias = sum_ij share_i (dx_ij / ds_ij) sigmoid(x_ij)
+
+H needs no normaliser: with `share` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
+backward multiplies them by its one upstream number. Without `share` the backward does that pass with its upstream
+gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the
+texts, bit 2 those of scale and bias. Image and text are float32, bfloat16 or float16, the rest is float32, ids are
+int64, scale and bias have one element. The gradients are kept in float32, so that a loss scale reaches them before
+they are rounded. Where image and text are bfloat16 and the CPU multiplies pairs of those with float32 sums, products
+are made so, with H rounded to bfloat16.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce_rows, result_dtype, row_shares
+from ..core.inference import takes_inference_tensors
+from ..core.traced import filled
+from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, without
+from .embeddings import embed
+from .save_plan import IMAGE, NUMBERS, TEXT
+
+
+def siglip_reference(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    share: Tensor | None,
+    normalize: bool,
+    negative_only: bool,
+    needs: int,
+    workspace_mib: float,
+) -> Tensor:
+    """The loss in dense differentiable torch."""
+    dtype = result_dtype(image, text)
+    logits = embed(image, dtype, normalize) @ embed(text, dtype, normalize).T * scale + bias
+    row, column = (torch.arange(n, device=logits.device) for n in logits.shape)
+    positive = (row[:, None] == column) & (not negative_only)
+    pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
+    if image_ids is not None and text_ids is not None:
+        kept = positive | (image_ids[:, None] != text_ids)
+        pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
+    losses = pairs.sum(1)
+    return losses if share is None else (losses * share).sum()
+
+
+def _siglip_fwd(
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    share: Tensor | None,
+    normalize: bool,
+    negative_only: bool,
+    needs: int,
+    workspace_mib: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, width, columns = *image.shape, text.shape[0]
+    needs = 0 if share is None else needs
+    return (
+        scale.new_empty(rows if share is None else ()),
+        scale.new_empty(rows if needs & IMAGE else 0, width),
+        scale.new_empty(columns if needs & TEXT else 0, width),
+        scale.new_empty(1 if needs & NUMBERS else 0),
+        scale.new_empty(1 if needs & NUMBERS else 0),
+    )
+
+
+def _siglip_bwd(  # as many parameters as the forward, the results and the flags are
+    grad: Tensor,
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    share: Tensor | None,
+    normalize: bool,
+    negative_only: bool,
+    needs: int,
+    workspace_mib: float,
+    image_grad: Tensor,
+    text_grad: Tensor,
+    scale_grad: Tensor,
+    bias_grad: Tensor,
+    needs_image: bool,
+    needs_text: bool,
+    needs_scale: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        image.new_empty(image.shape if needs_image else 0),
+        text.new_empty(text.shape if needs_text else 0),
+        scale.new_empty(1 if needs_scale else 0),
+        scale.new_empty(1 if needs_bias else 0),
+    )
+
+
+siglip = Op(
+    "siglip",
+    fwd=_siglip_fwd,
+    bwd=_siglip_bwd,
+    reference=siglip_reference,
+    grads=("image", "text", "scale", "bias"),
+    outputs=("loss", "image_grad", "text_grad", "scale_grad", "bias_grad"),
+    triton="contrastive.kernels.siglip",
+)
+
+
+def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What each row counts in the reduced loss; None where rows are returned."""
+    if reduction == "none":
+        return None
+    rows = like.shape[0]
+    if weights is None:
+        return filled((rows,), 1.0 / rows if reduction == "mean" else 1.0, dtype, like.device)
+    return row_shares(weights, reduction, dtype)
+
+
+def _ids(
+    image_ids: Tensor | None, text_ids: Tensor | None, image: Tensor, text: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows' and the columns' ids as int64, both or neither: what is given alone serves both."""
+    rows, columns = image.shape[0], text.shape[0]
+    for name, ids, count in (("image_ids", image_ids, rows), ("text_ids", text_ids, columns)):
+        if ids is not None:
+            check_integers(name, ids, (count,), image)
+        elif rows != columns and (image_ids is None) != (text_ids is None):
+            raise ValueError(f"{name}: expected it beside the other ids, as there are {rows} images, {columns} texts")
+    one = text_ids if image_ids is None else image_ids
+    two = image_ids if text_ids is None else text_ids
+    return (None, None) if one is None or two is None else (one.long(), two.long())
+
+
+@takes_inference_tensors
+def siglip_loss(
+    image: Tensor,
+    text: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor | None,
+    normalize: bool = False,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    weights: Tensor | None = None,
+    negative_only: bool = False,
+    reduction: str = "mean",
+    workspace_mib: float = 256,
+) -> Tensor:
+    r"""SigLIP's pairwise sigmoid loss.
+
+    With :math:`s_{ij} = \mathrm{logit\_scale} \langle I_i, T_j \rangle + b` and z = 1 for i = j, -1 otherwise:
+    :math:`-\frac{1}{M} \sum_{ij} \log \sigma(z_{ij} s_{ij})`.
+
+    Args:
+        image: embeddings [M, D], float16, bfloat16, float32 or float64.
+        text: embeddings [M, D]; row i is the positive of image i.
+        logit_scale: factor of the similarities, > 0, already exponentiated: a number, or a one-element tensor, whose
+            gradient is exact.
+        logit_bias: added to every logit: a number, a one-element tensor with gradient, or None for 0.
+        normalize: False: the embeddings are taken as they are. True: cosine similarity.
+        image_ids: integers [M]; a negative pair with equal ids is left out.
+        text_ids: integers, one per text; when only one of the two is given it serves both.
+        weights: one weight >= 0 per image [M], or a bool mask (True counts); no gradient. An image of weight 0 is left
+            out, be it NaN; its text remains a negative of the other images.
+        negative_only: every pair is a negative one, the diagonal too (texts of another device); `text` may then have
+            any number of rows.
+        reduction: over images, each with the sum over its texts: ``"mean"`` (weighted as in :func:`info_nce`),
+            ``"sum"`` or ``"none"``.
+        workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
+
+    Returns:
+        float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, logit_scale <= 0 or
+            not finite, ``"mean"`` of an empty batch.
+
+    Source: Zhai et al., "Sigmoid loss for language image pre-training", 2023; open_clip's ``SigLipLoss``.
+
+    Example:
+        >>> loss = siglip_loss(torch.zeros(2, 3), torch.zeros(2, 3), logit_scale=10.0, logit_bias=0.0)
+        >>> round(loss.item(), 4)  # 2 log 2
+        1.3863
+    """
+    check_embeddings("image", image)
+    normalize, negative_only = check_flags(normalize=normalize, negative_only=negative_only)
+    check_embeddings("text", text, image, "image", rows=not negative_only)
+    ids = _ids(image_ids, text_ids, image, text)
+    workspace_mib, _ = check_shared(image, weights, workspace_mib)
+    dtype = result_dtype(image, text)
+    scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
+    bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
+    check_reduction(reduction)
+    if reduction == "mean":
+        check_not_empty(image.shape[0])
+    image = without(image, excluded(weights))
+    with full_precision(image):
+        share = _share(weights, reduction, image, dtype)
+        scale, bias = (
+            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device)
+            for v in (scale, bias)
+        )
+        needs = 0
+        if torch.is_grad_enabled() and share is not None:
+            numbers = scale.requires_grad or bias.requires_grad
+            needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
+        out = siglip(
+            image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib
+        )
+    return out if share is not None else reduce_rows(out, weights, reduction)
+
+
+class SigLipLoss(Loss):
+    """Module form of :func:`siglip_loss`; `logit_scale` and `logit_bias` are given here or at each call."""
+
+    fn = staticmethod(siglip_loss)

@@ -1,0 +1,134 @@
+"""SupCon: the softmax loss of one set of rows, whose positives are the rows of the same label."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..core import Loss, full_precision, result_dtype
+from ..core.inference import takes_inference_tensors
+from .checks import check_embeddings, check_flags, check_integers, check_shared, excluded, finish, inverse
+from .embeddings import against_themselves, scale_of_rows
+from .ops.softmax_stats import softmax_statistics
+from .options import ContrastiveOutput
+from .query_key_losses import _left_out
+
+
+@takes_inference_tensors
+def supcon_loss(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.1,
+    include_positive: bool = True,
+    normalize: bool = True,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    return_lse: bool = False,
+    workspace_mib: float = 256,
+) -> Tensor | ContrastiveOutput:
+    r"""Supervised contrastive loss: all other rows of a row's class are its positives.
+
+    With :math:`s_{ij} = \mathrm{sim}(f_i, f_j) / \tau` and :math:`P_i` the other rows with row i's label::
+
+        include_positive=True    -mean_{p in P_i} log( exp(s_ip) / sum_{j != i} exp(s_ij) )
+        include_positive=False   the sum runs over the rows with another label only; may be negative
+
+    A row without a positive, or with nothing in its sum, has loss 0 and gradient 0, and counts in the mean.
+
+    Args:
+        features: embeddings [M, D], float16, bfloat16, float32 or float64; several views of a sample are several rows.
+        labels: integers [M], any values.
+        temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
+        include_positive: see above.
+        normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
+        weights: one weight >= 0 per row [M], or a bool mask, as in :func:`info_nce`; a row of weight 0 remains a
+            positive or negative of the others.
+        reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
+        return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
+        workspace_mib: as in :func:`info_nce`.
+
+    Returns:
+        float32 (float64 for float64 features): a scalar, or [M] for ``"none"``.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
+            not finite, ``"mean"`` of an empty batch.
+
+    Source: Khosla et al., "Supervised contrastive learning", 2020, its L_out without the factor temperature /
+    base_temperature; pytorch-metric-learning's ``SupConLoss`` (which averages over rows of non-zero loss only).
+
+    Example:
+        >>> loss = supcon_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))
+        >>> round(loss.item(), 4)  # log 3
+        1.0986
+    """
+    check_embeddings("features", features)
+    labels = check_integers("labels", labels, (features.shape[0],), features)
+    include_positive, normalize, return_lse = check_flags(
+        include_positive=include_positive, normalize=normalize, return_lse=return_lse
+    )
+    workspace_mib, _ = check_shared(features, weights, workspace_mib)
+    scale = inverse(temperature, features, result_dtype(features))
+    with full_precision(features):
+        out = supcon_rows(
+            features, labels, scale, include_positive, normalize, return_lse, workspace_mib, excluded(weights)
+        )
+    return finish(out, weights, reduction, return_lse)
+
+
+class SupConLoss(Loss):
+    """Module form of :func:`supcon_loss`."""
+
+    fn = staticmethod(supcon_loss)
+
+
+def supcon_rows(
+    features: Tensor,
+    labels: Tensor,
+    scale: Tensor | float,
+    include_positive: bool,
+    normalize: bool,
+    return_lse: bool,
+    workspace_mib: float,
+    dropped: Tensor | None,
+) -> ContrastiveOutput:
+    """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives.
+
+    The mean comes from the sum of each label's rows, in O(M D). `top1` is right with `return_lse` only: it takes the
+    largest logit of the rows of other labels beside that of all, a second call of the op.
+    """
+    dtype = result_dtype(features)
+    rows, lengths = against_themselves(features, dtype, normalize)
+    row_scale = scale_of_rows(lengths, scale, rows, dtype)
+    vectors = rows.to(dtype) if lengths is None else rows * lengths[:, None]
+
+    def statistics_of(others: bool) -> tuple[Tensor, ...]:
+        ids = None if others else labels
+        return softmax_statistics(
+            rows, rows, row_scale, lengths, None, None, ids, ids, None, "upper", 0.0, workspace_mib
+        )[0].unbind(0)
+
+    lse, most = statistics_of(include_positive)
+    ordered = labels.sort().values
+    group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
+    count = (end - group - 1).to(dtype)
+    sums = _sums_of_groups(vectors, group)
+    mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
+    some = lse != -math.inf
+    loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
+    top1 = most > -math.inf
+    if return_lse:
+        with torch.no_grad():
+            other = statistics_of(not include_positive)[1]
+        top1 = most > other if include_positive else other > most
+    return ContrastiveOutput(loss, _left_out(dropped, lse), top1 if dropped is None else top1 & ~dropped)
+
+
+def _sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:
+    """Row g: the sum of the vectors of group g. Always in the same order: index_add is not, on CUDA."""
+    if vectors.is_cuda:
+        return torch.zeros_like(vectors).index_put((group,), vectors, accumulate=True)
+    return torch.zeros_like(vectors).index_add(0, group, vectors)

@@ -1,0 +1,37 @@
+"""The mechanism under every loss, which knows none of them.
+
+op.py          an op: its schema, its backends, and which of them a call gets
+autograd.py    what an op keeps for its backward, the backward, double backward
+backends.py    which backends there are, which one is forced, and why one is missing
+checks.py      checks of arguments, each with the argument's name in its error
+reduction.py   reductions, with weights of rows or without, and the dtype of a loss
+scaled_sum.py  an op's sums, times factors, added up in one launch more
+module.py      the module form of a loss
+traced.py      floats that change from call to call of a compiled function
+inference.py   tensors made under torch.inference_mode, as arguments
+kernels/       what the Triton kernels of the families share
+"""
+
+from .autograd import transformed
+from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend
+from .module import Loss
+from .op import Op
+from .reduction import check_not_empty, check_reduction, full_precision, reduce, reduce_rows, result_dtype, row_shares
+
+__all__ = [
+    "BACKENDS",
+    "Loss",
+    "Op",
+    "backend_report",
+    "check_not_empty",
+    "check_reduction",
+    "full_precision",
+    "is_forced",
+    "is_interpreting",
+    "reduce",
+    "reduce_rows",
+    "result_dtype",
+    "row_shares",
+    "transformed",
+    "use_backend",
+]

@@ -1,0 +1,8 @@
+"""What the Triton kernels of the families share.
+
+launch.py        sizes and options of launches, second stages of sums, the cases of the compile checks
+memory_order.py  walking tensors in the order of memory: runs, layouts, broadcasts, offsets
+device_math.py   arithmetic inside kernels
+matmul.py        products that a library makes, and operands for them
+scaled_sum.py    the second stage of sums, times factors (core/scaled_sum.py)
+"""

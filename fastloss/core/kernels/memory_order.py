@@ -1,0 +1,75 @@
+"""Walking tensors in memory order: runs, layouts, broadcasts, the width of offsets."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import REDUCE_PROGRAMS, STREAM_BLOCK
+
+_INT32_SPAN = 2**31 - REDUCE_PROGRAMS * STREAM_BLOCK
+
+
+def runs(tensor: Tensor, model: Tensor) -> list[tuple[int, int]]:
+    """The (size, stride) runs of `tensor`, innermost first, when it is walked in the memory order of `model`.
+
+    ``[(numel, 1)]`` says that both lie alike in memory, ``[(numel, 0)]`` that one element stands for all.
+    """
+    merged: list[tuple[int, int]] = []
+    dims = (d for d in zip(model.stride(), tensor.shape, tensor.stride(), strict=True) if d[1] != 1)
+    for _, size, stride in sorted(dims, key=lambda d: d[0]):
+        if merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, stride))
+    return merged or [(1, 1)]
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its elements fill their memory without gaps, in any order; else a copy that does."""
+    return tensor if runs(tensor, tensor) == [(tensor.numel(), 1)] else tensor.clone()
+
+
+def laid_out_as(tensor: Tensor, model: Tensor) -> Tensor:
+    """`tensor` in the memory order of the dense `model`, copied only if it lies differently."""
+    if runs(tensor, model) == [(model.numel(), 1)]:
+        return tensor
+    return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
+
+
+def broadcast_args(tensor: Tensor, model: Tensor) -> tuple:
+    """Kernel arguments for reading `tensor` in the memory order of `model`: the tensor and, unless both lie alike,
+    (inner, middle, s_inner, s_middle, s_outer) for :func:`broadcast_offsets`.
+
+    Three runs cover every broadcast over up to two separate axes, e.g. [N,1,H,W] or [1,C,1,1]; beyond, it is copied.
+    """
+    found = runs(tensor, model)
+    if found == [(model.numel(), 1)]:
+        return (tensor,)
+    if len(found) > 3:
+        return (laid_out_as(tensor, model),)
+    (inner, s_inner), (middle, s_middle), (_, s_outer) = [*found, (1, 0), (1, 0)][:3]
+    return tensor, inner, middle, s_inner, s_middle, s_outer
+
+
+def needs_int64(*tensors: Tensor | None) -> bool:
+    """Whether an offset into one of the tensors, or one block past the last, does not fit 32 bits."""
+    spans = (sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors if t is not None)
+    return max(spans) >= _INT32_SPAN
+
+
+@triton.jit
+def broadcast_offsets(offsets, args):
+    """Where the elements lie in a tensor given by `broadcast_args`."""
+    rest = offsets // args[1]
+    return (offsets % args[1]) * args[3] + (rest % args[2]) * args[4] + (rest // args[2]) * args[5]
+
+
+@triton.jit
+def load_broadcast(tensor, offsets, mask):
+    """Elements of a tensor given by `broadcast_args`, as float32."""
+    if len(tensor) > 1:
+        offsets = broadcast_offsets(offsets, tensor)
+    return tl.load(tensor[0] + offsets, mask=mask, other=0.0).to(tl.float32)

@@ -1,0 +1,178 @@
+"""Registration of ops, and the choice of a backend for each call.
+
+Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with two typed
+functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
+implementations to that schema; the eager reference serves every other case:
+
+    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=("image", "image_pred"))
+    op(image, image_pred, ...)      # cpp, triton or reference, whichever the call should have
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+
+from . import backends
+from .autograd import _PLAIN, Differentiable, _below_autograd, _tensors, transformed
+from .backends import is_interpreting
+from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
+
+NAMESPACE = "fastloss"
+_LIB = Library(NAMESPACE, "DEF")
+_OPS: dict[str, Op] = {}
+
+
+class Op(Differentiable):
+    """A differentiable op with an eager reference and, where they exist, C++ and Triton kernels.
+
+    `fwd` and `bwd` carry the schema in their type hints and compute shapes only. `bwd` asks by parameter name for
+    what it needs: `grad` (of the first output), any forward input, any name in `outputs`, `needs_<input>` flags, and
+    `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
+    (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
+    one list: the gradients of each needed input in turn.
+    `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
+    `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
+    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
+    point and does not save its inputs: `bwd` in differentiable torch, which double backward then goes through.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        fwd: Callable,
+        bwd: Callable,
+        reference: Callable,
+        grads: tuple[str, ...],
+        outputs: tuple[str, ...] = ("out",),
+        triton: str | None = None,
+        takes: Callable[..., bool] | None = None,
+        bwd_reference: Callable | None = None,
+    ) -> None:
+        self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
+        self.bwd_reference = bwd_reference
+        self.takes = takes or (lambda *args: True)
+        self.inputs = list(inspect.signature(fwd).parameters)
+        self._bwd_wants = list(inspect.signature(bwd).parameters)
+        self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
+        # Where in (what was kept, gradient, flags of needs, []) the backward's arguments stand.
+        have = [*((*self.inputs, *outputs)[i] for i in self._kept), "grad", *(f"needs_{n}" for n in grads), "incoming"]
+        self._order = [have.index(name) for name in self._bwd_wants]
+        self._wrt = [self.inputs.index(name) for name in grads]
+        self._constant = [i for i in range(len(self.inputs)) if i not in self._wrt]
+        for stage, fake in (("fwd", fwd), ("bwd", bwd)):
+            self._define(f"{name}_{stage}", fake, triton)
+        qualified = f"{NAMESPACE}::{name}"
+        torch.library.register_autograd(f"{qualified}_fwd", self._backward, setup_context=self._setup, lib=_LIB)
+        torch.library.register_autograd(
+            f"{qualified}_bwd", self._double_backward, setup_context=self._setup_bwd, lib=_LIB
+        )
+        namespace = getattr(torch.ops, NAMESPACE)
+        self.fwd = getattr(namespace, f"{name}_fwd").default
+        self.bwd = getattr(namespace, f"{name}_bwd").default
+        kinds = [p.annotation for p in parameters_of(fwd)]
+        self._floats = [i for i, kind in enumerate(kinds) if kind in (float, list[float])]
+        if self._floats:
+            self._define_traced(fwd, bwd)
+        has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
+        self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
+        keep, backward = self._keep, self._backward
+
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            out = _below_autograd(self.fwd, *args)
+            return keep(ctx, args, (out,) if isinstance(out, Tensor) else out)[0]
+
+        # The same autograd as the dispatcher's at a third of its time on the host; it sees no tensors within lists.
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._function: Any = type(name, (torch.autograd.Function,), methods)
+        _OPS[name] = self
+
+    @staticmethod
+    def _define(name: str, fake: Callable, triton: str | None) -> None:
+        schema = torch.library.infer_schema(fake, mutates_args=())
+        _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+        if triton is None:
+            return
+
+        def launch(*args: Any, **kwargs: Any) -> Any:  # Triton is imported on the first call
+            kernels = importlib.import_module(f"..{triton}", __package__)
+            return getattr(kernels, name)(*args, **kwargs)
+
+        for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
+            _LIB.impl(name, launch, key)
+
+    def _define_traced(self, fwd: Callable, bwd: Callable) -> None:
+        """The op once more, for graphs that torch.compile makes: see :func:`traced.take_out_numbers`."""
+        for stage, fake, op in (("fwd", fwd, self.fwd), ("bwd", bwd, self.bwd)):
+
+            def kernel_of_traced(*args: Any, op: Any = op) -> Any:
+                return op(*with_numbers(args[:-1], args[-1].tolist()))
+
+            def fake_of_traced(*args: Any, fake: Callable = fake) -> Any:
+                return fake(*args[:-1])
+
+            name = f"{self.name}_{stage}_traced"
+            self._define(name, with_parameter(fake, "changing", Tensor, fake_of_traced), None)
+            _LIB.impl(name, kernel_of_traced, "CompositeExplicitAutograd")
+        name = f"{self.name}_fwd_traced"
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._backward, setup_context=self._setup_traced, lib=_LIB
+        )
+        namespace = getattr(torch.ops, NAMESPACE)
+        self._fwd_traced = getattr(namespace, name).default
+        self._bwd_traced = getattr(namespace, f"{self.name}_bwd_traced").default
+
+    def _traced_call(self, args: tuple) -> Any:
+        """The call in a graph that is being compiled: its floats may be inputs of the graph."""
+        rest, numbers = take_out_numbers(args, self._floats)
+        return self.fwd(*args) if numbers is None else self._fwd_traced(*rest, numbers)
+
+    def backend(self, *args: Any) -> str:
+        """The backend this call gets; a forced one that is missing raises."""
+        tensors = [t for a in args if type(a) not in _PLAIN for t in _tensors(a)]
+        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+            return "reference"
+        device = tensors[0].device.type
+        forced = backends.state.forced
+        if forced == "reference":
+            return forced
+        if forced is not None:
+            why = backends.why_not(forced, device, self.kernels[forced], self.name)
+            if why is not None:
+                raise RuntimeError(
+                    f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) "
+                    f"but cannot serve {self.name}: {why}"
+                )
+            return forced
+        for name in backends.fitting(device):
+            if self.kernels[name] and backends.state.missing[name] is None:
+                return name
+        backends.say_cpp_is_missing(device)
+        return "reference"
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Tensor:
+        """`backend`: what :meth:`backend` says of this call, where the caller has asked already."""
+        if (backend or self.backend(*args)) == "reference":
+            return self.reference(*args)
+        device = _tensors(args[0])[0].device.type
+        if torch.is_autocast_enabled(device):  # kernels choose their own precision
+            with torch.autocast(device, enabled=False):
+                out = self._differentiable(args)
+        else:
+            out = self._differentiable(args)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def _differentiable(self, args: tuple) -> Any:
+        if torch.compiler.is_compiling():
+            return self._traced_call(args)
+        if list in map(type, args):
+            return self.fwd(*args)
+        return self._function.apply(*args) if torch.is_grad_enabled() else _below_autograd(self.fwd, *args)

@@ -1,0 +1,49 @@
+"""The total of an op's sums, each times a factor: the scalar of a mean in the op's kernel and one tiny launch more.
+
+    mean = Total(op, sums)          where the loss defines its op
+    mean(*args, factors)            sum_k factors[k] * (the op's sums of the k-th kind)
+
+It is for Triton alone: the factors, which arithmetic on scalars in torch would spend a launch on each, go to the
+kernels as numbers, in both directions. Its kernels' module has `<name>_total_fwd` and `_bwd`, see
+core/kernels/scaled_sum.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .op import Op
+from .traced import with_parameter
+
+
+class Total(Op):
+    """See above. `fwd`, `bwd` and `reference` are those of the op, whose first output holds sums, the kinds last."""
+
+    def __init__(self, op: Op, *, fwd: Callable, bwd: Callable, reference: Callable, triton: str) -> None:
+        def total_fwd(*args: Any) -> Tensor:
+            return fwd(*args[:-1]).new_empty(())
+
+        def total_bwd(*args: Any) -> Any:
+            return bwd(*args[:-1])
+
+        def total_reference(*args: Any) -> Tensor:
+            *own, factors = args
+            sums = reference(*own).reshape(-1, len(factors)).sum(0)
+            return sum(factor * each for factor, each in zip(factors, sums.unbind(), strict=True))
+
+        super().__init__(
+            f"{op.name}_total",
+            fwd=with_parameter(fwd, "factors", list[float], total_fwd, Tensor),
+            bwd=with_parameter(bwd, "factors", list[float], total_bwd),
+            reference=total_reference,
+            grads=op.grads,
+            triton=triton,
+        )
+        self.op = op
+
+    def serves(self, *args: Any) -> bool:
+        """Whether the op's call with these arguments would go to Triton's kernels."""
+        return self.op.backend(*args) == "triton"

@@ -1,0 +1,15 @@
+"""Losses against images that repeat the training set or one another.
+
+diversity.py     distance from a bank of training images
+mode_seeking.py  distance of two images of one caption, as far as their noise is
+"""
+
+from .diversity import DiversityLoss, diversity_loss
+from .mode_seeking import ModeSeekingLoss, mode_seeking_loss
+
+__all__ = [
+    "DiversityLoss",
+    "ModeSeekingLoss",
+    "diversity_loss",
+    "mode_seeking_loss",
+]

@@ -1,0 +1,215 @@
+"""SSIM loss: one minus the structural similarity of two images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype, transformed
+from ..core.checks import check_weight
+from ..core.inference import takes_inference_tensors
+from .map_weights import over_weights
+from .ssim_checks import NegativeImages, check_pair, check_ssim_options, check_window_fits
+from .ssim_reference import ssim_reference
+
+LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
+KEEP_GRADIENTS = 8  # of `keep`, see _ssim_fwd
+LARGE_WEIGHT = 1e25  # the sum of as many smaller ones as memory holds fits float32
+
+
+def _ssim_fwd(
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    low: float,
+    structure_only: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    """`keep`: what the backward is to find, for which gradients: 1 image, 2 image_pred, 3 both, 0 none.
+
+    With KEEP_GRADIENTS, the gradients of the sums themselves, each in the order of its image's memory if that is
+    channels_last; else the partial derivatives of the map.
+    """
+    images, channels, height, width = image.shape
+    count, cut = (keep & 1) + (keep >> 1 & 1), 0 if same else window - 1
+    partials = (2 + count, height - cut, images * channels * (width - cut)) if keep else (0,)
+    return (
+        image.new_empty(image.shape[:2], dtype=torch.float32),
+        image.new_empty((count, image.numel()) if keep & KEEP_GRADIENTS else partials, dtype=torch.float32),
+    )
+
+
+def _ssim_bwd(
+    grad: Tensor,
+    kept: Tensor,
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    low: float,
+    structure_only: bool,
+    keep: int,
+    needs_image: bool,
+    needs_image_pred: bool,
+) -> tuple[Tensor, Tensor]:
+    none = image.new_empty(0)
+    return (
+        torch.empty_like(image) if needs_image else none,
+        torch.empty_like(image_pred) if needs_image_pred else none,
+    )
+
+
+def _kernels_take(
+    image: Tensor,
+    image_pred: Tensor,
+    weight: Tensor | None,
+    window: int,
+    sigma: float,
+    same: bool,
+    c1: float,
+    c2: float,
+    low: float,
+    structure_only: bool,
+    keep: int = 0,
+) -> bool:
+    return window <= LARGEST_WINDOW and image.dtype == image_pred.dtype
+
+
+_ssim = Op(
+    "ssim",
+    fwd=_ssim_fwd,
+    bwd=_ssim_bwd,
+    reference=ssim_reference,
+    grads=("image", "image_pred"),
+    outputs=("out", "kept"),
+    triton="image.kernels.ssim",
+    takes=_kernels_take,
+)
+
+
+def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
+    """The op; the forward keeps what the backward needs: the CPU kernels the gradients, the others partials."""
+    keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad) if torch.is_grad_enabled() else 0
+    if keep and _ssim.backend(image, image_pred, *options) == "cpp":
+        keep += KEEP_GRADIENTS
+    return _ssim(image, image_pred, *options, keep)
+
+
+def _no_sums(image: Tensor, image_pred: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of empty images: 0 for each, within the graph."""
+    return (image * image_pred).to(dtype).sum((1, 2, 3))
+
+
+def map_weight(weight: Tensor, image: Tensor, cut: int) -> Tensor:
+    """The weights of the SSIM map, 4-D: broadcast over its height and width, but not over the batch and channels."""
+    check_weight("weight", weight, "image", image)
+    height, width = image.shape[2:]
+    weight = weight.reshape((1,) * (4 - weight.ndim) + weight.shape).expand(-1, -1, height, width)
+    weight = weight[:, :, cut : height - cut, cut : width - cut]
+    if weight.dtype in (torch.bool, torch.float16) or weight.numel() == 0:
+        return weight
+    largest = weight.amax()  # a mean is the same with weights by the largest one; their sum must fit float32
+    looks = weight.device.type == "cpu" and type(weight) is Tensor and not torch.compiler.is_compiling()
+    if looks and not transformed() and largest.item() < LARGE_WEIGHT:
+        return weight
+    return weight * torch.where(largest < LARGE_WEIGHT, 1.0, 1 / largest)
+
+
+@takes_inference_tensors
+def ssim_loss(
+    image: Tensor,
+    image_pred: Tensor,
+    *,
+    window: int = 11,
+    sigma: float = 1.5,
+    data_range: float | Sequence[float] = 1.0,
+    padding: str = "same",
+    k1: float = 0.01,
+    k2: float = 0.03,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    r"""One minus the mean structural similarity (SSIM) of a target image and a predicted one.
+
+    With Gaussian-weighted local means, variances and covariance, :math:`C_i = (k_i \cdot range)^2`::
+
+        SSIM = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),    loss = 1 - mean SSIM
+
+    Args:
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
+        image_pred: prediction of the same shape. Both may need gradients.
+        window: side of the Gaussian window in pixels, odd, at most 65535. Above 11 the reference runs instead of the
+            kernels. Of a window of one pixel (1, or a `sigma` below 0.166) only the luminance term is left.
+        sigma: its standard deviation in pixels, > 0.
+        data_range: ``(low, high)``, the least and the largest value that images can have: SSIM is that of the images
+            minus `low`, in a range of high - low. Or a number > 0, for images from 0 up to it. **Images in [-1, 1]
+            need** ``data_range=(-1, 1)``: with 2 an image and its negative would count as nearly alike, since SSIM
+            takes the means of images for positive. (The first call on the CPU looks, and warns of values below 0.)
+        padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
+            (as pytorch-msssim), at least one must fit. With (low, high) it pads with `low`.
+        k1, k2: stabilisers, > 0. (k range)^2 must lie between 1e-36 and 1e36 (1e-289 and 1e289 in float64).
+        weight: non-negative weights of the SSIM map, or a mask (bool, True counts 1), broadcastable to `image`
+            (``"valid"`` uses its centre), no gradient. Means become weighted sum / sum of weights, 0 if that is 0. A
+            weight of 0 excludes: what the map is there, even NaN, has no effect on the value or a gradient. The windows
+            themselves are not cut: they see pixels up to half a window from a weighted one.
+        reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
+
+    Returns:
+        float32 (float64 for float64 inputs), in [0, 2]: a scalar, or ``[N]``. Constant images have finite gradients.
+        Images far from 0 keep their digits: what their pixels have in common is subtracted before it is squared
+        (images of 1000 to 1001 with a data_range of 1 have a relative error below 1e-3, as those from 0 to 1).
+
+    Raises:
+        TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit (even
+            window, window larger than a ``"valid"`` image, low >= high), `weight` requires a gradient, or ``"mean"`` of
+            an empty batch.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004.
+
+    Example:
+        >>> ssim_loss(torch.ones(1, 3, 16, 16), torch.ones(1, 3, 16, 16)).item()
+        0.0
+    """
+    check_pair(image, image_pred)
+    dtype = result_dtype(image, image_pred)
+    window, sigma, same, c1, c2, low = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype)
+    check_reduction(reduction)
+    if not same:
+        check_window_fits(image, window, 1)
+    if reduction == "mean":
+        check_not_empty(image.numel())
+    NegativeImages.warn_once(image, data_range)
+    cut = 0 if same else window // 2
+    height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
+    mine = None if weight is None else map_weight(weight, image, cut)
+    if image.numel() == 0:
+        sums = _no_sums(image, image_pred, dtype)
+    else:
+        spread = None if mine is None else mine.expand(*image.shape[:2], height, width)
+        sums = _sums(image, image_pred, spread, window, sigma, same, c1, c2, low, False).sum(1)
+    if mine is None:
+        return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
+    counts = mine.sum((1, 2, 3), dtype=dtype) * (image.shape[1] // max(mine.shape[1], 1))
+    if reduction == "mean":
+        counts = counts.expand(image.shape[0])
+        sums, counts = sums.sum(), counts.sum()
+    values = over_weights(sums, counts)
+    return values if reduction == "mean" else reduce(values, reduction)
+
+
+class SSIMLoss(Loss):
+    """Module form of :func:`ssim_loss`."""
+
+    fn = staticmethod(ssim_loss)

@@ -1,0 +1,125 @@
+"""The options of the SSIM losses: what they may be, and what they mean to the kernels."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import transformed
+from ..core.checks import (
+    check_choice,
+    check_integer,
+    check_number,
+    check_numbers,
+    check_same_shape,
+    check_tensor,
+    is_sequence,
+)
+
+PADDINGS = ("same", "valid")
+LARGEST = 65535  # of windows
+# The constants, and the square of the range, must lie so far within the range of the type that SSIM is computed in.
+BOUNDS = {torch.float32: (2.0**-120, 2.0**120), torch.float64: (2.0**-960, 2.0**960)}
+
+
+class SsimNumbers(NamedTuple):
+    """The window, whether the padding is "same", the two stabilising constants, and the value that images begin at."""
+
+    window: int
+    sigma: float
+    same: bool
+    c1: float
+    c2: float
+    low: float
+
+
+def check_pair(image: Tensor, image_pred: Tensor) -> None:
+    check_tensor("image", image, 4)
+    check_tensor("image_pred", image_pred, 4)
+    check_same_shape("image", image, "image_pred", image_pred)
+
+
+def check_ssim_options(
+    window: int, sigma: float, data_range: float | Sequence[float], padding: str, k1: float, k2: float,
+    dtype: torch.dtype = torch.float32,
+) -> SsimNumbers:  # fmt: skip
+    """`dtype`: that of the result."""
+    window = check_integer("window", window, 1, LARGEST, wanted="an odd integer")
+    if window % 2 == 0:
+        raise ValueError(f"window: expected an odd integer >= 1, got {window}")
+    numbers = {"sigma": sigma, "k1": k1, "k2": k2}
+    sigma, k1, k2 = (check_number(n, value, 0, open_low=True, float32=False) for n, value in numbers.items())
+    low, span = _low_and_span(data_range)
+    check_choice("padding", padding, PADDINGS)
+    least, most = BOUNDS[dtype]
+    constants = []
+    for name, k in (("k1", k1), ("k2", k2)):
+        square = (k * span) * (k * span)  # not ** 2, which raises where it overflows
+        if not least <= square <= most:
+            raise ValueError(
+                f"{name}, data_range: expected ({name} * range) ** 2 from {least:.0e} to {most:.0e}, so that {dtype} "
+                f"holds it, got {square:g} of {name}={k!r}, data_range={data_range!r}"
+            )
+        constants.append(square)
+    if not span * span <= most:
+        raise ValueError(f"data_range: expected a range of at most {math.sqrt(most):.0e}, got {data_range!r}")
+    c1, c2 = constants
+    return SsimNumbers(window, sigma, padding == "same", c1, c2, low)
+
+
+def _low_and_span(data_range: Any) -> tuple[float, float]:
+    """Where the range begins, and how long it is."""
+    if not (is_sequence(data_range) or (isinstance(data_range, Tensor) and data_range.ndim == 1)):
+        try:
+            return 0.0, check_number("data_range", data_range, 0, open_low=True, float32=False)
+        except TypeError as error:
+            raise TypeError(str(error).replace("a number", "a number > 0 or a pair (low, high)", 1)) from None
+    pair = check_numbers("data_range", data_range)
+    if len(pair) != 2:
+        raise ValueError(f"data_range: expected a number > 0 or a pair (low, high), got {len(pair)} entries, {pair}")
+    low, high = pair
+    if not low < high:
+        raise ValueError(f"data_range: expected low < high, got ({low:g}, {high:g})")
+    return low, high - low
+
+
+def check_window_fits(image: Tensor, window: int, levels: int) -> None:
+    """Every halving rounds up, so the last of `levels` is ceil(side / 2**(levels - 1)) pixels."""
+    height, width = (-(-side // 2 ** (levels - 1)) for side in image.shape[2:])
+    if min(height, width) < window:
+        where = "" if levels == 1 else f", which is {height} x {width} at level {levels}"
+        raise ValueError(
+            f"window: expected at most the image's sides with padding='valid', got {window} for images of "
+            f"{image.shape[2]} x {image.shape[3]} pixels{where}; use padding='same' or a smaller window"
+        )
+
+
+class NegativeImages:
+    """Looks, in the first call on the CPU, whether the target has values below 0 though its range begins there.
+
+    Once, for that is a pass over the image; and not on a device, whose answer the host would have to wait for.
+    """
+
+    looked = False
+
+    @classmethod
+    def warn_once(cls, image: Tensor, data_range: Any) -> None:
+        if torch.compiler.is_compiling() or cls.looked or not isinstance(data_range, (int, float)):
+            return
+        plain = type(image) in (Tensor, torch.nn.Parameter) and image.device.type == "cpu" and image.numel() > 0
+        if not plain or transformed():
+            return
+        cls.looked = True
+        least = image.detach().min().item()
+        if least < -data_range / 16:  # less may be the overshoot of an interpolation
+            warnings.warn(
+                f"data_range={data_range!r} is that of images from 0 on, and image has values down to {least:.3g}: "
+                "there SSIM may take an image and its negative for alike. Pass where the range begins and ends, "
+                "e.g. data_range=(-1, 1)",
+                stacklevel=3,
+            )

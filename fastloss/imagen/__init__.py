@@ -1,1 +1,0 @@
-"""The reference text-to-image training system: model, data, training, tuning, sampling."""

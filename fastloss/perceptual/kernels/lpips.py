@@ -1,0 +1,285 @@
+"""Triton kernels for the LPIPS head: one launch forward and one backward for up to 64 layers.
+
+With u = x / (|x| + eps) over the channels of a pixel, v the same of y, and d = u - v:
+
+    value of a pixel   sum_c w d^2
+    gradients          dx = 2 g (w d - x k / |x|) / (|x| + eps), k = sum_c w d u;   dy the same of -d, v and y
+
+A program handles a tile of one image of one layer: all channels of some pixels, 8192 elements of x and of y, which stay
+in registers from the norms to the sums. It keeps |x|, |y| and both k of a pixel; from them the backward is one pass.
+More channels than a tile has are read twice by the forward, the second time from the caches. Bytes per element of size
+s: forward 2 s, backward 3 s (4 s with both gradients), and 32 per pixel in all.
+
+Shapes of tiles are compiled in: up to eight layers have one each, longer lists share those of 16 to 1024 channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.kernels.launch import AotCase, on_device, registers
+from .layer_table import DIRECT, MOST, columns_of, layer_of
+from .lpips_tile import bwd_tile, factors, fwd_tile, is_of, lin_pointers, place, pointers, sizes, there
+
+TILE = 4096  # elements of x, and of y: 32 of each in every thread
+MOST_CHANNELS = 1024  # of a tile: its rows of pixels are 32 bytes then
+PIXELS = 2  # that a thread reads side by side, of a plane
+SHARED_CHANNELS = 16  # of the smallest tile that layers share
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp_fusion changes in triton 3.10
+HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@triton.jit(do_not_specialize=["tiles", "all_tiles", "first_tile"])
+def _lpips_fwd_kernel(
+    xs,  # columns, see layer_table.py: of each layer (images, channels, pixels), or (images, pixels, channels) in rows
+    ys,  # the same
+    lins,  # of each layer (channels,) float32, or None
+    starts,  # of each layer its first tile
+    pixels,
+    firsts,  # its first pixel in `kept`
+    channels,  # None, or with a table
+    kinds,  # None, or with a table: where its tile is in LAYERS
+    out_ptr,  # (images, tiles of all launches), or SPATIAL (total,); float32
+    kept_ptr,  # (4, total) float32
+    total,  # pixels of all layers and images
+    eps,
+    tiles,  # of an image in this launch
+    all_tiles,
+    first_tile,  # of this launch
+    SPATIAL: tl.constexpr,
+    LAYERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    total = total.to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = None if lins is None else lin_pointers(lins, layer, starts, DTYPE)
+    for i in tl.static_range(len(LAYERS)):
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
+            value = fwd_tile(x_ptr, y_ptr, lin_ptr, width, pixel, count, kept_ptr + own, total, eps, i, LAYERS)
+            if SPATIAL:
+                tl.store(out_ptr + own + pixel, value, mask=there(pixel, count, i, LAYERS))
+            else:
+                tl.store(out_ptr + image * all_tiles + first_tile + tile, tl.sum(value) / count)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _lpips_bwd_kernel(
+    xs,  # as in the forward
+    ys,
+    lins,
+    x_grads,  # like xs, or None
+    y_grads,  # the same
+    starts,  # as in the forward
+    pixels,
+    firsts,
+    channels,
+    kinds,
+    grad_ptr,  # (images,), or SPATIAL (total,); float32
+    kept_ptr,  # (4, total) float32
+    total,
+    eps,
+    tiles,
+    SPATIAL: tl.constexpr,
+    LAYERS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    total = total.to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    image = (tl.program_id(0) // tiles).to(tl.int64)
+    layer = layer_of(tile, starts, DTYPE)
+    of = sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE)
+    x_ptrs = pointers(xs, layer, starts, DTYPE, ALIGNED)
+    y_ptrs = pointers(ys, layer, starts, DTYPE, ALIGNED)
+    lin_ptrs = None if lins is None else lin_pointers(lins, layer, starts, DTYPE)
+    x_grad_ptrs = None if x_grads is None else pointers(x_grads, layer, starts, DTYPE, ALIGNED)
+    y_grad_ptrs = None if y_grads is None else pointers(y_grads, layer, starts, DTYPE, ALIGNED)
+    for i in tl.static_range(len(LAYERS)):
+        if is_of(tile, of, i, LAYERS, DTYPE):
+            width, count, pixel, start, own = place(tile, image, of, i, LAYERS, DTYPE)
+            nth: tl.constexpr = i if DTYPE is None else 0
+            inside = there(pixel, count, i, LAYERS)
+            if SPATIAL:
+                g = 2.0 * tl.load(grad_ptr + own + pixel, mask=inside, other=0.0)
+            else:
+                g = 2.0 * tl.load(grad_ptr + image) / count
+            kept = kept_ptr + own
+            of_x = factors(kept, kept + 2 * total, pixel, inside, g, eps)
+            of_y = factors(kept + total, kept + 3 * total, pixel, inside, g, eps)
+            x_ptr = x_ptrs[nth] + start
+            y_ptr = y_ptrs[nth] + start
+            lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
+            x_grad = None if x_grad_ptrs is None else x_grad_ptrs[nth] + start
+            y_grad = None if y_grad_ptrs is None else y_grad_ptrs[nth] + start
+            bwd_tile(x_ptr, y_ptr, lin_ptr, x_grad, y_grad, width, pixel, count, of_x, of_y, i, LAYERS)
+
+
+def _in_rows(t: Tensor) -> bool:
+    """Channels last, dense."""
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> tuple:
+    """Of a layer's tile: its channels and pixels, whether it lies in rows, whether offsets need 64 bits, whether the
+    layer's pixels, and those before it, are a multiple of 16, and of the tile's, whether its channels are none of the
+    tile's, whether they are more than those, how many they are, and PIXELS. A backward takes them in two halves: it
+    holds more of each."""
+    channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
+    block = min(triton.next_power_of_2(max(channels, 1)), MOST_CHANNELS)
+    tile = min(TILE // block, triton.next_power_of_2(max(pixels, 1)))
+    wide = (channels + block) * (pixels + tile) >= 2**31
+    block = max(block // 2, 1) if backward else block
+    ragged, more = channels % block != 0 or channels == 0, channels > block
+    even = (pixels | before) % 16 == 0
+    return block, tile, rows, wide, even, pixels % tile == 0, ragged, more, channels, PIXELS
+
+
+def _shared(
+    xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
+) -> tuple[list[tuple], list[int]]:
+    """The tiles of a list with a table, and which of them each layer has. They are described as by `_describe`, but for
+    all layers that have one; its last item but one is whether their channels are multiples of 16."""
+    keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
+            for x, row in zip(xs, rows, strict=True)]  # fmt: skip
+    wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
+    kinds, tiles = sorted(set(keys)), []
+    for key in kinds:
+        own = [(x.shape[1], x.shape[2] * x.shape[3] | n) for x, n, k in zip(xs, befores, keys, strict=True) if k == key]
+        block, row = key
+        part = block // 2 if backward else block
+        more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
+        even = all(p % 16 == 0 for _, p in own)
+        tiles.append((part, TILE // block, row, wide, even, False, True, more, channels, PIXELS))
+    return tiles, [kinds.index(key) for key in keys]
+
+
+class _Launches:
+    """The layers, laid out, in groups of up to MOST."""
+
+    def __init__(
+        self, features: Sequence[Tensor], targets: Sequence[Tensor], lins: Sequence[Tensor], backward: bool
+    ) -> None:
+        self.rows = [_in_rows(f) and _in_rows(t) for f, t in zip(features, targets, strict=True)]
+        self.xs = [f if row else f.contiguous() for f, row in zip(features, self.rows, strict=True)]
+        self.ys = [t if row else t.contiguous() for t, row in zip(targets, self.rows, strict=True)]
+        self.lins = [lin.contiguous() for lin in lins] or None
+        self.images = features[0].shape[0]
+        self.pixels = [f.shape[2] * f.shape[3] for f in features]
+        self.total = self.images * sum(self.pixels)
+        self.firsts = [self.images * n for n in itertools.accumulate(self.pixels[:-1], initial=0)]
+        self.groups = []  # layers, their tiles, which of these each has, first tile of each
+        self.tiles = 0
+        for low in range(0, len(features), MOST):
+            part = slice(low, low + MOST)
+            each = (self.xs[part], self.rows[part], self.firsts[part])
+            if len(each[0]) > DIRECT:
+                layers, kinds = _shared(*each, backward)
+            else:
+                layers = [_describe(*one, backward) for one in zip(*each, strict=True)]
+                kinds = list(range(len(layers)))
+            counts = [triton.cdiv(n, layers[kind][1]) for n, kind in zip(self.pixels[part], kinds, strict=True)]
+            self.groups.append((part, layers, kinds, list(itertools.accumulate(counts, initial=0)), self.tiles))
+            self.tiles += sum(counts)
+
+    def launches(self, *grads: Sequence[Tensor] | None) -> Iterator[tuple]:
+        """Of each launch its programs, the columns of pointers and numbers, its tiles and the first, its constants."""
+        for part, layers, kinds, starts, first_tile in self.groups if self.images else ():
+            numbers = [starts[:-1], self.pixels[part], self.firsts[part]]
+            if len(kinds) > DIRECT:
+                numbers += [[x.shape[1] for x in self.xs[part]], kinds]
+            sides = (self.xs, self.ys, self.lins, *grads)
+            of = columns_of(numbers, [None if side is None else side[part] for side in sides])
+            columns = (*of.pointers, *of.numbers, *[None] * (5 - len(numbers)))
+            yield self.images * starts[-1], columns, starts[-1], first_tile, (tuple(layers), of.dtype, of.aligned)
+
+
+def lpips_fwd(
+    features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
+) -> tuple[Tensor, Tensor]:
+    plan = _Launches(features, targets, lin_weights, False)
+    shape = (plan.total,) if spatial else (plan.images, plan.tiles)
+    out = features[0].new_empty(shape, dtype=torch.float32)
+    kept = features[0].new_empty((4, plan.total), dtype=torch.float32)
+    options = OPTIONS | (registers(112) if spatial else {})
+    with on_device(features[0]):
+        for programs, columns, tiles, first_tile, constants in plan.launches():
+            _lpips_fwd_kernel[(programs,)](
+                *columns, out, kept, plan.total, eps, tiles, plan.tiles, first_tile, spatial, *constants, **options
+            )
+    return out if spatial else out.sum(1), kept
+
+
+def lpips_bwd(
+    grad: Tensor, statistics: Tensor, features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor],
+    eps: float, spatial: bool, needs_features: bool, needs_targets: bool,
+) -> list[Tensor]:  # fmt: skip
+    plan = _Launches(features, targets, lin_weights, True)
+    made = [torch.empty_like(t) for t in (features if needs_features else []) + (targets if needs_targets else [])]
+    like = (plan.xs if needs_features else []) + (plan.ys if needs_targets else [])
+    written = [m if m.stride() == t.stride() else torch.empty_like(t) for m, t in zip(made, like, strict=True)]
+    count = len(features)
+    x_grads = written[:count] if needs_features else None
+    y_grads = written[-count:] if needs_targets else None
+    grad = grad.contiguous()
+    with on_device(features[0]):
+        for programs, columns, tiles, _, constants in plan.launches(x_grads, y_grads):
+            _lpips_bwd_kernel[(programs,)](
+                *columns, grad, statistics, plan.total, eps, tiles, spatial, *constants, **OPTIONS
+            )
+    return [m if m is w else m.copy_(w) for m, w in zip(made, written, strict=True)]
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """VGG16's layers in every dtype, layout and form; other networks' widths; more layers than a launch takes."""
+    vgg = [(2, c, s, s) for c, s in ((64, 64), (128, 32), (256, 16), (512, 8), (512, 4))]
+    for dtype, rows in itertools.product(HALF_AND_SINGLE, (False, True)):
+        yield from _aot_calls(vgg, dtype, rows, True, False)
+    yield from _aot_calls(vgg, torch.float32, False, True, True)
+    yield from _aot_calls(vgg, torch.bfloat16, True, False, True)
+    alex = [(2, c, s, s) for c, s in ((64, 16), (192, 8), (384, 4), (256, 4), (256, 4))]
+    yield from _aot_calls(alex, torch.float32, False, True, False)
+    odd = [(2, 2048, 8, 8), (2, 1280, 7, 7), (2, 3, 8, 8), (2, 1, 1, 1)]
+    for rows in (False, True):
+        yield from _aot_calls(odd, torch.bfloat16, rows, True, False, vector=False)
+    yield from _aot_calls([(2, 64, 8192, 8192)], torch.bfloat16, False, True, False)  # offsets pass 2**31
+    for rows in (False, True):
+        yield from _aot_calls(vgg * 8, torch.float32, rows, True, False)
+        yield from _aot_calls(vgg * 2, torch.bfloat16, rows, rows, not rows)
+    yield from _aot_calls([*odd, *[(2, 8, 4, 4)] * 9], torch.float32, False, True, False, vector=False)
+
+
+def _aot_calls(
+    shapes: list, dtype: torch.dtype, rows: bool, lin: bool, spatial: bool, vector: bool = True
+) -> Iterator[AotCase]:
+    order = torch.channels_last if rows else torch.contiguous_format
+    features = [torch.empty(s, dtype=dtype, device="meta", memory_format=order) for s in shapes]
+    lins = [torch.empty(s[1], device="meta") for s in shapes] if lin else []
+    total = sum(math.prod(s) // s[1] for s in shapes)
+    grad = torch.empty(total if spatial else shapes[0][0], device="meta")
+    kept = torch.empty(4, total, device="meta")
+    label = f"{len(shapes)} layers of {shapes[0][1]} {str(dtype).removeprefix('torch.')}"
+    label += f"{' rows' if rows else ''}{' map' if spatial else ''}{'' if lin else ' no lin'}"
+    vector = vector and rows  # of planes a thread reads PIXELS side by side
+    forward, backward = (("_lpips_fwd_kernel",), ("_lpips_bwd_kernel",)) if vector else ((), ())
+    yield AotCase(f"forward {label}", lpips_fwd, (features, features, lins, 1e-10, spatial), forward)
+    for needs in ((True, False), (True, True)):
+        args = (grad, kept, features, features, lins, 1e-10, spatial, *needs)
+        yield AotCase(f"backward {label}{' both' if all(needs) else ''}", lpips_bwd, args, backward)

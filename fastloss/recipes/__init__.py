@@ -1,0 +1,6 @@
+"""Whole training systems, made of the losses and with dependencies of their own (the extra `train`).
+
+data/      captioned images: data sets, tokenizers, batches
+training/  what any training loop needs: checkpoints, metrics, stopping
+imagen/    the text-to-image system of the command line
+"""

@@ -1,0 +1,9 @@
+"""Captioned images and their texts.
+
+batches.py    data sets by name, and batches in an order that a seed fixes
+digits.py     scikit-learn's handwritten digits with captions
+folder.py     a folder of images with captions
+shards.py     WebDataset tar shards
+samples.py    decoding, captions, splits, and the count of what was skipped
+tokenizer.py  tokenizers without downloads: bytes and words
+"""

@@ -1,0 +1,14 @@
+"""The reference text-to-image training system: model, training, tuning, sampling.
+
+config.py                 the options of a run, from which the command line is made
+model.py                  text encoder, image encoder, image decoder
+build.py                  model, tokenizer and images from a configuration or a checkpoint
+losses.py                 the losses of a step and their fusion
+train.py                  the training loop
+validation.py             how good the model is, by figures without loss weights
+report.py                 pictures, curves and a report
+run.py                    the jobs behind the command line
+digits_backbone.py        the frozen classifier whose features the digits' losses compare
+train_digits_backbone.py  makes its weights, digits_backbone.safetensors
+digits_quality.py         quality of generated digits
+"""

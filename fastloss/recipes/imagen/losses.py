@@ -1,0 +1,227 @@
+"""The losses of a training step: the article's six, the prior of z, and their fusion.
+
+Each caption gives two images: A from a z of its real image's posterior, compared with that image, and B from a z of
+N(0, I), as in generation, judged by what must hold for any good image of the caption. The two are also the two
+stochastic views whose attention should agree.
+
+    contrastive    f(t) against g(x) of the real image and of image B; equal captions are no negatives of each other
+    perceptual     features of the real image and of A
+    pixel          the real image and A
+    smoothness     differences of neighbouring pixels of A and B
+    diversity      image B nearer to an image of the training batch than the margin
+    mode_seeking   A and B differ less than their z do
+    attention      the decoder's attention to the words, in A against B
+    prior          KL(q(z | x) || N(0, I)): keeps A's z where B's is drawn
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import (
+    CompositeLoss,
+    PerceptualLoss,
+    attention_consistency_from_qk,
+    core,
+    diversity_loss,
+    info_nce,
+    mode_seeking_loss,
+    pixel_loss,
+    smoothness_loss,
+)
+from .config import WEIGHTS, check_weights
+from .model import ImageFeatures, Imagen, QueryKey, TextFeatures
+
+DIVERSITY_MARGIN = 0.15  # mean |difference|, in units of the image: about that of two real digits of one caption
+
+
+class Views(NamedTuple):
+    """What the model makes of a batch: see the two images above."""
+
+    text: TextFeatures
+    real: ImageFeatures
+    image_a: Tensor
+    image_b: Tensor
+    z_a: Tensor
+    z_b: Tensor
+    emb_b: Tensor  # g of image B, through frozen weights of g: only the image can improve
+    attention_a: QueryKey
+    attention_b: QueryKey
+
+
+def make_views(model: Imagen, image: Tensor, text: tuple[Tensor, Tensor]) -> Views:
+    """One pass of every encoder, and one of the decoder for both images at once."""
+    encoder = model.image_encoder
+    if encoder is None:
+        raise ValueError("model: training needs an image encoder")
+    features = model.text_encoder(text)
+    real = encoder(image)
+    z_a = real.mu + torch.exp(0.5 * real.log_var) * torch.randn_like(real.mu)
+    z_b = torch.randn_like(z_a)
+    twice = TextFeatures(*(torch.cat([t, t]) for t in features))
+    images, attention = model.image_decoder(twice, torch.cat([z_a, z_b]))
+    image_a, image_b = images.chunk(2)
+    frozen = {name: parameter.detach() for name, parameter in encoder.named_parameters()}
+    emb_b = torch.func.functional_call(encoder, frozen, (image_b,)).emb
+    halves = [QueryKey(*pair) for pair in zip(attention.q.chunk(2), attention.k.chunk(2), strict=True)]
+    return Views(features, real, image_a, image_b, z_a, z_b, emb_b, *halves)
+
+
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """(B,) int64 that are equal for equal captions, in this run and any other."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions)
+    return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
+
+
+class MemoryBank(nn.Module):
+    """The last `size` image embeddings and their caption ids: more negatives than a batch has."""
+
+    emb: Tensor
+    ids: Tensor
+
+    def __init__(self, size: int, emb_dim: int) -> None:
+        super().__init__()
+        self.size = size
+        self.register_buffer("emb", torch.zeros(size, emb_dim, dtype=torch.float32))
+        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
+        self.pushed = 0
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"pushed": self.pushed}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.pushed = state["pushed"]
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Clones, since `push` writes in place while the backward still needs them."""
+        filled = min(self.pushed, self.size)
+        return self.emb[:filled].clone(), self.ids[:filled].clone()
+
+    @torch.no_grad()
+    def push(self, emb: Tensor, ids: Tensor) -> None:
+        emb, ids = emb[: self.size].float(), ids[: self.size]
+        at = (torch.arange(len(emb), device=emb.device) + self.pushed) % self.size
+        self.emb[at], self.ids[at] = emb, ids
+        self.pushed += len(emb)
+
+
+class ImagenLosses(nn.Module):
+    """All the losses of a step. A loss of weight 0 is not computed.
+
+    Args:
+        weights: weight by name; names left out have the weight of `WEIGHTS`.
+        perceptual: the loss of that name, `loss(image, image_pred)`; needed where its weight is not 0.
+        temperature: of the contrastive loss.
+        bank: images in the memory bank of negatives, 0 for none.
+        weighting: of `CompositeLoss`.
+        reference: compute everything with the eager references instead of the fast kernels.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, float] | None = None,
+        *,
+        perceptual: nn.Module | None = None,
+        temperature: float = 0.1,
+        bank: int = 0,
+        emb_dim: int = 64,
+        weighting: str = "fixed",
+        reference: bool = False,
+    ) -> None:
+        super().__init__()
+        chosen = WEIGHTS | check_weights(weights or {})
+        self.weights = {name: weight for name, weight in chosen.items() if weight > 0}
+        if not self.weights:
+            raise ValueError("weights: all losses have weight 0, there is nothing to train on")
+        self.fuse = CompositeLoss(self.weights, weighting=weighting)
+        if "perceptual" in self.weights and perceptual is None:
+            raise ValueError("perceptual: its weight is not 0, so it needs a PerceptualLoss")
+        self.perceptual = perceptual
+        self.bank = MemoryBank(bank, emb_dim) if bank and "contrastive" in self.weights else None
+        self.temperature, self.reference = temperature, reference
+
+    def forward(self, views: Views, image: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fused loss and its detached parts; `ids` (B,) are equal for equal captions."""
+        with core.use_backend("reference") if self.reference else contextlib.nullcontext():
+            parts = {name: getattr(self, f"_{name}")(views, image, ids) for name in self.weights}
+            total, detached = self.fuse(parts)
+        if self.bank is not None:
+            self.bank.push(views.real.emb, ids)
+        return total, detached
+
+    def _contrastive(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        real = self._info_nce(views.text.emb, views.real.emb, ids)
+        return 0.5 * (real + self._info_nce(views.text.emb, views.emb_b, ids))
+
+    def _info_nce(self, text: Tensor, image: Tensor, ids: Tensor) -> Any:
+        negatives, key_ids = None, ids
+        if self.bank is not None and self.bank.pushed:
+            negatives, bank_ids = self.bank.stored()
+            key_ids = torch.cat([ids, bank_ids])
+        return info_nce(
+            text,
+            image,
+            negatives,
+            temperature=self.temperature,
+            symmetric=True,
+            in_batch=True,
+            query_ids=ids,
+            key_ids=key_ids,
+        )
+
+    def _perceptual(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        assert self.perceptual is not None
+        return self.perceptual(image, views.image_a)
+
+    def _pixel(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        return pixel_loss(image, views.image_a)
+
+    def _smoothness(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        return 0.5 * (smoothness_loss(views.image_a) + smoothness_loss(views.image_b))
+
+    def _diversity(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        return diversity_loss(views.image_b, image, margin=DIVERSITY_MARGIN)
+
+    def _mode_seeking(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        return mode_seeking_loss(views.image_a, views.image_b, views.z_a, views.z_b)
+
+    def _attention(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        mask = views.text.mask[:, None, None, :]
+        return attention_consistency_from_qk(*views.attention_a, *views.attention_b, metric="sym_kl", mask=mask)
+
+    def _prior(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        mu, log_var = views.real.mu.float(), views.real.log_var.float()
+        return 0.5 * (mu * mu + log_var.exp() - 1 - log_var).sum(1).mean()
+
+
+def perceptual_loss(data: str, backbones: str = "auto", weights: str = "") -> nn.Module:
+    """`PerceptualLoss` for a run: "auto" is the digits' own small network, which needs no download, or VGG16.
+
+    `backbones` names one network of torchvision or several, with commas; `weights` is a local file for each, so that
+    nothing is downloaded, or "random".
+    """
+    if backbones == "auto" and data == "digits":
+        from .digits_backbone import digits_backbone
+
+        return PerceptualLoss(digits_backbone(), normalize=False)
+    names = ["vgg16"] if backbones == "auto" else backbones.split(",")
+    files: list[Any] = [False if file == "random" else file for file in weights.split(",")] if weights else []
+    return _ThreeChannels(PerceptualLoss(names, pretrained=files or True))
+
+
+class _ThreeChannels(nn.Module):
+    """The named networks take RGB: grey images are given to them three times."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image: Tensor, image_pred: Tensor) -> Tensor:
+        n, _, h, w = image.shape
+        return self.loss(image.expand(n, 3, h, w), image_pred.expand(n, 3, h, w))

@@ -1,0 +1,4 @@
+"""The losses of attention maps.
+
+test_consistency.py  maps, logits, queries and keys
+"""

@@ -1,0 +1,62 @@
+"""Rows of the losses of volumes, [N, C, D, H, W], with sides of 1 along each axis."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+import fastloss
+from tests.conformance.case import VOLUMES, Case, image_pair
+
+
+def eager_volume(image_pred, p=1, order=1, reduction="mean"):
+    """Total variation of [N, C, D, H, W]; an axis that has no differences adds nothing."""
+    terms, padded, over = [], [], (0, 1, 2, 3, 4) if reduction == "mean" else (1, 2, 3, 4)
+    for i, size in enumerate(image_pred.shape[2:]):
+        d = image_pred.diff(n=order, dim=i + 2) if size > order else image_pred.narrow(i + 2, 0, 0)
+        missing, lead = size - d.shape[i + 2], min(order, size) - 1
+        padded.append(F.pad(d, [0, 0] * (2 - i) + [lead, missing - lead]))
+        terms += [(d.abs() if p == 1 else d * d).mean(over)] if d.numel() else []
+    if p == "isotropic":
+        each = torch.linalg.vector_norm(torch.stack(padded), dim=0).mean(over)
+    else:
+        each = sum(terms, 0 * image_pred.sum(over))
+    if p == "norm":
+        each = torch.linalg.vector_norm(each.sqrt()[None], dim=0) if terms else each
+    return each if reduction != "sum" else each.sum()
+
+
+def eager_image_volume(image, image_pred, pixel, smoothness, smoothness_options=None):
+    p, w = smoothness
+    total = pixel[1] * (image_pred - image).abs().pow(pixel[0]).mean()
+    return total + w * eager_volume(image_pred, p, **(smoothness_options or {}))
+
+
+VOLUME_CASES = [
+    Case(
+        "smoothness_loss of volumes",
+        fastloss.smoothness_loss,
+        lambda draw, shape: (draw.uniform(*shape),),
+        eager_volume,
+        shapes=VOLUMES,
+        options=[
+            {}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": 2, "order": 2},
+            {"p": "isotropic", "order": 2},
+        ],
+        grads=(0,),
+        extra={"reach": 1},
+    ),
+    Case(
+        "image_loss of volumes",
+        fastloss.image_loss,
+        image_pair,
+        eager_image_volume,
+        shapes=VOLUMES,
+        options=[
+            *({"pixel": (pixel, 1.0), "smoothness": (p, 0.5)}
+              for pixel, p in ((1, 1), (2, 2), (2, "norm"), (1, "isotropic"), (1.5, 1))),
+            *({"pixel": (1, 1.0), "smoothness": (p, 0.5), "smoothness_options": {"order": 2}} for p in (1, 2)),
+        ],
+        reductions=(),
+    ),
+]

@@ -1,0 +1,153 @@
+"""Contrastive Triton launchers: blocks of G within the workspace, plans, wide spreads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastloss.contrastive.ops.softmax_loss import contrastive_plain, contrastive_plain_reference
+from fastloss.contrastive.ops.softmax_stats import contrastive, contrastive_stats_reference, softmax_statistics
+from tests.conformance.tools import INTERPRETING, Errors, recorded
+
+pytestmark = pytest.mark.kernels
+
+triton_only = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1; tests/triton runs it so")
+KINDS = ("diagonal", "diagonal+stash", "diagonal+symmetric", "diagonal+symmetric+stash", "upper+stash")
+
+
+def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
+    """Statistics and gradients of every input for an upstream that differs everywhere."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(rows, width, generator=random).bfloat16() for _ in range(2))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scales = [torch.rand(rows, generator=random).to(wide) * scale + 0.1 for _ in "rc"]
+    leaves = [query.to(dtype), key.to(dtype), *scales]
+    leaves = [t.requires_grad_() for t in leaves]
+    stats = op(*leaves, None, None, None, None, None, kind, 0.0, workspace_mib, False)
+    upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(wide)
+    upstream[:, 1] = 0  # the maximum has no gradient
+    return stats.detach(), *torch.autograd.grad(stats, leaves, upstream)
+
+
+@triton_only
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1.0, 12.0, 100.0])
+@pytest.mark.parametrize("workspace_mib", [0.002, 0.035, 256.0])  # of a stash 0.022 and blocks; with none, blocks too
+def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
+    """From scale 12 on a tile is too wide for one exponential to serve rows and columns."""
+    dtype = torch.bfloat16 if "stash" in kind else torch.float32  # exponentials are kept in half precision only
+    errors = Errors(dtype)
+    got = values(contrastive, dtype, kind, scale, workspace_mib)
+    same = values(contrastive_stats_reference, dtype, kind, scale, workspace_mib)
+    exact = values(contrastive_stats_reference, torch.float64, kind, scale, workspace_mib)
+    for name, *each in zip(("stats", "query", "key", "row_scale", "column_scale"), got, same, exact, strict=True):
+        errors.add(name, *each)
+    errors.check()
+
+
+@triton_only
+def test_plans_cover_the_blocks_within_their_bounds():
+    from fastloss.contrastive.kernels.blocking import block_plan, walk_plan
+    from fastloss.contrastive.kernels.tile_configs import Tile
+
+    tile = Tile(128, 128, 64, True, True, 4, 3)
+    for rows, columns in ((1, 1), (200, 70000), (70000, 200), (65536, 65536), (2**20, 2**20)):
+        for elements in (128 * 128, 10**6, 2**27):
+            high, wide = block_plan(rows, columns, elements, tile)
+            assert high * wide <= elements and wide % tile.columns == 0 and high >= 1
+        groups, splits = walk_plan(-(-rows // 128), -(-columns // 128), 264)
+        assert groups * splits <= 264 and groups <= -(-rows // 128) and splits <= -(-columns // 128)
+    assert walk_plan(64, 64, 264) == (16, 16)
+
+
+def plain_values(op, dtype, needs, symmetric, options, workspace_mib, rows=19, keys=33, width=20):
+    """The loss and the gradients of what `needs` says."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(n, width, generator=random).bfloat16().to(dtype) for n in (rows, keys))
+    key[3] = 0
+    key = key[:rows] if symmetric else key
+    scale = torch.tensor(7.0, dtype=dtype if dtype == torch.float64 else torch.float32)
+    share = torch.rand(rows, generator=random).to(scale.dtype) if options.get("share") else None
+    targets = None if symmetric else torch.arange(rows).flip(0)
+    targets = targets if options.get("targets") else None
+    leaves = [t for bit, t in ((1, query), (2, key), (4, scale)) if needs & bit]
+    for t in leaves:
+        t.requires_grad_()
+    out = op(
+        query, key, scale, share, targets, 0.5, options.get("include_positive", True), symmetric,
+        options.get("normalize", True), options.get("reduction", "mean"), needs, workspace_mib,
+    )  # fmt: skip
+    upstream = torch.linspace(0.5, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return out.detach(), *torch.autograd.grad(out, leaves, upstream)
+
+
+# chunks of some rows, of more, of all; blocks of G with and without kept exponentials
+@triton_only
+@pytest.mark.parametrize("workspace_mib", [0.004, 0.02, 256.0])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_plain_losses_in_every_workspace(dtype, symmetric, workspace_mib):
+    for name, needs, options in (
+        ("all", 7, {"share": True}),
+        ("frozen keys", 5, {"reduction": "none", "normalize": False}),
+        ("keys", 2, {"targets": True, "reduction": "sum", "include_positive": False}),
+        ("scale", 4, {"share": True, "reduction": "none", "targets": True}),
+    ):
+        errors = Errors(dtype)
+        given = needs, symmetric, options, workspace_mib
+        got = plain_values(contrastive_plain, dtype, *given)
+        same = plain_values(contrastive_plain_eager, dtype, *given)
+        exact = plain_values(contrastive_plain_reference, torch.float64, *given)
+        for i, each in enumerate(zip(got, same, exact, strict=True)):
+            errors.add(f"{name} {i}", *each)
+        errors.check()
+
+
+def contrastive_plain_eager(query, key, *rest):
+    """As a user's dense torch has it: products in the embeddings' dtype."""
+    dtype, (scale, share, targets, factor, include_positive, symmetric, normalize, reduction, *_) = query.dtype, rest
+    if normalize:
+        query, key = (torch.nn.functional.normalize(t, dim=1) for t in (query, key))
+    logits = (scale * factor).to(dtype) * (query @ key.T)
+    column = torch.arange(logits.shape[1])
+    target = column[: logits.shape[0]] if targets is None else targets
+
+    def rows(s, own):
+        positive = s.gather(1, own[:, None])[:, 0]
+        left_out = s.masked_fill(column[: s.shape[1]] == own[:, None], -torch.inf) if not include_positive else s
+        return left_out.logsumexp(1) - positive
+
+    loss = rows(logits, target)
+    loss = ((loss + rows(logits.T, target)) / 2 if symmetric else loss).float()
+    loss = loss if share is None else loss * share
+    return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+@triton_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("workspace_mib", [0.008, 256.0])
+def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
+    """The pulls are made in the forward, a chunk of rows at a time; in the diagonal's absence and presence."""
+    random = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(n, 20, generator=random).bfloat16() for n in (37, 50))
+    scales = torch.rand(37, generator=random) + 0.5, torch.rand(50, generator=random) * 4
+    for kind in ("", "diagonal"):
+        errors, results = Errors(dtype), []
+        for op, precision in ((softmax_statistics, dtype), (reference, dtype), (reference, torch.float64)):
+            wide = torch.float64 if precision == torch.float64 else torch.float32
+            leaves = query.to(precision).requires_grad_(), scales[0].to(wide).requires_grad_()
+            with recorded() as calls:
+                stats = op(
+                    leaves[0], key.to(precision), leaves[1], scales[1].to(wide), *[None] * 5, kind, 0.0, workspace_mib
+                )
+            if op is softmax_statistics:
+                assert calls[0][1][12]  # keep
+            upstream = torch.linspace(-1, 2, 37, dtype=wide)
+            results.append((stats.detach()[:, :1], *torch.autograd.grad(stats[0, 0], leaves, upstream)))
+        for i, each in enumerate(zip(*results, strict=True)):
+            errors.add(str(i), *each)
+        errors.check()
+
+
+def reference(*args):
+    return contrastive_stats_reference(*args, False)

@@ -1,0 +1,10 @@
+"""The mechanism under the losses.
+
+test_op.py               ops, reductions, the module form, docstrings, imports without what is optional
+test_backends.py         which backend is forced, where and when
+test_missing_kernels.py  installations without the C++ kernels
+test_cpp.py              what all C++ kernels share: instruction sets, threads, the stable ABI
+test_matmul.py           the CPU's products of bfloat16
+test_scaled_sum.py       sums times factors in one launch
+test_interrupt.py        Ctrl-C in a long call
+"""

@@ -1,0 +1,4 @@
+"""The losses against repetition.
+
+test_diversity.py  banks, metrics, mode seeking
+"""

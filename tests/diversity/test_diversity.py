@@ -1,0 +1,180 @@
+"""Diversity and mode seeking: numbers by hand, the limits of the modes, chunks, and the points without a derivative."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastloss import diversity_loss, mode_seeking_loss
+from fastloss.diversity.diversity import METRICS, MODES, diversity_reference
+
+BANK = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
+
+
+def test_numbers_by_hand():
+    g = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+    # distances l1: [.5, 1, 1.5], [1, .5, 1]; l2: [.5, 1, 2.5], [1, .5, 1]
+    assert diversity_loss(g, BANK, reduction="none").tolist() == [-0.5, -0.5]
+    assert diversity_loss(g, BANK, mode="mean", reduction="none").tolist() == pytest.approx([-1.0, -2.5 / 3])
+    assert diversity_loss(g, BANK, metric="l2", mode="mean").item() == pytest.approx(-(4 / 3 + 2.5 / 3) / 2)
+    assert diversity_loss(g, BANK, margin=0.75).item() == 0.25
+    assert diversity_loss(g, BANK, margin=0.4).item() == 0.0
+    # cosine of (1,1) with (0,0), (1,0), (2,2): distances 1, 1 - sqrt(1/2), 0
+    assert diversity_loss(g[1:], BANK, metric="cosine").item() == pytest.approx(0, abs=1e-6)
+    assert diversity_loss(g[1:], BANK, metric="cosine", mode="mean").item() == pytest.approx(-(2 - 0.5**0.5) / 3)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_softmin_goes_from_nearest_to_mean(metric):
+    generator = torch.Generator().manual_seed(0)
+    g, bank = (torch.rand(n, 3, 4, generator=generator, dtype=torch.float64) for n in (4, 9))
+    nearest, mean = (diversity_loss(g, bank, mode=m, metric=metric) for m in ("nearest", "mean"))
+    soft = [diversity_loss(g, bank, mode="softmin", metric=metric, temperature=t) for t in (1e-7, 1e-2, 1e-1, 1e5)]
+    torch.testing.assert_close(soft[0], nearest, rtol=0, atol=1e-6)
+    torch.testing.assert_close(soft[-1], mean, rtol=0, atol=1e-6)
+    assert nearest > soft[1] > soft[2] > mean
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_chunks_change_nothing(mode, metric):
+    """One bank row at a time gives the value, gradient and second derivative of all at once."""
+    generator = torch.Generator().manual_seed(1)
+    g, bank = (torch.rand(n, 6, generator=generator, dtype=torch.float64) for n in (3, 7))
+    got = []
+    for workspace in (1, 1000, 2**28):
+        x = g.clone().requires_grad_()
+        out = diversity_reference(x, bank, mode, metric, 0.1, workspace)
+        (first,) = torch.autograd.grad((out * out).sum(), x, create_graph=True)
+        got.append((out, first, torch.autograd.grad((first**2).sum(), x)[0]))
+
+        def distance(x, workspace=workspace):
+            return diversity_reference(x, bank, mode, metric, 0.1, workspace)
+
+        assert torch.autograd.gradcheck(distance, x)
+        total = torch.func.grad(lambda x, f=distance: f(x).sum())(g)
+        torch.testing.assert_close(total, torch.autograd.grad(distance(x).sum(), x)[0])
+    for other in got[1:]:
+        torch.testing.assert_close(other, got[0])
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(t, torch.Tensor) and not func.is_view:
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", ["l1", "l2"])
+def test_workspace_is_bounded(mode, metric):
+    """8 x 200 x 3,072 differences would be 19 MiB; within 1 MiB no tensor passes 1 MiB."""
+    g, bank = torch.rand(8, 3, 32, 32, requires_grad=True), torch.rand(200, 3, 32, 32)
+    with Largest() as forward:
+        loss = diversity_loss(g, bank, mode=mode, metric=metric, workspace_mib=1)
+    with Largest() as backward:
+        loss.backward()
+    assert forward.elements <= 2**18 and backward.elements <= 2**18
+    expected = diversity_loss(g, bank, mode=mode, metric=metric)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(g.grad, torch.autograd.grad(expected, g)[0])
+
+
+def test_chunks_compile_into_one_graph():
+    g, bank = torch.rand(4, 3, 32, 32, requires_grad=True), torch.rand(11, 3, 32, 32)
+    for mode in ("nearest", "softmin"):
+        torch._dynamo.reset()
+        compiled = torch.compile(diversity_loss, fullgraph=True, backend="aot_eager")
+        got, expected = (f(g, bank, mode=mode, workspace_mib=1) for f in (compiled, diversity_loss))
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(torch.autograd.grad(got, g)[0], torch.autograd.grad(expected, g)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_gradient_is_zero_at_copies_and_zero_images(mode, metric):
+    g = torch.stack((BANK[1], torch.zeros(2))).requires_grad_()
+    diversity_loss(g, torch.stack((BANK[1], BANK[1])), mode=mode, metric=metric).backward()
+    assert g.grad[0].abs().max() < 1e-6
+    assert (g.grad[1] == 0).all() if metric == "cosine" else g.grad[1, 0] != 0
+    assert g.grad.isfinite().all()
+
+
+def test_margin_stops_the_push():
+    g = torch.tensor([[0.25, 0.0], [5.0, 5.0]], requires_grad=True)
+    diversity_loss(g, BANK, margin=0.5, reduction="sum").backward()
+    assert g.grad.tolist() == [[-0.5, 0.0], [0.0, 0.0]]
+
+
+def test_ties_and_nan():
+    g = torch.tensor([[0.5, 0.0]], requires_grad=True)  # as far from the first as from the second
+    diversity_loss(g, BANK).backward()
+    assert g.grad.tolist() == [[-0.5, 0.0]]
+    for where in ("generated", "bank"):
+        g, bank = torch.zeros(1, 2), BANK.clone()
+        (g if where == "generated" else bank)[0, 0] = torch.nan
+        for mode in MODES:
+            assert diversity_loss(g, bank, mode=mode).isnan()
+
+
+def test_bank_of_another_dtype_and_empty_batch():
+    g = torch.rand(2, 5, requires_grad=True)
+    bank = torch.rand(4, 5).bfloat16()
+    torch.testing.assert_close(diversity_loss(g, bank), diversity_loss(g, bank.float()))
+    assert diversity_loss(g[:0], bank, reduction="none").shape == (0,)
+    assert diversity_loss(g[:0], bank, reduction="sum", mode="softmin").item() == 0
+    assert diversity_loss(g.half(), bank, mode="mean").dtype == torch.float32
+
+
+def test_images_of_one_element():
+    """[N] against [M]: each number is an image."""
+    generated, bank = torch.tensor([0.0, 2.0, 5.0], requires_grad=True), torch.tensor([1.0, 4.5])
+    values = diversity_loss(generated, bank, reduction="none")
+    torch.testing.assert_close(values, torch.tensor([-1.0, -1.0, -0.5]))
+    torch.testing.assert_close(torch.autograd.grad(values.sum(), generated)[0], torch.tensor([1.0, -1.0, -1.0]))
+    torch.testing.assert_close(diversity_loss(generated, bank, metric="l2", mode="mean"), torch.tensor(-44.75 / 6))
+    assert diversity_loss(generated[:0], bank, reduction="none").shape == (0,)
+
+
+def test_mode_seeking_is_msgan():
+    """The printed formula: lz = mean|I2 - I1| / mean|z2 - z1|, loss = 1 / (lz + 1e-5)."""
+    generator = torch.Generator().manual_seed(2)
+    a, b = (torch.rand(3, 3, 5, 5, generator=generator) for _ in range(2))
+    x, y = (torch.randn(3, 8, generator=generator) for _ in range(2))
+    lz = torch.mean(torch.abs(b - a)) / torch.mean(torch.abs(y - x))
+    torch.testing.assert_close(mode_seeking_loss(a, b, x, y), 1 / (lz + 1e-5))
+
+
+def test_mode_seeking_at_equal_noises_and_images():
+    a, b = torch.rand(2, 4, requires_grad=True), torch.rand(2, 4, requires_grad=True)
+    x, y = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)
+    for images, noises, expected in (((a, b), (x, x), 0), ((a, a), (x, y), 1e5), ((a, a), (x, x), 0)):
+        loss = mode_seeking_loss(*images, *noises)
+        assert loss.item() == pytest.approx(expected)
+        for g in torch.autograd.grad(loss, (*images, *noises)):
+            assert g.isfinite().all() and (expected or (g == 0).all())
+
+
+def test_mode_seeking_bad_batches():
+    a, z = torch.rand(2, 4), torch.rand(3, 4)
+    with pytest.raises(ValueError, match="z_a: expected one noise for each of the images"):
+        mode_seeking_loss(a, a, z, z)
+    assert mode_seeking_loss(a, a, a * torch.nan, a).isnan() and mode_seeking_loss(a * torch.nan, a, a, a + 1).isnan()
+    with pytest.raises(ValueError, match="mean of an empty batch"):
+        mode_seeking_loss(a[:0], a[:0], z[:0], z[:0])
+
+
+def test_nearest_agrees_with_cdist():
+    generator = torch.Generator().manual_seed(3)
+    g, bank = (torch.rand(n, 3, 6, 6, generator=generator, dtype=torch.float64) for n in (5, 40))
+    d = torch.cdist(g.flatten(1), bank.flatten(1))
+    torch.testing.assert_close(diversity_loss(g, bank, metric="l2"), -(d.min(1).values ** 2 / 108).mean())
+    cosine = F.cosine_similarity(g.flatten(1)[:, None], bank.flatten(1)[None], dim=-1)
+    torch.testing.assert_close(diversity_loss(g, bank, metric="cosine"), -(1 - cosine.max(1).values).mean())

@@ -1,0 +1,10 @@
+"""The training systems and the command line.
+
+test_cli.py             the commands, their options and errors
+test_imagen.py          model, losses, training, resuming
+test_files.py           metrics and checkpoints
+test_data.py            folders and shards
+test_shards.py          shards: names, order, what is left out
+test_digits.py          the digits, their captions, tokenizers
+test_digits_quality.py  backbone, judge, figures of quality
+"""

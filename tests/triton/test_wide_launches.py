@@ -1,0 +1,98 @@
+"""Launches for images and batches past 2**31 elements, which no test machine holds: what the kernels are told.
+
+The launchers run on tensors of the meta device, with the kernels replaced by what writes their arguments down.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+SMALL, IMAGE, BATCH, LAST = (2, 3, 8, 8), (1, 1, 65536, 32768), (65536, 1, 16, 32768), (4, 3, 16384, 16384)
+SIDE_8K = (11, 3, 8192, 8192)
+
+
+class Recorded:
+    """In a kernel's place: keeps (grid, arguments by name) of every launch."""
+
+    def __init__(self, kernel, calls):
+        self.names, self.calls = kernel.arg_names, calls
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            assert len(args) == len(self.names)
+            self.calls.append((grid, dict(zip(self.names, args, strict=True))))
+
+        return launch
+
+
+def launches(monkeypatch, stem, run, shape):
+    module, calls = importlib.import_module(f"fastloss.image.kernels.{stem}"), []
+    target = SimpleNamespace(backend="cuda", warp_size=32)  # in place of a device's
+    active = SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr("fastloss.core.kernels.launch.driver", SimpleNamespace(active=active))
+    for name in [n for n in vars(module) if n.endswith("_kernel")]:
+        monkeypatch.setattr(module, name, Recorded(getattr(module, name), calls))
+    image = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    run(module, image.contiguous(memory_format=torch.channels_last) if shape == LAST else image)
+    return calls
+
+
+def pixel(module, image):
+    module.pixel_fwd(image, image, image[:, :1].expand_as(image), "l1", 1.0, True)
+    module.pixel_bwd(image.new_empty((), dtype=torch.float32), image, image, None, "l1", 1.0, True, True, True)
+
+
+def smoothness(module, image):
+    grad = image.new_empty((*image.shape[:2], 2), dtype=torch.float32)
+    module.smoothness_fwd(image, None, image[:, :1].expand_as(image), "l1", 1)
+    module.smoothness_bwd(grad, image, image, None, "l2", 2)
+
+
+def ssim(module, image):
+    options = (image, image, None, 11, 1.5, True, 1e-4, 9e-4, 0.0, False, 3)
+    grad = image.new_empty(image.shape[:2], dtype=torch.float32)
+    _, partials = module.ssim_fwd(*options)
+    module.ssim_bwd(grad, partials, *options, True, True)
+
+
+def image_without_ssim(module, image):
+    grad = image.new_empty(4, dtype=torch.float32)
+    for kinds, keep in (("l1,l1", 4), ("l2,l1", 0)):
+        args = (image, image, None, None, None, None, kinds, [1.0, 1.0, *[0.0] * 6], keep)
+        _, kept = module.image_fwd(*args)
+        assert not keep or (kept.dtype, kept.numel()) == (torch.uint8, image.numel())
+        module.image_bwd(grad, kept, *args, None, True, True)
+
+
+def image_with_ssim(module, image):
+    args = (image, image, None, image, None, None, "l1,l1", [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0], 2)
+    _, kept = module.image_fwd(*args)
+    module.image_bwd(image.new_empty(4, dtype=torch.float32), kept, *args, None, False, True)
+
+
+LAUNCHERS = {"pixel": pixel, "smoothness": smoothness, "image_loss": image_without_ssim,
+             "image_loss, ssim": image_with_ssim}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [SMALL, IMAGE, BATCH, LAST, SIDE_8K], ids=str)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_offsets_are_64_bit_where_they_must_be(monkeypatch, name, shape):
+    calls = launches(monkeypatch, name.split(",")[0], LAUNCHERS[name], shape)
+    assert len(calls) >= 2
+    for grid, told in calls:
+        assert told["WIDE"] == (shape != SMALL)
+        assert all(0 < n < limit for n, limit in zip(grid, (2**31, 65536), strict=False))
+
+
+@pytest.mark.parametrize("shape", [SMALL, IMAGE, (65536, 1, 1, 32768)], ids=str)
+def test_lanes_of_ssim_are_64_bit_where_they_must_be(monkeypatch, shape):
+    """Its rows always are; the lanes, a column of each plane, seldom need to be."""
+    calls = launches(monkeypatch, "ssim", ssim, shape)
+    assert [told["WIDE"] for _, told in calls] == [shape[2] == 1] * 2
+    assert all(0 < n < limit for grid, _ in calls for n, limit in zip(grid, (2**31, 65536), strict=True))
