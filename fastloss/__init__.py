@@ -24,7 +24,7 @@ from .contrastive import (
     siglip_loss,
     supcon_loss,
 )
-from .core import use_backend
+from .core import explain, use_backend
 from .diversity import DiversityLoss, ModeSeekingLoss, diversity_loss, mode_seeking_loss
 from .fusion import CompositeLoss
 from .image import (
@@ -88,6 +88,7 @@ __all__ = [
     "clip_loss",
     "dists_distance",
     "diversity_loss",
+    "explain",
     "feature_distance",
     "gram_matrix",
     "image_loss",

@@ -22,6 +22,7 @@ from torch.library import Library
 from . import backends
 from .autograd import _PLAIN, Differentiable, _below_autograd, _tensors, transformed
 from .backends import is_interpreting
+from .explain import is_explaining, note
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
@@ -41,6 +42,7 @@ class Op(Differentiable):
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
     `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
     point and does not save its inputs: `bwd` in differentiable torch, which double backward then goes through.
+    `declines` takes the arguments of `fwd` and says, in a sentence, why no kernel computes this call, or None.
     """
 
     def __init__(
@@ -53,12 +55,12 @@ class Op(Differentiable):
         grads: tuple[str, ...],
         outputs: tuple[str, ...] = ("out",),
         triton: str | None = None,
-        takes: Callable[..., bool] | None = None,
+        declines: Callable[..., str | None] | None = None,
         bwd_reference: Callable | None = None,
     ) -> None:
         self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
         self.bwd_reference = bwd_reference
-        self.takes = takes or (lambda *args: True)
+        self.declines = declines or (lambda *args: None)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
         self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
@@ -135,12 +137,25 @@ class Op(Differentiable):
         rest, numbers = take_out_numbers(args, self._floats)
         return self.fwd(*args) if numbers is None else self._fwd_traced(*rest, numbers)
 
+    def why_reference(self, *args: Any) -> str | None:
+        """Why this call is computed by PyTorch operators whatever kernels there are; None where kernels may do it."""
+        if transformed():
+            return "torch.func transforms and forward-mode AD go through PyTorch operators"
+        if any(t.dtype == torch.float64 for a in args if type(a) not in _PLAIN for t in _tensors(a)):
+            return "float64 is computed by PyTorch operators"
+        return self.declines(*args)
+
     def backend(self, *args: Any) -> str:
         """The backend this call gets; a forced one that is missing raises."""
-        tensors = [t for a in args if type(a) not in _PLAIN for t in _tensors(a)]
-        if transformed() or any(t.dtype == torch.float64 for t in tensors) or not self.takes(*args):
+        name = self._backend(*args)
+        if is_explaining():
+            note(self, args, name)
+        return name
+
+    def _backend(self, *args: Any) -> str:
+        if self.why_reference(*args) is not None:
             return "reference"
-        device = tensors[0].device.type
+        device = next(t for a in args if type(a) not in _PLAIN for t in _tensors(a)).device.type
         forced = backends.state.forced
         if forced == "reference":
             return forced

@@ -124,8 +124,12 @@ def _image_bwd(
     )
 
 
-def _kernels_take(image: Tensor, *args: Any) -> bool:
-    return image.numel() > 0 and args[6][2] <= LARGEST_WINDOW
+def _why_not(image: Tensor, *args: Any) -> str | None:
+    if image.numel() == 0:
+        return "the images have no pixels"
+    window = args[6][2]
+    fits = window <= LARGEST_WINDOW
+    return None if fits else f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {window}"
 
 
 _image = Op(
@@ -136,7 +140,7 @@ _image = Op(
     grads=("image", "image_pred"),
     outputs=("out", "kept"),
     triton="image.kernels.image_loss",
-    takes=_kernels_take,
+    declines=_why_not,
 )
 
 

@@ -71,7 +71,7 @@ def _ssim_bwd(
     )
 
 
-def _kernels_take(
+def _why_not(
     image: Tensor,
     image_pred: Tensor,
     weight: Tensor | None,
@@ -83,8 +83,11 @@ def _kernels_take(
     low: float,
     structure_only: bool,
     keep: int = 0,
-) -> bool:
-    return window <= LARGEST_WINDOW and image.dtype == image_pred.dtype
+) -> str | None:
+    if window > LARGEST_WINDOW:
+        return f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {window}"
+    same_dtype = image.dtype == image_pred.dtype
+    return None if same_dtype else f"the kernels take images of one dtype, not {image.dtype} and {image_pred.dtype}"
 
 
 _ssim = Op(
@@ -95,7 +98,7 @@ _ssim = Op(
     grads=("image", "image_pred"),
     outputs=("out", "kept"),
     triton="image.kernels.ssim",
-    takes=_kernels_take,
+    declines=_why_not,
 )
 
 

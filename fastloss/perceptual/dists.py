@@ -47,8 +47,9 @@ def _dists_bwd(
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for tensors in lists for t in tensors]
 
 
-def _kernels_take(features: list[Tensor], targets: list[Tensor]) -> bool:
-    return len({t.dtype for t in (*features, *targets)}) == 1
+def _why_not(features: list[Tensor], targets: list[Tensor]) -> str | None:
+    dtypes = {str(t.dtype) for t in (*features, *targets)}
+    return None if len(dtypes) == 1 else f"the kernels take features of one dtype, not {' and '.join(sorted(dtypes))}"
 
 
 _dists = Op(
@@ -59,7 +60,7 @@ _dists = Op(
     grads=("features", "targets"),
     outputs=("stats", "rest"),
     triton="perceptual.kernels.dists",
-    takes=_kernels_take,
+    declines=_why_not,
 )
 
 

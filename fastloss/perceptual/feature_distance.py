@@ -104,7 +104,7 @@ def _distance_fwd(
     return features[0].new_empty(features[0].shape[:1] if reduction == "none" else (), dtype=torch.float32)
 
 
-def _kernels_take(
+def _why_not(
     features: list[Tensor],
     targets: list[Tensor],
     weights: list[float],
@@ -113,8 +113,10 @@ def _kernels_take(
     criterion: str,
     parameter: float,
     reduction: str,
-) -> bool:
-    return _fits_float32(criterion, parameter)
+) -> str | None:
+    if _fits_float32(criterion, parameter):
+        return None
+    return f"the square of {parameter:g}, eps or beta, is no normal float32 number"
 
 
 def _distance_bwd(
@@ -203,7 +205,7 @@ _distance = Op(
     reference=feature_distance_reference,
     grads=("features", "targets"),
     triton="perceptual.kernels.feature_distance",
-    takes=_kernels_take,
+    declines=_why_not,
 )
 
 

@@ -82,11 +82,12 @@ def _lpips_bwd(
     return [torch.empty_like(t) for t in sides]
 
 
-def _kernels_take(
+def _why_not(
     features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
-) -> bool:
-    # the weights are learnt once, by those who make the metric; the kernels divide eps by norms
-    return eps <= MOST_EPS and not any(lin.requires_grad for lin in lin_weights)
+) -> str | None:
+    if any(lin.requires_grad for lin in lin_weights):  # they are learnt once, by those who make the metric
+        return "lin_weights require gradients, which the kernels do not make"
+    return None if eps <= MOST_EPS else f"the kernels divide eps by norms, and take up to {MOST_EPS:g}, not {eps:g}"
 
 
 _lpips = Op(
@@ -97,7 +98,7 @@ _lpips = Op(
     grads=("features", "targets"),
     outputs=("out", "statistics"),
     triton="perceptual.kernels.lpips",
-    takes=_kernels_take,
+    declines=_why_not,
 )
 
 

@@ -103,7 +103,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
     "attention_consistency_from_qk": {"scale": lambda t: {"scale": t}},
 }
 # have no float option but layer_weights
-WITHOUT = {"smoothness_loss", "gram_matrix", "attention_consistency_loss", "use_backend"}
+WITHOUT = {"smoothness_loss", "gram_matrix", "attention_consistency_loss", "use_backend", "explain"}
 FUNCTIONS = {name: f for name in fastloss.__all__ if inspect.isfunction(f := getattr(fastloss, name))}
 MODULES = [m for m in vars(fastloss).values() if inspect.isclass(m) and issubclass(m, core.Loss)]
 MODULES.remove(fastloss.ContrastiveLoss)  # an InfoNCELoss with names of its own

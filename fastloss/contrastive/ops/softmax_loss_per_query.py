@@ -31,7 +31,7 @@ from ..embeddings import embed
 from ..options import SoftmaxForm
 from ..row_losses import row_losses, statistics
 from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
-from .softmax_stats_per_query import kernels_take
+from .softmax_stats_per_query import why_not
 
 
 def contrastive_own_reference(
@@ -128,5 +128,5 @@ contrastive_own = Op(
     grads=("query", "key", "negatives", "scale"),
     outputs=("out", "state", "logits", "inverse", "query_grad", "key_grad", "scale_grad"),
     triton="contrastive.kernels.softmax_loss_per_query",
-    takes=kernels_take,
+    declines=why_not,
 )

@@ -99,8 +99,10 @@ def _contrastive_each_bwd(
     )
 
 
-def kernels_take(query: Tensor, *rest: object) -> bool:
-    return query.device.type == "cpu" or query.shape[1] <= WIDEST
+def why_not(query: Tensor, *rest: object) -> str | None:
+    if query.device.type == "cpu" or query.shape[1] <= WIDEST:
+        return None
+    return f"with negatives of each query the kernels take embeddings of up to {WIDEST} numbers, not {query.shape[1]}"
 
 
 contrastive_each = Op(
@@ -111,7 +113,7 @@ contrastive_each = Op(
     grads=("query", "negatives", "row_scale"),
     outputs=("stats", "pulls", "logits", "inverse"),
     triton="contrastive.kernels.softmax_stats_per_query",
-    takes=kernels_take,
+    declines=why_not,
 )
 
 
