@@ -17,8 +17,9 @@ FASTLOSS_INLINE vf feature_slope(vf d, float p) {
   if constexpr (criterion == Criterion::l1) return sign(d);
   if constexpr (criterion == Criterion::l2) return d + d;
   if constexpr (criterion == Criterion::charbonnier) {
-    const vf root = sqrt(d * d + p * p);
-    return d / (root == 0.0f ? all(1.0f) : root);  // eps^2 can underflow
+    vf t = d * (1 / (p < 0x1p-126f ? 0x1p-126f : p));  // in units of eps: its square is never too small or too large
+    t = t > 0x1p24f ? all(0x1p24f) : t < -0x1p24f ? all(-0x1p24f) : t;  // the slope is 1 from there on
+    return t * inverse_sqrt(t * t + 1.0f) + (d - d);                    // NaN for infinities, as eager has
   }
   return abs(d) >= p ? sign(d) : d / p;  // smooth L1; NaN divided by p stays NaN
 }

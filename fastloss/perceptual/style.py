@@ -23,22 +23,29 @@ class _Gram(torch.autograd.Function):
     of float16 that factor would underflow alone, as a gradient of a mean over so many."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, normalization: str) -> Tensor:
         if ctx.needs_input_grad[0]:  # a target may be of inference mode, which lets nobody save it
             ctx.save_for_backward(x)
-        ctx.count = count
-        return _product(x, x.mT) / count
+        ctx.normalization = normalization
+        return _product(x, x.mT) / _count(x, normalization)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
-        later = 1.0
+        later, count = 1.0, _count(x, ctx.normalization)
         if x.dtype == torch.float16:
-            later = 2.0 ** -(int(ctx.count).bit_length() // 2)
-        factor = ((grad + grad.mT) / (ctx.count * later)).to(x.dtype)
+            later = 2.0 ** -(int(count).bit_length() // 2)
+        factor = ((grad + grad.mT) / (count * later)).to(x.dtype)
         if later == 1:
             return torch.bmm(factor, x), None
         return torch.baddbmm(x.new_zeros((1, 1, 1)), factor, x, beta=0, alpha=later), None
+
+
+def _count(x: Tensor, normalization: str) -> int:
+    """Z of a matrix [N, channels, pixels]; from its shape where it is needed: a symbolic number that goes into an
+    autograd function ends torch.compile with an error where other sides are 1 (torch 2.14)."""
+    _, channels, pixels = x.shape
+    return {"chw": channels * pixels, "hw": pixels, "none": 1}[normalization] or 1  # of no pixels
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -72,14 +79,13 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
     """
     check_tensor("features", features, 4)
     check_choice("normalization", normalization, NORMALIZATIONS)
-    _, channels, height, width = features.shape
-    count = {"chw": channels * height * width, "hw": height * width, "none": 1}[normalization]
     with full_precision(features):
         x = features.flatten(2)
         # on CUDA the product of 16-bit matrices is summed and returned in float32; the CPU's would be rounded
         x = x if features.is_cuda and not transformed() else x.to(result_dtype(x))
-        count = count or 1  # of no pixels; not max(): a symbolic one breaks torch.compile's partitioner (2.14)
-        return _product(x, x.mT) / count if transformed() else _Gram.apply(x, count)
+        if transformed():
+            return _product(x, x.mT) / _count(x, normalization)
+        return _Gram.apply(x, normalization)
 
 
 @takes_inference_tensors

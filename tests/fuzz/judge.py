@@ -31,7 +31,7 @@ from tests.fuzz.rounding import RandomRounding
 from tests.fuzz.values import Rest, make, plain, tensors
 
 ROUNDED_RUNS = 16
-NOTHING = 1e-30  # of errors: the noise around an exact 0 has no relative size
+NOTHING = 1e-28  # of errors: the noise around an exact 0 has no relative size
 CONTRASTIVE = (
     "info_nce",
     "clip_loss",
@@ -106,7 +106,9 @@ def compare(call: Call, got: Outcome) -> Failure | None | str:
         if any(re.match(pattern, str(exact.error)) for pattern in REFUSALS):
             return Failure("refused by the reference only", str(exact.error))
         return Failure("the reference fails", f"{type(exact.error).__name__}: {exact.error}")
-    if got.graph != exact.graph and not _has_empty_leaf(call):
+    if got.graph != exact.graph:
+        if _has_empty_leaf(call):
+            return None
         return Failure("graph", f"requires a gradient: {list(got.graph)}, expected {list(exact.graph)}")
     if [name for name, _ in got.tensors] != [name for name, _ in exact.tensors]:
         names = [set(n for n, _ in outcome.tensors) for outcome in (got, exact)]

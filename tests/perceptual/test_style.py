@@ -54,7 +54,8 @@ def test_the_gradient_of_float16_features_does_not_underflow_in_its_first_factor
     grads = []
     for given in (x, x.double()):
         leaf = given.requires_grad_()
-        grads.append(torch.autograd.grad(_Gram.apply(leaf, 64 * 128 * 128), leaf, grad.to(_Gram.apply(leaf, 1).dtype)))
+        gram = _Gram.apply(leaf, "chw")
+        grads.append(torch.autograd.grad(gram, leaf, grad.to(gram.dtype)))
     got, exact = grads[0][0].double(), grads[1][0]
     assert exact.abs().max() > 2.0**-18
     assert (got - exact).abs().max() <= 2**-10 * exact.abs().max() + 2.0**-24
@@ -82,3 +83,13 @@ def test_a_permutation_of_the_pixels_changes_nothing():
     (x, y), _ = features()
     mixed = [a.flatten(2)[..., torch.randperm(a[0, 0].numel())].view_as(a) for a in (x, y)]
     assert style_distance([x, y], mixed).abs() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2), (1, 3, 4, 5), (2, 6, 7, 3), (1, 1, 5, 1)])
+def test_gram_matrix_of_symbolic_shapes(shape):
+    """One dynamic graph; where sides are 1, a symbolic count in an autograd function broke torch 2.14's compile."""
+    torch._dynamo.reset()
+    x = torch.rand(shape, requires_grad=True)
+    expected = torch.autograd.grad(gram_matrix(x).square().sum(), x)[0]
+    compiled = torch.compile(gram_matrix, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).square().sum(), x)[0], expected)

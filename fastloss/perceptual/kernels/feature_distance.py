@@ -58,7 +58,9 @@ def _slope(d, p, KIND: tl.constexpr):
     if KIND == "l2":
         return 2.0 * d
     elif KIND == "charbonnier":
-        return tl.where(d == 0, 0.0, d * tl.rsqrt(d * d + p * p))  # p * p may underflow
+        t = d * (1.0 / tl.maximum(p, 1.1754944e-38))  # in units of eps: its square is never too small, nor too large
+        t = tl.where(t > 16777216.0, 16777216.0, tl.where(t < -16777216.0, -16777216.0, t))  # from there on it is 1
+        return t * tl.rsqrt(t * t + 1.0) + (d - d)  # NaN for infinities, as eager has
     else:
         return tl.where(tl.abs(d) >= p, tl.where(d > 0, 1.0, -1.0), d / p)
 
