@@ -221,7 +221,7 @@ class Imagen(nn.Module):
     """The whole model. `imagen(text)` generates, as in the reference loop; text is captions or (ids, mask).
 
     Example:
-        >>> from fastloss.imagen.tokenizer import ByteTokenizer
+        >>> from fastloss.recipes.data.tokenizer import ByteTokenizer
         >>> imagen = Imagen(TextEncoder(ByteTokenizer()), ImageDecoder(size=32))
         >>> imagen(["a handwritten seven"]).shape
         torch.Size([1, 1, 32, 32])

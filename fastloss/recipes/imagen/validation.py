@@ -21,9 +21,9 @@ def validate(model: Imagen, config: Config, split: str = "val") -> dict[str, flo
 
     ``mae``: mean |x - x̂| of real images rebuilt from caption and the mean of q(z | x).
     ``retrieval``: share of generated images whose embedding g is nearest, among all captions, to that of their own.
-    Digits also have the figures of :func:`fastloss.imagen.evaluate.quality`. The score is 1 for digits that are read
-    as what the caption says, differ from z to z and follow the words for weight and slant as much as real ones do,
-    minus `mae`; for other data it is `retrieval` - `mae`.
+    Digits also have the figures of :func:`fastloss.recipes.imagen.digits_quality.quality`. The score is 1 for digits
+    that are read as what the caption says, differ from z to z and follow the words for weight and slant as much as real
+    ones do, minus `mae`; for other data it is `retrieval` - `mae`.
     """
     device = model.image_decoder.position.device
     training = model.training
