@@ -60,7 +60,7 @@ def test_backbone_gives_maps_and_gradients_to_images_only():
 
 
 def test_backbone_weights_that_do_not_load_are_named(tmp_path):
-    with pytest.raises(ValueError, match="train_backbone"):
+    with pytest.raises(ValueError, match="train_digits_backbone"):
         digits_backbone(tmp_path / "none.safetensors")
     (tmp_path / "junk.safetensors").write_bytes(b"junk")
     with pytest.raises(ValueError, match="junk.safetensors"):
