@@ -46,7 +46,7 @@ def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
 
 
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
-    """What the forward leaves for the backward, see ops/softmax_loss.py; csrc/contrastive_plain.cpp has the same."""
+    """What the forward leaves for the backward, see ops/softmax_loss.py; csrc/contrastive/softmax_loss.cpp has the same."""
     if needs == 0:
         return ""
     if not symmetric and not needs & KEY:
@@ -59,7 +59,7 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
 
 
 def rows_kept(columns: int, workspace_mib: float) -> int:
-    """Of how many rows "again" keeps the products; csrc/contrastive_statistics.h has the same."""
+    """Of how many rows "again" keeps the products; csrc/contrastive/online_softmax.h has the same."""
     fit = int(min(workspace_mib / 4, STASH_MIB) * 1048576) // (4 * columns)
     return fit // TILE_ROWS * TILE_ROWS if fit > TILE_ROWS else fit
 
