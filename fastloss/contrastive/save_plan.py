@@ -46,7 +46,12 @@ def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
 
 
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
-    """What the forward leaves for the backward, see ops/softmax_loss.py; csrc/contrastive/softmax_loss.cpp has the same."""
+    """What the forward leaves for the backward; csrc/contrastive/softmax_loss.cpp decides in the same way.
+
+    "rows": the gradient of each row's own loss, where keys are frozen; "grads": the gradients of the reduced loss;
+    "stash": the logits' products; "again": nothing, the backward makes the products again. docs/design/contrastive.md
+    says what each costs.
+    """
     if needs == 0:
         return ""
     if not symmetric and not needs & KEY:

@@ -46,7 +46,8 @@ class Bench:
     A cost that depends on the options takes them as a fourth argument, `options`.
     `all_grads`: a training loop differentiates all the grad arguments; else only the last, the prediction.
     `headline`: how many of the options, from the first, the short suite and the README have. `cuda_shapes`: those of a
-    device, if a CPU cannot show them. `make`: the inputs, where the battery's show nothing (a saturated softmax).
+    device, if a CPU cannot show them. `make`: the inputs, where the conformance tests' show nothing (a saturated
+    softmax).
     """
 
     shapes: Sequence[Any]
@@ -65,7 +66,7 @@ class Bench:
 
 @dataclass
 class Case:
-    """A public function and all that the battery needs to know of it.
+    """A public function and all that the conformance tests need to know of it.
 
     `make(draw, shape)` gives the positional arguments (tensors, or lists of tensors); `eager(*args, **options)` is the
     same loss written independently in plain PyTorch, as a user would have it; `grads` are the positions of the

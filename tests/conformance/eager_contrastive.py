@@ -1,4 +1,4 @@
-"""The contrastive losses as plain PyTorch, written independently: what the battery compares with."""
+"""The contrastive losses as plain PyTorch, written independently: what the conformance tests compare with."""
 
 from __future__ import annotations
 

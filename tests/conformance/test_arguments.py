@@ -1,4 +1,5 @@
-"""The battery of arguments: every option and tensor of every Case in each spelling that is taken, and in nonsense."""
+"""The conformance tests of arguments: every option and tensor of every Case in each spelling that is taken, and in
+nonsense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The battery at its edges: axes of no elements, weights of 0, NaN that must arrive in a gradient."""
+"""The conformance tests at the edges: axes of no elements, weights of 0, NaN that must arrive in a gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The battery: every Case of cases/ through every check, dtype, backend and option."""
+"""The conformance tests: every Case of cases/ through every check, dtype, backend and option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Arguments of what the battery does not call: PerceptualLoss, CompositeLoss, tap, gram matrices, cached gradients."""
+"""Arguments of what the conformance tests do not call: PerceptualLoss, CompositeLoss, tap, gram matrices, cached
+gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tools of the battery: running a Case anywhere, recording its ops, and the one tolerance rule."""
+"""The tools of the conformance tests: running a Case anywhere, recording its ops, and the one tolerance rule."""
 
 from __future__ import annotations
 

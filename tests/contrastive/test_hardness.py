@@ -1,6 +1,7 @@
 """Hardness up to 1000 at temperature 0.07, where (1 + hardness) s has no digits left for the difference of two logits.
 
-The battery's tolerance over rows enough that eager is not exact by luck. The vectors have unit length already, so that
+The conformance tests' tolerance over rows enough that eager is not exact by luck. The vectors have unit length
+already, so that
 the logits themselves, whose rounding counts hardness times, are the same product in all; debiased forms normalise.
 """
 

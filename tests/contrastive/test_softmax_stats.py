@@ -1,4 +1,5 @@
-"""What the battery cannot say of the chunked softmax kernels: memory, chunks, CPUs, threads, late training."""
+"""What the conformance tests cannot say of the chunked softmax kernels: memory, chunks, CPUs, threads, late
+training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the battery cannot say of the C++ kernels: every instruction set, thread counts, layouts, the stable ABI."""
+"""What the conformance tests cannot say of the C++ kernels: every instruction set, thread counts, layouts, the stable
+ABI."""
 
 from __future__ import annotations
 

@@ -70,7 +70,8 @@ def values(backend, pair, rest, needs=(True, True)):
 
 
 def compare(errors, place, pair, rest, needs=(True, True), where=""):
-    """Adds to the battery's rule: within 2x the error of the reference in that dtype, plus eps of the largest value."""
+    """Adds to the conformance tests' rule: within 2x the error of the reference in that dtype, plus eps of the
+    largest value."""
     double = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
     found = [values(b, pair, rest, needs) for b in (place[1], "reference")]
     exact = values("reference", [t.double() for t in pair], double, needs)

@@ -44,7 +44,8 @@ def values(backend, image, kind, order=1, guide=None, weight=None):
 
 
 def check(place, image, kind, where=""):
-    """The battery's rule: within 2x the error of the reference in that dtype, plus eps of the largest value."""
+    """The conformance tests' rule: within 2x the error of the reference in that dtype, plus eps of the largest
+    value."""
     errors = Errors(image.dtype)
     got, same, exact = (values(b, i, kind) for b, i in ((place[1], image), ("reference", image),
                                                         ("reference", image.double())))

@@ -47,7 +47,8 @@ def values(backend, x, y, weight=None, window=11, same=True, structure=False, ne
 
 
 def compare(errors, place, x, y, weight=None, where="", **options):
-    """Adds to the battery's rule: within 2x the error of the reference in that dtype, plus eps of the largest value."""
+    """Adds to the conformance tests' rule: within 2x the error of the reference in that dtype, plus eps of the
+    largest value."""
     double = None if weight is None else weight.double()
     got, same = (values(backend, x, y, weight, **options) for backend in (place[1], "reference"))
     exact = values("reference", x.double(), y.double(), double, **options)

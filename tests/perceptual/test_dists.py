@@ -1,4 +1,5 @@
-"""DISTS beyond the battery: piq's statistics, digits of small distances, layouts, instruction sets, threads."""
+"""DISTS beyond the conformance tests: piq's statistics, digits of small distances, layouts, instruction sets,
+threads."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def values(fn, backend, features, targets):
 
 
 def check(place, features, targets):
-    """The battery's rule, against the formula as DISTS has it."""
+    """The conformance tests' rule, against the formula as DISTS has it."""
     errors = Errors(features[0].dtype)
     got = values(dists_distance, place[1], features, targets)
     dense = [[t.contiguous() for t in side] for side in (features, targets)]

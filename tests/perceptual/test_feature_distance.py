@@ -1,4 +1,4 @@
-"""Feature distance beyond the battery: torch's own losses, ties, edges."""
+"""Feature distance beyond the conformance tests: torch's own losses, ties, edges."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What the battery cannot say of feature_distance's kernels: what they keep, every CPU, threads, layouts, lists."""
+"""What the conformance tests cannot say of feature_distance's kernels: what they keep, every CPU, threads, layouts,
+lists."""
 
 from __future__ import annotations
 

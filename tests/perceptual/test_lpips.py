@@ -1,4 +1,4 @@
-"""The LPIPS head beyond the battery: its formula, lpips' conventions, zero features, maps."""
+"""The LPIPS head beyond the conformance tests: its formula, lpips' conventions, zero features, maps."""
 
 from __future__ import annotations
 

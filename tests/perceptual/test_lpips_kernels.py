@@ -1,4 +1,5 @@
-"""What the battery cannot say of the LPIPS head's kernels: every CPU, threads, layouts, what they keep, edges."""
+"""What the conformance tests cannot say of the LPIPS head's kernels: every CPU, threads, layouts, what they keep,
+edges."""
 
 from __future__ import annotations
 

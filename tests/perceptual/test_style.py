@@ -1,4 +1,5 @@
-"""Gram matrices and style distance beyond the battery: other libraries' conventions, one product in the backward."""
+"""Gram matrices and style distance beyond the conformance tests: other libraries' conventions, one product in the
+backward."""
 
 from __future__ import annotations
 

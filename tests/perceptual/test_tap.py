@@ -97,7 +97,8 @@ def test_double_backward(place, options):
 
 @each_place
 def test_layers_of_every_layout_on_every_kernel(place):
-    """What the battery's small lists do not reach: more layers than a launch takes, mixed layouts, several tiles."""
+    """What the conformance tests' small lists do not reach: more layers than a launch takes, mixed layouts, several
+    tiles."""
     shapes = [(2, 1 + i % 3, 1 + i % 2, 3) for i in range(10)] + [(2, 3, 170, 65 if INTERPRETING else 171)]
     generator = torch.Generator().manual_seed(1)
     features = [torch.randn(s, generator=generator).to(place[0]) for s in shapes]

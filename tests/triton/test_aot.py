@@ -1,4 +1,4 @@
-"""Triton without a GPU: the battery on interpreted kernels, and launches compiled ahead of time.
+"""Triton without a GPU: the conformance tests on interpreted kernels, and launches compiled ahead of time.
 
 Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import. Some launches of
 each file are compiled here; `python -m tests.triton.aot` compiles all of them.
@@ -52,7 +52,7 @@ KERNELS = kernel_files()
 CONTRASTIVE = [name for name in KERNELS if name.startswith("tests/contrastive/")]
 IMAGE = [name for name in KERNELS if name.startswith("tests/image/")]
 WORDS = "info_nce or clip_loss or siglip or xent or supcon"
-BATTERY = {  # parts for workers beside each other: the interpreter takes a minute or two for each
+PARTS = {  # parts for workers beside each other: the interpreter takes a minute or two for each
     "ssim": ["tests/conformance/test_every_loss.py", "-k", "ssim"],
     "image kernels": IMAGE,
     "other losses": ["tests/conformance/test_every_loss.py", "-k", f"not ({WORDS} or ssim)"],
@@ -67,8 +67,8 @@ BATTERY = {  # parts for workers beside each other: the interpreter takes a minu
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("part", BATTERY)
-def test_battery_on_interpreted_kernels(part):
+@pytest.mark.parametrize("part", PARTS)
+def test_interpreted_kernels(part):
     plugins = ["-p", "tests.triton.interpreter", "-p", "no:cacheprovider"]
-    output = python("-m", "pytest", "-q", *plugins, *BATTERY[part], TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
+    output = python("-m", "pytest", "-q", *plugins, *PARTS[part], TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
     assert " passed" in output

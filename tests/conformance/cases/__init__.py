@@ -1,4 +1,5 @@
-"""One row per loss: what the battery (test_every_loss.py) checks and the benchmarks time. Families have own files."""
+"""One row per loss: what the conformance tests (test_every_loss.py) check and the benchmarks time. Families have own
+files."""
 
 from __future__ import annotations
 
