@@ -1,5 +1,6 @@
-// The gradient of softmax losses: H, that of the raw products, is made in blocks, from the stash or from products made
-// again; two further products per block turn it into the embeddings' gradients.
+// The gradients of softmax losses. H_ij is the gradient of the raw product <query_i, key_j>: that of the logit, G_ij,
+// times the scales of row and column. It is made in blocks, from products that were kept or are made again. Two more
+// products per block turn it into the embeddings' gradients.
 #pragma once
 
 #include "contrastive/logit_matrix.h"
@@ -11,7 +12,8 @@ namespace fastloss {
 constexpr double kGradientBlock = 16;  // MiB of a block of H and of its transpose, each at most
 constexpr int64_t kWidest = 8192;      // its columns at most: keys are packed once per block of rows
 
-// The upstream gradients of one direction, and the log-sum-exps that belong to them; without effect where A is empty.
+// The upstream gradients of one direction's statistics, and its log-sum-exps. Of a row without negatives, whose
+// log-sum-exp is -inf, both are 0, so that nothing comes of it.
 struct Upstream {
   std::vector<std::vector<float>> grad, lse;  // by factor
   std::vector<float> most;                    // what the log-sum-exps of all factors but the first are below
@@ -49,8 +51,8 @@ struct Upstream {
 // Makes H from raw products.
 class Gradient {
  public:
-  // `columns` is that of the second direction, if there is one. `positives` are the gradients of the logits (i, i), or
-  // (i, excluded_i), which are none of the statistics'; empty: without them.
+  // `rows`, `columns`: the upstream gradients of the two directions; with one direction `columns` is empty. `positives`
+  // (or empty): the gradients of the positives' logits, (i, i) or (i, excluded_i), which no statistic contains.
   Gradient(const Problem& p, Upstream rows, Upstream columns, std::vector<float> positives = {})
       : p_(p),
         kernels_(contrastive_kernels()),

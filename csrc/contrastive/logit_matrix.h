@@ -14,7 +14,7 @@
 
 namespace fastloss {
 
-constexpr int64_t kColumns = 1024;  // a tile: what is read twice stays in a thread's cache
+constexpr int64_t kColumns = 1024;  // a tile of logits, kRows x kColumns, is read twice: it stays in a thread's cache
 constexpr int64_t kRows = 32;
 constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 constexpr int64_t kMiB = 1 << 20;
@@ -124,8 +124,9 @@ struct Problem {
   Tensor queries, keys;  // the same as operands of products: where those may be of bfloat16, in that
   int64_t rows, columns, width, padded_columns;
   bool diagonal, moments, upper, symmetric, two_ceilings = false;
-  bool once = false;           // each key is in one product: none of them is copied before
-  std::vector<float> factors;  // of the logits in the log-sum-exps: 1; below the maximum 1 + hardness, hardness
+  bool once = false;  // every key is needed for one product only: cut into pieces for that, not kept in key_pieces
+  // f of each log-sum-exp, log sum e^(f s): 1 and, with hardness, 1 + hardness and hardness, these of s - maximum
+  std::vector<float> factors;
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
 

@@ -26,7 +26,8 @@ struct Lengths {
   const Tensor& x;
   const float* inverse;
 
-  // Rows begin .. of the gradient, of v: what a length takes away again goes with its rounding errors. May be in place.
+  // Rows begin .. of the gradient by x: v - <v, x> x / |x|^2. The product is of v as it was rounded, so that nothing of
+  // its rounding errors is left along x. `to` may be the memory of v.
   template <typename T>
   void put(int64_t begin, const Tensor& v, T* to) const {
     const auto kernels = contrastive_kernels();

@@ -1,5 +1,5 @@
-// Statistics of the negatives of each row (and column) from chunks of
-// raw products: what the softmax ops' forwards share.
+// Log-sum-exps and other statistics of each row (and column) of the logits, from chunks of raw products; and of how
+// many rows these products are kept for the backward. What the softmax ops' forwards share.
 #pragma once
 
 #include "contrastive/logit_matrix.h"
@@ -189,12 +189,13 @@ class Statistics {
   std::vector<SumAndCount> moments_;
 };
 
-// All statistics; also the products of the first `rows`, in a tensor of their own.
+// Writes all statistics, and returns the products of the first `rows` rows, all their columns, if `rows` > 0.
 inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, int64_t rows, float* stats) {
   Statistics forward(p, stats);
   std::optional<Tensor> kept;
   const bool all = rows > 0 && rows == p.rows;
-  // Else chunks as the backward makes them: a library may give a row other bits among other rows.
+  // If not all rows are kept, chunks are those of the backward, which makes the other rows again: from a product of
+  // other height a library may return other bits for the same row.
   const auto [height, width] =
       all && !p.upper ? std::pair(p.rows, p.columns) : rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
   const bool whole = all && height >= p.rows && width >= p.columns;  // one product, which itself is kept
@@ -217,11 +218,11 @@ inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, i
   return kept;
 }
 
-// Whether the products are few enough to be kept for the backward.
+// Whether the products of all rows are kept for the backward; save_plan.py decides in the same way.
 inline bool fits_stash(int64_t rows, int64_t columns, double workspace_mib) {
   return static_cast<double>(rows * columns * 4) <= std::min<double>(workspace_mib, kStashMiB) * kMiB;
 }
-// Where they are not: of how many rows they are kept all the same, whole tiles of them or a few.
+// If not: of how many rows they are, whole tiles of kRows where there is room; as rows_kept() in save_plan.py.
 inline int64_t part_of_stash(int64_t columns, double workspace_mib) {
   const int64_t bytes = static_cast<int64_t>(std::min<double>(workspace_mib / 4, kStashMiB) * kMiB);
   const int64_t fit = bytes / (4 * columns);

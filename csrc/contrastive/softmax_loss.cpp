@@ -11,11 +11,16 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kBeside = 1 << 22;  // multiplications of one product at most, of two on a thread each; where there
-constexpr int64_t kBesideOfTwo = 1 << 29;  // are but two threads, which so need no synchronisation
-constexpr int64_t kLeastRows = 64;         // of a chunk whose gradients the forward makes, at most
-constexpr double kChunk = 16;              // MiB of its logits at most; and of their gradient, and of its transpose
+// The products of the queries' and the keys' gradients run side by side, one thread each, if each has at most so many
+// multiplications; where there are two threads in all, more, since neither product then has threads to synchronise.
+constexpr int64_t kBeside = 1 << 22;
+constexpr int64_t kBesideOfTwo = 1 << 29;
+// "grads": rows of a chunk, at least; MiB of its logits at most, as of their gradient and of its transpose.
+constexpr int64_t kLeastRows = 64;
+constexpr double kChunk = 16;
 
+// What the forward leaves for the backward: "", "rows", "grads", "stash", "again", which saves() in
+// fastloss/contrastive/save_plan.py explains, and decides in the same way.
 enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
 
 Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, double workspace_mib) {
@@ -42,7 +47,8 @@ float set_slopes(const Plain& call, int64_t i, double w, double forth, double ba
   return total;
 }
 
-// "grads": loss and gradients of all columns of a chunk of rows at a time; with two directions the chunk is the whole.
+// "grads": losses and gradients in one go, a chunk of rows and all their columns at a time. With two directions the
+// gradients need the columns' log-sum-exps, hence all rows: then these are one chunk.
 void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
   Problem& p = call.p;
   if (p.empty()) {

@@ -17,9 +17,9 @@ struct Plain {
   const double factor;
   const bool include_positive, normalize;
   std::vector<int64_t> target;
-  std::vector<float> share;                // w_i, but for the upstream gradient
+  std::vector<float> share;                // the weight of loss_i in the result, over M for a mean
   std::vector<float> c, key_c;             // inverse lengths, or 1
-  std::vector<float> positive, lse, back;  // p, n, n'
+  std::vector<float> positive, lse, back;  // p and n of the rows; n' of the columns, if symmetric
 
   Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
         const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
@@ -102,8 +102,8 @@ struct Made {
   Tensor query, key, scale;
 };
 
-// t_i, the pull of n_i, becomes the gradient of loss_i by the query, for each i with its own `stats`, n_i; that by the
-// positive's key is written where it is wanted, which no other row may share then.
+// Turns row i of `pulls`, the sum of keys in d n_i / d query_i, into d loss_i / d query_i; `stats` are the n_i. Where
+// made.key has memory, d loss_i by the positive's key goes to that key's row: no two rows may share a positive then.
 inline void rows_pass(const Plain& call, const float* stats, Tensor& pulls, Made& made) {
   const Problem& p = call.p;
   const auto kernels = contrastive_kernels();

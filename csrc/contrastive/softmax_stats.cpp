@@ -31,7 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, const Te
   return {stats, keep ? single({p.rows, p.columns}) : single({0}), pulls};
 }
 
-// What the pulls at 1 + hardness and at hardness add: the first, and hardness times what the second leaves of it.
+// Adds h + hardness (h + g): h is the pull at 1 + hardness times its upstream gradient, g the one at hardness. h and g
+// nearly cancel, so they are added before they are multiplied by the hardness.
 void add_hard(int64_t width, float hardness, const HardGrads<float>& grads, const HardGrads<const float*>& pulls,
               float* to) {
   for (int64_t d = 0; d < width; ++d) {

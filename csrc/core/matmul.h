@@ -17,11 +17,11 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 
 namespace fastloss {
 
-constexpr int64_t kTerms = 256;              // of a product that oneDNN adds up in one go
-constexpr double kProduct = 8;               // MiB of logits of one product: a larger one costs page faults
-constexpr int64_t kWide = 2048;              // its columns at most: the more rows, the rarer the keys are packed
-constexpr int64_t kSmall = 1 << 21;          // multiplications of a product that the BLAS starts, and ends, sooner
-constexpr int64_t kSmallInPieces = 1 << 25;  // the same of one that oneDNN would make in pieces
+constexpr int64_t kTerms = 256;      // terms of an inner sum in one call of oneDNN; longer sums are made in pieces
+constexpr double kProduct = 8;       // MiB of a product's result at most: a larger one costs page faults
+constexpr int64_t kWide = 2048;      // columns of it at most: fewer leave room for more rows, which share packed keys
+constexpr int64_t kSmall = 1 << 21;  // a product of at most so many multiplications is faster with the BLAS,
+constexpr int64_t kSmallInPieces = 1 << 25;  // and one of so many, if oneDNN would have to make it in pieces
 
 struct MatmulKernels {
   void (*add)(const float* from, int64_t n, float* to);

@@ -1,10 +1,10 @@
-// Image loss: pixel, smoothness and SSIM losses of an image pair on bands of rows that stay in the caches, so that
-// memory is passed over once in each direction: SSIM of some rows first, then the usual pixel and smoothness losses in
-// one sweep of each row, sums and gradients alike, or others one after the other.
+// Image loss: pixel, smoothness and SSIM losses of an image pair. They share bands of rows that stay in the caches, so
+// that forward and backward read memory once each. In a band SSIM comes first; then the usual pixel and smoothness
+// losses in one sweep over each row, which makes sums and gradients at once, or others one after the other.
 //
-// With SSIM, which would otherwise be made twice, the forward makes the gradient of the total too, in float32, and the
-// backward multiplies it by its one upstream number. `shares` says what each sum counts in the total. An upstream
-// gradient that is no multiple of the shares is as right: the pass is then made again with it.
+// With SSIM the forward makes the gradient of the total too, in float32, as the backward would have to make SSIM again;
+// the backward only multiplies it by its upstream number. `shares` says what each sum counts in the total. If the
+// upstream gradient of the sums is no multiple of `shares`, the backward makes the pass again with it.
 
 #include "image/image_loss.h"
 #include "core/isa.h"

@@ -9,11 +9,11 @@ loss_and_grads.py    a loss and its gradients without the caller's graph, for gr
 options.py           NegativeSampling, ContrastiveOutput, and the options of the softmax losses
 checks.py            checks of arguments, and the last step of every loss here
 embeddings.py        embeddings as the losses take them: dtype, lengths, scales
-query_key_losses.py  the softmax losses of queries against keys, from the ops' results
-row_losses.py        the definition: losses of rows from the statistics of their negatives
-save_plan.py         what the ops keep for their backward
+query_key_losses.py  the softmax losses of queries against keys (CLIP, InfoNCE): which op, and the loss from its results
+row_losses.py        the definition: losses of rows from the statistics of their negatives, e.g. log-sum-exps
+save_plan.py         what a forward keeps for its backward, and how much: "rows", "grads", "stash", "again"
 ops/                 the ops of the softmax losses
-kernels/             their Triton kernels
+kernels/             their Triton kernels; the C++ ones: csrc/contrastive, an op's file has the op's name
 """
 
 from .clip import ClipLoss, clip_loss

@@ -24,15 +24,16 @@ def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def widened(x: Tensor) -> Tensor:
-    """On the CPU in float32: the parts of a gradient then add up before they are rounded."""
+    """Half precision on the CPU as float32, so that all parts of its gradient are added up before one rounding."""
     on_cpu = x.device.type == "cpu" and not is_interpreting()
     return x.float() if on_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def against_themselves(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
-    """What the op gets of rows that meet one another, and the inverse lengths that it is to multiply with, if any.
+    """For rows that are compared with one another (NT-Xent, SupCon): the op's operand, and scales of its rows or None.
 
-    float32 comes at unit length already. Half precision keeps its dtype, in which a device multiplies fastest.
+    float32 is normalised here. Half precision on a device keeps its dtype, the fastest to multiply; the op scales it by
+    the inverse lengths.
     """
     x = widened(x)
     if normalize and x.dtype in (torch.bfloat16, torch.float16):
@@ -41,7 +42,7 @@ def against_themselves(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[
 
 
 def are_bfloat16(one: Tensor, two: Tensor) -> bool:
-    """Whether, on the CPU, both are bfloat16, so that their products may be made in it after all."""
+    """Whether both are given in bfloat16 on the CPU: products may be made in it, though `widened` makes float32."""
     return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
 
 

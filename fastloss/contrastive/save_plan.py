@@ -5,19 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STASH_MIB = 64  # logits up to this size (and the workspace's) are kept for the backward instead of made again
-KEPT_SHARE = 0.75  # of the workspace at most, for exponentials; the rest is for the gradients of a block of logits
+STASH_MIB = 64  # C++: all logits are kept for the backward up to this size (or the workspace's, if less)
+KEPT_SHARE = 0.75  # Triton: the part of the workspace that exponentials may take; G takes its blocks from the rest
 NARROWEST_TILE, WIDEST_TILE = 16, 128  # columns of the Triton kernels' tiles
-QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs`
-CHUNK_MIB = 16
-LEAST_ROWS = 64  # of logits in the workspace, for products worth their time
-TILE_ROWS = 32  # of the C++ kernels
-NEGATIVES = 8
-IMAGE, TEXT, NUMBERS = 1, 2, 4  # bits of `needs`
+QUERY, KEY, SCALE = 1, 2, 4  # bits of `needs` of the softmax ops: which gradients will be asked for
+CHUNK_MIB = 16  # C++: "grads" of two directions, whose logits are one chunk, up to this size
+LEAST_ROWS = 64  # C++: "grads" of one direction has chunks of at least so many rows: less are slow to multiply
+TILE_ROWS = 32  # rows of a tile of the C++ kernels
+NEGATIVES = 8  # one more bit of `needs`, where each query has negatives of its own
+IMAGE, TEXT, NUMBERS = 1, 2, 4  # bits of `needs` of SigLIP's op; NUMBERS: scale and bias
 
 
 def _keeps_logits(query: Tensor, key: Tensor, workspace_mib: float) -> bool:
-    """Whether the C++ forward keeps its logits."""
+    """Whether the C++ forward of the statistics keeps all its logits, as fits_stash() in online_softmax.h has it."""
     return query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, STASH_MIB) * 1048576
 
 
@@ -26,9 +26,10 @@ def kept_exponentials(
 ) -> tuple[int, int]:
     """(elements, row pitch) of the exponentials of the logits that the Triton kernels keep; (0, 0): none.
 
-    In the embeddings' dtype, each row of a tile by a power of two of its own, which are kept behind them. float16 has
-    too few powers for one exponential to serve a row and a column; moments, hardness and ceilings of both directions
-    would need the logits. float32's logits are products of a library, block by block.
+    Each is e^s / 2^reference in the embeddings' dtype, with one float32 reference per row and tile; the references lie
+    behind the exponentials. Not kept are those of float32, whose logits are products of a library; with moments, with
+    hardness, and with a ceiling of two directions, as their gradients need the logits themselves; and of float16 with
+    two directions, since it has too few powers of two for one exponential to serve both its row and its column.
     """
     rows, columns, size = query.shape[0], key.shape[0], query.element_size()
     both = "symmetric" in kind or "upper" in kind
@@ -40,7 +41,7 @@ def kept_exponentials(
 
 
 def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """(elements, row pitch) of as many exponentials and their references."""
+    """(elements, row pitch) that so many exponentials take, rows padded to whole tiles, and their references."""
     pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
     return rows * pitch + rows * pitch // NARROWEST_TILE * (4 // itemsize), pitch
 
@@ -48,9 +49,13 @@ def exponentials(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
 def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, workspace_mib: float) -> str:
     """What the forward leaves for the backward; csrc/contrastive/softmax_loss.cpp decides in the same way.
 
-    "rows": the gradient of each row's own loss, where keys are frozen; "grads": the gradients of the reduced loss;
-    "stash": the logits' products; "again": nothing, the backward makes the products again. docs/design/contrastive.md
-    says what each costs.
+    ""       nothing: no gradient will be asked for
+    "rows"   the gradient of each row's own loss: one direction whose keys are frozen
+    "grads"  the gradients of the reduced loss, which the backward multiplies by its one upstream number
+    "stash"  the products <query_i, key_j> of all rows
+    "again"  the products of the first `rows_kept` rows; the backward makes the others again
+
+    What each costs: docs/design/contrastive.md, "How many products, CPU".
     """
     if needs == 0:
         return ""
@@ -64,17 +69,21 @@ def saves(rows: int, columns: int, symmetric: bool, reduction: str, needs: int, 
 
 
 def rows_kept(columns: int, workspace_mib: float) -> int:
-    """Of how many rows "again" keeps the products; csrc/contrastive/online_softmax.h has the same."""
+    """Of how many rows "again" keeps the products: those that a quarter of the workspace (and STASH_MIB) holds.
+
+    part_of_stash() in csrc/contrastive/online_softmax.h decides in the same way.
+    """
     fit = int(min(workspace_mib / 4, STASH_MIB) * 1048576) // (4 * columns)
     return fit // TILE_ROWS * TILE_ROWS if fit > TILE_ROWS else fit
 
 
 def triton_saves(symmetric: bool, reduction: str, needs: int) -> str:
-    """The same of the Triton kernels, whose chunks of rows may be as low as the workspace is small.
+    """What the Triton kernels' forward leaves for the backward: nothing, "grads" or "again".
 
-    They leave "grads" for "rows" too, which then are those of each share_i loss_i, and for "stash" and "again" alike
-    `stash` as in :mod:`softmax_stats`, empty where it does not fit; `lengths` are the row scales and c(key),
-    `stats` log-sum-exps and maxima of each direction, and p.
+    "grads" fits any workspace, as a chunk may have a single row. It stands for the "rows" of :func:`saves` too:
+    without a reduction they are the gradients of each share_i loss_i. "again" stands for "stash" too: `stash` holds
+    exponentials if :func:`kept_exponentials` finds room for them, else nothing; `stats` the log-sum-exps and maxima of
+    each direction, and the positives' logits; `lengths` the row scales and c(key).
     """
     if needs == 0:
         return ""

@@ -6,7 +6,7 @@ backends.py    which backends there are, which one is forced, and why one is mis
 checks.py      checks of arguments, each with the argument's name in its error
 reduction.py   reductions, with weights of rows or without, and the dtype of a loss
 explain.py     which backend computes a call, and why
-scaled_sum.py  an op's sums, times factors, added up in one launch more
+scaled_sum.py  a loss's mean as one op: an op's sums, times factors, added up in one more launch
 module.py      the module form of a loss
 traced.py      floats that change from call to call of a compiled function
 inference.py   tensors made under torch.inference_mode, as arguments

@@ -64,7 +64,7 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Explanation:
         What the call raises, e.g. RuntimeError for a backend that is forced and missing.
 
     Example:
-        >>> print(explain(fastloss.pixel_loss, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)))
+        >>> print(explain(pixel_loss, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)))
         pixel: reference (float64 is computed by PyTorch operators)
     """
     global _depth

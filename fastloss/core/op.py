@@ -40,8 +40,9 @@ class Op(Differentiable):
     one list: the gradients of each needed input in turn.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
-    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference` is for an op that is linear around almost every
-    point and does not save its inputs: `bwd` in differentiable torch, which double backward then goes through.
+    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op whose
+    gradient does not change with its inputs but in steps (L1: a sign), so that it keeps none: double backward then
+    differentiates it by `grad` alone, instead of `reference` by the inputs.
     `declines` takes the arguments of `fwd` and says, in a sentence, why no kernel computes this call, or None.
     """
 
@@ -64,7 +65,7 @@ class Op(Differentiable):
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
         self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
-        # Where in (what was kept, gradient, flags of needs, []) the backward's arguments stand.
+        # `_backward` has (what was kept, grad, needs_* flags, incoming): where in that each argument of `bwd` is.
         have = [*((*self.inputs, *outputs)[i] for i in self._kept), "grad", *(f"needs_{n}" for n in grads), "incoming"]
         self._order = [have.index(name) for name in self._bwd_wants]
         self._wrt = [self.inputs.index(name) for name in grads]

@@ -45,7 +45,7 @@ def full_precision(like: Tensor) -> contextlib.AbstractContextManager:
 
 
 def row_shares(weights: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What each row counts in the reduced loss: its weight, of a mean over the sum of all (0 when all are 0)."""
+    """The factor of each row in the reduced loss: its weight and, for a mean, that over the sum of all (all 0: 0)."""
     weights = weights.to(torch.promote_types(weights.dtype, dtype))
     if reduction == "mean":
         largest = torch.linalg.vector_norm(weights, math.inf)  # first: the sum of large weights would be infinite

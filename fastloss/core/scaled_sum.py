@@ -1,11 +1,11 @@
-"""The total of an op's sums, each times a factor: the scalar of a mean in the op's kernel and one tiny launch more.
+"""A loss's mean as one op: the sums of an op, each times a factor, added up to one number.
 
-    mean = Total(op, sums)          where the loss defines its op
-    mean(*args, factors)            sum_k factors[k] * (the op's sums of the k-th kind)
+    total = Total(op, ...)          where the loss defines its op
+    total(*args, factors)           sum_k factors[k] * (the op's sums of the k-th kind, e.g. along axis k)
 
-It is for Triton alone: the factors, which arithmetic on scalars in torch would spend a launch on each, go to the
-kernels as numbers, in both directions. Its kernels' module has `<name>_total_fwd` and `_bwd`, see
-core/kernels/scaled_sum.py.
+It is for Triton alone. In torch each factor would be one more launch, forward and backward; here they go to the kernels
+as numbers, and one tiny launch after the op's kernel adds up. The kernels' module has `<name>_total_fwd` and `_bwd`
+for it, see core/kernels/scaled_sum.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .traced import with_parameter
 
 
 class Total(Op):
-    """See above. `fwd`, `bwd` and `reference` are those of the op, whose first output holds sums, the kinds last."""
+    """See above. `fwd`, `bwd` and `reference` are the op's own; the last dimension of its sums are their kinds."""
 
     def __init__(self, op: Op, *, fwd: Callable, bwd: Callable, reference: Callable, triton: str) -> None:
         def total_fwd(*args: Any) -> Tensor:

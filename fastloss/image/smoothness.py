@@ -18,8 +18,9 @@ from .map_weights import over_weights
 
 DISTANCES = (1, 2, "isotropic", "norm")
 
-# What one value sums over, by convention and reduction: dimensions of the [N, C] sums, and whether it is a mean.
-# Values per image ([N], those that sum over C alone) are then reduced over the batch. Libraries without "none" lack it.
+# By convention and reduction: over which dimensions (0: N, 1: C) the op's [N, C] sums are added up, and whether each
+# direction is then divided by its number of differences. What sums over C alone is a value per image, [N], on which the
+# reduction works after that. A convention without "none" is a library's that has none.
 _CONVENTIONS: dict[str, dict[str, tuple[tuple[int, ...], bool]]] = {
     "fastloss": {"none": ((1,), True), "mean": ((0, 1), True), "sum": ((1,), True)},
     "basicsr": {"mean": ((0, 1), True), "sum": ((0, 1), False)},

@@ -10,12 +10,14 @@ import triton
 from ..save_plan import exponentials
 from .tile_configs import Tile
 
-STRIPS, LOWEST = 16, 1024  # blocks of rows of a triangle, a fraction 1 / STRIPS of which lies below it; least rows
-CHUNK = 128  # rows of a chunk are a multiple, where the workspace holds as many
+# "upper": the triangle above the diagonal is made in up to STRIPS blocks of rows, of LOWEST rows at least. What lies
+# below the diagonal in them is made in vain: with STRIPS of them about 1 / STRIPS of the triangle.
+STRIPS, LOWEST = 16, 1024
+CHUNK = 128  # a chunk has a multiple of so many rows, where the workspace holds as many
 
 
 def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> tuple[int, int, int]:
-    """(rows, elements, pitch) of exponentials: as many whole rows as the workspace holds, one at least."""
+    """(rows, elements, pitch) of a chunk: as many rows of exponentials as the workspace holds, one at least."""
     one, pitch = exponentials(1, columns, itemsize)
     height = int(workspace_mib * 2**20) // (one * itemsize)
     height = min(rows, max(height // CHUNK * CHUNK or height, 1))
@@ -25,8 +27,9 @@ def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> 
 def block_plan(rows: int, columns: int, elements: int, tile: Tile, upper: bool = False) -> tuple[int, int]:
     """(rows, columns) of the blocks of G that `elements` hold, whole tiles of columns: square where not all fits.
 
-    Each block reads and writes the gradients' sums once, so that a square has the least of that per product. `upper`:
-    blocks begin at the diagonal, below which they have the more in vain the higher they are.
+    A block reads and writes the sums of the gradients of its rows and of its columns once: of blocks of one size a
+    square has the fewest of these. `upper`: blocks begin at the diagonal, and the more rows they have, the more of them
+    lies below it and is made in vain.
     """
     if upper and rows > LOWEST:
         rows = _even(rows, max(LOWEST, rows // STRIPS), max(tile.rows, tile.columns))
@@ -47,9 +50,10 @@ def _even(total: int, most: int, unit: int) -> int:
 
 @functools.lru_cache(maxsize=256)
 def walk_plan(row_blocks: int, column_blocks: int, programs: int) -> tuple[int, int]:
-    """(groups of row blocks, splits of column blocks), a program each: the least longest walk, then the fewest slots.
+    """(groups, splits): program (g, s) walks over row blocks g, g + groups, .. and column blocks s, s + splits, ..
 
-    groups + splits is also what the caches must hold of the embeddings at a time, in blocks.
+    Chosen is the plan whose longest walk is shortest and, of those about as short, the one with the fewest slots,
+    groups + splits. That is also how many blocks of embeddings the caches must hold at a time.
     """
 
     def cost(groups: int, splits: int) -> float:

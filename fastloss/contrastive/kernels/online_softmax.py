@@ -1,4 +1,10 @@
-"""Kernels of the contrastive statistics: states of rows and columns from tiles of logits, and their merging."""
+"""Kernels of the log-sum-exps (and the other statistics) of the rows of the logits and, if symmetric, of the columns.
+
+A state is what is known of a row or column from the tiles so far: maximum, sum of exponentials relative to a power of
+two (`mass`) and, where needed, sum and number of the logits and two more sums of exponentials. The first kernel walks
+over tiles and leaves states of rows and columns in slots, memory that one program alone writes; the second,
+`_contrastive_merge_kernel`, merges the slots into the statistics. docs/design/contrastive.md, "The Triton kernels"
+"""
 
 from __future__ import annotations
 
@@ -11,8 +17,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 # As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
 # or a log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
 LOG2E = tl.constexpr(1.4426950408889634)
-# One exponential serves a tile's rows and columns while no row's reference lies further than this above a column's: of
-# a sum, what lies within 25 of its reference counts, and 2^-126 is the least normal number.
+# The columns of a tile add up the exponentials of its rows, e^s / 2^reference, while no row's reference is more than
+# this above a column's largest logit (as powers of two). Float32 sums keep what is within 2^-25 of their largest term,
+# and 100 + 25 powers below a reference are still above 2^-126, the least normal number.
 SPREAD = tl.constexpr(100.0)
 
 
@@ -120,8 +127,8 @@ def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.conste
 def _merge_columns(
     slot, s, found, first, known, end, stride, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr
 ):  # fmt: skip
-    """Merge the states of a tile's columns, `found` their maxima, masses and reference, into those of a slot, which has
-    none from `known` on."""
+    """Merge the states of a tile's columns, `found` their (maxima, masses, reference), into those in `slot`, which has
+    none yet for columns from `known` on."""
     index = first + tl.arange(0, s.shape[1])
     before = _load_state(slot, index, stride, index < known, MOMENTS, HARD)
     seen = _tile_state(s, found[0], found[1], beta, 0, MOMENTS, HARD)
@@ -161,7 +168,7 @@ def _contrastive_fwd_kernel(
     slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
     kept,  # e (M, pitch), its references (column blocks, M) and pitch, for the backward; all None: nothing
     sizes,  # M, N, D
-    plan,  # groups, splits; of a block of products: first row, end of the rows, first column, end, first of these rows
+    plan,  # groups, splits; of a block of products rows [2]..[3], columns [4]..[5], and these rows' first column, [6]
     beta,
     FORM: tl.constexpr,  # what is left out (see logit_tile.py), symmetric, moments
     TILE: tl.constexpr,  # block of M, of N, of D, what the operands are, whether to share exponentials
@@ -243,7 +250,7 @@ def _contrastive_merge_kernel(
     plan,  # groups, splits
     beta,
     MOMENTS: tl.constexpr,
-    UPPER: tl.constexpr,  # (block of M, of N) of the tiles if rows and columns are the same, else None
+    UPPER: tl.constexpr,  # (rows, columns) of a tile if the logits are symmetric ("upper": one direction), else None
     SLOTS: tl.constexpr,  # a power of two, at least groups and splits; with UPPER at least their sum
     BLOCK: tl.constexpr,
 ):

@@ -19,14 +19,15 @@ from .tile_configs import Tile
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 GROUP = 8
-KEPT_ROWS = 32  # of a tile that is read, whose columns are those of the tiles kept
-DEFINED = 2**16  # elements
+KEPT_ROWS = 32  # rows of a tile of kept exponentials that is read; its columns are those it was written with
+DEFINED = 2**16  # elements: see new_stash
 
 
 def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, int] | None = None) -> None:
     """Fill `stats` (directions, states, M), and what is kept of the exponentials.
 
-    `room`, if a library makes the products: memory and pitch for all of them, in which they stay.
+    `room`: (memory, row pitch) for all products of the call, if a library makes them and the caller needs them after.
+    Without it the library's products go block by block to memory of their own.
     """
     (count, columns, _), tile = call.sizes, call.tile
     high, wide = call.products_plan() if call.by_library and room is None else (count, columns)
@@ -56,7 +57,8 @@ def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, 
 
 
 def new_stash(like: Tensor, elements: int) -> Tensor:
-    """Memory for exponentials, parts of which nobody writes or reads: defined where checks of the op compare it."""
+    """Memory for exponentials. Some of it is never written nor read; small ones are zeros all the same, since torch's
+    opcheck compares whole results."""
     return like.new_zeros(elements) if elements <= DEFINED else like.new_empty(elements)
 
 

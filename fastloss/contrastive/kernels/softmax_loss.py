@@ -1,12 +1,13 @@
-"""Triton kernels of the plain softmax losses (see ops/softmax_loss.py): the tiles' are those of the softmax op.
+"""Launchers of the plain softmax losses (see ops/softmax_loss.py). The kernels over tiles of logits are those of the
+statistics (online_softmax.py, logit_gradients.py); three small ones make what is one number or one vector per row:
 
-Around them one kernel makes the scales r_i = scale factor c(query_i), c(key_j) and the positives p_i; one the losses
-from p and the log-sum-exps n; the same makes what the kernel of G takes, the gradients of n and, of the positives,
+    norms.py                the scales r_i = scale factor c(query_i) and c(key_j), the positives' logits p_i
+    row_losses.py           the losses from p and the log-sum-exps n, and what the kernel of G takes: d out / d n and
+                            d out / d p_i = -sum of d out / d n_i over the directions, as the loss depends on n - p
+    embedding_gradients.py  the embeddings' gradients, v - <v, x> x / |x|^2 in their dtype, from the sums v
 
-    -sum of d out / d n_i over the directions        (the loss depends on n - p alone)
-
-and one ends the embeddings' gradients, v - <v, x> x / |x|^2 in their dtype. A forward that makes the gradients does all
-of this a chunk of rows at a time, as high as the exponentials that the workspace holds, which G then replaces in place.
+A forward that makes the gradients ("grads") does all of this a chunk of rows at a time. A chunk has as many rows as the
+workspace holds exponentials of; G then takes their place.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@
 
 query [M, D] and key [N, D] are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32,
 targets [M] int64. `needs`: what will be differentiated, bit 0 the queries, bit 1 the keys, bit 2 the scale.
-What the forward leaves for the backward is nothing, "rows", "grads", "stash" or "again" ("How many products" there).
-The derivation: docs/design/contrastive.md
+What the forward leaves for the backward, nothing, "rows", "grads", "stash" or "again": see `saves` and `triton_saves`
+in save_plan.py. The derivation, and what each costs: docs/design/contrastive.md
 """
 
 from __future__ import annotations
@@ -66,8 +66,9 @@ def _contrastive_plain_fwd(
     needs: int,
     workspace_mib: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out; p and n [2 + symmetric, M]; c of queries and keys [M + N]; products; gradients of query, key, and scale by
-    rows, those of out ("grads") or of each loss_i ("rows")."""
+    """The C++ forward's results: out; p, n and the columns' n if symmetric [2 + symmetric, M]; c of queries and keys
+    [M + N]; products [rows kept, N]; the gradients of query, of key and, row by row, of scale, those of out ("grads")
+    or of each loss_i ("rows"). Empty is what `saves` does not leave."""
     (rows, width), columns = query.shape, key.shape[0]
     if query.is_cuda or is_interpreting():
         return _made_by_triton(query, key, symmetric, normalize, reduction, needs, workspace_mib)
