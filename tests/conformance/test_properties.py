@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastloss
-from tests.conformance.cases import eager_pixel
+from tests.conformance.cases.pixel import eager_pixel
 from tests.conformance.tools import Errors
 
 shapes = st.lists(st.integers(1, 9), min_size=1, max_size=5)
