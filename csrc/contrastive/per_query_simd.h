@@ -72,7 +72,7 @@ static void each_read(const T* rows, int64_t stride, int64_t count, const EachQu
     const float before = most;
     for (r = 0; r < n; ++r) {
       c[r] = !q.normalize ? 1.0f : square[r] <= kTinySquare ? 0.0f : 1.0f / __builtin_sqrtf(square[r]);
-      if (square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // of a length that is not known, not 0
+      if (q.normalize && square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // of a length that is not known, not 0
       s[r] = q.scale * (c[r] * dot[r]);
       if (logits) logits[k + r] = s[r] > q.ceiling ? -__builtin_inff() : s[r];
       if (logits) inverse[k + r] = c[r];

@@ -14,9 +14,10 @@ TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with 
 
 
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """1 / |x| of each row, 0 without gradient for zero vectors."""
+    """1 / |x| of each row, 0 without gradient for zero vectors, NaN where the square of |x| is beyond the dtype."""
     length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    return 1 / length.masked_fill(length <= TINY_NORM, math.inf)
+    inverse = 1 / length.masked_fill(length <= TINY_NORM, math.inf)
+    return torch.add(inverse, length, alpha=0.0)  # 0 times infinity is NaN
 
 
 def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -182,3 +182,15 @@ def test_labels_of_any_integers_are_alike():
     expected = supcon_loss(z, labels)
     for other in (labels.int(), labels.to(torch.uint8), labels.to(torch.int8) - 128, labels + (2**63 - 3)):
         assert torch.equal(supcon_loss(z, other), expected)
+
+
+@pytest.mark.parametrize("length", [1e18, 3e19, 1e30])
+@pytest.mark.parametrize("shape", [(6, 8), (5, 6, 8)], ids=["shared", "of each query"])
+def test_lengths_whose_square_float32_cannot_hold(length, shape):
+    """The loss of embeddings of any length is that of their directions, or NaN: never another number."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, negatives = (torch.randn(s, generator=generator) for s in ((5, 8), (5, 8), shape))
+    expected = info_nce(query, key, negatives)
+    got = info_nce(query, key, length * negatives)
+    assert got.isnan() or (got - expected).abs() <= 1e-5 * expected
+    assert length > 1e18 or not got.isnan()

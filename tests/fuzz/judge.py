@@ -311,7 +311,7 @@ def _not_a_number(
         )
     hidden = ~exact.isfinite() & ~_same(mine, exact) & ~_same(mine, eager)
     if call.name in CONTRASTIVE and finite_loss:
-        hidden[:] = False
+        hidden = torch.zeros_like(hidden)
     spread = call.name in CONTRASTIVE and not mine.isfinite().all()
     if hidden.any() and not spread:
         at = tuple(hidden.nonzero()[0].tolist())
