@@ -5,7 +5,7 @@ autograd.py    what an op keeps for its backward, the backward, double backward
 backends.py    which backends there are, which one is forced, and why one is missing
 checks.py      checks of arguments, each with the argument's name in its error
 reduction.py   reductions, with weights of rows or without, and the dtype of a loss
-explain.py     which backend computes a call, and why
+explanation.py which backend computes a call, and why
 scaled_sum.py  a loss's mean as one op: an op's sums, times factors, added up in one more launch
 module.py      the module form of a loss
 traced.py      floats that change from call to call of a compiled function
@@ -15,7 +15,7 @@ kernels/       what the Triton kernels of the families share
 
 from .autograd import transformed
 from .backends import BACKENDS, backend_report, is_forced, is_interpreting, use_backend
-from .explain import explain
+from .explanation import explain
 from .module import Loss
 from .op import Op
 from .reduction import check_not_empty, check_reduction, full_precision, reduce, reduce_rows, result_dtype, row_shares

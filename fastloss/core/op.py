@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
-from . import backends
+from . import backends, explanation
 from .autograd import _PLAIN, Differentiable, _below_autograd, _tensors, transformed
 from .backends import is_interpreting
-from .explain import is_explaining, note
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
@@ -147,32 +146,29 @@ class Op(Differentiable):
         return self.declines(*args)
 
     def backend(self, *args: Any) -> str:
-        """The backend this call gets; a forced one that is missing raises."""
-        name = self._backend(*args)
-        if is_explaining():
-            note(self, args, name)
-        return name
-
-    def _backend(self, *args: Any) -> str:
-        if self.why_reference(*args) is not None:
-            return "reference"
-        device = next(t for a in args if type(a) not in _PLAIN for t in _tensors(a)).device.type
-        forced = backends.state.forced
-        if forced == "reference":
-            return forced
-        if forced is not None:
-            why = backends.why_not(forced, device, self.kernels[forced], self.name)
+        """The backend this call gets; a forced one that is missing raises. Written for few Python calls, as every call
+        of a loss passes here: :meth:`why_reference` says the same of the first condition in words."""
+        tensors = [t for a in args if type(a) not in _PLAIN for t in _tensors(a)]
+        name, device = "reference", tensors[0].device.type
+        if transformed() or any(t.dtype == torch.float64 for t in tensors) or self.declines(*args) is not None:
+            pass
+        elif (forced := backends.state.forced) is not None:
+            name = forced
+            why = None if name == "reference" else backends.why_not(name, device, self.kernels[name], self.name)
             if why is not None:
                 raise RuntimeError(
-                    f"backend {forced!r} is forced (FASTLOSS_BACKEND or use_backend) "
-                    f"but cannot serve {self.name}: {why}"
+                    f"backend {name!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {self.name}: {why}"
                 )
-            return forced
-        for name in backends.fitting(device):
-            if self.kernels[name] and backends.state.missing[name] is None:
-                return name
-        backends.say_cpp_is_missing(device)
-        return "reference"
+        else:
+            for one in backends.fitting(device):
+                if self.kernels[one] and backends.state.missing[one] is None:
+                    name = one
+                    break
+            else:
+                backends.say_cpp_is_missing(device)
+        if explanation.depth:
+            explanation.note(self, args, name)
+        return name
 
     def __call__(self, *args: Any, backend: str | None = None) -> Tensor:
         """`backend`: what :meth:`backend` says of this call, where the caller has asked already."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import backends
 
 _choices: ContextVar[list[Choice] | None] = ContextVar("fastloss_choices", default=None)
-_depth = 0  # of explain() calls in progress: every call of a loss asks, so it must cost next to nothing
+depth = 0  # explain() calls in progress: every call of a loss looks here first, which must cost next to nothing
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,12 @@ class Explanation(tuple[Choice, ...]):
         return "\n".join(map(str, self)) or "no op of fastloss: PyTorch operators alone"
 
 
-def is_explaining() -> bool:
-    return _depth > 0 and not torch.compiler.is_compiling() and _choices.get() is not None
-
-
 def note(op: Any, args: tuple, name: str) -> None:
-    """Add a choice to those that :func:`explain` collects."""
-    found = _choices.get()
+    """Add a choice to those that :func:`explain` collects, if one runs in this thread."""
+    if torch.compiler.is_compiling() or (found := _choices.get()) is None:
+        return
     choice = Choice(op.name, name, _reason(op, args, name))
-    if found is not None and choice not in found:
+    if choice not in found:
         found.append(choice)
 
 
@@ -67,14 +64,14 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Explanation:
         >>> print(explain(pixel_loss, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)))
         pixel: reference (float64 is computed by PyTorch operators)
     """
-    global _depth
+    global depth
     token = _choices.set([])
-    _depth += 1
+    depth += 1
     try:
         fn(*args, **options)
         return Explanation(_choices.get() or ())
     finally:
-        _depth -= 1
+        depth -= 1
         _choices.reset(token)
 
 
