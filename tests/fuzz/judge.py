@@ -252,7 +252,7 @@ def _numbers(call: Call, got: Outcome, exact: Outcome) -> Failure | None:
         if mine.dtype != theirs.dtype:
             return Failure("dtype", f"{name}: {mine.dtype} for {theirs.dtype}")
         if not mine.is_floating_point():
-            if _has_equal_rows(call):  # and which of equal similarities is the largest, rounding decides
+            if _has_equal_rows(call) or _has_no_square(call):  # and which of equal similarities is the largest, rounding decides
                 continue
             wrong = (mine != theirs) & (mine != right) & ~_near_ties(call, i, right)
             if wrong.any():
