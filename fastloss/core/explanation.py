@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from . import backends
 
 _choices: ContextVar[list[Choice] | None] = ContextVar("fastloss_choices", default=None)
+_lock = threading.Lock()
 depth = 0  # explain() calls in progress: every call of a loss looks here first, which must cost next to nothing
 
 
@@ -64,15 +66,21 @@ def explain(fn: Callable[..., Any], *args: Any, **options: Any) -> Explanation:
         >>> print(explain(pixel_loss, torch.zeros(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)))
         pixel: reference (float64 is computed by PyTorch operators)
     """
-    global depth
-    token = _choices.set([])
-    depth += 1
+    found: list[Choice] = []
+    token = _choices.set(found)
+    _add_to_depth(1)
     try:
         fn(*args, **options)
-        return Explanation(_choices.get() or ())
     finally:
-        depth -= 1
+        _add_to_depth(-1)
         _choices.reset(token)
+    return Explanation(found)
+
+
+def _add_to_depth(count: int) -> None:
+    global depth
+    with _lock:  # two threads may explain at once
+        depth += count
 
 
 def _reason(op: Any, args: tuple, name: str) -> str:

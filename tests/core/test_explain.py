@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import fastloss
 from fastloss import core, explain
+from fastloss.core import explanation
 
 IMAGES = (torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16))
 OWN = "triton" if core.is_interpreting() else "cpp"
@@ -72,3 +75,10 @@ def test_nothing_is_collected_outside():
     fastloss.pixel_loss(*IMAGES)
     outer = explain(lambda: (explain(fastloss.pixel_loss, *IMAGES), fastloss.smoothness_loss(IMAGES[0])))
     assert [choice.op for choice in outer] == ["smoothness"]
+
+
+def test_threads_explain_at_once():
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: explain(fastloss.pixel_loss, *IMAGES), range(40)))
+    assert all(len(one) == 1 for one in found)
+    assert explanation.depth == 0
