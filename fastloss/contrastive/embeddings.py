@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import is_interpreting
@@ -16,7 +17,7 @@ TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with 
 def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors, NaN where the square of |x| is beyond the dtype."""
     length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    inverse = 1 / length.masked_fill(length <= TINY_NORM, math.inf)
+    inverse = 1 / F.threshold(length, TINY_NORM, math.inf)  # NaN stays NaN
     return torch.add(inverse, length, alpha=0.0)  # 0 times infinity is NaN
 
 
