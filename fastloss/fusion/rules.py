@@ -178,6 +178,8 @@ class GradientRatioRule(AdaptiveRule):
         self, names: list[str], base: list[float], *, reference: str, eps: float = 1e-4, max_ratio: float = 1e4
     ) -> None:
         super().__init__(names, base)
+        if not isinstance(reference, str):
+            raise TypeError(f"reference: expected the name of a part, one of {names}, got {type(reference).__name__}")
         if reference not in names:
             raise ValueError(f"reference: expected a part with a weight > 0, one of {names}, got {reference!r}")
         self.reference, self.eps = reference, check_number("eps", eps, 0, open_low=True)

@@ -209,6 +209,7 @@ class PerceptualLoss(FrozenNetworks):
         else:
             image = _check_targets(image, len(self.backbones))
             self._check_image("image_pred", image_pred)
+            check_same_device("image", image[0][0], "image_pred", image_pred)
         if pairwise:
             return self._pairwise(self.encode(image) if isinstance(image, Tensor) else image, image_pred)
         dtype = image_pred.dtype
@@ -302,6 +303,8 @@ class PerceptualLoss(FrozenNetworks):
 
     def _check_image(self, name: str, image: Any) -> None:
         check_tensor(name, image, 4)
+        if self.normalize:
+            check_same_device("the loss", self.shift, name, image)
         channels = self.shift.shape[1] if self.normalize else 3
         by_name = any(isinstance(backbone, Backbone) for backbone in self.backbones)
         if (self.normalize or by_name) and image.shape[1] != channels:

@@ -194,3 +194,10 @@ def test_lengths_whose_square_float32_cannot_hold(length, shape):
     got = info_nce(query, key, length * negatives)
     assert got.isnan() or (got - expected).abs() <= 1e-5 * expected
     assert length > 1e18 or not got.isnan()
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,)])
+def test_a_bias_of_another_device_is_named(shape):
+    rows = torch.randn(3, 4)
+    with pytest.raises(ValueError, match="bias: expected it on the device of .*, cpu, got meta"):
+        info_nce(rows, rows, bias=torch.zeros(shape, device="meta"))

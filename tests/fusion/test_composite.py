@@ -352,6 +352,8 @@ def test_bad_calls():
         ({"a": 1.0}, {"weighting": "dwa", "period": 1.5}, ValueError, "period: expected a whole number"),
         ({"a": 1.0}, {"weighting": "relobralo", "alpha": 1.5}, ValueError, "alpha: expected a finite number"),
         ({"a": 1.0}, {"weighting": "relobralo", "tau": 0.0}, ValueError, "tau: expected a finite number > 0"),
+        ({"a": 1.0}, {"weighting": "vqgan", "reference": "b"}, ValueError, "reference: expected a part with a weight"),
+        ({"a": 1.0}, {"weighting": "vqgan", "reference": ["a"]}, TypeError, "reference: expected the name .* got list"),
     ],
 )
 def test_bad_construction(weights, options, error, text):

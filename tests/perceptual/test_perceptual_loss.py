@@ -133,6 +133,18 @@ def test_casting_the_module_does_not_round_the_normalisation():
     assert loss.to("meta").shift.device.type == "meta"
 
 
+def test_images_and_targets_of_another_device_are_named():
+    image, image_pred = images()
+    loss = PerceptualLoss(Net())
+    targets = loss.encode(image)
+    with pytest.raises(ValueError, match="image: expected it on the device of the loss, cpu, got meta"):
+        loss.encode(image.to("meta"))
+    with pytest.raises(ValueError, match="image_pred: expected it on the device of the loss, cpu, got meta"):
+        loss(targets, image_pred.to("meta"))
+    with pytest.raises(ValueError, match="image_pred: expected it on the device of image, meta, got cpu"):
+        loss([[layer.to("meta") for layer in features] for features in targets], image_pred)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_image_dtypes(dtype):
     image, image_pred = images()
