@@ -178,16 +178,15 @@ def _scale_and_bias(
     scale = inverse(temperature, query, dtype)
     if bias is None:
         return scale, None
-    if not isinstance(bias, Tensor) or bias.ndim == 0:
+    per_sample = negatives is not None and negatives.ndim == 3
+    columnwise = isinstance(bias, Tensor) and bias.ndim > 0 and (bias.numel() != 1 or (columns == 1 and not per_sample))
+    if not columnwise:
         return scale, as_scalar("bias", bias, query, dtype, positive=False)
     check_tensor("bias", bias)
-    check_same_device("query", query, "bias", bias)
-    per_sample = negatives is not None and negatives.ndim == 3
-    if bias.numel() == 1 and (columns != 1 or per_sample):
-        return scale, bias.reshape(()).to(dtype)
     if bias.shape != (columns,) or per_sample:
         wanted = "one element (per-sample negatives have no columns)" if per_sample else f"one element or [{columns}]"
         raise ValueError(f"bias: expected a number or a tensor of {wanted}, got shape {tuple(bias.shape)}")
+    check_same_device("query", query, "bias", bias)
     return scale, bias.to(dtype)
 
 
