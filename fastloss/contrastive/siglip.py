@@ -19,6 +19,8 @@ are made so, with H rounded to bfloat16.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,83 +33,76 @@ from .embeddings import embed
 from .save_plan import IMAGE, NUMBERS, TEXT
 
 
-def siglip_reference(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    share: Tensor | None,
-    normalize: bool,
-    negative_only: bool,
-    needs: int,
-    workspace_mib: float,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op; what each is stands above."""
+
+    image: Tensor  # [M, D]
+    text: Tensor  # [N, D]
+    scale: Tensor  # [1]
+    bias: Tensor  # [1]
+    image_ids: Tensor | None  # [M], or None together with text_ids
+    text_ids: Tensor | None  # [N]
+    share: Tensor | None  # [M]; None: the losses of rows are returned
+    normalize: bool
+    negative_only: bool
+    needs: int
+    workspace_mib: float
+
+
+class Saved(NamedTuple):
+    """The gradients of the reduced loss, in float32; empty where `needs` does not ask for them."""
+
+    image_grad: Tensor  # [M, D]
+    text_grad: Tensor  # [N, D]
+    scale_grad: Tensor  # [1]
+    bias_grad: Tensor  # [1]
+
+
+class Grads(NamedTuple):
+    image: Tensor
+    text: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class Needs(NamedTuple):
+    image: bool
+    text: bool
+    scale: bool
+    bias: bool
+
+
+def siglip_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
-    dtype = result_dtype(image, text)
-    logits = embed(image, dtype, normalize) @ embed(text, dtype, normalize).T * scale + bias
+    dtype = result_dtype(x.image, x.text)
+    logits = embed(x.image, dtype, x.normalize) @ embed(x.text, dtype, x.normalize).T * x.scale + x.bias
     row, column = (torch.arange(n, device=logits.device) for n in logits.shape)
-    positive = (row[:, None] == column) & (not negative_only)
+    positive = (row[:, None] == column) & (not x.negative_only)
     pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
-    if image_ids is not None and text_ids is not None:
-        kept = positive | (image_ids[:, None] != text_ids)
+    if x.image_ids is not None and x.text_ids is not None:
+        kept = positive | (x.image_ids[:, None] != x.text_ids)
         pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
     losses = pairs.sum(1)
-    return losses if share is None else (losses * share).sum()
+    return losses if x.share is None else (losses * x.share).sum()
 
 
-def _siglip_fwd(
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    share: Tensor | None,
-    normalize: bool,
-    negative_only: bool,
-    needs: int,
-    workspace_mib: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, width, columns = *image.shape, text.shape[0]
-    needs = 0 if share is None else needs
-    return (
-        scale.new_empty(rows if share is None else ()),
-        scale.new_empty(rows if needs & IMAGE else 0, width),
-        scale.new_empty(columns if needs & TEXT else 0, width),
-        scale.new_empty(1 if needs & NUMBERS else 0),
-        scale.new_empty(1 if needs & NUMBERS else 0),
+def _siglip_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    rows, width, columns = *x.image.shape, x.text.shape[0]
+    needs = 0 if x.share is None else x.needs
+    return x.scale.new_empty(rows if x.share is None else ()), Saved(
+        image_grad=x.scale.new_empty(rows if needs & IMAGE else 0, width),
+        text_grad=x.scale.new_empty(columns if needs & TEXT else 0, width),
+        scale_grad=x.scale.new_empty(1 if needs & NUMBERS else 0),
+        bias_grad=x.scale.new_empty(1 if needs & NUMBERS else 0),
     )
 
 
-def _siglip_bwd(  # as many parameters as the forward, the results and the flags are
-    grad: Tensor,
-    image: Tensor,
-    text: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    image_ids: Tensor | None,
-    text_ids: Tensor | None,
-    share: Tensor | None,
-    normalize: bool,
-    negative_only: bool,
-    needs: int,
-    workspace_mib: float,
-    image_grad: Tensor,
-    text_grad: Tensor,
-    scale_grad: Tensor,
-    bias_grad: Tensor,
-    needs_image: bool,
-    needs_text: bool,
-    needs_scale: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        image.new_empty(image.shape if needs_image else 0),
-        text.new_empty(text.shape if needs_text else 0),
-        scale.new_empty(1 if needs_scale else 0),
-        scale.new_empty(1 if needs_bias else 0),
+def _siglip_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    return Grads(
+        image=x.image.new_empty(x.image.shape if needs.image else 0),
+        text=x.text.new_empty(x.text.shape if needs.text else 0),
+        scale=x.scale.new_empty(1 if needs.scale else 0),
+        bias=x.scale.new_empty(1 if needs.bias else 0),
     )
 
 
@@ -116,8 +111,8 @@ siglip = Op(
     fwd=_siglip_fwd,
     bwd=_siglip_bwd,
     reference=siglip_reference,
-    grads=("image", "text", "scale", "bias"),
-    outputs=("loss", "image_grad", "text_grad", "scale_grad", "bias_grad"),
+    grads=Grads._fields,
+    outputs=("loss", *Saved._fields),
     triton="contrastive.kernels.siglip",
 )
 
@@ -221,7 +216,7 @@ def siglip_loss(
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
         out = siglip(
-            image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib
+            *Inputs(image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib)
         )
     return out if share is not None else reduce_rows(out, weights, reduction)
 

@@ -1,6 +1,7 @@
 """The mechanism under every loss, which knows none of them.
 
 op.py          an op: its schema, its backends, and which of them a call gets
+structs.py     NamedTuples in an op's functions, their fields one by one in its schema
 autograd.py    what an op keeps for its backward, the backward, double backward
 backends.py    which backends there are, which one is forced, and why one is missing
 checks.py      checks of arguments, each with the argument's name in its error

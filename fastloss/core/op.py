@@ -22,6 +22,7 @@ from torch.library import Library
 from . import backends, explanation
 from .autograd import _PLAIN, Differentiable, _below_autograd, _tensors, transformed
 from .backends import is_interpreting
+from .structs import flattened
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
@@ -37,6 +38,8 @@ class Op(Differentiable):
     `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
     (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
     one list: the gradients of each needed input in turn.
+    `fwd`, `bwd`, `reference` and the launchers may take and return NamedTuples in the place of long lists: see
+    :mod:`structs`. The op itself takes the flat list: ``op(*Inputs(...))``.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
     `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op whose
@@ -58,6 +61,7 @@ class Op(Differentiable):
         declines: Callable[..., str | None] | None = None,
         bwd_reference: Callable | None = None,
     ) -> None:
+        fwd, bwd, reference = flattened(fwd), flattened(bwd), flattened(reference)
         self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
         self.bwd_reference = bwd_reference
         self.declines = declines or (lambda *args: None)
@@ -106,7 +110,7 @@ class Op(Differentiable):
 
         def launch(*args: Any, **kwargs: Any) -> Any:  # Triton is imported on the first call
             kernels = importlib.import_module(f"..{triton}", __package__)
-            return getattr(kernels, name)(*args, **kwargs)
+            return flattened(getattr(kernels, name))(*args, **kwargs)
 
         for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
             _LIB.impl(name, launch, key)

@@ -1,6 +1,7 @@
 """The mechanism under the losses.
 
 test_op.py               ops, reductions, the module form, docstrings, imports without what is optional
+test_structs.py          NamedTuples in the functions of an op
 test_backends.py         which backend is forced, where and when
 test_missing_kernels.py  installations without the C++ kernels
 test_cpp.py              what all C++ kernels share: instruction sets, threads, the stable ABI

@@ -26,6 +26,7 @@ from ...core.kernels.device_math import _softplus
 from ...core.kernels.launch import AotCase, on_device
 from ...core.kernels.matmul import add_product, embeddings
 from ..save_plan import IMAGE, NUMBERS, TEXT
+from ..siglip import Grads, Inputs, Needs, Saved
 from .blocking import block_plan
 from .embedding_gradients import finish, scaled
 from .logit_matrix import HALF_TILE, Call
@@ -121,35 +122,35 @@ def _scales(image: Tensor, text: Tensor, scale: Tensor, normalize: bool) -> tupl
     return row, column
 
 
-def _pass(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
-    share: Tensor, normalize: bool, negative_only: bool, needs: int, workspace_mib: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Row losses, and the float32 gradients that `needs` asks for: of image, text, scale, bias."""
-    (m, width), n, share = image.shape, text.shape[0], share.contiguous()
-    made = scale.new_empty(2, m)
-    to_image, to_text = scale.new_empty(m if needs & 5 else 0, width), scale.new_empty(n if needs & TEXT else 0, width)
-    dot = scale.new_empty(m if needs & NUMBERS else 0)
+def _pass(x: Inputs, share: Tensor, needs: int) -> tuple[Tensor, Saved]:
+    """Row losses, and the float32 gradients that `needs` asks for, each row's loss counting by `share`."""
+    (m, width), n, share = x.image.shape, x.text.shape[0], share.contiguous()
+    made = x.scale.new_empty(2, m)
+    to_image = x.scale.new_empty(m if needs & (IMAGE | NUMBERS) else 0, width)
+    to_text = x.scale.new_empty(n if needs & TEXT else 0, width)
+    dot = x.scale.new_empty(m if needs & NUMBERS else 0)
     if not (m and n):
         for each in (made, to_image, to_text, dot):
             each.zero_()
     else:
-        image, text = embeddings(image), embeddings(text)
-        row_scale, column_scale = _scales(image, text, scale, normalize)
-        call = Call(image, text, (row_scale, None, image_ids, None), (column_scale, None, text_ids), "", 0.0)
+        image, text = embeddings(x.image), embeddings(x.text)
+        row_scale, column_scale = _scales(image, text, x.scale, x.normalize)
+        call = Call(image, text, (row_scale, None, x.image_ids, None), (column_scale, None, x.text_ids), "", 0.0)
         factor = None
         if needs and image.dtype == torch.float16:
             factor = _half_range(share, row_scale, column_scale)
-        _blocks(call, share, bias, factor, (made, to_image, to_text), not negative_only, needs, workspace_mib)
-        if needs & 5 and (normalize or factor is not None or needs & NUMBERS):
-            grad = to_image if needs & IMAGE and (normalize or factor is not None) else None
-            finish(to_image, call.query, grad, None, dot if needs & NUMBERS else None, factor, normalize)
-        if needs & TEXT and (normalize or factor is not None):
-            finish(to_text, call.key, to_text, None, None, factor, normalize)
-    numbers = scale.new_empty(0), scale.new_empty(0)
+        _blocks(
+            call, share, x.bias, factor, (made, to_image, to_text), not x.negative_only, needs, x.workspace_mib
+        )
+        if needs & (IMAGE | NUMBERS) and (x.normalize or factor is not None or needs & NUMBERS):
+            grad = to_image if needs & IMAGE and (x.normalize or factor is not None) else None
+            finish(to_image, call.query, grad, None, dot if needs & NUMBERS else None, factor, x.normalize)
+        if needs & TEXT and (x.normalize or factor is not None):
+            finish(to_text, call.key, to_text, None, None, factor, x.normalize)
+    scale_grad, bias_grad = x.scale.new_empty(0), x.scale.new_empty(0)
     if needs & NUMBERS:
-        numbers = (dot.sum() / scale).reshape(1), (made[1] * share).sum().reshape(1)
-    return made[0], to_image[: m if needs & IMAGE else 0], to_text, *numbers
+        scale_grad, bias_grad = (dot.sum() / x.scale).reshape(1), (made[1] * share).sum().reshape(1)
+    return made[0], Saved(to_image[: m if needs & IMAGE else 0], to_text, scale_grad, bias_grad)
 
 
 def _blocks(
@@ -193,39 +194,27 @@ def _blocks(
             add_product(to_text[column:stop], h.T, call.query[row:end, :width], row == 0)
 
 
-def siglip_fwd(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None, text_ids: Tensor | None,
-    share: Tensor | None, normalize: bool, negative_only: bool, needs: int, workspace_mib: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    with on_device(image):
-        weights, needs = (scale.expand(image.shape[0]), 0) if share is None else (share, needs)
-        losses, *grads = _pass(
-            image, text, scale, bias, image_ids, text_ids, weights, normalize, negative_only, needs, workspace_mib
-        )
-        loss = losses.clone() if share is None else (losses * share).sum()
-    return loss, *grads  # type: ignore[return-value]
+def siglip_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    with on_device(x.image):
+        if x.share is None:
+            losses, saved = _pass(x, x.scale.expand(x.image.shape[0]), 0)
+            return losses.clone(), saved
+        losses, saved = _pass(x, x.share, x.needs)
+        return (losses * x.share).sum(), saved
 
 
-def siglip_bwd(
-    grad: Tensor, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, image_ids: Tensor | None,
-    text_ids: Tensor | None, share: Tensor | None, normalize: bool, negative_only: bool, needs: int,
-    workspace_mib: float, image_grad: Tensor, text_grad: Tensor, scale_grad: Tensor, bias_grad: Tensor,
-    needs_image: bool, needs_text: bool, needs_scale: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = [image_grad, text_grad, scale_grad, bias_grad]
-    wanted = (needs_image, needs_text, needs_scale, needs_bias)
-    with on_device(image):
-        if share is None:
-            needs = IMAGE * needs_image + TEXT * needs_text + NUMBERS * (needs_scale or needs_bias)
-            _, *made = _pass(
-                image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only, needs, workspace_mib
-            )
+def siglip_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    with on_device(x.image):
+        if x.share is None:
+            bits = IMAGE * needs.image + TEXT * needs.text + NUMBERS * (needs.scale or needs.bias)
+            _, saved = _pass(x, grad, bits)
             grad = torch.ones_like(grad[0]) if grad.shape[0] else grad.new_ones(())
-        out = [
-            scaled(each, grad, like, needed)
-            for each, like, needed in zip(made, (image, text, scale, bias), wanted, strict=True)
-        ]
-    return tuple(out)  # type: ignore[return-value]
+        return Grads(
+            image=scaled(saved.image_grad, grad, x.image, needs.image),
+            text=scaled(saved.text_grad, grad, x.text, needs.text),
+            scale=scaled(saved.scale_grad, grad, x.scale, needs.scale),
+            bias=scaled(saved.bias_grad, grad, x.bias, needs.bias),
+        )
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -237,9 +226,10 @@ def aot_cases() -> Iterator[AotCase]:
     ):
         image, text = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
         row, column, one = (torch.empty(size, device="meta") for size in (rows, columns, 1))
-        ids = tuple(v.long() for v in (row, column)) if "ids" in form else (None, None)
+        ids = (row.long(), column.long()) if "ids" in form else (None, None)
+        cosine, negative = "cosine" in form, "negative" in form
         label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{width}".strip()
         matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
         for needs in (0, 7):
-            args = (image, text, one, one, *ids, row, "cosine" in form, "negative" in form, needs, 256.0)
-            yield AotCase(f"{label} needs {needs}", siglip_fwd, args, (), matrix)
+            x = Inputs(image, text, one, one, ids[0], ids[1], row, cosine, negative, needs, 256.0)
+            yield AotCase(f"{label} needs {needs}", siglip_fwd, (x,), (), matrix)
