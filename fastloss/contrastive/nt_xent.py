@@ -18,7 +18,7 @@ from .checks import (
     inverse,
 )
 from .embeddings import _inner, against_themselves, scale_of_rows
-from .ops.softmax_stats import softmax_statistics
+from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput, NegativeSampling, SoftmaxForm
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
@@ -45,10 +45,12 @@ def nt_xent_rows(
         positive = positive * lengths.roll(rows)
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
+    kind = "upper" + "+moments" * moments
     stats = softmax_statistics(
-        views, views, row_scale, lengths, None, partner, both, both, ceiling, "upper" + "+moments" * moments, hardness,
-        workspace_mib,
-    )  # fmt: skip
+        Inputs(
+            views, views, row_scale, lengths, None, partner, both, both, ceiling, kind, hardness, workspace_mib
+        )
+    )
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
     return out._replace(lse=_left_out(dropped, out.lse))
 

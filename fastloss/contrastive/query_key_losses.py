@@ -12,9 +12,9 @@ from torch import Tensor
 from ..core import check_not_empty, check_reduction, result_dtype, row_shares
 from .checks import without
 from .embeddings import _inner, are_bfloat16, inverse_length, scale_of_rows, widened
-from .ops.softmax_loss import contrastive_plain
-from .ops.softmax_loss_per_query import contrastive_own
-from .ops.softmax_stats import softmax_statistics
+from .ops import softmax_loss as loss_op
+from .ops import softmax_loss_per_query as loss_per_query_op
+from .ops import softmax_stats as stats_op
 from .ops.softmax_stats_per_query import each_statistics
 from .options import ContrastiveOutput, SoftmaxForm
 from .row_losses import merged, row_losses
@@ -56,7 +56,7 @@ def softmax_loss(
         return None
     if own and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
         return None
-    op = contrastive_own if own else contrastive_plain
+    op = loss_per_query_op.contrastive_own if own else loss_op.contrastive_plain
     if (backend := op.backend(*embeddings)) == "reference":
         return None
     check_reduction(reduction)
@@ -75,14 +75,19 @@ def softmax_loss(
             if x is not None and x.requires_grad
         )
     factor = scale if isinstance(scale, float) else 1.0
-    if own:
-        return contrastive_own(
-            query, key, negatives, learned, share, factor, form.include_positive, form.normalize, reduction, needs,
+    if negatives is not None:
+        return op(
+            *loss_per_query_op.Inputs(
+                query, key, negatives, learned, share, factor, form.include_positive, form.normalize, reduction, needs
+            ),
             backend=backend,
-        )  # fmt: skip
-    return contrastive_plain(
-        query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize, reduction,
-        needs, workspace_mib, backend=backend,
+        )
+    return op(
+        *loss_op.Inputs(
+            query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize,
+            reduction, needs, workspace_mib,
+        ),
+        backend=backend,
     )  # fmt: skip
 
 
@@ -122,10 +127,10 @@ def softmax_rows(
     stats = None
     if form.in_batch:
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
-        stats = _left_out(dropped, softmax_statistics(
+        stats = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
             ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, workspace_mib,
-        ))  # fmt: skip
+        )))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
         union = extra if stats is None else merged(stats[0], extra, moments, hardness)
@@ -134,11 +139,11 @@ def softmax_rows(
         negatives = widened(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
-        extra = _left_out(dropped, softmax_statistics(
+        extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
             _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
-        ))  # fmt: skip
+        )))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])
         stats = extra

@@ -11,7 +11,7 @@ from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
 from .checks import check_embeddings, check_flags, check_integers, check_shared, excluded, finish, inverse
 from .embeddings import against_themselves, scale_of_rows
-from .ops.softmax_stats import softmax_statistics
+from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
 from .query_key_losses import _left_out
 
@@ -107,9 +107,8 @@ def supcon_rows(
 
     def statistics_of(others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
-        return softmax_statistics(
-            rows, rows, row_scale, lengths, None, None, ids, ids, None, "upper", 0.0, workspace_mib
-        )[0].unbind(0)
+        x = Inputs(rows, rows, row_scale, lengths, None, None, ids, ids, None, "upper", 0.0, workspace_mib)
+        return softmax_statistics(x)[0].unbind(0)
 
     lse, most = statistics_of(include_positive)
     ordered = labels.sort().values

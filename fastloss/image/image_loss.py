@@ -25,9 +25,10 @@ from .smoothness import (
 )
 from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, map_weight, ssim_loss
 from .ssim_checks import NegativeImages, check_ssim_options, check_window_fits
+from .ssim_reference import Inputs as SsimInputs
 from .ssim_reference import ssim_reference
 
-SIGNS = 4  # of `keep`, see _image_fwd
+SIGNS = 4  # of `keep`, see Inputs
 _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
@@ -35,92 +36,84 @@ _OPTIONS = {
 }
 
 
-def image_reference(
-    image: Tensor,
-    image_pred: Tensor,
-    pixel_weight: Tensor | None,
-    guide: Tensor | None,
-    smoothness_weight: Tensor | None,
-    ssim_weight: Tensor | None,
-    kinds: str,
-    numbers: list[float],
-    keep: int = 0,
-    shares: Tensor | None = None,
-) -> Tensor:
-    """The definition: the sums of the pixel loss, of the smoothness along each axis, of SSIM; 0 for those that are off.
+class Inputs(NamedTuple):
+    """Of the op, whose value are sums: of the pixel loss, of the smoothness along each axis, of SSIM; 0 of what is off.
 
-    `kinds`: "pixel,smoothness", empty where off; `numbers`: the pixel loss's parameter, the order of the smoothness,
-    and of SSIM window (0: off), sigma, whether the padding is "same", c1, c2 and the value that images begin at.
+    `keep`: what the backward finds beside the inputs, 0 nothing. KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the
+    gradients of a total that counts each sum by its share, each in the order of the prediction's memory; any other
+    upstream gradient makes the backward do the pass again. 1, 2 or 3 alone: the partial derivatives of SSIM. SIGNS: a
+    byte an element, in the order of the prediction's memory.
     """
-    pixel, smoothness = kinds.split(",")
-    p, order, window, sigma, same, c1, c2, low = numbers
-    dtype = result_dtype(image, image_pred)
-    sums = [image_pred.new_zeros(1, dtype=dtype)] * 3
+
+    image: Tensor  # [N, C, ...]
+    image_pred: Tensor  # [N, C, ...]
+    pixel_weight: Tensor | None  # [N, C, ...]
+    guide: Tensor | None  # [N, G, ...]
+    smoothness_weight: Tensor | None  # [N, 1, ...] or [N, C, ...]
+    ssim_weight: Tensor | None  # of the map
+    kinds: str  # "pixel,smoothness", empty where off
+    # the pixel loss's parameter, the order of the smoothness, and of SSIM window (0: off), sigma, whether the padding
+    # is "same", c1, c2 and the value that images begin at
+    numbers: list[float]
+    keep: int = 0
+    shares: Tensor | None = None  # [sums], with KEEP_GRADIENTS
+
+
+class Saved(NamedTuple):
+    kept: Tensor
+
+
+class Grads(NamedTuple):
+    image: Tensor
+    image_pred: Tensor
+
+
+class Needs(NamedTuple):
+    image: bool
+    image_pred: bool
+
+
+def image_reference(x: Inputs) -> Tensor:
+    """The sums in differentiable torch."""
+    pixel, smoothness = x.kinds.split(",")
+    p, order, window, sigma, same, c1, c2, low = x.numbers
+    dtype = result_dtype(x.image, x.image_pred)
+    sums = [x.image_pred.new_zeros(1, dtype=dtype)] * 3
     if pixel:
-        sums[0] = pixel_reference(image, image_pred, pixel_weight, pixel, p, True).reshape(1)
+        sums[0] = pixel_reference(x.image, x.image_pred, x.pixel_weight, pixel, p, True).reshape(1)
     if smoothness:
-        sums[1] = smoothness_reference(image_pred, guide, smoothness_weight, smoothness, int(order)).sum((0, 1))
+        along = smoothness_reference(x.image_pred, x.guide, x.smoothness_weight, smoothness, int(order))
+        sums[1] = along.sum((0, 1))
     else:
-        sums[1] = image_pred.new_zeros(image_pred.ndim - 2, dtype=dtype)
+        sums[1] = x.image_pred.new_zeros(x.image_pred.ndim - 2, dtype=dtype)
     if window:
-        args = (int(window), sigma, same != 0, c1, c2, low, False)
-        sums[2] = ssim_reference(image, image_pred, ssim_weight, *args).sum().reshape(1)
+        ssim = SsimInputs(x.image, x.image_pred, x.ssim_weight, int(window), sigma, same != 0, c1, c2, low, False)
+        sums[2] = ssim_reference(ssim).sum().reshape(1)
     return torch.cat(sums)
 
 
-def _image_fwd(
-    image: Tensor,
-    image_pred: Tensor,
-    pixel_weight: Tensor | None,
-    guide: Tensor | None,
-    smoothness_weight: Tensor | None,
-    ssim_weight: Tensor | None,
-    kinds: str,
-    numbers: list[float],
-    keep: int,
-    shares: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """`keep`: what the backward finds beside the inputs, 0 nothing.
-
-    KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the gradients of a total that counts each sum by its share, each
-    in the order of the prediction's memory. Any other upstream gradient makes the backward do the pass again.
-    1, 2 or 3 alone: the partial derivatives of SSIM. SIGNS: a byte an element, in the order of the prediction's memory.
-    """
-    axes = 1 if kinds.endswith(",isotropic") else image_pred.ndim - 2
-    out = image_pred.new_empty(axes + 2, dtype=torch.float32)
-    if keep == SIGNS:
-        return out, image_pred.new_empty(image_pred.numel(), dtype=torch.uint8)
-    count = (keep & 1) + (keep >> 1 & 1)
+def _image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    axes = 1 if x.kinds.endswith(",isotropic") else x.image_pred.ndim - 2
+    out = x.image_pred.new_empty(axes + 2, dtype=torch.float32)
+    if x.keep == SIGNS:
+        return out, Saved(x.image_pred.new_empty(x.image_pred.numel(), dtype=torch.uint8))
+    count = (x.keep & 1) + (x.keep >> 1 & 1)
     kept: tuple[int, ...] = (0,)
-    if keep & KEEP_GRADIENTS:
-        kept = (count, image_pred.numel())
-    elif keep:
-        images, channels, height, width = image_pred.shape
-        cut = 0 if numbers[4] else int(numbers[2]) - 1
+    if x.keep & KEEP_GRADIENTS:
+        kept = (count, x.image_pred.numel())
+    elif x.keep:
+        images, channels, height, width = x.image_pred.shape
+        _, _, window, _, same, *_ = x.numbers
+        cut = 0 if same else int(window) - 1
         kept = (2 + count, height - cut, images * channels * (width - cut))
-    return out, image_pred.new_empty(kept, dtype=torch.float32)
+    return out, Saved(x.image_pred.new_empty(kept, dtype=torch.float32))
 
 
-def _image_bwd(
-    grad: Tensor,
-    kept: Tensor,
-    image: Tensor,
-    image_pred: Tensor,
-    pixel_weight: Tensor | None,
-    guide: Tensor | None,
-    smoothness_weight: Tensor | None,
-    ssim_weight: Tensor | None,
-    kinds: str,
-    numbers: list[float],
-    keep: int,
-    shares: Tensor | None,
-    needs_image: bool,
-    needs_image_pred: bool,
-) -> tuple[Tensor, Tensor]:
-    none = image.new_empty(0)
-    return (
-        torch.empty_like(image) if needs_image else none,
-        torch.empty_like(image_pred) if needs_image_pred else none,
+def _image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+    none = x.image.new_empty(0)
+    return Grads(
+        image=torch.empty_like(x.image) if needs.image else none,
+        image_pred=torch.empty_like(x.image_pred) if needs.image_pred else none,
     )
 
 
@@ -137,8 +130,8 @@ _image = Op(
     fwd=_image_fwd,
     bwd=_image_bwd,
     reference=image_reference,
-    grads=("image", "image_pred"),
-    outputs=("out", "kept"),
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
     triton="image.kernels.image_loss",
     declines=_why_not,
 )

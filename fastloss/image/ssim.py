@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,77 +13,54 @@ from ..core.checks import check_weight
 from ..core.inference import takes_inference_tensors
 from .map_weights import over_weights
 from .ssim_checks import NegativeImages, check_pair, check_ssim_options, check_window_fits
-from .ssim_reference import ssim_reference
+from .ssim_reference import Inputs, ssim_reference
 
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
-KEEP_GRADIENTS = 8  # of `keep`, see _ssim_fwd
+KEEP_GRADIENTS = 8  # of `keep`, see Saved
 LARGE_WEIGHT = 1e25  # the sum of as many smaller ones as memory holds fits float32
 
 
-def _ssim_fwd(
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    low: float,
-    structure_only: bool,
-    keep: int,
-) -> tuple[Tensor, Tensor]:
-    """`keep`: what the backward is to find, for which gradients: 1 image, 2 image_pred, 3 both, 0 none.
+class Saved(NamedTuple):
+    """What `keep` asks for, of which gradients: 1 image, 2 image_pred, 3 both, 0 none.
 
     With KEEP_GRADIENTS, the gradients of the sums themselves, each in the order of its image's memory if that is
     channels_last; else the partial derivatives of the map.
     """
-    images, channels, height, width = image.shape
-    count, cut = (keep & 1) + (keep >> 1 & 1), 0 if same else window - 1
-    partials = (2 + count, height - cut, images * channels * (width - cut)) if keep else (0,)
-    return (
-        image.new_empty(image.shape[:2], dtype=torch.float32),
-        image.new_empty((count, image.numel()) if keep & KEEP_GRADIENTS else partials, dtype=torch.float32),
+
+    kept: Tensor
+
+
+class Grads(NamedTuple):
+    image: Tensor
+    image_pred: Tensor
+
+
+class Needs(NamedTuple):
+    image: bool
+    image_pred: bool
+
+
+def _ssim_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    images, channels, height, width = x.image.shape
+    count, cut = (x.keep & 1) + (x.keep >> 1 & 1), 0 if x.same else x.window - 1
+    kept: tuple[int, ...] = (0,)
+    if x.keep & KEEP_GRADIENTS:
+        kept = (count, x.image.numel())
+    elif x.keep:
+        kept = (2 + count, height - cut, images * channels * (width - cut))
+    out = x.image.new_empty(x.image.shape[:2], dtype=torch.float32)
+    return out, Saved(x.image.new_empty(kept, dtype=torch.float32))
+
+
+def _ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+    none = x.image.new_empty(0)
+    return Grads(
+        image=torch.empty_like(x.image) if needs.image else none,
+        image_pred=torch.empty_like(x.image_pred) if needs.image_pred else none,
     )
 
 
-def _ssim_bwd(
-    grad: Tensor,
-    kept: Tensor,
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    low: float,
-    structure_only: bool,
-    keep: int,
-    needs_image: bool,
-    needs_image_pred: bool,
-) -> tuple[Tensor, Tensor]:
-    none = image.new_empty(0)
-    return (
-        torch.empty_like(image) if needs_image else none,
-        torch.empty_like(image_pred) if needs_image_pred else none,
-    )
-
-
-def _why_not(
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    low: float,
-    structure_only: bool,
-    keep: int = 0,
-) -> str | None:
+def _why_not(image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, *rest: Any) -> str | None:
     if window > LARGEST_WINDOW:
         return f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {window}"
     same_dtype = image.dtype == image_pred.dtype
@@ -95,8 +72,8 @@ _ssim = Op(
     fwd=_ssim_fwd,
     bwd=_ssim_bwd,
     reference=ssim_reference,
-    grads=("image", "image_pred"),
-    outputs=("out", "kept"),
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
     triton="image.kernels.ssim",
     declines=_why_not,
 )

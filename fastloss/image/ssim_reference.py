@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,22 @@ from ..core import full_precision, result_dtype
 SHIFT_FROM = 4096.0
 # Below this sigma the middle of the window rounds to 1 in float32 (2 exp(-1 / (2 sigma^2)) < 2^-25): it is one pixel.
 ONE_PIXEL = {torch.float32: (52 * math.log(2)) ** -0.5, torch.float64: (110 * math.log(2)) ** -0.5}
+
+
+class Inputs(NamedTuple):
+    """Of the op of SSIM's sums."""
+
+    image: Tensor  # [N, C, H, W]
+    image_pred: Tensor  # [N, C, H, W]
+    weight: Tensor | None  # of the map, [N, C, H, W] or without the border that "valid" windows leave out
+    window: int  # side in pixels, odd
+    sigma: float  # in pixels
+    same: bool  # padded to the image's size
+    c1: float
+    c2: float
+    low: float  # the value that images begin at
+    structure_only: bool  # without the luminance term
+    keep: int = 0  # what the backward is to find, see ssim.py
 
 
 def one_pixel(window: int, sigma: float, dtype: torch.dtype = torch.float32) -> bool:
@@ -86,31 +103,23 @@ def _moments(a: Tensor, d: Tensor, rest_a: Tensor, rest_d: Tensor, g: Tensor, sa
     )
 
 
-def ssim_distances(
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    low: float,
-) -> tuple[Tensor, Tensor]:
+def ssim_distances(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """One minus the luminance and one minus the contrast-structure map, in float32 (float64 for float64).
 
     Four moments do: means and variances of a = x + y and d = x - y, for mx^2 + my^2 = (ma^2 + md^2) / 2 and
     2 mx my = (ma^2 - md^2) / 2, and likewise for the variances. So nothing cancels where the images are close; what
     images far from 0 have in common is subtracted before it is squared, and added to the means again.
     """
-    dtype = result_dtype(image, image_pred)
-    x, y = image.to(dtype), image_pred.to(dtype)
+    weight, window, sigma, same = inputs.weight, inputs.window, inputs.sigma, inputs.same
+    c1, c2 = inputs.c1, inputs.c2
+    dtype = result_dtype(inputs.image, inputs.image_pred)
+    x, y = inputs.image.to(dtype), inputs.image_pred.to(dtype)
     shift_a, shift_d = _shifts(x, y, c2)
     if weight is not None:  # NaN where no weight is must not reach a gradient
         seen = _seen(weight, window, same)
         x, y = (torch.where(seen, t, 0.0) for t in (x, y))
     a, d = (x - shift_a) + y, (x - y) - shift_d
-    rest_a = shift_a - 2 * low
+    rest_a = shift_a - 2 * inputs.low
     moments = _moments(a, d, rest_a, shift_d, _gaussian(window, sigma, x), same)
     if weight is not None:
         moments = tuple(torch.where(weight == 0, 0.0, m) for m in moments)
@@ -124,22 +133,10 @@ def ssim_distances(
     return luminance, var_d / (0.5 * (var_a + var_d) + c2)
 
 
-def ssim_reference(
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    window: int,
-    sigma: float,
-    same: bool,
-    c1: float,
-    c2: float,
-    low: float,
-    structure_only: bool,
-    keep: int = 0,
-) -> Tensor:
+def ssim_reference(inputs: Inputs) -> Tensor:
     """The definition: (weighted) sums of 1 - SSIM, or of one minus its contrast-structure term alone, ``[N, C]``."""
-    luminance, structure = ssim_distances(image, image_pred, weight, window, sigma, same, c1, c2, low)
-    loss = structure if structure_only else luminance + structure - luminance * structure
-    if weight is not None:
-        loss = loss * weight.to(loss.dtype)
+    luminance, structure = ssim_distances(inputs)
+    loss = structure if inputs.structure_only else luminance + structure - luminance * structure
+    if inputs.weight is not None:
+        loss = loss * inputs.weight.to(loss.dtype)
     return loss.flatten(2).sum(2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastloss.contrastive.ops.softmax_loss import contrastive_plain, contrastive_plain_reference
-from fastloss.contrastive.ops.softmax_stats import contrastive, contrastive_stats_reference, softmax_statistics
+from fastloss.contrastive.ops.softmax_loss import contrastive_plain
+from fastloss.contrastive.ops.softmax_stats import Inputs, contrastive, softmax_statistics
 from tests.conformance.tools import INTERPRETING, Errors, recorded
 
 pytestmark = pytest.mark.kernels
@@ -38,8 +38,8 @@ def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
     dtype = torch.bfloat16 if "stash" in kind else torch.float32  # exponentials are kept in half precision only
     errors = Errors(dtype)
     got = values(contrastive, dtype, kind, scale, workspace_mib)
-    same = values(contrastive_stats_reference, dtype, kind, scale, workspace_mib)
-    exact = values(contrastive_stats_reference, torch.float64, kind, scale, workspace_mib)
+    same = values(contrastive.reference, dtype, kind, scale, workspace_mib)
+    exact = values(contrastive.reference, torch.float64, kind, scale, workspace_mib)
     for name, *each in zip(("stats", "query", "key", "row_scale", "column_scale"), got, same, exact, strict=True):
         errors.add(name, *each)
     errors.check()
@@ -97,7 +97,7 @@ def test_plain_losses_in_every_workspace(dtype, symmetric, workspace_mib):
         given = needs, symmetric, options, workspace_mib
         got = plain_values(contrastive_plain, dtype, *given)
         same = plain_values(contrastive_plain_eager, dtype, *given)
-        exact = plain_values(contrastive_plain_reference, torch.float64, *given)
+        exact = plain_values(contrastive_plain.reference, torch.float64, *given)
         for i, each in enumerate(zip(got, same, exact, strict=True)):
             errors.add(f"{name} {i}", *each)
         errors.check()
@@ -133,15 +133,15 @@ def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
     scales = torch.rand(37, generator=random) + 0.5, torch.rand(50, generator=random) * 4
     for kind in ("", "diagonal"):
         errors, results = Errors(dtype), []
-        for op, precision in ((softmax_statistics, dtype), (reference, dtype), (reference, torch.float64)):
+        for op, precision in ((softmax_statistics, dtype), (eager, dtype), (eager, torch.float64)):
             wide = torch.float64 if precision == torch.float64 else torch.float32
             leaves = query.to(precision).requires_grad_(), scales[0].to(wide).requires_grad_()
             with recorded() as calls:
-                stats = op(
+                stats = op(Inputs(
                     leaves[0], key.to(precision), leaves[1], scales[1].to(wide), *[None] * 5, kind, 0.0, workspace_mib
-                )
+                ))  # fmt: skip
             if op is softmax_statistics:
-                assert calls[0][1][12]  # keep
+                assert Inputs(*calls[0][1]).keep
             upstream = torch.linspace(-1, 2, 37, dtype=wide)
             results.append((stats.detach()[:, :1], *torch.autograd.grad(stats[0, 0], leaves, upstream)))
         for i, each in enumerate(zip(*results, strict=True)):
@@ -149,5 +149,5 @@ def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
         errors.check()
 
 
-def reference(*args):
-    return contrastive_stats_reference(*args, False)
+def eager(x):
+    return contrastive.reference(*x)

@@ -55,25 +55,26 @@ def smoothness(module, image):
 
 
 def ssim(module, image):
-    options = (image, image, None, 11, 1.5, True, 1e-4, 9e-4, 0.0, False, 3)
+    x = module.Inputs(image, image, None, 11, 1.5, True, 1e-4, 9e-4, 0.0, False, 3)
     grad = image.new_empty(image.shape[:2], dtype=torch.float32)
-    _, partials = module.ssim_fwd(*options)
-    module.ssim_bwd(grad, partials, *options, True, True)
+    _, saved = module.ssim_fwd(x)
+    module.ssim_bwd(grad, saved, x, module.Needs(True, True))
 
 
 def image_without_ssim(module, image):
     grad = image.new_empty(4, dtype=torch.float32)
     for kinds, keep in (("l1,l1", 4), ("l2,l1", 0)):
-        args = (image, image, None, None, None, None, kinds, [1.0, 1.0, *[0.0] * 6], keep)
-        _, kept = module.image_fwd(*args)
-        assert not keep or (kept.dtype, kept.numel()) == (torch.uint8, image.numel())
-        module.image_bwd(grad, kept, *args, None, True, True)
+        x = module.Inputs(image, image, None, None, None, None, kinds, [1.0, 1.0, *[0.0] * 6], keep)
+        _, saved = module.image_fwd(x)
+        assert not keep or (saved.kept.dtype, saved.kept.numel()) == (torch.uint8, image.numel())
+        module.image_bwd(grad, saved, x, module.Needs(True, True))
 
 
 def image_with_ssim(module, image):
-    args = (image, image, None, image, None, None, "l1,l1", [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0], 2)
-    _, kept = module.image_fwd(*args)
-    module.image_bwd(image.new_empty(4, dtype=torch.float32), kept, *args, None, False, True)
+    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0]
+    x = module.Inputs(image, image, None, image, None, None, "l1,l1", numbers, 2)
+    _, saved = module.image_fwd(x)
+    module.image_bwd(image.new_empty(4, dtype=torch.float32), saved, x, module.Needs(False, True))
 
 
 LAUNCHERS = {"pixel": pixel, "smoothness": smoothness, "image_loss": image_without_ssim,

@@ -13,13 +13,13 @@ workspace holds exponentials of; G then takes their place.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device
 from ...core.kernels.matmul import add_product, embeddings
+from ..ops.softmax_loss import Grads, Inputs, Needs, Saved
 from ..save_plan import KEY, QUERY, SCALE, exponentials, kept_exponentials, triton_saves
 from .blocking import block_plan, chunk_plan
 from .embedding_gradients import Side, finish, scaled
@@ -33,19 +33,16 @@ from .tile_configs import SPILLED
 class _Plain:
     """One call's operands: padded embeddings, their scales, the positives, weights."""
 
-    def __init__(
-        self, query: Tensor, key: Tensor, targets: Tensor | None, include_positive: bool, symmetric: bool,
-        normalize: bool, share: Tensor | None, reduction: str, lengths: Tensor, positive: Tensor,
-    ) -> None:  # fmt: skip
-        self.query, self.key, self.width = embeddings(query), embeddings(key), query.shape[1]
-        self.m, self.n = query.shape[0], key.shape[0]
-        self.targets = None if targets is None else targets.contiguous()
-        self.share = None if share is None else share.contiguous()
-        self.normalize, self.include_positive, self.directions = normalize, include_positive, 1 + symmetric
-        self.kind = "+".join(["diagonal"] * (targets is None) + ["symmetric"] * symmetric)
-        self.reduction, self.factor = reduction, 1.0 / self.m if reduction == "mean" and self.m else 1.0
+    def __init__(self, x: Inputs, lengths: Tensor, positive: Tensor) -> None:
+        self.query, self.key, self.width = embeddings(x.query), embeddings(x.key), x.query.shape[1]
+        self.m, self.n = x.query.shape[0], x.key.shape[0]
+        self.targets = None if x.targets is None else x.targets.contiguous()
+        self.share = None if x.share is None else x.share.contiguous()
+        self.normalize, self.include_positive, self.directions = x.normalize, x.include_positive, 1 + x.symmetric
+        self.kind = "+".join(["diagonal"] * (x.targets is None) + ["symmetric"] * x.symmetric)
+        self.reduction, self.factor = x.reduction, 1.0 / self.m if x.reduction == "mean" and self.m else 1.0
         self.row_scale, self.positive = lengths[: self.m], positive
-        self.column_scale = lengths[self.m :] if normalize else None
+        self.column_scale = lengths[self.m :] if x.normalize else None
 
     def prepare(self, scale: Tensor | None, factor: float) -> None:
         prepare(
@@ -105,78 +102,68 @@ def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor]
         finish(of_key, plain.key, of_key, None, None, factor, plain.normalize)
 
 
-def contrastive_plain_fwd(
-    query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None, factor: float,
-    include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int, workspace_mib: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (m, width), n = query.shape, key.shape[0]
-    with on_device(query):
-        single = query.new_empty(0, dtype=torch.float32)
-        saved = triton_saves(symmetric, reduction, needs)
-        loss, stats = single.new_empty(m), single.new_empty((2 * (1 + symmetric) + 1, m))
-        lengths = single.new_empty(m + n * normalize)
-        grads = saved == "grads"
+def contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    (m, width), n = x.query.shape, x.key.shape[0]
+    with on_device(x.query):
+        single = x.query.new_empty(0, dtype=torch.float32)
+        saved = triton_saves(x.symmetric, x.reduction, x.needs)
+        grads, again = saved == "grads", saved == "again"
+        loss, stats = single.new_empty(m), single.new_empty((2 * (1 + x.symmetric) + 1, m))
+        lengths = single.new_empty(m + n * x.normalize)
         made = (
-            single.new_empty((m if grads and needs & QUERY else 0, width)),
-            single.new_empty((n if grads and needs & KEY else 0, width)),
-            single.new_empty(m if grads and needs & SCALE else 0),
+            single.new_empty((m if grads and x.needs & QUERY else 0, width)),
+            single.new_empty((n if grads and x.needs & KEY else 0, width)),
+            single.new_empty(m if grads and x.needs & SCALE else 0),
         )
-        kind = "symmetric" * symmetric + "+stash" * (saved == "again")
-        elements, pitch = kept_exponentials(query, key, None, kind, 0.0, workspace_mib)
-        stash = new_stash(query, elements)
+        kind = "symmetric" * x.symmetric + "+stash" * again
+        elements, pitch = kept_exponentials(x.query, x.key, None, kind, 0.0, x.workspace_mib)
+        stash = new_stash(x.query, elements)
         if m and n:
-            plain = _Plain(
-                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
-            )
-            plain.prepare(scale, factor)
+            plain = _Plain(x, lengths, stats[-1])
+            plain.prepare(x.scale, x.factor)
             if grads:
-                _make_grads(plain, loss, made, workspace_mib)
+                _make_grads(plain, loss, made, x.workspace_mib)
             else:
-                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0, workspace_mib)
-                make_statistics(call, stats[:-1].view(1 + symmetric, 2, m), kept(stash, m, pitch))
+                call = plain.call(slice(0, m), plain.kind, plain.targets, False, elements > 0, x.workspace_mib)
+                make_statistics(call, stats[:-1].view(1 + x.symmetric, 2, m), kept(stash, m, pitch))
                 plain.losses(slice(0, m), stats, None, loss, None)
         else:
             for each in (loss, *made):
                 each.zero_()
-        out = loss if reduction == "none" else getattr(loss, reduction)()
-        again = saved == "again"
-        kept_stats, kept_lengths = (stats, lengths) if again else (single.new_empty((stats.shape[0], 0)), single)
-        return out, kept_stats, kept_lengths, stash, *made
+        out = loss if x.reduction == "none" else getattr(loss, x.reduction)()
+        if not again:
+            stats, lengths = single.new_empty((stats.shape[0], 0)), single
+        return out, Saved(stats, lengths, stash, *made)
 
 
-def contrastive_plain_bwd(
-    grad: Tensor, query: Tensor, key: Tensor, scale: Tensor | None, share: Tensor | None, targets: Tensor | None,
-    factor: float, include_positive: bool, symmetric: bool, normalize: bool, reduction: str, needs: int,
-    workspace_mib: float, stats: Tensor, lengths: Tensor, stash: Tensor, query_grad: Tensor, key_grad: Tensor,
-    scale_grad: Tensor, needs_query: bool, needs_key: bool, needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    m, n = query.shape[0], key.shape[0]
+def contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    m, n = x.query.shape[0], x.key.shape[0]
     none = grad.new_empty(0)
-    with on_device(query):
+    with on_device(x.query):
         if m == 0 or n == 0:
-            grads = (query.new_zeros(query.shape if needs_query else 0), key.new_zeros(key.shape if needs_key else 0))
-            return *grads, torch.zeros_like(scale) if needs_scale and scale is not None else none
-        if triton_saves(symmetric, reduction, needs) == "grads":
-            rows = grad[:, None] if reduction == "none" else grad
-            of_query = scaled(query_grad, rows, query, needs_query)
-            of_key = scaled(key_grad, grad, key, needs_key)
-            dot = scale_grad * grad if needs_scale else none
+            return Grads(
+                query=x.query.new_zeros(x.query.shape if needs.query else 0),
+                key=x.key.new_zeros(x.key.shape if needs.key else 0),
+                scale=torch.zeros_like(x.scale) if needs.scale and x.scale is not None else none,
+            )
+        if triton_saves(x.symmetric, x.reduction, x.needs) == "grads":
+            rows = grad[:, None] if x.reduction == "none" else grad
+            of_query = scaled(saved.query_grad, rows, x.query, needs.query)
+            of_key = scaled(saved.key_grad, grad, x.key, needs.key)
+            dot = saved.scale_grad * grad if needs.scale else none
         else:
-            plain = _Plain(
-                query, key, targets, include_positive, symmetric, normalize, share, reduction, lengths, stats[-1]
-            )
-            of_query, of_key, dot = _again(
-                plain, grad.contiguous(), stats[:-1], stash, workspace_mib, (needs_query, needs_key, needs_scale)
-            )
-        if not needs_scale or scale is None:
-            return of_query, of_key, none
-        return of_query, of_key, (dot.sum() / scale).reshape(scale.shape)
+            plain = _Plain(x, saved.lengths, saved.stats[-1])
+            of_query, of_key, dot = _again(plain, grad.contiguous(), saved, x.workspace_mib, needs)
+        if not needs.scale or x.scale is None:
+            return Grads(of_query, of_key, none)
+        return Grads(of_query, of_key, (dot.sum() / x.scale).reshape(x.scale.shape))
 
 
 def _again(
-    plain: _Plain, grad: Tensor, stats: Tensor, stash: Tensor, workspace_mib: float, needs: tuple[bool, bool, bool]
+    plain: _Plain, grad: Tensor, saved: Saved, workspace_mib: float, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query and key from the statistics, and those of the scale times it, by rows."""
+    stats, stash = saved.stats[:-1], saved.stash
     m, n, like, whole = plain.m, plain.n, plain.query, slice(0, plain.m)
     call = plain.call(whole, plain.kind, plain.targets, True, stash.numel() > 0)
     pulls = stats.new_empty((stats.shape[0] + 1, m))
@@ -185,18 +172,17 @@ def _again(
     high, wide = block_plan(m, n, elements, call.tile)
     upstream = pulls[:-1].view(plain.directions, 2, m)
     factor = half_range(upstream, call) if like.dtype == torch.float16 else None
-    needs_query, needs_key, needs_scale = needs
-    q = Side(like, plain.width, None, (needs_query, needs_scale), min(high, m), wide >= n, factor, plain.normalize)
-    k = Side(plain.key, plain.width, None, (needs_key, False), n, high >= m, factor, plain.normalize)
+    q = Side(like, plain.width, None, (needs.query, needs.scale), min(high, m), wide >= n, factor, plain.normalize)
+    k = Side(plain.key, plain.width, None, (needs.key, False), n, high >= m, factor, plain.normalize)
     _, pitch = exponentials(m, n, like.element_size())
     given = (stats, upstream, factor, *kept(stash, m, pitch), pulls[-1])
     make_gradients(call, given, (high, wide), q, k, stats.new_empty(0))
     return q.grad, k.grad, q.dot
 
 
-def _both_ways(*args: Any) -> None:
-    out, *made = contrastive_plain_fwd(*args)
-    contrastive_plain_bwd(*(torch.empty_like(out), *args, *made, True, True, True))
+def _both_ways(x: Inputs) -> None:
+    out, saved = contrastive_plain_fwd(x)
+    contrastive_plain_bwd(torch.empty_like(out), x, saved, Needs(True, True, True))
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -217,13 +203,13 @@ def aot_cases() -> Iterator[AotCase]:
         targets = share.long() if rows < columns else None
         matrix = ("_contrastive_fwd_kernel",) if dtype != torch.float32 else ()
         for needs in (0, QUERY + KEY + SCALE):
-            args = (
+            x = Inputs(
                 query, key, scale, share if reduction == "sum" else None, targets, 1.0, True, symmetric, normalize,
                 reduction, needs, 256.0,
             )  # fmt: skip
             words = (str(dtype).removeprefix("torch."), (rows, columns, width), reduction)
             label = " ".join(map(str, (*words, *["symmetric"] * symmetric, *["cosine"] * normalize, f"needs {needs}")))
             spills = SPILLED if symmetric and dtype == torch.bfloat16 else 0
-            yield AotCase(f"forward {label}", contrastive_plain_fwd, args, (), matrix, spills)
+            yield AotCase(f"forward {label}", contrastive_plain_fwd, (x,), (), matrix, spills)
             if needs:
-                yield AotCase(f"backward {label}", _both_ways, args, spills=spills)
+                yield AotCase(f"backward {label}", _both_ways, (x,), spills=spills)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
@@ -23,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device
+from ..ops import softmax_stats_per_query as stats_op
+from ..ops.softmax_loss_per_query import Grads, Inputs, Needs, Saved
 from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
 from .embedding_gradients import scaled
 from .norms import _inverse_length, prepare
@@ -70,68 +71,66 @@ def _own_rows_kernel(
         tl.store(key_grad_ptr + at, -slope * scale * of_key * v, mask=inside)
 
 
-def contrastive_own_fwd(
-    query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor | None, share: Tensor | None, factor: float,
-    include_positive: bool, normalize: bool, reduction: str, needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    query, key, (rows, width) = query.contiguous(), key.contiguous(), query.shape
-    share = None if share is None else share.contiguous()
+def contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    query, key, (rows, width) = x.query.contiguous(), x.key.contiguous(), x.query.shape
+    share = None if x.share is None else x.share.contiguous()
     single = query.new_empty(0, dtype=torch.float32)
     state, loss = single.new_empty((4, rows)), single.new_empty(rows)
-    made = [single.new_empty((rows if needs & need else 0, width)) for need in (QUERY, KEY)]
-    made.append(single.new_empty(rows if needs & SCALE else 0))
+    made = [single.new_empty((rows if x.needs & need else 0, width)) for need in (QUERY, KEY)]
+    made.append(single.new_empty(rows if x.needs & SCALE else 0))
     positive, row_scale = state[2], state[3]
     with on_device(query):
         if rows:
-            of_keys = single.new_empty(rows) if normalize else None
-            prepare(query, key, scale, factor, None, (row_scale, of_keys, positive))
-        keep = 2 if needs & NEGATIVES else int(needs != 0)
-        stats, pulls, logits, inverse = contrastive_each_fwd(
-            query, negatives, row_scale, None, normalize, "", 0.0, keep
+            of_keys = single.new_empty(rows) if x.normalize else None
+            prepare(query, key, x.scale, x.factor, None, (row_scale, of_keys, positive))
+        keep = 2 if x.needs & NEGATIVES else int(x.needs != 0)
+        found = contrastive_each_fwd(
+            stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep)
         )
-        state[:2] = stats
+        state[:2] = found.stats
         if rows:
-            slopes = single.new_empty((3, rows)) if needs & (QUERY | KEY | SCALE) else None
-            plain_losses(stats, positive, share, reduction, include_positive, loss, slopes)
+            slopes = single.new_empty((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None
+            plain_losses(found.stats, positive, share, x.reduction, x.include_positive, loss, slopes)
             if slopes is not None:
                 wide = triton.next_power_of_2(width)
                 _own_rows_kernel[(rows,)](
-                    slopes, pulls, query, key, row_scale, *(grad if grad.shape[0] else None for grad in made), width,
-                    normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(16, wide // 512)),
+                    slopes, found.pulls, query, key, row_scale, *(grad if grad.shape[0] else None for grad in made),
+                    width, x.normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(16, wide // 512)),
                 )  # fmt: skip
-        out = loss if reduction == "none" else getattr(loss, reduction)()
-    return out, state[:, : rows if needs & NEGATIVES else 0].contiguous(), logits, inverse, made[0], made[1], made[2]
+        out = loss if x.reduction == "none" else getattr(loss, x.reduction)()
+    state = state[:, : rows if x.needs & NEGATIVES else 0].contiguous()
+    return out, Saved(state, found.logits, found.inverse, *made)
 
 
-def contrastive_own_bwd(
-    grad: Tensor, query: Tensor, key: Tensor, negatives: Tensor, scale: Tensor | None, share: Tensor | None,
-    factor: float, include_positive: bool, normalize: bool, reduction: str, needs: int, state: Tensor, logits: Tensor,
-    inverse: Tensor, query_grad: Tensor, key_grad: Tensor, scale_grad: Tensor, needs_query: bool, needs_key: bool,
-    needs_negatives: bool, needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    none, of_negatives = grad.new_empty(0), negatives.new_empty(0)
-    rows = query.shape[0]
-    with on_device(query):
-        by_row = grad[:, None] if reduction == "none" else grad
-        of_query, of_key = scaled(query_grad, by_row, query, needs_query), scaled(key_grad, by_row, key, needs_key)
-        if needs_negatives:
-            slopes = grad.new_zeros((3, rows))
-            if rows:
-                share = None if share is None else share.contiguous()
-                plain_losses(state, state[2], share, reduction, include_positive, None, slopes, grad.contiguous())
-            slopes[1].zero_()
-            of_negatives = contrastive_each_bwd(
-                slopes[:2], query, negatives, state[3], None, normalize, "", 0.0, 2, state, none, logits, inverse,
-                False, True, False,
-            )[1]  # fmt: skip
-        if needs_scale and scale is not None:
-            return of_query, of_key, of_negatives, ((scale_grad * grad).sum() / scale).reshape(scale.shape)
-    return of_query, of_key, of_negatives, none
+def contrastive_own_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    none = grad.new_empty(0)
+    with on_device(x.query):
+        by_row = grad[:, None] if x.reduction == "none" else grad
+        return Grads(
+            query=scaled(saved.query_grad, by_row, x.query, needs.query),
+            key=scaled(saved.key_grad, by_row, x.key, needs.key),
+            negatives=_of_negatives(grad, x, saved) if needs.negatives else x.negatives.new_empty(0),
+            scale=none if not needs.scale or x.scale is None
+            else ((saved.scale_grad * grad).sum() / x.scale).reshape(x.scale.shape),
+        )  # fmt: skip
 
 
-def _both_ways(*args: Any) -> None:
-    out, *made = contrastive_own_fwd(*args)
-    contrastive_own_bwd(*(torch.empty_like(out), *args, *made, True, True, True, True))
+def _of_negatives(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
+    """The negatives' gradient, from their logits and the slopes of their log-sum-exps."""
+    state, rows = saved.state, x.query.shape[0]
+    slopes = grad.new_zeros((3, rows))
+    if rows:
+        share = None if x.share is None else x.share.contiguous()
+        plain_losses(state, state[2], share, x.reduction, x.include_positive, None, slopes, grad.contiguous())
+    slopes[1].zero_()
+    statistics = stats_op.Inputs(x.query, x.negatives, state[3], None, x.normalize, "", 0.0, 2)
+    kept = stats_op.Saved(state, grad.new_empty(0), saved.logits, saved.inverse)
+    return contrastive_each_bwd(slopes[:2], statistics, kept, stats_op.Needs(False, True, False)).negatives
+
+
+def _both_ways(x: Inputs) -> None:
+    out, saved = contrastive_own_fwd(x)
+    contrastive_own_bwd(torch.empty_like(out), x, saved, Needs(True, True, True, True))
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -142,9 +141,10 @@ def aot_cases() -> Iterator[AotCase]:
         negatives, scale = query.new_empty(rows, count, width), torch.empty(1, device="meta")
         share = torch.empty(rows, device="meta") if normalize else None
         reduction, label = "sum" if normalize else "none", f"{str(dtype).removeprefix('torch.')} {rows, count, width}"
-        args = (query, key, negatives, scale, share, 1.0, True, normalize, reduction)
+        frozen = Inputs(query, key, negatives, scale, share, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
         yield AotCase(
-            f"frozen {normalize} {label}", contrastive_own_fwd, (*args, QUERY + KEY + SCALE),
+            f"frozen {normalize} {label}", contrastive_own_fwd, (frozen,),
             ("_own_rows_kernel",) if width % 8 == 0 else (),
         )  # fmt: skip
-        yield AotCase(f"both {normalize} {label}", _both_ways, (*args, QUERY + KEY + SCALE + NEGATIVES))
+        x = frozen._replace(needs=QUERY + KEY + SCALE + NEGATIVES)
+        yield AotCase(f"both {normalize} {label}", _both_ways, (x,))

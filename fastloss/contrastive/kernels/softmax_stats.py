@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device
 from ...core.kernels.matmul import add_product, embeddings
+from ..ops.softmax_stats import Grads, Inputs, Needs, Saved
 from ..save_plan import kept_exponentials
 from .blocking import block_plan, chunk_plan
 from .embedding_gradients import Side
@@ -30,38 +31,37 @@ from .tile_configs import SPILLED
 _EMPTY = float("-inf")
 
 
-def contrastive_fwd(
-    query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
-    excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    with on_device(query):
-        rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        elements, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
-        call = Call(query, key, rows, columns, kind, hardness, False, elements > 0, workspace_mib)
-        count = query.shape[0]
-        stats = row_scale.new_empty((call.directions, call.states, count))
-        stash = new_stash(query, elements)
-        if keep:
-            return make_pulls(query, key, rows, columns, kind, workspace_mib)
-        pulls = row_scale.new_empty(0, count, query.shape[1])
-        if count == 0 or key.shape[0] == 0:
+def _vectors(x: Inputs) -> tuple[tuple, tuple]:
+    """Those of rows and of columns, as the kernels take them."""
+    return (x.row_scale, x.excluded, x.row_ids, x.ceiling), (x.column_scale, x.bias, x.column_ids)
+
+
+def contrastive_fwd(x: Inputs) -> Saved:
+    with on_device(x.query):
+        rows, columns = _vectors(x)
+        elements, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
+        call = Call(x.query, x.key, rows, columns, x.kind, x.hardness, False, elements > 0, x.workspace_mib)
+        count = x.query.shape[0]
+        stats = x.row_scale.new_empty((call.directions, call.states, count))
+        stash = new_stash(x.query, elements)
+        if x.keep:
+            return make_pulls(x.query, x.key, rows, columns, x.kind, x.workspace_mib)
+        pulls = x.row_scale.new_empty(0, count, x.query.shape[1])
+        if count == 0 or x.key.shape[0] == 0:
             stats.zero_()[:, :2] = _EMPTY
             stats[:, 2 + 2 * call.moments :] = _EMPTY
-            return stats, stash, pulls
+            return Saved(stats, stash, pulls)
         make_statistics(call, stats, kept(stash, count, pitch))
-        return stats, stash, pulls
+        return Saved(stats, stash, pulls)
 
 
-def make_pulls(
-    query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, workspace_mib: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def make_pulls(query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, workspace_mib: float) -> Saved:
     """Statistics, no stash, and the pull of each row's log-sum-exp on it, a chunk of rows at a time."""
     (m, width), n = query.shape, key.shape[0]
     query, key = embeddings(query), embeddings(key)
     stats, pulls = rows[0].new_empty((1, 2, m)), rows[0].new_empty((1, m, width))
     if m == 0 or n == 0:
-        return stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_()
+        return Saved(stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_())
     ones = torch.ones_like(stats)
     rows = (rows[0], torch.arange(m, device=query.device) if "diagonal" in kind else rows[1], *rows[2:])
     if query.dtype == torch.float32:  # the pulls are those before the rows' own scale, for which products have no place
@@ -83,42 +83,40 @@ def make_pulls(
         add_product(pulls[0, part], block, key[:, :width], True)
     if factor is not None:
         pulls /= factor
-    return stats, query.new_empty(0), pulls
+    return Saved(stats, query.new_empty(0), pulls)
 
 
-def contrastive_bwd(
-    grad: Tensor, query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, bias: Tensor | None,
-    excluded: Tensor | None, row_ids: Tensor | None, column_ids: Tensor | None, ceiling: Tensor | None, kind: str,
-    hardness: float, workspace_mib: float, keep: bool, stats: Tensor, stash: Tensor, pulls: Tensor, needs_query: bool,
-    needs_key: bool, needs_row_scale: bool, needs_column_scale: bool, needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (m, width), n = query.shape, key.shape[0]
-    with on_device(query):
-        if keep:
-            empty = row_scale.new_empty(0)
-            query_grad = query.new_empty(query.shape if needs_query else 0)
-            if needs_query:
-                torch.mul(pulls[0], (grad[0, 0] * row_scale)[:, None], out=query_grad)
-            dot = (pulls[0] * query).sum(1) * grad[0, 0] if needs_row_scale else empty
-            return query_grad, key.new_empty(0), dot, empty, empty
-        rows, columns = (row_scale, excluded, row_ids, ceiling), (column_scale, bias, column_ids)
-        _, pitch = kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)
-        call = Call(query, key, rows, columns, kind, hardness, True, pitch > 0)
-        elements = int(workspace_mib * 2**20) // query.element_size() - stash.numel()
+def contrastive_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    (m, width), n = x.query.shape, x.key.shape[0]
+    with on_device(x.query):
+        if x.keep:
+            return _from_pulls(grad, x, saved, needs)
+        rows, columns = _vectors(x)
+        _, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
+        call = Call(x.query, x.key, rows, columns, x.kind, x.hardness, True, pitch > 0)
+        elements = int(x.workspace_mib * 2**20) // x.query.element_size() - saved.stash.numel()
         high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
-        factor = half_range(grad, call) if query.dtype == torch.float16 and m else None
-        needs = ((needs_query, needs_row_scale), (needs_key, needs_column_scale))
-        q = Side(call.query, width, call.rows[0], needs[0], min(high, m), wide >= n, factor)
-        k = Side(call.key, width, call.columns[0], needs[1], n, high >= m, factor)
-        bias_grad = row_scale.new_zeros(n if needs_bias else 0)
-        out = (q.grad, k.grad, q.dot, k.dot, bias_grad)
+        factor = half_range(grad, call) if x.query.dtype == torch.float16 and m else None
+        q = Side(call.query, width, call.rows[0], (needs.query, needs.row_scale), min(high, m), wide >= n, factor)
+        k = Side(call.key, width, call.columns[0], (needs.key, needs.column_scale), n, high >= m, factor)
+        bias_grad = x.row_scale.new_zeros(n if needs.bias else 0)
+        out = Grads(q.grad, k.grad, q.dot, k.dot, bias_grad)
         if m == 0 or n == 0:
             for each in out:
                 each.zero_()
             return out
-        given = (stats, grad.contiguous(), factor, *kept(stash, m, pitch), None)
+        given = (saved.stats, grad.contiguous(), factor, *kept(saved.stash, m, pitch), None)
         make_gradients(call, given, (high, wide), q, k, bias_grad)
     return out
+
+
+def _from_pulls(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    pull, upstream, empty = saved.pulls[0], grad[0, 0], x.row_scale.new_empty(0)
+    query_grad = x.query.new_empty(x.query.shape if needs.query else 0)
+    if needs.query:
+        torch.mul(pull, (upstream * x.row_scale)[:, None], out=query_grad)
+    dot = (pull * x.query).sum(1) * upstream if needs.row_scale else empty
+    return Grads(query_grad, x.key.new_empty(0), dot, empty, empty)
 
 
 def _aot_call(
@@ -135,15 +133,17 @@ def _aot_call(
         name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in extras else None
         for name, size in whole.items()
     }
-    given = (query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"])
     workspace_mib = rows * columns / 2**17  # one block of gradients, and a stash
-    forward = (*given, ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib, False)
+    x = Inputs(
+        query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"],
+        ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib,
+    )  # fmt: skip
     count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
     stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
-    needs = (True, True, True, "column_scale" in extras, "bias" in extras)
+    needs = Needs(True, True, True, "column_scale" in extras, "bias" in extras)
     elements, _ = kept_exponentials(query, key, vectors["ceiling"], kind, hardness, workspace_mib)
     stash = torch.empty(elements, dtype=dtype, device=meta)
-    return forward, (stats, *forward, stats, stash, torch.empty(0, device=meta), *needs)
+    return (x,), (stats, x, Saved(stats, stash, torch.empty(0, device=meta)), needs)
 
 
 def aot_cases() -> Iterator[AotCase]:

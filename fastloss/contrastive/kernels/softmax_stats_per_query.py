@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device, warp_size
 from ...core.kernels.memory_order import needs_int64
+from ..ops.softmax_stats_per_query import Grads, Inputs, Needs, Saved
 from .per_query_forward import below_one, each_fwd_kernel, each_merge_kernel
 
 TILE = 16384  # bytes of negatives that a program of the backward has at a time
@@ -181,19 +182,10 @@ def _rows_contiguous(negatives: Tensor) -> Tensor:
     return negatives if negatives.stride(2) == 1 or negatives.shape[2] == 1 else negatives.contiguous()
 
 
-def contrastive_each_fwd(
-    query: Tensor,
-    negatives: Tensor,
-    row_scale: Tensor,
-    ceiling: Tensor | None,
-    normalize: bool,
-    kind: str,
-    hardness: float,
-    keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, count, width = negatives.shape
-    moments, powers = int(kind == "moments"), 3 if hardness else 1
-    query, negatives, row_scale = query.contiguous(), _rows_contiguous(negatives), row_scale.contiguous()
+def contrastive_each_fwd(x: Inputs) -> Saved:
+    rows, count, width = x.negatives.shape
+    moments, powers, keep = int(x.kind == "moments"), 3 if x.hardness else 1, x.keep
+    query, negatives, row_scale = x.query.contiguous(), _rows_contiguous(x.negatives), x.row_scale.contiguous()
     sums = powers + moments if keep else 0
     aligned = negatives.stride(1) % 16 == 0 and negatives.stride(0) % 16 == 0
     height, tiles, pieces, span, warps = forward_tile(width, negatives.element_size(), aligned, sums)
@@ -204,61 +196,44 @@ def contrastive_each_fwd(
     merged = row_scale.new_empty(powers + moments if keep else 0, rows, width)
     logits, inverse = (row_scale.new_empty(rows if keep > 1 else 0, count) for _ in range(2))
     if rows == 0:
-        return stats, merged, logits, inverse
+        return Saved(stats, merged, logits, inverse)
     with on_device(query):
         each_fwd_kernel[(rows * splits,)](
-            query, negatives, row_scale, None if ceiling is None else ceiling.contiguous(), parts, pulls,
+            query, negatives, row_scale, None if x.ceiling is None else x.ceiling.contiguous(), parts, pulls,
             logits if keep > 1 else None, inverse if keep > 1 else None, count, width, negatives.stride(0),
-            negatives.stride(1), splits, hardness, normalize, moments, powers, keep > 0, needs_int64(negatives),
+            negatives.stride(1), splits, x.hardness, x.normalize, moments, powers, keep > 0, needs_int64(negatives),
             height, tiles, pieces, span, width == pieces * span, AHEAD, num_warps=warps, **FORWARD,
         )  # fmt: skip
         each_merge_kernel[(rows, triton.cdiv(width, MERGED) if keep else 1)](
-            parts, pulls, stats, merged, rows, width, splits, hardness, moments, powers, keep > 0,
+            parts, pulls, stats, merged, rows, width, splits, x.hardness, moments, powers, keep > 0,
             triton.next_power_of_2(splits), PARTS, MERGED, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
-    return stats, merged, logits, inverse
+    return Saved(stats, merged, logits, inverse)
 
 
-def contrastive_each_bwd(
-    grad: Tensor,
-    query: Tensor,
-    negatives: Tensor,
-    row_scale: Tensor,
-    ceiling: Tensor | None,
-    normalize: bool,
-    kind: str,
-    hardness: float,
-    keep: int,
-    stats: Tensor,
-    pulls: Tensor,
-    logits: Tensor,
-    inverse: Tensor,
-    needs_query: bool,
-    needs_negatives: bool,
-    needs_row_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, count, width = negatives.shape
-    moments, powers = int(kind == "moments"), 3 if hardness else 1
-    grad, query, row_scale = grad.contiguous(), query.contiguous(), row_scale.contiguous()
-    negatives = _rows_contiguous(negatives)
+def contrastive_each_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    rows, count, width = x.negatives.shape
+    moments, powers = int(x.kind == "moments"), 3 if x.hardness else 1
+    grad, query, row_scale = grad.contiguous(), x.query.contiguous(), x.row_scale.contiguous()
+    negatives = _rows_contiguous(x.negatives)
     height, wide = _tile(negatives)
     to_query, to_scale = torch.empty_like(query), torch.empty_like(row_scale)
-    to_negatives = negatives.new_empty(rows if needs_negatives else 0, count, width)
-    if rows and (needs_query or needs_row_scale):
+    to_negatives = negatives.new_empty(rows if needs.negatives else 0, count, width)
+    if rows and (needs.query or needs.row_scale):
         with on_device(query):
             _each_query_kernel[(rows,)](
-                grad, pulls, query, row_scale, to_query, to_scale, rows, width, hardness, moments, powers, wide,
+                grad, saved.pulls, query, row_scale, to_query, to_scale, rows, width, x.hardness, moments, powers, wide,
                 **OPTIONS,
             )  # fmt: skip
     if to_negatives.numel():
         tiles = triton.cdiv(count, height)
         with on_device(query):
             _each_negatives_kernel[(rows * tiles,)](
-                grad, stats, query, negatives, row_scale, logits, inverse, to_negatives, rows, count, width,
-                negatives.stride(0), negatives.stride(1), tiles, hardness, normalize, moments, powers,
+                grad, saved.stats, query, negatives, row_scale, saved.logits, saved.inverse, to_negatives, rows, count,
+                width, negatives.stride(0), negatives.stride(1), tiles, x.hardness, x.normalize, moments, powers,
                 needs_int64(negatives, to_negatives), height, wide, **OPTIONS,
             )  # fmt: skip
-    return to_query[: rows * needs_query], to_negatives, to_scale[: rows * needs_row_scale]
+    return Grads(to_query[: rows * needs.query], to_negatives, to_scale[: rows * needs.row_scale])
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -278,13 +253,15 @@ def aot_cases() -> Iterator[AotCase]:
         ceiling = scale if kind else None
         streams = not kind and size != "odd"
         for keep in (0, 2) if not kind else (2,):
-            args = (query, negatives, scale, ceiling, True, kind, hardness, keep)
+            x = Inputs(query, negatives, scale, ceiling, True, kind, hardness, keep)
             vector = ("each_fwd_kernel",) if streams and not keep else ()
-            yield AotCase(f"forward {keep} {label}", contrastive_each_fwd, args, vector)
+            yield AotCase(f"forward {keep} {label}", contrastive_each_fwd, (x,), vector)
         sums = (3 if hardness else 1) + (kind == "moments")
-        kept = [scale.new_empty(shape) for shape in ((6, rows), (sums, rows, width), (rows, count), (rows, count))]
+        shapes = ((6, rows), (sums, rows, width), (rows, count), (rows, count))
+        saved = Saved(*[scale.new_empty(shape) for shape in shapes])
         for normalize in (True, False) if size == "" and not kind else (True,):
-            bwd = (kept[0], query, negatives, scale, ceiling, normalize, kind, hardness, 2, *kept, True, True, True)
+            x = Inputs(query, negatives, scale, ceiling, normalize, kind, hardness, 2)
+            bwd = (saved.stats, x, saved, Needs(True, True, True))
             yield AotCase(
                 f"backward {normalize} {label}", contrastive_each_bwd, bwd,
                 ("_each_negatives_kernel",) if streams else (),

@@ -13,6 +13,8 @@ in save_plan.py. The derivation, and what each costs: docs/design/contrastive.md
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -23,117 +25,102 @@ from ..row_losses import row_losses, statistics
 from ..save_plan import KEY, QUERY, SCALE, kept_exponentials, rows_kept, saves, triton_saves
 
 
-def contrastive_plain_reference(
-    query: Tensor,
-    key: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    targets: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-    workspace_mib: float,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op; what each is stands above."""
+
+    query: Tensor  # [M, D]
+    key: Tensor  # [N, D]
+    scale: Tensor | None  # one element
+    share: Tensor | None  # [M]
+    targets: Tensor | None  # [M]
+    factor: float
+    include_positive: bool
+    symmetric: bool
+    normalize: bool
+    reduction: str
+    needs: int
+    workspace_mib: float
+
+
+class Saved(NamedTuple):
+    """Empty is what `saves` or `triton_saves` does not leave."""
+
+    stats: Tensor  # p, n and the columns' n if symmetric [2 + symmetric, M]; Triton: [2 (1 + symmetric) + 1, M]
+    lengths: Tensor  # c of queries and keys [M + N]; Triton: the row scales, and c of the keys
+    stash: Tensor  # products [rows kept, N]; Triton: exponentials
+    query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("rows")
+    key_grad: Tensor  # [N, D]
+    scale_grad: Tensor  # [M], row by row
+
+
+class Grads(NamedTuple):
+    query: Tensor
+    key: Tensor
+    scale: Tensor
+
+
+class Needs(NamedTuple):
+    query: bool
+    key: bool
+    scale: bool
+
+
+def contrastive_plain_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
-    dtype = result_dtype(query, key)
-    logits = embed(query, dtype, normalize) @ embed(key, dtype, normalize).T * factor
-    if scale is not None:
-        logits = logits * scale.reshape(())
-    column = torch.arange(key.shape[0], device=query.device)
-    target = column[: query.shape[0]] if targets is None else targets
-    positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxForm(include_positive)
+    dtype = result_dtype(x.query, x.key)
+    logits = embed(x.query, dtype, x.normalize) @ embed(x.key, dtype, x.normalize).T * x.factor
+    if x.scale is not None:
+        logits = logits * x.scale.reshape(())
+    column = torch.arange(x.key.shape[0], device=x.query.device)
+    target = column[: x.query.shape[0]] if x.targets is None else x.targets
+    positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxForm(x.include_positive)
     allowed = column != target[:, None]
-    loss = row_losses(positive, statistics(logits, allowed, False, 0.0), factor, form).loss
-    if symmetric:
-        loss = (loss + row_losses(positive, statistics(logits.T, allowed.T, False, 0.0), factor, form).loss) / 2
-    return reduce(loss if share is None else (loss * share).masked_fill(share == 0, 0.0), reduction)
+    loss = row_losses(positive, statistics(logits, allowed, False, 0.0), x.factor, form).loss
+    if x.symmetric:
+        loss = (loss + row_losses(positive, statistics(logits.T, allowed.T, False, 0.0), x.factor, form).loss) / 2
+    return reduce(loss if x.share is None else (loss * x.share).masked_fill(x.share == 0, 0.0), x.reduction)
 
 
-def _contrastive_plain_fwd(
-    query: Tensor,
-    key: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    targets: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-    workspace_mib: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The C++ forward's results: out; p, n and the columns' n if symmetric [2 + symmetric, M]; c of queries and keys
-    [M + N]; products [rows kept, N]; the gradients of query, of key and, row by row, of scale, those of out ("grads")
-    or of each loss_i ("rows"). Empty is what `saves` does not leave."""
-    (rows, width), columns = query.shape, key.shape[0]
-    if query.is_cuda or is_interpreting():
-        return _made_by_triton(query, key, symmetric, normalize, reduction, needs, workspace_mib)
-    saved = saves(rows, columns, symmetric, reduction, needs, workspace_mib)
+def _contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    (rows, width), columns = x.query.shape, x.key.shape[0]
+    single = x.query.new_empty(0, dtype=torch.float32)
+    out = single.new_empty(rows if x.reduction == "none" else ())
+    if x.query.is_cuda or is_interpreting():
+        return out, _saved_by_triton(x)
+    saved = saves(rows, columns, x.symmetric, x.reduction, x.needs, x.workspace_mib)
     made, again = saved in ("rows", "grads"), saved in ("stash", "again")
-    kept = rows if saved == "stash" else rows_kept(columns, workspace_mib) if saved == "again" else 0
-    single = query.new_empty(0, dtype=torch.float32)
-    return (
-        single.new_empty(rows if reduction == "none" else ()),
-        single.new_empty(2 + symmetric if again else 0, rows),
-        single.new_empty(rows + columns if again and normalize else 0),
-        single.new_empty(kept, columns),
-        single.new_empty(rows if made and needs & QUERY else 0, width),
-        single.new_empty(columns if made and needs & KEY else 0, width),
-        single.new_empty(rows if made and needs & SCALE else 0),
+    kept = rows if saved == "stash" else rows_kept(columns, x.workspace_mib) if saved == "again" else 0
+    return out, Saved(
+        stats=single.new_empty(2 + x.symmetric if again else 0, rows),
+        lengths=single.new_empty(rows + columns if again and x.normalize else 0),
+        stash=single.new_empty(kept, columns),
+        query_grad=single.new_empty(rows if made and x.needs & QUERY else 0, width),
+        key_grad=single.new_empty(columns if made and x.needs & KEY else 0, width),
+        scale_grad=single.new_empty(rows if made and x.needs & SCALE else 0),
     )
 
 
-def _made_by_triton(
-    query: Tensor, key: Tensor, symmetric: bool, normalize: bool, reduction: str, needs: int, workspace_mib: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (rows, width), columns = query.shape, key.shape[0]
-    saved = triton_saves(symmetric, reduction, needs)
+def _saved_by_triton(x: Inputs) -> Saved:
+    (rows, width), columns = x.query.shape, x.key.shape[0]
+    saved = triton_saves(x.symmetric, x.reduction, x.needs)
     again, grads = saved == "again", saved == "grads"
-    single = query.new_empty(0, dtype=torch.float32)
-    kind = "symmetric" * symmetric + "+stash" * again
-    return (
-        single.new_empty(rows if reduction == "none" else ()),
-        single.new_empty(2 * (1 + symmetric) + 1, rows if again else 0),
-        single.new_empty(rows + columns * normalize if again else 0),
-        query.new_empty(kept_exponentials(query, key, None, kind, 0.0, workspace_mib)[0]),
-        single.new_empty(rows if grads and needs & QUERY else 0, width),
-        single.new_empty(columns if grads and needs & KEY else 0, width),
-        single.new_empty(rows if grads and needs & SCALE else 0),
+    single = x.query.new_empty(0, dtype=torch.float32)
+    kind = "symmetric" * x.symmetric + "+stash" * again
+    return Saved(
+        stats=single.new_empty(2 * (1 + x.symmetric) + 1, rows if again else 0),
+        lengths=single.new_empty(rows + columns * x.normalize if again else 0),
+        stash=x.query.new_empty(kept_exponentials(x.query, x.key, None, kind, 0.0, x.workspace_mib)[0]),
+        query_grad=single.new_empty(rows if grads and x.needs & QUERY else 0, width),
+        key_grad=single.new_empty(columns if grads and x.needs & KEY else 0, width),
+        scale_grad=single.new_empty(rows if grads and x.needs & SCALE else 0),
     )
 
 
-def _contrastive_plain_bwd(  # as many parameters as the forward, the results and the flags are
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    targets: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    symmetric: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-    workspace_mib: float,
-    stats: Tensor,
-    lengths: Tensor,
-    stash: Tensor,
-    query_grad: Tensor,
-    key_grad: Tensor,
-    scale_grad: Tensor,
-    needs_query: bool,
-    needs_key: bool,
-    needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape if needs_query else 0),
-        key.new_empty(key.shape if needs_key else 0),
-        grad.new_empty(0) if scale is None or not needs_scale else scale.new_empty(scale.shape),
+def _contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    return Grads(
+        query=x.query.new_empty(x.query.shape if needs.query else 0),
+        key=x.key.new_empty(x.key.shape if needs.key else 0),
+        scale=grad.new_empty(0) if x.scale is None or not needs.scale else x.scale.new_empty(x.scale.shape),
     )
 
 
@@ -142,7 +129,7 @@ contrastive_plain = Op(
     fwd=_contrastive_plain_fwd,
     bwd=_contrastive_plain_bwd,
     reference=contrastive_plain_reference,
-    grads=("query", "key", "scale"),
-    outputs=("out", "stats", "lengths", "stash", "query_grad", "key_grad", "scale_grad"),
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
     triton="contrastive.kernels.softmax_loss",
 )

@@ -23,6 +23,8 @@ gradients, of each row's loss, in float32; for the last it keeps the logits and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -34,89 +36,83 @@ from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
 from .softmax_stats_per_query import why_not
 
 
-def contrastive_own_reference(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op; what each is stands above."""
+
+    query: Tensor  # [M, D]
+    key: Tensor  # [M, D]
+    negatives: Tensor  # [M, K, D]
+    scale: Tensor | None  # one element
+    share: Tensor | None  # [M]
+    factor: float
+    include_positive: bool
+    normalize: bool
+    reduction: str
+    needs: int
+
+
+class Saved(NamedTuple):
+    """The first three are empty where the negatives need no gradient, the others where theirs is not needed."""
+
+    state: Tensor  # [4, M]: n, the maxima, p and r
+    logits: Tensor  # [M, K]
+    inverse: Tensor  # [M, K]: c of the negatives
+    query_grad: Tensor  # [M, D]
+    key_grad: Tensor  # [M, D]
+    scale_grad: Tensor  # [M], row by row
+
+
+class Grads(NamedTuple):
+    query: Tensor
+    key: Tensor
+    negatives: Tensor
+    scale: Tensor
+
+
+class Needs(NamedTuple):
+    query: bool
+    key: bool
+    negatives: bool
+    scale: bool
+
+
+def contrastive_own_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
-    dtype = result_dtype(query, key, negatives)
-    gone = torch.zeros_like(query[:, :1], dtype=torch.bool) if share is None else (share == 0)[:, None]
+    dtype = result_dtype(x.query, x.key, x.negatives)
+    gone = torch.zeros_like(x.query[:, :1], dtype=torch.bool) if x.share is None else (x.share == 0)[:, None]
     query, key, negatives = (
-        x.masked_fill(mask, 0.0) for x, mask in ((query, gone), (key, gone), (negatives, gone[:, :, None]))
+        t.masked_fill(mask, 0.0) for t, mask in ((x.query, gone), (x.key, gone), (x.negatives, gone[:, :, None]))
     )
-    anchor = embed(query, dtype, normalize) * factor
-    if scale is not None:
-        anchor = anchor * scale.reshape(())
-    positive = (anchor * embed(key, dtype, normalize)).sum(1)
-    logits = torch.bmm(embed(negatives, dtype, normalize), anchor[:, :, None]).squeeze(2)
+    anchor = embed(query, dtype, x.normalize) * x.factor
+    if x.scale is not None:
+        anchor = anchor * x.scale.reshape(())
+    positive = (anchor * embed(key, dtype, x.normalize)).sum(1)
+    logits = torch.bmm(embed(negatives, dtype, x.normalize), anchor[:, :, None]).squeeze(2)
     each = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
-    loss = row_losses(positive, each, factor, SoftmaxForm(include_positive)).loss
-    return reduce(loss if share is None else loss * share, reduction)
+    loss = row_losses(positive, each, x.factor, SoftmaxForm(x.include_positive)).loss
+    return reduce(loss if x.share is None else loss * x.share, x.reduction)
 
 
-def _contrastive_own_fwd(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out; n, the maxima, p and r; logits and c of the negatives; gradients of query, key, and scale by rows."""
-    rows, count, width = negatives.shape
-    single = query.new_empty(0, dtype=torch.float32)
-    kept = rows if needs & NEGATIVES else 0
-    return (
-        single.new_empty(rows if reduction == "none" else ()),
-        single.new_empty(4, kept),
-        single.new_empty(kept, count),
-        single.new_empty(kept, count),
-        single.new_empty(rows if needs & QUERY else 0, width),
-        single.new_empty(rows if needs & KEY else 0, width),
-        single.new_empty(rows if needs & SCALE else 0),
+def _contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    rows, count, width = x.negatives.shape
+    single = x.query.new_empty(0, dtype=torch.float32)
+    kept = rows if x.needs & NEGATIVES else 0
+    return single.new_empty(rows if x.reduction == "none" else ()), Saved(
+        state=single.new_empty(4, kept),
+        logits=single.new_empty(kept, count),
+        inverse=single.new_empty(kept, count),
+        query_grad=single.new_empty(rows if x.needs & QUERY else 0, width),
+        key_grad=single.new_empty(rows if x.needs & KEY else 0, width),
+        scale_grad=single.new_empty(rows if x.needs & SCALE else 0),
     )
 
 
-def _contrastive_own_bwd(  # as many parameters as the forward, the results and the flags are
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor,
-    scale: Tensor | None,
-    share: Tensor | None,
-    factor: float,
-    include_positive: bool,
-    normalize: bool,
-    reduction: str,
-    needs: int,
-    state: Tensor,
-    logits: Tensor,
-    inverse: Tensor,
-    query_grad: Tensor,
-    key_grad: Tensor,
-    scale_grad: Tensor,
-    needs_query: bool,
-    needs_key: bool,
-    needs_negatives: bool,
-    needs_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return (
-        query.new_empty(query.shape if needs_query else 0),
-        key.new_empty(key.shape if needs_key else 0),
-        negatives.new_empty(negatives.shape if needs_negatives else 0),
-        grad.new_empty(0) if scale is None or not needs_scale else scale.new_empty(scale.shape),
+def _contrastive_own_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    return Grads(
+        query=x.query.new_empty(x.query.shape if needs.query else 0),
+        key=x.key.new_empty(x.key.shape if needs.key else 0),
+        negatives=x.negatives.new_empty(x.negatives.shape if needs.negatives else 0),
+        scale=grad.new_empty(0) if x.scale is None or not needs.scale else x.scale.new_empty(x.scale.shape),
     )
 
 
@@ -125,8 +121,8 @@ contrastive_own = Op(
     fwd=_contrastive_own_fwd,
     bwd=_contrastive_own_bwd,
     reference=contrastive_own_reference,
-    grads=("query", "key", "negatives", "scale"),
-    outputs=("out", "state", "logits", "inverse", "query_grad", "key_grad", "scale_grad"),
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
     triton="contrastive.kernels.softmax_loss_per_query",
     declines=why_not,
 )

@@ -13,6 +13,8 @@ The derivation: docs/design/contrastive.md
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,109 +23,101 @@ from ..row_losses import statistics
 from ..save_plan import _keeps_logits, kept_exponentials
 
 
-def contrastive_stats_reference(
-    query: Tensor,
-    key: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    excluded: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    ceiling: Tensor | None,
-    kind: str,
-    hardness: float,
-    workspace_mib: float,
-    keep: bool,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op; what each is stands above."""
+
+    query: Tensor  # [M, D]
+    key: Tensor  # [N, D]
+    row_scale: Tensor  # [M]
+    column_scale: Tensor | None  # [N]
+    bias: Tensor | None  # [N]
+    excluded: Tensor | None  # [M]
+    row_ids: Tensor | None  # [M]
+    column_ids: Tensor | None  # [N]
+    ceiling: Tensor | None  # [M]
+    kind: str
+    hardness: float
+    workspace_mib: float
+    keep: bool = False
+
+
+class Saved(NamedTuple):
+    """All that the forward returns: the backward needs the statistics themselves too."""
+
+    stats: Tensor  # [directions, S, M]
+    stash: Tensor  # logits [M, N], Triton: exponentials; or empty
+    pulls: Tensor  # [1 + moments + 2 hard, M, D] with `keep`, else empty
+
+
+class Grads(NamedTuple):
+    query: Tensor
+    key: Tensor
+    row_scale: Tensor
+    column_scale: Tensor
+    bias: Tensor
+
+
+class Needs(NamedTuple):
+    query: bool
+    key: bool
+    row_scale: bool
+    column_scale: bool
+    bias: bool
+
+
+def contrastive_stats_reference(x: Inputs) -> Tensor:
     """The statistics [directions, S, M] in dense differentiable torch."""
-    dtype = result_dtype(query, key)
-    similar = row_scale[:, None] * (query.to(dtype) @ key.to(dtype).T)
-    if column_scale is not None:
-        similar = similar * column_scale
-    logits = similar if bias is None else similar + bias
-    row, column = (torch.arange(n, device=query.device) for n in similar.shape)
+    dtype = result_dtype(x.query, x.key)
+    similar = x.row_scale[:, None] * (x.query.to(dtype) @ x.key.to(dtype).T)
+    if x.column_scale is not None:
+        similar = similar * x.column_scale
+    logits = similar if x.bias is None else similar + x.bias
+    row, column = (torch.arange(n, device=x.query.device) for n in similar.shape)
     allowed = torch.ones_like(similar, dtype=torch.bool)
-    if "upper" in kind:
+    if "upper" in x.kind:
         allowed = column > row[:, None]
-    if "diagonal" in kind:
+    if "diagonal" in x.kind:
         allowed = column != row[:, None]
-    if excluded is not None:
-        allowed = allowed & (column != excluded[:, None])
-    if row_ids is not None and column_ids is not None:
-        allowed = allowed & (column_ids != row_ids[:, None])
-    if "upper" in kind:
-        allowed, similar, logits = allowed | allowed.T, *(x.triu(1) + x.triu(1).T for x in (similar, logits))
+    if x.excluded is not None:
+        allowed = allowed & (column != x.excluded[:, None])
+    if x.row_ids is not None and x.column_ids is not None:
+        allowed = allowed & (x.column_ids != x.row_ids[:, None])
+    if "upper" in x.kind:
+        allowed, similar, logits = allowed | allowed.T, *(t.triu(1) + t.triu(1).T for t in (similar, logits))
     forth = back = allowed
-    if ceiling is not None:
-        forth = allowed & ~(similar.detach() > ceiling[:, None])
-        back = allowed & ~(similar.detach() > ceiling) if "symmetric" in kind else allowed
-    sides = [statistics(logits, forth, "moments" in kind, hardness)]
-    if "symmetric" in kind:
-        sides.append(statistics(logits.T, back.T, "moments" in kind, hardness))
+    if x.ceiling is not None:
+        forth = allowed & ~(similar.detach() > x.ceiling[:, None])
+        back = allowed & ~(similar.detach() > x.ceiling) if "symmetric" in x.kind else allowed
+    sides = [statistics(logits, forth, "moments" in x.kind, x.hardness)]
+    if "symmetric" in x.kind:
+        sides.append(statistics(logits.T, back.T, "moments" in x.kind, x.hardness))
     return torch.stack(sides)
 
 
-def _contrastive_fwd(
-    query: Tensor,
-    key: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    excluded: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    ceiling: Tensor | None,
-    kind: str,
-    hardness: float,
-    workspace_mib: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = query.shape[0], key.shape[0]
-    moments, hard = int("moments" in kind), int(hardness != 0)
-    if query.is_cuda or is_interpreting():
-        stash = query.new_empty(kept_exponentials(query, key, ceiling, kind, hardness, workspace_mib)[0])
+def _contrastive_fwd(x: Inputs) -> Saved:
+    rows, columns = x.query.shape[0], x.key.shape[0]
+    moments, hard = int("moments" in x.kind), int(x.hardness != 0)
+    if x.query.is_cuda or is_interpreting():
+        size = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)[0]
+        stash = x.query.new_empty(size)
     else:
-        logits = not keep and _keeps_logits(query, key, workspace_mib)
-        stash = row_scale.new_empty((rows, columns) if logits else 0)
-    return (
-        row_scale.new_empty((2 if "symmetric" in kind else 1, 2 + 2 * moments + 2 * hard, rows)),
-        stash,
-        row_scale.new_empty(1 + moments + 2 * hard if keep else 0, rows, query.shape[1]),
+        logits = not x.keep and _keeps_logits(x.query, x.key, x.workspace_mib)
+        stash = x.row_scale.new_empty((rows, columns) if logits else 0)
+    return Saved(
+        stats=x.row_scale.new_empty((2 if "symmetric" in x.kind else 1, 2 + 2 * moments + 2 * hard, rows)),
+        stash=stash,
+        pulls=x.row_scale.new_empty(1 + moments + 2 * hard if x.keep else 0, rows, x.query.shape[1]),
     )
 
 
-def _contrastive_bwd(  # as many parameters as the forward, the results and the flags are
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    excluded: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    ceiling: Tensor | None,
-    kind: str,
-    hardness: float,
-    workspace_mib: float,
-    keep: bool,
-    stats: Tensor,
-    stash: Tensor,
-    pulls: Tensor,
-    needs_query: bool,
-    needs_key: bool,
-    needs_row_scale: bool,
-    needs_column_scale: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows, columns = query.shape[0], key.shape[0]
-    return (
-        query.new_empty(query.shape if needs_query else 0),
-        key.new_empty(key.shape if needs_key else 0),
-        row_scale.new_empty(rows if needs_row_scale else 0),
-        row_scale.new_empty(columns if needs_column_scale else 0),
-        row_scale.new_empty(columns if needs_bias else 0),
+def _contrastive_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    rows, columns = x.query.shape[0], x.key.shape[0]
+    return Grads(
+        query=x.query.new_empty(x.query.shape if needs.query else 0),
+        key=x.key.new_empty(x.key.shape if needs.key else 0),
+        row_scale=x.row_scale.new_empty(rows if needs.row_scale else 0),
+        column_scale=x.row_scale.new_empty(columns if needs.column_scale else 0),
+        bias=x.row_scale.new_empty(columns if needs.bias else 0),
     )
 
 
@@ -132,38 +126,22 @@ contrastive = Op(
     fwd=_contrastive_fwd,
     bwd=_contrastive_bwd,
     reference=contrastive_stats_reference,
-    grads=("query", "key", "row_scale", "column_scale", "bias"),
-    outputs=("stats", "stash", "pulls"),
+    grads=Grads._fields,
+    outputs=Saved._fields,
     triton="contrastive.kernels.softmax_stats",
 )
 
 
-def softmax_statistics(
-    query: Tensor,
-    key: Tensor,
-    row_scale: Tensor,
-    column_scale: Tensor | None,
-    bias: Tensor | None,
-    excluded: Tensor | None,
-    row_ids: Tensor | None,
-    column_ids: Tensor | None,
-    ceiling: Tensor | None,
-    kind: str,
-    hardness: float,
-    workspace_mib: float,
-) -> Tensor:
+def softmax_statistics(x: Inputs) -> Tensor:
     """The op, which keeps its pulls where only the rows need a gradient."""
-    given = query, row_scale, key, column_scale, bias
+    given = x.query, x.row_scale, x.key, x.column_scale, x.bias
     needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
     frozen = any(needed[:2]) and not any(needed[2:])
-    keep = frozen and "symmetric" not in kind and "upper" not in kind
-    if query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
-        keep &= "moments" not in kind and hardness == 0 and (excluded is None or "diagonal" not in kind)
+    keep = frozen and "symmetric" not in x.kind and "upper" not in x.kind
+    if x.query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
+        keep &= "moments" not in x.kind and x.hardness == 0 and (x.excluded is None or "diagonal" not in x.kind)
     else:
         keep &= contrastive.kernels["cpp"]
     if any(needed) and not keep:
-        kind += "+stash"
-    return contrastive(
-        query, key, row_scale, column_scale, bias, excluded, row_ids, column_ids, ceiling, kind, hardness,
-        workspace_mib, keep,
-    )  # fmt: skip
+        x = x._replace(kind=x.kind + "+stash")
+    return contrastive(*x._replace(keep=keep))

@@ -19,6 +19,8 @@ A row whose statistics have the upstream gradient 0 has the gradient 0, even whe
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -30,72 +32,71 @@ from ..row_losses import statistics
 WIDEST = 8192  # a Triton program holds a whole negative
 
 
-def contrastive_each_reference(
-    query: Tensor,
-    negatives: Tensor,
-    row_scale: Tensor,
-    ceiling: Tensor | None,
-    normalize: bool,
-    kind: str,
-    hardness: float,
-    keep: int,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op; what each is stands above."""
+
+    query: Tensor  # [M, D]
+    negatives: Tensor  # [M, K, D]
+    row_scale: Tensor  # [M]
+    ceiling: Tensor | None  # [M]
+    normalize: bool
+    kind: str
+    hardness: float
+    keep: int
+
+
+class Saved(NamedTuple):
+    """All that the forward returns: the backward needs the statistics themselves too."""
+
+    stats: Tensor  # [S, M]
+    pulls: Tensor  # [powers + moments, M, D] with `keep`, else empty
+    logits: Tensor  # [M, K] with `keep` 2, else empty
+    inverse: Tensor  # [M, K], c; as the logits
+
+
+class Grads(NamedTuple):
+    query: Tensor
+    negatives: Tensor
+    row_scale: Tensor
+
+
+class Needs(NamedTuple):
+    query: bool
+    negatives: bool
+    row_scale: bool
+
+
+def contrastive_each_reference(x: Inputs) -> Tensor:
     """The definition, dense and in differentiable torch."""
-    dtype = result_dtype(query, negatives)
-    vectors = embed(negatives, dtype, normalize)
-    logits = row_scale[:, None] * torch.bmm(vectors, query.to(dtype)[:, :, None]).squeeze(2)
+    dtype = result_dtype(x.query, x.negatives)
+    vectors = embed(x.negatives, dtype, x.normalize)
+    logits = x.row_scale[:, None] * torch.bmm(vectors, x.query.to(dtype)[:, :, None]).squeeze(2)
     allowed = torch.ones_like(logits, dtype=torch.bool)
-    if ceiling is not None:
-        allowed = ~(logits.detach() > ceiling[:, None])
+    if x.ceiling is not None:
+        allowed = ~(logits.detach() > x.ceiling[:, None])
 
-    return statistics(logits, allowed, kind == "moments", hardness)
+    return statistics(logits, allowed, x.kind == "moments", x.hardness)
 
 
-def _contrastive_each_fwd(
-    query: Tensor,
-    negatives: Tensor,
-    row_scale: Tensor,
-    ceiling: Tensor | None,
-    normalize: bool,
-    kind: str,
-    hardness: float,
-    keep: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows, count, width = negatives.shape
-    moments, powers = int(kind == "moments"), 3 if hardness else 1
-    kept = rows if keep > 1 else 0
-    single = query.new_empty(0, dtype=torch.float32)
-    return (
-        single.new_empty(1 + 2 * moments + powers, rows),
-        single.new_empty(powers + moments if keep else 0, rows, width),
-        single.new_empty(kept, count),
-        single.new_empty(kept, count),
+def _contrastive_each_fwd(x: Inputs) -> Saved:
+    rows, count, width = x.negatives.shape
+    moments, powers = int(x.kind == "moments"), 3 if x.hardness else 1
+    kept = rows if x.keep > 1 else 0
+    single = x.query.new_empty(0, dtype=torch.float32)
+    return Saved(
+        stats=single.new_empty(1 + 2 * moments + powers, rows),
+        pulls=single.new_empty(powers + moments if x.keep else 0, rows, width),
+        logits=single.new_empty(kept, count),
+        inverse=single.new_empty(kept, count),
     )
 
 
-def _contrastive_each_bwd(
-    grad: Tensor,
-    query: Tensor,
-    negatives: Tensor,
-    row_scale: Tensor,
-    ceiling: Tensor | None,
-    normalize: bool,
-    kind: str,
-    hardness: float,
-    keep: int,
-    stats: Tensor,
-    pulls: Tensor,
-    logits: Tensor,
-    inverse: Tensor,
-    needs_query: bool,
-    needs_negatives: bool,
-    needs_row_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, count, width = negatives.shape
-    return (
-        query.new_empty(rows if needs_query else 0, width),
-        negatives.new_empty(rows if needs_negatives else 0, count, width),
-        row_scale.new_empty(rows if needs_row_scale else 0),
+def _contrastive_each_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    rows, count, width = x.negatives.shape
+    return Grads(
+        query=x.query.new_empty(rows if needs.query else 0, width),
+        negatives=x.negatives.new_empty(rows if needs.negatives else 0, count, width),
+        row_scale=x.row_scale.new_empty(rows if needs.row_scale else 0),
     )
 
 
@@ -110,8 +111,8 @@ contrastive_each = Op(
     fwd=_contrastive_each_fwd,
     bwd=_contrastive_each_bwd,
     reference=contrastive_each_reference,
-    grads=("query", "negatives", "row_scale"),
-    outputs=("stats", "pulls", "logits", "inverse"),
+    grads=Grads._fields,
+    outputs=Saved._fields,
     triton="contrastive.kernels.softmax_stats_per_query",
     declines=why_not,
 )
@@ -141,4 +142,6 @@ def each_statistics(
         row_scale = row_scale.masked_fill(dropped, 0.0)
         if contrastive_each.backend(query, negatives) == "reference":  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    return contrastive_each(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    return contrastive_each(
+        *Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    )

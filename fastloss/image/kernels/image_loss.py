@@ -31,6 +31,7 @@ from torch import Tensor
 from ...core.kernels.device_math import added, sign, weighted, zeros
 from ...core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, vector_block
 from ...core.kernels.memory_order import laid_out_as, needs_int64
+from ..image_loss import Grads, Inputs, Needs, Saved
 from .image_loss_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import aside_of, block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
@@ -225,16 +226,15 @@ class _Call(NamedTuple):
         return max(min(block, 512 if signs else 1024), vector_block(self.pred.element_size()) if streams else 0)
 
 
-def _call(
-    image: Tensor, image_pred: Tensor, pixel_weight: Tensor | None, guide: Tensor | None, weight: Tensor | None,
-    kinds: str, numbers: list[float],
-) -> _Call:  # fmt: skip
-    pixel, smoothness = kinds.split(",")
-    pred = in_order(image_pred)
+def _call(x: Inputs) -> _Call:
+    pixel, smoothness = x.kinds.split(",")
+    p, order, *_ = x.numbers
+    pred = in_order(x.image_pred)
     outs = 1 if smoothness == "isotropic" else pred.ndim - 2
+    weight = x.smoothness_weight
     return _Call(
-        laid_out_as(image, pred), pred, pixel_weight, guide, weight, pixel, smoothness, numbers[0], int(numbers[1]),
-        outs, needs_int64(pred, pixel_weight, guide, weight), sizes(pred),
+        laid_out_as(x.image, pred), pred, x.pixel_weight, x.guide, weight, pixel, smoothness, p, int(order), outs,
+        needs_int64(pred, x.pixel_weight, x.guide, weight), sizes(pred),
     )  # fmt: skip
 
 
@@ -252,31 +252,28 @@ class _Sweep(NamedTuple):
 
 
 def _sweep(call: _Call, numbers: list[float]) -> _Sweep:
-    margin = 0 if numbers[4] else int(numbers[2]) // 2
+    _, _, window, _, same, *_ = numbers
+    margin = 0 if same else int(window) // 2
     (*_, lanes, map_lanes), _, rows = layout(call.pred, margin)
     grid = (triton.cdiv(lanes, BLOCK), triton.cdiv(call.pred.shape[2], rows))
     return _Sweep(margin, (lanes, map_lanes), rows, grid)
 
 
-def image_fwd(
-    image: Tensor, image_pred: Tensor, pixel_weight: Tensor | None, guide: Tensor | None,
-    smoothness_weight: Tensor | None, ssim_weight: Tensor | None, kinds: str, numbers: list[float], keep: int,
-    shares: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
-    window, sigma, _, c1, c2, low = numbers[2:]
+def image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    call, keep = _call(x), x.keep
+    _, _, window, sigma, _, c1, c2, low = x.numbers
     if window:
-        sweep, taps = _sweep(call, numbers), taps_of(int(window), sigma)
+        sweep, taps = _sweep(call, x.numbers), taps_of(int(window), sigma)
         kept = call.pred.new_empty(sweep.shape(call, keep), dtype=torch.float32)
         out = call.pred.new_empty((call.outs + 2, sweep.grid[0] * sweep.grid[1]), dtype=torch.float32)
         with on_device(call.pred):
             image_ssim_fwd_kernel[sweep.grid](
-                call.image, call.pred, *call.strided_weights, strided(ssim_weight), out, kept,
+                call.image, call.pred, *call.strided_weights, strided(x.ssim_weight), out, kept,
                 taps, call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c1, c2, low or None, call.pixel,
                 call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size), int(window) // 2,
                 one_pixel(taps), keep, call.wide, BLOCK, **OPTIONS,
             )  # fmt: skip
-        return out.sum(1), kept
+        return out.sum(1), Saved(kept)
     kept = call.pred.new_empty(call.pred.numel() if keep else 0, dtype=torch.uint8 if keep else torch.float32)
     block = call.block(True, keep > 0)
     rows, columns, across, below = tile(call.size, block)
@@ -286,31 +283,26 @@ def image_fwd(
     with on_device(call.pred):
         _image_fwd_kernel[(call.units * splits,)](
             call.image, call.pred, *call.weights, out, kept if keep else None, call.size, splits, across, steps,
-            call.p, call.pixel, call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, rows, columns,
+            call.p, call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
             **STREAM_OPTIONS,
         )  # fmt: skip
-    return out.sum(1), kept
+    return out.sum(1), Saved(kept)
 
 
-def image_bwd(
-    grad: Tensor, kept: Tensor, image: Tensor, image_pred: Tensor, pixel_weight: Tensor | None, guide: Tensor | None,
-    smoothness_weight: Tensor | None, ssim_weight: Tensor | None, kinds: str, numbers: list[float], keep: int,
-    shares: Tensor | None, needs_image: bool, needs_image_pred: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    call = _call(image, image_pred, pixel_weight, guide, smoothness_weight, kinds, numbers)
-    grad = grad.contiguous()
-    first, second = (torch.empty_like(call.pred) if needed else None for needed in (needs_image, needs_image_pred))
-    if numbers[2]:
-        if not keep:  # nobody asked for a gradient when the forward ran
-            keep = needs_image + 2 * needs_image_pred
-            weights = pixel_weight, guide, smoothness_weight, ssim_weight
-            _, kept = image_fwd(image, image_pred, *weights, kinds, numbers, keep)
-        _ssim_bwd(grad, kept, call, numbers, ssim_weight is not None, keep, first, second)
-    elif keep:
+def image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+    call, grad = _call(x), grad.contiguous()
+    _, _, window, *_ = x.numbers
+    first, second = (torch.empty_like(call.pred) if needed else None for needed in needs)
+    if window:
+        if not x.keep:  # nobody asked for a gradient when the forward ran
+            x = x._replace(keep=needs.image + 2 * needs.image_pred)
+            _, saved = image_fwd(x)
+        _ssim_bwd(grad, saved, call, x, first, second)
+    elif x.keep:
         with on_device(call.pred):
-            _image_signs_bwd_kernel[(triton.cdiv(kept.numel(), SIGNS_BLOCK),)](
-                grad, kept, first, second, kept.numel(), call.order, image_pred.ndim - 2, call.wide, SIGNS_BLOCK,
-                **(STREAM_OPTIONS | {"num_warps": 2}),
+            _image_signs_bwd_kernel[(triton.cdiv(saved.kept.numel(), SIGNS_BLOCK),)](
+                grad, saved.kept, first, second, saved.kept.numel(), call.order, x.image_pred.ndim - 2, call.wide,
+                SIGNS_BLOCK, **(STREAM_OPTIONS | {"num_warps": 2}),
             )  # fmt: skip
     else:
         rows, columns, across, below = tile(call.size, call.block(False))
@@ -318,27 +310,27 @@ def image_bwd(
         with on_device(call.pred):
             _image_bwd_kernel[(call.units * splits,)](
                 grad, call.image, call.pred, *call.weights, first, second, call.size, splits, across, call.p,
-                call.pixel, call.smoothness, call.order, image_pred.ndim - 2, call.outs, call.wide, rows, columns,
+                call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
                 **STREAM_OPTIONS,
             )  # fmt: skip
-    none = image.new_empty(0)
-    return (
-        none if first is None else laid_out_as(first, torch.empty_like(image)),
-        none if second is None else laid_out_as(second, torch.empty_like(image_pred)),
+    none = x.image.new_empty(0)
+    return Grads(
+        image=none if first is None else laid_out_as(first, torch.empty_like(x.image)),
+        image_pred=none if second is None else laid_out_as(second, torch.empty_like(x.image_pred)),
     )
 
 
 def _ssim_bwd(
-    grad: Tensor, kept: Tensor, call: _Call, numbers: list[float], weighted: bool, keep: int, first: Tensor | None,
-    second: Tensor | None,
-) -> None:  # fmt: skip
-    sweep, window = _sweep(call, numbers), int(numbers[2])
+    grad: Tensor, saved: Saved, call: _Call, x: Inputs, first: Tensor | None, second: Tensor | None
+) -> None:
+    _, _, window, sigma, _, _, c2, _ = x.numbers
+    sweep = _sweep(call, x.numbers)
     with on_device(call.pred):
         image_ssim_bwd_kernel[sweep.grid](
-            grad, call.image, call.pred, (first,), (second,), *call.strided_weights, kept, taps_of(window, numbers[3]),
-            call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, numbers[6], call.pixel, call.smoothness,
-            call.order, call.outs, sweep.margin, aside_of(call.size), window // 2, weighted, keep, call.wide, BLOCK,
-            **OPTIONS,
+            grad, call.image, call.pred, (first,), (second,), *call.strided_weights, saved.kept,
+            taps_of(int(window), sigma), call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c2, call.pixel,
+            call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size), int(window) // 2,
+            x.ssim_weight is not None, x.keep, call.wide, BLOCK, **OPTIONS,
         )  # fmt: skip
 
 
@@ -383,9 +375,11 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     kept = torch.empty(partials, dtype=torch.float32 if window else torch.uint8, device="meta")
     grad = torch.empty(3 if smoothness == "isotropic" else axes + 2, device="meta")
     numbers = [0.5, float(o.get("order", 1)), window, 1.5, o.get("same", 1.0), 1e-4, 9e-4, o.get("low", 0.0)]
-    args = (image, image, weight, guide, weight if smoothness else None, on_map, f"{pixel},{smoothness}", numbers, keep)
-    label = f"{pixel},{smoothness} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
+    kinds, own = f"{pixel},{smoothness}", weight if smoothness else None
+    x = Inputs(image, image, weight, guide, own, on_map, kinds, numbers, keep)
+    label = f"{kinds} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))
-    yield AotCase(f"forward {label}", image_fwd, args, ("_image_fwd_kernel",) if streams else ())
+    yield AotCase(f"forward {label}", image_fwd, (x,), ("_image_fwd_kernel",) if streams else ())
     wide = ("_image_bwd_kernel", "_image_signs_bwd_kernel") if streams else ()
-    yield AotCase(f"backward {label}", image_bwd, (grad, kept, *args, None, o.get("keep", 2) == 3, True), wide)
+    needs = Needs(o.get("keep", 2) == 3, True)
+    yield AotCase(f"backward {label}", image_bwd, (grad, Saved(kept), x, needs), wide)

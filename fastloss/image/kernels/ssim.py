@@ -31,6 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import REDUCE_PROGRAMS, AotCase, on_device
+from ..ssim import Grads, Needs, Saved
+from ..ssim_reference import Inputs
 from .ssim_sweep import (
     at_column,
     counted,
@@ -248,57 +250,51 @@ def layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
     return size, channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
 
 
-def ssim_fwd(
-    image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, sigma: float, same: bool, c1: float,
-    c2: float, low: float, structure_only: bool, keep: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    margin = 0 if same else window // 2
+def ssim_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    image, keep = x.image, x.keep
+    margin = 0 if x.same else x.window // 2
     size, aside, _ = layout(image, margin)
     channels, height, width, _, map_lanes = size
     kept = (3 + (keep == 3), height - 2 * margin, map_lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
     if image.numel() == 0:
-        return image.new_zeros(image.shape[:2], dtype=torch.float32), partials
-    side = side_of(image, image_pred)
+        return image.new_zeros(image.shape[:2], dtype=torch.float32), Saved(partials)
+    side = side_of(image, x.image_pred)
     lanes = map_lanes // side
     rows = stretch(height - 2 * margin, lanes)
     stretches = triton.cdiv(height - 2 * margin, rows)
-    sums, taps = image.new_empty((stretches, lanes), dtype=torch.float32), taps_of(window, sigma)
+    sums, taps = image.new_empty((stretches, lanes), dtype=torch.float32), taps_of(x.window, x.sigma)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, PAIRS), stretches)](
-            strided(image), strided(image_pred), strided(weight), sums, partials, taps, size, rows, c1, c2,
-            low or None, margin, window // 2, structure_only, one_pixel(taps), keep, aside, image.stride(3),
-            image_pred.stride(3), map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
+            strided(image), strided(x.image_pred), strided(x.weight), sums, partials, taps, size, rows, x.c1, x.c2,
+            x.low or None, margin, x.window // 2, x.structure_only, one_pixel(taps), keep, aside, image.stride(3),
+            x.image_pred.stride(3), map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
         )  # fmt: skip
     if aside > 1:
-        return sums.view(stretches, -1, width - 2 * margin, channels).sum((0, 2)), partials
-    return sums.view(stretches, -1, channels, (width - 2 * margin) // side).sum((0, 3)), partials
+        return sums.view(stretches, -1, width - 2 * margin, channels).sum((0, 2)), Saved(partials)
+    return sums.view(stretches, -1, channels, (width - 2 * margin) // side).sum((0, 3)), Saved(partials)
 
 
-def ssim_bwd(
-    grad: Tensor, partials: Tensor, image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int,
-    sigma: float, same: bool, c1: float, c2: float, low: float, structure_only: bool, keep: int, needs_image: bool,
-    needs_image_pred: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if not keep:  # nobody asked for a gradient when the forward ran
-        keep = needs_image + 2 * needs_image_pred
-        _, partials = ssim_fwd(image, image_pred, weight, window, sigma, same, c1, c2, low, structure_only, keep)
-    x_grad = torch.empty_like(image) if needs_image else None
-    y_grad = torch.empty_like(image_pred) if needs_image_pred else None
-    margin = 0 if same else window // 2
-    size, aside, _ = layout(image, margin)
-    if image.numel():
-        side = side_of(image, image_pred, x_grad, y_grad)
+def ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+    if not x.keep:  # nobody asked for a gradient when the forward ran
+        x = x._replace(keep=needs.image + 2 * needs.image_pred)
+        _, saved = ssim_fwd(x)
+    x_grad = torch.empty_like(x.image) if needs.image else None
+    y_grad = torch.empty_like(x.image_pred) if needs.image_pred else None
+    margin = 0 if x.same else x.window // 2
+    size, aside, _ = layout(x.image, margin)
+    if x.image.numel():
+        side = side_of(x.image, x.image_pred, x_grad, y_grad)
         lanes = size[3] // side
         rows = stretch(size[1], lanes)
-        with on_device(image):
+        with on_device(x.image):
             _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size[1], rows))](
-                grad.contiguous(), strided(image), strided(image_pred), strided(x_grad), strided(y_grad),
-                partials, taps_of(window, sigma), size, rows, c2, margin, window // 2, weight is not None, keep, aside,
-                size[3] >= WIDE_LANES, side, PAIRS, **SWEEP,
+                grad.contiguous(), strided(x.image), strided(x.image_pred), strided(x_grad), strided(y_grad),
+                saved.kept, taps_of(x.window, x.sigma), size, rows, x.c2, margin, x.window // 2, x.weight is not None,
+                x.keep, aside, size[3] >= WIDE_LANES, side, PAIRS, **SWEEP,
             )  # fmt: skip
-    none = image.new_empty(0)
-    return none if x_grad is None else x_grad, none if y_grad is None else y_grad
+    none = x.image.new_empty(0)
+    return Grads(none if x_grad is None else x_grad, none if y_grad is None else y_grad)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -311,10 +307,11 @@ def aot_cases() -> Iterator[AotCase]:
         map_lanes = image.shape[0] * image.shape[1] * (image.shape[3] - cut)
         partials = torch.empty((3 + (keep == 3), image.shape[2] - cut, map_lanes), device="meta")
         grad = torch.empty(image.shape[:2], device="meta")
-        inputs = (image, image, weight, *o.values(), keep)
-        yield AotCase(f"forward {label}", ssim_fwd, inputs)
+        x = Inputs(image, image, weight, **o, keep=keep)
+        yield AotCase(f"forward {label}", ssim_fwd, (x,))
         if keep:
-            yield AotCase(f"backward {label}", ssim_bwd, (grad, partials, *inputs, keep & 1 > 0, keep & 2 > 0))
+            needs = Needs(keep & 1 > 0, keep & 2 > 0)
+            yield AotCase(f"backward {label}", ssim_bwd, (grad, Saved(partials), x, needs))
 
     def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
