@@ -142,6 +142,6 @@ def softmax_statistics(x: Inputs) -> Tensor:
         keep &= "moments" not in x.kind and x.hardness == 0 and (x.excluded is None or "diagonal" not in x.kind)
     else:
         keep &= contrastive.kernels["cpp"]
-    if any(needed) and not keep:
-        x = x._replace(kind=x.kind + "+stash")
-    return contrastive(*x._replace(keep=keep))
+    if any(needed):
+        x = x._replace(keep=True) if keep else x._replace(kind=x.kind + "+stash")
+    return contrastive(*x)
