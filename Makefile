@@ -27,7 +27,7 @@ sanitize: $(VENV)/.test
 	$(BIN)/python -m tests.sanitize $(ARGS)
 
 lint: $(VENV)/.dev
-	$(BIN)/ruff check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)

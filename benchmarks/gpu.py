@@ -53,9 +53,7 @@ def parts(device: str, out: pathlib.Path) -> list[Part]:
     shards = [families[i::SHARDS] for i in range(SHARDS)]
     device_tests, every_loss = "tests/conformance/test_gpu.py", "tests/conformance/test_every_loss.py"
     tests = [Part("tests-device", [*PYTEST, device_tests]), Part("tests-kernels", [*PYTEST, *KERNELS])]
-    tests += [
-        Part(f"tests-{i + 1}", [*PYTEST, every_loss, "-k", " or ".join(shard)]) for i, shard in enumerate(shards)
-    ]
+    tests += [Part(f"tests-{i + 1}", [*PYTEST, every_loss, "-k", " or ".join(shard)]) for i, shard in enumerate(shards)]
     tests.append(Part("tests-rest", [*PYTEST, every_loss, "-k", f"not ({' or '.join(families)})"]))
     more = ["--device", device, "--out", str(out)]
     groups: dict[str, list[str]] = {}  # losses measured in one process, for a start takes ten seconds

@@ -130,8 +130,17 @@ def run(device: str, batches: Sequence[int], out: pathlib.Path, seconds: float, 
                 with measure.address_limit(0.6 * measure.free_mib() if device == "cpu" else 0):
                     rows = measure_step(loss, shape, dtype, device, seconds, child)
             except Exception as error:
-                rows = [dict(loss=loss, options="{}", shape=shape, dtype=dtype, mode="step", provider="all",
-                             note=measure.reason(error))]
+                rows = [
+                    dict(
+                        loss=loss,
+                        options="{}",
+                        shape=shape,
+                        dtype=dtype,
+                        mode="step",
+                        provider="all",
+                        note=measure.reason(error),
+                    )
+                ]
             for row in rows:
                 figures = f"{row['p50_ms']} ms, {row.get('peak_mib') or '-'} MiB" if row.get("p50_ms") else row["note"]
                 progress.say(f"  {row['provider']:26}{figures}")

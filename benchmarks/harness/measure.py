@@ -72,8 +72,13 @@ def common_columns(device: str) -> dict[str, object]:
         version = triton.__version__
     except ImportError:
         version = ""
-    return dict(device=device_label(device), threads=torch.get_num_threads(), commit=commit(),
-                torch=torch.__version__, triton=version)
+    return dict(
+        device=device_label(device),
+        threads=torch.get_num_threads(),
+        commit=commit(),
+        torch=torch.__version__,
+        triton=version,
+    )
 
 
 def prepare_process() -> None:

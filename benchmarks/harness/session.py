@@ -192,8 +192,16 @@ def figures(item: Item, mode: str, pairs: list[tuple[float, float]], top: float)
     cost = bench.charge(item.shape, getattr(torch, item.dtype).itemsize, mode, item.options)
     unit, scale = ("GB/s", 1e6) if bench.unit == "bytes" else ("TFLOP/s", 1e9)
     rate = cost / p50 / scale
-    return dict(p20_ms=f"{p20:.4f}", p50_ms=f"{p50:.4f}", p80_ms=f"{p80:.4f}", cost=cost, rate=f"{rate:.4g}",
-                unit=unit, share=f"{rate / top:.3f}", ceiling=f"{top:.4g}")
+    return dict(
+        p20_ms=f"{p20:.4f}",
+        p50_ms=f"{p50:.4f}",
+        p80_ms=f"{p80:.4f}",
+        cost=cost,
+        rate=f"{rate:.4g}",
+        unit=unit,
+        share=f"{rate / top:.3f}",
+        ceiling=f"{top:.4g}",
+    )
 
 
 def device_peak(candidate: Candidate) -> str:

@@ -1,9 +1,9 @@
 """Pictures of the results, readable on light and on dark pages: speed, memory, share of the ceiling, scaling.
 
-    speed.svg      time of each provider, as a multiple of fastloss's, of the headline rows
-    memory.svg     the same for peak memory
-    roofline.svg   how much of what the hardware allows (copy bandwidth, matrix products) each provider reaches
-    scaling.svg    time over size, up to where a provider ran out of memory
+speed.svg      time of each provider, as a multiple of fastloss's, of the headline rows
+memory.svg     the same for peak memory
+roofline.svg   how much of what the hardware allows (copy bandwidth, matrix products) each provider reaches
+scaling.svg    time over size, up to where a provider ran out of memory
 """
 
 from __future__ import annotations
@@ -106,15 +106,42 @@ def _row_labels(axes: Axes, keys: list[Key]) -> None:
     for y, (loss, options, shape, dtype) in enumerate(keys):
         about = ", ".join(x for x in (short(options), shape_label(shape), dtype) if x)
         about = about if len(about) < 48 else about[:46] + "\u2026"
-        axes.annotate(loss, (0, y), (-203, 5), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      size=10, va="center", annotation_clip=False)
-        axes.annotate(about, (0, y), (-203, -7), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      size=7.5, va="center", color=FAINT, annotation_clip=False)
+        axes.annotate(
+            loss,
+            (0, y),
+            (-203, 5),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            size=10,
+            va="center",
+            annotation_clip=False,
+        )
+        axes.annotate(
+            about,
+            (0, y),
+            (-203, -7),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            size=7.5,
+            va="center",
+            color=FAINT,
+            annotation_clip=False,
+        )
 
 
 def _at_the_right(axes: Axes, y: float, text: str) -> None:
-    axes.annotate(text, (1, y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points", size=8.5,
-                  va="center", ha="right", color=OURS, annotation_clip=False)
+    axes.annotate(
+        text,
+        (1, y),
+        (4, 0),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        size=8.5,
+        va="center",
+        ha="right",
+        color=OURS,
+        annotation_clip=False,
+    )
 
 
 def _legend(figure: plt.Figure, look: dict[str, tuple[str, str]]) -> None:
@@ -123,8 +150,17 @@ def _legend(figure: plt.Figure, look: dict[str, tuple[str, str]]) -> None:
         for name, (colour, marker) in look.items()
     ]
     height = figure.get_size_inches()[1]
-    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.008, 1 - 0.70 / height), frameon=False,
-                  ncols=min(len(look), ABREAST), fontsize=8.5, handletextpad=0.1, columnspacing=1.2, borderpad=0)
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.008, 1 - 0.70 / height),
+        frameon=False,
+        ncols=min(len(look), ABREAST),
+        fontsize=8.5,
+        handletextpad=0.1,
+        columnspacing=1.2,
+        borderpad=0,
+    )
 
 
 def _save(figure: plt.Figure, path: pathlib.Path) -> pathlib.Path:
@@ -153,11 +189,17 @@ def _multiples(groups: dict[Key, Group], column: str, path: pathlib.Path, title:
         axes.plot([min(found.values()), max(found.values())], [y, y], color=LINE, linewidth=3, solid_capstyle="round")
         for name, value in found.items():
             colour, marker = look[name]
-            axes.plot(value, y, marker, color=colour, markersize=9 if name == "fastloss" else 7.5,
-                      zorder=4 if name == "fastloss" else 3)
+            axes.plot(
+                value,
+                y,
+                marker,
+                color=colour,
+                markersize=9 if name == "fastloss" else 7.5,
+                zorder=4 if name == "fastloss" else 3,
+            )
         _at_the_right(axes, y, f"{_short(ours)} {unit}")
     axes.set_xscale("log")
-    axes.set_xlim(low / 1.15, high ** 1.18 * 1.15)
+    axes.set_xlim(low / 1.15, high**1.18 * 1.15)
     ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low / 1.15 <= t <= high * 1.3]
     axes.set_xticks(ticks)
     axes.xaxis.set_major_formatter(FuncFormatter(_times))
@@ -219,10 +261,16 @@ def _scaling(rows: list[dict[str, str]], folder: pathlib.Path, where: str) -> pa
     margins = {"left": 0.075, "right": 0.985, "top": 1 - 1.35 / height, "bottom": 0.55 / height}
     figure.subplots_adjust(**margins, wspace=0.28, hspace=0.5)
     figure.text(0.018, 1 - 0.20 / height, f"Time over size, {where}", size=13, weight="bold", va="top")
-    figure.text(0.018, 1 - 0.50 / height, "ms of forward + backward over rows, pixels or tokens; "
-                "a cross is the last size that fitted in memory", size=9.5, va="top", color=FAINT)
+    figure.text(
+        0.018,
+        1 - 0.50 / height,
+        "ms of forward + backward over rows, pixels or tokens; a cross is the last size that fitted in memory",
+        size=9.5,
+        va="top",
+        color=FAINT,
+    )
     look = _look(list({r["provider"]: 0 for r in rows if r["p50_ms"]}))
-    for axes in grid.flat[len(losses):]:
+    for axes in grid.flat[len(losses) :]:
         axes.set_visible(False)
     for loss, axes in zip(losses, grid.flat, strict=False):
         axes.set_title(loss, size=10, loc="left", color=INK)
@@ -230,8 +278,14 @@ def _scaling(rows: list[dict[str, str]], folder: pathlib.Path, where: str) -> pa
             own = [r for r in rows if r["loss"] == loss and r["provider"] == name]
             timed = [(_size(r["shape"]), float(r["p50_ms"])) for r in own if r["p50_ms"]]
             if timed:
-                axes.plot(*zip(*timed, strict=True), marker=marker, color=colour, markersize=4,
-                          linewidth=2.2 if name == "fastloss" else 1.3, zorder=4 if name == "fastloss" else 3)
+                axes.plot(
+                    *zip(*timed, strict=True),
+                    marker=marker,
+                    color=colour,
+                    markersize=4,
+                    linewidth=2.2 if name == "fastloss" else 1.3,
+                    zorder=4 if name == "fastloss" else 3,
+                )
                 if any(r["note"].startswith("out of memory") for r in own):
                     axes.plot(*timed[-1], "x", color=colour, markersize=11, markeredgewidth=2.2)
         axes.set_xscale("log", base=2)

@@ -197,8 +197,10 @@ def _lost_table(device: str) -> list[str]:
         if text not in ("", "level"):
             said += [text] if text not in said else []
             text = f"({said.index(text) + 1})"
-        lines.append(f"| {label(key)} | {mode} | {theirs['provider']} | {float(ours[column]):.3g} {unit} "
-                     f"| {float(theirs[column]):.3g} {unit} | {times:.2f} | {text or UNEXPLAINED} |")
+        lines.append(
+            f"| {label(key)} | {mode} | {theirs['provider']} | {float(ours[column]):.3g} {unit} "
+            f"| {float(theirs[column]):.3g} {unit} | {times:.2f} | {text or UNEXPLAINED} |"
+        )
     return [*lines, "", *(f"({i + 1}) {text}\n" for i, text in enumerate(said))]
 
 
@@ -228,8 +230,10 @@ def _scaling_table(device: str) -> list[str]:
         timed = [r for r in own if r["p50_ms"]]
         if timed:
             last, note = timed[-1], next((r["note"] for r in own if r["note"]), "the end of the sweep")
-            lines.append(f"| `{loss}` | {provider} | {shape_label(last['shape'])} | {_ms(float(last['p50_ms']))} "
-                         f"| {last['peak_mib'] or '-'} | {note} | {_gain(by_threads)} |")
+            lines.append(
+                f"| `{loss}` | {provider} | {shape_label(last['shape'])} | {_ms(float(last['p50_ms']))} "
+                f"| {last['peak_mib'] or '-'} | {note} | {_gain(by_threads)} |"
+            )
     return lines
 
 

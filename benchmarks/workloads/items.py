@@ -34,8 +34,13 @@ class Item:
         return f"{self.case.name}({options}) {shape_text(self.shape)} {self.dtype}"
 
     def columns(self) -> dict[str, object]:
-        return dict(loss=self.case.name, options=options_text(self.options), shape=shape_text(self.shape),
-                    dtype=self.dtype, headline=int(self.headline))
+        return dict(
+            loss=self.case.name,
+            options=options_text(self.options),
+            shape=shape_text(self.shape),
+            dtype=self.dtype,
+            headline=int(self.headline),
+        )
 
     def inputs(self, device: str) -> tuple:
         assert self.case.bench

@@ -107,9 +107,7 @@ def check_sampling(sampling: Any, normalize: bool, bias: Any = None) -> None:
         raise ValueError("sampling: tau_plus takes no bias, its floor is the least cosine similarity")
 
 
-def check_shared(
-    like: Tensor, weights: Any, workspace_mib: Any, label_smoothing: Any = 0.0
-) -> tuple[float, float]:
+def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing: Any = 0.0) -> tuple[float, float]:
     """The options that every contrastive loss has; the workspace and the smoothing as floats."""
     shared = check_workspace(workspace_mib), check_number("label_smoothing", label_smoothing, 0, 1)
     if weights is None:

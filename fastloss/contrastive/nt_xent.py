@@ -47,9 +47,7 @@ def nt_xent_rows(
     both = None if ids is None else ids.repeat(2)
     kind = "upper" + "+moments" * moments
     stats = softmax_statistics(
-        Inputs(
-            views, views, row_scale, lengths, None, partner, both, both, ceiling, kind, hardness, workspace_mib
-        )
+        Inputs(views, views, row_scale, lengths, None, partner, both, both, ceiling, kind, hardness, workspace_mib)
     )
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
     return out._replace(lse=_left_out(dropped, out.lse))

@@ -208,16 +208,13 @@ def siglip_loss(
     with full_precision(image):
         share = _share(weights, reduction, image, dtype)
         scale, bias = (
-            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device)
-            for v in (scale, bias)
+            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device) for v in (scale, bias)
         )
         needs = 0
         if torch.is_grad_enabled() and share is not None:
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
-        out = siglip(
-            *Inputs(image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib)
-        )
+        out = siglip(*Inputs(image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib))
     return out if share is not None else reduce_rows(out, weights, reduction)
 
 

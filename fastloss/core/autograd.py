@@ -150,8 +150,10 @@ class Differentiable:
         """(new leaves of the inputs by name, the differentiable gradients needed, what belongs to them upstream)."""
         missing = [name for name in self.inputs if name not in have]
         if missing:
-            raise RuntimeError(f"{self.name}: double backward is not provided (it would need {missing}); "
-                               "use_backend('reference') differentiates any number of times")
+            raise RuntimeError(
+                f"{self.name}: double backward is not provided (it would need {missing}); "
+                "use_backend('reference') differentiates any number of times"
+            )
         wrt: dict[str, Any] = {}
         for name in self.grads:
             if have[name] is None:  # an optional input that was not given

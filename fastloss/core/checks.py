@@ -109,9 +109,7 @@ def check_number(
     return float(number) if type(number) is int else torch.sym_float(number)
 
 
-def check_integer(
-    name: str, value: Any, low: int, high: int = 2**31 - 1, *, wanted: str = "a whole number"
-) -> int:
+def check_integer(name: str, value: Any, low: int, high: int = 2**31 - 1, *, wanted: str = "a whole number") -> int:
     """The int of a whole number in [low, high]; 1.0 is none."""
     number = _real(value)
     if number is None or not isinstance(number, (int, torch.SymInt)):

@@ -76,9 +76,7 @@ class AdaptiveRule(Rule):
                 multipliers = self.multipliers.clone()  # autograd keeps it; the buffer changes in the next step
         return ((self.base * multipliers).to(losses.dtype) * losses).sum()
 
-    def gradients(
-        self, constant: list[bool], parts: Mapping[str, Tensor], last_layer: Tensor | None
-    ) -> Tensor | None:
+    def gradients(self, constant: list[bool], parts: Mapping[str, Tensor], last_layer: Tensor | None) -> Tensor | None:
         return None
 
     def update(self, losses: Tensor, constant: list[bool], gradients: Tensor | None) -> dict[str, Tensor]:

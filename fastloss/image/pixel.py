@@ -41,9 +41,7 @@ def pixel_reference(
     return loss.sum() if reduce else loss
 
 
-def _pixel_fwd(
-    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
-) -> Tensor:
+def _pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
     if reduce:
         return image.new_empty((), dtype=torch.float32)
     return torch.empty_like(image, dtype=torch.float32)

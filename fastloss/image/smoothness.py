@@ -95,9 +95,7 @@ def smoothness_reference(
     return torch.stack(total, -1)
 
 
-def _smoothness_fwd(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
+def _smoothness_fwd(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
     directions = 1 if kind == "isotropic" else image_pred.ndim - 2
     return image_pred.new_empty((*image_pred.shape[:2], directions), dtype=torch.float32)
 
@@ -253,9 +251,7 @@ def smoothness_mean(sums: Tensor, counts: list[Tensor | int], p: int | str) -> T
     return _value(sums, counts, (), p)
 
 
-def _value(
-    sums: Tensor, counts: Sequence[Tensor | int | None] | None, over: tuple[int, ...], p: int | str
-) -> Tensor:
+def _value(sums: Tensor, counts: Sequence[Tensor | int | None] | None, over: tuple[int, ...], p: int | str) -> Tensor:
     """The directions' sums, or means, over the dimensions `over`, added; then the root if p is "norm"."""
     each = sums.unbind(-1)
     terms = [_normalised(*pair, over) for pair in zip(each, counts or [None] * len(each), strict=True)]

@@ -109,9 +109,7 @@ class _Pieces(torch.autograd.Function):
 
 
 @uncompiled
-def in_pieces(
-    image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str
-) -> Tensor:
+def in_pieces(image_pred: Tensor, loss: Callable[[slice, Tensor], Tensor], chunk: int, reduction: str) -> Tensor:
     """`loss(part, image_pred[part])` of every piece of the batch, put together as `reduction` says. The pieces are
     float32 at least."""
     if reduction == "mean":

@@ -64,9 +64,7 @@ class FrozenNetworks(nn.Module):
     ) -> None:
         starts = tuple(f"{prefix}{name}." for name in NAMES)
         rest = {key: value for key, value in state_dict.items() if not key.startswith(starts)}
-        super()._load_from_state_dict(
-            rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         if not self.save_networks:
             return
         for name, start in zip(NAMES, starts, strict=True):

@@ -86,8 +86,9 @@ def test_mask_is_the_loss_of_the_keys_left(metric, inputs):
     got = loss_of(*dirty, inputs=inputs, metric=metric, mask=keep, reduction="none")
     rows = [[0, 2, 3], [0, 1, 2, 3, 4]]
     for row, keys in zip((0, 2), rows, strict=True):
-        expected = loss_of(a[:, row, keys][:, None], b[:, row, keys][:, None], inputs=inputs, metric=metric,
-                           reduction="none")
+        expected = loss_of(
+            a[:, row, keys][:, None], b[:, row, keys][:, None], inputs=inputs, metric=metric, reduction="none"
+        )
         torch.testing.assert_close(got[:, row], expected[:, 0])
     assert (got[:, 1] == 0).all()
     mean = loss_of(*dirty, inputs=inputs, metric=metric, mask=keep)

@@ -33,7 +33,8 @@ CONTRASTIVE: dict[str, Callable[[float], dict]] = {
     "workspace_mib": lambda t: {"workspace_mib": 100 * t},
 }
 FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
-    "info_nce": CONTRASTIVE | {
+    "info_nce": CONTRASTIVE
+    | {
         "label_smoothing": lambda t: {"label_smoothing": t},
         "bias": lambda t: {"bias": t},
         "sampling.tau_plus": sampled(tau_plus=lambda t: 0.1 * t),

@@ -106,8 +106,10 @@ def test_weights_of_0_exclude(case, place, options, dtype):
             args, option, weight = to_device(weighted(case, Draw(dtype), shape), place[0])
             out, chosen = excluded(case, weight), with_reduction(case, to_device(options, place[0]) | option, reduction)
             clean = poisoned(args, weight, out, (0.0,))
-            got, expected = (outcome(case, place[1], a, chosen) for a in (
-                poisoned(args, weight, out, (float("nan"), float("inf"), -float("inf"))), clean))
+            got, expected = (
+                outcome(case, place[1], a, chosen)
+                for a in (poisoned(args, weight, out, (float("nan"), float("inf"), -float("inf"))), clean)
+            )
             assert not isinstance(got, str), got
             where = f"{shape} {reduction}"
             assert torch.equal(got[0], expected[0]) and got[0].isfinite().all(), f"{where}: value"

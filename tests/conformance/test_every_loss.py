@@ -158,8 +158,9 @@ def test_gradcheck(case, index):
     torch.manual_seed(0)
     args = case.make(Draw(torch.float64, seed=3), case.shapes[0])
     wrt = [t.requires_grad_() for t in leaves(case, args)]
-    options = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-               for k, v in case.options[index].items()}
+    options = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.options[index].items()
+    }
 
     def loss(*_: Tensor) -> Tensor:
         return first(case.fn(*args, **options))
@@ -247,9 +248,7 @@ def test_empty_axes(case, place, options, dtype):
     options = to_device(options, place[0])
     for shape, reduction in itertools.product(case.empty, set(reductions(case)) - {"mean"}):
         ours, theirs = (
-            _derivatives(
-                case, backend, inputs(case, shape, dtype, place[0]), with_reduction(case, options, reduction)
-            )
+            _derivatives(case, backend, inputs(case, shape, dtype, place[0]), with_reduction(case, options, reduction))
             for backend in (place[1], "reference")
         )
         for mine, reference in zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True):

@@ -129,9 +129,13 @@ def test_autocast_takes_weights_of_any_dtype(name):
 
 def test_empty_batch():
     none = torch.empty(0, 4)
-    for fn in (info_nce, nt_xent_loss, lambda q, k, **o: clip_loss(q, k, logit_scale=1.0, **o),
-               lambda q, k, **o: siglip_loss(q, k, logit_scale=1.0, logit_bias=0.0, **o),
-               lambda q, k, **o: supcon_loss(q, torch.empty(0).long(), **o)):
+    for fn in (
+        info_nce,
+        nt_xent_loss,
+        lambda q, k, **o: clip_loss(q, k, logit_scale=1.0, **o),
+        lambda q, k, **o: siglip_loss(q, k, logit_scale=1.0, logit_bias=0.0, **o),
+        lambda q, k, **o: supcon_loss(q, torch.empty(0).long(), **o),
+    ):
         assert fn(none, none, reduction="sum").item() == 0
         assert fn(none, none, reduction="none").shape == (0,)
         with pytest.raises(ValueError, match="mean of an empty batch"):

@@ -161,8 +161,10 @@ def test_label_smoothing_and_weights_are_cross_entropys():
     got = info_nce(q, k, targets=targets, label_smoothing=0.3, weights=w, temperature=0.2)
     rows = F.cross_entropy(q @ k.T / 0.2, targets, label_smoothing=0.3, reduction="none")
     close(got, (rows * w).sum() / w.sum())
-    close(info_nce(q, k, targets=targets, reduction="none", temperature=0.2, weights=w),
-          w * F.cross_entropy(q @ k.T / 0.2, targets, reduction="none"))
+    close(
+        info_nce(q, k, targets=targets, reduction="none", temperature=0.2, weights=w),
+        w * F.cross_entropy(q @ k.T / 0.2, targets, reduction="none"),
+    )
     assert info_nce(q, k, weights=torch.zeros(6)).item() == 0
 
 
@@ -321,8 +323,12 @@ def test_margin_filter_and_debiasing_by_hand():
     floor = info_nce(q[:1], q[:1], -bank[:1], sampling=NegativeSampling(tau_plus=0.5), temperature=1.0)
     assert floor.item() == pytest.approx(math.log(math.e + math.exp(-1)) - 1)
     close(info_nce(q, k, sampling=NegativeSampling()), info_nce(q, k))
-    for bad, text in (({"tau_plus": 1.0}, "tau_plus"), ({"tau_plus": -0.1}, "tau_plus"), ({"hardness": -1}, "hardness"),
-                      ({"margin": math.nan}, "margin")):
+    for bad, text in (
+        ({"tau_plus": 1.0}, "tau_plus"),
+        ({"tau_plus": -0.1}, "tau_plus"),
+        ({"hardness": -1}, "hardness"),
+        ({"margin": math.nan}, "margin"),
+    ):
         with pytest.raises(ValueError, match=text):
             NegativeSampling(**bad)
 

@@ -26,8 +26,12 @@ def test_loss_and_grads(around):
         q, k, bank = randn(5, 4), randn(5, 4, seed=1), randn(3, 4, seed=2)
         t = torch.nn.Parameter(scalar(0.2))
         out = loss_and_grads(q, k, bank, temperature=t, in_batch=True)
-    loss, (gq, gk, gt) = gradients(lambda a, b, c: info_nce(a, b, randn(3, 4, seed=2), temperature=c, in_batch=True),
-                                   randn(5, 4), randn(5, 4, seed=1), scalar(0.2))
+    loss, (gq, gk, gt) = gradients(
+        lambda a, b, c: info_nce(a, b, randn(3, 4, seed=2), temperature=c, in_batch=True),
+        randn(5, 4),
+        randn(5, 4, seed=1),
+        scalar(0.2),
+    )
     close(out.loss, loss.detach())
     close(out.query, gq)
     close(out.key, gk)
@@ -90,6 +94,18 @@ def test_values_of_tensor_options_are_not_looked_at():
 
 
 def test_public_names():
-    for name in ("info_nce", "clip_loss", "siglip_loss", "supcon_loss", "nt_xent_loss", "loss_and_grads",
-                 "InfoNCELoss", "ClipLoss", "SigLipLoss", "SupConLoss", "NTXentLoss", "ContrastiveLoss"):
+    for name in (
+        "info_nce",
+        "clip_loss",
+        "siglip_loss",
+        "supcon_loss",
+        "nt_xent_loss",
+        "loss_and_grads",
+        "InfoNCELoss",
+        "ClipLoss",
+        "SigLipLoss",
+        "SupConLoss",
+        "NTXentLoss",
+        "ContrastiveLoss",
+    ):
         assert name in fastloss.__all__

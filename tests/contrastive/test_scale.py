@@ -116,6 +116,7 @@ def test_loss_and_grads_checks_its_scale_and_leaves_that_of_the_loss_alone():
 
 def test_gradient_caching_under_a_grad_scaler():
     """The docstring's recipe: the step is that of float32 embeddings."""
+
     def train(dtype: torch.dtype) -> Tensor:
         torch.manual_seed(0)
         encoder = torch.nn.Linear(D, D, bias=False)

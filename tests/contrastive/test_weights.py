@@ -125,9 +125,7 @@ def test_bool_masks_and_weights_of_any_size(name, backend):
         loss, shape, _ = FORMS[name]
     tensors, mask = inputs(shape), WEIGHTS > 0
     for reduction in ("none", "mean", "sum"):
-        got, wanted = (
-            run(loss, tensors, backend, weights=w, reduction=reduction) for w in (mask, mask.float())
-        )
+        got, wanted = (run(loss, tensors, backend, weights=w, reduction=reduction) for w in (mask, mask.float()))
         for a, b in zip(got, wanted, strict=True):
             assert torch.equal(a, b)
     expected = run(loss, tensors, backend, weights=WEIGHTS)

@@ -104,8 +104,8 @@ def levels(d: Drawer) -> Any:
 
 
 def part(*distances: Any) -> Kind:
-    return lambda d: None if d.chance(0.15) else d.sequence(
-        [d.pick(*distances), d.number(0, 3, 0, 1, spelled=False)], numbers=False
+    return lambda d: (
+        None if d.chance(0.15) else d.sequence([d.pick(*distances), d.number(0, 3, 0, 1, spelled=False)], numbers=False)
     )
 
 

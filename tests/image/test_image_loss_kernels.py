@@ -170,6 +170,7 @@ def test_half_precision_whose_eager_sum_overflows(place):
 @pytest.mark.parametrize("place", TRITON)
 def test_what_is_kept(place):
     """A byte per element where every gradient is a sign, SSIM's partials, or nothing; nothing without gradients."""
+
     def kept(mix, shape=(1, 2, 7, 6)):
         pair, rest = inputs(shape, mix, place[0])
         pair[1].requires_grad_()

@@ -200,8 +200,9 @@ def test_directions_without_differences_add_nothing(size, order, p):
 def test_empty_images(shape):
     for p in DISTANCES:
         for order in (1, 2):
-            loss = smoothness_loss(torch.zeros(shape), p=p, order=order, guide=torch.zeros(shape[0], 1, *shape[2:]),
-                                   reduction="none")
+            loss = smoothness_loss(
+                torch.zeros(shape), p=p, order=order, guide=torch.zeros(shape[0], 1, *shape[2:]), reduction="none"
+            )
             assert torch.equal(loss, torch.zeros(shape[0]))
         with pytest.raises(ValueError, match="the mean of an empty batch"):
             smoothness_loss(torch.zeros(shape), p=p)

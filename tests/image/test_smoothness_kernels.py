@@ -47,8 +47,9 @@ def check(place, image, kind, where=""):
     """The conformance tests' rule: within 2x the error of the reference in that dtype, plus eps of the largest
     value."""
     errors = Errors(image.dtype)
-    got, same, exact = (values(b, i, kind) for b, i in ((place[1], image), ("reference", image),
-                                                        ("reference", image.double())))
+    got, same, exact = (
+        values(b, i, kind) for b, i in ((place[1], image), ("reference", image), ("reference", image.double()))
+    )
     for name, *each in zip(("sums", "gradient"), got, same, exact, strict=True):
         errors.add(name, *each, where)
     errors.check()

@@ -48,9 +48,7 @@ def gradients(fn, *images):
 @pytest.mark.parametrize(("size", "sigma", "span"), [(11, 1.5, 1.0), (7, 1.0, 1.0), (11, 1.5, 255.0)])
 def test_pytorch_msssim_ssim(size, sigma, span):
     x, y = (span * t for t in pair(2, 3, 21, 17))
-    ours = gradients(
-        lambda a, b: ssim_loss(a, b, padding="valid", window=size, sigma=sigma, data_range=span), x, y
-    )
+    ours = gradients(lambda a, b: ssim_loss(a, b, padding="valid", window=size, sigma=sigma, data_range=span), x, y)
     theirs = gradients(lambda a, b: 1 - msssim_library(a, b, size, sigma, span)[0].mean(), x, y)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-13)
     each = ssim_loss(x, y, padding="valid", window=size, sigma=sigma, data_range=span, reduction="none")

@@ -92,9 +92,7 @@ def test_ms_ssim_and_image_loss_keep_their_digits_too(backend):
     x, y = pair(1, 2, 33, 38)
 
     def several(a, b, data_range=1.0):
-        return ms_ssim_loss(
-            a, b, window=3, level_weights=(0.3, 0.3, 0.4), padding="same", data_range=data_range
-        )
+        return ms_ssim_loss(a, b, window=3, level_weights=(0.3, 0.3, 0.4), padding="same", data_range=data_range)
 
     def parts(a, b):
         return image_loss(a, b, pixel=(1, 0.1), smoothness=(1, 0.1), ssim=0.5).total

@@ -103,9 +103,7 @@ def test_taps_are_chosen_by_name_and_nothing_runs_after_the_last():
     assert [f.shape[1] for f in loss.encode(image)[0]] == [128, 64]  # in the order asked for
     conv = loss.encode(image)[0][1]
     assert (conv < 0).any()  # the ReLU after it is not in-place
-    fire, first = (
-        F.l1_loss(p, t) for p, t in zip(loss._features(image_pred)[0], loss.encode(image)[0], strict=True)
-    )
+    fire, first = (F.l1_loss(p, t) for p, t in zip(loss._features(image_pred)[0], loss.encode(image)[0], strict=True))
     torch.testing.assert_close(loss(image, image_pred), 2.0 * fire + 0.5 * first)
 
 
@@ -231,8 +229,14 @@ def test_a_failed_download_says_what_to_pass_instead(monkeypatch):
     monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
     with pytest.raises(RuntimeError) as raised:
         PerceptualLoss()
-    for words in ("VGG16_Weights.IMAGENET1K_V1", "https://download.pytorch.org/models/vgg16-", "no route to host",
-                  "pretrained=PATH", "pretrained=False", "any callable"):
+    for words in (
+        "VGG16_Weights.IMAGENET1K_V1",
+        "https://download.pytorch.org/models/vgg16-",
+        "no route to host",
+        "pretrained=PATH",
+        "pretrained=False",
+        "any callable",
+    ):
         assert words in str(raised.value)
     assert isinstance(raised.value.__cause__, urllib.error.URLError)
 

@@ -179,9 +179,9 @@ class _Listed(nn.Module):
 def test_pairwise_is_the_loop_and_encodes_once(criterion):
     image, image_pred = images(3)[0], images(2, seed=1)[1]
     loss, calls = made(criterion, reduction="none"), []
-    expected = torch.stack([
-        torch.cat([loss(image[i : i + 1], image_pred[j : j + 1]) for j in range(2)]) for i in range(3)
-    ])
+    expected = torch.stack(
+        [torch.cat([loss(image[i : i + 1], image_pred[j : j + 1]) for j in range(2)]) for i in range(3)]
+    )
     loss.backbones[0].b.register_forward_hook(lambda *_: calls.append(1))
     for target in (image, loss.encode(image)):
         calls.clear()

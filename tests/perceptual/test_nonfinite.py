@@ -48,9 +48,7 @@ def agree(ours, eager, rtol=1e-5):
     for mine, theirs in zip(ours, eager, strict=True):
         rtol_of = max(rtol, 2 * torch.finfo(mine.dtype).eps)
         largest = theirs.double().abs().nan_to_num(0, 0, 0).max().item()
-        torch.testing.assert_close(
-            mine.double(), theirs.double(), rtol=rtol_of, atol=rtol_of * largest, equal_nan=True
-        )
+        torch.testing.assert_close(mine.double(), theirs.double(), rtol=rtol_of, atol=rtol_of * largest, equal_nan=True)
 
 
 @each_place

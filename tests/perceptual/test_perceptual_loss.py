@@ -249,6 +249,11 @@ def test_without_torchvision_callables_work_and_names_say_what_to_do():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "1.0"
     assert done.returncode == 1
-    for words in ("ImportError: backbones: 'vgg16' needs torchvision", "PyPI's CUDA build of torch", "CPU-only torch",
-                  "--index-url", "any callable that returns a list of features"):
+    for words in (
+        "ImportError: backbones: 'vgg16' needs torchvision",
+        "PyPI's CUDA build of torch",
+        "CPU-only torch",
+        "--index-url",
+        "any callable that returns a list of features",
+    ):
         assert words in done.stderr

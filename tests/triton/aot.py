@@ -36,8 +36,7 @@ from tests.triton import fake_driver
 
 PACKAGE = pathlib.Path(fastloss.__file__).parent
 MODULES = {  # of the kernels, by stem
-    path.stem: f"fastloss.{path.parts[-3]}.kernels.{path.stem}"
-    for path in sorted(PACKAGE.glob("*/kernels/[!_]*.py"))
+    path.stem: f"fastloss.{path.parts[-3]}.kernels.{path.stem}" for path in sorted(PACKAGE.glob("*/kernels/[!_]*.py"))
 }
 NVIDIA_BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
 SAMPLE = 4  # calls of each kernel compiled for the targets other than sm_90

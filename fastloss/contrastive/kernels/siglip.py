@@ -139,9 +139,7 @@ def _pass(x: Inputs, share: Tensor, needs: int) -> tuple[Tensor, Saved]:
         factor = None
         if needs and image.dtype == torch.float16:
             factor = _half_range(share, row_scale, column_scale)
-        _blocks(
-            call, share, x.bias, factor, (made, to_image, to_text), not x.negative_only, needs, x.workspace_mib
-        )
+        _blocks(call, share, x.bias, factor, (made, to_image, to_text), not x.negative_only, needs, x.workspace_mib)
         if needs & (IMAGE | NUMBERS) and (x.normalize or factor is not None or needs & NUMBERS):
             grad = to_image if needs & IMAGE and (x.normalize or factor is not None) else None
             finish(to_image, call.query, grad, None, dot if needs & NUMBERS else None, factor, x.normalize)

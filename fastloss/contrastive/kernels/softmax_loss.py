@@ -45,9 +45,7 @@ class _Plain:
         self.column_scale = lengths[self.m :] if x.normalize else None
 
     def prepare(self, scale: Tensor | None, factor: float) -> None:
-        prepare(
-            self.query, self.key, scale, factor, self.targets, (self.row_scale, self.column_scale, self.positive)
-        )
+        prepare(self.query, self.key, scale, factor, self.targets, (self.row_scale, self.column_scale, self.positive))
 
     def call(
         self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool, workspace_mib: float = 0.0

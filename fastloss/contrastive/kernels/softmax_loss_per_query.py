@@ -84,9 +84,7 @@ def contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             of_keys = single.new_empty(rows) if x.normalize else None
             prepare(query, key, x.scale, x.factor, None, (row_scale, of_keys, positive))
         keep = 2 if x.needs & NEGATIVES else int(x.needs != 0)
-        found = contrastive_each_fwd(
-            stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep)
-        )
+        found = contrastive_each_fwd(stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep))
         state[:2] = found.stats
         if rows:
             slopes = single.new_empty((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None

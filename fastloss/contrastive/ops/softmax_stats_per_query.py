@@ -142,6 +142,4 @@ def each_statistics(
         row_scale = row_scale.masked_fill(dropped, 0.0)
         if contrastive_each.backend(query, negatives) == "reference":  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    return contrastive_each(
-        *Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
-    )
+    return contrastive_each(*Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep))

@@ -320,9 +320,7 @@ def image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
     )
 
 
-def _ssim_bwd(
-    grad: Tensor, saved: Saved, call: _Call, x: Inputs, first: Tensor | None, second: Tensor | None
-) -> None:
+def _ssim_bwd(grad: Tensor, saved: Saved, call: _Call, x: Inputs, first: Tensor | None, second: Tensor | None) -> None:
     _, _, window, sigma, _, _, c2, _ = x.numbers
     sweep = _sweep(call, x.numbers)
     with on_device(call.pred):

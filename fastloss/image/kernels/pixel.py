@@ -154,9 +154,7 @@ def _pixel_bwd_kernel(
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)
 
 
-def _first_stage(
-    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
-) -> Tensor:
+def _first_stage(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
     """The map of distances, or a sum of them per program."""
     count = image.numel()
     if count == 0:

@@ -238,9 +238,7 @@ def guide_args(guide: Tensor | None) -> tuple | None:
     return guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1)
 
 
-def _first_stage(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
+def _first_stage(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
     """Sums of each program: ``[N, planes of an image, programs of a plane, channels of a pixel, directions]``."""
     images, channels, axes = *image_pred.shape[:2], image_pred.ndim - 2
     outs = 1 if kind == "isotropic" else axes
@@ -264,9 +262,7 @@ def _first_stage(
     return out
 
 
-def smoothness_fwd(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
+def smoothness_fwd(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
     out = _first_stage(image_pred, guide, weight, kind, order)
     return (out.sum(2) if out.shape[2] > 1 else out[:, :, 0]).reshape(*image_pred.shape[:2], out.shape[4])
 

@@ -195,8 +195,14 @@ IMAGE_CASES = [
         eager_smoothness,
         shapes=(*IMAGES, (2, 1, 2, 7), (2, 1, 7, 2), (1, 1, 2, 2), (1, 1, 1, 2)),
         options=[
-            {}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": "isotropic", "order": 2},
-            {"convention": "torchmetrics"}, {"p": "norm", "convention": "piq"},
+            {},
+            {"p": 2},
+            {"p": "isotropic"},
+            {"p": "norm"},
+            {"order": 2},
+            {"p": "isotropic", "order": 2},
+            {"convention": "torchmetrics"},
+            {"p": "norm", "convention": "piq"},
         ],
         grads=(0,),
         bad=[
@@ -207,16 +213,21 @@ IMAGE_CASES = [
             ("convention", with_options(convention="tf"), ValueError, "convention: expected one of ('fastloss'"),
             ("none", with_options(convention="kornia", reduction="none"), ValueError, "'kornia' has 'mean' and 'sum'"),
             ("guide", with_options(guide=torch.zeros(2, 3, 8, 9)), ValueError, "guide: expected the batch and size of"),
-            ("guide gradient", with_options(guide=torch.zeros(2, 3, 8, 8, requires_grad=True)), ValueError,
-             "guide: no gradient is provided for it"),
+            (
+                "guide gradient",
+                with_options(guide=torch.zeros(2, 3, 8, 8, requires_grad=True)),
+                ValueError,
+                "guide: no gradient is provided for it",
+            ),
             ("weight", with_options(weight=torch.ones(3, 1, 8, 8)), ValueError, "weight: expected a shape that"),
             ("empty", with_argument(0, lambda t: t[:0]), ValueError, "the mean of an empty batch"),
         ],
         bench=Bench(
             shapes=[(8, 3, 512, 512)],
             # forward reads the image; backward reads it again and writes the gradient
-            cost=lambda shape, size, mode: {"forward": 1, "backward": 2, "both": 3}[mode]
-            * size * torch.Size(shape).numel(),
+            cost=lambda shape, size, mode: (
+                {"forward": 1, "backward": 2, "both": 3}[mode] * size * torch.Size(shape).numel()
+            ),
             options=[{"p": 1}, {"p": 2}, {"p": "isotropic"}],
             headline=3,
         ),
@@ -235,8 +246,9 @@ IMAGE_CASES = [
         bench=Bench(
             shapes=[(8, 3, 512, 512)],
             # forward reads the image, as much of a guide, and a weight per pixel; backward the same, and a gradient
-            cost=lambda shape, size, mode: {"forward": 7, "backward": 10, "both": 17}[mode]
-            * size * torch.Size(shape).numel() // 3,
+            cost=lambda shape, size, mode: (
+                {"forward": 7, "backward": 10, "both": 17}[mode] * size * torch.Size(shape).numel() // 3
+            ),
             options=[{"p": 1}, {"p": "isotropic"}],
         ),
     ),
@@ -247,8 +259,10 @@ IMAGE_CASES = [
         eager_ssim,
         shapes=((2, 3, 5, 4), (1, 1, 1, 1), (3, 2, 7, 13), (1, 3, 12, 33)),
         options=[
-            {}, {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05},
-            {"window": 5, "data_range": (-1.0, 1.5)}, {"window": 1},
+            {},
+            {"window": 5, "sigma": 0.8, "data_range": 2.0, "k1": 0.02, "k2": 0.05},
+            {"window": 5, "data_range": (-1.0, 1.5)},
+            {"window": 1},
         ],
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
@@ -267,10 +281,12 @@ IMAGE_CASES = [
             ("empty", lambda args, options: ((args[0][:0], args[1][:0]), options), ValueError, "the mean of an empty"),
         ],
         bench=Bench(
-            shapes=[(8, 3, 256, 256)], cuda_shapes=[(8, 3, 512, 512)],
+            shapes=[(8, 3, 256, 256)],
+            cuda_shapes=[(8, 3, 512, 512)],
             # forward reads both images; backward reads both again and writes one gradient
-            cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
-            * size * torch.Size(shape).numel(),
+            cost=lambda shape, size, mode: (
+                {"forward": 2, "backward": 3, "both": 5}[mode] * size * torch.Size(shape).numel()
+            ),
             options=[{"padding": "valid"}, {}],
             make=unit_pair,
         ),
@@ -306,11 +322,13 @@ IMAGE_CASES = [
             ("weight", with_options(level_weights=(1.0, -1.0)), ValueError, "level_weights[1]: expected a finite"),
         ],
         bench=Bench(
-            shapes=[(8, 3, 256, 256)], cuda_shapes=[(8, 3, 512, 512)],
+            shapes=[(8, 3, 256, 256)],
+            cuda_shapes=[(8, 3, 512, 512)],
             # the same as ssim_loss for five levels of 1, 1/4, 1/16, 1/64 and 1/256 of the pixels; what is written to
             # make the levels is not counted
-            cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
-            * size * torch.Size(shape).numel() * 341 // 256,
+            cost=lambda shape, size, mode: (
+                {"forward": 2, "backward": 3, "both": 5}[mode] * size * torch.Size(shape).numel() * 341 // 256
+            ),
             options=[{"level_weights": (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)}],
             make=unit_pair,
         ),
@@ -324,8 +342,11 @@ IMAGE_CASES = [
         eager_image,
         shapes=((2, 3, 8, 8), (1, 1, 1, 1), (3, 2, 7, 13), *NARROW),
         options=[
-            {}, {"pixel": (1, 0.8), "ssim": 0.2}, {"smoothness": (2, 0.5)},
-            {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": None, "smoothness": (1, 0.3), "ssim": 0.2},
+            {},
+            {"pixel": (1, 0.8), "ssim": 0.2},
+            {"smoothness": (2, 0.5)},
+            {"pixel": (1, 1.0), "smoothness": (1, 0.1)},
+            {"pixel": None, "smoothness": (1, 0.3), "ssim": 0.2},
             {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3, "ssim_options": {"window": 5}},
             {"pixel": (1, 0.8), "ssim": 0.2, "ssim_options": {"window": 5, "data_range": (-1.0, 1.5)}},
         ],
@@ -333,8 +354,12 @@ IMAGE_CASES = [
         bad=[
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
             ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
-            ("rank", lambda args, options: ([t[0] for t in args], {"smoothness": (1, 1.0)}), ValueError,
-             "image_pred: expected a 4-D or 5-D tensor"),
+            (
+                "rank",
+                lambda args, options: ([t[0] for t in args], {"smoothness": (1, 1.0)}),
+                ValueError,
+                "image_pred: expected a 4-D or 5-D tensor",
+            ),
             ("even", with_options(ssim=1.0, ssim_options={"window": 4}), ValueError, "window: expected an odd integer"),
             ("too large", with_options(ssim=1.0, ssim_options={"padding": "valid"}), ValueError, "got 11 for images"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "image: expected a float16"),
@@ -346,7 +371,8 @@ IMAGE_CASES = [
             ("off", with_options(ssim_options={"window": 3}), ValueError, "ssim_options: the part it is for is off"),
         ],
         bench=Bench(
-            shapes=[(4, 3, 512, 512)], cuda_shapes=[(8, 3, 512, 512)],
+            shapes=[(4, 3, 512, 512)],
+            cuda_shapes=[(8, 3, 512, 512)],
             cost=image_cost,
             headline=2,
             options=[
@@ -363,7 +389,8 @@ IMAGE_CASES = [
         eager_weighted_image,
         shapes=((2, 3, 8, 8), (3, 2, 7, 13), *NARROW),
         options=[
-            {"pixel": (1, 1.0), "smoothness": (1, 0.1)}, {"pixel": (2, 1.0), "ssim": 0.2},
+            {"pixel": (1, 1.0), "smoothness": (1, 0.1)},
+            {"pixel": (2, 1.0), "ssim": 0.2},
             {"pixel": ("huber", 2.0), "smoothness": ("isotropic", 0.1), "ssim": 0.3},
         ],
         reductions=(),

@@ -34,8 +34,14 @@ PIXEL_CASES = [
         eager_pixel,
         shapes=(*IMAGES, (5,), (2, 2, 1, 4, 5)),
         options=[
-            {"p": 1}, {"p": 2}, {"p": 1.5}, {"p": 3}, {"p": "charbonnier"}, {"p": "charbonnier", "eps": 0.1},
-            {"p": "huber"}, {"p": "huber", "delta": 0.1},
+            {"p": 1},
+            {"p": 2},
+            {"p": 1.5},
+            {"p": 3},
+            {"p": "charbonnier"},
+            {"p": "charbonnier", "eps": 0.1},
+            {"p": "huber"},
+            {"p": "huber", "delta": 0.1},
         ],
         bad=[
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
@@ -49,8 +55,9 @@ PIXEL_CASES = [
         bench=Bench(
             shapes=[(8, 3, 512, 512)],
             # forward reads both images; backward reads both (sign and value are recomputed) and writes one gradient
-            cost=lambda shape, size, mode: {"forward": 2, "backward": 3, "both": 5}[mode]
-            * size * torch.Size(shape).numel(),
+            cost=lambda shape, size, mode: (
+                {"forward": 2, "backward": 3, "both": 5}[mode] * size * torch.Size(shape).numel()
+            ),
             options=[{"p": 1}, {"p": 2}, {"p": "charbonnier"}],
             headline=3,  # the second, which eager has in one call, shows what is left to win there
         ),

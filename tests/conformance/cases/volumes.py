@@ -40,7 +40,12 @@ VOLUME_CASES = [
         eager_volume,
         shapes=VOLUMES,
         options=[
-            {}, {"p": 2}, {"p": "isotropic"}, {"p": "norm"}, {"order": 2}, {"p": 2, "order": 2},
+            {},
+            {"p": 2},
+            {"p": "isotropic"},
+            {"p": "norm"},
+            {"order": 2},
+            {"p": 2, "order": 2},
             {"p": "isotropic", "order": 2},
         ],
         grads=(0,),
@@ -53,8 +58,10 @@ VOLUME_CASES = [
         eager_image_volume,
         shapes=VOLUMES,
         options=[
-            *({"pixel": (pixel, 1.0), "smoothness": (p, 0.5)}
-              for pixel, p in ((1, 1), (2, 2), (2, "norm"), (1, "isotropic"), (1.5, 1))),
+            *(
+                {"pixel": (pixel, 1.0), "smoothness": (p, 0.5)}
+                for pixel, p in ((1, 1), (2, 2), (2, "norm"), (1, "isotropic"), (1.5, 1))
+            ),
             *({"pixel": (1, 1.0), "smoothness": (p, 0.5), "smoothness_options": {"order": 2}} for p in (1, 2)),
         ],
         reductions=(),
