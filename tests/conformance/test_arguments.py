@@ -171,12 +171,10 @@ def tensors_in(case: Case, args: tuple, options: dict) -> Iterator[tuple[str, Te
             yield names[i], arg, lambda t, i=i: ((*args[:i], t, *args[i + 1 :]), options)
         elif isinstance(arg, (list, tuple)):
             for k, item in enumerate(arg):
-                changed = (
-                    lambda t, i=i, k=k, arg=arg: (  # noqa: E731
-                        (*args[:i], [*arg[:k], t, *arg[k + 1 :]], *args[i + 1 :]),
-                        options,
-                    )
-                )
+
+                def changed(t, i=i, k=k, arg=arg):
+                    return (*args[:i], [*arg[:k], t, *arg[k + 1 :]], *args[i + 1 :]), options
+
                 yield f"{names[i]}[{k}]", item, changed
     for name, value in options.items():
         if isinstance(value, Tensor):
