@@ -23,7 +23,7 @@ struct Upstream {
   // of the log-sum-exps alone
   explicit Upstream(int64_t rows) : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(grad) {}
 
-  Upstream(const Problem& p, const Tensor& grads, const Tensor& stats, int64_t direction) {
+  Upstream(const LogitMatrix& p, const Tensor& grads, const Tensor& stats, int64_t direction) {
     const auto row = [&](const Tensor& t, int64_t k) {
       return input<float>(t) + (direction * p.statistics() + k) * p.rows;
     };
@@ -53,7 +53,7 @@ class Gradient {
  public:
   // `rows`, `columns`: the upstream gradients of the two directions; with one direction `columns` is empty. `positives`
   // (or empty): the gradients of the positives' logits, (i, i) or (i, excluded_i), which no statistic contains.
-  Gradient(const Problem& p, Upstream rows, Upstream columns, std::vector<float> positives = {})
+  Gradient(const LogitMatrix& p, Upstream rows, Upstream columns, std::vector<float> positives = {})
       : p_(p),
         kernels_(contrastive_kernels()),
         matmul_(matmul_kernels()),
@@ -198,7 +198,7 @@ class Gradient {
     row_parts_[i * blocks_ + first / kColumns] = total;
   }
 
-  const Problem& p_;
+  const LogitMatrix& p_;
   const ContrastiveKernels kernels_;
   const MatmulKernels matmul_;
   Upstream rows_;
@@ -214,7 +214,7 @@ class Gradient {
 // Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a
 // time, columns(first, u [n, D]) of n columns at a time. `stash` [S, N]: the products of the first S rows.
 template <typename Rows, typename Columns>
-void make_gradients(Gradient& gradient, Problem& p, const Tensor& stash, double workspace_mib, bool needs_query,
+void make_gradients(Gradient& gradient, LogitMatrix& p, const Tensor& stash, double workspace_mib, bool needs_query,
                     bool needs_key, const Rows& rows, const Columns& columns) {
   const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / (needs_key ? 4 : 2)), kWidest);
   const auto [high, wide] = rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);

@@ -117,7 +117,7 @@ inline Tensor single(const Tensor& t) {
 }
 
 // The operands of the op; those of columns are padded to whole vectors.
-struct Problem {
+struct LogitMatrix {
   Tensor query, key;                                // float32, contiguous
   std::vector<Tensor> query_pieces, key_pieces;     // columns, kTerms at a time, of the rows at hand and of all keys
   std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // first and count
@@ -132,7 +132,7 @@ struct Problem {
 
   using Given = std::optional<Tensor>;
 
-  Problem(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
+  LogitMatrix(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
       : query(single(q)),
         key(single(k)),
         queries(query),
@@ -232,7 +232,7 @@ struct Problem {
 };
 
 // Height and width of as many float32 logits as fit in `mib`, one row of a tile at least; widths are whole tiles.
-inline std::pair<int64_t, int64_t> rectangle(const Problem& p, double mib, int64_t widest) {
+inline std::pair<int64_t, int64_t> rectangle(const LogitMatrix& p, double mib, int64_t widest) {
   const int64_t area = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
   if (p.upper) widest = std::min(widest, kUpper);
   const int64_t width = std::min({widest, std::max(area / kColumns, int64_t{1}) * kColumns, p.columns});

@@ -23,7 +23,7 @@ struct ColumnParts {
   int64_t width;
   std::vector<float> most, total[kFactors], sum, count;
 
-  ColumnParts(const Problem& p, int64_t groups, int64_t columns) : width((columns + 15) / 16 * 16) {
+  ColumnParts(const LogitMatrix& p, int64_t groups, int64_t columns) : width((columns + 15) / 16 * 16) {
     if (!p.symmetric) return;
     const size_t size = groups * width;
     most.assign(size, kLowest);
@@ -36,7 +36,7 @@ struct ColumnParts {
 class Statistics {
  public:
   // stats: [directions, statistics, rows]
-  Statistics(const Problem& p, float* stats)
+  Statistics(const LogitMatrix& p, float* stats)
       : p_(p), kernels_(contrastive_kernels()), blocks_(blocks_of(p.columns, kColumns)), stats_(stats) {
     if (!p.symmetric) return;
     most_.assign(p.padded_columns, kLowest);
@@ -178,7 +178,7 @@ class Statistics {
     put(3, moments.count);
   }
 
-  const Problem& p_;
+  const LogitMatrix& p_;
   const ContrastiveKernels kernels_;
   const int64_t blocks_;
   float* stats_;
@@ -190,7 +190,7 @@ class Statistics {
 };
 
 // Writes all statistics, and returns the products of the first `rows` rows, all their columns, if `rows` > 0.
-inline std::optional<Tensor> make_statistics(Problem& p, double workspace_mib, int64_t rows, float* stats) {
+inline std::optional<Tensor> make_statistics(LogitMatrix& p, double workspace_mib, int64_t rows, float* stats) {
   Statistics forward(p, stats);
   std::optional<Tensor> kept;
   const bool all = rows > 0 && rows == p.rows;

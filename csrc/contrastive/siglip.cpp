@@ -3,6 +3,7 @@
 
 #include "contrastive/norms.h"
 #include "core/isa.h"
+#include "core/op.h"
 
 namespace fastloss {
 namespace {
@@ -30,20 +31,20 @@ constexpr int64_t kImage = 1, kText = 2, kNumbers = 4;  // bits of `needs`
 constexpr double kGradientBlock = 64;                   // MiB of a block of the products' gradient at most
 constexpr int64_t kWidest = 16384;                      // its columns at most
 
-struct Pairs {
-  Problem problem;
+struct SigmoidLoss {
+  LogitMatrix problem;
   const float scale, bias;
   const bool positives;
   std::vector<float> c, text_c;  // inverse lengths, or nothing
   std::vector<float> share;      // weights of the rows in the loss; empty: 1
 
-  Pairs(const Tensor& image, const Tensor& text, const Tensor& scale_given, const Tensor& bias_given,
-        const Given& image_ids, const Given& text_ids, const Given& weights, bool normalize, bool negative_only)
+  SigmoidLoss(const Tensor& image, const Tensor& text, const Tensor& scale_given, const Tensor& bias_given,
+              const Given& image_ids, const Given& text_ids, const Given& weights, bool normalize, bool negative_only)
       : problem(image, text, kind(image, text, negative_only), 0.0),
         scale(number(scale_given)),
         bias(number(bias_given)),
         positives(!negative_only) {
-    Problem& p = problem;
+    LogitMatrix& p = problem;
     STD_TORCH_CHECK(negative_only || p.rows == p.columns, "siglip: expected as many texts as images");
     p.masks(std::nullopt, image_ids, text_ids, std::nullopt);
     share = padded(weights, ScalarType::Float, p.rows, p.rows, 1.0f);
@@ -107,7 +108,7 @@ struct Gradients {
 
 class Siglip {
  public:
-  Siglip(Pairs& pairs, int64_t needs, double workspace_mib)
+  Siglip(SigmoidLoss& pairs, int64_t needs, double workspace_mib)
       : pairs_(pairs),
         p_(pairs.problem),
         contrastive_(contrastive_kernels()),
@@ -221,8 +222,8 @@ class Siglip {
       of_row_[i] += contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], nullptr, nullptr, to);
   }
 
-  const Pairs& pairs_;
-  Problem& p_;
+  const SigmoidLoss& pairs_;
+  LogitMatrix& p_;
   const ContrastiveKernels contrastive_;
   const MatmulKernels matmul_;
   const SiglipKernels kernels_;
@@ -237,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(const Tensor& imag
                                                               std::optional<Tensor> text_ids,
                                                               std::optional<Tensor> share, bool normalize,
                                                               bool negative_only, int64_t needs, double workspace_mib) {
-  Pairs pairs(image, text, scale, bias, image_ids, text_ids, share, normalize, negative_only);
+  SigmoidLoss pairs(image, text, scale, bias, image_ids, text_ids, share, normalize, negative_only);
   Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
   const Gradients made = pass.run();
   Tensor loss = share.has_value() ? new_empty(scale, {}) : new_empty(scale, {image.size(0)});
@@ -261,7 +262,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(const Tensor& grad, const 
   if (share.has_value()) {
     factor = input<float>(torch::stable::contiguous(grad))[0];
   } else {
-    Pairs pairs(image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only);
+    SigmoidLoss pairs(image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only);
     made =
         Siglip(pairs, needs_image * kImage + needs_text * kText + (needs_scale || needs_bias) * kNumbers, workspace_mib)
             .run();

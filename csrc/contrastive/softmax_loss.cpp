@@ -5,6 +5,7 @@
 #include "contrastive/logit_gradients.h"
 #include "contrastive/online_softmax.h"
 #include "contrastive/weighted_keys.h"
+#include "core/op.h"
 
 namespace fastloss {
 namespace {
@@ -23,7 +24,7 @@ constexpr double kChunk = 16;
 // fastloss/contrastive/save_plan.py explains, and decides in the same way.
 enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
 
-Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, double workspace_mib) {
+Saves saves_of(const LogitMatrix& p, const std::string& reduction, int64_t needs, double workspace_mib) {
   if (needs == 0) return Saves::kNothing;
   if (!p.symmetric && !(needs & kKey)) return Saves::kRows;
   const int64_t least = p.symmetric ? p.rows : std::min(p.rows, kLeastRows);
@@ -33,7 +34,8 @@ Saves saves_of(const Problem& p, const std::string& reduction, int64_t needs, do
 }
 
 // The gradients of the log-sum-exps of row i (and column i) for a weight w of loss_i; returns that of the positive.
-float set_slopes(const Plain& call, int64_t i, double w, double forth, double back, Upstream& rows, Upstream& columns) {
+float set_slopes(const SoftmaxLoss& call, int64_t i, double w, double forth, double back, Upstream& rows,
+                 Upstream& columns) {
   float total = 0;
   const auto set = [&](Upstream& to, double n) {
     if (n == -std::numeric_limits<double>::infinity()) return;
@@ -49,8 +51,8 @@ float set_slopes(const Plain& call, int64_t i, double w, double forth, double ba
 
 // "grads": losses and gradients in one go, a chunk of rows and all their columns at a time. With two directions the
 // gradients need the columns' log-sum-exps, hence all rows: then these are one chunk.
-void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
-  Problem& p = call.p;
+void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, Made& made) {
+  LogitMatrix& p = call.p;
   if (p.empty()) {
     torch::stable::zero_(made.key);
     return;
@@ -93,12 +95,12 @@ void grads_pass(Plain& call, double workspace_mib, float* stats, Made& made) {
   if (of_keys) call.keys().put(0, *below, made.key);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_plain_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_loss_fwd(
     const Tensor& query, const Tensor& key, std::optional<Tensor> scale, std::optional<Tensor> share,
     std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric, bool normalize,
     std::string reduction, int64_t needs, double workspace_mib) {
-  Plain call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
-  Problem& p = call.p;
+  SoftmaxLoss call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+  LogitMatrix& p = call.p;
   call.measure();
   const Saves saves = saves_of(p, reduction, needs, workspace_mib);
   const bool made = saves == Saves::kRows || saves == Saves::kGrads;
@@ -131,9 +133,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_p
 }
 
 // Both directions' gradients of the log-sum-exps, of the positives, and so those of the embeddings.
-Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upstream, double workspace_mib,
+Made from_state(SoftmaxLoss& call, const Tensor& stash, const std::vector<float>& upstream, double workspace_mib,
                 const Tensor& query, const Tensor& key, bool needs_query, bool needs_key) {
-  Problem& p = call.p;
+  LogitMatrix& p = call.p;
   Upstream forth(p.rows), back(p.symmetric ? p.rows : 0);
   std::vector<float> positives(p.rows, 0.0f);
   for (int64_t i = 0; i < p.rows; ++i)
@@ -153,14 +155,14 @@ Made from_state(Plain& call, const Tensor& stash, const std::vector<float>& upst
   return made;
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
+std::tuple<Tensor, Tensor, Tensor> softmax_loss_bwd(
     const Tensor& grad, const Tensor& query, const Tensor& key, std::optional<Tensor> scale,
     std::optional<Tensor> share, std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric,
     bool normalize, std::string reduction, int64_t needs, double workspace_mib, const Tensor& state,
     const Tensor& lengths, const Tensor& stash, const Tensor& query_grad, const Tensor& key_grad,
     const Tensor& scale_grad, bool needs_query, bool needs_key, bool needs_scale) {
-  Plain call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
-  const Problem& p = call.p;
+  SoftmaxLoss call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+  const LogitMatrix& p = call.p;
   const Saves saves = saves_of(p, reduction, needs, workspace_mib);
   const Tensor up = torch::stable::contiguous(grad);
   std::vector<float> upstream(p.rows);
@@ -198,6 +200,6 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_plain_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_plain_fwd", FASTLOSS_BOX(&fastloss::contrastive_plain_fwd));
-  m.impl("contrastive_plain_bwd", FASTLOSS_BOX(&fastloss::contrastive_plain_bwd));
+  m.impl("softmax_loss_fwd", FASTLOSS_BOX(&fastloss::softmax_loss_fwd));
+  m.impl("softmax_loss_bwd", FASTLOSS_BOX(&fastloss::softmax_loss_bwd));
 }

@@ -11,8 +11,8 @@ using Given = std::optional<Tensor>;
 
 constexpr int64_t kQuery = 1, kKey = 2, kScale = 4, kNegatives = 8;  // bits of `needs`
 
-struct Plain {
-  Problem p;
+struct SoftmaxLoss {
+  LogitMatrix p;
   double scale = 1;  // of `scale` itself; `factor` is the number beside it
   const double factor;
   const bool include_positive, normalize;
@@ -21,24 +21,24 @@ struct Plain {
   std::vector<float> c, key_c;             // inverse lengths, or 1
   std::vector<float> positive, lse, back;  // p and n of the rows; n' of the columns, if symmetric
 
-  Plain(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
-        const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
-        const std::string& reduction)
+  SoftmaxLoss(const Tensor& query, const Tensor& key, const Given& scale_given, const Given& share_given,
+              const Given& targets, double factor_given, bool positives, bool symmetric, bool cosine,
+              const std::string& reduction)
       : p(query, key, kind(query, key, !targets.has_value(), symmetric), 0.0),
         factor(factor_given),
         include_positive(positives),
         normalize(cosine) {
     if (scale_given.has_value()) {
       STD_TORCH_CHECK(scale_given->numel() == 1 && scale_given->scalar_type() == ScalarType::Float,
-                      "contrastive_plain: expected one float32 scale");
+                      "softmax_loss: expected one float32 scale");
       scale = input<float>(*scale_given)[0];
     }
-    STD_TORCH_CHECK(!symmetric || !targets.has_value(), "contrastive_plain: symmetric takes no targets");
+    STD_TORCH_CHECK(!symmetric || !targets.has_value(), "softmax_loss: symmetric takes no targets");
     p.masks(targets, std::nullopt, std::nullopt, std::nullopt);
     target = p.excluded;
     for (int64_t i = 0; i < p.rows; ++i) {
       if (p.diagonal) target[i] = i;
-      STD_TORCH_CHECK(target[i] >= 0 && target[i] < p.columns, "contrastive_plain: targets are out of key's rows");
+      STD_TORCH_CHECK(target[i] >= 0 && target[i] < p.columns, "softmax_loss: targets are out of key's rows");
     }
     const double rows = reduction == "mean" ? static_cast<double>(p.rows) : 1.0;
     share = padded(share_given, ScalarType::Float, p.rows, p.rows, 1.0f);
@@ -104,8 +104,8 @@ struct Made {
 
 // Turns row i of `pulls`, the sum of keys in d n_i / d query_i, into d loss_i / d query_i; `stats` are the n_i. Where
 // made.key has memory, d loss_i by the positive's key goes to that key's row: no two rows may share a positive then.
-inline void rows_pass(const Plain& call, const float* stats, Tensor& pulls, Made& made) {
-  const Problem& p = call.p;
+inline void rows_pass(const SoftmaxLoss& call, const float* stats, Tensor& pulls, Made& made) {
+  const LogitMatrix& p = call.p;
   const auto kernels = contrastive_kernels();
   float* to = output<float>(pulls);
   each_row(p.rows, p.width, [&](int64_t i) {
@@ -134,7 +134,7 @@ inline void rows_pass(const Plain& call, const float* stats, Tensor& pulls, Made
 }
 
 // Losses [rows], or reduced.
-inline Tensor losses(const Plain& call, const std::string& reduction) {
+inline Tensor losses(const SoftmaxLoss& call, const std::string& reduction) {
   const bool each = reduction == "none";
   Tensor out = each ? vector(call.p.rows) : scalar();
   double total = 0;

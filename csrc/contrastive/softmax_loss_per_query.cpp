@@ -4,6 +4,7 @@
 
 #include "contrastive/softmax_loss.h"
 #include "contrastive/softmax_stats_per_query.h"
+#include "core/op.h"
 
 namespace fastloss {
 namespace {
@@ -12,19 +13,19 @@ using torch::stable::new_empty;
 
 constexpr int64_t kKept = 4;  // numbers per row of the state: n_i, the largest logit, p_i, r_i
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_own_fwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_loss_per_query_fwd(
     const Tensor& query, const Tensor& key, const Tensor& negatives, std::optional<Tensor> scale,
     std::optional<Tensor> share, double factor, bool include_positive, bool normalize, std::string reduction,
     int64_t needs) {
-  Plain call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
-  const Problem& p = call.p;
-  STD_TORCH_CHECK(p.rows == p.columns, "contrastive_own: expected as many keys as queries");
+  SoftmaxLoss call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
+  const LogitMatrix& p = call.p;
+  STD_TORCH_CHECK(p.rows == p.columns, "softmax_loss_per_query: expected as many keys as queries");
   call.measure();
   const Tensor row_scale = vector(p.rows);
   std::copy_n(p.row_scale.begin(), p.rows, output<float>(row_scale));
   const bool keeps = needs & kNegatives;
-  auto [stats, pulls, logits, inverse] =
-      contrastive_each_fwd(p.query, negatives, row_scale, std::nullopt, normalize, "", 0, keeps ? 2 : needs != 0);
+  auto [stats, pulls, logits, inverse] = softmax_stats_per_query_fwd(p.query, negatives, row_scale, std::nullopt,
+                                                                     normalize, "", 0, keeps ? 2 : needs != 0);
   const float* n = input<float>(stats);
   Made made{floats({needs & kQuery ? p.rows : 0, p.width}), floats({needs & kKey ? p.rows : 0, p.width}),
             vector(needs & kScale ? p.rows : 0)};
@@ -41,14 +42,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_o
   return {losses(call, reduction), state, logits, inverse, made.query, made.key, made.scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_per_query_bwd(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& negatives, std::optional<Tensor> scale,
     std::optional<Tensor> share, double factor, bool include_positive, bool normalize, std::string reduction,
     int64_t needs, const Tensor& state, const Tensor& logits, const Tensor& inverse, const Tensor& query_grad,
     const Tensor& key_grad, const Tensor& scale_grad, bool needs_query, bool needs_key, bool needs_negatives,
     bool needs_scale) {
-  Plain call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
-  const Problem& p = call.p;
+  SoftmaxLoss call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
+  const LogitMatrix& p = call.p;
   const Tensor up = torch::stable::contiguous(grad);
   std::vector<float> upstream(p.rows);  // of loss_i
   for (int64_t i = 0; i < p.rows; ++i)
@@ -66,8 +67,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
       output<float>(slopes)[i] = static_cast<float>(upstream[i] * slope);
       output<float>(slopes)[p.rows + i] = 0;  // of the largest logit
     }
-    to_negatives = std::get<1>(contrastive_each_bwd(slopes, p.query, negatives, row_scale, std::nullopt, normalize, "",
-                                                    0, 2, state, vector(0), logits, inverse, false, true, false));
+    to_negatives =
+        std::get<1>(softmax_stats_per_query_bwd(slopes, p.query, negatives, row_scale, std::nullopt, normalize, "", 0,
+                                                2, state, vector(0), logits, inverse, false, true, false));
   }
   if (needs_scale && scale.has_value()) {
     double total = 0;
@@ -82,6 +84,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_own_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_own_fwd", FASTLOSS_BOX(&fastloss::contrastive_own_fwd));
-  m.impl("contrastive_own_bwd", FASTLOSS_BOX(&fastloss::contrastive_own_bwd));
+  m.impl("softmax_loss_per_query_fwd", FASTLOSS_BOX(&fastloss::softmax_loss_per_query_fwd));
+  m.impl("softmax_loss_per_query_bwd", FASTLOSS_BOX(&fastloss::softmax_loss_per_query_bwd));
 }

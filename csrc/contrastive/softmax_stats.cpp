@@ -5,17 +5,18 @@
 #include "contrastive/logit_gradients.h"
 #include "contrastive/online_softmax.h"
 #include "contrastive/weighted_keys.h"
+#include "core/op.h"
 
 namespace fastloss {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_fwd(const Tensor& query, const Tensor& key, const Tensor& row_scale,
-                                                   std::optional<Tensor> column_scale, std::optional<Tensor> bias,
-                                                   std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
-                                                   std::optional<Tensor> column_ids, std::optional<Tensor> ceiling,
-                                                   std::string kind, double hardness, double workspace_mib,
-                                                   bool keep_pulls) {
-  Problem p(query, key, kind, hardness);
+std::tuple<Tensor, Tensor, Tensor> softmax_stats_fwd(const Tensor& query, const Tensor& key, const Tensor& row_scale,
+                                                     std::optional<Tensor> column_scale, std::optional<Tensor> bias,
+                                                     std::optional<Tensor> excluded, std::optional<Tensor> row_ids,
+                                                     std::optional<Tensor> column_ids, std::optional<Tensor> ceiling,
+                                                     std::string kind, double hardness, double workspace_mib,
+                                                     bool keep_pulls) {
+  LogitMatrix p(query, key, kind, hardness);
   p.scales(row_scale, column_scale, bias);
   p.masks(excluded, row_ids, column_ids, ceiling);
   Tensor stats = torch::stable::new_empty(row_scale, {p.directions(), p.statistics(), p.rows});
@@ -42,7 +43,7 @@ void add_hard(int64_t width, float hardness, const HardGrads<float>& grads, cons
 }
 
 // The gradients of queries and their scales (empty: not needed) from what the forward has made.
-void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls, Tensor& query_grad,
+void from_pulls(const LogitMatrix& p, const Upstream& upstream, const Tensor& pulls, Tensor& query_grad,
                 Tensor& scale_grad) {
   const int64_t factors = static_cast<int64_t>(p.factors.size());
   const float* from = input<float>(pulls);
@@ -71,13 +72,13 @@ void from_pulls(const Problem& p, const Upstream& upstream, const Tensor& pulls,
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> softmax_stats_bwd(
     const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& row_scale,
     std::optional<Tensor> column_scale, std::optional<Tensor> bias, std::optional<Tensor> excluded,
     std::optional<Tensor> row_ids, std::optional<Tensor> column_ids, std::optional<Tensor> ceiling, std::string kind,
     double hardness, double workspace_mib, bool keep, const Tensor& stats, const Tensor& stash, const Tensor& pulls,
     bool needs_query, bool needs_key, bool needs_row_scale, bool needs_column_scale, bool needs_bias) {
-  Problem p(query, key, kind, hardness);
+  LogitMatrix p(query, key, kind, hardness);
   p.scales(row_scale, column_scale, bias);
   p.masks(excluded, row_ids, column_ids, ceiling);
   const Tensor upstream = torch::stable::contiguous(grad), made = torch::stable::contiguous(stats);
@@ -116,6 +117,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_bwd(
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_fwd", FASTLOSS_BOX(&fastloss::contrastive_fwd));
-  m.impl("contrastive_bwd", FASTLOSS_BOX(&fastloss::contrastive_bwd));
+  m.impl("softmax_stats_fwd", FASTLOSS_BOX(&fastloss::softmax_stats_fwd));
+  m.impl("softmax_stats_bwd", FASTLOSS_BOX(&fastloss::softmax_stats_bwd));
 }

@@ -3,6 +3,7 @@
 
 #include "contrastive/softmax_stats_per_query.h"
 #include "core/isa.h"
+#include "core/op.h"
 #include "core/parallel.h"
 
 #include <cmath>
@@ -90,11 +91,11 @@ struct Each {
         statistics(2 + 2 * moments + powers - 1),
         ceilinged_(most.has_value()) {
     const bool fits = query.dim() == 2 && given.dim() == 3 && given.size(0) == rows && given.size(2) == width;
-    STD_TORCH_CHECK(fits, "contrastive_each: expected query [M, D] and negatives [M, K, D]");
-    STD_TORCH_CHECK(moments || kind.empty(), "contrastive_each: unknown kind ", kind);
+    STD_TORCH_CHECK(fits, "softmax_stats_per_query: expected query [M, D] and negatives [M, K, D]");
+    STD_TORCH_CHECK(moments || kind.empty(), "softmax_stats_per_query: unknown kind ", kind);
     const bool singles = scale.scalar_type() == ScalarType::Float && ceiling.scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(singles && scale.numel() == rows && ceiling.numel() == rows,
-                    "contrastive_each: expected float32 [M] scales and ceilings");
+                    "softmax_stats_per_query: expected float32 [M] scales and ceilings");
   }
 
   template <typename T>
@@ -173,10 +174,11 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_each_fwd(const Tensor& query, const Tensor& negatives,
-                                                                const Tensor& row_scale, std::optional<Tensor> ceiling,
-                                                                bool normalize, std::string kind, double hardness,
-                                                                int64_t keep) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_stats_per_query_fwd(const Tensor& query, const Tensor& negatives,
+                                                                       const Tensor& row_scale,
+                                                                       std::optional<Tensor> ceiling, bool normalize,
+                                                                       std::string kind, double hardness,
+                                                                       int64_t keep) {
   const Each call(query, negatives, row_scale, ceiling, normalize, kind, hardness);
   const int64_t stride = padded(call.width), kept = keep > 1 ? call.rows : 0;
   Tensor stats = new_empty(query, {call.statistics, call.rows}, ScalarType::Float);
@@ -186,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_each_fwd(const Tensor& qu
   std::vector<EachPart> parts(call.rows * call.pieces);
   std::vector<float> sums(keep ? call.rows * call.pieces * call.sums * stride : 0);
   float *to_logits = output<float>(logits), *to_inverse = output<float>(inverse);
-  for_dtype(negatives.scalar_type(), "contrastive_each", [&](auto element) {
+  for_dtype(negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(each_kernels<T>());
     call.each([&](int64_t row, int64_t piece, int64_t begin, int64_t n, const EachQuery& q) {
@@ -206,18 +208,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> contrastive_each_fwd(const Tensor& qu
   return {stats, pulls, logits, inverse};
 }
 
-std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, const Tensor& query,
-                                                        const Tensor& negatives, const Tensor& row_scale,
-                                                        std::optional<Tensor> ceiling, bool normalize, std::string kind,
-                                                        double hardness, int64_t keep, const Tensor& stats,
-                                                        const Tensor& pulls, const Tensor& logits,
-                                                        const Tensor& inverse, bool needs_query, bool needs_negatives,
-                                                        bool needs_row_scale) {
+std::tuple<Tensor, Tensor, Tensor> softmax_stats_per_query_bwd(
+    const Tensor& grad, const Tensor& query, const Tensor& negatives, const Tensor& row_scale,
+    std::optional<Tensor> ceiling, bool normalize, std::string kind, double hardness, int64_t keep, const Tensor& stats,
+    const Tensor& pulls, const Tensor& logits, const Tensor& inverse, bool needs_query, bool needs_negatives,
+    bool needs_row_scale) {
   const Each call(query, negatives, row_scale, ceiling, normalize, kind, hardness);
   const int64_t rows = call.rows, width = call.width;
   STD_TORCH_CHECK(grad.numel() == call.statistics * rows && grad.scalar_type() == ScalarType::Float,
-                  "contrastive_each: expected a float32 gradient of the statistics");
-  STD_TORCH_CHECK(keep >= (needs_negatives ? 2 : 1), "contrastive_each: the forward kept nothing for this gradient");
+                  "softmax_stats_per_query: expected a float32 gradient of the statistics");
+  STD_TORCH_CHECK(keep >= (needs_negatives ? 2 : 1),
+                  "softmax_stats_per_query: the forward kept nothing for this gradient");
   const Tensor upstream = torch::stable::contiguous(grad);
   const float *up = input<float>(upstream), *lse = input<float>(stats), *sums = input<float>(pulls);
   Tensor to_query = new_empty(query, {needs_query ? rows : 0, width});
@@ -229,7 +230,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
     return g;
   };
   const int64_t wanted = needs_query || needs_row_scale ? rows : 0;
-  for_dtype(query.scalar_type(), "contrastive_each", [&](auto element) {
+  for_dtype(query.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const int64_t grain = kBlock / std::clamp<int64_t>(width, 1, kBlock);
     over_threads(0, wanted, grain, [&](int64_t first, int64_t last) {
@@ -258,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
     });
   });
   if (!needs_negatives) return {to_query, to_negatives, to_scale};
-  for_dtype(negatives.scalar_type(), "contrastive_each", [&](auto element) {
+  for_dtype(negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(each_kernels<T>());
     T* to = output<T>(to_negatives);
@@ -284,6 +285,6 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_each_bwd(const Tensor& grad, cons
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("contrastive_each_fwd", FASTLOSS_BOX(&fastloss::contrastive_each_fwd));
-  m.impl("contrastive_each_bwd", FASTLOSS_BOX(&fastloss::contrastive_each_bwd));
+  m.impl("softmax_stats_per_query_fwd", FASTLOSS_BOX(&fastloss::softmax_stats_per_query_fwd));
+  m.impl("softmax_stats_per_query_bwd", FASTLOSS_BOX(&fastloss::softmax_stats_per_query_bwd));
 }

@@ -21,7 +21,7 @@ struct Running {
 
 class Pulls {
  public:
-  Pulls(Problem& p, double workspace_mib) : p_(p), kernels_(contrastive_kernels()), matmul_(matmul_kernels()) {
+  Pulls(LogitMatrix& p, double workspace_mib) : p_(p), kernels_(contrastive_kernels()), matmul_(matmul_kernels()) {
     std::tie(height_, width_) =
         rectangle(p, std::min(kPullBlock, workspace_mib / (2 + static_cast<double>(p.sums()))), kWide);
   }
@@ -107,7 +107,7 @@ class Pulls {
     put(3, row.count);
   }
 
-  Problem& p_;
+  LogitMatrix& p_;
   const ContrastiveKernels kernels_;
   const MatmulKernels matmul_;
   int64_t height_ = 0, width_ = 0;
@@ -116,7 +116,7 @@ class Pulls {
 
 }  // namespace
 
-void make_pulls(Problem& p, double workspace_mib, float* stats, Tensor& pulls) {
+void make_pulls(LogitMatrix& p, double workspace_mib, float* stats, Tensor& pulls) {
   if (p.columns == 0) torch::stable::zero_(pulls);
   Pulls(p, workspace_mib).run(stats, pulls);
 }

@@ -2,6 +2,7 @@
 // which all the rows of a then meet in tiles of kTile rows, whose sums stay in registers for kDeep terms.
 
 #include "core/bf16_product.h"
+#include "core/op.h"
 #include "core/parallel.h"
 
 #include <cstring>

@@ -67,12 +67,5 @@ class Call {
  public:
   Call();
 };
-template <auto kBoxed>
-void as_call(StableIValue* stack, uint64_t inputs, uint64_t outputs) {
-  const Call call;
-  kBoxed(stack, inputs, outputs);
-}
-// In the place of TORCH_BOX.
-#define FASTLOSS_BOX(function) (&fastloss::as_call<TORCH_BOX(function)>)
 
 }  // namespace fastloss

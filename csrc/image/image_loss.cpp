@@ -8,6 +8,7 @@
 
 #include "image/image_loss.h"
 #include "core/isa.h"
+#include "core/op.h"
 
 #include <numeric>
 
@@ -290,10 +291,11 @@ struct Kept {
 
 constexpr int64_t kKeepGradients = 8;  // of `keep`, beside 1 for the image's and 2 for the prediction's
 
-std::tuple<Tensor, Tensor> image_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> pixel_weight,
-                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
-                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
-                                     int64_t keep, std::optional<Tensor> shares) {
+std::tuple<Tensor, Tensor> image_loss_fwd(const Tensor& image, const Tensor& image_pred,
+                                          std::optional<Tensor> pixel_weight, std::optional<Tensor> guide,
+                                          std::optional<Tensor> smoothness_weight, std::optional<Tensor> ssim_weight,
+                                          std::string kinds, std::vector<double> numbers, int64_t keep,
+                                          std::optional<Tensor> shares) {
   const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
   const int64_t sums = pair.sums(), slots = pair.bands.slots();
   STD_TORCH_CHECK(keep == 0 || (keep & kKeepGradients && shares && shares->numel() == sums && shares->is_contiguous() &&
@@ -324,12 +326,12 @@ std::optional<float> multiple(const float* up, const float* shares, int64_t n) {
   return by;
 }
 
-std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
-                                     const Tensor& image_pred, std::optional<Tensor> pixel_weight,
-                                     std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
-                                     std::optional<Tensor> ssim_weight, std::string kinds, std::vector<double> numbers,
-                                     int64_t keep, std::optional<Tensor> shares, bool needs_image,
-                                     bool needs_image_pred) {
+std::tuple<Tensor, Tensor> image_loss_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
+                                          const Tensor& image_pred, std::optional<Tensor> pixel_weight,
+                                          std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
+                                          std::optional<Tensor> ssim_weight, std::string kinds,
+                                          std::vector<double> numbers, int64_t keep, std::optional<Tensor> shares,
+                                          bool needs_image, bool needs_image_pred) {
   const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
   const Tensor& laid_out = pair.bands.image;
   const int64_t sums = pair.sums(), total = laid_out.numel();
@@ -373,6 +375,6 @@ std::tuple<Tensor, Tensor> image_bwd(const Tensor& grad, const Tensor& gradients
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("image_fwd", FASTLOSS_BOX(&fastloss::image_fwd));
-  m.impl("image_bwd", FASTLOSS_BOX(&fastloss::image_bwd));
+  m.impl("image_loss_fwd", FASTLOSS_BOX(&fastloss::image_loss_fwd));
+  m.impl("image_loss_bwd", FASTLOSS_BOX(&fastloss::image_loss_bwd));
 }

@@ -2,6 +2,7 @@
 
 #include "image/pixel.h"
 #include "core/isa.h"
+#include "core/op.h"
 
 #define FASTLOSS_KERNELS "image/pixel_simd.h"
 #include "core/for_each_isa.h"

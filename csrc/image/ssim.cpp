@@ -3,6 +3,7 @@
 
 #include "image/ssim.h"
 #include "core/isa.h"
+#include "core/op.h"
 
 #define FASTLOSS_KERNELS "image/ssim_simd.h"
 #include "core/for_each_isa.h"

@@ -2,6 +2,7 @@
 // about their means of f, t and d, for a list of layers; and the gradient, one pass over both.
 
 #include "core/isa.h"
+#include "core/op.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 

@@ -2,6 +2,7 @@
 // differences, two bits an element, and nothing else.
 
 #include "core/isa.h"
+#include "core/op.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 

@@ -7,6 +7,7 @@
 // The forward keeps |x|, |y| and both k of a pixel (Statistics), from which the backward is one pass over x and y.
 
 #include "core/isa.h"
+#include "core/op.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
 from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, finish
-from .options import ContrastiveOutput, SoftmaxForm
+from .options import ContrastiveOutput, SoftmaxOptions
 from .query_key_losses import softmax_loss, softmax_rows
 
 
@@ -75,7 +75,7 @@ def clip_loss(
     dtype = result_dtype(image, text)
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
-    form = SoftmaxForm(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
+    form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
     if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
         loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)

@@ -25,26 +25,26 @@ def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return (a.to(dtype) * b.to(dtype)).sum(-1)
 
 
-def widened(x: Tensor) -> Tensor:
+def upcast_on_cpu(x: Tensor) -> Tensor:
     """Half precision on the CPU as float32, so that all parts of its gradient are added up before one rounding."""
     on_cpu = x.device.type == "cpu" and not is_interpreting()
     return x.float() if on_cpu and x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def against_themselves(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
+def self_operands(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tensor, Tensor | None]:
     """For rows that are compared with one another (NT-Xent, SupCon): the op's operand, and scales of its rows or None.
 
     float32 is normalised here. Half precision on a device keeps its dtype, the fastest to multiply; the op scales it by
     the inverse lengths.
     """
-    x = widened(x)
+    x = upcast_on_cpu(x)
     if normalize and x.dtype in (torch.bfloat16, torch.float16):
         return x, inverse_length(x, dtype)
     return embed(x, dtype if normalize else x.dtype, normalize), None
 
 
 def are_bfloat16(one: Tensor, two: Tensor) -> bool:
-    """Whether both are given in bfloat16 on the CPU: products may be made in it, though `widened` makes float32."""
+    """Whether both are bfloat16 on the CPU: products may be made in it, though `upcast_on_cpu` makes float32."""
     return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
 
 

@@ -23,7 +23,7 @@ from .checks import (
     inverse,
     without,
 )
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxForm
+from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
 from .query_key_losses import softmax_loss, softmax_rows
 
 
@@ -103,7 +103,7 @@ def info_nce(
     check_sampling(sampling, normalize, bias)
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
-    form = SoftmaxForm(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
+    form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     dropped = excluded(weights)
     query = query if symmetric else without(query, dropped)  # a symmetric loss has each query among its negatives
     plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)

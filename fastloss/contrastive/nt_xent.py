@@ -17,9 +17,9 @@ from .checks import (
     finish,
     inverse,
 )
-from .embeddings import _inner, against_themselves, scale_of_rows
+from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxForm
+from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -29,14 +29,14 @@ def nt_xent_rows(
     view_b: Tensor,
     scale: Tensor | float,
     ids: Tensor | None,
-    form: SoftmaxForm,
+    form: SoftmaxOptions,
     workspace_mib: float,
     dropped: Tensor | None,
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
     rows = view_a.shape[0]
-    views, lengths = against_themselves(torch.cat((view_a, view_b)), dtype, form.normalize)
+    views, lengths = self_operands(torch.cat((view_a, view_b)), dtype, form.normalize)
     moments, hardness, margin = _sampling(form)
     row_scale = scale_of_rows(lengths, scale, views, dtype)
     partner = torch.arange(2 * rows, device=views.device).roll(rows)
@@ -115,7 +115,7 @@ def nt_xent_loss(
     check_sampling(sampling, normalize)
     workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
     scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
-    form = SoftmaxForm(include_positive, False, normalize, label_smoothing, True, sampling)
+    form = SoftmaxOptions(include_positive, False, normalize, label_smoothing, True, sampling)
     both = None if weights is None else weights.repeat(2)
     with full_precision(view_a):
         out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, excluded(both))

@@ -55,7 +55,7 @@ class ContrastiveOutput(NamedTuple):
 
 
 @dataclass(frozen=True)
-class SoftmaxForm:
+class SoftmaxOptions:
     """The options of the softmax losses that are no tensors."""
 
     include_positive: bool = True

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, result_dtype, row_shares
 from .checks import without
-from .embeddings import _inner, are_bfloat16, inverse_length, scale_of_rows, widened
+from .embeddings import _inner, are_bfloat16, inverse_length, scale_of_rows, upcast_on_cpu
 from .ops import softmax_loss as loss_op
 from .ops import softmax_loss_per_query as loss_per_query_op
 from .ops import softmax_stats as stats_op
 from .ops.softmax_stats_per_query import each_statistics
-from .options import ContrastiveOutput, SoftmaxForm
+from .options import ContrastiveOutput, SoftmaxOptions
 from .row_losses import merged, row_losses
 from .save_plan import KEY, NEGATIVES, QUERY, SCALE
 
@@ -26,7 +26,7 @@ def _kind(diagonal: bool, moments: bool, symmetric: bool = False, bfloat16: bool
     return "+".join(word for word, there in words.items() if there)
 
 
-def _sampling(form: SoftmaxForm) -> tuple[bool, float, float | None]:
+def _sampling(form: SoftmaxOptions) -> tuple[bool, float, float | None]:
     """Whether the form needs moments, its hardness, and its margin."""
     sampling = form.sampling
     if sampling is None:
@@ -42,7 +42,7 @@ def softmax_loss(
     scale: Tensor | float,
     targets: Tensor | None,
     weights: Tensor | None,
-    form: SoftmaxForm,
+    form: SoftmaxOptions,
     reduction: str,
     workspace_mib: float,
 ) -> Tensor | None:
@@ -56,7 +56,7 @@ def softmax_loss(
         return None
     if own and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
         return None
-    op = loss_per_query_op.contrastive_own if own else loss_op.contrastive_plain
+    op = loss_per_query_op.softmax_loss_per_query if own else loss_op.softmax_loss
     if (backend := op.backend(*embeddings)) == "reference":
         return None
     check_reduction(reduction)
@@ -99,7 +99,7 @@ def softmax_rows(
     bias: Tensor | float | None,
     targets: Tensor | None,
     ids: tuple[Tensor | None, Tensor | None],
-    form: SoftmaxForm,
+    form: SoftmaxOptions,
     workspace_mib: float,
     dropped: Tensor | None,
 ) -> ContrastiveOutput:
@@ -110,7 +110,7 @@ def softmax_rows(
     dtype = result_dtype(query, key, negatives)
     query_ids, key_ids = ids
     bfloat16 = (are_bfloat16(query, key), negatives is not None and are_bfloat16(query, negatives))
-    query, key = widened(query), widened(key)
+    query, key = upcast_on_cpu(query), upcast_on_cpu(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
     row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
@@ -136,7 +136,7 @@ def softmax_rows(
         union = extra if stats is None else merged(stats[0], extra, moments, hardness)
         stats = torch.stack([union] if stats is None else [union, *stats[1:]])
     elif negatives is not None:
-        negatives = widened(negatives)
+        negatives = upcast_on_cpu(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(

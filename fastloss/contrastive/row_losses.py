@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.traced import changes, number
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxForm
+from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
 
 
 def log_sum_exp(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def negative_mass(
     return mass, some
 
 
-def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: SoftmaxForm) -> ContrastiveOutput:
+def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: SoftmaxOptions) -> ContrastiveOutput:
     """Loss, log-sum-exp and top-1 of rows from positive logits [M] and the negatives' statistics [..., S, M]."""
     each = stats.unbind(-2)
     mass, some = negative_mass(positive, each, scale, form.sampling)

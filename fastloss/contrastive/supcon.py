@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
 from .checks import check_embeddings, check_flags, check_integers, check_shared, excluded, finish, inverse
-from .embeddings import against_themselves, scale_of_rows
+from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
 from .query_key_losses import _left_out
@@ -101,7 +101,7 @@ def supcon_rows(
     largest logit of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
-    rows, lengths = against_themselves(features, dtype, normalize)
+    rows, lengths = self_operands(features, dtype, normalize)
     row_scale = scale_of_rows(lengths, scale, rows, dtype)
     vectors = rows.to(dtype) if lengths is None else rows * lengths[:, None]
 

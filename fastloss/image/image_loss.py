@@ -92,7 +92,7 @@ def image_reference(x: Inputs) -> Tensor:
     return torch.cat(sums)
 
 
-def _image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def _image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     axes = 1 if x.kinds.endswith(",isotropic") else x.image_pred.ndim - 2
     out = x.image_pred.new_empty(axes + 2, dtype=torch.float32)
     if x.keep == SIGNS:
@@ -109,7 +109,7 @@ def _image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     return out, Saved(x.image_pred.new_empty(kept, dtype=torch.float32))
 
 
-def _image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+def _image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
     none = x.image.new_empty(0)
     return Grads(
         image=torch.empty_like(x.image) if needs.image else none,
@@ -126,9 +126,9 @@ def _why_not(image: Tensor, *args: Any) -> str | None:
 
 
 _image = Op(
-    "image",
-    fwd=_image_fwd,
-    bwd=_image_bwd,
+    "image_loss",
+    fwd=_image_loss_fwd,
+    bwd=_image_loss_bwd,
     reference=image_reference,
     grads=Grads._fields,
     outputs=("out", *Saved._fields),

@@ -24,7 +24,7 @@ CRITERIA = (*ELEMENTWISE, "lpips", "dists", "style")
 LPIPS_FILES = {"alexnet": "alex", "squeezenet1_1": "squeeze", "vgg16": "vgg"}
 
 
-class Lins(nn.Module):
+class LpipsWeights(nn.Module):
     """The LPIPS weights of one network, one vector a layer: buffers, so that they move and save with the networks."""
 
     def __init__(self, weights: Sequence[Tensor]) -> None:
@@ -105,7 +105,7 @@ def make_lins(criterion: str, given: Any, backbones: list, several: bool) -> lis
     spread = list(given) if several and is_sequence(given) else [given] * len(backbones)
     check_same_length("backbones", backbones, "lin_weights", spread)
     found = [load_lins(one, getattr(backbone, "name", None)) for one, backbone in zip(spread, backbones, strict=True)]
-    return [nn.Identity() if one is None else Lins(one) for one in found]
+    return [nn.Identity() if one is None else LpipsWeights(one) for one in found]
 
 
 def criterion_distance(

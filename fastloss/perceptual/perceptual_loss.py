@@ -26,7 +26,7 @@ from ..core.checks import (
 from ..core.inference import takes_inference_tensors
 from ..core.traced import at_most
 from .backbones import LPIPS_TAPS, Backbone
-from .criteria import CRITERIA, Lins, criterion_distance, gradient_counts, make_lins
+from .criteria import CRITERIA, LpipsWeights, criterion_distance, gradient_counts, make_lins
 from .execution import Execution, in_pieces
 from .frozen import FrozenNetworks
 from .scale import ScaleBack, ScaleUp, base_of
@@ -164,7 +164,10 @@ class PerceptualLoss(FrozenNetworks):
         made_lins = make_lins(criterion, lin_weights, made, several)
         for backbone, w, lins in zip(made, self.layer_weights, made_lins, strict=True):
             if isinstance(backbone, Backbone):
-                for name, one in (("layer_weights", w), ("lin_weights", lins() if isinstance(lins, Lins) else None)):
+                for name, one in (
+                    ("layer_weights", w),
+                    ("lin_weights", lins() if isinstance(lins, LpipsWeights) else None),
+                ):
                     if one is not None:
                         check_same_length("layers", backbone.taps, name, one)
         self.freeze(made, made_lins)
@@ -252,7 +255,7 @@ class PerceptualLoss(FrozenNetworks):
         for features, target, weights, lins, weight in zip(
             found, targets, self.layer_weights, self.lins, self.backbone_weights, strict=True
         ):
-            own = lins() if isinstance(lins, Lins) else None
+            own = lins() if isinstance(lins, LpipsWeights) else None
             distance = criterion_distance(self.criterion, features, target, weights, own, reduction)
             total = torch.zeros_like(distance) if total is None else total
             total = torch.add(total, distance, alpha=weight)

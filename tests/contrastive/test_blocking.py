@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastloss.contrastive.ops.softmax_loss import contrastive_plain
-from fastloss.contrastive.ops.softmax_stats import Inputs, contrastive, softmax_statistics
+from fastloss.contrastive.ops.softmax_loss import softmax_loss
+from fastloss.contrastive.ops.softmax_stats import Inputs, softmax_statistics, softmax_stats
 from tests.conformance.tools import INTERPRETING, Errors, recorded
 
 pytestmark = pytest.mark.kernels
@@ -37,9 +37,9 @@ def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
     """From scale 12 on a tile is too wide for one exponential to serve rows and columns."""
     dtype = torch.bfloat16 if "stash" in kind else torch.float32  # exponentials are kept in half precision only
     errors = Errors(dtype)
-    got = values(contrastive, dtype, kind, scale, workspace_mib)
-    same = values(contrastive.reference, dtype, kind, scale, workspace_mib)
-    exact = values(contrastive.reference, torch.float64, kind, scale, workspace_mib)
+    got = values(softmax_stats, dtype, kind, scale, workspace_mib)
+    same = values(softmax_stats.reference, dtype, kind, scale, workspace_mib)
+    exact = values(softmax_stats.reference, torch.float64, kind, scale, workspace_mib)
     for name, *each in zip(("stats", "query", "key", "row_scale", "column_scale"), got, same, exact, strict=True):
         errors.add(name, *each)
     errors.check()
@@ -95,15 +95,15 @@ def test_plain_losses_in_every_workspace(dtype, symmetric, workspace_mib):
     ):
         errors = Errors(dtype)
         given = needs, symmetric, options, workspace_mib
-        got = plain_values(contrastive_plain, dtype, *given)
-        same = plain_values(contrastive_plain_eager, dtype, *given)
-        exact = plain_values(contrastive_plain.reference, torch.float64, *given)
+        got = plain_values(softmax_loss, dtype, *given)
+        same = plain_values(softmax_loss_eager, dtype, *given)
+        exact = plain_values(softmax_loss.reference, torch.float64, *given)
         for i, each in enumerate(zip(got, same, exact, strict=True)):
             errors.add(f"{name} {i}", *each)
         errors.check()
 
 
-def contrastive_plain_eager(query, key, *rest):
+def softmax_loss_eager(query, key, *rest):
     """As a user's dense torch has it: products in the embeddings' dtype."""
     dtype, (scale, share, targets, factor, include_positive, symmetric, normalize, reduction, *_) = query.dtype, rest
     if normalize:
@@ -150,4 +150,4 @@ def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
 
 
 def eager(x):
-    return contrastive.reference(*x)
+    return softmax_stats.reference(*x)

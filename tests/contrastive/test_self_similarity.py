@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import NegativeSampling, core, nt_xent_loss, supcon_loss
-from fastloss.contrastive.ops.softmax_stats import Inputs, contrastive
+from fastloss.contrastive.ops.softmax_stats import Inputs, softmax_stats
 from tests.conformance.tools import INTERPRETING, Errors, recorded
 
 KERNELS = INTERPRETING or core.backend_report()["cpp"] == "available"
@@ -44,9 +44,9 @@ def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
 def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
     errors = Errors(torch.float32)
     for rows in (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]:
-        got = values(contrastive, torch.float32, rows, option, "upper", workspace_mib)
-        same = values(contrastive.reference, torch.float32, rows, option, "diagonal", workspace_mib)
-        exact = values(contrastive.reference, torch.float64, rows, option, "diagonal", workspace_mib)
+        got = values(softmax_stats, torch.float32, rows, option, "upper", workspace_mib)
+        same = values(softmax_stats.reference, torch.float32, rows, option, "diagonal", workspace_mib)
+        exact = values(softmax_stats.reference, torch.float64, rows, option, "diagonal", workspace_mib)
         for name, *each in zip(("stats", "rows", "scale"), got, same, exact, strict=True):
             errors.add(name, *each, where=str(rows))
     errors.check()
@@ -54,7 +54,7 @@ def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
 
 def test_reference_of_upper_is_the_whole_square():
     for option in OPTIONS:
-        results = (values(contrastive.reference, torch.float64, 9, option, k, 1.0) for k in ("diagonal", "upper"))
+        results = (values(softmax_stats.reference, torch.float64, 9, option, k, 1.0) for k in ("diagonal", "upper"))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastloss import clip_loss, core, info_nce
-from fastloss.contrastive.ops.softmax_loss import contrastive_plain
+from fastloss.contrastive.ops.softmax_loss import softmax_loss
 from fastloss.contrastive.save_plan import KEY, QUERY, SCALE, rows_kept, saves
 from tests.conformance.tools import Errors, recorded
 
@@ -76,7 +76,7 @@ def test_every_way(way, include_positive, normalize):
         query[1] = 0
         with recorded() as calls:
             run("cpp", query, key, needs, options)
-        assert [op.name for op, _ in calls] == ["contrastive_plain"]
+        assert [op.name for op, _ in calls] == ["softmax_loss"]
         collect(errors, query * factor * (1 if normalize else 0.1), key, needs, options)
     errors.check()
 
@@ -216,15 +216,15 @@ def test_what_it_leaves_to_the_other_op():
                     {"logit_bias": torch.zeros(())}):  # fmt: skip
         with recorded() as calls:
             clip_loss(q, k, logit_scale=1.0, **options)
-        assert [op.name for op, _ in calls] == ["contrastive"], options
+        assert [op.name for op, _ in calls] == ["softmax_stats"], options
     with recorded() as calls:
         clip_loss(q, k, logit_scale=1.0, logit_bias=0.5, weights=torch.ones(5))
         clip_loss(q.bfloat16(), k.bfloat16(), logit_scale=1.0)
         info_nce(q, torch.cat((k, k)), include_positive=False, bias=-1.0)
-    assert [op.name for op, _ in calls] == 3 * ["contrastive_plain"]
+    assert [op.name for op, _ in calls] == 3 * ["softmax_loss"]
     with core.use_backend("reference"), recorded() as calls:
         clip_loss(q, k, logit_scale=1.0)
-    assert [op.name for op, _ in calls] == ["contrastive"]
+    assert [op.name for op, _ in calls] == ["softmax_stats"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -246,7 +246,7 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(contrastive_plain.fwd(q, k, None, None, None, 0.1, True, True, True, "none", 3, 16.0)[:4])
+            results.append(softmax_loss.fwd(q, k, None, None, None, 0.1, True, True, True, "none", 3, 16.0)[:4])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -256,4 +256,4 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
 def test_bad_targets_do_not_reach_memory():
     q, k = embeddings(3, 3, 4)
     with pytest.raises(RuntimeError, match="targets are out of key's rows"):
-        contrastive_plain.fwd(q, k, None, None, torch.tensor([0, 1, 3]), 1.0, True, False, True, "mean", 0, 1.0)
+        softmax_loss.fwd(q, k, None, None, torch.tensor([0, 1, 3]), 1.0, True, False, True, "mean", 0, 1.0)

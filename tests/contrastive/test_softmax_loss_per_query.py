@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastloss import NegativeSampling, core, info_nce
-from fastloss.contrastive.ops.softmax_loss_per_query import contrastive_own
+from fastloss.contrastive.ops.softmax_loss_per_query import softmax_loss_per_query
 from fastloss.contrastive.save_plan import KEY, NEGATIVES, QUERY, SCALE
 from tests.conformance.cases import CASES
 from tests.conformance.tools import INTERPRETING, Errors, places, recorded
@@ -48,7 +48,7 @@ def judge(place: tuple, samples: list[list[Tensor]], needs: int, **options) -> l
     for args in samples:
         with recorded() as calls:
             ours = run(place[1], args, needs, **options)
-        assert [op.name for op, _ in calls] == ["contrastive_own"]
+        assert [op.name for op, _ in calls] == ["softmax_loss_per_query"]
         results = [ours, run("reference", args, needs, **options)]
         results.append(run("reference", [t.double() for t in args], needs, **double))
         for k, each in enumerate(zip(*results, strict=True)):
@@ -123,7 +123,7 @@ def test_what_is_kept(place):
     query, key, negatives = inputs(3, 10, 8, device=place[0])
     for needs, state, logits in ((0, 0, 0), (QUERY + KEY + SCALE, 0, 0), (QUERY + NEGATIVES, 12, 30)):
         with core.use_backend(place[1]):
-            got = contrastive_own.fwd(query, key, negatives, None, None, 1.0, True, True, "mean", needs)
+            got = softmax_loss_per_query.fwd(query, key, negatives, None, None, 1.0, True, True, "mean", needs)
         sizes = [24 * bool(needs & QUERY), 24 * bool(needs & KEY), 3 * bool(needs & SCALE)]
         assert [t.numel() for t in got] == [1, state, logits, logits, *sizes]
 
@@ -148,7 +148,7 @@ def test_what_it_leaves_to_the_other_op(place):
                     {"targets": torch.tensor([2, 0, 1], device=place[0])}):  # fmt: skip
         with recorded() as calls, core.use_backend(place[1]):
             info_nce(query, key, negatives, **options)
-        assert "contrastive_each" in [op.name for op, _ in calls], options
+        assert "softmax_stats_per_query" in [op.name for op, _ in calls], options
     with recorded() as calls, core.use_backend(place[1]):
         info_nce(query, key, negatives, bias=-1.0)
-    assert [op.name for op, _ in calls] == ["contrastive_own"]
+    assert [op.name for op, _ in calls] == ["softmax_loss_per_query"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastloss import core, info_nce
-from fastloss.contrastive.ops.softmax_stats_per_query import contrastive_each
+from fastloss.contrastive.ops.softmax_stats_per_query import softmax_stats_per_query
 from tests.conformance.cases import CASES
 from tests.conformance.tools import INTERPRETING, Errors, places, recorded
 
@@ -36,7 +36,7 @@ def run(backend: str, args: list[Tensor], kind="", hardness=0.0, normalize=True,
     leaves = [t.requires_grad_() for i, t in enumerate(args) if not (frozen and i == 1)]
     ceiling = ceiling.double() if double and ceiling is not None else ceiling
     with core.use_backend(backend):
-        stats = contrastive_each(*args, ceiling, normalize, kind, hardness, 1 if frozen else 2)
+        stats = softmax_stats_per_query(*args, ceiling, normalize, kind, hardness, 1 if frozen else 2)
         upstream = torch.linspace(0.5, 1.5, stats.numel(), device=stats.device).reshape(stats.shape)
         upstream = upstream.masked_fill(stats.isinf(), 0.0).to(stats.dtype)
         return [stats.detach(), *torch.autograd.grad(stats, leaves, upstream)]
@@ -87,7 +87,7 @@ def test_masks_and_rows_without_negatives(place, kind, hardness):
     assert stats[0, 1] == -torch.inf and stats[1, 1] == -torch.inf and not query[1].any() and not negatives[1].any()
     assert not negatives[0, 0].any()
     with core.use_backend(place[1]):
-        none = contrastive_each(*inputs(2, 0, 3, device=place[0]), None, True, kind, hardness, 0)
+        none = softmax_stats_per_query(*inputs(2, 0, 3, device=place[0]), None, True, kind, hardness, 0)
     assert (none[:2] == -torch.inf).all()
 
 
@@ -123,7 +123,7 @@ def test_frozen_negatives_cost_the_backward_nothing(place):
         with recorded() as calls, core.use_backend(place[1]):
             info_nce(q, query, n, return_lse=True)
         ((op, args),) = calls
-        assert op is contrastive_each and args[-1] == keep
+        assert op is softmax_stats_per_query and args[-1] == keep
         if place[1] != "reference":
             sizes = [t.numel() for t in op.fwd(*(a.detach() if isinstance(a, Tensor) else a for a in args))]
             assert sizes[1:] == [pulls, logits, logits]

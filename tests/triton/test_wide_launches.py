@@ -65,16 +65,16 @@ def image_without_ssim(module, image):
     grad = image.new_empty(4, dtype=torch.float32)
     for kinds, keep in (("l1,l1", 4), ("l2,l1", 0)):
         x = module.Inputs(image, image, None, None, None, None, kinds, [1.0, 1.0, *[0.0] * 6], keep)
-        _, saved = module.image_fwd(x)
+        _, saved = module.image_loss_fwd(x)
         assert not keep or (saved.kept.dtype, saved.kept.numel()) == (torch.uint8, image.numel())
-        module.image_bwd(grad, saved, x, module.Needs(True, True))
+        module.image_loss_bwd(grad, saved, x, module.Needs(True, True))
 
 
 def image_with_ssim(module, image):
     numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0]
     x = module.Inputs(image, image, None, image, None, None, "l1,l1", numbers, 2)
-    _, saved = module.image_fwd(x)
-    module.image_bwd(image.new_empty(4, dtype=torch.float32), saved, x, module.Needs(False, True))
+    _, saved = module.image_loss_fwd(x)
+    module.image_loss_bwd(image.new_empty(4, dtype=torch.float32), saved, x, module.Needs(False, True))
 
 
 LAUNCHERS = {"pixel": pixel, "smoothness": smoothness, "image_loss": image_without_ssim,

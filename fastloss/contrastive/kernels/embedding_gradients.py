@@ -96,7 +96,7 @@ def scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
     return out
 
 
-class Side:
+class EmbeddingGradient:
     """The gradient of one of the embeddings, made of blocks, and of its scale (or all scales, where none is given)."""
 
     def __init__(

@@ -138,7 +138,7 @@ def _store_pull(pull, where, rows, columns, results, stats, sizes, block):
 
 
 @triton.jit
-def _contrastive_bwd_kernel(
+def _softmax_stats_bwd_kernel(
     query,  # (M, D), key (N, D), or their products, which G may replace: see logit_tile.py
     key,
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None

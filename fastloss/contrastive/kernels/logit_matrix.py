@@ -16,7 +16,7 @@ from .tile_configs import DESCRIPTORS, PRODUCTS, best_tile, products_kind
 HALF_TILE = 64  # columns, or rows
 
 
-class Call:
+class LogitMatrix:
     """What both directions give their kernels: operands, vectors, form, tile."""
 
     def __init__(

@@ -3,7 +3,7 @@
 A state is what is known of a row or column from the tiles so far: maximum, sum of exponentials relative to a power of
 two (`mass`) and, where needed, sum and number of the logits and two more sums of exponentials. The first kernel walks
 over tiles and leaves states of rows and columns in slots, memory that one program alone writes; the second,
-`_contrastive_merge_kernel`, merges the slots into the statistics. docs/design/contrastive.md, "The Triton kernels"
+`_softmax_stats_merge_kernel`, merges the slots into the statistics. docs/design/contrastive.md, "The Triton kernels"
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _first_above(row0, BN: tl.constexpr):
 
 
 @triton.jit
-def _contrastive_fwd_kernel(
+def _softmax_stats_fwd_kernel(
     query,  # (M, D), key (N, D), or their products: see logit_tile.py; triton 3.6 has no descriptors in tuples
     key,
     rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
@@ -243,7 +243,7 @@ def _contrastive_fwd_kernel(
 
 
 @triton.jit
-def _contrastive_merge_kernel(
+def _softmax_stats_merge_kernel(
     slots_ptr,  # (splits + groups, states, M)
     stats_ptr,  # (directions, states, M)
     rows,

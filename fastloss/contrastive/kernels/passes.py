@@ -11,10 +11,10 @@ from torch import Tensor
 from ...core.kernels.launch import STREAM_OPTIONS
 from ...core.kernels.matmul import add_product
 from .blocking import walk_plan
-from .embedding_gradients import Side
-from .logit_gradients import AGAIN, FLAGGED, KEPT, _contrastive_bwd_kernel
-from .logit_matrix import HALF_TILE, Call
-from .online_softmax import _contrastive_fwd_kernel, _contrastive_merge_kernel
+from .embedding_gradients import EmbeddingGradient
+from .logit_gradients import AGAIN, FLAGGED, KEPT, _softmax_stats_bwd_kernel
+from .logit_matrix import HALF_TILE, LogitMatrix
+from .online_softmax import _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
@@ -23,7 +23,7 @@ KEPT_ROWS = 32  # rows of a tile of kept exponentials that is read; its columns 
 DEFINED = 2**16  # elements: see new_stash
 
 
-def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, int] | None = None) -> None:
+def make_statistics(call: LogitMatrix, stats: Tensor, keep: tuple, room: tuple[Tensor, int] | None = None) -> None:
     """Fill `stats` (directions, states, M), and what is kept of the exponentials.
 
     `room`: (memory, row pitch) for all products of the call, if a library makes them and the caller needs them after.
@@ -45,12 +45,12 @@ def make_statistics(call: Call, stats: Tensor, keep: tuple, room: tuple[Tensor, 
             else:
                 operands = call.make_products(room[0], (row, column, end, stop), room[1])
                 part = (*plan, row, end, column, stop, first)  # type: ignore[assignment]
-            _contrastive_fwd_kernel[(groups * splits,)](
+            _softmax_stats_fwd_kernel[(groups * splits,)](
                 *operands, call.rows, call.columns, slots, keep, call.sizes, part, call.beta, call.form, tile.constants,
                 **tile.options,
             )  # fmt: skip
     upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
-    _contrastive_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
+    _softmax_stats_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
         slots, stats, count, plan, call.beta, call.moments, upper, triton.next_power_of_2(most), MERGE_BLOCK,
         **STREAM_OPTIONS,
     )  # fmt: skip
@@ -69,7 +69,9 @@ def kept(stash: Tensor, rows: int, pitch: int) -> tuple[Tensor, Tensor, int] | t
     return stash[: rows * pitch], stash[rows * pitch :].view(torch.float32), pitch
 
 
-def chunk_memory(call: Call, stash: Tensor, rows: int, pitch: int) -> tuple[tuple, Tensor, tuple[Tensor, int] | None]:
+def chunk_memory(
+    call: LogitMatrix, stash: Tensor, rows: int, pitch: int
+) -> tuple[tuple, Tensor, tuple[Tensor, int] | None]:
     """Of a chunk of rows in `stash`: what is kept of its exponentials, where G comes, where products are, if any."""
     if call.by_library:
         return (None, None, None), stash[: rows * pitch], (stash, pitch)
@@ -77,7 +79,7 @@ def chunk_memory(call: Call, stash: Tensor, rows: int, pitch: int) -> tuple[tupl
     return keep, keep[0], None  # type: ignore[return-value]
 
 
-def half_range(grad: Tensor, call: Call) -> Tensor:
+def half_range(grad: Tensor, call: LogitMatrix) -> Tensor:
     """A power of two (1,) that takes the largest |G| r c near 2^14: float16's range would lose the small ones."""
     weight = [1.0, 0.0] + [1.0, 0.0] * call.moments + ([1.0 + call.beta, call.beta] if call.beta else [])
     pulls = torch.stack([w * grad[:, i].abs() for i, w in enumerate(weight) if w]).sum(0)
@@ -96,9 +98,14 @@ def half(tile: Tile) -> Tile:
 
 
 def make_block(
-    call: Call, work: Tensor | None, sums: Tensor | None, given: tuple, area: tuple[int, int, int, int], pitch: int,
+    call: LogitMatrix,
+    work: Tensor | None,
+    sums: Tensor | None,
+    given: tuple,
+    area: tuple[int, int, int, int],
+    pitch: int,
     made: bool = False,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """G r c of rows area[0] .. area[2] and columns area[1] .. area[3] in `work`, and its columns' sums by row blocks.
 
     `given` is what the kernel takes of the forward and from upstream. `made`: the library's products are in `work`.
@@ -117,7 +124,7 @@ def make_block(
         launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, again)][: 1 + call.symmetric]
     for part, tile in launches:
         tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
-        _contrastive_bwd_kernel[(tiles[0] * tiles[1],)](
+        _softmax_stats_bwd_kernel[(tiles[0] * tiles[1],)](
             *operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
             call.beta, call.form, tile.constants, part.value, GROUP, **tile.options,
         )  # fmt: skip
@@ -125,8 +132,13 @@ def make_block(
 
 
 def make_gradients(
-    call: Call, given: tuple, blocks: tuple[int, int], q: Side, k: Side, bias_grad: Tensor
-) -> None:  # fmt: skip
+    call: LogitMatrix,
+    given: tuple,
+    blocks: tuple[int, int],
+    q: EmbeddingGradient,
+    k: EmbeddingGradient,
+    bias_grad: Tensor,
+) -> None:
     """Fill the gradients block by block."""
     (m, n, _), (high, wide), tile = call.sizes, blocks, call.tile
     starts = [(row, row // tile.columns * tile.columns if call.upper else 0) for row in range(0, m, high)]

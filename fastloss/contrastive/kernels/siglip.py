@@ -29,7 +29,7 @@ from ..save_plan import IMAGE, NUMBERS, TEXT
 from ..siglip import Grads, Inputs, Needs, Saved
 from .blocking import block_plan
 from .embedding_gradients import finish, scaled
-from .logit_matrix import HALF_TILE, Call
+from .logit_matrix import HALF_TILE, LogitMatrix
 from .logit_tile import products
 from .norms import prepare
 from .passes import GROUP
@@ -135,7 +135,7 @@ def _pass(x: Inputs, share: Tensor, needs: int) -> tuple[Tensor, Saved]:
     else:
         image, text = embeddings(x.image), embeddings(x.text)
         row_scale, column_scale = _scales(image, text, x.scale, x.normalize)
-        call = Call(image, text, (row_scale, None, x.image_ids, None), (column_scale, None, x.text_ids), "", 0.0)
+        call = LogitMatrix(image, text, (row_scale, None, x.image_ids, None), (column_scale, None, x.text_ids), "", 0.0)
         factor = None
         if needs and image.dtype == torch.float16:
             factor = _half_range(share, row_scale, column_scale)
@@ -152,9 +152,15 @@ def _pass(x: Inputs, share: Tensor, needs: int) -> tuple[Tensor, Saved]:
 
 
 def _blocks(
-    call: Call, share: Tensor, bias: Tensor, factor: Tensor | None, to: tuple[Tensor, Tensor, Tensor], positives: bool,
-    needs: int, workspace_mib: float,
-) -> None:  # fmt: skip
+    call: LogitMatrix,
+    share: Tensor,
+    bias: Tensor,
+    factor: Tensor | None,
+    to: tuple[Tensor, Tensor, Tensor],
+    positives: bool,
+    needs: int,
+    workspace_mib: float,
+) -> None:
     """Fills `to`: the row sums of losses and slopes, and H times text and image, each where it has rows."""
     made, to_image, to_text = to
     if call.rows[2] is not None:  # 64-bit ids of a large tile's columns spill on sm_80

@@ -22,15 +22,15 @@ from ...core.kernels.matmul import add_product, embeddings
 from ..ops.softmax_loss import Grads, Inputs, Needs, Saved
 from ..save_plan import KEY, QUERY, SCALE, exponentials, kept_exponentials, triton_saves
 from .blocking import block_plan, chunk_plan
-from .embedding_gradients import Side, finish, scaled
-from .logit_matrix import Call
+from .embedding_gradients import EmbeddingGradient, finish, scaled
+from .logit_matrix import LogitMatrix
 from .norms import prepare
 from .passes import chunk_memory, half_range, kept, make_block, make_gradients, make_statistics, new_stash
 from .row_losses import plain_losses
 from .tile_configs import SPILLED
 
 
-class _Plain:
+class SoftmaxLoss:
     """One call's operands: padded embeddings, their scales, the positives, weights."""
 
     def __init__(self, x: Inputs, lengths: Tensor, positive: Tensor) -> None:
@@ -49,10 +49,10 @@ class _Plain:
 
     def call(
         self, part: slice, kind: str, excluded: Tensor | None, backward: bool, keeps: bool, workspace_mib: float = 0.0
-    ) -> Call:
+    ) -> LogitMatrix:
         rows = (self.row_scale[part], None if excluded is None else excluded[part], None, None)
         columns = (self.column_scale, None, None)
-        return Call(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps, workspace_mib)
+        return LogitMatrix(self.query[part], self.key, rows, columns, kind, 0.0, backward, keeps, workspace_mib)
 
     def losses(
         self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, pulls: Tensor | None
@@ -64,7 +64,7 @@ class _Plain:
         )  # fmt: skip
 
 
-def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor], workspace_mib: float) -> None:
+def _make_grads(plain: SoftmaxLoss, loss: Tensor, made: tuple[Tensor, Tensor, Tensor], workspace_mib: float) -> None:
     """Losses and gradients of one direction, chunk by chunk: `made` are those of query, key and the scale, or empty."""
     of_query, of_key, of_scale = made
     like, width, whole = plain.query, plain.width, slice(0, plain.m)
@@ -100,7 +100,7 @@ def _make_grads(plain: _Plain, loss: Tensor, made: tuple[Tensor, Tensor, Tensor]
         finish(of_key, plain.key, of_key, None, None, factor, plain.normalize)
 
 
-def contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     (m, width), n = x.query.shape, x.key.shape[0]
     with on_device(x.query):
         single = x.query.new_empty(0, dtype=torch.float32)
@@ -117,7 +117,7 @@ def contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         elements, pitch = kept_exponentials(x.query, x.key, None, kind, 0.0, x.workspace_mib)
         stash = new_stash(x.query, elements)
         if m and n:
-            plain = _Plain(x, lengths, stats[-1])
+            plain = SoftmaxLoss(x, lengths, stats[-1])
             plain.prepare(x.scale, x.factor)
             if grads:
                 _make_grads(plain, loss, made, x.workspace_mib)
@@ -134,7 +134,7 @@ def contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         return out, Saved(stats, lengths, stash, *made)
 
 
-def contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def softmax_loss_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     m, n = x.query.shape[0], x.key.shape[0]
     none = grad.new_empty(0)
     with on_device(x.query):
@@ -150,7 +150,7 @@ def contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -
             of_key = scaled(saved.key_grad, grad, x.key, needs.key)
             dot = saved.scale_grad * grad if needs.scale else none
         else:
-            plain = _Plain(x, saved.lengths, saved.stats[-1])
+            plain = SoftmaxLoss(x, saved.lengths, saved.stats[-1])
             of_query, of_key, dot = _again(plain, grad.contiguous(), saved, x.workspace_mib, needs)
         if not needs.scale or x.scale is None:
             return Grads(of_query, of_key, none)
@@ -158,7 +158,7 @@ def contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -
 
 
 def _again(
-    plain: _Plain, grad: Tensor, saved: Saved, workspace_mib: float, needs: Needs
+    plain: SoftmaxLoss, grad: Tensor, saved: Saved, workspace_mib: float, needs: Needs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of query and key from the statistics, and those of the scale times it, by rows."""
     stats, stash = saved.stats[:-1], saved.stash
@@ -170,8 +170,10 @@ def _again(
     high, wide = block_plan(m, n, elements, call.tile)
     upstream = pulls[:-1].view(plain.directions, 2, m)
     factor = half_range(upstream, call) if like.dtype == torch.float16 else None
-    q = Side(like, plain.width, None, (needs.query, needs.scale), min(high, m), wide >= n, factor, plain.normalize)
-    k = Side(plain.key, plain.width, None, (needs.key, False), n, high >= m, factor, plain.normalize)
+    q = EmbeddingGradient(
+        like, plain.width, None, (needs.query, needs.scale), min(high, m), wide >= n, factor, plain.normalize
+    )
+    k = EmbeddingGradient(plain.key, plain.width, None, (needs.key, False), n, high >= m, factor, plain.normalize)
     _, pitch = exponentials(m, n, like.element_size())
     given = (stats, upstream, factor, *kept(stash, m, pitch), pulls[-1])
     make_gradients(call, given, (high, wide), q, k, stats.new_empty(0))
@@ -179,8 +181,8 @@ def _again(
 
 
 def _both_ways(x: Inputs) -> None:
-    out, saved = contrastive_plain_fwd(x)
-    contrastive_plain_bwd(torch.empty_like(out), x, saved, Needs(True, True, True))
+    out, saved = softmax_loss_fwd(x)
+    softmax_loss_bwd(torch.empty_like(out), x, saved, Needs(True, True, True))
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -199,7 +201,7 @@ def aot_cases() -> Iterator[AotCase]:
         query, key = (torch.empty(size, width, dtype=dtype, device="meta") for size in (rows, columns))
         scale, share = (torch.empty(size, device="meta") for size in (1, rows))
         targets = share.long() if rows < columns else None
-        matrix = ("_contrastive_fwd_kernel",) if dtype != torch.float32 else ()
+        matrix = ("_softmax_stats_fwd_kernel",) if dtype != torch.float32 else ()
         for needs in (0, QUERY + KEY + SCALE):
             x = Inputs(
                 query, key, scale, share if reduction == "sum" else None, targets, 1.0, True, symmetric, normalize,
@@ -208,6 +210,6 @@ def aot_cases() -> Iterator[AotCase]:
             words = (str(dtype).removeprefix("torch."), (rows, columns, width), reduction)
             label = " ".join(map(str, (*words, *["symmetric"] * symmetric, *["cosine"] * normalize, f"needs {needs}")))
             spills = SPILLED if symmetric and dtype == torch.bfloat16 else 0
-            yield AotCase(f"forward {label}", contrastive_plain_fwd, (x,), (), matrix, spills)
+            yield AotCase(f"forward {label}", softmax_loss_fwd, (x,), (), matrix, spills)
             if needs:
                 yield AotCase(f"backward {label}", _both_ways, (x,), spills=spills)

@@ -1,7 +1,7 @@
 """Triton kernels of the plain loss with negatives [M, K, D] of each row's own (see ops/softmax_loss_per_query.py).
 
-The negatives are read once by the kernels of contrastive_each, the losses and the slopes g_i = d out / d n_i come from
-the plain op's; one more kernel reads a row's t, query and key and makes all that is one vector per row:
+The negatives are read once by the kernels of softmax_stats_per_query, the losses and the slopes g_i = d out / d n_i
+come from those of softmax_loss; one more kernel reads a row's t, query and key and makes what is one vector per row:
 
     u       = g (t - c(key) key)
     d query = r (u - c(query)^2 <query, u> query)                 the last terms of both with NORMALIZE alone
@@ -28,7 +28,7 @@ from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
 from .embedding_gradients import scaled
 from .norms import _inverse_length, prepare
 from .row_losses import plain_losses
-from .softmax_stats_per_query import HALF_AND_SINGLE, contrastive_each_bwd, contrastive_each_fwd
+from .softmax_stats_per_query import HALF_AND_SINGLE, softmax_stats_per_query_bwd, softmax_stats_per_query_fwd
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def _own_rows_kernel(
         tl.store(key_grad_ptr + at, -slope * scale * of_key * v, mask=inside)
 
 
-def contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     query, key, (rows, width) = x.query.contiguous(), x.key.contiguous(), x.query.shape
     share = None if x.share is None else x.share.contiguous()
     single = query.new_empty(0, dtype=torch.float32)
@@ -84,7 +84,9 @@ def contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             of_keys = single.new_empty(rows) if x.normalize else None
             prepare(query, key, x.scale, x.factor, None, (row_scale, of_keys, positive))
         keep = 2 if x.needs & NEGATIVES else int(x.needs != 0)
-        found = contrastive_each_fwd(stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep))
+        found = softmax_stats_per_query_fwd(
+            stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep)
+        )
         state[:2] = found.stats
         if rows:
             slopes = single.new_empty((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None
@@ -100,7 +102,7 @@ def contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     return out, Saved(state, found.logits, found.inverse, *made)
 
 
-def contrastive_own_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def softmax_loss_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     none = grad.new_empty(0)
     with on_device(x.query):
         by_row = grad[:, None] if x.reduction == "none" else grad
@@ -123,12 +125,12 @@ def _of_negatives(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
     slopes[1].zero_()
     statistics = stats_op.Inputs(x.query, x.negatives, state[3], None, x.normalize, "", 0.0, 2)
     kept = stats_op.Saved(state, grad.new_empty(0), saved.logits, saved.inverse)
-    return contrastive_each_bwd(slopes[:2], statistics, kept, stats_op.Needs(False, True, False)).negatives
+    return softmax_stats_per_query_bwd(slopes[:2], statistics, kept, stats_op.Needs(False, True, False)).negatives
 
 
 def _both_ways(x: Inputs) -> None:
-    out, saved = contrastive_own_fwd(x)
-    contrastive_own_bwd(torch.empty_like(out), x, saved, Needs(True, True, True, True))
+    out, saved = softmax_loss_per_query_fwd(x)
+    softmax_loss_per_query_bwd(torch.empty_like(out), x, saved, Needs(True, True, True, True))
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -141,7 +143,7 @@ def aot_cases() -> Iterator[AotCase]:
         reduction, label = "sum" if normalize else "none", f"{str(dtype).removeprefix('torch.')} {rows, count, width}"
         frozen = Inputs(query, key, negatives, scale, share, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
         yield AotCase(
-            f"frozen {normalize} {label}", contrastive_own_fwd, (frozen,),
+            f"frozen {normalize} {label}", softmax_loss_per_query_fwd, (frozen,),
             ("_own_rows_kernel",) if width % 8 == 0 else (),
         )  # fmt: skip
         x = frozen._replace(needs=QUERY + KEY + SCALE + NEGATIVES)

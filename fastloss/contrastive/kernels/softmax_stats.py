@@ -23,8 +23,8 @@ from ...core.kernels.matmul import add_product, embeddings
 from ..ops.softmax_stats import Grads, Inputs, Needs, Saved
 from ..save_plan import kept_exponentials
 from .blocking import block_plan, chunk_plan
-from .embedding_gradients import Side
-from .logit_matrix import Call
+from .embedding_gradients import EmbeddingGradient
+from .logit_matrix import LogitMatrix
 from .passes import chunk_memory, half_range, kept, make_block, make_gradients, make_statistics, new_stash
 from .tile_configs import SPILLED
 
@@ -36,11 +36,11 @@ def _vectors(x: Inputs) -> tuple[tuple, tuple]:
     return (x.row_scale, x.excluded, x.row_ids, x.ceiling), (x.column_scale, x.bias, x.column_ids)
 
 
-def contrastive_fwd(x: Inputs) -> Saved:
+def softmax_stats_fwd(x: Inputs) -> Saved:
     with on_device(x.query):
         rows, columns = _vectors(x)
         elements, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
-        call = Call(x.query, x.key, rows, columns, x.kind, x.hardness, False, elements > 0, x.workspace_mib)
+        call = LogitMatrix(x.query, x.key, rows, columns, x.kind, x.hardness, False, elements > 0, x.workspace_mib)
         count = x.query.shape[0]
         stats = x.row_scale.new_empty((call.directions, call.states, count))
         stash = new_stash(x.query, elements)
@@ -69,11 +69,13 @@ def make_pulls(query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: st
     height, size, pitch = chunk_plan(m, n, query.element_size(), workspace_mib)
     stash, factor = query.new_empty(size), None
     if query.dtype == torch.float16:
-        factor = half_range(ones, Call(query, key, (torch.ones_like(rows[0]), None, None, None), columns, "", 0.0))
+        factor = half_range(
+            ones, LogitMatrix(query, key, (torch.ones_like(rows[0]), None, None, None), columns, "", 0.0)
+        )
     for start in range(0, m, height):
         part = slice(start, min(start + height, m))
         count, some = part.stop - start, tuple(None if v is None else v[part] for v in rows)
-        call = Call(query[part], key, some, columns, "", 0.0, False, True)
+        call = LogitMatrix(query[part], key, some, columns, "", 0.0, False, True)
         made, (keep, work, room) = stats.new_empty((1, 2, count)), chunk_memory(call, stash, count, pitch)
         make_statistics(call, made, keep, room)
         stats[:, :, part] = made
@@ -86,19 +88,21 @@ def make_pulls(query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: st
     return Saved(stats, query.new_empty(0), pulls)
 
 
-def contrastive_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def softmax_stats_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     (m, width), n = x.query.shape, x.key.shape[0]
     with on_device(x.query):
         if x.keep:
             return _from_pulls(grad, x, saved, needs)
         rows, columns = _vectors(x)
         _, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
-        call = Call(x.query, x.key, rows, columns, x.kind, x.hardness, True, pitch > 0)
+        call = LogitMatrix(x.query, x.key, rows, columns, x.kind, x.hardness, True, pitch > 0)
         elements = int(x.workspace_mib * 2**20) // x.query.element_size() - saved.stash.numel()
         high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
         factor = half_range(grad, call) if x.query.dtype == torch.float16 and m else None
-        q = Side(call.query, width, call.rows[0], (needs.query, needs.row_scale), min(high, m), wide >= n, factor)
-        k = Side(call.key, width, call.columns[0], (needs.key, needs.column_scale), n, high >= m, factor)
+        q = EmbeddingGradient(
+            call.query, width, call.rows[0], (needs.query, needs.row_scale), min(high, m), wide >= n, factor
+        )
+        k = EmbeddingGradient(call.key, width, call.columns[0], (needs.key, needs.column_scale), n, high >= m, factor)
         bias_grad = x.row_scale.new_zeros(n if needs.bias else 0)
         out = Grads(q.grad, k.grad, q.dot, k.dot, bias_grad)
         if m == 0 or n == 0:
@@ -178,7 +182,7 @@ def aot_cases() -> Iterator[AotCase]:
     for dtype, shape, kind, extras, hardness in calls:
         forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
         words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
-        sides = (("forward", contrastive_fwd, forward, "fwd"), ("backward", contrastive_bwd, backward, "bwd"))
+        sides = (("forward", softmax_stats_fwd, forward, "fwd"), ("backward", softmax_stats_bwd, backward, "bwd"))
         for name, launch, given, end in sides:
             kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not (end == "bwd" and "stash" in kind))
             spills = SPILLED if end == "fwd" and kind == clip + "+stash" else 0

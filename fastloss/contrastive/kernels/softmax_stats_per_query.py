@@ -182,7 +182,7 @@ def _rows_contiguous(negatives: Tensor) -> Tensor:
     return negatives if negatives.stride(2) == 1 or negatives.shape[2] == 1 else negatives.contiguous()
 
 
-def contrastive_each_fwd(x: Inputs) -> Saved:
+def softmax_stats_per_query_fwd(x: Inputs) -> Saved:
     rows, count, width = x.negatives.shape
     moments, powers, keep = int(x.kind == "moments"), 3 if x.hardness else 1, x.keep
     query, negatives, row_scale = x.query.contiguous(), _rows_contiguous(x.negatives), x.row_scale.contiguous()
@@ -211,7 +211,7 @@ def contrastive_each_fwd(x: Inputs) -> Saved:
     return Saved(stats, merged, logits, inverse)
 
 
-def contrastive_each_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     rows, count, width = x.negatives.shape
     moments, powers = int(x.kind == "moments"), 3 if x.hardness else 1
     grad, query, row_scale = grad.contiguous(), x.query.contiguous(), x.row_scale.contiguous()
@@ -255,7 +255,7 @@ def aot_cases() -> Iterator[AotCase]:
         for keep in (0, 2) if not kind else (2,):
             x = Inputs(query, negatives, scale, ceiling, True, kind, hardness, keep)
             vector = ("each_fwd_kernel",) if streams and not keep else ()
-            yield AotCase(f"forward {keep} {label}", contrastive_each_fwd, (x,), vector)
+            yield AotCase(f"forward {keep} {label}", softmax_stats_per_query_fwd, (x,), vector)
         sums = (3 if hardness else 1) + (kind == "moments")
         shapes = ((6, rows), (sums, rows, width), (rows, count), (rows, count))
         saved = Saved(*[scale.new_empty(shape) for shape in shapes])
@@ -263,6 +263,6 @@ def aot_cases() -> Iterator[AotCase]:
             x = Inputs(query, negatives, scale, ceiling, normalize, kind, hardness, 2)
             bwd = (saved.stats, x, saved, Needs(True, True, True))
             yield AotCase(
-                f"backward {normalize} {label}", contrastive_each_bwd, bwd,
+                f"backward {normalize} {label}", softmax_stats_per_query_bwd, bwd,
                 ("_each_negatives_kernel",) if streams else (),
             )  # fmt: skip

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...core import Op, is_interpreting, reduce, result_dtype
 from ..embeddings import embed
-from ..options import SoftmaxForm
+from ..options import SoftmaxOptions
 from ..row_losses import row_losses, statistics
 from ..save_plan import KEY, QUERY, SCALE, kept_exponentials, rows_kept, saves, triton_saves
 
@@ -65,7 +65,7 @@ class Needs(NamedTuple):
     scale: bool
 
 
-def contrastive_plain_reference(x: Inputs) -> Tensor:
+def softmax_loss_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(x.query, x.key)
     logits = embed(x.query, dtype, x.normalize) @ embed(x.key, dtype, x.normalize).T * x.factor
@@ -73,7 +73,7 @@ def contrastive_plain_reference(x: Inputs) -> Tensor:
         logits = logits * x.scale.reshape(())
     column = torch.arange(x.key.shape[0], device=x.query.device)
     target = column[: x.query.shape[0]] if x.targets is None else x.targets
-    positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxForm(x.include_positive)
+    positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxOptions(x.include_positive)
     allowed = column != target[:, None]
     loss = row_losses(positive, statistics(logits, allowed, False, 0.0), x.factor, form).loss
     if x.symmetric:
@@ -81,7 +81,7 @@ def contrastive_plain_reference(x: Inputs) -> Tensor:
     return reduce(loss if x.share is None else (loss * x.share).masked_fill(x.share == 0, 0.0), x.reduction)
 
 
-def _contrastive_plain_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def _softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     (rows, width), columns = x.query.shape, x.key.shape[0]
     single = x.query.new_empty(0, dtype=torch.float32)
     out = single.new_empty(rows if x.reduction == "none" else ())
@@ -116,7 +116,7 @@ def _saved_by_triton(x: Inputs) -> Saved:
     )
 
 
-def _contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def _softmax_loss_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     return Grads(
         query=x.query.new_empty(x.query.shape if needs.query else 0),
         key=x.key.new_empty(x.key.shape if needs.key else 0),
@@ -124,11 +124,11 @@ def _contrastive_plain_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) 
     )
 
 
-contrastive_plain = Op(
-    "contrastive_plain",
-    fwd=_contrastive_plain_fwd,
-    bwd=_contrastive_plain_bwd,
-    reference=contrastive_plain_reference,
+softmax_loss = Op(
+    "softmax_loss",
+    fwd=_softmax_loss_fwd,
+    bwd=_softmax_loss_bwd,
+    reference=softmax_loss_reference,
     grads=Grads._fields,
     outputs=("out", *Saved._fields),
     triton="contrastive.kernels.softmax_loss",

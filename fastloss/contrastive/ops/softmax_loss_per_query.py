@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ...core import Op, reduce, result_dtype
 from ..embeddings import embed
-from ..options import SoftmaxForm
+from ..options import SoftmaxOptions
 from ..row_losses import row_losses, statistics
 from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
 from .softmax_stats_per_query import why_not
@@ -76,7 +76,7 @@ class Needs(NamedTuple):
     scale: bool
 
 
-def contrastive_own_reference(x: Inputs) -> Tensor:
+def softmax_loss_per_query_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(x.query, x.key, x.negatives)
     gone = torch.zeros_like(x.query[:, :1], dtype=torch.bool) if x.share is None else (x.share == 0)[:, None]
@@ -89,11 +89,11 @@ def contrastive_own_reference(x: Inputs) -> Tensor:
     positive = (anchor * embed(key, dtype, x.normalize)).sum(1)
     logits = torch.bmm(embed(negatives, dtype, x.normalize), anchor[:, :, None]).squeeze(2)
     each = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
-    loss = row_losses(positive, each, x.factor, SoftmaxForm(x.include_positive)).loss
+    loss = row_losses(positive, each, x.factor, SoftmaxOptions(x.include_positive)).loss
     return reduce(loss if x.share is None else loss * x.share, x.reduction)
 
 
-def _contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def _softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     rows, count, width = x.negatives.shape
     single = x.query.new_empty(0, dtype=torch.float32)
     kept = rows if x.needs & NEGATIVES else 0
@@ -107,7 +107,7 @@ def _contrastive_own_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     )
 
 
-def _contrastive_own_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def _softmax_loss_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     return Grads(
         query=x.query.new_empty(x.query.shape if needs.query else 0),
         key=x.key.new_empty(x.key.shape if needs.key else 0),
@@ -116,11 +116,11 @@ def _contrastive_own_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) ->
     )
 
 
-contrastive_own = Op(
-    "contrastive_own",
-    fwd=_contrastive_own_fwd,
-    bwd=_contrastive_own_bwd,
-    reference=contrastive_own_reference,
+softmax_loss_per_query = Op(
+    "softmax_loss_per_query",
+    fwd=_softmax_loss_per_query_fwd,
+    bwd=_softmax_loss_per_query_bwd,
+    reference=softmax_loss_per_query_reference,
     grads=Grads._fields,
     outputs=("out", *Saved._fields),
     triton="contrastive.kernels.softmax_loss_per_query",

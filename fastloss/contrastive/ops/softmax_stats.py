@@ -65,7 +65,7 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def contrastive_stats_reference(x: Inputs) -> Tensor:
+def softmax_stats_reference(x: Inputs) -> Tensor:
     """The statistics [directions, S, M] in dense differentiable torch."""
     dtype = result_dtype(x.query, x.key)
     similar = x.row_scale[:, None] * (x.query.to(dtype) @ x.key.to(dtype).T)
@@ -94,7 +94,7 @@ def contrastive_stats_reference(x: Inputs) -> Tensor:
     return torch.stack(sides)
 
 
-def _contrastive_fwd(x: Inputs) -> Saved:
+def _softmax_stats_fwd(x: Inputs) -> Saved:
     rows, columns = x.query.shape[0], x.key.shape[0]
     moments, hard = int("moments" in x.kind), int(x.hardness != 0)
     if x.query.is_cuda or is_interpreting():
@@ -110,7 +110,7 @@ def _contrastive_fwd(x: Inputs) -> Saved:
     )
 
 
-def _contrastive_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def _softmax_stats_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     rows, columns = x.query.shape[0], x.key.shape[0]
     return Grads(
         query=x.query.new_empty(x.query.shape if needs.query else 0),
@@ -121,11 +121,11 @@ def _contrastive_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
     )
 
 
-contrastive = Op(
-    "contrastive",
-    fwd=_contrastive_fwd,
-    bwd=_contrastive_bwd,
-    reference=contrastive_stats_reference,
+softmax_stats = Op(
+    "softmax_stats",
+    fwd=_softmax_stats_fwd,
+    bwd=_softmax_stats_bwd,
+    reference=softmax_stats_reference,
     grads=Grads._fields,
     outputs=Saved._fields,
     triton="contrastive.kernels.softmax_stats",
@@ -141,7 +141,7 @@ def softmax_statistics(x: Inputs) -> Tensor:
     if x.query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
         keep &= "moments" not in x.kind and x.hardness == 0 and (x.excluded is None or "diagonal" not in x.kind)
     else:
-        keep &= contrastive.kernels["cpp"]
+        keep &= softmax_stats.kernels["cpp"]
     if any(needed):
         x = x._replace(keep=True) if keep else x._replace(kind=x.kind + "+stash")
-    return contrastive(*x)
+    return softmax_stats(*x)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...core import Op, result_dtype
 from ..embeddings import embed
-from ..options import SoftmaxForm
+from ..options import SoftmaxOptions
 from ..row_losses import statistics
 
 WIDEST = 8192  # a Triton program holds a whole negative
@@ -66,7 +66,7 @@ class Needs(NamedTuple):
     row_scale: bool
 
 
-def contrastive_each_reference(x: Inputs) -> Tensor:
+def softmax_stats_per_query_reference(x: Inputs) -> Tensor:
     """The definition, dense and in differentiable torch."""
     dtype = result_dtype(x.query, x.negatives)
     vectors = embed(x.negatives, dtype, x.normalize)
@@ -78,7 +78,7 @@ def contrastive_each_reference(x: Inputs) -> Tensor:
     return statistics(logits, allowed, x.kind == "moments", x.hardness)
 
 
-def _contrastive_each_fwd(x: Inputs) -> Saved:
+def _softmax_stats_per_query_fwd(x: Inputs) -> Saved:
     rows, count, width = x.negatives.shape
     moments, powers = int(x.kind == "moments"), 3 if x.hardness else 1
     kept = rows if x.keep > 1 else 0
@@ -91,7 +91,7 @@ def _contrastive_each_fwd(x: Inputs) -> Saved:
     )
 
 
-def _contrastive_each_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+def _softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     rows, count, width = x.negatives.shape
     return Grads(
         query=x.query.new_empty(rows if needs.query else 0, width),
@@ -106,11 +106,11 @@ def why_not(query: Tensor, *rest: object) -> str | None:
     return f"with negatives of each query the kernels take embeddings of up to {WIDEST} numbers, not {query.shape[1]}"
 
 
-contrastive_each = Op(
-    "contrastive_each",
-    fwd=_contrastive_each_fwd,
-    bwd=_contrastive_each_bwd,
-    reference=contrastive_each_reference,
+softmax_stats_per_query = Op(
+    "softmax_stats_per_query",
+    fwd=_softmax_stats_per_query_fwd,
+    bwd=_softmax_stats_per_query_bwd,
+    reference=softmax_stats_per_query_reference,
     grads=Grads._fields,
     outputs=Saved._fields,
     triton="contrastive.kernels.softmax_stats_per_query",
@@ -122,7 +122,7 @@ def each_statistics(
     query: Tensor,
     negatives: Tensor,
     row_scale: Tensor,
-    form: SoftmaxForm,
+    form: SoftmaxOptions,
     ceiling: Tensor | None,
     moments: bool,
     dropped: Tensor | None,
@@ -140,6 +140,10 @@ def each_statistics(
     kind = "moments" if moments else ""
     if dropped is not None:
         row_scale = row_scale.masked_fill(dropped, 0.0)
-        if contrastive_each.backend(query, negatives) == "reference":  # kernels skip what has no upstream gradient
+        if (
+            softmax_stats_per_query.backend(query, negatives) == "reference"
+        ):  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    return contrastive_each(*Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep))
+    return softmax_stats_per_query(
+        *Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
+    )

@@ -54,7 +54,7 @@ def radix_of(ORDER: tl.constexpr):
 
 
 @triton.jit
-def _image_fwd_kernel(
+def _image_loss_fwd_kernel(
     image_ptr,  # (units, count)
     pred_ptr,  # (units, count)
     pixel_weight,  # None or a tuple, see smoothness_terms.py
@@ -111,7 +111,7 @@ def _image_fwd_kernel(
 
 
 @triton.jit
-def _image_bwd_kernel(
+def _image_loss_bwd_kernel(
     grad_ptr,  # (sums,) float32
     image_ptr,  # (units, count)
     pred_ptr,  # (units, count)
@@ -161,7 +161,7 @@ def _image_bwd_kernel(
 
 
 @triton.jit
-def _image_signs_bwd_kernel(
+def _image_loss_signs_bwd_kernel(
     grad_ptr,  # (sums,) float32
     signs_ptr,  # (count,) uint8
     image_grad_ptr,  # (count,) or None
@@ -259,7 +259,7 @@ def _sweep(call: _Call, numbers: list[float]) -> _Sweep:
     return _Sweep(margin, (lanes, map_lanes), rows, grid)
 
 
-def image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+def image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     call, keep = _call(x), x.keep
     _, _, window, sigma, _, c1, c2, low = x.numbers
     if window:
@@ -281,7 +281,7 @@ def image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     splits = across * triton.cdiv(below, steps)
     out = call.pred.new_empty((call.outs + 2, call.units * splits), dtype=torch.float32)
     with on_device(call.pred):
-        _image_fwd_kernel[(call.units * splits,)](
+        _image_loss_fwd_kernel[(call.units * splits,)](
             call.image, call.pred, *call.weights, out, kept if keep else None, call.size, splits, across, steps,
             call.p, call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
             **STREAM_OPTIONS,
@@ -289,18 +289,18 @@ def image_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     return out.sum(1), Saved(kept)
 
 
-def image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
+def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
     call, grad = _call(x), grad.contiguous()
     _, _, window, *_ = x.numbers
     first, second = (torch.empty_like(call.pred) if needed else None for needed in needs)
     if window:
         if not x.keep:  # nobody asked for a gradient when the forward ran
             x = x._replace(keep=needs.image + 2 * needs.image_pred)
-            _, saved = image_fwd(x)
+            _, saved = image_loss_fwd(x)
         _ssim_bwd(grad, saved, call, x, first, second)
     elif x.keep:
         with on_device(call.pred):
-            _image_signs_bwd_kernel[(triton.cdiv(saved.kept.numel(), SIGNS_BLOCK),)](
+            _image_loss_signs_bwd_kernel[(triton.cdiv(saved.kept.numel(), SIGNS_BLOCK),)](
                 grad, saved.kept, first, second, saved.kept.numel(), call.order, x.image_pred.ndim - 2, call.wide,
                 SIGNS_BLOCK, **(STREAM_OPTIONS | {"num_warps": 2}),
             )  # fmt: skip
@@ -308,7 +308,7 @@ def image_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
         rows, columns, across, below = tile(call.size, call.block(False))
         splits = across * below
         with on_device(call.pred):
-            _image_bwd_kernel[(call.units * splits,)](
+            _image_loss_bwd_kernel[(call.units * splits,)](
                 grad, call.image, call.pred, *call.weights, first, second, call.size, splits, across, call.p,
                 call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
                 **STREAM_OPTIONS,
@@ -377,7 +377,7 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     x = Inputs(image, image, weight, guide, own, on_map, kinds, numbers, keep)
     label = f"{kinds} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))
-    yield AotCase(f"forward {label}", image_fwd, (x,), ("_image_fwd_kernel",) if streams else ())
-    wide = ("_image_bwd_kernel", "_image_signs_bwd_kernel") if streams else ()
+    yield AotCase(f"forward {label}", image_loss_fwd, (x,), ("_image_loss_fwd_kernel",) if streams else ())
+    wide = ("_image_loss_bwd_kernel", "_image_loss_signs_bwd_kernel") if streams else ()
     needs = Needs(o.get("keep", 2) == 3, True)
-    yield AotCase(f"backward {label}", image_bwd, (grad, Saved(kept), x, needs), wide)
+    yield AotCase(f"backward {label}", image_loss_bwd, (grad, Saved(kept), x, needs), wide)
