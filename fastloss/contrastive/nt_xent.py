@@ -36,19 +36,20 @@ def nt_xent_rows(
     """Row losses [2M]: each view of each sample against all the other views of the batch."""
     dtype = result_dtype(view_a, view_b)
     rows = view_a.shape[0]
-    views, lengths = self_operands(torch.cat((view_a, view_b)), dtype, form.normalize)
+    views, norms = self_operands(torch.cat((view_a, view_b)), dtype, form.normalize)
     moments, hardness, margin = _sampling(form)
-    row_scale = scale_of_rows(lengths, scale, views, dtype)
+    row_scale = scale_of_rows(norms, scale, views, dtype)
     partner = torch.arange(2 * rows, device=views.device).roll(rows)
     positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
-    if lengths is not None:
-        positive = positive * lengths.roll(rows)
+    if norms is not None:
+        positive = positive * norms.roll(rows)
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
-    kind = "upper" + "+moments" * moments
-    stats = softmax_statistics(
-        Inputs(views, views, row_scale, lengths, None, partner, both, both, ceiling, kind, hardness, workspace_mib)
-    )
+    x = Inputs(
+        views, views, row_scale, norms, None, partner, both, both, ceiling, False, False, True, moments, False,
+        hardness, workspace_mib,
+    )  # fmt: skip
+    stats = softmax_statistics(x)
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
     return out._replace(lse=_left_out(dropped, out.lse))
 

@@ -10,6 +10,16 @@ from torch import Tensor
 from ..core.checks import check_number
 
 
+class Form(NamedTuple):
+    """What the matrix of logits of a softmax op is like; the tuple that its kernels are compiled for."""
+
+    diagonal: bool = False  # row i's positive is column i, which is no negative of it
+    symmetric: bool = False  # the columns' statistics too: a second direction
+    self_similarity: bool = False  # query and key are the same rows, the logits symmetric: what is above the diagonal
+    moments: bool = False  # sum and number of the negatives' logits, for label smoothing and debiasing
+    bfloat16: bool = False  # products may be made in it (CPU)
+
+
 @dataclass(frozen=True)
 class NegativeSampling:
     r"""How the negatives of a softmax contrastive loss are chosen and weighted; the defaults change nothing.

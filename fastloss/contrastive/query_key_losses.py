@@ -18,12 +18,7 @@ from .ops import softmax_stats as stats_op
 from .ops.softmax_stats_per_query import each_statistics
 from .options import ContrastiveOutput, SoftmaxOptions
 from .row_losses import merged, row_losses
-from .save_plan import KEY, NEGATIVES, QUERY, SCALE
-
-
-def _kind(diagonal: bool, moments: bool, symmetric: bool = False, bfloat16: bool = False) -> str:
-    words = {"diagonal": diagonal, "moments": moments, "symmetric": symmetric, "bfloat16": bfloat16}
-    return "+".join(word for word, there in words.items() if there)
+from .save_plan import KEY, NEGATIVES, QUERY, SCALE, save_of_loss
 
 
 def _sampling(form: SoftmaxOptions) -> tuple[bool, float, float | None]:
@@ -50,21 +45,21 @@ def softmax_loss(
     :mod:`softmax_loss` and :mod:`softmax_loss_per_query`); None where their ops do not serve."""
     if form.sampling is not None or form.label_smoothing != 0:
         return None
-    own = negatives is not None
+    per_query = negatives is not None
     embeddings = (query, key) if negatives is None else (query, key, negatives)
     if negatives is not None and negatives.ndim == 2:
         return None
-    if own and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
+    if per_query and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
         return None
-    op = loss_per_query_op.softmax_loss_per_query if own else loss_op.softmax_loss
+    op = loss_per_query_op.softmax_loss_per_query if per_query else loss_op.softmax_loss
     if (backend := op.backend(*embeddings)) == "reference":
         return None
     check_reduction(reduction)
     rows, dtype = query.shape[0], result_dtype(*embeddings)
     if reduction == "mean":
         check_not_empty(rows)
-    share = None if weights is None else row_shares(weights, reduction, dtype)
-    if share is not None and reduction == "mean":
+    row_weight = None if weights is None else row_shares(weights, reduction, dtype)
+    if row_weight is not None and reduction == "mean":
         reduction = "sum"
     learned = scale if isinstance(scale, Tensor) else None
     needs = 0
@@ -74,18 +69,18 @@ def softmax_loss(
             for bit, x in ((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
             if x is not None and x.requires_grad
         )
-    factor = scale if isinstance(scale, float) else 1.0
+    fixed_scale = scale if isinstance(scale, float) else 1.0
     if negatives is not None:
-        return op(
-            *loss_per_query_op.Inputs(
-                query, key, negatives, learned, share, factor, form.include_positive, form.normalize, reduction, needs
-            ),
-            backend=backend,
-        )
+        x = loss_per_query_op.Inputs(
+            query, key, negatives, learned, row_weight, fixed_scale, form.include_positive, form.normalize, reduction,
+            needs,
+        )  # fmt: skip
+        return op(*x, backend=backend)
+    save, saved_rows = save_of_loss(backend, query, key, form.symmetric, reduction, needs, workspace_mib)
     return op(
         *loss_op.Inputs(
-            query, key, learned, share, targets, factor, form.include_positive, form.symmetric, form.normalize,
-            reduction, needs, workspace_mib,
+            query, key, learned, row_weight, targets, fixed_scale, form.include_positive, form.symmetric,
+            form.normalize, reduction, needs, save, saved_rows, workspace_mib,
         ),
         backend=backend,
     )  # fmt: skip
@@ -129,7 +124,7 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, _kind(targets is None, moments, form.symmetric, bfloat16[0]), hardness, workspace_mib,
+            ceiling, targets is None, form.symmetric, False, moments, bfloat16[0], hardness, workspace_mib,
         )))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
@@ -142,7 +137,7 @@ def softmax_rows(
         extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
-            _kind(False, moments, bfloat16=bfloat16[1]), hardness, workspace_mib,
+            False, False, False, moments, bfloat16[1], hardness, workspace_mib,
         )))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])

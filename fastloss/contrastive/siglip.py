@@ -2,15 +2,15 @@
 
     s_ij = scale c(image_i) c(text_j) <image_i, text_j> + bias      c(x) = 1 / |x| with `normalize` (0 for zero vectors)
     x_ij = -s_ii for i = j, s_ij elsewhere (with `negative_only` everywhere); pairs i != j with equal ids are left out
-    loss_i = sum_j log(1 + e^x_ij)                       [M], or with `share` the scalar sum_i share_i loss_i
+    loss_i = sum_j log(1 + e^x_ij)                       [M], or with `row_weight` w the scalar sum_i w_i loss_i
 
-    H_ij = share_i (dx_ij / ds_ij) sigmoid(x_ij) scale c(image_i) c(text_j)
+    H_ij = w_i (dx_ij / ds_ij) sigmoid(x_ij) scale c(image_i) c(text_j)
     v = H text           d image_i = v_i - c(image_i)^2 <image_i, v_i> image_i, without `normalize` v_i; texts alike
-    d scale = sum_i <image_i, v_i> / scale      d bias = sum_ij share_i (dx_ij / ds_ij) sigmoid(x_ij)
+    d scale = sum_i <image_i, v_i> / scale      d bias = sum_ij w_i (dx_ij / ds_ij) sigmoid(x_ij)
 
-H needs no normaliser: with `share` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
-backward multiplies them by its one upstream number. Without `share` the backward does that pass with its upstream
-gradient as the share, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the
+H needs no normaliser: with `row_weight` one pass makes loss and gradients, three products of U = 2 M N D FLOP, and the
+backward multiplies them by its one upstream number. Without `row_weight` the backward does that pass with its upstream
+gradient as the weight, 4 U. `needs` says what the forward must make: bit 0 the images' gradient, bit 1 that of the
 texts, bit 2 those of scale and bias. Image and text are float32, bfloat16 or float16, the rest is float32, ids are
 int64, scale and bias have one element. The gradients are kept in float32, so that a loss scale reaches them before
 they are rounded. Where image and text are bfloat16 and the CPU multiplies pairs of those with float32 sums, products
@@ -30,7 +30,7 @@ from ..core.inference import takes_inference_tensors
 from ..core.traced import filled
 from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, without
 from .embeddings import embed
-from .save_plan import IMAGE, NUMBERS, TEXT
+from .save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 
 
 class Inputs(NamedTuple):
@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
     bias: Tensor  # [1]
     image_ids: Tensor | None  # [M], or None together with text_ids
     text_ids: Tensor | None  # [N]
-    share: Tensor | None  # [M]; None: the losses of rows are returned
+    row_weight: Tensor | None  # [M]; None: the losses of rows are returned
     normalize: bool
     negative_only: bool
     needs: int
@@ -83,17 +83,17 @@ def siglip_reference(x: Inputs) -> Tensor:
         kept = positive | (x.image_ids[:, None] != x.text_ids)
         pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
     losses = pairs.sum(1)
-    return losses if x.share is None else (losses * x.share).sum()
+    return losses if x.row_weight is None else (losses * x.row_weight).sum()
 
 
 def _siglip_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     rows, width, columns = *x.image.shape, x.text.shape[0]
-    needs = 0 if x.share is None else x.needs
-    return x.scale.new_empty(rows if x.share is None else ()), Saved(
+    needs = 0 if x.row_weight is None else x.needs
+    return x.scale.new_empty(rows if x.row_weight is None else ()), Saved(
         image_grad=x.scale.new_empty(rows if needs & IMAGE else 0, width),
         text_grad=x.scale.new_empty(columns if needs & TEXT else 0, width),
-        scale_grad=x.scale.new_empty(1 if needs & NUMBERS else 0),
-        bias_grad=x.scale.new_empty(1 if needs & NUMBERS else 0),
+        scale_grad=x.scale.new_empty(1 if needs & SCALE_AND_BIAS else 0),
+        bias_grad=x.scale.new_empty(1 if needs & SCALE_AND_BIAS else 0),
     )
 
 
@@ -117,7 +117,7 @@ siglip = Op(
 )
 
 
-def _share(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
+def _row_weight(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
     """What each row counts in the reduced loss; None where rows are returned."""
     if reduction == "none":
         return None
@@ -206,16 +206,18 @@ def siglip_loss(
         check_not_empty(image.shape[0])
     image = without(image, excluded(weights))
     with full_precision(image):
-        share = _share(weights, reduction, image, dtype)
+        row_weight = _row_weight(weights, reduction, image, dtype)
         scale, bias = (
             v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device) for v in (scale, bias)
         )
         needs = 0
-        if torch.is_grad_enabled() and share is not None:
+        if torch.is_grad_enabled() and row_weight is not None:
             numbers = scale.requires_grad or bias.requires_grad
-            needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + NUMBERS * numbers
-        out = siglip(*Inputs(image, text, scale, bias, *ids, share, normalize, negative_only, needs, workspace_mib))
-    return out if share is not None else reduce_rows(out, weights, reduction)
+            needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + SCALE_AND_BIAS * numbers
+        out = siglip(
+            *Inputs(image, text, scale, bias, *ids, row_weight, normalize, negative_only, needs, workspace_mib)
+        )
+    return out if row_weight is not None else reduce_rows(out, weights, reduction)
 
 
 class SigLipLoss(Loss):

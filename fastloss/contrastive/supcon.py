@@ -101,13 +101,16 @@ def supcon_rows(
     largest logit of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
-    rows, lengths = self_operands(features, dtype, normalize)
-    row_scale = scale_of_rows(lengths, scale, rows, dtype)
-    vectors = rows.to(dtype) if lengths is None else rows * lengths[:, None]
+    rows, norms = self_operands(features, dtype, normalize)
+    row_scale = scale_of_rows(norms, scale, rows, dtype)
+    vectors = rows.to(dtype) if norms is None else rows * norms[:, None]
 
     def statistics_of(others: bool) -> tuple[Tensor, ...]:
         ids = None if others else labels
-        x = Inputs(rows, rows, row_scale, lengths, None, None, ids, ids, None, "upper", 0.0, workspace_mib)
+        x = Inputs(
+            rows, rows, row_scale, norms, None, None, ids, ids, None, False, False, True, False, False, 0.0,
+            workspace_mib,
+        )  # fmt: skip
         return softmax_statistics(x)[0].unbind(0)
 
     lse, most = statistics_of(include_positive)

@@ -5,17 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastloss.contrastive.ops.softmax_loss import Inputs as LossInputs
 from fastloss.contrastive.ops.softmax_loss import softmax_loss
 from fastloss.contrastive.ops.softmax_stats import Inputs, softmax_statistics, softmax_stats
+from fastloss.contrastive.options import Form
+from fastloss.contrastive.save_plan import save_of_loss, save_of_stats
 from tests.conformance.tools import INTERPRETING, Errors, recorded
 
 pytestmark = pytest.mark.kernels
 
 triton_only = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1; tests/triton runs it so")
-KINDS = ("diagonal", "diagonal+stash", "diagonal+symmetric", "diagonal+symmetric+stash", "upper+stash")
+ONE, BOTH, SELF = Form(diagonal=True), Form(diagonal=True, symmetric=True), Form(self_similarity=True)
+FORMS = {  # whether exponentials are saved
+    "one": (ONE, False), "one saved": (ONE, True), "both": (BOTH, False), "both saved": (BOTH, True),
+    "self saved": (SELF, True),
+}  # fmt: skip
 
 
-def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
+def values(op, dtype, form, saved, scale, workspace_mib, rows=37, width=20):
     """Statistics and gradients of every input for an upstream that differs everywhere."""
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(rows, width, generator=random).bfloat16() for _ in range(2))
@@ -23,23 +30,27 @@ def values(op, dtype, kind, scale, workspace_mib, rows=37, width=20):
     scales = [torch.rand(rows, generator=random).to(wide) * scale + 0.1 for _ in "rc"]
     leaves = [query.to(dtype), key.to(dtype), *scales]
     leaves = [t.requires_grad_() for t in leaves]
-    stats = op(*leaves, None, None, None, None, None, kind, 0.0, workspace_mib, False)
+    x = Inputs(*leaves, None, None, None, None, None, *form, 0.0, workspace_mib)
+    if saved:
+        x = x._replace(save=save_of_stats("triton", query, key, form, None, None, 0.0, workspace_mib, True))
+    stats = op(*x)
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(wide)
     upstream[:, 1] = 0  # the maximum has no gradient
     return stats.detach(), *torch.autograd.grad(stats, leaves, upstream)
 
 
 @triton_only
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("scale", [1.0, 12.0, 100.0])
-@pytest.mark.parametrize("workspace_mib", [0.002, 0.035, 256.0])  # of a stash 0.022 and blocks; with none, blocks too
-def test_blocks_and_wide_spreads(kind, scale, workspace_mib):
+@pytest.mark.parametrize("workspace_mib", [0.002, 0.035, 256.0])  # exponentials take 0.022
+def test_blocks_and_wide_spreads(name, scale, workspace_mib):
     """From scale 12 on a tile is too wide for one exponential to serve rows and columns."""
-    dtype = torch.bfloat16 if "stash" in kind else torch.float32  # exponentials are kept in half precision only
+    form, saved = FORMS[name]
+    dtype = torch.bfloat16 if saved else torch.float32  # exponentials are saved in half precision only
     errors = Errors(dtype)
-    got = values(softmax_stats, dtype, kind, scale, workspace_mib)
-    same = values(softmax_stats.reference, dtype, kind, scale, workspace_mib)
-    exact = values(softmax_stats.reference, torch.float64, kind, scale, workspace_mib)
+    got = values(softmax_stats, dtype, form, saved, scale, workspace_mib)
+    same = values(softmax_stats.reference, dtype, form, saved, scale, workspace_mib)
+    exact = values(softmax_stats.reference, torch.float64, form, saved, scale, workspace_mib)
     for name, *each in zip(("stats", "query", "key", "row_scale", "column_scale"), got, same, exact, strict=True):
         errors.add(name, *each)
     errors.check()
@@ -67,15 +78,17 @@ def plain_values(op, dtype, needs, symmetric, options, workspace_mib, rows=19, k
     key[3] = 0
     key = key[:rows] if symmetric else key
     scale = torch.tensor(7.0, dtype=dtype if dtype == torch.float64 else torch.float32)
-    share = torch.rand(rows, generator=random).to(scale.dtype) if options.get("share") else None
+    row_weight = torch.rand(rows, generator=random).to(scale.dtype) if options.get("row_weight") else None
     targets = None if symmetric else torch.arange(rows).flip(0)
     targets = targets if options.get("targets") else None
     leaves = [t for bit, t in ((1, query), (2, key), (4, scale)) if needs & bit]
     for t in leaves:
         t.requires_grad_()
+    reduction = options.get("reduction", "mean")
     out = op(
-        query, key, scale, share, targets, 0.5, options.get("include_positive", True), symmetric,
-        options.get("normalize", True), options.get("reduction", "mean"), needs, workspace_mib,
+        query, key, scale, row_weight, targets, 0.5, options.get("include_positive", True), symmetric,
+        options.get("normalize", True), reduction, needs,
+        *save_of_loss("triton", query, key, symmetric, reduction, needs, workspace_mib), workspace_mib,
     )  # fmt: skip
     upstream = torch.linspace(0.5, 2, out.numel(), dtype=out.dtype).reshape(out.shape)
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)
@@ -88,10 +101,10 @@ def plain_values(op, dtype, needs, symmetric, options, workspace_mib, rows=19, k
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_plain_losses_in_every_workspace(dtype, symmetric, workspace_mib):
     for name, needs, options in (
-        ("all", 7, {"share": True}),
+        ("all", 7, {"row_weight": True}),
         ("frozen keys", 5, {"reduction": "none", "normalize": False}),
         ("keys", 2, {"targets": True, "reduction": "sum", "include_positive": False}),
-        ("scale", 4, {"share": True, "reduction": "none", "targets": True}),
+        ("scale", 4, {"row_weight": True, "reduction": "none", "targets": True}),
     ):
         errors = Errors(dtype)
         given = needs, symmetric, options, workspace_mib
@@ -105,43 +118,43 @@ def test_plain_losses_in_every_workspace(dtype, symmetric, workspace_mib):
 
 def softmax_loss_eager(query, key, *rest):
     """As a user's dense torch has it: products in the embeddings' dtype."""
-    dtype, (scale, share, targets, factor, include_positive, symmetric, normalize, reduction, *_) = query.dtype, rest
-    if normalize:
+    x = LossInputs(query, key, *rest)
+    column, symmetric = torch.arange(key.shape[0]), x.symmetric
+    if x.normalize:
         query, key = (torch.nn.functional.normalize(t, dim=1) for t in (query, key))
-    logits = (scale * factor).to(dtype) * (query @ key.T)
-    column = torch.arange(logits.shape[1])
-    target = column[: logits.shape[0]] if targets is None else targets
+    logits = (x.scale * x.fixed_scale).to(query.dtype) * (query @ key.T)
+    target = column[: logits.shape[0]] if x.targets is None else x.targets
 
     def rows(s, own):
         positive = s.gather(1, own[:, None])[:, 0]
-        left_out = s.masked_fill(column[: s.shape[1]] == own[:, None], -torch.inf) if not include_positive else s
+        left_out = s.masked_fill(column[: s.shape[1]] == own[:, None], -torch.inf) if not x.include_positive else s
         return left_out.logsumexp(1) - positive
 
     loss = rows(logits, target)
     loss = ((loss + rows(logits.T, target)) / 2 if symmetric else loss).float()
-    loss = loss if share is None else loss * share
-    return loss if reduction == "none" else getattr(loss, reduction)()
+    loss = loss if x.row_weight is None else loss * x.row_weight
+    return loss if x.reduction == "none" else getattr(loss, x.reduction)()
 
 
 @triton_only
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("workspace_mib", [0.008, 256.0])
 def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
-    """The pulls are made in the forward, a chunk of rows at a time; in the diagonal's absence and presence."""
+    """The weighted keys are summed in the forward, a chunk of rows at a time; without and with a diagonal."""
     random = torch.Generator().manual_seed(0)
     query, key = (torch.randn(n, 20, generator=random).bfloat16() for n in (37, 50))
     scales = torch.rand(37, generator=random) + 0.5, torch.rand(50, generator=random) * 4
-    for kind in ("", "diagonal"):
+    for form in (Form(), ONE):
         errors, results = Errors(dtype), []
         for op, precision in ((softmax_statistics, dtype), (eager, dtype), (eager, torch.float64)):
             wide = torch.float64 if precision == torch.float64 else torch.float32
             leaves = query.to(precision).requires_grad_(), scales[0].to(wide).requires_grad_()
             with recorded() as calls:
                 stats = op(Inputs(
-                    leaves[0], key.to(precision), leaves[1], scales[1].to(wide), *[None] * 5, kind, 0.0, workspace_mib
+                    leaves[0], key.to(precision), leaves[1], scales[1].to(wide), *[None] * 5, *form, 0.0, workspace_mib
                 ))  # fmt: skip
             if op is softmax_statistics:
-                assert Inputs(*calls[0][1]).keep
+                assert Inputs(*calls[0][1]).save == "weighted_keys"
             upstream = torch.linspace(-1, 2, 37, dtype=wide)
             results.append((stats.detach()[:, :1], *torch.autograd.grad(stats[0, 0], leaves, upstream)))
         for i, each in enumerate(zip(*results, strict=True)):

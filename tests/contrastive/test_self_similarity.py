@@ -7,6 +7,8 @@ import torch
 
 from fastloss import NegativeSampling, core, nt_xent_loss, supcon_loss
 from fastloss.contrastive.ops.softmax_stats import Inputs, softmax_stats
+from fastloss.contrastive.options import Form
+from fastloss.contrastive.save_plan import save_of_stats
 from tests.conformance.tools import INTERPRETING, Errors, recorded
 
 KERNELS = INTERPRETING or core.backend_report()["cpp"] == "available"
@@ -18,9 +20,11 @@ pytestmark = [
 SIZES = {256.0: (1, 2, 15, 67, 1025, 2300), 0.003: (1, 2, 15, 67), 1.0: (1025, 2300)}
 INTERPRETED = {256.0: (1, 2, 17, 50), 0.003: (33, 50)}
 OPTIONS = ["", "ids", "moments", "ceiling", "hardness"]
+SELF, SQUARE = Form(self_similarity=True), Form(diagonal=True)
+BACKEND = "triton" if INTERPRETING else "cpp"
 
 
-def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
+def values(op, dtype, rows, option, form, workspace_mib, scale=6.0):
     """Statistics of rows against themselves, each without its partner, and gradients of rows and scale."""
     random = torch.Generator().manual_seed(rows)
     draws = torch.randn(rows, 20, generator=random).bfloat16(), torch.rand(rows, generator=random)
@@ -29,8 +33,10 @@ def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
     partner = torch.arange(rows).roll(rows // 2) if rows % 2 == 0 else None
     ids = torch.arange(rows) % max(rows // 3, 1) if option == "ids" else None
     ceiling = (scale * (draws[1] - 0.5)).to(dtype) if option == "ceiling" else None
-    words, hardness = kind + "+moments" * (option == "moments"), 0.5 * (option == "hardness")
-    stats = op(x, x, factor.expand(rows), None, None, partner, ids, ids, ceiling, words, hardness, workspace_mib, False)
+    form, hardness = form._replace(moments=option == "moments"), 0.5 * (option == "hardness")
+    given = (x, x, factor.expand(rows), None, None, partner, ids, ids, ceiling, *form, hardness, workspace_mib)
+    save = save_of_stats(BACKEND, x, x, form, partner, ceiling, hardness, workspace_mib, True)
+    stats = op(*Inputs(*given, save))
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(dtype)
     upstream[:, 1] = 0  # the maximum has no gradient, neither has the count
     if option == "moments":
@@ -44,9 +50,9 @@ def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
 def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
     errors = Errors(torch.float32)
     for rows in (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]:
-        got = values(softmax_stats, torch.float32, rows, option, "upper", workspace_mib)
-        same = values(softmax_stats.reference, torch.float32, rows, option, "diagonal", workspace_mib)
-        exact = values(softmax_stats.reference, torch.float64, rows, option, "diagonal", workspace_mib)
+        got = values(softmax_stats, torch.float32, rows, option, SELF, workspace_mib)
+        same = values(softmax_stats.reference, torch.float32, rows, option, SQUARE, workspace_mib)
+        exact = values(softmax_stats.reference, torch.float64, rows, option, SQUARE, workspace_mib)
         for name, *each in zip(("stats", "rows", "scale"), got, same, exact, strict=True):
             errors.add(name, *each, where=str(rows))
     errors.check()
@@ -54,7 +60,7 @@ def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
 
 def test_reference_of_upper_is_the_whole_square():
     for option in OPTIONS:
-        results = (values(softmax_stats.reference, torch.float64, 9, option, k, 1.0) for k in ("diagonal", "upper"))
+        results = (values(softmax_stats.reference, torch.float64, 9, option, form, 1.0) for form in (SQUARE, SELF))
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -65,4 +71,4 @@ def test_the_losses_of_one_set_of_rows_take_it():
         nt_xent_loss(x, y)
         nt_xent_loss(x, y, ids=torch.arange(5), sampling=NegativeSampling(tau_plus=0.1, hardness=0.5, margin=0.2))
         supcon_loss(x, torch.tensor([0, 0, 1, 1, 1]), return_lse=True)
-    assert ["upper" in Inputs(*args).kind for _, args in calls] == [True] * 4
+    assert [Inputs(*args).self_similarity for _, args in calls] == [True] * 4

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from fastloss import clip_loss, core, info_nce
-from fastloss.contrastive.ops.softmax_loss import softmax_loss
-from fastloss.contrastive.save_plan import KEY, QUERY, SCALE, rows_kept, saves
+from fastloss.contrastive.ops.softmax_loss import Inputs, softmax_loss
+from fastloss.contrastive.save_plan import KEY, QUERY, SCALE, save_of_loss
 from tests.conformance.tools import Errors, recorded
 
 pytestmark = [
@@ -21,19 +21,19 @@ pytestmark = [
 ONE, ALL = {"temperature": 0.07}, {"temperature": 0.07, "symmetric": True}
 NONE, MEAN = {"reduction": "none"}, {"reduction": "mean"}
 WAYS = {  # (rows, keys), what needs a gradient, options, what is saved
-    "rows": ((67, 131), QUERY, ONE | MEAN, "rows"),
-    "rows of each": ((67, 67), QUERY + SCALE, ONE | NONE, "rows"),
-    "rows in blocks": ((70, 1100), QUERY, ONE | MEAN | {"workspace_mib": 0.05}, "rows"),
-    "grads": ((67, 131), QUERY + KEY + SCALE, ONE | MEAN, "grads"),
-    "grads in chunks": ((200, 300), QUERY + KEY, ONE | {"reduction": "sum", "workspace_mib": 0.25}, "grads"),
-    "grads of both": ((131, 131), QUERY + KEY + SCALE, ALL | MEAN, "grads"),
-    "grads of keys": ((131, 131), KEY, ALL | MEAN, "grads"),
-    "stash": ((67, 131), QUERY + KEY, ONE | NONE, "stash"),
-    "stash of both": ((131, 131), QUERY + KEY + SCALE, ALL | NONE, "stash"),
-    "again": ((131, 140), QUERY + KEY + SCALE, ONE | MEAN | {"workspace_mib": 0.02}, "again"),
-    "again of both": ((131, 131), QUERY + KEY, ALL | MEAN | {"workspace_mib": 0.02}, "again"),
-    "again but tiles": ((300, 300), QUERY + KEY, ALL | MEAN | {"workspace_mib": 0.3}, "again"),
-    "again by a row": ((35, 35), QUERY + KEY, ALL | NONE | {"workspace_mib": 1e-6}, "again"),
+    "row grads": ((67, 131), QUERY, ONE | MEAN, ("row_grads", 0)),
+    "row grads of each": ((67, 67), QUERY + SCALE, ONE | NONE, ("row_grads", 0)),
+    "row grads in blocks": ((70, 1100), QUERY, ONE | MEAN | {"workspace_mib": 0.05}, ("row_grads", 0)),
+    "grads": ((67, 131), QUERY + KEY + SCALE, ONE | MEAN, ("grads", 0)),
+    "grads in chunks": ((200, 300), QUERY + KEY, ONE | {"reduction": "sum", "workspace_mib": 0.25}, ("grads", 0)),
+    "grads of both": ((131, 131), QUERY + KEY + SCALE, ALL | MEAN, ("grads", 0)),
+    "grads of keys": ((131, 131), KEY, ALL | MEAN, ("grads", 0)),
+    "logits": ((67, 131), QUERY + KEY, ONE | NONE, ("logits", 67)),
+    "logits of both": ((131, 131), QUERY + KEY + SCALE, ALL | NONE, ("logits", 131)),
+    "logits of some": ((131, 140), QUERY + KEY + SCALE, ONE | MEAN | {"workspace_mib": 0.02}, ("logits", 9)),
+    "logits of some, both": ((131, 131), QUERY + KEY, ALL | MEAN | {"workspace_mib": 0.02}, ("logits", 10)),
+    "logits of some tiles": ((300, 300), QUERY + KEY, ALL | MEAN | {"workspace_mib": 0.3}, ("logits", 64)),
+    "logits of no row": ((35, 35), QUERY + KEY, ALL | NONE | {"workspace_mib": 1e-6}, ("logits", 0)),
 }
 
 
@@ -65,10 +65,11 @@ def collect(errors: Errors, query: Tensor, key: Tensor, needs: int, options: dic
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("include_positive", [True, False])
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way(way, include_positive, normalize):
+def test_gradients_of_every_save_plan(way, include_positive, normalize):
     (rows, keys), needs, options, expected = WAYS[way]
-    mib = options.get("workspace_mib", 256)
-    assert saves(rows, keys, options.get("symmetric", False), options["reduction"], needs, mib) == expected
+    meta = [torch.empty(n, 19, device="meta") for n in (rows, keys)]
+    given = (options.get("symmetric", False), options["reduction"], needs, options.get("workspace_mib", 256))
+    assert save_of_loss("cpp", *meta, *given) == expected
     options = options | {"include_positive": include_positive, "normalize": normalize}
     errors = Errors(torch.float32)
     for factor in (1.0, 0.97, 0.93, 0.9, 0.87, 0.83, 0.79, 0.75):
@@ -82,7 +83,7 @@ def test_every_way(way, include_positive, normalize):
 
 
 @pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
-@pytest.mark.parametrize("way", ["rows", "grads", "grads of both", "again"])
+@pytest.mark.parametrize("way", ["row grads", "grads", "grads of both", "logits of some"])
 def test_every_instruction_set_and_odd_sizes(monkeypatch, cpu, way):
     monkeypatch.setenv("FASTLOSS_CPU", cpu)
     _, needs, options, _ = WAYS[way]
@@ -166,7 +167,7 @@ def peak_bytes(function) -> int:
 @pytest.mark.parametrize("kind", ["grads", "rows", "symmetric", "none", "bank"])
 @pytest.mark.parametrize("workspace_mib", [1, 4])
 def test_the_workspace_bounds_what_is_held(kind, workspace_mib):
-    """Beyond a stash, copies of the embeddings, their gradients and those' sums: six times the embeddings."""
+    """Beyond saved logits, copies of the embeddings, their gradients and those' sums: six times the embeddings."""
     rows, width = 1024, 32
     query, key = (t.requires_grad_() for t in embeddings(rows, 2048 if kind == "bank" else rows, width))
     options = {"symmetric": kind == "symmetric", "reduction": "none" if kind == "none" else "mean"}
@@ -177,8 +178,8 @@ def test_the_workspace_bounds_what_is_held(kind, workspace_mib):
         given = (query, key[:rows], key) if kind == "bank" else (query, key)
         info_nce(*given, workspace_mib=workspace_mib, **options).sum().backward()
 
-    stash = 4 * rows * rows if kind in ("none", "symmetric") and workspace_mib == 4 else 0
-    assert peak_bytes(step) <= stash + workspace_mib * 2**20 + 6 * 4 * width * (rows + key.shape[0])
+    logits = 4 * rows * rows if kind in ("none", "symmetric") and workspace_mib == 4 else 0
+    assert peak_bytes(step) <= logits + workspace_mib * 2**20 + 6 * 4 * width * (rows + key.shape[0])
 
 
 def saved_bytes(way: str) -> int:
@@ -196,20 +197,20 @@ def saved_bytes(way: str) -> int:
 @pytest.mark.parametrize("way", WAYS)
 def test_saved_bytes(way):
     (rows, keys), _, options, expected = WAYS[way]
-    part = rows_kept(keys, options.get("workspace_mib", 256)) if expected == "again" else 0
-    logits = 4 * keys * (rows if expected == "stash" else part)
-    assert saved_bytes(way) <= logits + 2 * 4 * 4 * (rows + keys) + 6 * 4 * (rows + keys)
+    assert saved_bytes(way) <= 4 * keys * expected[1] + 2 * 4 * 4 * (rows + keys) + 6 * 4 * (rows + keys)
 
 
 PARTS = [(8192, 256, 2048), (300, 0.3, 64), (140, 0.02, 9), (35, 1e-6, 0)]
 
 
 @pytest.mark.parametrize("columns, workspace_mib, rows", PARTS)
-def test_a_part_of_the_products_is_kept(columns, workspace_mib, rows):
-    assert rows_kept(columns, workspace_mib) == rows <= workspace_mib * 2**20 / 4 / (4 * columns)
+def test_saved_rows_fit_a_quarter_of_the_workspace(columns, workspace_mib, rows):
+    key = torch.empty(columns, 4, device="meta")
+    assert save_of_loss("cpp", key, key, True, "none", QUERY + KEY, workspace_mib) == ("logits", rows)
+    assert rows <= workspace_mib * 2**20 / 4 / (4 * columns)
 
 
-def test_what_it_leaves_to_the_other_op():
+def test_options_that_need_softmax_stats():
     q, k = embeddings(5, 5, 4)
     ids = torch.arange(5)
     for options in ({"return_lse": True}, {"label_smoothing": 0.1}, {"image_ids": ids},
@@ -246,7 +247,8 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(softmax_loss.fwd(q, k, None, None, None, 0.1, True, True, True, "none", 3, 16.0)[:4])
+            x = Inputs(q, k, None, None, None, 0.1, True, True, True, "none", QUERY + KEY, "logits", 700, 16.0)
+            results.append(softmax_loss.fwd(*x)[:4])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -256,4 +258,4 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
 def test_bad_targets_do_not_reach_memory():
     q, k = embeddings(3, 3, 4)
     with pytest.raises(RuntimeError, match="targets are out of key's rows"):
-        softmax_loss.fwd(q, k, None, None, torch.tensor([0, 1, 3]), 1.0, True, False, True, "mean", 0, 1.0)
+        softmax_loss.fwd(q, k, None, None, torch.tensor([0, 1, 3]), 1.0, True, False, True, "mean", 0, "", 0, 1.0)

@@ -118,14 +118,14 @@ def test_layouts(place):
 
 
 @each_place
-def test_what_is_kept(place):
+def test_saved_tensors(place):
     """Frozen negatives leave nothing of K; without gradients nothing is kept at all."""
     query, key, negatives = inputs(3, 10, 8, device=place[0])
-    for needs, state, logits in ((0, 0, 0), (QUERY + KEY + SCALE, 0, 0), (QUERY + NEGATIVES, 12, 30)):
+    for needs, stats, logits in ((0, 0, 0), (QUERY + KEY + SCALE, 0, 0), (QUERY + NEGATIVES, 12, 30)):
         with core.use_backend(place[1]):
             got = softmax_loss_per_query.fwd(query, key, negatives, None, None, 1.0, True, True, "mean", needs)
         sizes = [24 * bool(needs & QUERY), 24 * bool(needs & KEY), 3 * bool(needs & SCALE)]
-        assert [t.numel() for t in got] == [1, state, logits, logits, *sizes]
+        assert [t.numel() for t in got] == [1, stats, logits, logits, *sizes]
 
 
 @each_place
@@ -141,7 +141,7 @@ def test_gradients_of_gradients(place):
 
 
 @each_place
-def test_what_it_leaves_to_the_other_op(place):
+def test_options_that_need_softmax_stats_per_query(place):
     query, key, negatives = inputs(3, 10, 8, device=place[0])
     sampling = NegativeSampling(margin=0.1)
     for options in ({"return_lse": True}, {"label_smoothing": 0.1}, {"sampling": sampling}, {"in_batch": True},

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastloss import clip_loss, core, info_nce
-from fastloss.contrastive.ops.softmax_stats import softmax_stats
+from fastloss.contrastive.ops.softmax_stats import Inputs, softmax_stats
+from fastloss.contrastive.options import Form
 from tests.conformance.tools import Errors
 
 pytestmark = [
@@ -155,7 +156,8 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(softmax_stats.fwd(q, k, torch.ones(300), *[None] * 6, "diagonal+symmetric", 0.0, 0.1, False))
+            x = Inputs(q, k, torch.ones(300), *[None] * 6, *Form(diagonal=True, symmetric=True), 0.0, 0.1)
+            results.append(softmax_stats.fwd(*x))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

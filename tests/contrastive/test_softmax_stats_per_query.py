@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastloss import core, info_nce
-from fastloss.contrastive.ops.softmax_stats_per_query import softmax_stats_per_query
+from fastloss.contrastive.ops.softmax_stats_per_query import Inputs, softmax_stats_per_query
 from tests.conformance.cases import CASES
 from tests.conformance.tools import INTERPRETING, Errors, places, recorded
 
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.kernels
 
 PLACES = places(next(case for case in CASES if case.name == "info_nce own negatives"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = (("", 0.0), ("moments", 0.0), ("moments", 0.5))
+FORMS = ((False, 0.0), (True, 0.0), (True, 0.5))
 each_place = pytest.mark.parametrize("place", PLACES)
-each_kind = pytest.mark.parametrize(("kind", "hardness"), KINDS)
+each_form = pytest.mark.parametrize(("moments", "hardness"), FORMS)
 cpp_only = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
 
 
@@ -29,14 +29,18 @@ def inputs(rows: int, count: int, width: int, dtype=torch.float32, device="cpu")
     return [query.to(device, dtype), negatives.to(device, dtype), scale.to(device)]
 
 
-def run(backend: str, args: list[Tensor], kind="", hardness=0.0, normalize=True, ceiling=None, frozen=False) -> list:
+def run(
+    backend: str, args: list[Tensor], moments=False, hardness=0.0, normalize=True, ceiling=None, frozen=False
+) -> list[Tensor]:
     """Statistics, and the gradients of query, negatives (unless frozen) and scale."""
     double = args[0].dtype == torch.float64
     args = [t.detach().to(torch.float64 if double else t.dtype) for t in args]
     leaves = [t.requires_grad_() for i, t in enumerate(args) if not (frozen and i == 1)]
     ceiling = ceiling.double() if double and ceiling is not None else ceiling
     with core.use_backend(backend):
-        stats = softmax_stats_per_query(*args, ceiling, normalize, kind, hardness, 1 if frozen else 2)
+        stats = softmax_stats_per_query(
+            *args, ceiling, normalize, moments, hardness, "weighted_keys" if frozen else "logits"
+        )
         upstream = torch.linspace(0.5, 1.5, stats.numel(), device=stats.device).reshape(stats.shape)
         upstream = upstream.masked_fill(stats.isinf(), 0.0).to(stats.dtype)
         return [stats.detach(), *torch.autograd.grad(stats, leaves, upstream)]
@@ -57,37 +61,39 @@ def judge(place: tuple, args: list[Tensor], errors: Errors | None = None, **opti
 
 
 @each_place
-@each_kind
+@each_form
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sizes_around_a_vector_and_a_group(place, kind, hardness, dtype):
+def test_sizes_around_a_vector_and_a_group(place, moments, hardness, dtype):
     shapes = ((2, 9, 33), (1, 1, 3)) if INTERPRETING else ((2, 9, 33), (3, 8, 64), (1, 1, 3), (2, 37, 17), (4, 16, 130))
     for normalize in (True, False):
         errors = Errors(dtype)
         for shape in shapes:
-            judge(place, inputs(*shape, dtype, place[0]), errors, kind=kind, hardness=hardness, normalize=normalize)
+            judge(
+                place, inputs(*shape, dtype, place[0]), errors, moments=moments, hardness=hardness, normalize=normalize
+            )
         errors.check()
 
 
 @each_place
-@each_kind
-def test_rows_in_pieces(place, kind, hardness):
+@each_form
+def test_rows_in_pieces(place, moments, hardness):
     """Few rows with many negatives are shared by several threads or programs and merged in a fixed order."""
     args = inputs(1, 300 if INTERPRETING else 3000, 24, device=place[0])
-    first = judge(place, args, kind=kind, hardness=hardness)
-    assert all(torch.equal(a, b) for a, b in zip(first, run(place[1], args, kind, hardness), strict=True))
+    first = judge(place, args, moments=moments, hardness=hardness)
+    assert all(torch.equal(a, b) for a, b in zip(first, run(place[1], args, moments, hardness), strict=True))
 
 
 @each_place
-@each_kind
-def test_masks_and_rows_without_negatives(place, kind, hardness):
+@each_form
+def test_masks_and_rows_without_negatives(place, moments, hardness):
     args = inputs(4, 20, 12, device=place[0])
     args[1][0, 0] = 0
     ceiling = torch.tensor([0.1, -1e9, float("nan"), 0.3], device=place[0])
-    stats, query, negatives, _ = judge(place, args, kind=kind, hardness=hardness, ceiling=ceiling)
+    stats, query, negatives, _ = judge(place, args, moments=moments, hardness=hardness, ceiling=ceiling)
     assert stats[0, 1] == -torch.inf and stats[1, 1] == -torch.inf and not query[1].any() and not negatives[1].any()
     assert not negatives[0, 0].any()
     with core.use_backend(place[1]):
-        none = softmax_stats_per_query(*inputs(2, 0, 3, device=place[0]), None, True, kind, hardness, 0)
+        none = softmax_stats_per_query(*inputs(2, 0, 3, device=place[0]), None, True, moments, hardness, "")
     assert (none[:2] == -torch.inf).all()
 
 
@@ -117,27 +123,27 @@ def test_layouts(place):
 def test_frozen_negatives_cost_the_backward_nothing(place):
     """The forward keeps one vector per row and nothing of K; without gradients it keeps nothing."""
     query, negatives, _ = inputs(3, 10, 8, device=place[0])
-    kept = (((True, False), 1, 24, 0), ((True, True), 2, 24, 30), ((False, False), 0, 0, 0))
-    for requires, keep, pulls, logits in kept:
+    none, one, both = (False, False), (True, False), (True, True)
+    for requires, save, keys, logits in ((one, "weighted_keys", 24, 0), (both, "logits", 24, 30), (none, "", 0, 0)):
         q, n = (t.detach().requires_grad_(r) for t, r in zip((query, negatives), requires, strict=True))
         with recorded() as calls, core.use_backend(place[1]):
             info_nce(q, query, n, return_lse=True)
         ((op, args),) = calls
-        assert op is softmax_stats_per_query and args[-1] == keep
+        assert op is softmax_stats_per_query and Inputs(*args).save == save
         if place[1] != "reference":
             sizes = [t.numel() for t in op.fwd(*(a.detach() if isinstance(a, Tensor) else a for a in args))]
-            assert sizes[1:] == [pulls, logits, logits]
+            assert sizes[1:] == [keys, logits, logits]
     judge(place, inputs(3, 10, 8, device=place[0]), frozen=True)
 
 
 @cpp_only
 @pytest.mark.parametrize("cpu", ["default", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@each_kind
-def test_every_instruction_set(monkeypatch, cpu, dtype, kind, hardness):
+@each_form
+def test_every_instruction_set(monkeypatch, cpu, dtype, moments, hardness):
     monkeypatch.setenv("FASTLOSS_CPU", cpu)
     for shape in ((3, 29, 37), (1, 200, 64)):
-        judge(("cpu", "cpp"), inputs(*shape, dtype), kind=kind, hardness=hardness)
+        judge(("cpu", "cpp"), inputs(*shape, dtype), moments=moments, hardness=hardness)
 
 
 @cpp_only

@@ -1,14 +1,14 @@
 """The op of the plain softmax losses: one call from embeddings to loss, CLIP's above all.
 
-    s_ij   = scale factor c(query_i) c(key_j) <query_i, key_j>    c(x) = 1 / |x| with `normalize`, else 1; no `scale`: 1
+    s_ij   = scale fixed_scale c(query_i) c(key_j) <query_i, key_j>   c(x) = 1 / |x| with `normalize`, else 1
     p_i    = s_i,target_i, without `targets` the diagonal         n_i = log sum_{j != target_i} e^s_ij
     loss_i = softplus(n_i - p_i), without `include_positive` n_i - p_i; with `symmetric` the mean with column i's
-    out    = share_i loss_i [M], their sum or their mean by `reduction`; 0 where share_i is 0, be the loss NaN
+    out    = row_weight_i loss_i [M], their sum or their mean by `reduction`; 0 where row_weight_i is 0, be the loss NaN
 
-query [M, D] and key [N, D] are float32, bfloat16 or float16 of any strides, scale (one element) and share [M] float32,
-targets [M] int64. `needs`: what will be differentiated, bit 0 the queries, bit 1 the keys, bit 2 the scale.
-What the forward leaves for the backward, nothing, "rows", "grads", "stash" or "again": see `saves` and `triton_saves`
-in save_plan.py. The derivation, and what each costs: docs/design/contrastive.md
+query [M, D] and key [N, D] are float32, bfloat16 or float16 of any strides, scale (one element, None: 1) and row_weight
+[M] float32, targets [M] int64. `needs` says what will be differentiated, in bits: QUERY, KEY, SCALE. What the forward
+leaves for the backward (`save`, `saved_rows`): save_plan.py. The derivation, and what each costs:
+docs/design/contrastive.md
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core import Op, is_interpreting, reduce, result_dtype
+from ...core import Op, reduce, result_dtype
 from ..embeddings import embed
 from ..options import SoftmaxOptions
 from ..row_losses import row_losses, statistics
-from ..save_plan import KEY, QUERY, SCALE, kept_exponentials, rows_kept, saves, triton_saves
+from ..save_plan import KEY, QUERY, SCALE, exponentials
 
 
 class Inputs(NamedTuple):
@@ -31,24 +31,28 @@ class Inputs(NamedTuple):
     query: Tensor  # [M, D]
     key: Tensor  # [N, D]
     scale: Tensor | None  # one element
-    share: Tensor | None  # [M]
+    row_weight: Tensor | None  # [M]
     targets: Tensor | None  # [M]
-    factor: float
+    fixed_scale: float
     include_positive: bool
     symmetric: bool
     normalize: bool
     reduction: str
     needs: int
+    save: str
+    saved_rows: int  # of how many rows the logits are kept
     workspace_mib: float
 
 
 class Saved(NamedTuple):
-    """Empty is what `saves` or `triton_saves` does not leave."""
+    """Empty is what `save` does not ask for."""
 
-    stats: Tensor  # p, n and the columns' n if symmetric [2 + symmetric, M]; Triton: [2 (1 + symmetric) + 1, M]
-    lengths: Tensor  # c of queries and keys [M + N]; Triton: the row scales, and c of the keys
-    stash: Tensor  # products [rows kept, N]; Triton: exponentials
-    query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("rows")
+    stats: (
+        Tensor  # "logits": p, n and the columns' n if symmetric [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
+    )
+    inverse_norms: Tensor  # "logits": c of queries and keys [M + N]; "exps": the row scales, and c of the keys
+    logits: Tensor  # "logits": products <query_i, key_j> [saved_rows, N]; "exps": exponentials, see save_plan.py
+    query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("row_grads")
     key_grad: Tensor  # [N, D]
     scale_grad: Tensor  # [M], row by row
 
@@ -68,51 +72,39 @@ class Needs(NamedTuple):
 def softmax_loss_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(x.query, x.key)
-    logits = embed(x.query, dtype, x.normalize) @ embed(x.key, dtype, x.normalize).T * x.factor
+    logits = embed(x.query, dtype, x.normalize) @ embed(x.key, dtype, x.normalize).T * x.fixed_scale
     if x.scale is not None:
         logits = logits * x.scale.reshape(())
     column = torch.arange(x.key.shape[0], device=x.query.device)
     target = column[: x.query.shape[0]] if x.targets is None else x.targets
     positive, form = logits.gather(1, target[:, None])[:, 0], SoftmaxOptions(x.include_positive)
     allowed = column != target[:, None]
-    loss = row_losses(positive, statistics(logits, allowed, False, 0.0), x.factor, form).loss
+    loss = row_losses(positive, statistics(logits, allowed, False, 0.0), x.fixed_scale, form).loss
     if x.symmetric:
-        loss = (loss + row_losses(positive, statistics(logits.T, allowed.T, False, 0.0), x.factor, form).loss) / 2
-    return reduce(loss if x.share is None else (loss * x.share).masked_fill(x.share == 0, 0.0), x.reduction)
+        of_columns = statistics(logits.T, allowed.T, False, 0.0)
+        loss = (loss + row_losses(positive, of_columns, x.fixed_scale, form).loss) / 2
+    if x.row_weight is not None:
+        loss = (loss * x.row_weight).masked_fill(x.row_weight == 0, 0.0)
+    return reduce(loss, x.reduction)
 
 
 def _softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     (rows, width), columns = x.query.shape, x.key.shape[0]
-    single = x.query.new_empty(0, dtype=torch.float32)
-    out = single.new_empty(rows if x.reduction == "none" else ())
-    if x.query.is_cuda or is_interpreting():
-        return out, _saved_by_triton(x)
-    saved = saves(rows, columns, x.symmetric, x.reduction, x.needs, x.workspace_mib)
-    made, again = saved in ("rows", "grads"), saved in ("stash", "again")
-    kept = rows if saved == "stash" else rows_kept(columns, x.workspace_mib) if saved == "again" else 0
-    return out, Saved(
-        stats=single.new_empty(2 + x.symmetric if again else 0, rows),
-        lengths=single.new_empty(rows + columns if again and x.normalize else 0),
-        stash=single.new_empty(kept, columns),
-        query_grad=single.new_empty(rows if made and x.needs & QUERY else 0, width),
-        key_grad=single.new_empty(columns if made and x.needs & KEY else 0, width),
-        scale_grad=single.new_empty(rows if made and x.needs & SCALE else 0),
-    )
-
-
-def _saved_by_triton(x: Inputs) -> Saved:
-    (rows, width), columns = x.query.shape, x.key.shape[0]
-    saved = triton_saves(x.symmetric, x.reduction, x.needs)
-    again, grads = saved == "again", saved == "grads"
-    single = x.query.new_empty(0, dtype=torch.float32)
-    kind = "symmetric" * x.symmetric + "+stash" * again
-    return Saved(
-        stats=single.new_empty(2 * (1 + x.symmetric) + 1, rows if again else 0),
-        lengths=single.new_empty(rows + columns * x.normalize if again else 0),
-        stash=x.query.new_empty(kept_exponentials(x.query, x.key, None, kind, 0.0, x.workspace_mib)[0]),
-        query_grad=single.new_empty(rows if grads and x.needs & QUERY else 0, width),
-        key_grad=single.new_empty(columns if grads and x.needs & KEY else 0, width),
-        scale_grad=single.new_empty(rows if grads and x.needs & SCALE else 0),
+    like = x.query.new_empty(0, dtype=torch.float32)
+    grads, logits, exps = x.save in ("row_grads", "grads"), x.save == "logits", x.save == "exps"
+    if exps:
+        elements = exponentials(x.saved_rows, columns, x.query.element_size()).elements
+        stats, norms = 2 * (1 + x.symmetric) + 1, rows + columns * x.normalize
+    else:
+        elements, stats = 0, 2 + x.symmetric if logits else 0
+        norms = rows + columns if logits and x.normalize else 0
+    return like.new_empty(rows if x.reduction == "none" else ()), Saved(
+        stats=like.new_empty(stats, rows),
+        inverse_norms=like.new_empty(norms),
+        logits=x.query.new_empty(elements) if exps else like.new_empty(x.saved_rows, columns),
+        query_grad=like.new_empty(rows if grads and x.needs & QUERY else 0, width),
+        key_grad=like.new_empty(columns if grads and x.needs & KEY else 0, width),
+        scale_grad=like.new_empty(rows if grads and x.needs & SCALE else 0),
     )
 
 

@@ -1,15 +1,16 @@
 """The op of the plain loss whose negatives [M, K, D] are each row's own: one call from embeddings to loss.
 
-    s_ik   = scale factor c(query_i) c(n_ik) <query_i, n_ik>      c(x) = 1 / |x| with `normalize` (0 for zero vectors),
-                                                                  else 1; no `scale`: 1
-    p_i    = scale factor c(query_i) c(key_i) <query_i, key_i>    the positive
+    s_ik   = scale fixed_scale c(query_i) c(n_ik) <query_i, n_ik>    c(x) = 1 / |x| with `normalize` (0 for zero
+                                                                     vectors), else 1; no `scale`: 1
+    p_i    = scale fixed_scale c(query_i) c(key_i) <query_i, key_i>  the positive
     n_i    = log sum_k e^s_ik
-    loss_i = softplus(n_i - p_i)                                  without `include_positive`: n_i - p_i; no negatives: 0
-    out    = share_i loss_i [M], their sum or their mean          by `reduction`: "none", "sum", "mean"; no `share`: 1
-             rows of share 0 are left out: nothing of them is multiplied, be it NaN
+    loss_i = softplus(n_i - p_i)                             without `include_positive`: n_i - p_i; no negatives: 0
+    out    = row_weight_i loss_i [M], their sum or mean      by `reduction`: "none", "sum", "mean"; no `row_weight`: 1
+             rows of weight 0 are left out: nothing of them is multiplied, be it NaN
 
-With w_i = d out / d loss_i, g_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i), r_i = scale factor
-c(query_i) and t_i = sum_k e^(s_ik - n_i) c(n_ik) n_ik, which is summed in the forward's one read of the negatives:
+With w_i = d out / d loss_i, g_i = w_i sigmoid(n_i - p_i) (without `include_positive`: w_i),
+r_i = scale fixed_scale c(query_i) and t_i = sum_k e^(s_ik - n_i) c(n_ik) n_ik, which is summed in the forward's one
+read of the negatives:
 
     u_i       = g_i (t_i - c(key_i) key_i)
     d query_i = r_i (u_i - c(query_i)^2 <query_i, u_i> query_i)   without `normalize`: r_i u_i
@@ -43,8 +44,8 @@ class Inputs(NamedTuple):
     key: Tensor  # [M, D]
     negatives: Tensor  # [M, K, D]
     scale: Tensor | None  # one element
-    share: Tensor | None  # [M]
-    factor: float
+    row_weight: Tensor | None  # [M]
+    fixed_scale: float
     include_positive: bool
     normalize: bool
     reduction: str
@@ -54,9 +55,9 @@ class Inputs(NamedTuple):
 class Saved(NamedTuple):
     """The first three are empty where the negatives need no gradient, the others where theirs is not needed."""
 
-    state: Tensor  # [4, M]: n, the maxima, p and r
+    stats: Tensor  # [4, M]: n, the maxima, p and r
     logits: Tensor  # [M, K]
-    inverse: Tensor  # [M, K]: c of the negatives
+    inverse_norms: Tensor  # [M, K]: c of the negatives
     query_grad: Tensor  # [M, D]
     key_grad: Tensor  # [M, D]
     scale_grad: Tensor  # [M], row by row
@@ -79,31 +80,32 @@ class Needs(NamedTuple):
 def softmax_loss_per_query_reference(x: Inputs) -> Tensor:
     """The loss in dense differentiable torch."""
     dtype = result_dtype(x.query, x.key, x.negatives)
-    gone = torch.zeros_like(x.query[:, :1], dtype=torch.bool) if x.share is None else (x.share == 0)[:, None]
+    weight = x.query.new_ones(x.query.shape[0]) if x.row_weight is None else x.row_weight
+    dropped = (weight == 0)[:, None]
     query, key, negatives = (
-        t.masked_fill(mask, 0.0) for t, mask in ((x.query, gone), (x.key, gone), (x.negatives, gone[:, :, None]))
+        t.masked_fill(mask, 0.0) for t, mask in ((x.query, dropped), (x.key, dropped), (x.negatives, dropped[:, None]))
     )
-    anchor = embed(query, dtype, x.normalize) * x.factor
+    anchor = embed(query, dtype, x.normalize) * x.fixed_scale
     if x.scale is not None:
         anchor = anchor * x.scale.reshape(())
     positive = (anchor * embed(key, dtype, x.normalize)).sum(1)
     logits = torch.bmm(embed(negatives, dtype, x.normalize), anchor[:, :, None]).squeeze(2)
-    each = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
-    loss = row_losses(positive, each, x.factor, SoftmaxOptions(x.include_positive)).loss
-    return reduce(loss if x.share is None else loss * x.share, x.reduction)
+    stats = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
+    loss = row_losses(positive, stats, x.fixed_scale, SoftmaxOptions(x.include_positive)).loss
+    return reduce(loss if x.row_weight is None else loss * x.row_weight, x.reduction)
 
 
 def _softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     rows, count, width = x.negatives.shape
-    single = x.query.new_empty(0, dtype=torch.float32)
-    kept = rows if x.needs & NEGATIVES else 0
-    return single.new_empty(rows if x.reduction == "none" else ()), Saved(
-        state=single.new_empty(4, kept),
-        logits=single.new_empty(kept, count),
-        inverse=single.new_empty(kept, count),
-        query_grad=single.new_empty(rows if x.needs & QUERY else 0, width),
-        key_grad=single.new_empty(rows if x.needs & KEY else 0, width),
-        scale_grad=single.new_empty(rows if x.needs & SCALE else 0),
+    like = x.query.new_empty(0, dtype=torch.float32)
+    saved_rows = rows if x.needs & NEGATIVES else 0
+    return like.new_empty(rows if x.reduction == "none" else ()), Saved(
+        stats=like.new_empty(4, saved_rows),
+        logits=like.new_empty(saved_rows, count),
+        inverse_norms=like.new_empty(saved_rows, count),
+        query_grad=like.new_empty(rows if x.needs & QUERY else 0, width),
+        key_grad=like.new_empty(rows if x.needs & KEY else 0, width),
+        scale_grad=like.new_empty(rows if x.needs & SCALE else 0),
     )
 
 

@@ -1,14 +1,13 @@
 """The op of the softmax contrastive losses: statistics of each row's negative logits, which are never stored whole.
 
     s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j     query [M, D], key [N, D]; the rest [M] or [N]
-    A_i, the negatives of row i: all j but j == i ("diagonal" in `kind`) and, where given, j == excluded_i,
+    A_i, the negatives of row i: all j but, with `diagonal`, j == i and, where given, j == targets_i,
          column_ids_j == row_ids_i and s_ij - bias_j > ceiling_i
-    stats [directions, S, M] in float32: lse_A(s), max_A(s), -inf where A is empty; "moments": sum_A(s), |A|;
+    stats [directions, S, M] in float32: lse_A(s), max_A(s), -inf where A is empty; `moments`: sum_A(s), |A|;
          hardness beta > 0: lse_A((1 + beta) (s - max_A)), lse_A(beta (s - max_A))
 
-`kind`: words joined by "+": "diagonal", "moments", "symmetric", "upper", "bfloat16", "stash". Kept for the backward, in
-`workspace_mib`: `pulls` [.., M, D] with `keep`, else `stash`.
-The derivation: docs/design/contrastive.md
+What the forward leaves for the backward (`save`): see :func:`save_plan.save_of_stats`. The derivation:
+docs/design/contrastive.md
 """
 
 from __future__ import annotations
@@ -18,9 +17,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...core import Op, is_interpreting, result_dtype
+from ...core import Op, result_dtype
+from ..options import Form
 from ..row_losses import statistics
-from ..save_plan import _keeps_logits, kept_exponentials
+from ..save_plan import exponentials, save_of_stats
 
 
 class Inputs(NamedTuple):
@@ -31,22 +31,30 @@ class Inputs(NamedTuple):
     row_scale: Tensor  # [M]
     column_scale: Tensor | None  # [N]
     bias: Tensor | None  # [N]
-    excluded: Tensor | None  # [M]
+    targets: Tensor | None  # [M]
     row_ids: Tensor | None  # [M]
     column_ids: Tensor | None  # [N]
     ceiling: Tensor | None  # [M]
-    kind: str
+    diagonal: bool
+    symmetric: bool  # the columns' statistics too: a second direction
+    self_similarity: bool  # query and key are the same rows: no row is its own negative, one direction
+    moments: bool
+    bfloat16: bool  # products may be made in it
     hardness: float
     workspace_mib: float
-    keep: bool = False
+    save: str = ""
+
+    @property
+    def form(self) -> Form:
+        return Form(self.diagonal, self.symmetric, self.self_similarity, self.moments, self.bfloat16)
 
 
 class Saved(NamedTuple):
     """All that the forward returns: the backward needs the statistics themselves too."""
 
     stats: Tensor  # [directions, S, M]
-    stash: Tensor  # logits [M, N], Triton: exponentials; or empty
-    pulls: Tensor  # [1 + moments + 2 hard, M, D] with `keep`, else empty
+    logits: Tensor  # "logits": [M, N]; "exps": their exponentials, see save_plan.py; else empty
+    weighted_keys: Tensor  # "weighted_keys": [1 + moments + 2 (hardness > 0), M, D], else empty
 
 
 class Grads(NamedTuple):
@@ -74,39 +82,37 @@ def softmax_stats_reference(x: Inputs) -> Tensor:
     logits = similar if x.bias is None else similar + x.bias
     row, column = (torch.arange(n, device=x.query.device) for n in similar.shape)
     allowed = torch.ones_like(similar, dtype=torch.bool)
-    if "upper" in x.kind:
+    if x.self_similarity:
         allowed = column > row[:, None]
-    if "diagonal" in x.kind:
+    if x.diagonal:
         allowed = column != row[:, None]
-    if x.excluded is not None:
-        allowed = allowed & (column != x.excluded[:, None])
+    if x.targets is not None:
+        allowed = allowed & (column != x.targets[:, None])
     if x.row_ids is not None and x.column_ids is not None:
         allowed = allowed & (x.column_ids != x.row_ids[:, None])
-    if "upper" in x.kind:
+    if x.self_similarity:
         allowed, similar, logits = allowed | allowed.T, *(t.triu(1) + t.triu(1).T for t in (similar, logits))
-    forth = back = allowed
+    of_rows = of_columns = allowed
     if x.ceiling is not None:
-        forth = allowed & ~(similar.detach() > x.ceiling[:, None])
-        back = allowed & ~(similar.detach() > x.ceiling) if "symmetric" in x.kind else allowed
-    sides = [statistics(logits, forth, "moments" in x.kind, x.hardness)]
-    if "symmetric" in x.kind:
-        sides.append(statistics(logits.T, back.T, "moments" in x.kind, x.hardness))
+        of_rows = allowed & ~(similar.detach() > x.ceiling[:, None])
+        of_columns = allowed & ~(similar.detach() > x.ceiling) if x.symmetric else allowed
+    sides = [statistics(logits, of_rows, x.moments, x.hardness)]
+    if x.symmetric:
+        sides.append(statistics(logits.T, of_columns.T, x.moments, x.hardness))
     return torch.stack(sides)
 
 
 def _softmax_stats_fwd(x: Inputs) -> Saved:
-    rows, columns = x.query.shape[0], x.key.shape[0]
-    moments, hard = int("moments" in x.kind), int(x.hardness != 0)
-    if x.query.is_cuda or is_interpreting():
-        size = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)[0]
-        stash = x.query.new_empty(size)
+    (rows, width), columns = x.query.shape, x.key.shape[0]
+    sums = 1 + x.moments + 2 * (x.hardness != 0)
+    if x.save == "exps":
+        logits = x.query.new_empty(exponentials(rows, columns, x.query.element_size()).elements)
     else:
-        logits = not x.keep and _keeps_logits(x.query, x.key, x.workspace_mib)
-        stash = x.row_scale.new_empty((rows, columns) if logits else 0)
+        logits = x.row_scale.new_empty((rows, columns) if x.save == "logits" else 0)
     return Saved(
-        stats=x.row_scale.new_empty((2 if "symmetric" in x.kind else 1, 2 + 2 * moments + 2 * hard, rows)),
-        stash=stash,
-        pulls=x.row_scale.new_empty(1 + moments + 2 * hard if x.keep else 0, rows, x.query.shape[1]),
+        stats=x.row_scale.new_empty(1 + x.symmetric, 1 + x.moments + sums, rows),
+        logits=logits,
+        weighted_keys=x.row_scale.new_empty(sums if x.save == "weighted_keys" else 0, rows, width),
     )
 
 
@@ -133,15 +139,16 @@ softmax_stats = Op(
 
 
 def softmax_statistics(x: Inputs) -> Tensor:
-    """The op, which keeps its pulls where only the rows need a gradient."""
-    given = x.query, x.row_scale, x.key, x.column_scale, x.bias
-    needed = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in given]
-    frozen = any(needed[:2]) and not any(needed[2:])
-    keep = frozen and "symmetric" not in x.kind and "upper" not in x.kind
-    if x.query.is_cuda or is_interpreting():  # these kernels know the first pull only, and one way to leave out columns
-        keep &= "moments" not in x.kind and x.hardness == 0 and (x.excluded is None or "diagonal" not in x.kind)
-    else:
-        keep &= softmax_stats.kernels["cpp"]
-    if any(needed):
-        x = x._replace(keep=True) if keep else x._replace(kind=x.kind + "+stash")
-    return softmax_stats(*x)
+    """The op, with what this call's backward needs saved."""
+    backend = softmax_stats.backend(*x)
+    of_rows, of_columns = (x.query, x.row_scale), (x.key, x.column_scale, x.bias)
+    enabled = torch.is_grad_enabled()
+    needs_rows, needs_columns = (
+        enabled and any(t is not None and t.requires_grad for t in side) for side in (of_rows, of_columns)
+    )
+    if backend != "reference" and (needs_rows or needs_columns):
+        save = save_of_stats(
+            backend, x.query, x.key, x.form, x.targets, x.ceiling, x.hardness, x.workspace_mib, needs_columns
+        )
+        x = x._replace(save=save)
+    return softmax_stats(*x, backend=backend)

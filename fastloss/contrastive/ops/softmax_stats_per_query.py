@@ -3,17 +3,17 @@
     s_ik = row_scale_i c_ik <query_i, n_ik>     c_ik = 1 / |n_ik| with `normalize` (0 for zero vectors), else 1
     A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
 
-The statistics [S, M] are those of softmax_stats.py, without its directions: log-sum-exp, maximum, with `kind`
-"moments" sum and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
+The statistics [S, M] are those of softmax_stats.py, without its directions: log-sum-exp, maximum, with `moments` sum
+and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
 With G_ik = d loss / d s_ik,
 
     t_i      = sum_k G_ik c_ik n_ik
     d query  = row_scale_i t_i                  d row_scale = <query_i, t_i>
     d n_ik   = G_ik c_ik (row_scale_i query_i - s_ik c_ik n_ik)      without `normalize` the last term is absent
 
-Each statistic's part of t, divided by its upstream gradient, is a sum that the forward has made when `keep` is 1 or 2,
-`pulls` [statistics with a gradient, M, D]: the queries' gradient then needs no negatives. With `keep` 2 the logits
-(-inf outside A) and the c are kept too, M K floats each: the gradient of the negatives is one read and write of them.
+`save` is what the forward leaves for the backward. "weighted_keys": each statistic's part of t, divided by its upstream
+gradient, [statistics with a gradient, M, D]; the queries' gradient then needs no negatives. "logits": these and the
+logits (-inf outside A) and the c, M K floats each; the gradient of the negatives is one read and write of them.
 A row whose statistics have the upstream gradient 0 has the gradient 0, even where it holds NaN.
 """
 
@@ -40,18 +40,18 @@ class Inputs(NamedTuple):
     row_scale: Tensor  # [M]
     ceiling: Tensor | None  # [M]
     normalize: bool
-    kind: str
+    moments: bool
     hardness: float
-    keep: int
+    save: str
 
 
 class Saved(NamedTuple):
     """All that the forward returns: the backward needs the statistics themselves too."""
 
     stats: Tensor  # [S, M]
-    pulls: Tensor  # [powers + moments, M, D] with `keep`, else empty
-    logits: Tensor  # [M, K] with `keep` 2, else empty
-    inverse: Tensor  # [M, K], c; as the logits
+    weighted_keys: Tensor  # [powers + moments, M, D] where anything is saved, else empty
+    logits: Tensor  # [M, K] with "logits", else empty
+    inverse_norms: Tensor  # [M, K], c; as the logits
 
 
 class Grads(NamedTuple):
@@ -74,20 +74,19 @@ def softmax_stats_per_query_reference(x: Inputs) -> Tensor:
     allowed = torch.ones_like(logits, dtype=torch.bool)
     if x.ceiling is not None:
         allowed = ~(logits.detach() > x.ceiling[:, None])
-
-    return statistics(logits, allowed, x.kind == "moments", x.hardness)
+    return statistics(logits, allowed, x.moments, x.hardness)
 
 
 def _softmax_stats_per_query_fwd(x: Inputs) -> Saved:
     rows, count, width = x.negatives.shape
-    moments, powers = int(x.kind == "moments"), 3 if x.hardness else 1
-    kept = rows if x.keep > 1 else 0
-    single = x.query.new_empty(0, dtype=torch.float32)
+    sums = x.moments + (3 if x.hardness else 1)
+    saved_rows = rows if x.save == "logits" else 0
+    like = x.query.new_empty(0, dtype=torch.float32)
     return Saved(
-        stats=single.new_empty(1 + 2 * moments + powers, rows),
-        pulls=single.new_empty(powers + moments if x.keep else 0, rows, width),
-        logits=single.new_empty(kept, count),
-        inverse=single.new_empty(kept, count),
+        stats=like.new_empty(1 + x.moments + sums, rows),
+        weighted_keys=like.new_empty(sums if x.save else 0, rows, width),
+        logits=like.new_empty(saved_rows, count),
+        inverse_norms=like.new_empty(saved_rows, count),
     )
 
 
@@ -133,17 +132,16 @@ def each_statistics(
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
     `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
     """
-    keep = 0
-    if torch.is_grad_enabled():
-        keep = 2 if negatives.requires_grad else int(query.requires_grad or row_scale.requires_grad)
+    save = ""
+    if torch.is_grad_enabled() and negatives.requires_grad:
+        save = "logits"
+    elif torch.is_grad_enabled() and (query.requires_grad or row_scale.requires_grad):
+        save = "weighted_keys"
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
-    kind = "moments" if moments else ""
+    backend = softmax_stats_per_query.backend(query, negatives)
     if dropped is not None:
         row_scale = row_scale.masked_fill(dropped, 0.0)
-        if (
-            softmax_stats_per_query.backend(query, negatives) == "reference"
-        ):  # kernels skip what has no upstream gradient
+        if backend == "reference":  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    return softmax_stats_per_query(
-        *Inputs(query, negatives, row_scale, ceiling, form.normalize, kind, float(hardness), keep)
-    )
+    x = Inputs(query, negatives, row_scale, ceiling, form.normalize, moments, float(hardness), save)
+    return softmax_stats_per_query(*x, backend=backend)
