@@ -18,8 +18,7 @@ constexpr int64_t kColumns = 1024;  // a tile of logits, kRows x kColumns, is re
 constexpr int64_t kRows = 32;
 constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
 constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kStashMiB = 64;  // as in save_plan.py
-constexpr int64_t kUpper = 1024;   // rows and columns of a block at most where the triangle above the diagonal is all
+constexpr int64_t kUpper = 1024;  // rows and columns of a block at most where the triangle above the diagonal is all
 
 struct RowOf {
   float scale, ceiling;
@@ -116,6 +115,17 @@ inline Tensor single(const Tensor& t) {
   return to;
 }
 
+using Given = std::optional<Tensor>;
+
+// What the matrix of logits is like; Form in fastloss/contrastive/options.py explains each.
+struct Form {
+  bool diagonal = false, symmetric = false, self_similarity = false, moments = false, bfloat16 = false;
+  template <typename F>
+  void fields(const F& f) {
+    f(diagonal), f(symmetric), f(self_similarity), f(moments), f(bfloat16);
+  }
+};
+
 // The operands of the op; those of columns are padded to whole vectors.
 struct LogitMatrix {
   Tensor query, key;                                // float32, contiguous
@@ -130,9 +140,7 @@ struct LogitMatrix {
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> excluded, row_ids, column_ids;
 
-  using Given = std::optional<Tensor>;
-
-  LogitMatrix(const Tensor& q, const Tensor& k, const std::string& kind, double hardness)
+  LogitMatrix(const Tensor& q, const Tensor& k, const Form& form, double hardness)
       : query(single(q)),
         key(single(k)),
         queries(query),
@@ -141,14 +149,14 @@ struct LogitMatrix {
         columns(k.size(0)),
         width(q.size(1)),
         padded_columns((columns + 15) / 16 * 16),
-        diagonal(kind.find("diagonal") != std::string::npos),
-        moments(kind.find("moments") != std::string::npos),
-        upper(kind.find("upper") != std::string::npos),
-        symmetric(upper || kind.find("symmetric") != std::string::npos),
+        diagonal(form.diagonal),
+        moments(form.moments),
+        upper(form.self_similarity),
+        symmetric(upper || form.symmetric),
         factors{1.0f} {
     STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
     STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
-    if (kind.find("bfloat16") != std::string::npos && has_bf16_products()) {
+    if (form.bfloat16 && has_bf16_products()) {
       const auto given = [](const Tensor& t, const Tensor& wide) {
         if (t.scalar_type() != ScalarType::BFloat16) return torch::stable::to(wide, ScalarType::BFloat16);
         return t.is_contiguous() ? t : torch::stable::contiguous(t);

@@ -218,15 +218,4 @@ inline std::optional<Tensor> make_statistics(LogitMatrix& p, double workspace_mi
   return kept;
 }
 
-// Whether the products of all rows are kept for the backward; save_plan.py decides in the same way.
-inline bool fits_stash(int64_t rows, int64_t columns, double workspace_mib) {
-  return static_cast<double>(rows * columns * 4) <= std::min<double>(workspace_mib, kStashMiB) * kMiB;
-}
-// If not: of how many rows they are, whole tiles of kRows where there is room; as rows_kept() in save_plan.py.
-inline int64_t part_of_stash(int64_t columns, double workspace_mib) {
-  const int64_t bytes = static_cast<int64_t>(std::min<double>(workspace_mib / 4, kStashMiB) * kMiB);
-  const int64_t fit = bytes / (4 * columns);
-  return fit > kRows ? fit / kRows * kRows : fit;
-}
-
 }  // namespace fastloss

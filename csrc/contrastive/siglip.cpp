@@ -25,33 +25,53 @@ namespace fastloss {
 namespace {
 
 using torch::stable::new_empty;
-using Given = std::optional<Tensor>;
 
-constexpr int64_t kImage = 1, kText = 2, kNumbers = 4;  // bits of `needs`
-constexpr double kGradientBlock = 64;                   // MiB of a block of the products' gradient at most
-constexpr int64_t kWidest = 16384;                      // its columns at most
+constexpr int64_t kImage = 1, kText = 2, kScaleAndBias = 4;  // bits of `needs`
+constexpr double kGradientBlock = 64;                        // MiB of a block of the products' gradient at most
+constexpr int64_t kWidest = 16384;                           // its columns at most
+
+struct Inputs {
+  Tensor image, text, scale, bias;
+  Given image_ids, text_ids, row_weight;
+  bool normalize, negative_only;
+  int64_t needs;
+  double workspace_mib;
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(text), f(scale), f(bias), f(image_ids), f(text_ids), f(row_weight), f(normalize), f(negative_only);
+    f(needs), f(workspace_mib);
+  }
+};
+
+struct Needs {
+  bool image, text, scale, bias;
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(text), f(scale), f(bias);
+  }
+};
 
 struct SigmoidLoss {
   LogitMatrix problem;
   const float scale, bias;
   const bool positives;
-  std::vector<float> c, text_c;  // inverse lengths, or nothing
-  std::vector<float> share;      // weights of the rows in the loss; empty: 1
+  std::vector<float> c, text_c;   // inverse lengths, or nothing
+  std::vector<float> row_weight;  // of the rows in the loss
 
-  SigmoidLoss(const Tensor& image, const Tensor& text, const Tensor& scale_given, const Tensor& bias_given,
-              const Given& image_ids, const Given& text_ids, const Given& weights, bool normalize, bool negative_only)
-      : problem(image, text, kind(image, text, negative_only), 0.0),
-        scale(number(scale_given)),
-        bias(number(bias_given)),
-        positives(!negative_only) {
+  // `weight` [M]: x.row_weight, or without it the upstream gradient of the rows' losses; nothing: 1
+  SigmoidLoss(const Inputs& x, const Given& weight)
+      : problem(x.image, x.text, form(x), 0.0),
+        scale(number(x.scale)),
+        bias(number(x.bias)),
+        positives(!x.negative_only) {
     LogitMatrix& p = problem;
-    STD_TORCH_CHECK(negative_only || p.rows == p.columns, "siglip: expected as many texts as images");
-    p.masks(std::nullopt, image_ids, text_ids, std::nullopt);
-    share = padded(weights, ScalarType::Float, p.rows, p.rows, 1.0f);
+    STD_TORCH_CHECK(x.negative_only || p.rows == p.columns, "siglip: expected as many texts as images");
+    p.masks(std::nullopt, x.image_ids, x.text_ids, std::nullopt);
+    row_weight = padded(weight, ScalarType::Float, p.rows, p.rows, 1.0f);
     p.row_scale.assign(p.rows, scale);
     p.column_scale.assign(p.padded_columns, 1.0f);
     p.bias.assign(p.padded_columns, 0.0f);
-    if (!normalize) return;
+    if (!x.normalize) return;
     c = measure(p.query);
     text_c = measure(p.key);
     for (int64_t i = 0; i < p.rows; ++i) p.row_scale[i] = static_cast<float>(static_cast<double>(scale) * c[i]);
@@ -62,8 +82,8 @@ struct SigmoidLoss {
   Lengths texts() const { return {problem.key, text_c.empty() ? nullptr : text_c.data()}; }
 
  private:
-  static std::string kind(const Tensor& image, const Tensor& text, bool negative_only) {
-    return std::string(negative_only ? "" : "diagonal") + (are_bfloat16(image, text) ? "+bfloat16" : "");
+  static Form form(const Inputs& x) {
+    return {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)};
   }
   static float number(const Tensor& t) {
     STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float,
@@ -101,9 +121,22 @@ void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, 
   for_each(to.size(0), [&](int64_t d) { add(more + d * n, n, sums + d * row); });
 }
 
-// Gradients, all in float32, empty where they are not asked for.
-struct Gradients {
+// Grads, those that the forward saves too: all in float32, empty where they are not asked for.
+struct Grads {
   Tensor image, text, scale, bias;
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(text), f(scale), f(bias);
+  }
+};
+
+struct Forward {
+  Tensor loss;
+  Grads saved;
+  template <typename F>
+  void fields(const F& f) {
+    f(loss), f(saved);
+  }
 };
 
 class Siglip {
@@ -120,10 +153,10 @@ class Siglip {
         slope_(p_.rows, 0.0),
         of_row_(p_.rows, 0.0) {}
 
-  Gradients run() {
+  Grads run() {
     const auto single = [&](std::vector<int64_t> shape) { return new_empty(p_.query, shape); };
-    Gradients to{single({needs_ & kImage ? p_.rows : 0, p_.width}), single({p_.width, needs_ & kText ? p_.columns : 0}),
-                 single({needs_ & kNumbers ? 1 : 0}), single({needs_ & kNumbers ? 1 : 0})};
+    Grads to{single({needs_ & kImage ? p_.rows : 0, p_.width}), single({p_.width, needs_ & kText ? p_.columns : 0}),
+             single({needs_ & kScaleAndBias ? 1 : 0}), single({needs_ & kScaleAndBias ? 1 : 0})};
     if (p_.empty()) {
       for (Tensor* t : {&to.image, &to.text}) torch::stable::zero_(*t);
     } else {
@@ -146,7 +179,7 @@ class Siglip {
       to.text = single({0, p_.width});
       return to;
     }
-    if (needs_ & kNumbers) {
+    if (needs_ & kScaleAndBias) {
       output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
       output<float>(to.scale)[0] = static_cast<float>(scale_gradient());
     }
@@ -166,7 +199,7 @@ class Siglip {
  private:
   double shared(const std::vector<double>& rows) const {
     double total = 0;
-    for (int64_t i = 0; i < p_.rows; ++i) total += pairs_.share[i] * rows[i];
+    for (int64_t i = 0; i < p_.rows; ++i) total += pairs_.row_weight[i] * rows[i];
     return total;
   }
 
@@ -178,7 +211,7 @@ class Siglip {
 
   // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that,
   // and H at column `at` of the block.
-  void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Gradients& to, const Tensor& panel,
+  void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Grads& to, const Tensor& panel,
                     const Tensor& block) {
     const Tensor texts = slice(p_.keys, 0, first, n), raw = p_.raw(begin, m, first, n);
     const float* all_raw = input<float>(raw);
@@ -207,14 +240,14 @@ class Siglip {
   void line(const float* raw, int64_t i, int64_t first, int64_t n, float* to) {
     alignas(64) float s[kTerms], g[kTerms];
     p_.logits(contrastive_, raw, i, first, n, false, s);
-    SigmoidSums sums = kernels_.row(s, n, pairs_.bias, pairs_.share[i], to ? g : nullptr);
+    SigmoidSums sums = kernels_.row(s, n, pairs_.bias, pairs_.row_weight[i], to ? g : nullptr);
     if (pairs_.positives && i >= first && i < first + n) {
       const int64_t j = i - first;
       const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[i] + pairs_.bias);
       const double e = std::exp(-std::abs(x)), slope = (x < 0 ? e : 1.0) / (1.0 + e);
       sums.loss += (x > 0 ? x : 0.0) + std::log1p(e);
       sums.slope -= slope;
-      if (to) g[j] = static_cast<float>(-slope * pairs_.share[i]);
+      if (to) g[j] = static_cast<float>(-slope * pairs_.row_weight[i]);
     }
     loss_[i] += sums.loss;
     slope_[i] += sums.slope;
@@ -232,51 +265,39 @@ class Siglip {
   std::vector<double> loss_, slope_, of_row_;
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_fwd(const Tensor& image, const Tensor& text,
-                                                              const Tensor& scale, const Tensor& bias,
-                                                              std::optional<Tensor> image_ids,
-                                                              std::optional<Tensor> text_ids,
-                                                              std::optional<Tensor> share, bool normalize,
-                                                              bool negative_only, int64_t needs, double workspace_mib) {
-  SigmoidLoss pairs(image, text, scale, bias, image_ids, text_ids, share, normalize, negative_only);
-  Siglip pass(pairs, share.has_value() ? needs : 0, workspace_mib);
-  const Gradients made = pass.run();
-  Tensor loss = share.has_value() ? new_empty(scale, {}) : new_empty(scale, {image.size(0)});
-  if (share.has_value())
+Forward siglip_fwd(const Inputs& x) {
+  SigmoidLoss pairs(x, x.row_weight);
+  const bool reduced = x.row_weight.has_value();
+  Siglip pass(pairs, reduced ? x.needs : 0, x.workspace_mib);
+  const Grads grads = pass.run();
+  const Tensor loss = reduced ? new_empty(x.scale, {}) : new_empty(x.scale, {x.image.size(0)});
+  if (reduced)
     output<float>(loss)[0] = static_cast<float>(pass.loss());
   else
-    for (int64_t i = 0; i < image.size(0); ++i) output<float>(loss)[i] = static_cast<float>(pass.row_loss(i));
-  return {loss, made.image, made.text, made.scale, made.bias};
+    for (int64_t i = 0; i < x.image.size(0); ++i) output<float>(loss)[i] = static_cast<float>(pass.row_loss(i));
+  return {loss, grads};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_bwd(const Tensor& grad, const Tensor& image, const Tensor& text,
-                                                      const Tensor& scale, const Tensor& bias,
-                                                      std::optional<Tensor> image_ids, std::optional<Tensor> text_ids,
-                                                      std::optional<Tensor> share, bool normalize, bool negative_only,
-                                                      int64_t needs, double workspace_mib, const Tensor& image_grad,
-                                                      const Tensor& text_grad, const Tensor& scale_grad,
-                                                      const Tensor& bias_grad, bool needs_image, bool needs_text,
-                                                      bool needs_scale, bool needs_bias) {
-  Gradients made{image_grad, text_grad, scale_grad, bias_grad};
-  float factor = 1;
-  if (share.has_value()) {
-    factor = input<float>(torch::stable::contiguous(grad))[0];
+Grads siglip_bwd(const Tensor& grad, const Inputs& x, const Grads& saved, const Needs& needs) {
+  Grads grads = saved;
+  float upstream = 1;
+  if (x.row_weight.has_value()) {
+    upstream = input<float>(torch::stable::contiguous(grad))[0];
   } else {
-    SigmoidLoss pairs(image, text, scale, bias, image_ids, text_ids, grad, normalize, negative_only);
-    made =
-        Siglip(pairs, needs_image * kImage + needs_text * kText + (needs_scale || needs_bias) * kNumbers, workspace_mib)
-            .run();
+    SigmoidLoss pairs(x, grad);
+    const int64_t bits = needs.image * kImage + needs.text * kText + (needs.scale || needs.bias) * kScaleAndBias;
+    grads = Siglip(pairs, bits, x.workspace_mib).run();
   }
-  const auto times = [factor](const Tensor& from, const Tensor& like, bool needed) {
-    return needed ? scaled(from, [factor](int64_t) { return factor; }, like) : new_empty(like, {0});
+  const auto times = [upstream](const Tensor& from, const Tensor& like, bool needed) {
+    return needed ? scaled(from, [upstream](int64_t) { return upstream; }, like) : new_empty(like, {0});
   };
   const auto number = [&](const Tensor& from, bool needed) {
-    Tensor to = new_empty(scale, {needed ? 1 : 0});
-    if (needed) output<float>(to)[0] = factor * input<float>(from)[0];
+    Tensor to = new_empty(x.scale, {needed ? 1 : 0});
+    if (needed) output<float>(to)[0] = upstream * input<float>(from)[0];
     return to;
   };
-  return {times(made.image, image, needs_image), times(made.text, text, needs_text), number(made.scale, needs_scale),
-          number(made.bias, needs_bias)};
+  return {times(grads.image, x.image, needs.image), times(grads.text, x.text, needs.text),
+          number(grads.scale, needs.scale), number(grads.bias, needs.bias)};
 }
 
 }  // namespace

@@ -20,18 +20,47 @@ constexpr int64_t kBesideOfTwo = 1 << 29;
 constexpr int64_t kLeastRows = 64;
 constexpr double kChunk = 16;
 
-// What the forward leaves for the backward: "", "rows", "grads", "stash", "again", which saves() in
-// fastloss/contrastive/save_plan.py explains, and decides in the same way.
-enum class Saves { kNothing, kRows, kGrads, kStash, kAgain };
+struct Inputs {
+  Tensor query, key;
+  Given scale, row_weight, targets;
+  double fixed_scale;
+  bool include_positive, symmetric, normalize;
+  std::string reduction;
+  int64_t needs;
+  std::string save;  // "", "row_grads", "grads" or "logits": fastloss/contrastive/save_plan.py
+  int64_t saved_rows;
+  double workspace_mib;
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(key), f(scale), f(row_weight), f(targets), f(fixed_scale), f(include_positive), f(symmetric);
+    f(normalize), f(reduction), f(needs), f(save), f(saved_rows), f(workspace_mib);
+  }
+};
 
-Saves saves_of(const LogitMatrix& p, const std::string& reduction, int64_t needs, double workspace_mib) {
-  if (needs == 0) return Saves::kNothing;
-  if (!p.symmetric && !(needs & kKey)) return Saves::kRows;
-  const int64_t least = p.symmetric ? p.rows : std::min(p.rows, kLeastRows);
-  const double mib = p.symmetric ? std::min(kChunk, workspace_mib / 3) : workspace_mib / 3;
-  if (reduction != "none" && static_cast<double>(least * p.columns * 4) <= mib * kMiB) return Saves::kGrads;
-  return fits_stash(p.rows, p.columns, workspace_mib) ? Saves::kStash : Saves::kAgain;
-}
+struct Saved {
+  Tensor stats, inverse_norms, logits, query_grad, key_grad, scale_grad;
+  template <typename F>
+  void fields(const F& f) {
+    f(stats), f(inverse_norms), f(logits), f(query_grad), f(key_grad), f(scale_grad);
+  }
+};
+
+struct Forward {
+  Tensor out;
+  Saved saved;
+  template <typename F>
+  void fields(const F& f) {
+    f(out), f(saved);
+  }
+};
+
+struct Needs {
+  bool query, key, scale;
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(key), f(scale);
+  }
+};
 
 // The gradients of the log-sum-exps of row i (and column i) for a weight w of loss_i; returns that of the positive.
 float set_slopes(const SoftmaxLoss& call, int64_t i, double w, double forth, double back, Upstream& rows,
@@ -51,10 +80,10 @@ float set_slopes(const SoftmaxLoss& call, int64_t i, double w, double forth, dou
 
 // "grads": losses and gradients in one go, a chunk of rows and all their columns at a time. With two directions the
 // gradients need the columns' log-sum-exps, hence all rows: then these are one chunk.
-void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, Made& made) {
+void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, LossGrads& grads) {
   LogitMatrix& p = call.p;
   if (p.empty()) {
-    torch::stable::zero_(made.key);
+    torch::stable::zero_(grads.key);
     return;
   }
   Statistics forward(p, stats);
@@ -62,7 +91,7 @@ void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, Made& mad
   const int64_t fit =
       std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib), std::min(p.rows, kLeastRows));
   const int64_t height = p.symmetric ? p.rows : std::min(p.rows, fit > kRows ? fit / kRows * kRows : fit);
-  const bool of_keys = made.key.numel() > 0;
+  const bool of_keys = grads.key.numel() > 0;
   const Tensor block = floats({height, p.columns}), turned = floats({of_keys ? p.columns : 0, height});
   std::optional<Tensor> below;
   for_pieces(p.rows, height, [&](int64_t begin, int64_t m) {
@@ -75,7 +104,7 @@ void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, Made& mad
     std::vector<float> positives(p.rows);
     for (int64_t i = begin; i < begin + m; ++i)
       positives[i] =
-          set_slopes(call, i, call.share[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
+          set_slopes(call, i, call.row_weight[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
     Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
     const Panels h(block, m, p.columns), back(turned, p.columns, m);
     gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);
@@ -85,115 +114,120 @@ void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, Made& mad
     for_each(
         2,
         [&](int64_t side) {
-          if (side == 0 && made.query.numel() > 0) call.queries().put(begin, product(h, flipped(p.keys)), made.query);
+          if (side == 0 && grads.query.numel() > 0) call.queries().put(begin, product(h, flipped(p.keys)), grads.query);
           if (side == 1 && of_keys) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
         },
         apart ? 2 : 1);
-    for (int64_t i = begin; i < begin + (made.scale.numel() > 0 ? m : 0); ++i)
-      output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
+    for (int64_t i = begin; i < begin + (grads.scale.numel() > 0 ? m : 0); ++i)
+      output<float>(grads.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.fixed_scale);
   });
-  if (of_keys) call.keys().put(0, *below, made.key);
+  if (of_keys) call.keys().put(0, *below, grads.key);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_loss_fwd(
-    const Tensor& query, const Tensor& key, std::optional<Tensor> scale, std::optional<Tensor> share,
-    std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric, bool normalize,
-    std::string reduction, int64_t needs, double workspace_mib) {
-  SoftmaxLoss call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+// The statistics and inverse norms that the backward of "logits" starts from.
+void save_statistics(const SoftmaxLoss& call, Saved& saved) {
+  const LogitMatrix& p = call.p;
+  saved.stats = floats({2 + p.symmetric, p.rows});
+  float* to = std::copy_n(call.positive.begin(), p.rows, output<float>(saved.stats));
+  std::copy(call.back.begin(), call.back.end(), std::copy_n(call.lse.begin(), p.rows, to));
+  if (!call.normalize) return;
+  saved.inverse_norms = vector(p.rows + p.columns);
+  to = std::copy_n(call.c.begin(), p.rows, output<float>(saved.inverse_norms));
+  std::copy_n(call.key_c.begin(), p.columns, to);
+}
+
+void load_statistics(const Saved& saved, SoftmaxLoss& call) {
+  const int64_t rows = call.p.rows;
+  const float* from = input<float>(saved.stats);
+  std::copy_n(from, rows, call.positive.begin());
+  std::copy_n(from + rows, rows, call.lse.begin());
+  if (call.p.symmetric) std::copy_n(from + 2 * rows, rows, call.back.begin());
+  if (call.normalize) {
+    std::copy_n(input<float>(saved.inverse_norms), rows, call.c.begin());
+    std::copy_n(input<float>(saved.inverse_norms) + rows, call.p.columns, call.key_c.begin());
+  }
+  call.set_scales();
+}
+
+Forward softmax_loss_fwd(const Inputs& x) {
+  const bool row_grads = x.save == "row_grads", of_out = x.save == "grads", logits = x.save == "logits";
+  STD_TORCH_CHECK(row_grads || of_out || logits || x.save.empty(), "softmax_loss: the C++ kernels know no save ",
+                  x.save);
+  SoftmaxLoss call(x, x.targets, x.symmetric);
   LogitMatrix& p = call.p;
   call.measure();
-  const Saves saves = saves_of(p, reduction, needs, workspace_mib);
-  const bool made = saves == Saves::kRows || saves == Saves::kGrads;
-  const bool again = saves == Saves::kStash || saves == Saves::kAgain;
-  Made grads{floats({made && needs & kQuery ? p.rows : 0, p.width}),
-             floats({made && needs & kKey ? p.columns : 0, p.width}), vector(made && needs & kScale ? p.rows : 0)};
+  const auto rows_of = [&](int64_t count, int64_t bit) { return (row_grads || of_out) && x.needs & bit ? count : 0; };
+  LossGrads grads{floats({rows_of(p.rows, kQuery), p.width}), floats({rows_of(p.columns, kKey), p.width}),
+                  vector(rows_of(p.rows, kScale))};
   std::vector<float> stats(p.directions() * 2 * p.rows);
-  const int64_t part = saves == Saves::kAgain ? part_of_stash(p.columns, workspace_mib) : 0;
-  Tensor stash = floats({saves == Saves::kStash ? p.rows : part, p.columns});
-  if (saves == Saves::kRows) {
-    Tensor pulls = floats({p.rows, p.width});
-    make_pulls(p, workspace_mib, stats.data(), pulls);
-    rows_pass(call, stats.data(), pulls, grads);
-  } else if (saves == Saves::kGrads) {
-    grads_pass(call, workspace_mib, stats.data(), grads);
+  Tensor saved_logits = floats({x.saved_rows, p.columns});
+  if (row_grads) {
+    Tensor weighted_keys = floats({p.rows, p.width});
+    make_weighted_keys(p, x.workspace_mib, stats.data(), weighted_keys);
+    rows_pass(call, stats.data(), weighted_keys, grads);
+  } else if (of_out) {
+    grads_pass(call, x.workspace_mib, stats.data(), grads);
   } else {
-    if (const auto kept = make_statistics(p, workspace_mib, p.empty() ? 0 : stash.size(0), stats.data())) stash = *kept;
+    const auto kept = make_statistics(p, x.workspace_mib, p.empty() ? 0 : x.saved_rows, stats.data());
+    if (kept.has_value()) saved_logits = *kept;
   }
   std::copy_n(stats.begin(), p.rows, call.lse.begin());
-  if (symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());
-  Tensor state = floats({again ? 2 + symmetric : 0, p.rows});
-  Tensor lengths = vector(again && normalize ? p.rows + p.columns : 0);
-  if (again) {
-    float* to = std::copy_n(call.positive.begin(), p.rows, output<float>(state));
-    std::copy(call.back.begin(), call.back.end(), std::copy_n(call.lse.begin(), p.rows, to));
-  }
-  if (lengths.numel() > 0)
-    std::copy_n(call.key_c.begin(), p.columns, std::copy_n(call.c.begin(), p.rows, output<float>(lengths)));
-  return {losses(call, reduction), state, lengths, stash, grads.query, grads.key, grads.scale};
+  if (x.symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());
+  Saved saved{floats({0, p.rows}), vector(0), saved_logits, grads.query, grads.key, grads.scale};
+  if (logits) save_statistics(call, saved);
+  return {losses(call, x.reduction), saved};
 }
 
 // Both directions' gradients of the log-sum-exps, of the positives, and so those of the embeddings.
-Made from_state(SoftmaxLoss& call, const Tensor& stash, const std::vector<float>& upstream, double workspace_mib,
-                const Tensor& query, const Tensor& key, bool needs_query, bool needs_key) {
+LossGrads from_statistics(SoftmaxLoss& call, const Inputs& x, const Tensor& logits, const std::vector<float>& upstream,
+                          const Needs& needs) {
   LogitMatrix& p = call.p;
   Upstream forth(p.rows), back(p.symmetric ? p.rows : 0);
   std::vector<float> positives(p.rows, 0.0f);
   for (int64_t i = 0; i < p.rows; ++i)
     positives[i] = set_slopes(call, i, upstream[i], call.lse[i], p.symmetric ? call.back[i] : 0, forth, back);
   Gradient gradient(p, std::move(forth), std::move(back), std::move(positives));
-  Made made{new_empty(query, {needs_query ? p.rows : 0, p.width}), new_empty(key, {needs_key ? p.columns : 0, p.width}),
-            vector(p.rows)};
+  LossGrads grads{new_empty(x.query, {needs.query ? p.rows : 0, p.width}),
+                  new_empty(x.key, {needs.key ? p.columns : 0, p.width}), vector(p.rows)};
   if (p.empty())
-    torch::stable::zero_(made.key);
+    torch::stable::zero_(grads.key);
   else
     make_gradients(
-        gradient, p, stash, workspace_mib, needs_query, needs_key,
-        [&](int64_t begin, const Tensor& v) { call.queries().put(begin, v, made.query); },
-        [&](int64_t first, const Tensor& u) { call.keys().put(first, u, made.key); });
+        gradient, p, logits, x.workspace_mib, needs.query, needs.key,
+        [&](int64_t begin, const Tensor& v) { call.queries().put(begin, v, grads.query); },
+        [&](int64_t first, const Tensor& u) { call.keys().put(first, u, grads.key); });
   for (int64_t i = 0; i < p.rows; ++i)
-    output<float>(made.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.factor);
-  return made;
+    output<float>(grads.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.fixed_scale);
+  return grads;
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_loss_bwd(
-    const Tensor& grad, const Tensor& query, const Tensor& key, std::optional<Tensor> scale,
-    std::optional<Tensor> share, std::optional<Tensor> targets, double factor, bool include_positive, bool symmetric,
-    bool normalize, std::string reduction, int64_t needs, double workspace_mib, const Tensor& state,
-    const Tensor& lengths, const Tensor& stash, const Tensor& query_grad, const Tensor& key_grad,
-    const Tensor& scale_grad, bool needs_query, bool needs_key, bool needs_scale) {
-  SoftmaxLoss call(query, key, scale, share, targets, factor, include_positive, symmetric, normalize, reduction);
+LossGrads softmax_loss_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  SoftmaxLoss call(x, x.targets, x.symmetric);
   const LogitMatrix& p = call.p;
-  const Saves saves = saves_of(p, reduction, needs, workspace_mib);
   const Tensor up = torch::stable::contiguous(grad);
   std::vector<float> upstream(p.rows);
   for (int64_t i = 0; i < p.rows; ++i) {
-    const float g = input<float>(up)[reduction == "none" ? i : 0];
-    upstream[i] = saves == Saves::kGrads ? g : g * call.share[i];
+    const float g = input<float>(up)[x.reduction == "none" ? i : 0];
+    upstream[i] = x.save == "grads" ? g : g * call.row_weight[i];
   }
-  Made made{new_empty(query, {0}), new_empty(key, {0}), scale_grad};
-  if (saves == Saves::kRows || saves == Saves::kGrads) {
-    if (needs_query) made.query = scaled(query_grad, [&](int64_t i) { return upstream[i]; }, query);
-    if (needs_key) made.key = scaled(key_grad, [g = input<float>(up)[0]](int64_t) { return g; }, key);
+  LossGrads grads{new_empty(x.query, {0}), new_empty(x.key, {0}), saved.scale_grad};
+  if (x.save != "logits") {
+    STD_TORCH_CHECK(!x.save.empty(), "softmax_loss: the forward saved nothing for a backward");
+    if (needs.query) grads.query = scaled(saved.query_grad, [&](int64_t i) { return upstream[i]; }, x.query);
+    if (needs.key) grads.key = scaled(saved.key_grad, [g = input<float>(up)[0]](int64_t) { return g; }, x.key);
   } else {
-    std::copy_n(input<float>(state), p.rows, call.positive.begin());
-    std::copy_n(input<float>(state) + p.rows, p.rows, call.lse.begin());
-    if (symmetric) std::copy_n(input<float>(state) + 2 * p.rows, p.rows, call.back.begin());
-    if (normalize) {
-      std::copy_n(input<float>(lengths), p.rows, call.c.begin());
-      std::copy_n(input<float>(lengths) + p.rows, p.columns, call.key_c.begin());
-    }
-    call.set_scales();
-    made = from_state(call, stash, upstream, workspace_mib, query, key, needs_query, needs_key);
+    load_statistics(saved, call);
+    grads = from_statistics(call, x, saved.logits, upstream, needs);
     upstream.assign(p.rows, 1.0f);
   }
-  if (!needs_query) made.query = new_empty(query, {0});
-  if (!needs_key) made.key = new_empty(key, {0});
-  if (!needs_scale || !scale.has_value()) return {made.query, made.key, vector(0)};
+  if (!needs.query) grads.query = new_empty(x.query, {0});
+  if (!needs.key) grads.key = new_empty(x.key, {0});
+  if (!needs.scale || !x.scale.has_value()) return {grads.query, grads.key, vector(0)};
   double total = 0;
-  for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(made.scale)[i];
-  Tensor of_scale = empty_like(*scale, ScalarType::Float);
+  for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(grads.scale)[i];
+  Tensor of_scale = empty_like(*x.scale, ScalarType::Float);
   output<float>(of_scale)[0] = static_cast<float>(total);
-  return {made.query, made.key, of_scale};
+  return {grads.query, grads.key, of_scale};
 }
 
 }  // namespace

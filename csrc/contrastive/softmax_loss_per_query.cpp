@@ -11,73 +11,120 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kKept = 4;  // numbers per row of the state: n_i, the largest logit, p_i, r_i
+constexpr int64_t kRowStats = 4;  // n_i, the largest logit, p_i, r_i
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> softmax_loss_per_query_fwd(
-    const Tensor& query, const Tensor& key, const Tensor& negatives, std::optional<Tensor> scale,
-    std::optional<Tensor> share, double factor, bool include_positive, bool normalize, std::string reduction,
-    int64_t needs) {
-  SoftmaxLoss call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
+struct Inputs {
+  Tensor query, key, negatives;
+  Given scale, row_weight;
+  double fixed_scale;
+  bool include_positive, normalize;
+  std::string reduction;
+  int64_t needs;
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(key), f(negatives), f(scale), f(row_weight), f(fixed_scale), f(include_positive), f(normalize);
+    f(reduction), f(needs);
+  }
+};
+
+struct Saved {
+  Tensor stats, logits, inverse_norms, query_grad, key_grad, scale_grad;
+  template <typename F>
+  void fields(const F& f) {
+    f(stats), f(logits), f(inverse_norms), f(query_grad), f(key_grad), f(scale_grad);
+  }
+};
+
+struct Forward {
+  Tensor out;
+  Saved saved;
+  template <typename F>
+  void fields(const F& f) {
+    f(out), f(saved);
+  }
+};
+
+struct Grads {
+  Tensor query, key, negatives, scale;
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(key), f(negatives), f(scale);
+  }
+};
+
+struct Needs {
+  bool query, key, negatives, scale;
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(key), f(negatives), f(scale);
+  }
+};
+
+Forward softmax_loss_per_query_fwd(const Inputs& x) {
+  SoftmaxLoss call(x, std::nullopt, false);
   const LogitMatrix& p = call.p;
   STD_TORCH_CHECK(p.rows == p.columns, "softmax_loss_per_query: expected as many keys as queries");
   call.measure();
   const Tensor row_scale = vector(p.rows);
   std::copy_n(p.row_scale.begin(), p.rows, output<float>(row_scale));
-  const bool keeps = needs & kNegatives;
-  auto [stats, pulls, logits, inverse] = softmax_stats_per_query_fwd(p.query, negatives, row_scale, std::nullopt,
-                                                                     normalize, "", 0, keeps ? 2 : needs != 0);
-  const float* n = input<float>(stats);
-  Made made{floats({needs & kQuery ? p.rows : 0, p.width}), floats({needs & kKey ? p.rows : 0, p.width}),
-            vector(needs & kScale ? p.rows : 0)};
-  if (needs & (kQuery | kKey | kScale)) {
-    Tensor vectors = view_of(pulls, {p.rows, p.width}, {p.width, 1}, 0);
-    rows_pass(call, n, vectors, made);
+  const bool logits = x.needs & kNegatives;
+  const std::string save = logits ? "logits" : x.needs != 0 ? "weighted_keys" : "";
+  const auto of_negatives =
+      StatsPerQuery::forward({p.query, x.negatives, row_scale, std::nullopt, x.normalize, false, 0, save});
+  const float* n = input<float>(of_negatives.stats);
+  LossGrads grads{floats({x.needs & kQuery ? p.rows : 0, p.width}), floats({x.needs & kKey ? p.rows : 0, p.width}),
+                  vector(x.needs & kScale ? p.rows : 0)};
+  if (x.needs & (kQuery | kKey | kScale)) {
+    Tensor weighted_keys = view_of(of_negatives.weighted_keys, {p.rows, p.width}, {p.width, 1}, 0);
+    rows_pass(call, n, weighted_keys, grads);
   }
   std::copy_n(n, p.rows, call.lse.begin());
-  const Tensor state = floats({kKept, keeps ? p.rows : 0});
-  if (keeps) {
-    float* to = std::copy_n(n, 2 * p.rows, output<float>(state));
+  const Tensor stats = floats({kRowStats, logits ? p.rows : 0});
+  if (logits) {
+    float* to = std::copy_n(n, 2 * p.rows, output<float>(stats));
     std::copy_n(p.row_scale.begin(), p.rows, std::copy_n(call.positive.begin(), p.rows, to));
   }
-  return {losses(call, reduction), state, logits, inverse, made.query, made.key, made.scale};
+  return {losses(call, x.reduction),
+          {stats, of_negatives.logits, of_negatives.inverse_norms, grads.query, grads.key, grads.scale}};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_loss_per_query_bwd(
-    const Tensor& grad, const Tensor& query, const Tensor& key, const Tensor& negatives, std::optional<Tensor> scale,
-    std::optional<Tensor> share, double factor, bool include_positive, bool normalize, std::string reduction,
-    int64_t needs, const Tensor& state, const Tensor& logits, const Tensor& inverse, const Tensor& query_grad,
-    const Tensor& key_grad, const Tensor& scale_grad, bool needs_query, bool needs_key, bool needs_negatives,
-    bool needs_scale) {
-  SoftmaxLoss call(query, key, scale, share, std::nullopt, factor, include_positive, false, normalize, reduction);
+// The gradient of the negatives; `upstream` is that of loss_i.
+Tensor negatives_grad(const SoftmaxLoss& call, const Inputs& x, const Saved& saved,
+                      const std::vector<float>& upstream) {
+  const LogitMatrix& p = call.p;
+  const Tensor grad = floats({2, p.rows}), row_scale = vector(p.rows);  // of n_i and of the largest logit: 0
+  const float *n = input<float>(saved.stats), *positive = n + 2 * p.rows;
+  std::copy_n(positive + p.rows, p.rows, output<float>(row_scale));
+  for (int64_t i = 0; i < p.rows; ++i) {
+    const double slope = call.row_weight[i] == 0 ? 0 : call.slope(n[i], positive[i]);
+    output<float>(grad)[i] = static_cast<float>(upstream[i] * slope);
+    output<float>(grad)[p.rows + i] = 0;
+  }
+  const StatsPerQuery::Inputs of_negatives{p.query,     x.negatives, row_scale, std::nullopt,
+                                           x.normalize, false,       0,         "logits"};
+  return StatsPerQuery::backward(grad, of_negatives, {saved.stats, vector(0), saved.logits, saved.inverse_norms},
+                                 {.query = false, .negatives = true, .row_scale = false})
+      .negatives;
+}
+
+Grads softmax_loss_per_query_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  SoftmaxLoss call(x, std::nullopt, false);
   const LogitMatrix& p = call.p;
   const Tensor up = torch::stable::contiguous(grad);
   std::vector<float> upstream(p.rows);  // of loss_i
   for (int64_t i = 0; i < p.rows; ++i)
-    upstream[i] = call.share[i] == 0 ? 0 : input<float>(up)[reduction == "none" ? i : 0] * call.share[i];
+    upstream[i] = call.row_weight[i] == 0 ? 0 : input<float>(up)[x.reduction == "none" ? i : 0] * call.row_weight[i];
   const auto of_row = [&](int64_t i) { return upstream[i]; };
-  const Tensor to_query = needs_query ? scaled(query_grad, of_row, query) : new_empty(query, {0});
-  const Tensor to_key = needs_key ? scaled(key_grad, of_row, key) : new_empty(key, {0});
-  Tensor to_negatives = new_empty(negatives, {0}), to_scale = vector(0);
-  if (needs_negatives) {
-    const Tensor slopes = floats({2, p.rows}), row_scale = vector(p.rows);
-    const float *n = input<float>(state), *positive = n + 2 * p.rows;
-    std::copy_n(positive + p.rows, p.rows, output<float>(row_scale));
-    for (int64_t i = 0; i < p.rows; ++i) {
-      const double slope = call.share[i] == 0 ? 0 : call.slope(n[i], positive[i]);
-      output<float>(slopes)[i] = static_cast<float>(upstream[i] * slope);
-      output<float>(slopes)[p.rows + i] = 0;  // of the largest logit
-    }
-    to_negatives =
-        std::get<1>(softmax_stats_per_query_bwd(slopes, p.query, negatives, row_scale, std::nullopt, normalize, "", 0,
-                                                2, state, vector(0), logits, inverse, false, true, false));
-  }
-  if (needs_scale && scale.has_value()) {
+  Grads grads{needs.query ? scaled(saved.query_grad, of_row, x.query) : new_empty(x.query, {0}),
+              needs.key ? scaled(saved.key_grad, of_row, x.key) : new_empty(x.key, {0}),
+              needs.negatives ? negatives_grad(call, x, saved, upstream) : new_empty(x.negatives, {0}), vector(0)};
+  if (needs.scale && x.scale.has_value()) {
     double total = 0;
-    for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(scale_grad)[i];
-    to_scale = empty_like(*scale, ScalarType::Float);
-    output<float>(to_scale)[0] = static_cast<float>(total);
+    for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(saved.scale_grad)[i];
+    grads.scale = empty_like(*x.scale, ScalarType::Float);
+    output<float>(grads.scale)[0] = static_cast<float>(total);
   }
-  return {to_query, to_key, to_negatives, to_scale};
+  return grads;
 }
 
 }  // namespace

@@ -61,6 +61,11 @@ using torch::stable::new_empty;
 
 constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
 
+// [M, K, D] with vectors that are contiguous in themselves.
+Tensor with_contiguous_rows(const Tensor& t) {
+  return t.dim() == 3 && t.size(2) != 1 && t.stride(2) != 1 ? torch::stable::contiguous(t) : t;
+}
+
 // The call's sizes and options, and its negatives with rows that are contiguous in themselves.
 struct Each {
   const Tensor query, negatives, scale, ceiling;
@@ -70,29 +75,27 @@ struct Each {
   const double hardness;
   const int powers, sums, statistics;
 
-  Each(const Tensor& query, const Tensor& given, const Tensor& row_scale, const std::optional<Tensor>& most,
-       bool normalize, const std::string& kind, double hardness)
-      : query(query),
-        negatives(given.dim() == 3 && given.size(2) != 1 && given.stride(2) != 1 ? torch::stable::contiguous(given)
-                                                                                 : given),
-        scale(torch::stable::contiguous(row_scale)),
-        ceiling(most.has_value() ? torch::stable::contiguous(*most) : scale),
+  explicit Each(const StatsPerQuery::Inputs& x)
+      : query(x.query),
+        negatives(with_contiguous_rows(x.negatives)),
+        scale(torch::stable::contiguous(x.row_scale)),
+        ceiling(x.ceiling.has_value() ? torch::stable::contiguous(*x.ceiling) : scale),
         operand(query, {0, 1}),
         rows(query.size(0)),
-        count(given.size(1)),
+        count(negatives.size(1)),
         width(query.size(1)),
         pieces(std::max<int64_t>(1, std::min((kTasks + rows) / std::max<int64_t>(rows, 1), count / kPiece))),
         length((count + pieces - 1) / pieces),
-        normalize(normalize),
-        moments(kind == "moments"),
-        hardness(hardness),
+        normalize(x.normalize),
+        moments(x.moments),
+        hardness(x.hardness),
         powers(hardness > 0 ? 3 : 1),
         sums(powers + moments),
         statistics(2 + 2 * moments + powers - 1),
-        ceilinged_(most.has_value()) {
-    const bool fits = query.dim() == 2 && given.dim() == 3 && given.size(0) == rows && given.size(2) == width;
+        ceilinged_(x.ceiling.has_value()) {
+    const bool fits =
+        query.dim() == 2 && negatives.dim() == 3 && negatives.size(0) == rows && negatives.size(2) == width;
     STD_TORCH_CHECK(fits, "softmax_stats_per_query: expected query [M, D] and negatives [M, K, D]");
-    STD_TORCH_CHECK(moments || kind.empty(), "softmax_stats_per_query: unknown kind ", kind);
     const bool singles = scale.scalar_type() == ScalarType::Float && ceiling.scalar_type() == ScalarType::Float;
     STD_TORCH_CHECK(singles && scale.numel() == rows && ceiling.numel() == rows,
                     "softmax_stats_per_query: expected float32 [M] scales and ceilings");
@@ -174,63 +177,58 @@ void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t 
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_stats_per_query_fwd(const Tensor& query, const Tensor& negatives,
-                                                                       const Tensor& row_scale,
-                                                                       std::optional<Tensor> ceiling, bool normalize,
-                                                                       std::string kind, double hardness,
-                                                                       int64_t keep) {
-  const Each call(query, negatives, row_scale, ceiling, normalize, kind, hardness);
-  const int64_t stride = padded(call.width), kept = keep > 1 ? call.rows : 0;
-  Tensor stats = new_empty(query, {call.statistics, call.rows}, ScalarType::Float);
-  Tensor pulls = new_empty(query, {keep ? call.sums : 0, call.rows, call.width}, ScalarType::Float);
-  Tensor logits = new_empty(query, {kept, call.count}, ScalarType::Float);
-  Tensor inverse = new_empty(query, {kept, call.count}, ScalarType::Float);
+StatsPerQuery::Saved StatsPerQuery::forward(const Inputs& x) {
+  const bool logits = x.save == "logits", keys = logits || x.save == "weighted_keys";
+  STD_TORCH_CHECK(keys || x.save.empty(), "softmax_stats_per_query: there is no save ", x.save);
+  const Each call(x);
+  const int64_t stride = padded(call.width), saved_rows = logits ? call.rows : 0;
+  Saved saved{new_empty(x.query, {call.statistics, call.rows}, ScalarType::Float),
+              new_empty(x.query, {keys ? call.sums : 0, call.rows, call.width}, ScalarType::Float),
+              new_empty(x.query, {saved_rows, call.count}, ScalarType::Float),
+              new_empty(x.query, {saved_rows, call.count}, ScalarType::Float)};
   std::vector<EachPart> parts(call.rows * call.pieces);
-  std::vector<float> sums(keep ? call.rows * call.pieces * call.sums * stride : 0);
-  float *to_logits = output<float>(logits), *to_inverse = output<float>(inverse);
-  for_dtype(negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
+  std::vector<float> sums(keys ? call.rows * call.pieces * call.sums * stride : 0);
+  float *to_logits = output<float>(saved.logits), *to_norms = output<float>(saved.inverse_norms);
+  for_dtype(x.negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(each_kernels<T>());
     call.each([&](int64_t row, int64_t piece, int64_t begin, int64_t n, const EachQuery& q) {
       const int64_t task = row * call.pieces + piece, entry = row * call.count + begin;
       kernels.read(call.at<T>(row, begin), call.negatives.stride(1), n, q, parts[task],
-                   keep ? &sums[task * call.sums * stride] : nullptr, kept ? to_logits + entry : nullptr,
-                   kept ? to_inverse + entry : nullptr);
+                   keys ? &sums[task * call.sums * stride] : nullptr, logits ? to_logits + entry : nullptr,
+                   logits ? to_norms + entry : nullptr);
     });
   });
-  float *to_stats = output<float>(stats), *to_pulls = keep ? output<float>(pulls) : nullptr;
+  float *to_stats = output<float>(saved.stats), *to_keys = keys ? output<float>(saved.weighted_keys) : nullptr;
   const int64_t grain = kBlock / std::clamp<int64_t>(stride, 1, kBlock);
   over_threads(0, call.rows, grain, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last && going_on(); ++i)
       merge(call, &parts[i * call.pieces], sums.data() + i * call.pieces * call.sums * stride, i, to_stats + i,
-            to_pulls);
+            to_keys);
   });
-  return {stats, pulls, logits, inverse};
+  return saved;
 }
 
-std::tuple<Tensor, Tensor, Tensor> softmax_stats_per_query_bwd(
-    const Tensor& grad, const Tensor& query, const Tensor& negatives, const Tensor& row_scale,
-    std::optional<Tensor> ceiling, bool normalize, std::string kind, double hardness, int64_t keep, const Tensor& stats,
-    const Tensor& pulls, const Tensor& logits, const Tensor& inverse, bool needs_query, bool needs_negatives,
-    bool needs_row_scale) {
-  const Each call(query, negatives, row_scale, ceiling, normalize, kind, hardness);
+StatsPerQuery::Grads StatsPerQuery::backward(const Tensor& grad, const Inputs& x, const Saved& saved,
+                                             const Needs& needs) {
+  const Each call(x);
   const int64_t rows = call.rows, width = call.width;
   STD_TORCH_CHECK(grad.numel() == call.statistics * rows && grad.scalar_type() == ScalarType::Float,
                   "softmax_stats_per_query: expected a float32 gradient of the statistics");
-  STD_TORCH_CHECK(keep >= (needs_negatives ? 2 : 1),
-                  "softmax_stats_per_query: the forward kept nothing for this gradient");
+  STD_TORCH_CHECK(needs.negatives ? x.save == "logits" : !x.save.empty(),
+                  "softmax_stats_per_query: the forward saved nothing for this gradient");
   const Tensor upstream = torch::stable::contiguous(grad);
-  const float *up = input<float>(upstream), *lse = input<float>(stats), *sums = input<float>(pulls);
-  Tensor to_query = new_empty(query, {needs_query ? rows : 0, width});
-  Tensor to_scale = new_empty(query, {needs_row_scale ? rows : 0}, ScalarType::Float);
-  Tensor to_negatives = new_empty(negatives, {needs_negatives ? rows : 0, call.count, width});
+  const float *up = input<float>(upstream), *lse = input<float>(saved.stats), *sums = input<float>(saved.weighted_keys);
+  Grads grads{new_empty(x.query, {needs.query ? rows : 0, width}),
+              new_empty(x.negatives, {needs.negatives ? rows : 0, call.count, width}),
+              new_empty(x.query, {needs.row_scale ? rows : 0}, ScalarType::Float)};
   const auto slope_of = [&](int64_t i) {
     EachSlope g{{}, lse[rows + i], {}, call.moments ? up[2 * rows + i] : 0.0f};
     for (int a = 0; a < call.powers; ++a) g.mass[a] = up[call.place(a) + i], g.lse[a] = lse[call.place(a) + i];
     return g;
   };
-  const int64_t wanted = needs_query || needs_row_scale ? rows : 0;
-  for_dtype(query.scalar_type(), "softmax_stats_per_query", [&](auto element) {
+  const int64_t wanted = needs.query || needs.row_scale ? rows : 0;
+  for_dtype(x.query.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const int64_t grain = kBlock / std::clamp<int64_t>(width, 1, kBlock);
     over_threads(0, wanted, grain, [&](int64_t first, int64_t last) {
@@ -239,30 +237,30 @@ std::tuple<Tensor, Tensor, Tensor> softmax_stats_per_query_bwd(
         const EachQuery q = call.of(i, space);
         const EachSlope g = slope_of(i);
         std::fill(sum.begin(), sum.end(), 0.0f);
-        const auto pull = [&](int a) { return sums + (a * rows + i) * width; };
-        const auto add = [&](float share, const float* more) {
-          for (int64_t d = 0; d < width && share != 0; ++d) sum[d] += share * more[d];  // a row left out may be NaN
+        const auto weighted = [&](int a) { return sums + (a * rows + i) * width; };
+        const auto add = [&](float weight, const float* more) {
+          for (int64_t d = 0; d < width && weight != 0; ++d) sum[d] += weight * more[d];  // a row left out may be NaN
         };
         const bool hard = call.powers == 3 && (g.mass[1] != 0 || g.mass[2] != 0);
-        add(g.mass[0], pull(0));
+        add(g.mass[0], weighted(0));
         for (int64_t d = 0; d < width && hard; ++d) {  // what cancels, before it is times the hardness
-          const float harder = g.mass[1] * pull(1)[d];
-          sum[d] += harder + q.power[2] * (harder + g.mass[2] * pull(2)[d]);
+          const float harder = g.mass[1] * weighted(1)[d];
+          sum[d] += harder + q.power[2] * (harder + g.mass[2] * weighted(2)[d]);
         }
-        if (call.moments) add(g.sum, pull(call.powers));
+        if (call.moments) add(g.sum, weighted(call.powers));
         double along = 0;
-        for (int64_t d = 0; d < width && needs_row_scale; ++d) along += q.query[d] * sum[d];
-        if (needs_row_scale) output<float>(to_scale)[i] = static_cast<float>(along);
-        for (int64_t d = 0; d < width && needs_query; ++d)
-          output<T>(to_query)[i * width + d] = static_cast<T>(q.scale * sum[d]);
+        for (int64_t d = 0; d < width && needs.row_scale; ++d) along += q.query[d] * sum[d];
+        if (needs.row_scale) output<float>(grads.row_scale)[i] = static_cast<float>(along);
+        for (int64_t d = 0; d < width && needs.query; ++d)
+          output<T>(grads.query)[i * width + d] = static_cast<T>(q.scale * sum[d]);
       }
     });
   });
-  if (!needs_negatives) return {to_query, to_negatives, to_scale};
-  for_dtype(negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
+  if (!needs.negatives) return grads;
+  for_dtype(x.negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(each_kernels<T>());
-    T* to = output<T>(to_negatives);
+    T* to = output<T>(grads.negatives);
     const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && width * sizeof(T) % 64 == 0;
     const bool streamed = aligned && rows * call.count * width * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
     call.each([&](int64_t row, int64_t, int64_t begin, int64_t n, const EachQuery& q) {
@@ -274,17 +272,18 @@ std::tuple<Tensor, Tensor, Tensor> softmax_stats_per_query_bwd(
       for (int64_t k = begin; k < begin + n; k += kSlopes) {
         const int64_t some = std::min(kSlopes, begin + n - k), entry = row * call.count + k;
         float along[kSlopes], back[kSlopes];
-        kernels.slopes(input<float>(logits) + entry, input<float>(inverse) + entry, some, q, g, along, back);
+        kernels.slopes(input<float>(saved.logits) + entry, input<float>(saved.inverse_norms) + entry, some, q, g, along,
+                       back);
         kernels.grad(call.at<T>(row, k), call.negatives.stride(1), some, q, along, back, to + entry * width, streamed);
       }
     });
   });
-  return {to_query, to_negatives, to_scale};
+  return grads;
 }
 
 }  // namespace fastloss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("softmax_stats_per_query_fwd", FASTLOSS_BOX(&fastloss::softmax_stats_per_query_fwd));
-  m.impl("softmax_stats_per_query_bwd", FASTLOSS_BOX(&fastloss::softmax_stats_per_query_bwd));
+  m.impl("softmax_stats_per_query_fwd", FASTLOSS_BOX(&fastloss::StatsPerQuery::forward));
+  m.impl("softmax_stats_per_query_bwd", FASTLOSS_BOX(&fastloss::StatsPerQuery::backward));
 }

@@ -1,5 +1,5 @@
-// One pass over blocks of columns makes statistics and pulls: both are kept relative to the largest logit so far, and
-// scaled down when a block has a larger one.
+// One pass over blocks of columns makes statistics and weighted sums of keys: both are kept relative to the largest
+// logit so far, and scaled down when a block has a larger one.
 
 #include "contrastive/weighted_keys.h"
 
@@ -12,33 +12,34 @@ constexpr int64_t kGroup = 8;     // rows of a block that a thread takes at a ti
 constexpr size_t kSums = 4;       // three log-sum-exps and the plain sum
 constexpr double kPullBlock = 8;  // MiB of a block of logits at most, and of the weights of each sum
 
-// What the blocks so far say of a row; `kept` is what the last one leaves of the pulls before it.
+// What the blocks so far say of a row; `kept` is what the last one leaves of the sums before it.
 struct Running {
   float most = kLowest;
   float kept[kSums] = {};
   double total[kSums] = {}, sum = 0, count = 0;
 };
 
-class Pulls {
+class WeightedKeys {
  public:
-  Pulls(LogitMatrix& p, double workspace_mib) : p_(p), kernels_(contrastive_kernels()), matmul_(matmul_kernels()) {
+  WeightedKeys(LogitMatrix& p, double workspace_mib)
+      : p_(p), kernels_(contrastive_kernels()), matmul_(matmul_kernels()) {
     std::tie(height_, width_) =
         rectangle(p, std::min(kPullBlock, workspace_mib / (2 + static_cast<double>(p.sums()))), kWide);
   }
 
-  void run(float* stats, Tensor& pulls) {
+  void run(float* stats, Tensor& sums) {
     p_.once = height_ >= p_.rows;
     for_pieces(p_.rows, height_, [&](int64_t begin, int64_t m) {
       rows_.assign(m, Running());
-      for_pieces(p_.columns, width_, [&](int64_t first, int64_t n) { block(begin, m, first, n, pulls); });
+      for_pieces(p_.columns, width_, [&](int64_t first, int64_t n) { block(begin, m, first, n, sums); });
       for_each(blocks_of(m, kGroup), [&](int64_t g) {
-        for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) finish(begin, r, stats, pulls);
+        for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) finish(begin, r, stats, sums);
       });
     });
   }
 
  private:
-  void block(int64_t begin, int64_t m, int64_t first, int64_t n, Tensor& pulls) {
+  void block(int64_t begin, int64_t m, int64_t first, int64_t n, Tensor& sums) {
     const Tensor raw = p_.raw(begin, m, first, n), keys = flipped(slice(p_.keys, 0, first, n));
     std::vector<Panels> weights;
     while (weights.size() < static_cast<size_t>(p_.sums())) weights.emplace_back(floats({m, n}), m, n);
@@ -49,7 +50,7 @@ class Pulls {
     });
     for (size_t a = 0; a < weights.size(); ++a) {
       const Tensor part = product(weights[a], keys);
-      float* to = output<float>(pulls) + (static_cast<int64_t>(a) * p_.rows + begin) * p_.width;
+      float* to = output<float>(sums) + (static_cast<int64_t>(a) * p_.rows + begin) * p_.width;
       for_each(blocks_of(m, kGroup), [&](int64_t g) {
         for (int64_t r = g * kGroup; r < std::min(m, (g + 1) * kGroup); ++r) {
           const float* from = input<float>(part) + r * part.stride(0);
@@ -89,7 +90,7 @@ class Pulls {
     });
   }
 
-  void finish(int64_t begin, int64_t r, float* stats, Tensor& pulls) {
+  void finish(int64_t begin, int64_t r, float* stats, Tensor& sums) {
     const Running& row = rows_[r];
     const double infinity = std::numeric_limits<double>::infinity(), top = row.most <= kLowest ? -infinity : row.most;
     const auto put = [&](int64_t statistic, double value) {
@@ -98,8 +99,8 @@ class Pulls {
     for (size_t f = 0; f < p_.factors.size(); ++f) {
       put(p_.lse_of(f), std::isinf(top) ? top : (f == 0 ? top : 0) + std::log(row.total[f]));
       const float share = row.total[f] == 0 || top == -infinity ? 0.0f : static_cast<float>(1 / row.total[f]);
-      float* pull = output<float>(pulls) + (static_cast<int64_t>(f) * p_.rows + begin + r) * p_.width;
-      for (int64_t d = 0; d < p_.width; ++d) pull[d] *= share;
+      float* sum = output<float>(sums) + (static_cast<int64_t>(f) * p_.rows + begin + r) * p_.width;
+      for (int64_t d = 0; d < p_.width; ++d) sum[d] *= share;
     }
     put(1, top);
     if (!p_.moments) return;
@@ -116,9 +117,9 @@ class Pulls {
 
 }  // namespace
 
-void make_pulls(LogitMatrix& p, double workspace_mib, float* stats, Tensor& pulls) {
-  if (p.columns == 0) torch::stable::zero_(pulls);
-  Pulls(p, workspace_mib).run(stats, pulls);
+void make_weighted_keys(LogitMatrix& p, double workspace_mib, float* stats, Tensor& weighted_keys) {
+  if (p.columns == 0) torch::stable::zero_(weighted_keys);
+  WeightedKeys(p, workspace_mib).run(stats, weighted_keys);
 }
 
 }  // namespace fastloss
