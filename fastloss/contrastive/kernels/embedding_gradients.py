@@ -11,24 +11,24 @@ from torch import Tensor
 
 from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS
 
-REDUCE_ROWS, REDUCE_DIM = 8, 256  # embeddings of a program, numbers of each at a time
+SUM_ROWS, SUM_DIM = 8, 256  # embeddings of a program, numbers of each at a time
 
 
-class ReduceSizes(NamedTuple):
+class SumSizes(NamedTuple):
     rows: int
     dim: int
     pitch: int  # elements from one embedding to the next
 
 
 @triton.jit
-def _reduce_output_kernel(
+def _gradients_from_sums_kernel(
     sum_ptr,  # (rows, D) float32, contiguous: a gradient times the fp16 scale
     x_ptr,  # (rows, D), rows `pitch` apart: the embeddings it belongs to
     grad_ptr,  # (rows, D) contiguous: the gradient, or None
     scale_ptr,  # (rows,): scale of the embeddings, or None
     dot_ptr,  # (rows,): its gradient, or None; without a scale <x, gradient>
     fp16_scale_ptr,  # (1,) or None
-    sizes,  # ReduceSizes
+    sizes,  # SumSizes
     NORMALIZE: tl.constexpr,  # the gradient has no part along x, as that of x / |x|
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
@@ -80,7 +80,7 @@ def _multiply_kernel(
     tl.store(out_ptr + start + index, (x * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def reduce_output(
+def gradients_from_sums(
     sums: Tensor, x: Tensor, grad: Tensor | None, scale: Tensor | None, dot: Tensor | None, fp16_scale: Tensor | None,
     normalize: bool = False,
 ) -> None:  # fmt: skip
@@ -90,8 +90,8 @@ def reduce_output(
     where none is given.
     """
     rows, dim = sums.shape
-    _reduce_output_kernel[(triton.cdiv(rows, REDUCE_ROWS),)](
-        sums, x, grad, scale, dot, fp16_scale, ReduceSizes(rows, dim, x.stride(0)), normalize, REDUCE_ROWS, REDUCE_DIM,
+    _gradients_from_sums_kernel[(triton.cdiv(rows, SUM_ROWS),)](
+        sums, x, grad, scale, dot, fp16_scale, SumSizes(rows, dim, x.stride(0)), normalize, SUM_ROWS, SUM_DIM,
         **STREAM_OPTIONS,
     )  # fmt: skip
 
@@ -133,11 +133,13 @@ class EmbeddingGradient:
         """The sums of these rows, which are those of one block when sums are held for one only."""
         return self.sums[start:stop] if self.direct or self.block_rows == self.x.shape[0] else self.sums[: stop - start]
 
-    def reduce_output(self, start: int, stop: int) -> None:
+    def from_sums(self, start: int, stop: int) -> None:
         """Make the gradients of these rows from their sums, which are complete."""
         if not self.has_output:
             return
         grad = self.grad[start:stop] if self.grad.numel() and (self.normalize or not self.direct) else None
         dot = self.dot[start:stop] if self.dot.numel() else None
         scale = None if dot is None or self.scale is None else self.scale[start:stop]
-        reduce_output(self.part(start, stop), self.x[start:stop], grad, scale, dot, self.fp16_scale, self.normalize)
+        gradients_from_sums(
+            self.part(start, stop), self.x[start:stop], grad, scale, dot, self.fp16_scale, self.normalize
+        )

@@ -197,8 +197,6 @@ def _softmax_stats_fwd_kernel(
     BM: tl.constexpr = TILE.rows
     BN: tl.constexpr = TILE.columns
     OPERANDS: tl.constexpr = TILE.operands
-    SHARES: tl.constexpr = TILE.shares
-    SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
     BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
     MOMENTS: tl.constexpr = FORM.moments
     HARD: tl.constexpr = beta is not None
@@ -220,7 +218,7 @@ def _softmax_stats_fwd_kernel(
             known_rows = tl.where(area.column > area.first_column, end_row, 0)
             state = _load_state(row_slot, row, stride, row < known_rows, MOMENTS, HARD)
         first = split
-        if SELF_SIMILARITY:  # the first of the split's tiles that has columns above the diagonal
+        if FORM.self_similarity:  # the first of the split's tiles that has columns above the diagonal
             above = _first_above(row0, BN) - first_column // BN
             first += tl.cdiv(tl.maximum(above - split, 0), walk.splits) * walk.splits
         for column_tile in range(first, tl.cdiv(end_column - first_column, BN), walk.splits):
@@ -231,12 +229,11 @@ def _softmax_stats_fwd_kernel(
             e = _exp_scaled(s, exponent[:, None])
             seen = _tile_state(s, row_max, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
             state = _merge(state, seen, exponent, beta, MOMENTS, HARD)
-            if not BOTH_SIDES:
-                if saved.exps is not None:
-                    _save_exps(saved, e, exponent, row0, column0, sizes)
-            if BOTH_SIDES and rows.ceiling is None and (SHARES or saved.exps is not None):
+            if saved.exps is not None and not BOTH_SIDES:
+                _save_exps(saved, e, exponent, row0, column0, sizes)
+            if BOTH_SIDES and rows.ceiling is None and (TILE.shares or saved.exps is not None):
                 max_exponent, min_max = tl.max(exponent, 0), column_max
-                if SELF_SIMILARITY or saved.exps is not None:  # columns without entries do not count
+                if FORM.self_similarity or saved.exps is not None:  # columns without entries do not count
                     min_max = tl.where(column_max == float("-inf"), float("inf"), column_max)
                 min_max = tl.min(min_max, 0)
                 too_wide = max_exponent - min_max * LOG2E > SPREAD
@@ -244,8 +241,7 @@ def _softmax_stats_fwd_kernel(
                     s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE, True)
                     column_sum_exp = tl.sum(_exp_scaled(s, _exponent(tl.max(s, 0))[None, :]), 0)
                     if saved.exps is not None:  # the backward makes these again too
-                        flag = tl.zeros((BM,), tl.float32) + float("inf")
-                        _save_exponents(saved, flag, row0, column0, sizes, BN)
+                        _save_exponents(saved, tl.zeros((BM,), tl.float32) + float("inf"), row0, column0, sizes, BN)
                 else:
                     column_sum_exp = tl.sum(e * tl.exp2(exponent - max_exponent)[:, None], 0)
                     if saved.exps is not None:

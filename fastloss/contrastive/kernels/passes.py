@@ -183,9 +183,9 @@ def make_gradients(
             keys = call.key[column:end_column, : q.sums.shape[1]]
             add_product(q.part(row, end_row), block, keys, column == start)
             if end_column == n:
-                q.reduce_output(row, end_row)
+                q.from_sums(row, end_row)
         if k.needed:
             queries = call.query[row:end_row, : k.sums.shape[1]]
             add_product(k.part(column, end_column), block.T, queries, row == 0)
     if k.needed:
-        k.reduce_output(0, n)
+        k.from_sums(0, n)

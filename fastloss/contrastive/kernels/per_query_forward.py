@@ -7,11 +7,13 @@ sums of its own, and the weighted sum of negatives is one number per element of 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .online_softmax import State
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950216293335)  # as float32, what is missing being
@@ -48,6 +50,15 @@ class SavedLogits(NamedTuple):
 
     logits: Tensor | None  # [M, K] float32
     inverse_norms: Tensor | None  # [M, K] float32
+
+
+class WeightedKeys(NamedTuple):
+    """Sums of c_k n_k, c = 1 / |n| or 1, weighted as named; each as many vectors as a negative has pieces."""
+
+    of_exp: Any
+    of_exp_1p_beta: Any
+    of_exp_beta: Any
+    of_ones: Any
 
 
 class PerQueryForm(NamedTuple):
@@ -201,6 +212,35 @@ def _store_sums(
 
 
 @triton.jit
+def _store_partials(partials, program, state, sums, hardness, dim, FORM: tl.constexpr, SPAN: tl.constexpr):
+    """What a program has found: `state` and `sums` of each row of a tile, brought to one maximum."""
+    MOMENTS: tl.constexpr = FORM.moments
+    POWERS: tl.constexpr = FORM.powers
+    WEIGHTED_KEYS: tl.constexpr = FORM.weighted_keys
+    numbers = partials.sums + program * PARTIALS
+    s_max = tl.max(state.max)
+    tl.store(numbers, s_max)
+    tl.store(numbers + 1, tl.sum(state.logit_sum))
+    tl.store(numbers + 2, tl.sum(state.number))
+    first = partials.weighted_keys
+    if WEIGHTED_KEYS:
+        first += program * (POWERS + MOMENTS) * dim
+    d = state.max - s_max
+    _store_sums(numbers + 3, first, d, state.sum_exp, sums.of_exp, dim, WEIGHTED_KEYS, SPAN)
+    if POWERS == 3:
+        second, third = first, first
+        if WEIGHTED_KEYS:
+            second, third = first + dim, first + 2 * dim
+        of_1p_beta, of_beta = (1.0 + hardness) * d, hardness * d
+        sum_1p_beta, sum_beta = state.sum_exp_1p_beta, state.sum_exp_beta
+        _store_sums(numbers + 4, second, of_1p_beta, sum_1p_beta, sums.of_exp_1p_beta, dim, WEIGHTED_KEYS, SPAN)
+        _store_sums(numbers + 5, third, of_beta, sum_beta, sums.of_exp_beta, dim, WEIGHTED_KEYS, SPAN)
+    if MOMENTS and WEIGHTED_KEYS:
+        ones = tl.full(d.shape, 1.0, tl.float32)
+        _store_vectors(first + POWERS * dim, sums.of_ones, ones, dim, SPAN)
+
+
+@triton.jit
 def per_query_fwd_kernel(
     inputs,  # PerQueryInputs
     partials,  # Partials
@@ -276,27 +316,9 @@ def per_query_fwd_kernel(
             for u in tl.static_range(TILES):
                 weight = tl.where(allowed[u], inverse_norms[u], 0.0)
                 vectors_of_sum = _add_vectors(vectors_of_sum, 1.0, (weight,), (tiles[u],))
-    sums_ptr = partials.sums + program * PARTIALS
-    s_max = tl.max(row_max)
-    tl.store(sums_ptr, s_max)
-    tl.store(sums_ptr + 1, tl.sum(logit_sum))
-    tl.store(sums_ptr + 2, tl.sum(number))
-    vectors_ptr = partials.weighted_keys
-    if WEIGHTED_KEYS:
-        vectors_ptr += program * (POWERS + MOMENTS) * dim
-    below_max = row_max - s_max
-    _store_sums(sums_ptr + 3, vectors_ptr, below_max, sum_exp, vectors, dim, WEIGHTED_KEYS, SPAN)
-    if POWERS == 3:
-        _store_sums(
-            sums_ptr + 4, vectors_ptr + dim if WEIGHTED_KEYS else vectors_ptr, (1.0 + hardness) * below_max,
-            sum_exp_1p_beta, vectors_1p_beta, dim, WEIGHTED_KEYS, SPAN,
-        )  # fmt: skip
-        _store_sums(
-            sums_ptr + 5, vectors_ptr + 2 * dim if WEIGHTED_KEYS else vectors_ptr, hardness * below_max,
-            sum_exp_beta, vectors_beta, dim, WEIGHTED_KEYS, SPAN,
-        )  # fmt: skip
-    if MOMENTS and WEIGHTED_KEYS:
-        _store_vectors(vectors_ptr + POWERS * dim, vectors_of_sum, zero + 1.0, dim, SPAN)
+    state = State(row_max, sum_exp, logit_sum, number, sum_exp_1p_beta, sum_exp_beta)
+    sums = WeightedKeys(vectors, vectors_1p_beta, vectors_beta, vectors_of_sum)
+    _store_partials(partials, program, state, sums, hardness, dim, FORM, SPAN)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ from ..save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 from ..siglip import Grads, Inputs, Needs, Saved
 from .arguments import Area, Columns, Operands, Rows
 from .blocking import block_plan
-from .embedding_gradients import reduce_output, scaled
+from .embedding_gradients import gradients_from_sums, scaled
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .logit_tile import products, tile_of_program
 from .norms import Prepared, prepare
@@ -183,9 +183,9 @@ def _pass(x: Inputs, row_weight: Tensor, needs: int) -> tuple[Tensor, Saved]:
         if needs & (IMAGE | SCALE_AND_BIAS) and (rescaled or needs & SCALE_AND_BIAS):
             grad = sums.image if needs & IMAGE and rescaled else None
             image_dot = dot if needs & SCALE_AND_BIAS else None
-            reduce_output(sums.image, call.query, grad, None, image_dot, fp16_scale, x.normalize)
+            gradients_from_sums(sums.image, call.query, grad, None, image_dot, fp16_scale, x.normalize)
         if needs & TEXT and rescaled:
-            reduce_output(sums.text, call.key, sums.text, None, None, fp16_scale, x.normalize)
+            gradients_from_sums(sums.text, call.key, sums.text, None, None, fp16_scale, x.normalize)
     losses, slopes = sums.rows
     scale_grad, bias_grad = new_float32(0), new_float32(0)
     if needs & SCALE_AND_BIAS:

@@ -24,7 +24,7 @@ from ..options import Form
 from ..save_plan import KEY, QUERY, SCALE, exponentials, save_of_loss
 from .arguments import Area, BackwardInputs, BackwardResults, Columns, Rows
 from .blocking import block_plan, chunk_plan
-from .embedding_gradients import EmbeddingGradient, reduce_output, scaled
+from .embedding_gradients import EmbeddingGradient, gradients_from_sums, scaled
 from .logit_matrix import LogitMatrix
 from .norms import Prepared, prepare
 from .passes import chunk_memory, fp16_scale_of, make_block, make_gradients, make_statistics, new_exps, saved_exps
@@ -100,11 +100,11 @@ def _make_grads(problem: SoftmaxLoss, loss: Tensor, grads: Grads, workspace_mib:
             add_product(sums, block, problem.key[:, :dim], True)
             dot = grads.scale[part] if grads.scale.shape[0] else None
             if rescaled or dot is not None:
-                reduce_output(sums, call.query, sums, None, dot, fp16_scale, problem.normalize)
+                gradients_from_sums(sums, call.query, sums, None, dot, fp16_scale, problem.normalize)
         if grads.key.shape[0]:
             add_product(grads.key, block.T, call.query[:, :dim], start == 0)
     if grads.key.shape[0] and rescaled:
-        reduce_output(grads.key, problem.key, grads.key, None, None, fp16_scale, problem.normalize)
+        gradients_from_sums(grads.key, problem.key, grads.key, None, None, fp16_scale, problem.normalize)
 
 
 def softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
