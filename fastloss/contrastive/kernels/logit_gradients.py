@@ -78,7 +78,7 @@ def _grad_logits_of_both(s, stats_ptr, grad_ptr, row, column, rows, direction):
 
 @triton.jit
 def _recomputed_grad_logits(
-    operands, row0, column0, rows, columns, sizes, given, direction, beta, FORM: tl.constexpr, TILE: tl.constexpr
+    operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """G_ij from logits that are made once more."""
     BM: tl.constexpr = TILE.rows
@@ -88,7 +88,7 @@ def _recomputed_grad_logits(
     s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE)
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
     stride = tl.cast(sizes.rows, tl.int64)
-    stats, grad = given.stats, given.stats_grad
+    stats, grad = inputs.stats, inputs.stats_grad
     if not BOTH_SIDES:
         grad_logits = _grad_logits(s, stats, grad, row, stride, row < sizes.rows, beta, 1, MOMENTS)
     elif MOMENTS or beta is not None or rows.ceiling is not None:
@@ -102,17 +102,17 @@ def _recomputed_grad_logits(
 
 
 @triton.jit
-def _grad_logits_from_exps(exponent, given, row0, column0, row, column, sizes, direction, FORM: tl.constexpr):
+def _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM: tl.constexpr):
     """G_ij from saved exponentials, those of row i divided by 2^exponent_i in this tile."""
     SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
     BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
     inside = (row < sizes.rows)[:, None]
-    corner = given.exps + tl.cast(row0, tl.int64) * given.pitch + column0
+    corner = inputs.exps + tl.cast(row0, tl.int64) * inputs.pitch + column0
     if SELF_SIMILARITY:
         inside &= row[:, None] < column[None, :]
-    e = tl.load(corner + (row - row0)[:, None] * given.pitch + (column - column0)[None, :], mask=inside, other=0.0)
+    e = tl.load(corner + (row - row0)[:, None] * inputs.pitch + (column - column0)[None, :], mask=inside, other=0.0)
     e = e.to(tl.float32)
-    stats, grad = given.stats, given.stats_grad
+    stats, grad = inputs.stats, inputs.stats_grad
     row_exponent, row_grad = _lse_grad(stats, grad, row, row < sizes.rows)
     weight = (row_grad * tl.exp2(exponent - row_exponent))[:, None]
     if BOTH_SIDES:
@@ -125,17 +125,17 @@ def _grad_logits_from_exps(exponent, given, row0, column0, row, column, sizes, d
 
 @triton.jit
 def _store_grad_logits(
-    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, given, sizes, block
+    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
 ):  # fmt: skip
     """G r c of a tile, and its column sums, to where the block has them."""
     BM: tl.constexpr = grad_logits.shape[0]
     BN: tl.constexpr = grad_logits.shape[1]
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    if given.positive_grad is not None:
+    if inputs.positive_grad is not None:
         target = row
         if rows.targets is not None:
             target = tl.load(rows.targets + row, mask=row < sizes.rows, other=-1)
-        positive = tl.load(given.positive_grad + row, mask=row < sizes.rows, other=0.0)
+        positive = tl.load(inputs.positive_grad + row, mask=row < sizes.rows, other=0.0)
         grad_logits = tl.where(target[:, None] == column[None, :], positive[:, None], grad_logits)
     offset = column_tile * BN + tl.arange(0, BN)
     if results.column_sums is not None:
@@ -145,8 +145,8 @@ def _store_grad_logits(
     if results.grad_block is not None:
         # read again: the registers of a whole tile have no room to keep the scales from the logits on
         scale = tl.load(rows.row_scale + row, mask=row < sizes.rows, other=0.0, volatile=True)
-        if given.fp16_scale is not None:
-            scale *= tl.load(given.fp16_scale)
+        if inputs.fp16_scale is not None:
+            scale *= tl.load(inputs.fp16_scale)
         grad_logits *= scale[:, None]
         if columns.column_scale is not None:
             inside = column < sizes.columns
@@ -163,7 +163,7 @@ def _softmax_stats_bwd_kernel(
     rows,  # Rows
     columns,  # Columns
     results,  # BackwardResults
-    given,  # BackwardInputs
+    inputs,  # BackwardInputs
     sizes,  # Sizes
     block,  # Block
     beta,
@@ -185,25 +185,25 @@ def _softmax_stats_bwd_kernel(
     direction = (0 if SELF_SIMILARITY else STATES) * stride
     if TILES == RECOMPUTE:
         grad_logits = _recomputed_grad_logits(
-            operands, row0, column0, rows, columns, sizes, given, direction, beta, FORM, TILE
+            operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
         )
         _store_grad_logits(
-            grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, given, sizes, block
+            grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
         )
     else:
-        exponents = given.exponents + (column0 // BN) * stride
+        exponents = inputs.exponents + (column0 // BN) * stride
         exponent = tl.load(exponents + row, mask=row < sizes.rows, other=-float("inf"))
         flagged = tl.max(exponent, 0) == float("inf")
         if TILES == FLAGGED:
             if flagged:
                 grad_logits = _recomputed_grad_logits(
-                    operands, row0, column0, rows, columns, sizes, given, direction, beta, FORM, TILE
+                    operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
                 )
                 _store_grad_logits(
-                    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, given, sizes, block
+                    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
                 )
         elif flagged == 0:
-            grad_logits = _grad_logits_from_exps(exponent, given, row0, column0, row, column, sizes, direction, FORM)
+            grad_logits = _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM)
             _store_grad_logits(
-                grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, given, sizes, block
+                grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
             )

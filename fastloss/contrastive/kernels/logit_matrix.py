@@ -35,7 +35,7 @@ class LogitMatrix:
         self.query, self.key = embeddings(query), embeddings(key)
         self.rows = Rows(*[None if v is None else v.contiguous() for v in rows])  # type: ignore[arg-type]
         self.columns = Columns(*[None if v is None else v.contiguous() for v in columns])
-        if self.rows.row_ids is None or self.columns.column_ids is None:  # ids count only in pairs
+        if (rows.row_ids is None) != (columns.column_ids is None):  # ids count only in pairs
             self.rows, self.columns = self.rows._replace(row_ids=None), self.columns._replace(column_ids=None)
         self.form, self.self_similarity = form, form.self_similarity
         self.both_sides = form.symmetric or form.self_similarity  # a tile counts in its rows and in its columns

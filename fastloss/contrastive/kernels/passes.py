@@ -116,7 +116,7 @@ def half(tile: Tile) -> Tile:
 def make_block(
     call: LogitMatrix,
     results: BackwardResults,
-    given: BackwardInputs,
+    inputs: BackwardInputs,
     area: Area,
     pitch: int,
     has_products: bool = False,
@@ -127,16 +127,16 @@ def make_block(
     """
     (row, end_row, column, end_column, _), tile = area, call.tile
     grad_block, recompute = results.grad_block, call.tile
-    if given.exps is not None:
+    if inputs.exps is not None:
         recompute = half(tile) if results.column_sums is None else replace(tile, warps=8)
     operands = call.operands(recompute.rows)
     if has_products:
         operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row))
     elif call.by_library:  # G, float32 too, takes the place of the products
-        memory = given.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
+        memory = inputs.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
         operands = call.make_products(Workspace(memory, pitch), area)
     launches = [(RECOMPUTE, recompute)]
-    if given.exps is not None:  # kernels of their own: with room for products few programs would run at a time
+    if inputs.exps is not None:  # kernels of their own: with room for products few programs would run at a time
         rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
         launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (FLAGGED, recompute)][: 1 + call.both_sides]
     for tiles, tile in launches:
@@ -145,8 +145,8 @@ def make_block(
             pitch,
         )  # fmt: skip
         _softmax_stats_bwd_kernel[(block.row_tiles * block.column_tiles,)](
-            *operands, call.rows, call.columns, results, given, call.sizes, block, call.beta, call.form, tile.constants,
-            tiles.value, **tile.options,
+            *operands, call.rows, call.columns, results, inputs, call.sizes, block, call.beta, call.form,
+            tile.constants, tiles.value, **tile.options,
         )  # fmt: skip
     if grad_block is None:
         return call.query.new_empty(0)
@@ -155,7 +155,7 @@ def make_block(
 
 def make_gradients(
     call: LogitMatrix,
-    given: BackwardInputs,
+    inputs: BackwardInputs,
     block_size: tuple[int, int],
     q: EmbeddingGradient,
     k: EmbeddingGradient,
@@ -175,7 +175,7 @@ def make_gradients(
     results = BackwardResults(grad_block, column_sums)
     for row, start, column in ((r, first, c) for r, first in starts for c in range(first, n, block_columns)):
         end_row, end_column = min(row + block_rows, m), min(column + block_columns, n)
-        block = make_block(call, results, given, Area(row, end_row, column, end_column), block_columns)
+        block = make_block(call, results, inputs, Area(row, end_row, column, end_column), block_columns)
         if column_sums is not None:
             tiles = triton.cdiv(end_row - row, tile.rows)
             bias_grad[column:end_column] += column_sums[:tiles, : end_column - column].sum(0)

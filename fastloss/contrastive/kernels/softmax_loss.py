@@ -92,9 +92,9 @@ def _make_grads(problem: SoftmaxLoss, loss: Tensor, grads: Grads, workspace_mib:
         stats, stats_grad = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
         make_statistics(call, stats, saved, products)
         problem.losses(part, stats, None, loss, stats_grad)
-        given = BackwardInputs(stats, stats_grad, fp16_scale, *saved, stats_grad[2])
+        inputs = BackwardInputs(stats, stats_grad, fp16_scale, *saved, stats_grad[2])
         results, area = BackwardResults(grad_block, None), Area(0, count, 0, n)
-        block = make_block(call, results, given, area, chunk.pitch, products is not None)
+        block = make_block(call, results, inputs, area, chunk.pitch, products is not None)
         if grads.query.shape[0] or grads.scale.shape[0]:
             sums = grads.query[part] if grads.query.shape[0] else loss.new_empty((count, dim))
             add_product(sums, block, problem.key[:, :dim], True)
@@ -186,8 +186,8 @@ def _grads_from_stats(problem: SoftmaxLoss, grad: Tensor, saved: Saved, workspac
         problem.key, problem.dim, None, (needs.key, False), n, block_rows >= m, fp16_scale, problem.normalize
     )
     exps = saved_exps(logits, m, exponentials(m, n, query.element_size()).pitch)
-    given = BackwardInputs(stats, by_direction, fp16_scale, *exps, stats_grad[-1])
-    make_gradients(call, given, block_size, q, k, stats.new_empty(0))
+    inputs = BackwardInputs(stats, by_direction, fp16_scale, *exps, stats_grad[-1])
+    make_gradients(call, inputs, block_size, q, k, stats.new_empty(0))
     return Grads(q.grad, k.grad, q.dot)
 
 

@@ -81,9 +81,9 @@ def _with_weighted_keys(x: Inputs) -> Saved:
         make_statistics(call, part_stats, saved, products)
         stats[:, :, part] = part_stats
         call.rows = call.rows._replace(row_scale=one_each[:count])
-        given = BackwardInputs(part_stats, ones, fp16_scale, *saved, None)
+        inputs = BackwardInputs(part_stats, ones, fp16_scale, *saved, None)
         results, area = BackwardResults(grad_block, None), Area(0, count, 0, n)
-        block = make_block(call, results, given, area, chunk.pitch, products is not None)
+        block = make_block(call, results, inputs, area, chunk.pitch, products is not None)
         add_product(weighted_keys[0, part], block, key[:, :dim], True)
     if fp16_scale is not None:
         weighted_keys /= fp16_scale
@@ -115,8 +115,8 @@ def softmax_stats_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gr
             for t in out:
                 t.zero_()
             return out
-        given = BackwardInputs(saved.stats, grad.contiguous(), fp16_scale, *exps, None)
-        make_gradients(call, given, block_size, q, k, bias_grad)
+        inputs = BackwardInputs(saved.stats, grad.contiguous(), fp16_scale, *exps, None)
+        make_gradients(call, inputs, block_size, q, k, bias_grad)
     return out
 
 
@@ -130,18 +130,18 @@ def _from_weighted_keys(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> 
 
 
 def _aot_call(
-    dtype: torch.dtype, shape: tuple[int, int, int], form: Form, save: str, given: tuple[str, ...], hardness: float
+    dtype: torch.dtype, shape: tuple[int, int, int], form: Form, save: str, options: tuple[str, ...], hardness: float
 ) -> tuple[tuple, tuple]:
-    """Arguments of the two launchers on the meta device; `given` names the optional vectors that are there."""
+    """Arguments of the two launchers on the meta device; `options` names the optional vectors that are there."""
     rows, columns, dim = shape
     meta = torch.device("meta")
     query, key = (torch.empty((size, dim), dtype=dtype, device=meta) for size in (rows, columns))
     vectors: dict[str, Any] = {
-        name: torch.empty(size, device=meta) if name in given else None
+        name: torch.empty(size, device=meta) if name in options else None
         for name, size in {"column_scale": columns, "bias": columns, "ceiling": rows}.items()
     }
     vectors |= {
-        name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in given else None
+        name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in options else None
         for name, size in {"targets": rows, "row_ids": rows, "column_ids": columns}.items()
     }
     x = Inputs(
@@ -150,7 +150,7 @@ def _aot_call(
     )  # fmt: skip
     states = 2 + 2 * form.moments + 2 * (hardness > 0)
     stats = torch.empty((1 + form.symmetric, states, rows), device=meta)
-    needs = Needs(True, True, True, "column_scale" in given, "bias" in given)
+    needs = Needs(True, True, True, "column_scale" in options, "bias" in options)
     elements = exponentials(rows, columns, query.element_size()).elements if save == "exps" else 0
     exps = torch.empty(elements, dtype=dtype, device=meta)
     return (x,), (stats, x, Saved(stats, exps, torch.empty(0, device=meta)), needs)
@@ -187,10 +187,10 @@ def aot_cases() -> Iterator[AotCase]:
         (fp32, (4099, 4099, 77), own, "", ("targets", "ids"), 0.0),
         (fp16, square, own._replace(moments=True), "", ("targets", "ids", "ceiling"), 0.5),
     ]
-    for dtype, shape, form, save, given, hardness in calls:
-        forward, backward = _aot_call(dtype, shape, form, save, given, hardness)
+    for dtype, shape, form, save, options, hardness in calls:
+        forward, backward = _aot_call(dtype, shape, form, save, options, hardness)
         flags = [name for name, value in form._asdict().items() if value]
-        words = (str(dtype).removeprefix("torch."), *flags, save, *given, f"beta {hardness}", str(shape))
+        words = (str(dtype).removeprefix("torch."), *flags, save, *options, f"beta {hardness}", str(shape))
         sides = (("forward", softmax_stats_fwd, forward, "fwd"), ("backward", softmax_stats_bwd, backward, "bwd"))
         for name, launch, args, end in sides:
             kernels = (f"_softmax_stats_{end}_kernel",) * (dtype != fp32 and not (end == "bwd" and save == "exps"))

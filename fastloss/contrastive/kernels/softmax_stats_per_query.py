@@ -119,7 +119,7 @@ def _power_grad(grad_ptr, stats_ptr, d):
 
 @triton.jit
 def _negatives_grad_kernel(
-    given,  # NegativesGradInputs
+    inputs,  # NegativesGradInputs
     negatives_grad_ptr,  # (rows, negatives, D)
     sizes,  # PerQuerySizes; a row's splits are its tiles
     hardness,
@@ -132,7 +132,7 @@ def _negatives_grad_kernel(
     ROWS: tl.constexpr = TILE.rows
     DIM: tl.constexpr = TILE.dim
     INT64: tl.constexpr = TILE.int64
-    grad_ptr, rows, dim = given.stats_grad, sizes.rows, sizes.dim
+    grad_ptr, rows, dim = inputs.stats_grad, sizes.rows, sizes.dim
     program = tl.program_id(0).to(tl.int64)
     row = program // sizes.splits
     k = (program % sizes.splits).to(tl.int32) * ROWS + tl.arange(0, ROWS)
@@ -147,27 +147,27 @@ def _negatives_grad_kernel(
     for a in tl.static_range(1, POWERS):
         used |= zero + tl.load(grad_ptr + (1 + 2 * MOMENTS + a) * rows + row) != 0.0
     counts = there & used  # a row that is left out may be NaN
-    scores = tl.load(given.logits + row * sizes.negatives + k, mask=counts, other=float("-inf"))
-    inverse_norm = tl.load(given.inverse_norms + row * sizes.negatives + k, mask=counts, other=0.0)
+    scores = tl.load(inputs.logits + row * sizes.negatives + k, mask=counts, other=float("-inf"))
+    inverse_norm = tl.load(inputs.inverse_norms + row * sizes.negatives + k, mask=counts, other=0.0)
     left_out = scores == float("-inf")
     scores = tl.where(left_out, 0.0, scores)
     grad_logits = tl.zeros((ROWS,), tl.float32)
     if MOMENTS:
         grad_logits += tl.load(grad_ptr + 2 * rows + row)
-    grad_logits += tl.load(grad_ptr + row) * below_one(scores - tl.load(given.stats + row))
+    grad_logits += tl.load(grad_ptr + row) * below_one(scores - tl.load(inputs.stats + row))
     if POWERS == 3:
-        d = scores - tl.load(given.stats + rows + row)
+        d = scores - tl.load(inputs.stats + rows + row)
         line: tl.constexpr = 2 + 2 * MOMENTS
-        of_1p = _power_grad(grad_ptr + line * rows + row, given.stats + line * rows + row, (1.0 + hardness) * d)
+        of_1p = _power_grad(grad_ptr + line * rows + row, inputs.stats + line * rows + row, (1.0 + hardness) * d)
         next_line: tl.constexpr = 3 + 2 * MOMENTS
-        of_beta = _power_grad(grad_ptr + next_line * rows + row, given.stats + next_line * rows + row, hardness * d)
+        of_beta = _power_grad(grad_ptr + next_line * rows + row, inputs.stats + next_line * rows + row, hardness * d)
         grad_logits += of_1p + hardness * (of_1p + of_beta)
     grad_logits = tl.where(left_out, 0.0, grad_logits * inverse_norm)
-    query = tl.load(given.query + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
-    grad = (grad_logits * tl.load(given.row_scale + row))[:, None] * query
+    query = tl.load(inputs.query + row * dim + columns, mask=inside, other=0.0).to(tl.float32)
+    grad = (grad_logits * tl.load(inputs.row_scale + row))[:, None] * query
     if NORMALIZE:
         offsets = k.to(tl.int64) * sizes.negative_stride if INT64 else k * sizes.negative_stride
-        ptr = given.negatives + row * sizes.row_stride + offsets[:, None] + columns
+        ptr = inputs.negatives + row * sizes.row_stride + offsets[:, None] + columns
         tile = tl.load(ptr, mask=mask & used[:, None], other=0.0).to(tl.float32)
         grad -= (grad_logits * scores * inverse_norm)[:, None] * tile
     offsets = k.to(tl.int64) * dim if INT64 else k * dim
@@ -260,11 +260,11 @@ def softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Ne
             )  # fmt: skip
     if negatives_grad.numel():
         tiles = triton.cdiv(count, tile_rows)
-        given = NegativesGradInputs(grad, saved.stats, query, negatives, row_scale, saved.logits, saved.inverse_norms)
+        inputs = NegativesGradInputs(grad, saved.stats, query, negatives, row_scale, saved.logits, saved.inverse_norms)
         sizes = PerQuerySizes(rows, count, dim, negatives.stride(0), negatives.stride(1), tiles)
         tile = NegativesTile(tile_rows, padded_dim, needs_int64(negatives, negatives_grad))
         with on_device(query):
-            _negatives_grad_kernel[(rows * tiles,)](given, negatives_grad, sizes, x.hardness, form, tile, **OPTIONS)
+            _negatives_grad_kernel[(rows * tiles,)](inputs, negatives_grad, sizes, x.hardness, form, tile, **OPTIONS)
     return Grads(query_grad[: rows * needs.query], negatives_grad, scale_grad[: rows * needs.row_scale])
 
 

@@ -40,7 +40,7 @@ class Inputs(NamedTuple):
     reduction: str
     needs: int
     save: str
-    saved_rows: int  # of how many rows the logits are kept
+    saved_rows: int  # of how many rows the logits are saved
     workspace_mib: float
 
 
