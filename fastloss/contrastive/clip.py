@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, finish
+from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, dropped_rows, reduce_output
 from .options import ContrastiveOutput, SoftmaxOptions
 from .query_key_losses import softmax_loss, softmax_rows
 
@@ -82,8 +82,8 @@ def clip_loss(
         if loss is not None:
             return loss
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, excluded(weights))
-        return finish(out, weights, reduction, return_lse)
+        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, dropped_rows(weights))
+        return reduce_output(out, weights, reduction, return_lse)
 
 
 class ClipLoss(Loss):

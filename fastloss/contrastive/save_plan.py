@@ -28,7 +28,7 @@ NEGATIVES = 8  # one more, where each query has negatives of its own
 IMAGE, TEXT, SCALE_AND_BIAS = 1, 2, 4  # bits of `needs` of SigLIP's op
 
 MIB = 1 << 20
-LOGITS_MIB = 64  # C++: logits are kept up to this size (or the workspace's, if less)
+LOGITS_MIB = 64  # C++: logits are saved up to this size (or the workspace's, if less)
 GRADS_MIB = 16  # C++: "grads" of two directions, whose logits are one chunk, up to this size
 LEAST_ROWS = 64  # C++: "grads" of one direction has chunks of at least so many rows: less are slow to multiply
 TILE_ROWS = 32  # rows of a tile of the C++ kernels
@@ -51,7 +51,7 @@ def exponentials(rows: int, columns: int, itemsize: int) -> Exponentials:
 def _exps_serve(
     query: Tensor, key: Tensor, form: Form, ceiling: Tensor | None, hardness: float, workspace_mib: float
 ) -> bool:
-    """Whether the Triton kernels keep exponentials.
+    """Whether the Triton kernels save exponentials.
 
     Not those of float32, whose logits are products of a library; not with moments, with hardness, or with a ceiling of
     two directions, as their gradients need the logits themselves; not those of float16 with two directions, since it

@@ -33,14 +33,14 @@ FORMS = {
     "shared": (info_nce, (K, D), (0, 1)),
     "shared, smoothed": (partial(info_nce, label_smoothing=0.1), (K, D), (0, 1)),
     "shared, in batch": (partial(info_nce, in_batch=True), (K, D), (0,)),
-    "own": (info_nce, (M, K, D), (0, 1, 2)),
-    "own, plain products": (partial(info_nce, normalize=False), (M, K, D), (0, 1, 2)),
-    "own, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), (0, 1, 2)),
-    "own, all statistics": (
+    "per query": (info_nce, (M, K, D), (0, 1, 2)),
+    "per query, plain products": (partial(info_nce, normalize=False), (M, K, D), (0, 1, 2)),
+    "per query, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), (0, 1, 2)),
+    "per query, all statistics": (
         partial(info_nce, label_smoothing=0.1, sampling=NegativeSampling(0.1, 0.5, 0.6)), (M, K, D), (0, 1, 2)
     ),
-    "own, in batch": (partial(info_nce, in_batch=True), (M, K, D), (0, 2)),
-    "own, symmetric": (partial(info_nce, in_batch=True, symmetric=True), (M, K, D), (2,)),
+    "per query, in batch": (partial(info_nce, in_batch=True), (M, K, D), (0, 2)),
+    "per query, symmetric": (partial(info_nce, in_batch=True, symmetric=True), (M, K, D), (2,)),
     "siglip": (lambda q, k, temperature, **o: siglip_loss(q, k, logit_scale=1 / temperature, logit_bias=-1.0, **o),
                None, (0,)),
 }  # fmt: skip
@@ -154,7 +154,7 @@ def test_a_symmetric_weight_is_that_of_both_directions(backend):
 
 @by_backend
 def test_the_by_products_of_an_excluded_row_are_zero_and_false(backend):
-    for name in ("in batch", "shared", "own", "own, in batch", "own, symmetric"):
+    for name in ("in batch", "shared", "per query", "per query, in batch", "per query, symmetric"):
         loss, shape, private = FORMS[name]
         with core.use_backend(backend):
             plain = loss(*inputs(shape), return_lse=True)
