@@ -1,9 +1,9 @@
 """make sanitize: the C++ kernels under AddressSanitizer and UBSan (GCC's), in a build of their own in build/sanitize.
 
-Their tests and drawn calls (tests/fuzz) run on every instruction set of this CPU, on one thread and two. A finding is
-printed once with its place and the runs that met it; the whole reports stay in build/sanitize/logs. The exit code is 1
-where there is a finding, a test that fails or a process that dies, else 0. Leaks are not looked for: Python and torch
-keep memory until the process ends.
+Their tests and drawn calls (tests/fuzz) are dealt over runs of every instruction set of this CPU, on one thread and
+two: each test runs in one of them, with --all in every one. A finding is printed once with its place and the runs that
+met it; the whole reports stay in build/sanitize/logs. The exit code is 1 where there is a finding, a test that fails or
+a process that dies, else 0. Leaks are not looked for: Python and torch keep memory until the process ends.
 
     python -m tests.sanitize --isa avx2 --threads 2 -k pixel tests/image/test_pixel.py --calls 0
 """
@@ -90,7 +90,10 @@ def plan(options: argparse.Namespace) -> list[Run]:
     choice = f"({CHOICE}) and ({options.k})" if options.k else CHOICE
     pytest = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", choice, *files)
     pairs = list(itertools.product(options.isa or instruction_sets(), options.threads))
-    runs = [Run("tests", isa, threads, pytest) for isa, threads in pairs]
+    runs = []
+    for i, (isa, threads) in enumerate(pairs):
+        share = () if options.all else ("-p", "tests.deal", "--deal", f"{i}/{len(pairs)}")
+        runs.append(Run("tests", isa, threads, (*pytest, *share)))
     if options.calls and importlib.util.find_spec("tests.fuzz") is not None:
         for seed, (isa, threads) in enumerate(pairs):
             calls = ("--calls", str(max(1, options.calls // len(pairs))), "--seed", str(1_000_000 * seed))
@@ -136,6 +139,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
     parser.add_argument("--isa", nargs="+", choices=tuple(NEEDED_FLAGS), help="these alone; default: all of this CPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--all", action="store_true", help="every test in every run, which takes hours")
     parser.add_argument("--calls", type=int, default=4000, help="drawn calls, over all runs together; 0: none")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--no-build", action="store_true", help="take the build that is there")
