@@ -88,7 +88,8 @@ def plan(options: argparse.Namespace) -> list[Run]:
     others = ("core/test_cpp.py", "core/test_matmul.py", "conformance/test_every_loss.py")
     files = options.files or [*kernel_files(), *(f"tests/{name}" for name in others)]
     choice = f"({CHOICE}) and ({options.k})" if options.k else CHOICE
-    pytest = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", choice, *files)
+    quiet = ("-q", "-s", "--durations=5", "-p", "no:cacheprovider")
+    pytest = (sys.executable, "-m", "pytest", *quiet, "-k", choice, *files)
     pairs = list(itertools.product(options.isa or instruction_sets(), options.threads))
     runs = []
     for i, (isa, threads) in enumerate(pairs):
@@ -113,6 +114,7 @@ def run(job: Run, preload: str) -> tuple[Run, int, str]:
         "FASTLOSS_EXTENSION": str(EXTENSION),
         "FASTLOSS_CPU": job.isa,
         "OMP_NUM_THREADS": str(job.threads),
+        "OMP_WAIT_POLICY": "passive",  # a thread that spins takes the core of the run beside it
     }
     started = time.perf_counter()
     with open(f"{logs}.out", "w") as out:
