@@ -234,6 +234,27 @@ def test_the_judge_sees_each_kind_of_fault(monkeypatch, fault):
     assert isinstance(found, Failure) and found.kind == fault.split(" gradient")[0], found
 
 
+@not_interpreted
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_the_judge_wants_one_gradient_that_is_not_finite(monkeypatch, which):
+    """Of a NaN in an embedding: gradients that all are numbers hide it, those of one embedding alone do not."""
+    right = fastloss.info_nce
+
+    def hidden(*given, **options):
+        if core.backends.state.forced == "reference":
+            return right(*given, **options)
+        given = [x * 1 for x in given]
+        for i in which:
+            given[i].register_hook(lambda g: g.nan_to_num(0.0))
+        return right(*given, **options)
+
+    args = (T((3, 4), fill="nan", seed=1, grad=True), T((3, 4), seed=2, grad=True))
+    call = Call("info_nce", args, {}, seed="info_nce:0")
+    monkeypatch.setattr(fastloss, "info_nce", hidden)
+    found = judge(call)
+    assert (found is None) == (len(which) == 1) and (found is None or found.kind == "hides"), found
+
+
 def test_nonsense_must_be_refused():
     args = (T((3, 4), seed=1), T((3, 4), seed=2))
     told = judge(Call("pixel_loss", args, {"p": Raw("'l3'")}, spoiled="p 'l3'", sure=True))
