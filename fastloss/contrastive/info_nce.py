@@ -18,6 +18,7 @@ from .checks import (
     check_sampling,
     check_shared,
     check_targets,
+    counted,
     excluded,
     finish,
     inverse,
@@ -105,7 +106,10 @@ def info_nce(
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     dropped = excluded(weights)
-    query = query if symmetric else without(query, dropped)  # a symmetric loss has each query among its negatives
+    # a symmetric loss has each query among its negatives
+    query, key = counted(query, dropped) if symmetric else without(query, dropped), counted(key, dropped)
+    if negatives is not None and negatives.ndim == 2:
+        negatives = counted(negatives, dropped)
     plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)
     given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
     if plain and (loss := softmax_loss(*given)) is not None:

@@ -28,7 +28,16 @@ from torch import Tensor
 from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce_rows, result_dtype, row_shares
 from ..core.inference import takes_inference_tensors
 from ..core.traced import filled
-from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, without
+from .checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    excluded,
+    without,
+)
 from .embeddings import embed
 from .save_plan import IMAGE, NUMBERS, TEXT
 
@@ -83,7 +92,7 @@ def siglip_reference(x: Inputs) -> Tensor:
         kept = positive | (x.image_ids[:, None] != x.text_ids)
         pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
     losses = pairs.sum(1)
-    return losses if x.share is None else (losses * x.share).sum()
+    return losses if x.share is None else (losses * x.share).masked_fill(x.share == 0, 0.0).sum()
 
 
 def _siglip_fwd(x: Inputs) -> tuple[Tensor, Saved]:
@@ -204,7 +213,8 @@ def siglip_loss(
     check_reduction(reduction)
     if reduction == "mean":
         check_not_empty(image.shape[0])
-    image = without(image, excluded(weights))
+    dropped = excluded(weights)
+    image, text = without(image, dropped), counted(text, dropped)
     with full_precision(image):
         share = _share(weights, reduction, image, dtype)
         scale, bias = (

@@ -9,8 +9,17 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import check_embeddings, check_flags, check_integers, check_shared, excluded, finish, inverse
-from .embeddings import scale_of_rows, self_operands
+from .checks import (
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    excluded,
+    finish,
+    inverse,
+)
+from .embeddings import self_operands, scale_of_rows
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
 from .query_key_losses import _left_out
@@ -72,10 +81,10 @@ def supcon_loss(
     )
     workspace_mib, _ = check_shared(features, weights, workspace_mib)
     scale = inverse(temperature, features, result_dtype(features))
+    dropped = excluded(weights)
+    features = counted(features, dropped)
     with full_precision(features):
-        out = supcon_rows(
-            features, labels, scale, include_positive, normalize, return_lse, workspace_mib, excluded(weights)
-        )
+        out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib, dropped)
     return finish(out, weights, reduction, return_lse)
 
 

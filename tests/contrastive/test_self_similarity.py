@@ -20,9 +20,9 @@ INTERPRETED = {256.0: (1, 2, 17, 50), 0.003: (33, 50)}
 OPTIONS = ["", "ids", "moments", "ceiling", "hardness"]
 
 
-def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
+def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0, draw=0):
     """Statistics of rows against themselves, each without its partner, and gradients of rows and scale."""
-    random = torch.Generator().manual_seed(rows)
+    random = torch.Generator().manual_seed(rows + 10000 * draw)
     draws = torch.randn(rows, 20, generator=random).bfloat16(), torch.rand(rows, generator=random)
     x = torch.nn.functional.normalize(draws[0].float(), dim=1).to(dtype).requires_grad_()
     factor = torch.tensor(scale, dtype=dtype, requires_grad=True)
@@ -43,12 +43,13 @@ def values(op, dtype, rows, option, kind, workspace_mib, scale=6.0):
 @pytest.mark.parametrize("workspace_mib", INTERPRETED if INTERPRETING else SIZES)
 def test_upper_gives_what_the_whole_square_gives(option, workspace_mib):
     errors = Errors(torch.float32)
-    for rows in (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]:
-        got = values(softmax_stats, torch.float32, rows, option, "upper", workspace_mib)
-        same = values(softmax_stats.reference, torch.float32, rows, option, "diagonal", workspace_mib)
-        exact = values(softmax_stats.reference, torch.float64, rows, option, "diagonal", workspace_mib)
+    sizes = (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]
+    for draw, rows in ((draw, rows) for draw in errors.draws() for rows in sizes):
+        got = values(softmax_stats, torch.float32, rows, option, "upper", workspace_mib, draw=draw)
+        same = values(softmax_stats.reference, torch.float32, rows, option, "diagonal", workspace_mib, draw=draw)
+        exact = values(softmax_stats.reference, torch.float64, rows, option, "diagonal", workspace_mib, draw=draw)
         for name, *each in zip(("stats", "rows", "scale"), got, same, exact, strict=True):
-            errors.add(name, *each, where=str(rows))
+            errors.add(name, *each, where=f"{rows} rows, draw {draw}")
     errors.check()
 
 
