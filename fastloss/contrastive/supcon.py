@@ -19,7 +19,7 @@ from .checks import (
     finish,
     inverse,
 )
-from .embeddings import self_operands, scale_of_rows
+from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
 from .query_key_losses import _left_out
