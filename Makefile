@@ -21,7 +21,8 @@ test: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two; not part of CI.
+# The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two, each test in one of these
+# runs (ARGS=--all: in every one, which takes hours); not part of CI.
 # ARGS="--isa avx2 --calls 0 tests/image/test_pixel.py" chooses; a change in csrc/ builds again what it touches.
 sanitize: $(VENV)/.test
 	$(BIN)/python -m tests.sanitize $(ARGS)

@@ -133,6 +133,11 @@ def without(rows: Tensor, dropped: Tensor | None) -> Tensor:
     return rows if dropped is None else rows.masked_fill(dropped[:, None], 0.0)
 
 
+def counted(embeddings: Tensor, dropped: Tensor | None) -> Tensor:
+    """Embeddings that several rows see, with zeros where no row counts at all: a NaN among them reaches no gradient."""
+    return embeddings if dropped is None else embeddings.masked_fill(dropped.all(), 0.0)
+
+
 def reduce_output(
     rows: ContrastiveOutput | Tensor, weights: Tensor | None, reduction: str, return_lse: bool
 ) -> Tensor | ContrastiveOutput:

@@ -18,6 +18,7 @@ from .checks import (
     check_sampling,
     check_shared,
     check_targets,
+    counted,
     dropped_rows,
     reduce_output,
     scale_of,
@@ -125,8 +126,11 @@ def _loss(
 ) -> Tensor | ContrastiveOutput:
     """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
     dropped = dropped_rows(weights)
-    if not form.symmetric:  # a symmetric loss has each query among its negatives
-        query = without(query, dropped)
+    # a symmetric loss has each query among its negatives
+    query = counted(query, dropped) if form.symmetric else without(query, dropped)
+    key = counted(key, dropped)
+    if negatives is not None and negatives.ndim == 2:
+        negatives = counted(negatives, dropped)
     if not return_lse and all(t is None for t in ids) and not isinstance(bias, Tensor):
         loss = softmax_loss(query, key, negatives, scale, targets, weights, form, reduction, workspace_mib)
         if loss is not None:

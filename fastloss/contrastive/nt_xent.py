@@ -13,6 +13,7 @@ from .checks import (
     check_integers,
     check_sampling,
     check_shared,
+    counted,
     dropped_rows,
     reduce_output,
     scale_of,
@@ -118,8 +119,10 @@ def nt_xent_loss(
     scale = scale_of(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxOptions(include_positive, False, normalize, label_smoothing, True, sampling)
     both = None if weights is None else weights.repeat(2)
+    dropped = dropped_rows(both)
+    view_a, view_b = counted(view_a, dropped), counted(view_b, dropped)
     with full_precision(view_a):
-        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, dropped_rows(both))
+        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, dropped)
     return reduce_output(out, both, reduction, return_lse)
 
 

@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import check_embeddings, check_flags, check_integers, check_shared, dropped_rows, reduce_output, scale_of
+from .checks import (
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    dropped_rows,
+    reduce_output,
+    scale_of,
+)
 from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
@@ -72,10 +81,10 @@ def supcon_loss(
     )
     workspace_mib, _ = check_shared(features, weights, workspace_mib)
     scale = scale_of(temperature, features, result_dtype(features))
+    dropped = dropped_rows(weights)
+    features = counted(features, dropped)
     with full_precision(features):
-        out = supcon_rows(
-            features, labels, scale, include_positive, normalize, return_lse, workspace_mib, dropped_rows(weights)
-        )
+        out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib, dropped)
     return reduce_output(out, weights, reduction, return_lse)
 
 

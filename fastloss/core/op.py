@@ -28,6 +28,7 @@ from .traced import parameters_of, take_out_numbers, with_numbers, with_paramete
 NAMESPACE = "fastloss"
 _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
+_CANNOT_SERVE = "backend {!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {}: {}"
 
 
 class Op(Differentiable):
@@ -160,9 +161,7 @@ class Op(Differentiable):
             name = forced
             why = None if name == "reference" else backends.why_not(name, device, self.kernels[name], self.name)
             if why is not None:
-                raise RuntimeError(
-                    f"backend {name!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {self.name}: {why}"
-                )
+                raise RuntimeError(_CANNOT_SERVE.format(name, self.name, why))
         else:
             for one in backends.fitting(device):
                 if self.kernels[one] and backends.state.missing[one] is None:
@@ -177,6 +176,7 @@ class Op(Differentiable):
     def __call__(self, *args: Any, backend: str | None = None) -> Tensor:
         """`backend`: what :meth:`backend` says of this call, where the caller has asked already."""
         if (backend or self.backend(*args)) == "reference":
+            self._refuse_if_forced(args)
             return self.reference(*args)
         device = _tensors(args[0])[0].device.type
         if torch.is_autocast_enabled(device):  # kernels choose their own precision
@@ -185,6 +185,14 @@ class Op(Differentiable):
         else:
             out = self._differentiable(args)
         return out if isinstance(out, Tensor) else out[0]
+
+    def _refuse_if_forced(self, args: tuple) -> None:
+        """Raise where another backend is forced and declines this call, with its reason."""
+        forced = backends.state.forced
+        if forced in (None, "reference") or transformed() or (why := self.declines(*args)) is None:
+            return
+        if all(t.dtype != torch.float64 for a in args if type(a) not in _PLAIN for t in _tensors(a)):
+            raise RuntimeError(_CANNOT_SERVE.format(forced, self.name, why))
 
     def _differentiable(self, args: tuple) -> Any:
         if torch.compiler.is_compiling():

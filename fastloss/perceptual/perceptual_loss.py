@@ -315,6 +315,8 @@ class PerceptualLoss(FrozenNetworks):
             raise ValueError(
                 f"{name}: expected {channels} channels, [N,{channels},H,W], got shape {tuple(image.shape)}{hint}"
             )
+        if 0 in image.shape[2:]:
+            raise ValueError(f"{name}: expected at least one pixel, got shape {tuple(image.shape)}")
 
     def extra_repr(self) -> str:
         return (

@@ -24,9 +24,9 @@ SELF, SQUARE = Form(self_similarity=True), Form(diagonal=True)
 BACKEND = "triton" if INTERPRETING else "cpp"
 
 
-def values(op, dtype, rows, option, form, workspace_mib, scale=6.0):
+def values(op, dtype, rows, option, form, workspace_mib, scale=6.0, draw=0):
     """Statistics of rows against themselves, each without its partner, and gradients of rows and scale."""
-    random = torch.Generator().manual_seed(rows)
+    random = torch.Generator().manual_seed(rows + 10000 * draw)
     draws = torch.randn(rows, 20, generator=random).bfloat16(), torch.rand(rows, generator=random)
     x = torch.nn.functional.normalize(draws[0].float(), dim=1).to(dtype).requires_grad_()
     scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
@@ -49,12 +49,13 @@ def values(op, dtype, rows, option, form, workspace_mib, scale=6.0):
 @pytest.mark.parametrize("workspace_mib", INTERPRETED if INTERPRETING else SIZES)
 def test_pairs_above_the_diagonal_give_what_the_whole_square_gives(option, workspace_mib):
     errors = Errors(torch.float32)
-    for rows in (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]:
-        got = values(softmax_stats, torch.float32, rows, option, SELF, workspace_mib)
-        same = values(softmax_stats.reference, torch.float32, rows, option, SQUARE, workspace_mib)
-        exact = values(softmax_stats.reference, torch.float64, rows, option, SQUARE, workspace_mib)
+    sizes = (INTERPRETED if INTERPRETING else SIZES)[workspace_mib]
+    for draw, rows in ((draw, rows) for draw in errors.draws() for rows in sizes):
+        got = values(softmax_stats, torch.float32, rows, option, SELF, workspace_mib, draw=draw)
+        same = values(softmax_stats.reference, torch.float32, rows, option, SQUARE, workspace_mib, draw=draw)
+        exact = values(softmax_stats.reference, torch.float64, rows, option, SQUARE, workspace_mib, draw=draw)
         for name, *each in zip(("stats", "rows", "scale"), got, same, exact, strict=True):
-            errors.add(name, *each, where=str(rows))
+            errors.add(name, *each, where=f"{rows} rows, draw {draw}")
     errors.check()
 
 

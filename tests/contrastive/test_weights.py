@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -150,6 +151,23 @@ def test_a_symmetric_weight_is_that_of_both_directions(backend):
     broken = q.clone()
     broken[GONE] = torch.nan  # every other key has it among its negatives
     assert run(BOTH["symmetric"], (broken, k), backend, weights=WEIGHTS)[0].isnan()
+
+
+@by_backend
+@learned
+@pytest.mark.parametrize("name", [*FORMS, *BOTH])
+def test_where_no_row_counts_no_input_does(name, learned, backend):
+    """Be there NaN or infinity in any of them: value and all gradients are 0."""
+    loss, shape = BOTH.get(name), None
+    if loss is None:
+        loss, shape, _ = FORMS[name]
+    clean = inputs(shape)
+    seen = 1 if name == "supcon" else len(clean)
+    for value, i in itertools.product((torch.nan, torch.inf), range(seen)):
+        for reduction in ("mean",) if INTERPRETING else ("mean", "sum", "none"):
+            got = run(loss, poisoned(clean, [i], value), backend, learned, weights=torch.zeros(M), reduction=reduction)
+            for part in got:
+                assert part is None or (part == 0).all()
 
 
 @by_backend
