@@ -1,11 +1,17 @@
 """Registration of ops, and the choice of a backend for each call.
 
-Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with two typed
-functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
+Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with NamedTuples and two
+typed functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
 implementations to that schema; the eager reference serves every other case:
 
-    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=("image", "image_pred"))
-    op(image, image_pred, ...)      # cpp, triton or reference, whichever the call should have
+    class Inputs(NamedTuple): ...           # what the op takes; Grads: of which inputs it gives gradients
+
+    def _pixel_fwd(x: Inputs) -> Tensor: ...
+    def _pixel_bwd(grad: Tensor, x: Inputs, needs: Needs) -> Grads: ...
+    def pixel_reference(x: Inputs) -> Tensor: ...
+
+    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=Grads._fields)
+    op(*Inputs(image, image_pred, ...))     # cpp, triton or reference, whichever the call should have
 """
 
 from __future__ import annotations
@@ -39,8 +45,8 @@ class Op(Differentiable):
     `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
     (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
     one list: the gradients of each needed input in turn.
-    `fwd`, `bwd`, `reference` and the launchers may take and return NamedTuples in the place of long lists: see
-    :mod:`structs`. The op itself takes the flat list: ``op(*Inputs(...))``.
+    All of them, the launchers too, may take and return NamedTuples: see :mod:`structs`. Only what `bwd` takes is kept
+    for it: where it does without some inputs, it takes a smaller NamedTuple than `Inputs`, with fields of these names.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
     `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op whose
@@ -64,8 +70,8 @@ class Op(Differentiable):
     ) -> None:
         fwd, bwd, reference = flattened(fwd), flattened(bwd), flattened(reference)
         self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
-        self.bwd_reference = bwd_reference
-        self.declines = declines or (lambda *args: None)
+        self.bwd_reference = flattened(bwd_reference) if bwd_reference else None
+        self.declines = flattened(declines) if declines else (lambda *args: None)
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
         self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
