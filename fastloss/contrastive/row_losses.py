@@ -129,4 +129,6 @@ def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: Sof
     if form.label_smoothing:
         loss = loss + form.label_smoothing * (each[3] * positive - each[2]) / (each[3] + 1)
     loss = torch.where(some, loss, torch.zeros_like(loss))
+    # times 1, but of an infinite loss times infinity: its gradient then is no number, on which a loss scaler would step
+    loss = loss * (mass - positive).masked_fill(loss != math.inf, 1.0)
     return ContrastiveOutput(loss, lse, positive.detach() > each[1].detach())

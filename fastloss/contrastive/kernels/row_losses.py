@@ -44,6 +44,7 @@ def _plain_loss_kernel(
         loss, slope = x, tl.zeros((BLOCK,), tl.float32) + 1.0
         if POSITIVE:
             loss, slope = _softplus(x)
+        slope = tl.where(x == float("inf"), float("nan"), slope)  # of an infinite loss: no loss scaler may step on it
         total += tl.where(some, loss, 0.0)
         pull = tl.where(some, slope * up, 0.0)
         pulled += pull
