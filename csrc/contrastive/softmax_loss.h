@@ -82,9 +82,10 @@ struct SoftmaxLoss {
     const double x = n - positive;
     return include_positive ? std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))) : x;
   }
-  // d loss / d n
+  // d loss / d n; NaN where the loss is infinite, as of an infinite embedding: a loss scaler must not step on it
   double slope(double n, double at) const {
     if (n == -std::numeric_limits<double>::infinity()) return 0;
+    if (n - at == std::numeric_limits<double>::infinity()) return std::numeric_limits<double>::quiet_NaN();
     return include_positive ? 1 / (1 + std::exp(at - n)) : 1;
   }
   double loss_of(int64_t i) const {

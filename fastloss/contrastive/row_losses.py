@@ -147,4 +147,6 @@ def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: Sof
         assert of_rows.sum is not None and of_rows.number is not None
         loss = loss + form.label_smoothing * (of_rows.number * positive - of_rows.sum) / (of_rows.number + 1)
     loss = torch.where(some, loss, torch.zeros_like(loss))
+    # times 1, but of an infinite loss times infinity: its gradient then is no number, on which a loss scaler would step
+    loss = loss * (from_negatives - positive).masked_fill(loss != math.inf, 1.0)
     return ContrastiveOutput(loss, lse, positive.detach() > of_rows.max.detach())

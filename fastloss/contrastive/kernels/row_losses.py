@@ -55,6 +55,7 @@ def _row_losses_kernel(
         loss, slope = x, tl.zeros((BLOCK,), tl.float32) + 1.0
         if INCLUDE_POSITIVE:
             loss, slope = _softplus(x)
+        slope = tl.where(x == float("inf"), float("nan"), slope)  # of an infinite loss: no loss scaler may step on it
         loss_sum += tl.where(counts, loss, 0.0)
         grad_lse = tl.where(counts, slope * grad, 0.0)
         grad_sum += grad_lse
