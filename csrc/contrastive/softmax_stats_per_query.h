@@ -1,21 +1,50 @@
-// The op of per-sample negatives, which softmax_loss_per_query.cpp too calls.
+// The op of per-sample negatives, which softmax_loss_per_query.cpp calls too.
 #pragma once
 
 #include "core/tensors.h"
 
-namespace fastloss {
+namespace fastloss::softmax_stats_per_query {
 
-// statistics, pulls, logits and inverse lengths, as softmax_stats_per_query.py defines them
-std::tuple<Tensor, Tensor, Tensor, Tensor> softmax_stats_per_query_fwd(const Tensor& query, const Tensor& negatives,
-                                                                       const Tensor& row_scale,
-                                                                       std::optional<Tensor> ceiling, bool normalize,
-                                                                       std::string kind, double hardness, int64_t keep);
+struct Inputs {
+  Tensor query, negatives, row_scale;
+  std::optional<Tensor> ceiling;
+  bool normalize = false, moments = false;
+  double hardness = 0;
+  std::string save;
 
-// gradients of query, negatives and row_scale; without the first and last, `pulls` is not read
-std::tuple<Tensor, Tensor, Tensor> softmax_stats_per_query_bwd(
-    const Tensor& grad, const Tensor& query, const Tensor& negatives, const Tensor& row_scale,
-    std::optional<Tensor> ceiling, bool normalize, std::string kind, double hardness, int64_t keep, const Tensor& stats,
-    const Tensor& pulls, const Tensor& logits, const Tensor& inverse, bool needs_query, bool needs_negatives,
-    bool needs_row_scale);
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale), f(ceiling), f(normalize), f(moments), f(hardness), f(save);
+  }
+};
+struct Saved {
+  Tensor stats, weighted_keys, logits, inverse_norms;
 
-}  // namespace fastloss
+  template <typename F>
+  void fields(const F& f) {
+    f(stats), f(weighted_keys), f(logits), f(inverse_norms);
+  }
+};
+struct Grads {
+  Tensor query, negatives, row_scale;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale);
+  }
+};
+struct Needs {
+  bool query, negatives, row_scale;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale);
+  }
+};
+
+Saved softmax_stats_per_query_fwd(const Inputs& x);
+
+// For the negatives' gradient alone `saved.weighted_keys` is not read.
+Grads softmax_stats_per_query_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs);
+
+}  // namespace fastloss::softmax_stats_per_query
