@@ -1,6 +1,6 @@
 // The gradients of softmax losses. H_ij is the gradient of the raw product <query_i, key_j>: that of the logit, G_ij,
-// times the scales of row and column. It is made in blocks, from products that were kept or are made again. Two more
-// products per block turn it into the embeddings' gradients.
+// times the scales of row and column. It is made block by block, from products that were saved or are made again. Two
+// more products per block turn it into the embeddings' gradients.
 #pragma once
 
 #include "contrastive/logit_matrix.h"
@@ -9,193 +9,218 @@
 
 namespace fastloss {
 
-constexpr double kGradientBlock = 16;  // MiB of a block of H and of its transpose, each at most
-constexpr int64_t kWidest = 8192;      // its columns at most: keys are packed once per block of rows
+constexpr double kGradientBlockMiB = 16;         // a block of H, and its transpose, each at most
+constexpr int64_t kGradientBlockColumns = 8192;  // at most: keys are packed once per block of rows
 
-// The upstream gradients of one direction's statistics, and its log-sum-exps. Of a row without negatives, whose
-// log-sum-exp is -inf, both are 0, so that nothing comes of it.
+// The gradients of one direction's statistics, and its log-sum-exps; of each padded to whole vectors. Of a row without
+// negatives, whose log-sum-exp is -inf, both are 0, so that nothing comes of it.
 struct Upstream {
-  std::vector<std::vector<float>> grad, lse;  // by factor
-  std::vector<float> most;                    // what the log-sum-exps of all factors but the first are below
-  std::vector<float> sum;                     // empty: no moments
+  std::vector<std::vector<float>> grad_lse, lse;  // by power
+  std::vector<float> max;                         // what the log-sum-exps of all powers but the first are relative to
+  std::vector<float> grad_sum;                    // empty: no moments
 
   Upstream() = default;
-  // of the log-sum-exps alone
-  explicit Upstream(int64_t rows) : grad(1, std::vector<float>((rows + 15) / 16 * 16, 0.0f)), lse(grad) {}
+  // Of the log-sum-exps alone, all 0 for a start.
+  explicit Upstream(int64_t rows) : grad_lse(1, std::vector<float>(whole_vectors(rows), 0.0f)), lse(grad_lse) {}
 
+  // Both tensors are [directions, statistics, rows].
   Upstream(const LogitMatrix& p, const Tensor& grads, const Tensor& stats, int64_t direction) {
     const auto row = [&](const Tensor& t, int64_t k) {
-      return input<float>(t) + (direction * p.statistics() + k) * p.rows;
+      return input<float>(t) + (direction * p.stats_count() + k) * p.rows;
     };
-    const int64_t length = (p.rows + 15) / 16 * 16;
-    for (size_t f = 0; f < p.factors.size(); ++f) {
-      grad.emplace_back(length, 0.0f);
+    const int64_t length = whole_vectors(p.rows);
+    for (size_t a = 0; a < p.powers.size(); ++a) {
+      grad_lse.emplace_back(length, 0.0f);
       lse.emplace_back(length, 0.0f);
       for (int64_t i = 0; i < p.rows; ++i) {
-        const float value = row(stats, p.lse_of(f))[i];
+        const float value = row(stats, p.lse_index(a))[i];
         if (value == -std::numeric_limits<float>::infinity()) continue;
-        grad[f][i] = row(grads, p.lse_of(f))[i];
-        lse[f][i] = value;
+        grad_lse[a][i] = row(grads, p.lse_index(a))[i];
+        lse[a][i] = value;
       }
     }
-    if (p.hard()) {
-      most.assign(length, 0.0f);
-      for (int64_t i = 0; i < p.rows; ++i) most[i] = std::max(row(stats, 1)[i], kLowest);
+    if (p.has_hardness()) {
+      max.assign(length, 0.0f);
+      for (int64_t i = 0; i < p.rows; ++i) max[i] = std::max(row(stats, 1)[i], kLowest);
     }
     if (!p.moments) return;
-    sum.assign(length, 0.0f);
-    std::copy_n(row(grads, 2), p.rows, sum.begin());
+    grad_sum.assign(length, 0.0f);
+    std::copy_n(row(grads, 2), p.rows, grad_sum.begin());
   }
 };
 
 // Makes H from raw products.
-class Gradient {
+class LogitGradients {
  public:
-  // `rows`, `columns`: the upstream gradients of the two directions; with one direction `columns` is empty. `positives`
-  // (or empty): the gradients of the positives' logits, (i, i) or (i, excluded_i), which no statistic contains.
-  Gradient(const LogitMatrix& p, Upstream rows, Upstream columns, std::vector<float> positives = {})
+  // `rows`, `columns`: the upstream gradients of the two directions; with one direction `columns` is empty.
+  // `positive_grads` (or empty): the gradients of the positives' logits, (i, i) or (i, targets_i), which no statistic
+  // contains.
+  LogitGradients(const LogitMatrix& p, Upstream rows, Upstream columns, std::vector<float> positive_grads = {})
       : p_(p),
         kernels_(contrastive_kernels()),
         matmul_(matmul_kernels()),
         rows_(std::move(rows)),
         columns_(std::move(columns)),
-        positives_(std::move(positives)),
-        blocks_(blocks_of(p.columns, kColumns)) {
-    find_common();
-    row_parts_.assign(p.rows * blocks_, 0.0);
-    of_scale_.assign(p.columns, 0.0);
-    of_bias_.assign(p.columns, 0.0);
+        positive_grads_(std::move(positive_grads)),
+        tiles_per_row_(blocks_of(p.columns, kTileColumns)) {
+    find_common_exponent();
+    row_scale_grad_parts_.assign(p.rows * tiles_per_row_, 0.0);
+    column_scale_grad_.assign(p.columns, 0.0);
+    bias_grad_.assign(p.columns, 0.0);
   }
 
   bool needs_column_scale = false, needs_bias = false;
 
-  // H of rows begin .. and columns first .. from their products `raw`, to row and column of `to` and, transposed, of
-  // `back` (or null).
-  void chunk(const Tensor& raw, int64_t begin, int64_t first, const Panels& to, int64_t to_row, int64_t to_column,
-             const Panels* back) {
-    const int64_t groups = blocks_of(raw.size(0), kRows), across = blocks_of(raw.size(1), kColumns);
-    const int64_t width = (raw.size(1) + 15) / 16 * 16;
-    std::vector<float> of_scale(needs_column_scale ? groups * width : 0, 0.0f);
-    std::vector<float> of_bias(needs_bias ? groups * width : 0, 0.0f);
-    const int64_t grain = tiles_grain(raw.size(0), raw.size(1));
-    over_threads(0, groups * across, grain, [&](int64_t from, int64_t last) {
+  // Where H goes: from this row and column of `to` on, and transposed to `to_transposed` (null: nowhere).
+  struct Target {
+    const Panels& to;
+    int64_t row, column;
+    const Panels* to_transposed;
+  };
+
+  // H of rows begin .. and columns first .. from their products `raw`.
+  void add_block(const Tensor& raw, int64_t begin, int64_t first, const Target& target) {
+    const int64_t groups = blocks_of(raw.size(0), kTileRows), across = blocks_of(raw.size(1), kTileColumns);
+    const int64_t width = whole_vectors(raw.size(1));
+    std::vector<float> scale_grads(needs_column_scale ? groups * width : 0, 0.0f);
+    std::vector<float> bias_grads(needs_bias ? groups * width : 0, 0.0f);
+    over_threads(0, groups * across, tiles_grain(raw.size(0), raw.size(1)), [&](int64_t from, int64_t last) {
       for (int64_t t = from; t < last && going_on(); ++t) {
-        const int64_t row = t / across * kRows, start = t % across * kColumns;
-        const int64_t whole = std::min(kColumns, raw.size(1) - start);
-        const int64_t idle = p_.idle(begin + row, first + start, whole), n = whole - idle, at = start + idle;
-        const int64_t sums = t / across * width + at;
-        float* scale = needs_column_scale ? of_scale.data() + sums : nullptr;
-        float* bias = needs_bias ? of_bias.data() + sums : nullptr;
-        for (int64_t r = row; r < std::min(row + kRows, raw.size(0)); ++r) {
-          const float* x = input<float>(raw) + r * raw.stride(0) + at;
-          clear(to, to_row + r, to_column + start, idle);
-          if (n > 0) line(x, begin + r, first + at, n, scale, bias, to, to_row + r, to_column + at);
-        }
-        if (back) turn(to, to_row + row, std::min(kRows, raw.size(0) - row), to_column + start, whole, *back);
+        const int64_t group = t / across, tile_column = t % across * kTileColumns;
+        float* scale_grad = needs_column_scale ? &scale_grads[group * width] : nullptr;
+        float* bias_grad = needs_bias ? &bias_grads[group * width] : nullptr;
+        add_tile(raw, begin, first, {group * kTileRows, tile_column}, scale_grad, bias_grad, target);
       }
     });
     for (int64_t g = 0; g < groups; ++g) {
       for (size_t j = 0; needs_column_scale && j < static_cast<size_t>(raw.size(1)); ++j)
-        of_scale_[first + j] += of_scale[g * width + j];
+        column_scale_grad_[first + j] += scale_grads[g * width + j];
       for (size_t j = 0; needs_bias && j < static_cast<size_t>(raw.size(1)); ++j)
-        of_bias_[first + j] += of_bias[g * width + j];
+        bias_grad_[first + j] += bias_grads[g * width + j];
     }
   }
 
-  double of_row_scale(int64_t i) const {
-    double total = 0;
-    for (int64_t b = 0; b < blocks_; ++b) total += row_parts_[i * blocks_ + b];
-    return total;
+  double row_scale_grad(int64_t i) const {
+    double sum = 0;
+    for (int64_t b = 0; b < tiles_per_row_; ++b) sum += row_scale_grad_parts_[i * tiles_per_row_ + b];
+    return sum;
   }
-  Tensor row_scale(const Tensor& like) const {
-    Tensor to = torch::stable::new_empty(like, {p_.rows});
-    for (int64_t i = 0; i < p_.rows; ++i) output<float>(to)[i] = static_cast<float>(of_row_scale(i));
+  Tensor row_scale_grad() const {
+    const Tensor to = new_float32(p_.rows);
+    for (int64_t i = 0; i < p_.rows; ++i) output<float>(to)[i] = static_cast<float>(row_scale_grad(i));
     return to;
   }
-  Tensor column_scale(const Tensor& like) const { return vector(like, of_scale_); }
-  Tensor bias(const Tensor& like) const { return vector(like, of_bias_); }
+  Tensor column_scale_grad() const { return float32(column_scale_grad_); }
+  Tensor bias_grad() const { return float32(bias_grad_); }
 
  private:
-  static void clear(const Panels& to, int64_t row, int64_t column, int64_t n) {
-    for (int64_t c = 0, some; c < n; c += some) {
-      some = std::min(n - c, kTerms - (column + c) % kTerms);
-      std::fill_n(to.at(row, column + c), some, 0.0f);
+  struct Offset {
+    int64_t row, column;
+  };
+
+  // The tile of the block at `tile`. Gradients of column scales and biases: [columns of the block], or null.
+  void add_tile(const Tensor& raw, int64_t begin, int64_t first, const Offset& tile, float* scale_grad,
+                float* bias_grad, const Target& target) {
+    const int64_t rows = std::min(kTileRows, raw.size(0) - tile.row);
+    const int64_t columns = std::min(kTileColumns, raw.size(1) - tile.column);
+    const int64_t skipped = p_.columns_below_diagonal(begin + tile.row, first + tile.column, columns);
+    const int64_t column = tile.column + skipped, n = columns - skipped;
+    for (int64_t r = tile.row; r < tile.row + rows; ++r) {
+      const Offset to{target.row + r, target.column + tile.column};
+      clear(target.to, to, skipped);
+      if (n > 0)
+        add_row(input<float>(raw) + r * raw.stride(0) + column, begin + r, first + column, n,
+                scale_grad ? scale_grad + column : nullptr, bias_grad ? bias_grad + column : nullptr, target.to,
+                {to.row, to.column + skipped});
+    }
+    if (target.to_transposed)
+      transpose(target.to, {target.row + tile.row, target.column + tile.column}, rows, columns, *target.to_transposed);
+  }
+
+  static void clear(const Panels& to, const Offset& offset, int64_t n) {
+    for (int64_t c = 0, count; c < n; c += count) {
+      count = std::min(n - c, kTerms - (offset.column + c) % kTerms);
+      std::fill_n(to.at(offset.row, offset.column + c), count, 0.0f);
     }
   }
-  static Tensor vector(const Tensor& like, const std::vector<double>& values) {
-    Tensor to = torch::stable::new_empty(like, {static_cast<int64_t>(values.size())});
+  static Tensor float32(const std::vector<double>& values) {
+    const Tensor to = new_float32(static_cast<int64_t>(values.size()));
     std::copy(values.begin(), values.end(), output<float>(to));
     return to;
   }
 
-  // Where all log-sum-exps are within e^(+-50) of each other, e^(s - common) serves both directions of all pairs.
-  void find_common() {
-    if (!p_.symmetric || p_.two_ceilings || p_.hard()) return;
-    const Upstream& back = columns_;
-    float low = std::numeric_limits<float>::infinity(), high = -low;
+  // Where all log-sum-exps are within e^(+-50) of each other, e^(s - exponent) serves both directions of all pairs.
+  void find_common_exponent() {
+    if (!p_.symmetric || p_.two_ceilings || p_.has_hardness()) return;
+    float lowest = std::numeric_limits<float>::infinity(), highest = -lowest;
     for (int64_t i = 0; i < p_.rows; ++i) {
-      const float one = rows_.lse[0][i], two = back.lse[0][i];
-      if (!std::isfinite(one) || !std::isfinite(two)) return;
-      low = std::min({low, one, two});
-      high = std::max({high, one, two});
+      const float row = rows_.lse[0][i], column = columns_.lse[0][i];
+      if (!std::isfinite(row) || !std::isfinite(column)) return;
+      lowest = std::min({lowest, row, column});
+      highest = std::max({highest, row, column});
     }
-    if (!(high - low <= 100)) return;
-    shared_ = true;
-    common_ = low + (high - low) / 2;
-    row_share_.assign(p_.padded_columns, 0.0f);
-    column_share_.assign(p_.padded_columns, 0.0f);
+    if (!(highest - lowest <= 100)) return;
+    has_common_exponent_ = true;
+    exponent_ = lowest + (highest - lowest) / 2;
+    row_grad_.assign(p_.padded_columns, 0.0f);
+    column_grad_.assign(p_.padded_columns, 0.0f);
     for (int64_t i = 0; i < p_.rows; ++i) {
-      row_share_[i] = rows_.grad[0][i] * std::exp(static_cast<double>(common_) - rows_.lse[0][i]);
-      column_share_[i] = back.grad[0][i] * std::exp(static_cast<double>(common_) - back.lse[0][i]);
+      row_grad_[i] = rows_.grad_lse[0][i] * std::exp(static_cast<double>(exponent_) - rows_.lse[0][i]);
+      column_grad_[i] = columns_.grad_lse[0][i] * std::exp(static_cast<double>(exponent_) - columns_.lse[0][i]);
     }
   }
 
   // Copies m rows and n columns to the transpose.
-  void turn(const Panels& from, int64_t row, int64_t m, int64_t column, int64_t n, const Panels& to) const {
-    for (int64_t r = row, rows; r < row + m; r += rows) {
-      rows = std::min(row + m - r, kTerms - r % kTerms);
-      for (int64_t c = column, columns; c < column + n; c += columns) {
-        columns = std::min(column + n - c, kTerms - c % kTerms);
+  void transpose(const Panels& from, const Offset& offset, int64_t m, int64_t n, const Panels& to) const {
+    for (int64_t r = offset.row, rows; r < offset.row + m; r += rows) {
+      rows = std::min(offset.row + m - r, kTerms - r % kTerms);
+      for (int64_t c = offset.column, columns; c < offset.column + n; c += columns) {
+        columns = std::min(offset.column + n - c, kTerms - c % kTerms);
         matmul_.transpose(from.at(r, c), from.width(c), rows, columns, to.at(c, r), to.width(r));
       }
     }
   }
 
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* of_scale, float* of_bias, const Panels& to,
-            int64_t to_row, int64_t to_column) {
-    alignas(64) float s[kColumns], g[kColumns];
+  // G of row i and n columns from `first` on, in `g`; `s` is room for their logits.
+  void make_grad_logits(const float* raw, int64_t i, int64_t first, int64_t n, float* s, float* g) const {
     p_.logits(kernels_, raw, i, first, n, false, s);
-    if (shared_) {
-      kernels_.grad_both(s, n, common_, row_share_[i], &column_share_[first], g);
+    if (has_common_exponent_) {
+      kernels_.grad_both(s, n, exponent_, row_grad_[i], &column_grad_[first], g);
     } else {
-      std::fill_n(g, (n + 15) / 16 * 16, 0.0f);
-      kernels_.grad_row(s, n, rows_.lse[0][i], rows_.grad[0][i], g);
-      if (p_.hard())
-        kernels_.grad_hard_row(s, n, p_.hardness(), {rows_.most[i], rows_.lse[1][i], rows_.lse[2][i]},
-                               {rows_.grad[1][i], rows_.grad[2][i]}, g);
+      std::fill_n(g, whole_vectors(n), 0.0f);
+      kernels_.grad_row(s, n, rows_.lse[0][i], rows_.grad_lse[0][i], g);
+      if (p_.has_hardness())
+        kernels_.grad_hardness_row(s, n, p_.hardness(), {rows_.max[i], rows_.lse[1][i], rows_.lse[2][i]},
+                                   {rows_.grad_lse[1][i], rows_.grad_lse[2][i]}, g);
     }
-    if (p_.moments) kernels_.grad_sum(s, n, rows_.sum[i], nullptr, g);
-    if (p_.symmetric && (!shared_ || p_.moments)) {
-      const Upstream& back = columns_;
+    if (p_.moments) kernels_.grad_sum(s, n, rows_.grad_sum[i], nullptr, g);
+    if (p_.symmetric && (!has_common_exponent_ || p_.moments)) {
+      const Upstream& up = columns_;
       if (p_.two_ceilings) p_.logits(kernels_, raw, i, first, n, true, s);
-      if (!shared_) kernels_.grad_columns(s, n, &back.lse[0][first], &back.grad[0][first], g);
-      if (p_.hard())
-        kernels_.grad_hard_columns(s, n, p_.hardness(), {&back.most[first], &back.lse[1][first], &back.lse[2][first]},
-                                   {&back.grad[1][first], &back.grad[2][first]}, g);
-      if (p_.moments) kernels_.grad_sum(s, n, 0.0f, &back.sum[first], g);
+      if (!has_common_exponent_) kernels_.grad_columns(s, n, &up.lse[0][first], &up.grad_lse[0][first], g);
+      if (p_.has_hardness())
+        kernels_.grad_hardness_columns(s, n, p_.hardness(), {&up.max[first], &up.lse[1][first], &up.lse[2][first]},
+                                       {&up.grad_lse[1][first], &up.grad_lse[2][first]}, g);
+      if (p_.moments) kernels_.grad_sum(s, n, 0.0f, &up.grad_sum[first], g);
     }
-    if (!positives_.empty()) {
-      const int64_t own = (p_.diagonal ? i : p_.excluded[i]) - first;
-      if (own >= 0 && own < n) g[own] = positives_[i];
+    if (!positive_grads_.empty()) {
+      const int64_t target = (p_.diagonal ? i : p_.targets[i]) - first;
+      if (target >= 0 && target < n) g[target] = positive_grads_[i];
     }
-    double total = 0;
-    for (int64_t c = 0, some; c < n; c += some) {
-      some = std::min(n - c, kTerms - (to_column + c) % kTerms);
-      total += kernels_.finish(raw + c, g + c, some, p_.row_scale[i], &p_.column_scale[first + c],
-                               of_scale ? of_scale + c : nullptr, of_bias ? of_bias + c : nullptr,
-                               to.at(to_row, to_column + c));
+  }
+
+  void add_row(const float* raw, int64_t i, int64_t first, int64_t n, float* scale_grad, float* bias_grad,
+               const Panels& to, const Offset& offset) {
+    alignas(64) float s[kTileColumns], g[kTileColumns];
+    make_grad_logits(raw, i, first, n, s, g);
+    double row_scale_grad = 0;
+    for (int64_t c = 0, count; c < n; c += count) {
+      count = std::min(n - c, kTerms - (offset.column + c) % kTerms);
+      row_scale_grad += kernels_.grad_raw(raw + c, g + c, count, p_.row_scale[i], &p_.column_scale[first + c],
+                                          scale_grad ? scale_grad + c : nullptr, bias_grad ? bias_grad + c : nullptr,
+                                          to.at(offset.row, offset.column + c));
     }
-    row_parts_[i * blocks_ + first / kColumns] = total;
+    row_scale_grad_parts_[i * tiles_per_row_ + first / kTileColumns] = row_scale_grad;
   }
 
   const LogitMatrix& p_;
@@ -203,45 +228,53 @@ class Gradient {
   const MatmulKernels matmul_;
   Upstream rows_;
   Upstream columns_;
-  std::vector<float> positives_;
-  const int64_t blocks_;
-  bool shared_ = false;
-  float common_ = 0;
-  std::vector<float> row_share_, column_share_;
-  std::vector<double> row_parts_, of_scale_, of_bias_;
+  std::vector<float> positive_grads_;
+  const int64_t tiles_per_row_;
+  bool has_common_exponent_ = false;
+  float exponent_ = 0;
+  std::vector<float> row_grad_, column_grad_;  // of the log-sum-exps, times e^(exponent - lse)
+  std::vector<double> row_scale_grad_parts_, column_scale_grad_, bias_grad_;
 };
 
-// Hands out the gradients of embeddings' products, v = H key and u = H^T query: rows(begin, v [m, D]) of m rows at a
-// time, columns(first, u [n, D]) of n columns at a time. `stash` [S, N]: the products of the first S rows.
-template <typename Rows, typename Columns>
-void make_gradients(Gradient& gradient, LogitMatrix& p, const Tensor& stash, double workspace_mib, bool needs_query,
-                    bool needs_key, const Rows& rows, const Columns& columns) {
-  const auto [height, width] = rectangle(p, std::min(kGradientBlock, workspace_mib / (needs_key ? 4 : 2)), kWidest);
-  const auto [high, wide] = rectangle(p, std::min(kProduct, workspace_mib / 4), kWide);
-  const Tensor block = floats({height, width}), turned = floats({needs_key ? width : 0, height});
-  std::vector<std::optional<Tensor>> of_columns(blocks_of(p.columns, width));  // of the rows so far
-  for (int64_t begin = 0; begin < p.rows; begin += height) {
-    std::optional<Tensor> of_rows;  // of the columns so far
-    const int64_t m = std::min(height, p.rows - begin);
-    for (int64_t first = 0; first < p.columns; first += width) {
-      const int64_t n = std::min(width, p.columns - first);
-      if (p.below(begin, first + n)) continue;
-      const Panels h(block, m, n), back(turned, n, m);
-      for_pieces(m, high, [&, wide = wide](int64_t r, int64_t some) {
-        for_pieces(n, wide, [&](int64_t c, int64_t across) {
-          const Tensor raw = begin + r + some <= stash.size(0)
-                                 ? slice(slice(stash, 0, begin + r, some), 1, first + c, across)
-                                 : p.raw(begin + r, some, first + c, across);
-          gradient.chunk(raw, begin + r, first + c, h, r, c, needs_key ? &back : nullptr);
+// Which of the embeddings' gradients are wanted.
+struct EmbeddingNeeds {
+  bool query, key;
+};
+
+// Hands out the gradients of embeddings' products: put_query(begin, H key [m, D]) of m rows at a time, and
+// put_key(first, H^T query [n, D]) of n columns at a time. `saved_logits` [S, N]: the products of the first S rows.
+template <typename PutQuery, typename PutKey>
+void make_embedding_grads(LogitGradients& gradients, LogitMatrix& p, const Tensor& saved_logits, double workspace_mib,
+                          const EmbeddingNeeds& needs, const PutQuery& put_query, const PutKey& put_key) {
+  const auto [block_rows, block_columns] =
+      block_size(p, std::min(kGradientBlockMiB, workspace_mib / (needs.key ? 4 : 2)), kGradientBlockColumns);
+  const BlockSize product_size = block_size(p, std::min(kProductMiB, workspace_mib / 4), kProductColumns);
+  const Tensor memory = new_float32({block_rows, block_columns});
+  const Tensor transposed_memory = new_float32({needs.key ? block_columns : 0, block_rows});
+  std::vector<std::optional<Tensor>> key_grads(blocks_of(p.columns, block_columns));  // sums over the rows so far
+  for (int64_t begin = 0; begin < p.rows; begin += block_rows) {
+    std::optional<Tensor> query_grad;  // sum over the columns so far
+    const int64_t m = std::min(block_rows, p.rows - begin);
+    for (int64_t first = 0; first < p.columns; first += block_columns) {
+      const int64_t n = std::min(block_columns, p.columns - first);
+      if (p.is_below_diagonal(begin, first + n)) continue;
+      const Panels h(memory, m, n), h_transposed(transposed_memory, n, m);
+      for_pieces(m, product_size.rows, [&](int64_t row, int64_t rows) {
+        for_pieces(n, product_size.columns, [&](int64_t column, int64_t columns) {
+          const bool saved = begin + row + rows <= saved_logits.size(0);
+          const Tensor raw = saved ? slice(slice(saved_logits, 0, begin + row, rows), 1, first + column, columns)
+                                   : p.products(begin + row, rows, first + column, columns);
+          gradients.add_block(raw, begin + row, first + column, {h, row, column, needs.key ? &h_transposed : nullptr});
         });
       });
-      std::optional<Tensor>& below = of_columns[first / width];
-      if (needs_query) of_rows = product(h, flipped(slice(p.keys, 0, first, n)), of_rows);
-      if (needs_key) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
+      std::optional<Tensor>& key_grad = key_grads[first / block_columns];
+      if (needs.query) query_grad = product(h, transposed(slice(p.key_factor, 0, first, n)), query_grad);
+      if (needs.key) key_grad = product(h_transposed, transposed(slice(p.query_factor, 0, begin, m)), key_grad);
     }
-    if (needs_query) rows(begin, *of_rows);
+    if (needs.query) put_query(begin, *query_grad);
   }
-  for (int64_t first = 0; needs_key && first < p.columns; first += width) columns(first, *of_columns[first / width]);
+  for (int64_t first = 0; needs.key && first < p.columns; first += block_columns)
+    put_key(first, *key_grads[first / block_columns]);
 }
 
 }  // namespace fastloss

@@ -1,6 +1,8 @@
-// What the softmax contrastive kernels work on: operands of the op, tiles of logits.
+// The matrix of logits s_ij of a contrastive loss: its operands, which of its entries count, and the functions that
+// compute with a row of a tile of it. It is never stored whole: raw products <query_i, key_j> come a block at a time.
 #pragma once
 
+#include "core/constants.h"
 #include "core/matmul.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
@@ -14,60 +16,76 @@
 
 namespace fastloss {
 
-constexpr int64_t kColumns = 1024;  // a tile of logits, kRows x kColumns, is read twice: it stays in a thread's cache
-constexpr int64_t kRows = 32;
-constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
-constexpr int64_t kMiB = 1 << 20;
-constexpr int64_t kUpper = 1024;  // rows and columns of a block at most where the triangle above the diagonal is all
+using OptionalTensor = std::optional<Tensor>;
 
-struct RowOf {
+constexpr int64_t kTileColumns = 1024;  // a tile of logits is read twice: it stays in a thread's cache
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kSelfSimilarityBlock = 1024;  // rows and columns of a block at most with `self_similarity`
+
+// What the matrix is like, field by field as Form in options.py.
+struct Form {
+  bool diagonal = false;         // row i's positive is column i, which is no negative of it
+  bool symmetric = false;        // the columns' statistics too: a second direction
+  bool self_similarity = false;  // query and key are the same rows: entries above the diagonal stand for those below
+  bool moments = false;          // sum and number of the negatives' logits
+  bool bfloat16 = false;         // products may be made in it
+
+  template <typename F>
+  void fields(const F& f) {
+    f(diagonal), f(symmetric), f(self_similarity), f(moments), f(bfloat16);
+  }
+};
+
+// What makes logits of the raw products of one row, and what of a stretch of columns.
+struct RowOperands {
   float scale, ceiling;
   int64_t id;
 };
-struct ColumnsOf {
+struct ColumnOperands {
   const float *scale, *bias;
   const int64_t* ids;    // null: none
-  const float* ceiling;  // null: the row's counts
+  const float* ceiling;  // null: the row's ceiling holds
 };
 struct SumAndCount {
   double sum, count;
 };
-struct OwnAndBoth {
-  double own, both;
+struct SquareAndDot {
+  double square, dot;
 };
-// The maximum of a row, or of columns, and below it the log-sum-exps at 1 + hardness and at hardness; their gradients.
+// With hardness beta, of a row or of columns: the maximum, and the log-sum-exps of (1 + beta) (s - max) and
+// beta (s - max); and their gradients.
 template <typename T>
-struct HardSums {
-  T most, harder, hard;
-};
-template <typename T>
-struct HardGrads {
-  T harder, hard;
+struct HardnessStats {
+  T max, lse_1p_beta, lse_beta;
 };
 template <typename T>
-using Combine = void (*)(const float* v, float factor, const float* x, float along, int64_t n, T* to);
+struct HardnessGrads {
+  T lse_1p_beta, lse_beta;
+};
+template <typename T>
+using Combine = void (*)(const float* v, float v_weight, const float* x, float x_weight, int64_t n, T* to);
 struct ContrastiveKernels {
-  void (*logits)(const float* raw, int64_t n, const RowOf&, const ColumnsOf&, float* to);
-  float (*most)(const float* s, int64_t n, float* of_columns);
-  double (*row)(const float* s, int64_t n, float factor, float most);
-  void (*columns)(const float* s, int64_t n, float factor, const float* most, float* total);
+  void (*logits)(const float* raw, int64_t n, const RowOperands&, const ColumnOperands&, float* to);
+  float (*max)(const float* s, int64_t n, float* column_max);
+  double (*sum_exp)(const float* s, int64_t n, float power, float max);
+  void (*add_column_exps)(const float* s, int64_t n, float power, const float* max, float* sum_exp);
   SumAndCount (*moments)(const float* s, int64_t n, float* column_sum, float* column_count);
-  void (*merge)(int64_t n, float factor, const float* before, const float* now, const float* most, const float* part,
-                double* total);
-  void (*raise)(int64_t n, const float* most, float* now);
-  void (*grad_both)(const float* s, int64_t n, float at, float row, const float* column, float* g);
-  void (*grad_row)(const float* s, int64_t n, float lse, float grad, float* g);
-  void (*grad_columns)(const float* s, int64_t n, const float* lse, const float* grad, float* g);
-  void (*grad_hard_row)(const float* s, int64_t n, float hardness, const HardSums<float>&, const HardGrads<float>&,
-                        float* g);
-  void (*grad_hard_columns)(const float* s, int64_t n, float hardness, const HardSums<const float*>&,
-                            const HardGrads<const float*>&, float* g);
-  void (*grad_sum)(const float* s, int64_t n, float row, const float* column, float* g);
-  double (*finish)(const float* raw, const float* g, int64_t n, float scale, const float* column_scale, float* of_scale,
-                   float* of_bias, float* to);
-  double (*pull)(const float* s, int64_t n, float factor, float most, const float* column_scale, float* to);
-  void (*pull_sum)(const float* s, int64_t n, const float* column_scale, float* to);
-  OwnAndBoth (*products)(const float* a, const float* b, int64_t n);
+  void (*merge_sum_exps)(int64_t n, float power, const float* max_before, const float* max_now, const float* part_max,
+                         const float* part, double* sum_exp);
+  void (*raise_max)(int64_t n, const float* part_max, float* max);
+  void (*grad_both)(const float* s, int64_t n, float exponent, float row_grad, const float* column_grad, float* g);
+  void (*grad_row)(const float* s, int64_t n, float lse, float grad_lse, float* g);
+  void (*grad_columns)(const float* s, int64_t n, const float* lse, const float* grad_lse, float* g);
+  void (*grad_hardness_row)(const float* s, int64_t n, float hardness, const HardnessStats<float>&,
+                            const HardnessGrads<float>&, float* g);
+  void (*grad_hardness_columns)(const float* s, int64_t n, float hardness, const HardnessStats<const float*>&,
+                                const HardnessGrads<const float*>&, float* g);
+  void (*grad_sum)(const float* s, int64_t n, float row_grad, const float* column_grad, float* g);
+  double (*grad_raw)(const float* raw, const float* g, int64_t n, float row_scale, const float* column_scale,
+                     float* scale_grad, float* bias_grad, float* to);
+  double (*weights)(const float* s, int64_t n, float power, float max, const float* column_scale, float* to);
+  void (*weights_of_sum)(const float* s, int64_t n, const float* column_scale, float* to);
+  SquareAndDot (*square_and_dot)(const float* a, const float* b, int64_t n);
   Combine<float> combine;
   Combine<BFloat16> combine_bfloat16;
   Combine<Half> combine_half;
@@ -75,39 +93,25 @@ struct ContrastiveKernels {
 
 ContrastiveKernels contrastive_kernels();  // of the CPU at hand
 
-// Tiles of a chunk that are worth a thread.
+// How many tiles of a block are worth a thread.
 inline int64_t tiles_grain(int64_t rows, int64_t columns) {
-  return std::max<int64_t>(1, kBlock / std::max<int64_t>(std::min(rows, kRows) * std::min(columns, kColumns), 1));
-}
-
-// A vector of `length` values of type T, those that are not given (or beyond the given) filled in.
-template <typename T>
-std::vector<T> padded(const std::optional<Tensor>& given, ScalarType dtype, int64_t n, int64_t length, T filling) {
-  std::vector<T> to(length, filling);
-  if (!given.has_value()) return to;
-  STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == n && given->scalar_type() == dtype,
-                  "contrastive: an operand of rows or columns has a wrong shape or dtype");
-  const Tensor dense = torch::stable::contiguous(*given);
-  std::copy_n(input<T>(dense), n, to.begin());
-  return to;
+  const int64_t elements = std::min(rows, kTileRows) * std::min(columns, kTileColumns);
+  return std::max<int64_t>(1, kBlockElements / std::max<int64_t>(elements, 1));
 }
 
 inline bool are_bfloat16(const Tensor& a, const Tensor& b) {
   return a.scalar_type() == ScalarType::BFloat16 && b.scalar_type() == ScalarType::BFloat16;
 }
 
-// A matrix in float32 and contiguous.
-inline Tensor single(const Tensor& t) {
-  const Tensor from = t.is_contiguous() ? t : torch::stable::contiguous(t);
+// A matrix in float32, contiguous: itself, or a copy.
+inline Tensor to_float32(const Tensor& t) {
+  const Tensor from = as_contiguous(t);
   if (from.scalar_type() == ScalarType::Float) return from;
-  const Tensor to = floats({from.size(0), from.size(1)});
+  const Tensor to = new_float32({from.size(0), from.size(1)});
   const auto kernels = matmul_kernels();
-  const bool half = from.scalar_type() == ScalarType::Half;
-  STD_TORCH_CHECK(half || from.scalar_type() == ScalarType::BFloat16,
-                  "contrastive: expected float32, bfloat16, float16");
   for_blocks(from.numel(), [&](int64_t begin, int64_t end) {
     float* target = output<float>(to) + begin;
-    if (half)
+    if (from.scalar_type() == ScalarType::Half)
       kernels.widen_half(input<Half>(from) + begin, end - begin, target);
     else
       kernels.widen_bfloat16(input<BFloat16>(from) + begin, end - begin, target);
@@ -115,138 +119,183 @@ inline Tensor single(const Tensor& t) {
   return to;
 }
 
-using Given = std::optional<Tensor>;
-
-// What the matrix of logits is like; Form in fastloss/contrastive/options.py explains each.
-struct Form {
-  bool diagonal = false, symmetric = false, self_similarity = false, moments = false, bfloat16 = false;
-  template <typename F>
-  void fields(const F& f) {
-    f(diagonal), f(symmetric), f(self_similarity), f(moments), f(bfloat16);
-  }
-};
-
-// The operands of the op; those of columns are padded to whole vectors.
+// The op's operands, those of columns padded to whole vectors, and what is computed of them.
 struct LogitMatrix {
+  const char* const op;                             // the name that errors bear
   Tensor query, key;                                // float32, contiguous
-  std::vector<Tensor> query_pieces, key_pieces;     // columns, kTerms at a time, of the rows at hand and of all keys
-  std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // first and count
-  Tensor queries, keys;  // the same as operands of products: where those may be of bfloat16, in that
-  int64_t rows, columns, width, padded_columns;
-  bool diagonal, moments, upper, symmetric, two_ceilings = false;
-  bool once = false;  // every key is needed for one product only: cut into pieces for that, not kept in key_pieces
-  // f of each log-sum-exp, log sum e^(f s): 1 and, with hardness, 1 + hardness and hardness, these of s - maximum
-  std::vector<float> factors;
+  Tensor query_factor, key_factor;                  // the factors of products: the same, or bfloat16
+  std::vector<Tensor> query_pieces, key_pieces;     // kTerms columns each, of the rows at hand and of all keys
+  std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // the first, and how many
+  int64_t rows, columns, dim, padded_columns;
+  bool diagonal, moments, self_similarity, symmetric, two_ceilings = false;
+  bool each_key_once = false;  // no key is needed for a second product: their pieces are not kept in key_pieces
+  // There is one log-sum-exp, log sum e^(power s), for each power: for 1 and, with hardness, for 1 + hardness and for
+  // hardness. The last two are of s - max.
+  std::vector<float> powers{1.0f};
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
-  std::vector<int64_t> excluded, row_ids, column_ids;
+  std::vector<int64_t> targets, row_ids, column_ids;  // targets: -1 where there is none
 
-  LogitMatrix(const Tensor& q, const Tensor& k, const Form& form, double hardness)
-      : query(single(q)),
-        key(single(k)),
-        queries(query),
-        keys(key),
+  LogitMatrix(const char* op, const Tensor& q, const Tensor& k, const Form& form, double hardness = 0)
+      : op(op),
+        query(float_matrix("query", q)),
+        key(float_matrix("key", k)),
+        query_factor(query),
+        key_factor(key),
         rows(q.size(0)),
         columns(k.size(0)),
-        width(q.size(1)),
-        padded_columns((columns + 15) / 16 * 16),
+        dim(q.size(1)),
+        padded_columns(whole_vectors(columns)),
         diagonal(form.diagonal),
         moments(form.moments),
-        upper(form.self_similarity),
-        symmetric(upper || form.symmetric),
-        factors{1.0f} {
-    STD_TORCH_CHECK(q.dim() == 2 && k.dim() == 2 && k.size(1) == width, "contrastive: expected [M, D] and [N, D]");
-    STD_TORCH_CHECK(!symmetric || rows == columns, "contrastive: symmetric needs as many keys as queries");
+        self_similarity(form.self_similarity),
+        symmetric(form.symmetric || form.self_similarity) {
+    STD_TORCH_CHECK(k.size(1) == dim, op, ": key: expected [N, ", dim, "], as query has, got [N, ", k.size(1), "]");
+    STD_TORCH_CHECK(!symmetric || rows == columns, op, ": key: expected as many as queries for two directions");
     if (form.bfloat16 && has_bf16_products()) {
-      const auto given = [](const Tensor& t, const Tensor& wide) {
-        if (t.scalar_type() != ScalarType::BFloat16) return torch::stable::to(wide, ScalarType::BFloat16);
-        return t.is_contiguous() ? t : torch::stable::contiguous(t);
+      const auto rounded = [](const Tensor& t, const Tensor& in_float32) {
+        return t.scalar_type() == ScalarType::BFloat16 ? as_contiguous(t)
+                                                       : torch::stable::to(in_float32, ScalarType::BFloat16);
       };
-      queries = given(q, query);
-      keys = given(k, key);
+      query_factor = rounded(q, query);
+      key_factor = rounded(k, key);
     }
-    if (hardness > 0) factors = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
+    if (hardness > 0) powers = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
+    bias.assign(padded_columns, 0.0f);
+    ceiling.assign(rows, std::numeric_limits<float>::infinity());
+    targets.assign(rows, -1);
+    row_ids.assign(rows, 0);
   }
 
-  void scales(const Tensor& row, const Given& column, const Given& column_bias) {
-    row_scale = padded(Given(row), ScalarType::Float, rows, rows, 0.0f);
-    column_scale = padded(column, ScalarType::Float, columns, padded_columns, 1.0f);
-    bias = padded(column_bias, ScalarType::Float, columns, padded_columns, 0.0f);
+  // An operand of `size` numbers as a vector of `padded_size`; what is missing, or behind its end, is `filling`.
+  template <typename T>
+  std::vector<T> operand(const char* name, const OptionalTensor& given, int64_t size, int64_t padded_size,
+                         T filling) const {
+    std::vector<T> to(padded_size, filling);
+    if (!given.has_value()) return to;
+    constexpr bool is_float = std::is_same_v<T, float>;
+    STD_TORCH_CHECK(given->scalar_type() == (is_float ? ScalarType::Float : ScalarType::Long), op, ": ", name,
+                    ": expected ", is_float ? "float32" : "int64");
+    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size, op, ": ", name, ": expected shape [", size, "]");
+    const Tensor from = as_contiguous(*given);
+    std::copy_n(input<T>(from), size, to.begin());
+    return to;
+  }
+  template <typename T>
+  std::vector<T> row_operand(const char* name, const OptionalTensor& given, T filling) const {
+    return operand(name, given, rows, rows, filling);
+  }
+  template <typename T>
+  std::vector<T> column_operand(const char* name, const OptionalTensor& given, T filling) const {
+    return operand(name, given, columns, padded_columns, filling);
   }
 
-  void masks(const Given& out, const Given& ids, const Given& ids_of_columns, const Given& highest) {
-    excluded = padded<int64_t>(out, ScalarType::Long, rows, rows, -1);
-    const bool both = ids.has_value() && ids_of_columns.has_value();
-    row_ids = padded<int64_t>(both ? ids : std::nullopt, ScalarType::Long, rows, rows, 0);
-    if (both) column_ids = padded<int64_t>(ids_of_columns, ScalarType::Long, columns, padded_columns, 0);
+  void set_scales(const Tensor& of_rows, const OptionalTensor& of_columns, const OptionalTensor& column_bias) {
+    row_scale = row_operand("row_scale", of_rows, 0.0f);
+    column_scale = column_operand("column_scale", of_columns, 1.0f);
+    if (column_bias.has_value()) bias = column_operand("bias", column_bias, 0.0f);
+  }
+  void set_targets(const OptionalTensor& of_rows) {
+    if (of_rows.has_value()) targets = row_operand<int64_t>("targets", of_rows, -1);
+  }
+  // Pairs of equal ids are left out.
+  void set_ids(const OptionalTensor& of_rows, const OptionalTensor& of_columns) {
+    if (!of_rows.has_value() || !of_columns.has_value()) return;
+    row_ids = row_operand<int64_t>("row_ids", of_rows, 0);
+    column_ids = column_operand<int64_t>("column_ids", of_columns, 0);
+  }
+  // Logits above a row's ceiling are left out; of the transposed matrix those above the column's.
+  void set_ceiling(const OptionalTensor& of_rows) {
+    if (!of_rows.has_value()) return;
     const float none = std::numeric_limits<float>::infinity();
-    ceiling = padded(highest, ScalarType::Float, rows, rows, none);
-    two_ceilings = symmetric && highest.has_value();
-    if (two_ceilings) column_ceiling = padded(highest, ScalarType::Float, columns, padded_columns, none);
+    ceiling = row_operand("ceiling", of_rows, none);
+    two_ceilings = symmetric;
+    if (symmetric) column_ceiling = column_operand("ceiling", of_rows, none);
   }
 
-  // One row of a tile, columns first .. first + n, of one direction (which matters with ceilings only).
-  void logits(const ContrastiveKernels& kernels, const float* raw, int64_t i, int64_t first, int64_t n, bool back,
+  // Logits of row i, columns first .. first + n; what is no negative becomes -inf. `transposed` makes a difference
+  // with two ceilings only.
+  void logits(const ContrastiveKernels& kernels, const float* raw, int64_t i, int64_t first, int64_t n, bool transposed,
               float* to) const {
-    const RowOf row{row_scale[i], ceiling[i], row_ids[i]};
-    const ColumnsOf of{&column_scale[first], &bias[first], column_ids.empty() ? nullptr : &column_ids[first],
-                       back && two_ceilings ? &column_ceiling[first] : nullptr};
-    kernels.logits(raw, n, row, of, to);
+    const RowOperands row{row_scale[i], ceiling[i], row_ids[i]};
+    const ColumnOperands of_columns{&column_scale[first], &bias[first],
+                                    column_ids.empty() ? nullptr : &column_ids[first],
+                                    transposed && two_ceilings ? &column_ceiling[first] : nullptr};
+    kernels.logits(raw, n, row, of_columns, to);
     const auto leave_out = [&](int64_t j) {
       if (j >= first && j < first + n) to[j - first] = -std::numeric_limits<float>::infinity();
     };
     if (diagonal) leave_out(i);
-    if (upper) std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
-    leave_out(excluded[i]);
+    if (self_similarity)
+      std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
+    leave_out(targets[i]);
   }
 
-  // The products of rows begin .. and columns first ..
-  Tensor raw(int64_t begin, int64_t m, int64_t first, int64_t n) {
-    if (narrow()) return product(slice(queries, 0, begin, m), slice(keys, 0, first, n));
-    if (is_small(m, n, width)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
+  // The raw products of m rows from `begin` on and n columns from `first` on.
+  Tensor products(int64_t begin, int64_t m, int64_t first, int64_t n) {
+    if (in_bfloat16()) return product(slice(query_factor, 0, begin, m), slice(key_factor, 0, first, n));
+    if (is_small(m, n, dim)) return blas_product(slice(query, 0, begin, m), slice(key, 0, first, n), std::nullopt);
     const auto cut = [&](const Tensor& x, std::vector<Tensor>& pieces) {
       pieces.clear();
-      for_pieces(width, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
+      for_pieces(dim, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
     };
     if (rows_at_hand != std::pair(begin, m)) cut(slice(query, 0, begin, m), query_pieces);
     rows_at_hand = {begin, m};
-    if (!once && key_pieces.empty()) cut(key, key_pieces);
-    std::optional<Tensor> total;
-    for_pieces(width, kTerms, [&](int64_t k, int64_t terms) {
+    if (!each_key_once && key_pieces.empty()) cut(key, key_pieces);
+    std::optional<Tensor> sum;
+    for_pieces(dim, kTerms, [&](int64_t k, int64_t terms) {
       const size_t piece = static_cast<size_t>(k / kTerms);
-      const Tensor w =
-          once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
-      total = product(query_pieces[piece], w, total);
+      const Tensor keys =
+          each_key_once ? dense(slice(slice(key, 0, first, n), 1, k, terms)) : slice(key_pieces[piece], 0, first, n);
+      sum = product(query_pieces[piece], keys, sum);
     });
-    return *total;
+    return *sum;
   }
 
   // Whether the factors of products, the gradient of the raw products too, are rounded to bfloat16.
-  bool narrow() const { return queries.scalar_type() == ScalarType::BFloat16; }
-  bool hard() const { return factors.size() > 1; }
-  float hardness() const { return factors[2]; }
+  bool in_bfloat16() const { return query_factor.scalar_type() == ScalarType::BFloat16; }
+  bool has_hardness() const { return powers.size() > 1; }
+  float hardness() const { return powers[2]; }
   bool empty() const { return rows == 0 || columns == 0; }
-  int64_t directions() const { return symmetric && !upper ? 2 : 1; }
-  // Whether rows from `begin` on have no pair with columns before `end`.
-  bool below(int64_t begin, int64_t end) const { return upper && end <= begin; }
-  // Of columns first .. first + n those, in whole vectors, that rows from `begin` on have no pair with.
-  int64_t idle(int64_t begin, int64_t first, int64_t n) const {
-    return upper ? std::clamp<int64_t>((begin + 1 - first) / 16 * 16, 0, n) : 0;
+  int64_t directions() const { return symmetric && !self_similarity ? 2 : 1; }
+  // With `self_similarity`: whether no entry of rows from `begin` on and columns before `end` is above the diagonal.
+  bool is_below_diagonal(int64_t begin, int64_t end) const { return self_similarity && end <= begin; }
+  // Of n columns from `first` on, how many (whole vectors) have no entry above the diagonal in rows from `begin` on.
+  int64_t columns_below_diagonal(int64_t begin, int64_t first, int64_t n) const {
+    return self_similarity ? std::clamp<int64_t>((begin + 1 - first) / kLanes * kLanes, 0, n) : 0;
   }
-  int64_t statistics() const { return 2 + 2 * moments + 2 * hard(); }
-  // Statistics with a gradient, in the order of the pulls: the log-sum-exps, then the sum.
-  int64_t sums() const { return static_cast<int64_t>(factors.size()) + moments; }
-  // The statistic that holds the log-sum-exp of factors[f].
-  int64_t lse_of(size_t f) const { return f == 0 ? 0 : statistics() - 3 + static_cast<int64_t>(f); }
+  // Statistics of one row and direction, in the order of softmax_stats.py.
+  int64_t stats_count() const { return 2 + 2 * moments + 2 * has_hardness(); }
+  // Those with a gradient, each of which has weighted keys: the log-sum-exps, then the sum.
+  int64_t sums_count() const { return static_cast<int64_t>(powers.size()) + moments; }
+  // Which statistic is the log-sum-exp of powers[a].
+  int64_t lse_index(size_t a) const { return a == 0 ? 0 : stats_count() - 3 + static_cast<int64_t>(a); }
+
+ private:
+  Tensor float_matrix(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, ": expected a matrix");
+    const ScalarType dtype = t.scalar_type();
+    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op, ": ",
+                    name, ": expected float32, bfloat16 or float16");
+    return to_float32(t);
+  }
 };
 
-// Height and width of as many float32 logits as fit in `mib`, one row of a tile at least; widths are whole tiles.
-inline std::pair<int64_t, int64_t> rectangle(const LogitMatrix& p, double mib, int64_t widest) {
-  const int64_t area = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
-  if (p.upper) widest = std::min(widest, kUpper);
-  const int64_t width = std::min({widest, std::max(area / kColumns, int64_t{1}) * kColumns, p.columns});
-  const int64_t highest = std::max<int64_t>(p.upper ? std::min(p.rows, kUpper) : p.rows, 1);
-  const int64_t height = std::clamp<int64_t>(area / std::max<int64_t>(width, 1), 1, highest);
-  return {height > kRows ? height / kRows * kRows : height, width};
+struct BlockSize {
+  int64_t rows, columns;
+};
+
+// The size of a block of as many float32 logits as fit in `mib`, one row of a tile at least; columns are whole tiles.
+inline BlockSize block_size(const LogitMatrix& p, double mib, int64_t max_columns) {
+  const int64_t elements = static_cast<int64_t>(std::min(mib, 1e6) * kMiB) / 4;
+  int64_t max_rows = p.rows;
+  if (p.self_similarity) {
+    max_columns = std::min(max_columns, kSelfSimilarityBlock);
+    max_rows = std::min(max_rows, kSelfSimilarityBlock);
+  }
+  const int64_t fit = std::max(elements / kTileColumns, int64_t{1}) * kTileColumns;
+  const int64_t columns = std::min({max_columns, fit, p.columns});
+  const int64_t rows = std::clamp<int64_t>(elements / std::max<int64_t>(columns, 1), 1, std::max<int64_t>(max_rows, 1));
+  return {rows > kTileRows ? rows / kTileRows * kTileRows : rows, columns};
 }
 
 }  // namespace fastloss

@@ -4,7 +4,7 @@ namespace fastloss {
 namespace FASTLOSS_ISA {
 
 // The sum of the lanes, in halves.
-FASTLOSS_INLINE float total(vf x) {
+FASTLOSS_INLINE float sum_of_lanes(vf x) {
   typedef float four __attribute__((vector_size(16)));
   four part[W / 4];
   __builtin_memcpy(part, &x, sizeof x);
@@ -15,144 +15,144 @@ FASTLOSS_INLINE float total(vf x) {
 
 // <q, n> and <n, n> of R negatives, in one read of them; what is `ahead` of them is fetched into the L2 cache.
 template <int R, typename T>
-FASTLOSS_INLINE void each_products(const T* rows, int64_t stride, int64_t ahead, const EachQuery& q, float* dot,
-                                   float* square) {
-  vf product[R] = {}, length[R] = {};
-  const int64_t whole = q.width / W * W;
+FASTLOSS_INLINE void per_query_dots(const T* rows, int64_t stride, int64_t ahead, const QueryRow& q, float* dot,
+                                    float* square) {
+  vf dots[R] = {}, squares[R] = {};
+  const int64_t whole = q.dim / W * W;
   for (int64_t i = 0; i < whole; i += W) {
-    const vf at = load(q.query + i);
+    const vf query = load(q.query + i);
     for (int r = 0; r < R; ++r) {
       __builtin_prefetch(rows + r * stride + i + ahead, 0, 2);
       const vf x = load(rows + r * stride + i);
-      product[r] += at * x;
-      length[r] += x * x;
+      dots[r] += query * x;
+      squares[r] += x * x;
     }
   }
   for (int r = 0; r < R; ++r) {
-    if (whole < q.width) {
-      const vf x = load_some(rows + r * stride + whole, q.width - whole);
-      product[r] += load(q.query + whole) * x;
-      length[r] += x * x;
+    if (whole < q.dim) {
+      const vf x = load_some(rows + r * stride + whole, q.dim - whole);
+      dots[r] += load(q.query + whole) * x;
+      squares[r] += x * x;
     }
-    dot[r] = total(product[r]);
-    square[r] = total(length[r]);
+    dot[r] = sum_of_lanes(dots[r]);
+    square[r] = sum_of_lanes(squares[r]);
   }
 }
 
-// sum = factor sum + sum_r weight_r n_r
+// sum = sum_weight sum + sum_r weight_r n_r
 template <int R, typename T>
-FASTLOSS_INLINE void each_pull(const T* rows, int64_t stride, int64_t width, const float* weight, float factor,
-                               float* sum) {
+FASTLOSS_INLINE void add_weighted(const T* rows, int64_t stride, int64_t dim, const float* weight, float sum_weight,
+                                  float* sum) {
   int64_t i = 0;
-  for (; i + W <= width; i += W) {
-    vf x = load(sum + i) * factor;
+  for (; i + W <= dim; i += W) {
+    vf x = load(sum + i) * sum_weight;
     for (int r = 0; r < R; ++r) x += weight[r] * load(rows + r * stride + i);
     store(sum + i, x);
   }
-  if (i == width) return;
-  vf x = load(sum + i) * factor;
-  for (int r = 0; r < R; ++r) x += weight[r] * load_some(rows + r * stride + i, width - i);
+  if (i == dim) return;
+  vf x = load(sum + i) * sum_weight;
+  for (int r = 0; r < R; ++r) x += weight[r] * load_some(rows + r * stride + i, dim - i);
   store(sum + i, x);
 }
 
-// One piece of a row's negatives: running maximum and sums; `pulls` (one sum of vectors for each power, then the plain
-// one), `logits` and `inverse` only where they are not null.
+// One piece of a row's negatives: running maximum, sums of exponentials relative to it, and what `to` asks for.
 template <typename T>
-static void each_read(const T* rows, int64_t stride, int64_t count, const EachQuery& q, EachPart& part, float* pulls,
-                      float* logits, float* inverse) {
-  vd sums[3] = {};
-  float most = kLowest;
-  const int64_t near = kGroup * stride, far = kAhead / (int64_t)sizeof(T), ahead = near > far ? near : far;
+static void per_query_read(const T* rows, int64_t stride, int64_t count, const QueryRow& q, PieceStats& part,
+                           const PieceOutput& to) {
+  vd sum_exp[kMaxPowers] = {};
+  float max = kLowest;
+  const int64_t group = kGroup * stride, least = kPrefetchBytes / (int64_t)sizeof(T);
+  const int64_t ahead = group > least ? group : least;
   for (int64_t k = 0; k < count; k += kGroup, rows += kGroup * stride) {
     const int n = (int)(count - k < kGroup ? count - k : kGroup);
     float dot[kGroup], square[kGroup], c[kLanes] = {}, s[kLanes];
     int r = 0;
-    for (; r + 4 <= n; r += 4) each_products<4>(rows + r * stride, stride, ahead, q, dot + r, square + r);
-    for (; r < n; ++r) each_products<1>(rows + r * stride, stride, ahead, q, dot + r, square + r);
-    const float before = most;
+    for (; r + 4 <= n; r += 4) per_query_dots<4>(rows + r * stride, stride, ahead, q, dot + r, square + r);
+    for (; r < n; ++r) per_query_dots<1>(rows + r * stride, stride, ahead, q, dot + r, square + r);
+    const float before = max;
     for (r = 0; r < n; ++r) {
       c[r] = !q.normalize ? 1.0f : square[r] <= kTinySquare ? 0.0f : 1.0f / __builtin_sqrtf(square[r]);
-      if (q.normalize && square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // of a length that is not known, not 0
+      if (q.normalize && square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // the norm is not known, and not 0
       s[r] = q.scale * (c[r] * dot[r]);
-      if (logits) logits[k + r] = s[r] > q.ceiling ? -__builtin_inff() : s[r];
-      if (logits) inverse[k + r] = c[r];
+      if (to.logits) to.logits[k + r] = s[r] > q.ceiling ? -__builtin_inff() : s[r];
+      if (to.logits) to.inverse_norms[k + r] = c[r];
       if (s[r] > q.ceiling) {
         s[r] = -__builtin_inff();
       } else {
-        most = s[r] > most ? s[r] : most;
+        max = s[r] > max ? s[r] : max;
         part.sum += s[r];
         part.count += 1;
       }
     }
     for (; r < kLanes; ++r) s[r] = -__builtin_inff();
     for (int a = 0; a < q.powers + q.moments; ++a) {
-      const bool plain = a == q.powers;
-      const float power = plain ? 0.0f : q.power[a];
+      const bool unweighted = a == q.powers;
+      const float power = unweighted ? 0.0f : q.power[a];
       float weight[kLanes];
       for (r = 0; r < kGroup; r += W) {
         const vf x = load(s + r);
-        const vf p = plain ? (x == -__builtin_inff() ? all(0.0f) : all(1.0f)) : exp(power * (x - most));
-        if (!plain) {
-          const float factor = r ? 1.0f : exp(all(power * (before - most)))[0];
-          sums[a] = sums[a] * (double)factor + __builtin_convertvector(p, vd);
+        const vf p = unweighted ? (x == -__builtin_inff() ? all(0.0f) : all(1.0f)) : exp(power * (x - max));
+        if (!unweighted) {
+          const float rescale = r ? 1.0f : exp(all(power * (before - max)))[0];
+          sum_exp[a] = sum_exp[a] * (double)rescale + __builtin_convertvector(p, vd);
         }
         store(weight + r, p * load(c + r));
       }
-      if (!pulls) continue;
-      float* sum = pulls + a * padded(q.width);
-      const float factor = plain ? 1.0f : exp(all(power * (before - most)))[0];
+      if (!to.weighted_keys) continue;
+      float* sum = to.weighted_keys + a * whole_vectors(q.dim);
+      const float rescale = unweighted ? 1.0f : exp(all(power * (before - max)))[0];
       if (n == kGroup) {
-        each_pull<kGroup>(rows, stride, q.width, weight, factor, sum);
+        add_weighted<kGroup>(rows, stride, q.dim, weight, rescale, sum);
         continue;
       }
-      for (r = 0; r < n; ++r) each_pull<1>(rows + r * stride, stride, q.width, weight + r, r ? 1.0f : factor, sum);
+      for (r = 0; r < n; ++r) add_weighted<1>(rows + r * stride, stride, q.dim, weight + r, r ? 1.0f : rescale, sum);
     }
   }
-  part.most = most;
-  for (int a = 0; a < q.powers; ++a) part.total[a] = sum(sums[a]);
+  part.max = max;
+  for (int a = 0; a < q.powers; ++a) part.sum_exp[a] = sum(sum_exp[a]);
 }
 
-// What n <= kSlopes logits pull at their negatives: dn = along q - back n.
-static void each_slopes(const float* logits, const float* inverse, int64_t n, const EachQuery& q, const EachSlope& g,
-                        float* along, float* back) {
+// Of n <= kGradLogits logits what makes their negatives' gradients: dn = query_weight q - negative_weight n.
+static void per_query_grad_weights(const float* logits, const float* inverse_norms, int64_t n, const QueryRow& q,
+                                   const UpstreamRow& up, float* query_weight, float* negative_weight) {
   for (int64_t k = 0; k < n; k += W) {
-    const vf given = k + W <= n ? load(logits + k) : load_some(logits + k, n - k);
-    const vf c = k + W <= n ? load(inverse + k) : load_some(inverse + k, n - k);
-    const vi out = given == -__builtin_inff();
-    const vf s = out ? all(0.0f) : given;
-    vf slope = g.sum + g.mass[0] * exp(s - g.lse[0]);
-    if (q.powers == 3) {
-      const vf d = s - g.most, h = g.mass[1] * exp(q.power[1] * d - g.lse[1]);
-      slope += h + q.power[2] * (h + g.mass[2] * exp(q.power[2] * d - g.lse[2]));
+    const vf saved = k + W <= n ? load(logits + k) : load_some(logits + k, n - k);
+    const vf c = k + W <= n ? load(inverse_norms + k) : load_some(inverse_norms + k, n - k);
+    const vi left_out = saved == -__builtin_inff();
+    const vf s = left_out ? all(0.0f) : saved;
+    vf grad_logit = up.grad_sum + up.grad_lse[0] * exp(s - up.lse[0]);
+    if (q.powers == kMaxPowers) {
+      const vf d = s - up.max, h = up.grad_lse[1] * exp(q.power[1] * d - up.lse[1]);
+      grad_logit += h + q.power[2] * (h + up.grad_lse[2] * exp(q.power[2] * d - up.lse[2]));
     }
-    slope = out ? all(0.0f) : slope;
-    store(along + k, slope * q.scale * c);
-    store(back + k, slope * s * c * c);
+    grad_logit = left_out ? all(0.0f) : grad_logit;
+    store(query_weight + k, grad_logit * q.scale * c);
+    store(negative_weight + k, grad_logit * s * c * c);
   }
 }
 
 template <typename T>
-static void each_grad(const T* rows, int64_t stride, int64_t count, const EachQuery& q, const float* along,
-                      const float* back, T* to, bool streamed) {
-  for (int64_t k = 0; k < count; ++k, rows += stride, to += q.width) {
+static void per_query_grad(const T* rows, int64_t stride, int64_t count, const QueryRow& q, const float* query_weight,
+                           const float* negative_weight, T* to, bool streamed) {
+  for (int64_t k = 0; k < count; ++k, rows += stride, to += q.dim) {
     int64_t i = 0;
-    for (; i + W <= q.width; i += W) {
-      vf x = along[k] * load(q.query + i);
-      if (q.normalize) x -= back[k] * load(rows + i);
+    for (; i + W <= q.dim; i += W) {
+      vf x = query_weight[k] * load(q.query + i);
+      if (q.normalize) x -= negative_weight[k] * load(rows + i);
       streamed ? stream(to + i, x) : store(to + i, x);
     }
-    if (i == q.width) continue;
-    const int64_t rest = q.width - i;
-    vf x = along[k] * load(q.query + i);
-    if (q.normalize) x -= back[k] * load_some(rows + i, rest);
+    if (i == q.dim) continue;
+    const int64_t rest = q.dim - i;
+    vf x = query_weight[k] * load(q.query + i);
+    if (q.normalize) x -= negative_weight[k] * load_some(rows + i, rest);
     store_some(to + i, x, rest);
   }
   if (streamed) fence();
 }
 
 template <typename T>
-static EachKernels<T> each_kernels() {
-  return {each_read<T>, each_slopes, each_grad<T>};
+static PerQueryKernels<T> per_query_kernels() {
+  return {per_query_read<T>, per_query_grad_weights, per_query_grad<T>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -1,5 +1,6 @@
-// Sigmoid loss of all pairs. The gradient of a pair needs nothing but its own logit, so it is made in the forward,
-// block after block of a bounded workspace, and the products of a block with the embeddings follow at once.
+// Sigmoid loss of all pairs, as siglip.py defines it. The gradient of a pair needs nothing but its own logit, so it is
+// made in the forward, block after block of a bounded workspace, and the products of a block with the embeddings follow
+// at once.
 
 #include "contrastive/norms.h"
 #include "core/isa.h"
@@ -9,10 +10,10 @@ namespace fastloss {
 namespace {
 
 struct SigmoidSums {
-  double loss, slope;
+  double loss, slope_sum;
 };
 struct SiglipKernels {
-  SigmoidSums (*row)(const float* s, int64_t n, float bias, float share, float* g);
+  SigmoidSums (*row)(const float* s, int64_t n, float bias, float row_weight, float* g);
 };
 
 }  // namespace
@@ -26,85 +27,100 @@ namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kImage = 1, kText = 2, kScaleAndBias = 4;  // bits of `needs`
-constexpr double kGradientBlock = 64;                        // MiB of a block of the products' gradient at most
-constexpr int64_t kWidest = 16384;                           // its columns at most
+constexpr char kOp[] = "siglip";
+constexpr int64_t kImage = 1, kText = 2, kScaleAndBias = 4;  // bits of `needs`, as in save_plan.py
+constexpr double kGradientBlockMiB = 64;                     // a block of the products' gradient at most
+constexpr int64_t kGradientBlockColumns = 16384;             // at most
 
 struct Inputs {
   Tensor image, text, scale, bias;
-  Given image_ids, text_ids, row_weight;
+  OptionalTensor image_ids, text_ids, row_weight;
   bool normalize, negative_only;
   int64_t needs;
   double workspace_mib;
+
   template <typename F>
   void fields(const F& f) {
     f(image), f(text), f(scale), f(bias), f(image_ids), f(text_ids), f(row_weight), f(normalize), f(negative_only);
     f(needs), f(workspace_mib);
   }
 };
+struct Saved {
+  Tensor image_grad, text_grad, scale_grad, bias_grad;
 
+  template <typename F>
+  void fields(const F& f) {
+    f(image_grad), f(text_grad), f(scale_grad), f(bias_grad);
+  }
+};
+struct Grads {
+  Tensor image, text, scale, bias;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(text), f(scale), f(bias);
+  }
+};
 struct Needs {
   bool image, text, scale, bias;
+
   template <typename F>
   void fields(const F& f) {
     f(image), f(text), f(scale), f(bias);
   }
 };
 
-struct SigmoidLoss {
-  LogitMatrix problem;
-  const float scale, bias;
-  const bool positives;
-  std::vector<float> c, text_c;   // inverse lengths, or nothing
-  std::vector<float> row_weight;  // of the rows in the loss
+float number(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, kOp, ": ", name,
+                  ": expected one float32 number");
+  return input<float>(t)[0];
+}
 
-  // `weight` [M]: x.row_weight, or without it the upstream gradient of the rows' losses; nothing: 1
-  SigmoidLoss(const Inputs& x, const Given& weight)
-      : problem(x.image, x.text, form(x), 0.0),
-        scale(number(x.scale)),
-        bias(number(x.bias)),
-        positives(!x.negative_only) {
-    LogitMatrix& p = problem;
-    STD_TORCH_CHECK(x.negative_only || p.rows == p.columns, "siglip: expected as many texts as images");
-    p.masks(std::nullopt, x.image_ids, x.text_ids, std::nullopt);
-    row_weight = padded(weight, ScalarType::Float, p.rows, p.rows, 1.0f);
+struct SigmoidLoss {
+  LogitMatrix p;  // its bias is 0: `bias` is added to the logits of both kinds of pairs
+  const float scale, bias;
+  const bool has_positives;
+  std::vector<float> image_inverse_norm, text_inverse_norm;  // empty: not normalised
+  std::vector<float> row_weight;                             // of loss_i in the result
+
+  // `row_weight` is that of `x`, or the upstream gradient of each loss_i.
+  SigmoidLoss(const Inputs& x, const OptionalTensor& row_weight)
+      : p(kOp, x.image, x.text, {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)}),
+        scale(number("scale", x.scale)),
+        bias(number("bias", x.bias)),
+        has_positives(!x.negative_only),
+        row_weight(p.row_operand("row_weight", row_weight, 1.0f)) {
+    STD_TORCH_CHECK(x.negative_only || p.rows == p.columns, kOp, ": text: expected as many as images");
+    p.set_ids(x.image_ids, x.text_ids);
     p.row_scale.assign(p.rows, scale);
     p.column_scale.assign(p.padded_columns, 1.0f);
-    p.bias.assign(p.padded_columns, 0.0f);
     if (!x.normalize) return;
-    c = measure(p.query);
-    text_c = measure(p.key);
-    for (int64_t i = 0; i < p.rows; ++i) p.row_scale[i] = static_cast<float>(static_cast<double>(scale) * c[i]);
-    std::copy(text_c.begin(), text_c.end(), p.column_scale.begin());
+    image_inverse_norm = inverse_norms(p.query);
+    text_inverse_norm = inverse_norms(p.key);
+    for (int64_t i = 0; i < p.rows; ++i)
+      p.row_scale[i] = static_cast<float>(static_cast<double>(scale) * image_inverse_norm[i]);
+    std::copy(text_inverse_norm.begin(), text_inverse_norm.end(), p.column_scale.begin());
   }
 
-  Lengths images() const { return {problem.query, c.empty() ? nullptr : c.data()}; }
-  Lengths texts() const { return {problem.key, text_c.empty() ? nullptr : text_c.data()}; }
+  Embeddings images() const { return {p.query, image_inverse_norm.empty() ? nullptr : image_inverse_norm.data()}; }
+  Embeddings texts() const { return {p.key, text_inverse_norm.empty() ? nullptr : text_inverse_norm.data()}; }
 
  private:
-  static Form form(const Inputs& x) {
-    return {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)};
-  }
-  static float number(const Tensor& t) {
-    STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float,
-                    "siglip: expected one float32 scale and one bias");
-    return input<float>(t)[0];
-  }
-  static std::vector<float> measure(const Tensor& x) {
+  static std::vector<float> inverse_norms(const Tensor& x) {
     const auto kernels = contrastive_kernels();
-    const int64_t width = x.size(1);
+    const int64_t dim = x.size(1);
     const float* rows = input<float>(x);
     std::vector<float> to(x.size(0));
-    each_row(x.size(0), width, [&](int64_t i) {
-      to[i] = inverse_length(kernels.products(rows + i * width, rows + i * width, width).own);
+    each_row(x.size(0), dim, [&](int64_t i) {
+      to[i] = inverse_norm(kernels.square_and_dot(rows + i * dim, rows + i * dim, dim).square);
     });
     return to;
   }
 };
 
-// Adds a b^T [a, n] to columns first .. of total [a, all], or begins with it.
-void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, bool begins) {
-  Tensor to = slice(total, 1, first, b.size(0));
+// Adds a b^T [a, n] to columns first .. of sum [a, all], or begins with it.
+void add_product(const Tensor& a, const Tensor& b, const Tensor& sum, int64_t first, bool begins) {
+  Tensor to = slice(sum, 1, first, b.size(0));
   if (a.scalar_type() == ScalarType::BFloat16) {
     bf16_product(a, b, to, !begins);
     return;
@@ -116,188 +132,183 @@ void accumulate(const Tensor& a, const Tensor& b, Tensor& total, int64_t first, 
   }
   const float* more = input<float>(from);
   float* sums = output<float>(to);
-  const int64_t n = to.size(1), row = to.stride(0);  // not in the loop: calls into torch
+  const int64_t n = to.size(1), stride = to.stride(0);  // not in the loop: calls into torch
   const auto add = matmul_kernels().add;
-  for_each(to.size(0), [&](int64_t d) { add(more + d * n, n, sums + d * row); });
+  for_each(to.size(0), [&](int64_t d) { add(more + d * n, n, sums + d * stride); });
 }
 
-// Grads, those that the forward saves too: all in float32, empty where they are not asked for.
-struct Grads {
-  Tensor image, text, scale, bias;
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(text), f(scale), f(bias);
-  }
-};
-
-struct Forward {
-  Tensor loss;
-  Grads saved;
-  template <typename F>
-  void fields(const F& f) {
-    f(loss), f(saved);
-  }
-};
-
-class Siglip {
+// One pass over all pairs: the losses of rows, and the gradients that `needs` asks for.
+class SigmoidPass {
  public:
-  Siglip(SigmoidLoss& pairs, int64_t needs, double workspace_mib)
-      : pairs_(pairs),
-        p_(pairs.problem),
+  SigmoidPass(SigmoidLoss& loss, int64_t needs, double workspace_mib)
+      : loss_(loss),
+        p_(loss.p),
         contrastive_(contrastive_kernels()),
         matmul_(matmul_kernels()),
         kernels_(FASTLOSS_PICK(siglip_kernels())),
-        needs_(needs),
+        needs_image_(needs & kImage),
+        needs_text_(needs & kText),
+        needs_numbers_(needs & kScaleAndBias),
         workspace_mib_(workspace_mib),
-        loss_(p_.rows, 0.0),
-        slope_(p_.rows, 0.0),
-        of_row_(p_.rows, 0.0) {}
+        row_loss_(p_.rows, 0.0),
+        slope_sum_(p_.rows, 0.0),
+        row_scale_grad_(p_.rows, 0.0) {}
 
-  Grads run() {
-    const auto single = [&](std::vector<int64_t> shape) { return new_empty(p_.query, shape); };
-    Grads to{single({needs_ & kImage ? p_.rows : 0, p_.width}), single({p_.width, needs_ & kText ? p_.columns : 0}),
-             single({needs_ & kScaleAndBias ? 1 : 0}), single({needs_ & kScaleAndBias ? 1 : 0})};
+  // The gradients, all in float32, empty where they are not asked for.
+  Saved run() {
+    image_grad_ = new_float32({needs_image_ ? p_.rows : 0, p_.dim});
+    transposed_text_grad_ = new_float32({p_.dim, needs_text_ ? p_.columns : 0});
     if (p_.empty()) {
-      for (Tensor* t : {&to.image, &to.text}) torch::stable::zero_(*t);
+      torch::stable::zero_(image_grad_);
+      torch::stable::zero_(transposed_text_grad_);
     } else {
-      const auto [height, width] = rectangle(p_, std::min(kGradientBlock, workspace_mib_ / 4), kWidest);
-      const Tensor block = new_empty(p_.queries, {needs_ & kText ? height : 0, width});
-      const Tensor panel = new_empty(p_.queries, {needs_ & kImage ? height : 0, kTerms});
-      const int64_t deep = p_.narrow() ? height : kTerms;  // which cuts its sums itself
-      for_pieces(p_.rows, height, [&, width = width](int64_t begin, int64_t m) {
-        for_pieces(p_.columns, width, [&](int64_t first, int64_t n) {
-          for_pieces(n, kTerms,
-                     [&](int64_t c, int64_t some) { column_panel(begin, m, first + c, some, c, to, panel, block); });
-          for_pieces(needs_ & kText ? m : 0, deep, [&](int64_t r, int64_t some) {
-            const Tensor h = slice(slice(block, 0, r, some), 1, 0, n), images = slice(p_.queries, 0, begin + r, some);
-            accumulate(flipped(images), flipped(h), to.text, first, begin + r == 0);
-          });
-        });
-      });
+      add_blocks();
     }
-    if (needs_ == 0) {
-      to.text = single({0, p_.width});
-      return to;
+    const int64_t numbers = needs_numbers_ ? 1 : 0;
+    Saved grads{image_grad_, new_float32({needs_text_ ? p_.columns : 0, p_.dim}), new_float32(numbers),
+                new_float32(numbers)};
+    if (needs_numbers_) {
+      output<float>(grads.bias_grad)[0] = static_cast<float>(weighted(slope_sum_));
+      output<float>(grads.scale_grad)[0] = static_cast<float>(scale_grad());
     }
-    if (needs_ & kScaleAndBias) {
-      output<float>(to.bias)[0] = static_cast<float>(shared(slope_));
-      output<float>(to.scale)[0] = static_cast<float>(scale_gradient());
+    if (needs_image_) loss_.images().write_grad(0, grads.image_grad, grads.image_grad);
+    if (needs_text_) {
+      torch::stable::copy_(grads.text_grad, transposed(transposed_text_grad_));
+      loss_.texts().write_grad(0, grads.text_grad, grads.text_grad);
     }
-    if (needs_ & kImage) pairs_.images().put(0, to.image, to.image);
-    Tensor text = single({needs_ & kText ? p_.columns : 0, p_.width});
-    if (needs_ & kText) {
-      torch::stable::copy_(text, flipped(to.text));
-      pairs_.texts().put(0, text, text);
-    }
-    to.text = text;
-    return to;
+    return grads;
   }
 
-  double row_loss(int64_t i) const { return loss_[i]; }
-  double loss() const { return shared(loss_); }
+  double row_loss(int64_t i) const { return row_loss_[i]; }
+  double loss() const { return weighted(row_loss_); }
 
  private:
-  double shared(const std::vector<double>& rows) const {
-    double total = 0;
-    for (int64_t i = 0; i < p_.rows; ++i) total += pairs_.row_weight[i] * rows[i];
-    return total;
+  double weighted(const std::vector<double>& rows) const {
+    double sum = 0;
+    for (int64_t i = 0; i < p_.rows; ++i) sum += loss_.row_weight[i] * rows[i];
+    return sum;
   }
 
-  double scale_gradient() const {
-    double total = 0;
-    for (int64_t i = 0; i < p_.rows; ++i) total += of_row_[i] * (pairs_.c.empty() ? 1.0f : pairs_.c[i]);
-    return total;
+  double scale_grad() const {
+    const std::vector<float>& inverse_norm = loss_.image_inverse_norm;
+    double sum = 0;
+    for (int64_t i = 0; i < p_.rows; ++i) sum += row_scale_grad_[i] * (inverse_norm.empty() ? 1.0f : inverse_norm[i]);
+    return sum;
   }
 
-  // Rows begin .. and `n` columns first .., at most kTerms: their losses, H in a panel of its own, H text from that,
-  // and H at column `at` of the block.
-  void column_panel(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t at, Grads& to, const Tensor& panel,
-                    const Tensor& block) {
-    const Tensor texts = slice(p_.keys, 0, first, n), raw = p_.raw(begin, m, first, n);
+  void add_blocks() {
+    const auto [block_rows, block_columns] =
+        block_size(p_, std::min(kGradientBlockMiB, workspace_mib_ / 4), kGradientBlockColumns);
+    const Tensor block = new_empty(p_.query_factor, {needs_text_ ? block_rows : 0, block_columns});
+    const Tensor panel = new_empty(p_.query_factor, {needs_image_ ? block_rows : 0, kTerms});
+    const int64_t terms = p_.in_bfloat16() ? block_rows : kTerms;  // products in bfloat16 cut their sums themselves
+    for_pieces(p_.rows, block_rows, [&, block_columns = block_columns](int64_t begin, int64_t m) {
+      for_pieces(p_.columns, block_columns, [&](int64_t first, int64_t n) {
+        for_pieces(n, kTerms, [&](int64_t column, int64_t columns) {
+          add_columns(begin, m, first + column, columns, column, panel, block);
+        });
+        for_pieces(needs_text_ ? m : 0, terms, [&](int64_t row, int64_t rows) {
+          const Tensor h = slice(slice(block, 0, row, rows), 1, 0, n);
+          const Tensor images = slice(p_.query_factor, 0, begin + row, rows);
+          add_product(transposed(images), transposed(h), transposed_text_grad_, first, begin + row == 0);
+        });
+      });
+    });
+  }
+
+  // Rows begin .. and n <= kTerms columns first ..: their losses, H in `panel`, which is multiplied by the texts at
+  // once, and H from column `offset` of `block` on.
+  void add_columns(int64_t begin, int64_t m, int64_t first, int64_t n, int64_t offset, const Tensor& panel,
+                   const Tensor& block) {
+    const Tensor texts = slice(p_.key_factor, 0, first, n), raw = p_.products(begin, m, first, n);
     const float* all_raw = input<float>(raw);
-    const int64_t raw_pitch = raw.stride(0), panel_pitch = panel.size(1), block_pitch = block.size(1);
-    for_each(blocks_of(m, kRows), [&](int64_t g) {
-      for (int64_t r = g * kRows; r < std::min((g + 1) * kRows, m); ++r) {
+    const int64_t raw_stride = raw.stride(0), panel_stride = panel.size(1), block_stride = block.size(1);
+    for_each(blocks_of(m, kTileRows), [&](int64_t g) {
+      for (int64_t r = g * kTileRows; r < std::min((g + 1) * kTileRows, m); ++r) {
         alignas(64) float h[kTerms];
-        line(all_raw + r * raw_pitch, begin + r, first, n, needs_ ? h : nullptr);
-        if (needs_ & kImage) put(h, n, panel, r * panel_pitch);
-        if (needs_ & kText) put(h, n, block, r * block_pitch + at);
+        add_row(all_raw + r * raw_stride, begin + r, first, n, needs_any() ? h : nullptr);
+        if (needs_image_) put(h, n, panel, r * panel_stride);
+        if (needs_text_) put(h, n, block, r * block_stride + offset);
       }
     });
-    if (!(needs_ & kImage)) return;
-    Tensor rows = slice(to.image, 0, begin, m);
-    accumulate(slice(slice(panel, 0, 0, m), 1, 0, n), flipped(texts), rows, 0, first == 0);
+    if (!needs_image_) return;
+    add_product(slice(slice(panel, 0, 0, m), 1, 0, n), transposed(texts), slice(image_grad_, 0, begin, m), 0,
+                first == 0);
   }
 
-  // One row of H to element `at` of a tensor of products' factors.
-  void put(const float* h, int64_t n, const Tensor& to, int64_t at) const {
-    if (p_.narrow())
-      matmul_.narrow(h, n, output<BFloat16>(to) + at);
+  // Writes part of a row of H to a factor of products, from this element on.
+  void put(const float* h, int64_t n, const Tensor& to, int64_t offset) const {
+    if (p_.in_bfloat16())
+      matmul_.narrow(h, n, output<BFloat16>(to) + offset);
     else
-      std::copy_n(h, n, output<float>(to) + at);
+      std::copy_n(h, n, output<float>(to) + offset);
   }
 
-  void line(const float* raw, int64_t i, int64_t first, int64_t n, float* to) {
+  // Row i, n columns from `first` on: their losses and, where it is not null, H in `to`.
+  void add_row(const float* raw, int64_t i, int64_t first, int64_t n, float* to) {
     alignas(64) float s[kTerms], g[kTerms];
     p_.logits(contrastive_, raw, i, first, n, false, s);
-    SigmoidSums sums = kernels_.row(s, n, pairs_.bias, pairs_.row_weight[i], to ? g : nullptr);
-    if (pairs_.positives && i >= first && i < first + n) {
+    SigmoidSums sums = kernels_.row(s, n, loss_.bias, loss_.row_weight[i], to ? g : nullptr);
+    if (loss_.has_positives && i >= first && i < first + n) {
       const int64_t j = i - first;
-      const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[i] + pairs_.bias);
+      const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[i] + loss_.bias);
       const double e = std::exp(-std::abs(x)), slope = (x < 0 ? e : 1.0) / (1.0 + e);
       sums.loss += (x > 0 ? x : 0.0) + std::log1p(e);
-      sums.slope -= slope;
-      if (to) g[j] = static_cast<float>(-slope * pairs_.row_weight[i]);
+      sums.slope_sum -= slope;
+      if (to) g[j] = static_cast<float>(-slope * loss_.row_weight[i]);
     }
-    loss_[i] += sums.loss;
-    slope_[i] += sums.slope;
+    row_loss_[i] += sums.loss;
+    slope_sum_[i] += sums.slope_sum;
     if (to)
-      of_row_[i] += contrastive_.finish(raw, g, n, p_.row_scale[i], &p_.column_scale[first], nullptr, nullptr, to);
+      row_scale_grad_[i] +=
+          contrastive_.grad_raw(raw, g, n, p_.row_scale[i], &p_.column_scale[first], nullptr, nullptr, to);
   }
 
-  const SigmoidLoss& pairs_;
+  bool needs_any() const { return needs_image_ || needs_text_ || needs_numbers_; }
+
+  const SigmoidLoss& loss_;
   LogitMatrix& p_;
   const ContrastiveKernels contrastive_;
   const MatmulKernels matmul_;
   const SiglipKernels kernels_;
-  const int64_t needs_;
+  const bool needs_image_, needs_text_, needs_numbers_;
   const double workspace_mib_;
-  std::vector<double> loss_, slope_, of_row_;
+  Tensor image_grad_, transposed_text_grad_;
+  std::vector<double> row_loss_, slope_sum_, row_scale_grad_;
 };
 
-Forward siglip_fwd(const Inputs& x) {
-  SigmoidLoss pairs(x, x.row_weight);
+std::tuple<Tensor, Saved> siglip_fwd(const Inputs& x) {
+  SigmoidLoss loss(x, x.row_weight);
   const bool reduced = x.row_weight.has_value();
-  Siglip pass(pairs, reduced ? x.needs : 0, x.workspace_mib);
-  const Grads grads = pass.run();
-  const Tensor loss = reduced ? new_empty(x.scale, {}) : new_empty(x.scale, {x.image.size(0)});
-  if (reduced)
-    output<float>(loss)[0] = static_cast<float>(pass.loss());
-  else
-    for (int64_t i = 0; i < x.image.size(0); ++i) output<float>(loss)[i] = static_cast<float>(pass.row_loss(i));
-  return {loss, grads};
+  SigmoidPass pass(loss, reduced ? x.needs : 0, x.workspace_mib);
+  const Saved saved = pass.run();
+  const Tensor out = reduced ? new_float32() : new_float32(loss.p.rows);
+  if (reduced) output<float>(out)[0] = static_cast<float>(pass.loss());
+  for (int64_t i = 0; i < (reduced ? 0 : loss.p.rows); ++i)
+    output<float>(out)[i] = static_cast<float>(pass.row_loss(i));
+  return {out, saved};
 }
 
-Grads siglip_bwd(const Tensor& grad, const Inputs& x, const Grads& saved, const Needs& needs) {
-  Grads grads = saved;
-  float upstream = 1;
+Grads siglip_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  Saved grads = saved;
+  float weight = 1;
   if (x.row_weight.has_value()) {
-    upstream = input<float>(torch::stable::contiguous(grad))[0];
+    weight = input<float>(as_contiguous(grad))[0];
   } else {
-    SigmoidLoss pairs(x, grad);
+    SigmoidLoss loss(x, grad);
     const int64_t bits = needs.image * kImage + needs.text * kText + (needs.scale || needs.bias) * kScaleAndBias;
-    grads = Siglip(pairs, bits, x.workspace_mib).run();
+    grads = SigmoidPass(loss, bits, x.workspace_mib).run();
   }
-  const auto times = [upstream](const Tensor& from, const Tensor& like, bool needed) {
-    return needed ? scaled(from, [upstream](int64_t) { return upstream; }, like) : new_empty(like, {0});
+  const auto rows = [&](const Tensor& from, const Tensor& like, bool needed) {
+    return needed ? scaled_rows(from, [&](int64_t) { return weight; }, like) : new_empty(like, {0});
   };
   const auto number = [&](const Tensor& from, bool needed) {
-    Tensor to = new_empty(x.scale, {needed ? 1 : 0});
-    if (needed) output<float>(to)[0] = upstream * input<float>(from)[0];
+    const Tensor to = new_float32(needed ? 1 : 0);
+    if (needed) output<float>(to)[0] = weight * input<float>(from)[0];
     return to;
   };
-  return {times(grads.image, x.image, needs.image), times(grads.text, x.text, needs.text),
-          number(grads.scale, needs.scale), number(grads.bias, needs.bias)};
+  return {rows(grads.image_grad, x.image, needs.image), rows(grads.text_grad, x.text, needs.text),
+          number(grads.scale_grad, needs.scale), number(grads.bias_grad, needs.bias)};
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// The plain softmax losses from embeddings to loss, as softmax_loss.py defines them. With a_i, b_i the gradients
-// of the log-sum-exps n_i, n'_i, the positive's logit has the gradient -a_i - b_i; Gradient makes H from them all.
+// The plain softmax losses from embeddings to loss, as softmax_loss.py defines them. With a_i, b_i the gradients of the
+// log-sum-exps of row i and column i, the positive's logit has the gradient -a_i - b_i; LogitGradients makes H of them.
 
 #include "contrastive/softmax_loss.h"
 #include "contrastive/logit_gradients.h"
@@ -7,7 +7,7 @@
 #include "contrastive/weighted_keys.h"
 #include "core/op.h"
 
-namespace fastloss {
+namespace fastloss::softmax_loss {
 namespace {
 
 using torch::stable::new_empty;
@@ -16,224 +16,207 @@ using torch::stable::new_empty;
 // multiplications; where there are two threads in all, more, since neither product then has threads to synchronise.
 constexpr int64_t kBeside = 1 << 22;
 constexpr int64_t kBesideOfTwo = 1 << 29;
-// "grads": rows of a chunk, at least; MiB of its logits at most, as of their gradient and of its transpose.
+// "grads": the logits of a chunk of rows, and as much for their gradient and for its transpose; but at least so many
+// rows, which fit where save_plan.py chooses "grads" (its LEAST_ROWS), as products of fewer are slow.
+constexpr double kChunkMiB = 16;
 constexpr int64_t kLeastRows = 64;
-constexpr double kChunk = 16;
 
-struct Inputs {
-  Tensor query, key;
-  Given scale, row_weight, targets;
-  double fixed_scale;
-  bool include_positive, symmetric, normalize;
-  std::string reduction;
-  int64_t needs;
-  std::string save;  // "", "row_grads", "grads" or "logits": fastloss/contrastive/save_plan.py
-  int64_t saved_rows;
-  double workspace_mib;
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(scale), f(row_weight), f(targets), f(fixed_scale), f(include_positive), f(symmetric);
-    f(normalize), f(reduction), f(needs), f(save), f(saved_rows), f(workspace_mib);
-  }
-};
-
-struct Saved {
-  Tensor stats, inverse_norms, logits, query_grad, key_grad, scale_grad;
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(inverse_norms), f(logits), f(query_grad), f(key_grad), f(scale_grad);
-  }
-};
-
-struct Forward {
-  Tensor out;
-  Saved saved;
-  template <typename F>
-  void fields(const F& f) {
-    f(out), f(saved);
-  }
-};
-
-struct Needs {
-  bool query, key, scale;
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(scale);
-  }
-};
-
-// The gradients of the log-sum-exps of row i (and column i) for a weight w of loss_i; returns that of the positive.
-float set_slopes(const SoftmaxLoss& call, int64_t i, double w, double forth, double back, Upstream& rows,
-                 Upstream& columns) {
-  float total = 0;
-  const auto set = [&](Upstream& to, double n) {
-    if (n == -std::numeric_limits<double>::infinity()) return;
-    to.grad[0][i] = static_cast<float>(w * call.slope(n, call.positive[i]));
-    to.lse[0][i] = static_cast<float>(n);
-    total -= to.grad[0][i];
+// The gradients of the log-sum-exps of row i (and column i) where loss_i counts `weight`, into `rows` (and `columns`);
+// returns that of the positive.
+float set_upstream(const SoftmaxLoss& loss, int64_t i, double weight, Upstream& rows, Upstream& columns) {
+  float sum = 0;
+  const auto set = [&](Upstream& to, double lse) {
+    if (lse == -std::numeric_limits<double>::infinity()) return;
+    to.grad_lse[0][i] = static_cast<float>(weight * loss.grad_lse(lse, loss.positive[i]));
+    to.lse[0][i] = static_cast<float>(lse);
+    sum -= to.grad_lse[0][i];
   };
-  if (call.p.symmetric) w /= 2;
-  set(rows, forth);
-  if (call.p.symmetric) set(columns, back);
-  return total;
+  if (loss.p.symmetric) weight /= 2;
+  set(rows, loss.row_lse[i]);
+  if (loss.p.symmetric) set(columns, loss.column_lse[i]);
+  return sum;
+}
+
+// H of rows begin .. begin + count, whose log-sum-exps are there, where loss_i counts weight[i].
+LogitGradients logit_gradients(const SoftmaxLoss& loss, int64_t begin, int64_t count,
+                               const std::vector<float>& weight) {
+  const int64_t rows = loss.p.rows;
+  Upstream of_rows(rows), of_columns(loss.p.symmetric ? rows : 0);
+  std::vector<float> positive_grads(rows, 0.0f);
+  for (int64_t i = begin; i < begin + count; ++i)
+    positive_grads[i] = set_upstream(loss, i, weight[i], of_rows, of_columns);
+  return LogitGradients(loss.p, std::move(of_rows), std::move(of_columns), std::move(positive_grads));
+}
+
+void write_scale_grads(const SoftmaxLoss& loss, const LogitGradients& gradients, int64_t begin, int64_t count,
+                       Grads& grads) {
+  for (int64_t i = begin; i < begin + count; ++i)
+    output<float>(grads.scale)[i] =
+        static_cast<float>(gradients.row_scale_grad(i) * loss.query_inverse_norm[i] * loss.fixed_scale);
+}
+
+// The log-sum-exps of `stats` [directions, 2, M] for rows begin .. begin + count.
+void take_lse(SoftmaxLoss& loss, const std::vector<float>& stats, int64_t begin, int64_t count) {
+  std::copy_n(stats.begin() + begin, count, loss.row_lse.begin() + begin);
+  if (loss.p.symmetric) std::copy_n(stats.begin() + 2 * loss.p.rows + begin, count, loss.column_lse.begin() + begin);
 }
 
 // "grads": losses and gradients in one go, a chunk of rows and all their columns at a time. With two directions the
 // gradients need the columns' log-sum-exps, hence all rows: then these are one chunk.
-void grads_pass(SoftmaxLoss& call, double workspace_mib, float* stats, LossGrads& grads) {
-  LogitMatrix& p = call.p;
+void make_grads(SoftmaxLoss& loss, double workspace_mib, std::vector<float>& stats, Grads& grads) {
+  LogitMatrix& p = loss.p;
   if (p.empty()) {
     torch::stable::zero_(grads.key);
     return;
   }
-  Statistics forward(p, stats);
+  Statistics statistics(p, stats.data());
   const double row_mib = static_cast<double>(p.columns * 4) / kMiB;
   const int64_t fit =
-      std::max(static_cast<int64_t>(std::min(kChunk, workspace_mib / 3) / row_mib), std::min(p.rows, kLeastRows));
-  const int64_t height = p.symmetric ? p.rows : std::min(p.rows, fit > kRows ? fit / kRows * kRows : fit);
-  const bool of_keys = grads.key.numel() > 0;
-  const Tensor block = floats({height, p.columns}), turned = floats({of_keys ? p.columns : 0, height});
-  std::optional<Tensor> below;
-  for_pieces(p.rows, height, [&](int64_t begin, int64_t m) {
-    const Tensor raw = p.raw(begin, m, 0, p.columns);
-    forward.start(begin, m);
-    forward.chunk(raw, 0, p.columns);
-    forward.finish_rows();
-    forward.finish_columns();
-    Upstream rows(p.rows), columns(p.symmetric ? p.rows : 0);
-    std::vector<float> positives(p.rows);
-    for (int64_t i = begin; i < begin + m; ++i)
-      positives[i] =
-          set_slopes(call, i, call.row_weight[i], stats[i], p.symmetric ? stats[2 * p.rows + i] : 0, rows, columns);
-    Gradient gradient(p, std::move(rows), std::move(columns), std::move(positives));
-    const Panels h(block, m, p.columns), back(turned, p.columns, m);
-    gradient.chunk(raw, begin, 0, h, 0, 0, of_keys ? &back : nullptr);
+      std::max(static_cast<int64_t>(std::min(kChunkMiB, workspace_mib / 3) / row_mib), std::min(p.rows, kLeastRows));
+  const int64_t chunk_rows =
+      p.symmetric ? p.rows : std::min(p.rows, fit > kTileRows ? fit / kTileRows * kTileRows : fit);
+  const bool needs_query = grads.query.numel() > 0, needs_key = grads.key.numel() > 0;
+  const Tensor memory = new_float32({chunk_rows, p.columns});
+  const Tensor transposed_memory = new_float32({needs_key ? p.columns : 0, chunk_rows});
+  std::optional<Tensor> key_grad;  // sum over the rows so far
+  for_pieces(p.rows, chunk_rows, [&](int64_t begin, int64_t m) {
+    const Tensor raw = p.products(begin, m, 0, p.columns);
+    statistics.start_rows(begin, m);
+    statistics.add_block(raw, 0, p.columns);
+    statistics.finish_rows();
+    statistics.finish_columns();
+    take_lse(loss, stats, begin, m);
+    LogitGradients gradients = logit_gradients(loss, begin, m, loss.row_weight);
+    const Panels h(memory, m, p.columns), h_transposed(transposed_memory, p.columns, m);
+    gradients.add_block(raw, begin, 0, {h, 0, 0, needs_key ? &h_transposed : nullptr});
     // Two small products start sooner side by side than each on all threads.
-    const int64_t multiplications = p.rows * p.columns * p.width;
+    const int64_t multiplications = p.rows * p.columns * p.dim;
     const bool apart = multiplications > (torch::stable::get_num_threads() == 2 ? kBesideOfTwo : kBeside);
     for_each(
         2,
         [&](int64_t side) {
-          if (side == 0 && grads.query.numel() > 0) call.queries().put(begin, product(h, flipped(p.keys)), grads.query);
-          if (side == 1 && of_keys) below = product(back, flipped(slice(p.queries, 0, begin, m)), below);
+          if (side == 0 && needs_query)
+            loss.queries().write_grad(begin, product(h, transposed(p.key_factor)), grads.query);
+          if (side == 1 && needs_key)
+            key_grad = product(h_transposed, transposed(slice(p.query_factor, 0, begin, m)), key_grad);
         },
         apart ? 2 : 1);
-    for (int64_t i = begin; i < begin + (grads.scale.numel() > 0 ? m : 0); ++i)
-      output<float>(grads.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.fixed_scale);
+    write_scale_grads(loss, gradients, begin, grads.scale.numel() > 0 ? m : 0, grads);
   });
-  if (of_keys) call.keys().put(0, *below, grads.key);
+  if (needs_key) loss.keys().write_grad(0, *key_grad, grads.key);
 }
 
-// The statistics and inverse norms that the backward of "logits" starts from.
-void save_statistics(const SoftmaxLoss& call, Saved& saved) {
-  const LogitMatrix& p = call.p;
-  saved.stats = floats({2 + p.symmetric, p.rows});
-  float* to = std::copy_n(call.positive.begin(), p.rows, output<float>(saved.stats));
-  std::copy(call.back.begin(), call.back.end(), std::copy_n(call.lse.begin(), p.rows, to));
-  if (!call.normalize) return;
-  saved.inverse_norms = vector(p.rows + p.columns);
-  to = std::copy_n(call.c.begin(), p.rows, output<float>(saved.inverse_norms));
-  std::copy_n(call.key_c.begin(), p.columns, to);
+// What the backward of "logits" needs beside the logits: positives and log-sum-exps, and the inverse norms.
+void save_rows(const SoftmaxLoss& loss, Saved& saved) {
+  const LogitMatrix& p = loss.p;
+  saved.stats = new_float32({2 + p.symmetric, p.rows});
+  float* to = std::copy_n(loss.positive.begin(), p.rows, output<float>(saved.stats));
+  std::copy(loss.column_lse.begin(), loss.column_lse.end(), std::copy_n(loss.row_lse.begin(), p.rows, to));
+  if (!loss.normalize) return;
+  saved.inverse_norms = new_float32(p.rows + p.columns);
+  to = std::copy_n(loss.query_inverse_norm.begin(), p.rows, output<float>(saved.inverse_norms));
+  std::copy_n(loss.key_inverse_norm.begin(), p.columns, to);
 }
-
-void load_statistics(const Saved& saved, SoftmaxLoss& call) {
-  const int64_t rows = call.p.rows;
+void load_rows(const Saved& saved, SoftmaxLoss& loss) {
+  const LogitMatrix& p = loss.p;
+  STD_TORCH_CHECK(saved.stats.numel() == (2 + p.symmetric) * p.rows, kOp, ": stats: expected what the forward saved");
   const float* from = input<float>(saved.stats);
-  std::copy_n(from, rows, call.positive.begin());
-  std::copy_n(from + rows, rows, call.lse.begin());
-  if (call.p.symmetric) std::copy_n(from + 2 * rows, rows, call.back.begin());
-  if (call.normalize) {
-    std::copy_n(input<float>(saved.inverse_norms), rows, call.c.begin());
-    std::copy_n(input<float>(saved.inverse_norms) + rows, call.p.columns, call.key_c.begin());
+  std::copy_n(from, p.rows, loss.positive.begin());
+  std::copy_n(from + p.rows, p.rows, loss.row_lse.begin());
+  if (p.symmetric) std::copy_n(from + 2 * p.rows, p.rows, loss.column_lse.begin());
+  if (loss.normalize) {
+    STD_TORCH_CHECK(saved.inverse_norms.numel() == p.rows + p.columns, kOp,
+                    ": inverse_norms: expected what the forward saved");
+    std::copy_n(input<float>(saved.inverse_norms), p.rows, loss.query_inverse_norm.begin());
+    std::copy_n(input<float>(saved.inverse_norms) + p.rows, p.columns, loss.key_inverse_norm.begin());
   }
-  call.set_scales();
+  loss.set_scales();
 }
 
-Forward softmax_loss_fwd(const Inputs& x) {
-  const bool row_grads = x.save == "row_grads", of_out = x.save == "grads", logits = x.save == "logits";
-  STD_TORCH_CHECK(row_grads || of_out || logits || x.save.empty(), "softmax_loss: the C++ kernels know no save ",
-                  x.save);
-  SoftmaxLoss call(x, x.targets, x.symmetric);
-  LogitMatrix& p = call.p;
-  call.measure();
-  const auto rows_of = [&](int64_t count, int64_t bit) { return (row_grads || of_out) && x.needs & bit ? count : 0; };
-  LossGrads grads{floats({rows_of(p.rows, kQuery), p.width}), floats({rows_of(p.columns, kKey), p.width}),
-                  vector(rows_of(p.rows, kScale))};
+std::tuple<Tensor, Saved> softmax_loss_fwd(const Inputs& x) {
+  const Save save = x.saves();
+  SoftmaxLoss loss(kOp, x);
+  LogitMatrix& p = loss.p;
+  STD_TORCH_CHECK(x.saved_rows >= 0 && x.saved_rows <= (save == Save::kLogits ? p.rows : 0), kOp,
+                  ": saved_rows: expected 0, or at most as many as queries with save=\"logits\"");
+  STD_TORCH_CHECK(save != Save::kRowGrads || (!p.symmetric && !(x.needs & kKey)), kOp,
+                  ": save: \"row_grads\" are of one direction, without the gradient of key");
+  loss.measure();
+  const int64_t needs = save == Save::kRowGrads || save == Save::kGrads ? x.needs : 0;
+  Grads grads{new_float32({needs & kQuery ? p.rows : 0, p.dim}), new_float32({needs & kKey ? p.columns : 0, p.dim}),
+              new_float32(needs & kScale ? p.rows : 0)};
+  std::optional<Tensor> logits;
   std::vector<float> stats(p.directions() * 2 * p.rows);
-  Tensor saved_logits = floats({x.saved_rows, p.columns});
-  if (row_grads) {
-    Tensor weighted_keys = floats({p.rows, p.width});
+  if (save == Save::kRowGrads) {
+    Tensor weighted_keys = new_float32({p.rows, p.dim});
     make_weighted_keys(p, x.workspace_mib, stats.data(), weighted_keys);
-    rows_pass(call, stats.data(), weighted_keys, grads);
-  } else if (of_out) {
-    grads_pass(call, x.workspace_mib, stats.data(), grads);
+    make_row_grads(loss, stats.data(), weighted_keys, grads);
+  } else if (save == Save::kGrads) {
+    make_grads(loss, x.workspace_mib, stats, grads);
   } else {
-    const auto kept = make_statistics(p, x.workspace_mib, p.empty() ? 0 : x.saved_rows, stats.data());
-    if (kept.has_value()) saved_logits = *kept;
+    logits = make_statistics(p, x.workspace_mib, p.empty() ? 0 : x.saved_rows, stats.data());
   }
-  std::copy_n(stats.begin(), p.rows, call.lse.begin());
-  if (x.symmetric) std::copy_n(stats.begin() + 2 * p.rows, p.rows, call.back.begin());
-  Saved saved{floats({0, p.rows}), vector(0), saved_logits, grads.query, grads.key, grads.scale};
-  if (logits) save_statistics(call, saved);
-  return {losses(call, x.reduction), saved};
+  take_lse(loss, stats, 0, p.rows);
+  Saved saved{new_float32({0, p.rows}),
+              new_float32(0),
+              logits.has_value() ? *logits : new_float32({x.saved_rows, p.columns}),
+              grads.query,
+              grads.key,
+              grads.scale};
+  if (save == Save::kLogits) save_rows(loss, saved);
+  return {loss.result(), saved};
 }
 
-// Both directions' gradients of the log-sum-exps, of the positives, and so those of the embeddings.
-LossGrads from_statistics(SoftmaxLoss& call, const Inputs& x, const Tensor& logits, const std::vector<float>& upstream,
-                          const Needs& needs) {
-  LogitMatrix& p = call.p;
-  Upstream forth(p.rows), back(p.symmetric ? p.rows : 0);
-  std::vector<float> positives(p.rows, 0.0f);
-  for (int64_t i = 0; i < p.rows; ++i)
-    positives[i] = set_slopes(call, i, upstream[i], call.lse[i], p.symmetric ? call.back[i] : 0, forth, back);
-  Gradient gradient(p, std::move(forth), std::move(back), std::move(positives));
-  LossGrads grads{new_empty(x.query, {needs.query ? p.rows : 0, p.width}),
-                  new_empty(x.key, {needs.key ? p.columns : 0, p.width}), vector(p.rows)};
+// The gradients where loss_i counts weight[i]; of the scale row by row.
+Grads grads_of_logits(SoftmaxLoss& loss, const Inputs& x, const Tensor& saved_logits, const std::vector<float>& weight,
+                      const Needs& needs) {
+  LogitMatrix& p = loss.p;
+  LogitGradients gradients = logit_gradients(loss, 0, p.rows, weight);
+  Grads grads{new_empty(x.query, {needs.query ? p.rows : 0, p.dim}),
+              new_empty(x.key, {needs.key ? p.columns : 0, p.dim}), new_float32(p.rows)};
   if (p.empty())
     torch::stable::zero_(grads.key);
   else
-    make_gradients(
-        gradient, p, logits, x.workspace_mib, needs.query, needs.key,
-        [&](int64_t begin, const Tensor& v) { call.queries().put(begin, v, grads.query); },
-        [&](int64_t first, const Tensor& u) { call.keys().put(first, u, grads.key); });
-  for (int64_t i = 0; i < p.rows; ++i)
-    output<float>(grads.scale)[i] = static_cast<float>(gradient.of_row_scale(i) * call.c[i] * call.fixed_scale);
+    make_embedding_grads(
+        gradients, p, saved_logits, x.workspace_mib, {needs.query, needs.key},
+        [&](int64_t begin, const Tensor& v) { loss.queries().write_grad(begin, v, grads.query); },
+        [&](int64_t first, const Tensor& v) { loss.keys().write_grad(first, v, grads.key); });
+  write_scale_grads(loss, gradients, 0, p.rows, grads);
   return grads;
 }
 
-LossGrads softmax_loss_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
-  SoftmaxLoss call(x, x.targets, x.symmetric);
-  const LogitMatrix& p = call.p;
-  const Tensor up = torch::stable::contiguous(grad);
-  std::vector<float> upstream(p.rows);
+Grads softmax_loss_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  const Save save = x.saves();
+  STD_TORCH_CHECK(save != Save::kNothing, kOp, ": save: the forward was told to save nothing for a gradient");
+  SoftmaxLoss loss(kOp, x);
+  const LogitMatrix& p = loss.p;
+  const Tensor up = as_contiguous(grad);
+  std::vector<float> weight(p.rows);  // of what was saved of row i: of loss_i, or of row i of the result's gradient
   for (int64_t i = 0; i < p.rows; ++i) {
-    const float g = input<float>(up)[x.reduction == "none" ? i : 0];
-    upstream[i] = x.save == "grads" ? g : g * call.row_weight[i];
+    const float g = input<float>(up)[loss.unreduced ? i : 0];
+    weight[i] = save == Save::kGrads ? g : g * loss.row_weight[i];
   }
-  LossGrads grads{new_empty(x.query, {0}), new_empty(x.key, {0}), saved.scale_grad};
-  if (x.save != "logits") {
-    STD_TORCH_CHECK(!x.save.empty(), "softmax_loss: the forward saved nothing for a backward");
-    if (needs.query) grads.query = scaled(saved.query_grad, [&](int64_t i) { return upstream[i]; }, x.query);
-    if (needs.key) grads.key = scaled(saved.key_grad, [g = input<float>(up)[0]](int64_t) { return g; }, x.key);
+  Grads grads{new_empty(x.query, {0}), new_empty(x.key, {0}), saved.scale_grad};
+  if (save == Save::kLogits) {
+    load_rows(saved, loss);
+    grads = grads_of_logits(loss, x, saved.logits, weight, needs);
+    weight.assign(p.rows, 1.0f);
   } else {
-    load_statistics(saved, call);
-    grads = from_statistics(call, x, saved.logits, upstream, needs);
-    upstream.assign(p.rows, 1.0f);
+    if (needs.query) grads.query = scaled_rows(saved.query_grad, [&](int64_t i) { return weight[i]; }, x.query);
+    if (needs.key) grads.key = scaled_rows(saved.key_grad, [g = input<float>(up)[0]](int64_t) { return g; }, x.key);
   }
   if (!needs.query) grads.query = new_empty(x.query, {0});
   if (!needs.key) grads.key = new_empty(x.key, {0});
-  if (!needs.scale || !x.scale.has_value()) return {grads.query, grads.key, vector(0)};
-  double total = 0;
-  for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(grads.scale)[i];
-  Tensor of_scale = empty_like(*x.scale, ScalarType::Float);
-  output<float>(of_scale)[0] = static_cast<float>(total);
-  return {grads.query, grads.key, of_scale};
+  const bool needs_scale = needs.scale && x.scale.has_value();
+  grads.scale =
+      needs_scale ? sum_of_scale_grads(grads.scale, [&](int64_t i) { return weight[i]; }, *x.scale) : new_float32(0);
+  return grads;
 }
 
 }  // namespace
-}  // namespace fastloss
+}  // namespace fastloss::softmax_loss
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("softmax_loss_fwd", FASTLOSS_BOX(&fastloss::softmax_loss_fwd));
-  m.impl("softmax_loss_bwd", FASTLOSS_BOX(&fastloss::softmax_loss_bwd));
+  m.impl("softmax_loss_fwd", FASTLOSS_BOX(&fastloss::softmax_loss::softmax_loss_fwd));
+  m.impl("softmax_loss_bwd", FASTLOSS_BOX(&fastloss::softmax_loss::softmax_loss_bwd));
 }

@@ -1,6 +1,6 @@
-// The plain loss whose negatives are each row's own, from embeddings to loss, as softmax_loss_per_query.py defines it:
-// the negatives' statistics and gradient are those of softmax_stats_per_query.cpp, what is one vector per row those of
-// the plain op.
+// The plain loss whose negatives are each query's own, from embeddings to loss, as softmax_loss_per_query.py defines
+// it: the negatives' statistics and gradient are those of softmax_stats_per_query.cpp, what is one vector per row that
+// of the plain loss.
 
 #include "contrastive/softmax_loss.h"
 #include "contrastive/softmax_stats_per_query.h"
@@ -10,121 +10,128 @@ namespace fastloss {
 namespace {
 
 using torch::stable::new_empty;
+namespace stats_op = softmax_stats_per_query;
 
-constexpr int64_t kRowStats = 4;  // n_i, the largest logit, p_i, r_i
+constexpr char kOp[] = "softmax_loss_per_query";
+constexpr int64_t kSavedStats = 4;  // numbers per row: n_i, the largest logit, p_i, r_i
 
 struct Inputs {
   Tensor query, key, negatives;
-  Given scale, row_weight;
+  OptionalTensor scale, row_weight;
   double fixed_scale;
   bool include_positive, normalize;
   std::string reduction;
   int64_t needs;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(negatives), f(scale), f(row_weight), f(fixed_scale), f(include_positive), f(normalize);
     f(reduction), f(needs);
   }
 };
-
 struct Saved {
   Tensor stats, logits, inverse_norms, query_grad, key_grad, scale_grad;
+
   template <typename F>
   void fields(const F& f) {
     f(stats), f(logits), f(inverse_norms), f(query_grad), f(key_grad), f(scale_grad);
   }
 };
-
-struct Forward {
-  Tensor out;
-  Saved saved;
-  template <typename F>
-  void fields(const F& f) {
-    f(out), f(saved);
-  }
-};
-
 struct Grads {
   Tensor query, key, negatives, scale;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(negatives), f(scale);
   }
 };
-
 struct Needs {
   bool query, key, negatives, scale;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(negatives), f(scale);
   }
 };
 
-Forward softmax_loss_per_query_fwd(const Inputs& x) {
-  SoftmaxLoss call(x, std::nullopt, false);
-  const LogitMatrix& p = call.p;
-  STD_TORCH_CHECK(p.rows == p.columns, "softmax_loss_per_query: expected as many keys as queries");
-  call.measure();
-  const Tensor row_scale = vector(p.rows);
-  std::copy_n(p.row_scale.begin(), p.rows, output<float>(row_scale));
-  const bool logits = x.needs & kNegatives;
-  const std::string save = logits ? "logits" : x.needs != 0 ? "weighted_keys" : "";
-  const auto of_negatives =
-      StatsPerQuery::forward({p.query, x.negatives, row_scale, std::nullopt, x.normalize, false, 0, save});
-  const float* n = input<float>(of_negatives.stats);
-  LossGrads grads{floats({x.needs & kQuery ? p.rows : 0, p.width}), floats({x.needs & kKey ? p.rows : 0, p.width}),
-                  vector(x.needs & kScale ? p.rows : 0)};
-  if (x.needs & (kQuery | kKey | kScale)) {
-    Tensor weighted_keys = view_of(of_negatives.weighted_keys, {p.rows, p.width}, {p.width, 1}, 0);
-    rows_pass(call, n, weighted_keys, grads);
-  }
-  std::copy_n(n, p.rows, call.lse.begin());
-  const Tensor stats = floats({kRowStats, logits ? p.rows : 0});
-  if (logits) {
-    float* to = std::copy_n(n, 2 * p.rows, output<float>(stats));
-    std::copy_n(p.row_scale.begin(), p.rows, std::copy_n(call.positive.begin(), p.rows, to));
-  }
-  return {losses(call, x.reduction),
-          {stats, of_negatives.logits, of_negatives.inverse_norms, grads.query, grads.key, grads.scale}};
+// What does not concern the negatives: the positives, each in the place of the diagonal.
+SoftmaxLoss loss_of(const Inputs& x) {
+  softmax_loss::Inputs positives;
+  positives.query = x.query;
+  positives.key = x.key;
+  positives.scale = x.scale;
+  positives.row_weight = x.row_weight;
+  positives.fixed_scale = x.fixed_scale;
+  positives.include_positive = x.include_positive;
+  positives.normalize = x.normalize;
+  positives.reduction = x.reduction;
+  SoftmaxLoss loss(kOp, positives);
+  STD_TORCH_CHECK(loss.p.rows == loss.p.columns, kOp, ": key: expected as many as queries");
+  return loss;
 }
 
-// The gradient of the negatives; `upstream` is that of loss_i.
-Tensor negatives_grad(const SoftmaxLoss& call, const Inputs& x, const Saved& saved,
-                      const std::vector<float>& upstream) {
-  const LogitMatrix& p = call.p;
-  const Tensor grad = floats({2, p.rows}), row_scale = vector(p.rows);  // of n_i and of the largest logit: 0
-  const float *n = input<float>(saved.stats), *positive = n + 2 * p.rows;
-  std::copy_n(positive + p.rows, p.rows, output<float>(row_scale));
-  for (int64_t i = 0; i < p.rows; ++i) {
-    const double slope = call.row_weight[i] == 0 ? 0 : call.slope(n[i], positive[i]);
-    output<float>(grad)[i] = static_cast<float>(upstream[i] * slope);
-    output<float>(grad)[p.rows + i] = 0;
+// The op of the negatives' statistics, whose row scales are r_i.
+stats_op::Inputs stats_inputs(const Inputs& x, const SoftmaxLoss& loss, const float* row_scale, const char* save) {
+  const Tensor scales = new_float32(loss.p.rows);
+  std::copy_n(row_scale, loss.p.rows, output<float>(scales));
+  return {loss.p.query, x.negatives, scales, std::nullopt, x.normalize, false, 0, save};
+}
+
+std::tuple<Tensor, Saved> softmax_loss_per_query_fwd(const Inputs& x) {
+  SoftmaxLoss loss = loss_of(x);
+  const LogitMatrix& p = loss.p;
+  loss.measure();
+  const bool saves_logits = x.needs & kNegatives;
+  const char* save = saves_logits ? "logits" : x.needs != 0 ? "weighted_keys" : "";
+  const stats_op::Saved found = stats_op::softmax_stats_per_query_fwd(stats_inputs(x, loss, p.row_scale.data(), save));
+  const float* lse = input<float>(found.stats);
+  softmax_loss::Grads grads{new_float32({x.needs & kQuery ? p.rows : 0, p.dim}),
+                            new_float32({x.needs & kKey ? p.rows : 0, p.dim}),
+                            new_float32(x.needs & kScale ? p.rows : 0)};
+  if (x.needs & (kQuery | kKey | kScale)) {
+    Tensor weighted_keys = view_of(found.weighted_keys, {p.rows, p.dim}, {p.dim, 1}, 0);
+    make_row_grads(loss, lse, weighted_keys, grads);
   }
-  const StatsPerQuery::Inputs of_negatives{p.query,     x.negatives, row_scale, std::nullopt,
-                                           x.normalize, false,       0,         "logits"};
-  return StatsPerQuery::backward(grad, of_negatives, {saved.stats, vector(0), saved.logits, saved.inverse_norms},
-                                 {.query = false, .negatives = true, .row_scale = false})
+  std::copy_n(lse, p.rows, loss.row_lse.begin());
+  const Tensor stats = new_float32({kSavedStats, saves_logits ? p.rows : 0});
+  if (saves_logits) {
+    float* to = std::copy_n(lse, 2 * p.rows, output<float>(stats));
+    std::copy_n(p.row_scale.begin(), p.rows, std::copy_n(loss.positive.begin(), p.rows, to));
+  }
+  return {loss.result(), Saved{stats, found.logits, found.inverse_norms, grads.query, grads.key, grads.scale}};
+}
+
+// The gradient of the negatives where loss_i counts weight[i]; rows of weight 0 get none.
+Tensor negatives_grad(const Inputs& x, const SoftmaxLoss& loss, const Saved& saved, const std::vector<float>& weight) {
+  const int64_t rows = loss.p.rows;
+  const Tensor grad_stats = new_float32({2, rows});
+  const float *lse = input<float>(saved.stats), *positive = lse + 2 * rows, *row_scale = positive + rows;
+  for (int64_t i = 0; i < rows; ++i) {
+    const double grad_lse = loss.row_weight[i] == 0 ? 0 : loss.grad_lse(lse[i], positive[i]);
+    output<float>(grad_stats)[i] = static_cast<float>(weight[i] * grad_lse);
+    output<float>(grad_stats)[rows + i] = 0;  // of the largest logit
+  }
+  const stats_op::Saved of_stats{saved.stats, new_float32(0), saved.logits, saved.inverse_norms};
+  return stats_op::softmax_stats_per_query_bwd(grad_stats, stats_inputs(x, loss, row_scale, "logits"), of_stats,
+                                               {false, true, false})
       .negatives;
 }
 
 Grads softmax_loss_per_query_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
-  SoftmaxLoss call(x, std::nullopt, false);
-  const LogitMatrix& p = call.p;
-  const Tensor up = torch::stable::contiguous(grad);
-  std::vector<float> upstream(p.rows);  // of loss_i
-  for (int64_t i = 0; i < p.rows; ++i)
-    upstream[i] = call.row_weight[i] == 0 ? 0 : input<float>(up)[x.reduction == "none" ? i : 0] * call.row_weight[i];
-  const auto of_row = [&](int64_t i) { return upstream[i]; };
-  Grads grads{needs.query ? scaled(saved.query_grad, of_row, x.query) : new_empty(x.query, {0}),
-              needs.key ? scaled(saved.key_grad, of_row, x.key) : new_empty(x.key, {0}),
-              needs.negatives ? negatives_grad(call, x, saved, upstream) : new_empty(x.negatives, {0}), vector(0)};
-  if (needs.scale && x.scale.has_value()) {
-    double total = 0;
-    for (int64_t i = 0; i < p.rows; ++i) total += static_cast<double>(upstream[i]) * input<float>(saved.scale_grad)[i];
-    grads.scale = empty_like(*x.scale, ScalarType::Float);
-    output<float>(grads.scale)[0] = static_cast<float>(total);
-  }
-  return grads;
+  const SoftmaxLoss loss = loss_of(x);
+  const int64_t rows = loss.p.rows;
+  STD_TORCH_CHECK(!needs.negatives || saved.stats.numel() == kSavedStats * rows, kOp,
+                  ": needs: the forward was not told that negatives need a gradient");
+  const Tensor up = as_contiguous(grad);
+  std::vector<float> weight(rows);  // of loss_i
+  for (int64_t i = 0; i < rows; ++i)
+    weight[i] = loss.row_weight[i] == 0 ? 0 : input<float>(up)[loss.unreduced ? i : 0] * loss.row_weight[i];
+  const auto weight_of = [&](int64_t i) { return weight[i]; };
+  return {
+      needs.query ? scaled_rows(saved.query_grad, weight_of, x.query) : new_empty(x.query, {0}),
+      needs.key ? scaled_rows(saved.key_grad, weight_of, x.key) : new_empty(x.key, {0}),
+      needs.negatives ? negatives_grad(x, loss, saved, weight) : new_empty(x.negatives, {0}),
+      needs.scale && x.scale.has_value() ? sum_of_scale_grads(saved.scale_grad, weight_of, *x.scale) : new_float32(0)};
 }
 
 }  // namespace

@@ -1,150 +1,166 @@
-// Statistics of the logits of softmax contrastive losses. Logits exist one chunk at a time (or, where they are
-// few, all are kept): a library's matrix product writes them, one pass over tiles reads them. The backward: gradients
-// of the embeddings, their scales and biases.
+// Statistics of the logits of softmax contrastive losses, as softmax_stats.py defines them, and the gradients of
+// embeddings, scales and biases. Logits exist one block at a time, or all of them where they are saved: a library's
+// matrix product writes them, one pass over tiles reads them.
 
 #include "contrastive/logit_gradients.h"
 #include "contrastive/online_softmax.h"
+#include "contrastive/save.h"
 #include "contrastive/weighted_keys.h"
 #include "core/op.h"
 
 namespace fastloss {
 namespace {
 
+constexpr char kOp[] = "softmax_stats";
+
 struct Inputs {
   Tensor query, key, row_scale;
-  Given column_scale, bias, targets, row_ids, column_ids, ceiling;
+  OptionalTensor column_scale, bias, targets, row_ids, column_ids, ceiling;
   Form form;
   double hardness, workspace_mib;
   std::string save;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(row_scale), f(column_scale), f(bias), f(targets), f(row_ids), f(column_ids), f(ceiling);
     f(form), f(hardness), f(workspace_mib), f(save);
   }
+  Save saves() const { return save_of(kOp, save, {Save::kNothing, Save::kWeightedKeys, Save::kLogits}); }
 };
-
 struct Saved {
   Tensor stats, logits, weighted_keys;
+
   template <typename F>
   void fields(const F& f) {
     f(stats), f(logits), f(weighted_keys);
   }
 };
-
 struct Grads {
   Tensor query, key, row_scale, column_scale, bias;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(row_scale), f(column_scale), f(bias);
   }
 };
-
 struct Needs {
   bool query, key, row_scale, column_scale, bias;
+
   template <typename F>
   void fields(const F& f) {
     f(query), f(key), f(row_scale), f(column_scale), f(bias);
   }
 };
 
-LogitMatrix matrix_of(const Inputs& x) {
-  LogitMatrix p(x.query, x.key, x.form, x.hardness);
-  p.scales(x.row_scale, x.column_scale, x.bias);
-  p.masks(x.targets, x.row_ids, x.column_ids, x.ceiling);
+LogitMatrix logit_matrix(const Inputs& x) {
+  LogitMatrix p(kOp, x.query, x.key, x.form, x.hardness);
+  p.set_scales(x.row_scale, x.column_scale, x.bias);
+  p.set_targets(x.targets);
+  p.set_ids(x.row_ids, x.column_ids);
+  p.set_ceiling(x.ceiling);
   return p;
 }
 
 Saved softmax_stats_fwd(const Inputs& x) {
-  STD_TORCH_CHECK(x.save.empty() || x.save == "weighted_keys" || x.save == "logits",
-                  "softmax_stats: the C++ kernels know no save ", x.save);
-  LogitMatrix p = matrix_of(x);
-  const auto empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(x.row_scale, shape); };
-  const bool sums = x.save == "weighted_keys", logits = x.save == "logits";
-  Saved saved{empty({p.directions(), p.statistics(), p.rows}), empty({0}),
-              empty({sums ? p.sums() : 0, p.rows, p.width})};
-  if (sums) {
+  const Save save = x.saves();
+  LogitMatrix p = logit_matrix(x);
+  const auto new_empty = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(x.row_scale, shape); };
+  Saved saved{new_empty({p.directions(), p.stats_count(), p.rows}), new_float32(0),
+              new_empty({save == Save::kWeightedKeys ? p.sums_count() : 0, p.rows, p.dim})};
+  if (save == Save::kWeightedKeys) {
+    STD_TORCH_CHECK(!p.symmetric, kOp, ": save: \"weighted_keys\" are for one direction");
     make_weighted_keys(p, x.workspace_mib, output<float>(saved.stats), saved.weighted_keys);
     return saved;
   }
-  const auto kept = make_statistics(p, x.workspace_mib, logits ? p.rows : 0, output<float>(saved.stats));
-  if (logits) saved.logits = kept.has_value() ? *kept : empty({p.rows, p.columns});
+  const bool saves_logits = save == Save::kLogits;
+  const auto logits = make_statistics(p, x.workspace_mib, saves_logits ? p.rows : 0, output<float>(saved.stats));
+  if (saves_logits) saved.logits = logits.has_value() ? *logits : new_float32({p.rows, p.columns});
   return saved;
 }
 
-// Adds h + hardness (h + g): h is the weighted key at 1 + hardness times its upstream gradient, g the one at hardness.
-// h and g nearly cancel, so they are added before they are multiplied by the hardness.
-void add_hard(int64_t width, float hardness, const HardGrads<float>& grads,
-              const HardGrads<const float*>& weighted_keys, float* to) {
-  for (int64_t d = 0; d < width; ++d) {
-    const float h = grads.harder * weighted_keys.harder[d];
-    to[d] += h + hardness * (h + grads.hard * weighted_keys.hard[d]);
+// Adds h + hardness (h + g) to `to`, where h and g are the weighted keys of the log-sum-exps at 1 + hardness and at
+// hardness, each times its gradient. h and g nearly cancel, so they are added before they are multiplied by hardness.
+void add_hardness(int64_t dim, float hardness, const HardnessGrads<float>& grads,
+                  const HardnessGrads<const float*>& weighted_keys, float* to) {
+  for (int64_t d = 0; d < dim; ++d) {
+    const float h = grads.lse_1p_beta * weighted_keys.lse_1p_beta[d];
+    to[d] += h + hardness * (h + grads.lse_beta * weighted_keys.lse_beta[d]);
   }
 }
 
-// The gradients of queries and their scales (empty: not needed) from what the forward has made.
-void from_weighted_keys(const LogitMatrix& p, const Upstream& upstream, const Tensor& weighted_keys, Tensor& query_grad,
-                        Tensor& scale_grad) {
-  const int64_t factors = static_cast<int64_t>(p.factors.size());
-  const float* from = input<float>(weighted_keys);
-  for_dtype(query_grad.scalar_type(), "softmax_stats", [&](auto element) {
+// Writes the gradients of queries and their scales (empty: not needed) from the weighted keys of the forward.
+void grads_of_weighted_keys(const LogitMatrix& p, const Upstream& up, const Tensor& weighted_keys, Grads& grads) {
+  const int64_t powers = static_cast<int64_t>(p.powers.size());
+  const float* sums = input<float>(weighted_keys);
+  for_dtype(grads.query.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
-    T* to = query_grad.numel() > 0 ? output<T>(query_grad) : nullptr;
-    for_each(blocks_of(p.rows, kRows), [&](int64_t block) {
-      std::vector<float> t(p.width);
-      for (int64_t i = block * kRows; i < std::min((block + 1) * kRows, p.rows); ++i) {
+    T* to = grads.query.numel() > 0 ? output<T>(grads.query) : nullptr;
+    for_each(blocks_of(p.rows, kTileRows), [&](int64_t block) {
+      std::vector<float> t(p.dim);  // the gradient of row_scale_i query_i
+      for (int64_t i = block * kTileRows; i < std::min((block + 1) * kTileRows, p.rows); ++i) {
         std::fill(t.begin(), t.end(), 0.0f);
-        const auto sum = [&](int64_t a) { return from + (a * p.rows + i) * p.width; };
+        const auto of_sum = [&](int64_t a) { return sums + (a * p.rows + i) * p.dim; };
         const auto add = [&](float weight, const float* more) {
-          for (int64_t d = 0; d < p.width; ++d) t[d] += weight * more[d];
+          for (int64_t d = 0; d < p.dim; ++d) t[d] += weight * more[d];
         };
-        add(upstream.grad[0][i], sum(0));
-        if (p.hard())
-          add_hard(p.width, p.hardness(), {upstream.grad[1][i], upstream.grad[2][i]}, {sum(1), sum(2)}, t.data());
-        if (p.moments) add(upstream.sum[i], sum(factors));
-        double along = 0;
-        const float* x = input<float>(p.query) + i * p.width;
-        for (int64_t d = 0; d < p.width; ++d) along += static_cast<double>(x[d]) * t[d];
-        if (scale_grad.numel() > 0) output<float>(scale_grad)[i] = static_cast<float>(along);
-        for (int64_t d = 0; to && d < p.width; ++d) to[i * p.width + d] = static_cast<T>(p.row_scale[i] * t[d]);
+        add(up.grad_lse[0][i], of_sum(0));
+        if (p.has_hardness())
+          add_hardness(p.dim, p.hardness(), {up.grad_lse[1][i], up.grad_lse[2][i]}, {of_sum(1), of_sum(2)}, t.data());
+        if (p.moments) add(up.grad_sum[i], of_sum(powers));
+        double dot = 0;
+        const float* query = input<float>(p.query) + i * p.dim;
+        for (int64_t d = 0; d < p.dim; ++d) dot += static_cast<double>(query[d]) * t[d];
+        if (grads.row_scale.numel() > 0) output<float>(grads.row_scale)[i] = static_cast<float>(dot);
+        for (int64_t d = 0; to && d < p.dim; ++d) to[i * p.dim + d] = static_cast<T>(p.row_scale[i] * t[d]);
       }
     });
   });
 }
 
-Grads softmax_stats_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
-  LogitMatrix p = matrix_of(x);
-  const Tensor upstream = torch::stable::contiguous(grad), stats = torch::stable::contiguous(saved.stats);
-  const auto none = [](const Tensor& like) { return torch::stable::new_empty(like, {0}); };
-  const Tensor& row_scale = x.row_scale;
-  Upstream of_rows(p, upstream, stats, 0);
-  Tensor query_grad = needs.query ? torch::stable::new_empty(x.query, {p.rows, p.width}) : none(x.query);
-  if (x.save == "weighted_keys") {
-    STD_TORCH_CHECK(!needs.key && !needs.column_scale && !needs.bias,
-                    "softmax_stats: the forward saved nothing for this gradient");
-    Tensor scale_grad = needs.row_scale ? torch::stable::new_empty(row_scale, {p.rows}) : none(row_scale);
-    from_weighted_keys(p, of_rows, saved.weighted_keys, query_grad, scale_grad);
-    return {query_grad, none(x.key), scale_grad, none(row_scale), none(row_scale)};
-  }
-  Gradient gradient(p, std::move(of_rows), p.symmetric ? Upstream(p, upstream, stats, p.directions() - 1) : Upstream());
-  gradient.needs_column_scale = needs.column_scale;
-  gradient.needs_bias = needs.bias;
-  Tensor key_grad = needs.key ? torch::stable::new_empty(x.key, {p.columns, p.width}) : none(x.key);
+// The same, and the gradients of keys, their scales and biases, from products that were saved or are made again.
+void grads_of_products(LogitMatrix& p, LogitGradients& gradients, const Inputs& x, const Tensor& saved_logits,
+                       const Needs& needs, Grads& grads) {
+  gradients.needs_column_scale = needs.column_scale;
+  gradients.needs_bias = needs.bias;
   if (p.empty()) {
-    torch::stable::zero_(query_grad);
-    torch::stable::zero_(key_grad);
+    torch::stable::zero_(grads.query);
+    torch::stable::zero_(grads.key);
   } else {
     const auto put = [](Tensor& to, int64_t begin, const Tensor& from) {
       Tensor part = slice(to, 0, begin, from.size(0));
       torch::stable::copy_(part, from);
     };
-    make_gradients(
-        gradient, p, saved.logits, x.workspace_mib, needs.query, needs.key,
-        [&](int64_t begin, const Tensor& v) { put(query_grad, begin, v); },
-        [&](int64_t first, const Tensor& u) { put(key_grad, first, u); });
+    make_embedding_grads(
+        gradients, p, saved_logits, x.workspace_mib, {needs.query, needs.key},
+        [&](int64_t begin, const Tensor& from) { put(grads.query, begin, from); },
+        [&](int64_t first, const Tensor& from) { put(grads.key, first, from); });
   }
-  return {query_grad, key_grad, needs.row_scale ? gradient.row_scale(row_scale) : none(row_scale),
-          needs.column_scale ? gradient.column_scale(row_scale) : none(row_scale),
-          needs.bias ? gradient.bias(row_scale) : none(row_scale)};
+  if (needs.row_scale) grads.row_scale = gradients.row_scale_grad();
+  if (needs.column_scale) grads.column_scale = gradients.column_scale_grad();
+  if (needs.bias) grads.bias = gradients.bias_grad();
+}
+
+Grads softmax_stats_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  const Save save = x.saves();
+  LogitMatrix p = logit_matrix(x);
+  const Tensor grad_stats = as_contiguous(grad), stats = as_contiguous(saved.stats);
+  const auto new_like = [](const Tensor& t, bool needed) {
+    return needed ? torch::stable::new_empty(t, {t.size(0), t.size(1)}) : torch::stable::new_empty(t, {0});
+  };
+  Grads grads{new_like(x.query, needs.query), new_like(x.key, needs.key), new_float32(0), new_float32(0),
+              new_float32(0)};
+  Upstream rows(p, grad_stats, stats, 0);
+  if (save == Save::kWeightedKeys) {
+    STD_TORCH_CHECK(!needs.key && !needs.column_scale && !needs.bias, kOp,
+                    ": save: \"weighted_keys\" leave no gradient of key, column_scale and bias");
+    if (needs.row_scale) grads.row_scale = new_float32(p.rows);
+    grads_of_weighted_keys(p, rows, saved.weighted_keys, grads);
+    return grads;
+  }
+  LogitGradients gradients(p, std::move(rows),
+                           p.symmetric ? Upstream(p, grad_stats, stats, p.directions() - 1) : Upstream());
+  grads_of_products(p, gradients, x, saved.logits, needs, grads);
+  return grads;
 }
 
 }  // namespace

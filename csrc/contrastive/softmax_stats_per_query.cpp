@@ -2,6 +2,8 @@
 // summed in the same read, and their own gradient costs one more read and one write.
 
 #include "contrastive/softmax_stats_per_query.h"
+#include "contrastive/save.h"
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 #include "core/parallel.h"
@@ -12,40 +14,47 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kGroup = 8;               // negatives at a time: what is read twice stays in the L1 cache
-constexpr int64_t kAhead = 16 << 10;        // bytes at least to fetch ahead: rows are short for the CPU's own prefetch
-constexpr int64_t kLanes = 16;              // floats of the widest vector
-constexpr int64_t kSlopes = 64;             // negatives whose slopes are made at a time
-constexpr int64_t kTasks = 256;             // pieces to cut small batches into, whatever the number of threads,
-constexpr int64_t kPiece = 64;              // and the least negatives of one
-constexpr float kLowest = -3.40282347e38f;  // stands for the maximum of nothing: -inf - -inf is NaN
-constexpr float kTinySquare = 1e-24f;       // of the length that counts as zero
+constexpr char kOp[] = "softmax_stats_per_query";
+constexpr int64_t kGroup = 8;                 // negatives at a time: what is read twice stays in the L1 cache
+constexpr int64_t kPrefetchBytes = 16 << 10;  // at least: rows are short for the CPU's own prefetch
+constexpr int64_t kGradLogits = 64;           // negatives whose logits' gradients are made at a time
+constexpr int64_t kTasks = 256;               // pieces to cut small batches into, whatever the number of threads,
+constexpr int64_t kLeastNegatives = 64;       // and the least negatives of one
+constexpr int kMaxPowers = 3;                 // log-sum-exps of one row: log sum e^(power s)
+constexpr float kTinySquare = 1e-24f;         // of kTinyNorm
 
-constexpr int64_t padded(int64_t width) { return (width + kLanes - 1) / kLanes * kLanes; }
-
-struct EachQuery {
-  const float* query;  // padded(width) floats, the last ones 0
-  int64_t width;
+// One row's query, and the options of the call.
+struct QueryRow {
+  const float* query;  // whole_vectors(dim) floats, the last ones 0
+  int64_t dim;
   float scale, ceiling;
   bool normalize, moments;
   int powers;
-  float power[3];  // log sum exp(power s)
+  float power[kMaxPowers];
 };
-struct EachPart {
-  float most = kLowest;
-  double total[3] = {}, sum = 0, count = 0;
+// Statistics over one piece of a row's negatives; sum_exp is relative to max.
+struct PieceStats {
+  float max = kLowest;
+  double sum_exp[kMaxPowers] = {}, sum = 0, count = 0;
 };
-struct EachSlope {
-  float mass[3], most, lse[3], sum;  // upstream gradients of the log-sum-exps and of the sum; the largest logit
+// A row's statistics and their gradients.
+struct UpstreamRow {
+  float grad_lse[kMaxPowers], max, lse[kMaxPowers], grad_sum;
+
+  bool is_zero() const { return grad_lse[0] == 0 && grad_lse[1] == 0 && grad_lse[2] == 0 && grad_sum == 0; }
+};
+// Where the forward writes what it reads of a piece's negatives; null: nowhere.
+struct PieceOutput {
+  float* weighted_keys;  // one sum of vectors for each power, then with `moments` the unweighted one
+  float *logits, *inverse_norms;
 };
 template <typename T>
-struct EachKernels {
-  void (*read)(const T* rows, int64_t stride, int64_t count, const EachQuery&, EachPart&, float* pulls, float* logits,
-               float* inverse);
-  void (*slopes)(const float* logits, const float* inverse, int64_t n, const EachQuery&, const EachSlope&, float* along,
-                 float* back);
-  void (*grad)(const T* rows, int64_t stride, int64_t count, const EachQuery&, const float* along, const float* back,
-               T* to, bool streamed);
+struct PerQueryKernels {
+  void (*read)(const T* rows, int64_t stride, int64_t count, const QueryRow&, PieceStats&, const PieceOutput&);
+  void (*grad_weights)(const float* logits, const float* inverse_norms, int64_t n, const QueryRow&, const UpstreamRow&,
+                       float* query_weight, float* negative_weight);
+  void (*grad)(const T* rows, int64_t stride, int64_t count, const QueryRow&, const float* query_weight,
+               const float* negative_weight, T* to, bool streamed);
 };
 
 }  // namespace
@@ -54,236 +63,273 @@ struct EachKernels {
 #define FASTLOSS_KERNELS "contrastive/per_query_simd.h"
 #include "core/for_each_isa.h"
 
-namespace fastloss {
+namespace fastloss::softmax_stats_per_query {
 namespace {
 
 using torch::stable::new_empty;
 
-constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
-
-// [M, K, D] with vectors that are contiguous in themselves.
-Tensor with_contiguous_rows(const Tensor& t) {
-  return t.dim() == 3 && t.size(2) != 1 && t.stride(2) != 1 ? torch::stable::contiguous(t) : t;
-}
-
 // The call's sizes and options, and its negatives with rows that are contiguous in themselves.
-struct Each {
+struct PerQuery {
   const Tensor query, negatives, scale, ceiling;
-  const Operand operand;
-  const int64_t rows, count, width, pieces, length;
+  const Operand query_operand;
+  const int64_t rows, count, dim, pieces, piece_length;
   const bool normalize, moments;
   const double hardness;
-  const int powers, sums, statistics;
+  const int powers, sums, stats_count;
 
-  explicit Each(const StatsPerQuery::Inputs& x)
-      : query(x.query),
-        negatives(with_contiguous_rows(x.negatives)),
-        scale(torch::stable::contiguous(x.row_scale)),
-        ceiling(x.ceiling.has_value() ? torch::stable::contiguous(*x.ceiling) : scale),
-        operand(query, {0, 1}),
+  explicit PerQuery(const Inputs& x)
+      : query(matrix(x.query)),
+        negatives(rows_contiguous(x.negatives)),
+        scale(as_contiguous(x.row_scale)),
+        ceiling(x.ceiling.has_value() ? as_contiguous(*x.ceiling) : scale),
+        query_operand(query, {0, 1}),
         rows(query.size(0)),
         count(negatives.size(1)),
-        width(query.size(1)),
-        pieces(std::max<int64_t>(1, std::min((kTasks + rows) / std::max<int64_t>(rows, 1), count / kPiece))),
-        length((count + pieces - 1) / pieces),
+        dim(query.size(1)),
+        pieces(std::max<int64_t>(1, std::min((kTasks + rows) / std::max<int64_t>(rows, 1), count / kLeastNegatives))),
+        piece_length((count + pieces - 1) / pieces),
         normalize(x.normalize),
         moments(x.moments),
         hardness(x.hardness),
         powers(hardness > 0 ? 3 : 1),
         sums(powers + moments),
-        statistics(2 + 2 * moments + powers - 1),
-        ceilinged_(x.ceiling.has_value()) {
-    const bool fits =
-        query.dim() == 2 && negatives.dim() == 3 && negatives.size(0) == rows && negatives.size(2) == width;
-    STD_TORCH_CHECK(fits, "softmax_stats_per_query: expected query [M, D] and negatives [M, K, D]");
-    const bool singles = scale.scalar_type() == ScalarType::Float && ceiling.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(singles && scale.numel() == rows && ceiling.numel() == rows,
-                    "softmax_stats_per_query: expected float32 [M] scales and ceilings");
+        stats_count(2 + 2 * moments + powers - 1),
+        has_ceiling_(x.ceiling.has_value()) {
+    STD_TORCH_CHECK(negatives.size(0) == rows && negatives.size(2) == dim, kOp, ": negatives: expected [", rows,
+                    ", K, ", dim, "]");
+    check_rows("row_scale", scale);
+    check_rows("ceiling", ceiling);
   }
 
   template <typename T>
-  const T* at(int64_t row, int64_t k) const {
+  const T* negative(int64_t row, int64_t k) const {
     return input<T>(negatives) + row * negatives.stride(0) + k * negatives.stride(1);
   }
 
-  // Row i's query as padded floats in `space`, and the options beside it.
-  EachQuery of(int64_t i, std::vector<float>& space) const {
-    space.assign(padded(width), 0.0f);
-    const float* found = operand.read(i * width, width, space.data());
-    if (found != space.data()) std::copy_n(found, width, space.data());
-    const float most = ceilinged_ ? input<float>(ceiling)[i] : std::numeric_limits<float>::infinity();
-    return {space.data(), width,  input<float>(scale)[i],        most, normalize,
-            moments,      powers, {power(0), power(1), power(2)}};
+  // Row i's query as padded floats in `memory`, and the options beside it.
+  QueryRow query_row(int64_t i, std::vector<float>& memory) const {
+    memory.assign(whole_vectors(dim), 0.0f);
+    const float* found = query_operand.read(i * dim, dim, memory.data());
+    if (found != memory.data()) std::copy_n(found, dim, memory.data());
+    const float row_ceiling = has_ceiling_ ? input<float>(ceiling)[i] : std::numeric_limits<float>::infinity();
+    return {memory.data(), dim,    input<float>(scale)[i],        row_ceiling, normalize,
+            moments,       powers, {power(0), power(1), power(2)}};
   }
 
+  // 1, 1 + hardness, hardness
   float power(int a) const { return static_cast<float>((a != 2) + (a != 0) * hardness); }
 
-  // Where the log-sum-exp of power a is among the statistics, which are as in softmax_stats.py.
-  int64_t place(int a) const { return (a == 0 ? 0 : statistics - 3 + a) * rows; }
+  // Where the rows' log-sum-exps of power a begin in the statistics, whose order is that of softmax_stats.py.
+  int64_t lse_offset(int a) const { return (a == 0 ? 0 : stats_count - 3 + a) * rows; }
 
   // body(row, piece, first negative, negatives, query) for the pieces that have some, over torch's threads
   template <typename Body>
-  void each(const Body& body) const {
-    const int64_t grain = std::max<int64_t>(1, 2 * kBlock / std::max<int64_t>(1, length * width));
+  void for_each_piece(const Body& body) const {
+    const int64_t grain = std::max<int64_t>(1, 2 * kBlockElements / std::max<int64_t>(1, piece_length * dim));
     over_threads(0, rows * pieces, grain, [&](int64_t first, int64_t last) {
-      std::vector<float> space;
+      std::vector<float> memory;
       for (int64_t task = first; task < last && going_on(); ++task) {
-        const int64_t begin = task % pieces * length;
+        const int64_t begin = task % pieces * piece_length;
         if (begin >= count) continue;  // no negatives: there may be no memory either
-        body(task / pieces, task % pieces, begin, std::min(length, count - begin), of(task / pieces, space));
+        body(task / pieces, task % pieces, begin, std::min(piece_length, count - begin),
+             query_row(task / pieces, memory));
       }
     });
   }
 
+  // How many rows of D numbers are worth a thread.
+  int64_t rows_grain() const { return kBlockElements / std::clamp<int64_t>(dim, 1, kBlockElements); }
+
+  // A row's statistics, and their gradients from `grad`.
+  UpstreamRow upstream_row(const float* grad, const float* stats, int64_t i) const {
+    UpstreamRow up{{}, stats[rows + i], {}, moments ? grad[2 * rows + i] : 0.0f};
+    for (int a = 0; a < powers; ++a) {
+      up.grad_lse[a] = grad[lse_offset(a) + i];
+      up.lse[a] = stats[lse_offset(a) + i];
+    }
+    return up;
+  }
+
  private:
-  const bool ceilinged_;
+  static Tensor matrix(const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 2, kOp, ": query: expected [M, D]");
+    return t;
+  }
+  static Tensor rows_contiguous(const Tensor& t) {
+    STD_TORCH_CHECK(t.dim() == 3, kOp, ": negatives: expected [M, K, D]");
+    return t.size(2) != 1 && t.stride(2) != 1 ? as_contiguous(t) : t;
+  }
+  void check_rows(const char* name, const Tensor& t) const {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.numel() == rows, kOp, ": ", name, ": expected float32 [",
+                    rows, "]");
+  }
+
+  const bool has_ceiling_;
 };
 
-// One row's pieces in order: its statistics, and its sums of vectors over them (null where they are not wanted).
-void merge(const Each& call, const EachPart* parts, const float* pulls, int64_t row, float* stats, float* to) {
-  const int64_t stride = padded(call.width), rows = call.rows;
-  EachPart all;
+// Joins one row's pieces, in order: its statistics, and its weighted keys (null where they are not wanted).
+void merge_pieces(const PerQuery& call, const PieceStats* parts, const float* part_keys, int64_t row, float* stats,
+                  float* weighted_keys) {
+  const int64_t stride = whole_vectors(call.dim), rows = call.rows;
+  PieceStats all;
   for (int64_t p = 0; p < call.pieces; ++p) {
-    all.most = std::max(all.most, parts[p].most);
+    all.max = std::max(all.max, parts[p].max);
     all.sum += parts[p].sum;
     all.count += parts[p].count;
   }
   const float infinity = std::numeric_limits<float>::infinity();
   for (int a = 0; a < call.sums; ++a) {
-    const bool plain = a == call.powers;
+    const bool unweighted = a == call.powers;
     const double power = call.power(a);
-    const auto factor = [&](int64_t p) {
-      return plain || parts[p].most == all.most ? 1.0 : std::exp(power * (parts[p].most - all.most));
+    const auto part_weight = [&](int64_t p) {
+      return unweighted || parts[p].max == all.max ? 1.0 : std::exp(power * (parts[p].max - all.max));
     };
-    double total = 0;
-    for (int64_t p = 0; p < call.pieces && !plain; ++p) total += parts[p].total[a] * factor(p);
-    if (!plain)
-      stats[call.place(a)] =
-          all.most == infinity ? infinity : static_cast<float>((a == 0 ? all.most : 0) + std::log(total));
-    if (!to) continue;
-    float* sum = to + (a * rows + row) * call.width;
-    std::fill_n(sum, call.width, 0.0f);
+    double sum_exp = 0;
+    for (int64_t p = 0; p < call.pieces && !unweighted; ++p) sum_exp += parts[p].sum_exp[a] * part_weight(p);
+    if (!unweighted)
+      stats[call.lse_offset(a)] =
+          all.max == infinity ? infinity : static_cast<float>((a == 0 ? all.max : 0) + std::log(sum_exp));
+    if (!weighted_keys) continue;
+    float* sum = weighted_keys + (a * rows + row) * call.dim;
+    std::fill_n(sum, call.dim, 0.0f);
     for (int64_t p = 0; p < call.pieces; ++p) {
-      const float share = static_cast<float>(plain ? 1.0 : total == 0 ? 0.0 : factor(p) / total);
-      const float* part = pulls + (p * call.sums + a) * stride;
-      for (int64_t d = 0; d < call.width; ++d) sum[d] += share * part[d];
+      const float weight = static_cast<float>(unweighted ? 1.0 : sum_exp == 0 ? 0.0 : part_weight(p) / sum_exp);
+      const float* part = part_keys + (p * call.sums + a) * stride;
+      for (int64_t d = 0; d < call.dim; ++d) sum[d] += weight * part[d];
     }
   }
-  stats[rows] = all.most == kLowest ? -infinity : all.most;
+  stats[rows] = all.max == kLowest ? -infinity : all.max;
   if (!call.moments) return;
   stats[2 * rows] = static_cast<float>(all.sum);
   stats[3 * rows] = static_cast<float>(all.count);
 }
 
-}  // namespace
+Save saves(const Inputs& x) { return save_of(kOp, x.save, {Save::kNothing, Save::kWeightedKeys, Save::kLogits}); }
 
-StatsPerQuery::Saved StatsPerQuery::forward(const Inputs& x) {
-  const bool logits = x.save == "logits", keys = logits || x.save == "weighted_keys";
-  STD_TORCH_CHECK(keys || x.save.empty(), "softmax_stats_per_query: there is no save ", x.save);
-  const Each call(x);
-  const int64_t stride = padded(call.width), saved_rows = logits ? call.rows : 0;
-  Saved saved{new_empty(x.query, {call.statistics, call.rows}, ScalarType::Float),
-              new_empty(x.query, {keys ? call.sums : 0, call.rows, call.width}, ScalarType::Float),
-              new_empty(x.query, {saved_rows, call.count}, ScalarType::Float),
-              new_empty(x.query, {saved_rows, call.count}, ScalarType::Float)};
-  std::vector<EachPart> parts(call.rows * call.pieces);
-  std::vector<float> sums(keys ? call.rows * call.pieces * call.sums * stride : 0);
-  float *to_logits = output<float>(saved.logits), *to_norms = output<float>(saved.inverse_norms);
-  for_dtype(x.negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
+// Writes the gradients of queries and their scales (empty: not needed) from the weighted keys of the forward.
+void make_query_grads(const PerQuery& call, const float* grad_stats, const Saved& saved, const Needs& needs,
+                      Grads& grads) {
+  if (!needs.query && !needs.row_scale) return;
+  const int64_t rows = call.rows, dim = call.dim;
+  const float *stats = input<float>(saved.stats), *weighted_keys = input<float>(saved.weighted_keys);
+  for_dtype(call.query.scalar_type(), kOp, [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(each_kernels<T>());
-    call.each([&](int64_t row, int64_t piece, int64_t begin, int64_t n, const EachQuery& q) {
-      const int64_t task = row * call.pieces + piece, entry = row * call.count + begin;
-      kernels.read(call.at<T>(row, begin), call.negatives.stride(1), n, q, parts[task],
-                   keys ? &sums[task * call.sums * stride] : nullptr, logits ? to_logits + entry : nullptr,
-                   logits ? to_norms + entry : nullptr);
+    T* query_grad = needs.query ? output<T>(grads.query) : nullptr;
+    float* scale_grad = needs.row_scale ? output<float>(grads.row_scale) : nullptr;
+    over_threads(0, rows, call.rows_grain(), [&](int64_t first, int64_t last) {
+      std::vector<float> memory, sum(dim);
+      for (int64_t i = first; i < last && going_on(); ++i) {
+        const QueryRow q = call.query_row(i, memory);
+        const UpstreamRow up = call.upstream_row(grad_stats, stats, i);
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        const auto keys_of = [&](int a) { return weighted_keys + (a * rows + i) * dim; };
+        const auto add = [&](float weight, const float* more) {
+          for (int64_t d = 0; d < dim && weight != 0; ++d) sum[d] += weight * more[d];  // a row left out may be NaN
+        };
+        const bool has_hardness = call.powers == kMaxPowers && (up.grad_lse[1] != 0 || up.grad_lse[2] != 0);
+        add(up.grad_lse[0], keys_of(0));
+        for (int64_t d = 0; d < dim && has_hardness; ++d) {  // what cancels, before it is multiplied by the hardness
+          const float h = up.grad_lse[1] * keys_of(1)[d];
+          sum[d] += h + q.power[2] * (h + up.grad_lse[2] * keys_of(2)[d]);
+        }
+        if (call.moments) add(up.grad_sum, keys_of(call.powers));
+        double dot = 0;
+        for (int64_t d = 0; d < dim && scale_grad; ++d) dot += q.query[d] * sum[d];
+        if (scale_grad) scale_grad[i] = static_cast<float>(dot);
+        for (int64_t d = 0; d < dim && query_grad; ++d) query_grad[i * dim + d] = static_cast<T>(q.scale * sum[d]);
+      }
     });
   });
-  float *to_stats = output<float>(saved.stats), *to_keys = keys ? output<float>(saved.weighted_keys) : nullptr;
-  const int64_t grain = kBlock / std::clamp<int64_t>(stride, 1, kBlock);
-  over_threads(0, call.rows, grain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last && going_on(); ++i)
-      merge(call, &parts[i * call.pieces], sums.data() + i * call.pieces * call.sums * stride, i, to_stats + i,
-            to_keys);
+}
+
+// Writes the gradients of the negatives from the logits and inverse norms that the forward has saved.
+void make_negatives_grad(const PerQuery& call, const float* grad_stats, const Saved& saved, Grads& grads) {
+  const int64_t dim = call.dim;
+  const float *stats = input<float>(saved.stats), *logits = input<float>(saved.logits);
+  const float* inverse_norms = input<float>(saved.inverse_norms);
+  for_dtype(call.negatives.scalar_type(), kOp, [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(per_query_kernels<T>());
+    T* to = output<T>(grads.negatives);
+    const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && dim * sizeof(T) % 64 == 0;
+    const int64_t bytes = call.rows * call.count * dim * static_cast<int64_t>(sizeof(T));
+    const bool streamed = aligned && bytes >= kStreamedGradientBytes;
+    call.for_each_piece([&](int64_t row, int64_t, int64_t begin, int64_t n, const QueryRow& q) {
+      const UpstreamRow up = call.upstream_row(grad_stats, stats, row);
+      if (up.is_zero()) {
+        std::fill_n(to + (row * call.count + begin) * dim, n * dim, static_cast<T>(0.0f));
+        return;
+      }
+      for_pieces(n, kGradLogits, [&](int64_t k, int64_t some) {
+        const int64_t entry = row * call.count + begin + k;
+        float query_weight[kGradLogits], negative_weight[kGradLogits];
+        kernels.grad_weights(logits + entry, inverse_norms + entry, some, q, up, query_weight, negative_weight);
+        kernels.grad(call.negative<T>(row, begin + k), call.negatives.stride(1), some, q, query_weight, negative_weight,
+                     to + entry * dim, streamed);
+      });
+    });
   });
+}
+
+}  // namespace
+
+Saved softmax_stats_per_query_fwd(const Inputs& x) {
+  const Save save = saves(x);
+  const PerQuery call(x);
+  const int64_t stride = whole_vectors(call.dim), saved_rows = save == Save::kLogits ? call.rows : 0;
+  const bool saves_keys = save != Save::kNothing;
+  const auto new_empty_float32 = [&](std::vector<int64_t> shape) {
+    return new_empty(x.query, shape, ScalarType::Float);
+  };
+  Saved saved{new_empty_float32({call.stats_count, call.rows}),
+              new_empty_float32({saves_keys ? call.sums : 0, call.rows, call.dim}),
+              new_empty_float32({saved_rows, call.count}), new_empty_float32({saved_rows, call.count})};
+  std::vector<PieceStats> parts(call.rows * call.pieces);
+  std::vector<float> part_keys(saves_keys ? call.rows * call.pieces * call.sums * stride : 0);
+  float *logits = output<float>(saved.logits), *inverse_norms = output<float>(saved.inverse_norms);
+  for_dtype(call.negatives.scalar_type(), kOp, [&](auto element) {
+    using T = decltype(element);
+    const auto kernels = FASTLOSS_PICK(per_query_kernels<T>());
+    call.for_each_piece([&](int64_t row, int64_t piece, int64_t begin, int64_t n, const QueryRow& q) {
+      const int64_t task = row * call.pieces + piece, entry = row * call.count + begin;
+      const PieceOutput to{saves_keys ? &part_keys[task * call.sums * stride] : nullptr,
+                           saved_rows ? logits + entry : nullptr, saved_rows ? inverse_norms + entry : nullptr};
+      kernels.read(call.negative<T>(row, begin), call.negatives.stride(1), n, q, parts[task], to);
+    });
+  });
+  float* stats = output<float>(saved.stats);
+  float* weighted_keys = saves_keys ? output<float>(saved.weighted_keys) : nullptr;
+  for_each(
+      call.rows,
+      [&](int64_t i) {
+        merge_pieces(call, &parts[i * call.pieces], part_keys.data() + i * call.pieces * call.sums * stride, i,
+                     stats + i, weighted_keys);
+      },
+      call.rows_grain());
   return saved;
 }
 
-StatsPerQuery::Grads StatsPerQuery::backward(const Tensor& grad, const Inputs& x, const Saved& saved,
-                                             const Needs& needs) {
-  const Each call(x);
-  const int64_t rows = call.rows, width = call.width;
-  STD_TORCH_CHECK(grad.numel() == call.statistics * rows && grad.scalar_type() == ScalarType::Float,
-                  "softmax_stats_per_query: expected a float32 gradient of the statistics");
-  STD_TORCH_CHECK(needs.negatives ? x.save == "logits" : !x.save.empty(),
-                  "softmax_stats_per_query: the forward saved nothing for this gradient");
-  const Tensor upstream = torch::stable::contiguous(grad);
-  const float *up = input<float>(upstream), *lse = input<float>(saved.stats), *sums = input<float>(saved.weighted_keys);
-  Grads grads{new_empty(x.query, {needs.query ? rows : 0, width}),
-              new_empty(x.negatives, {needs.negatives ? rows : 0, call.count, width}),
+Grads softmax_stats_per_query_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
+  const Save save = saves(x);
+  const PerQuery call(x);
+  const int64_t rows = call.rows;
+  STD_TORCH_CHECK(grad.numel() == call.stats_count * rows && grad.scalar_type() == ScalarType::Float, kOp,
+                  ": grad: expected float32 [", call.stats_count, ", ", rows, "]");
+  STD_TORCH_CHECK(save == Save::kLogits || (save == Save::kWeightedKeys && !needs.negatives), kOp, ": save: \"", x.save,
+                  "\" leaves nothing for this gradient");
+  const Tensor grad_stats = as_contiguous(grad);
+  Grads grads{new_empty(x.query, {needs.query ? rows : 0, call.dim}),
+              new_empty(x.negatives, {needs.negatives ? rows : 0, call.count, call.dim}),
               new_empty(x.query, {needs.row_scale ? rows : 0}, ScalarType::Float)};
-  const auto slope_of = [&](int64_t i) {
-    EachSlope g{{}, lse[rows + i], {}, call.moments ? up[2 * rows + i] : 0.0f};
-    for (int a = 0; a < call.powers; ++a) g.mass[a] = up[call.place(a) + i], g.lse[a] = lse[call.place(a) + i];
-    return g;
-  };
-  const int64_t wanted = needs.query || needs.row_scale ? rows : 0;
-  for_dtype(x.query.scalar_type(), "softmax_stats_per_query", [&](auto element) {
-    using T = decltype(element);
-    const int64_t grain = kBlock / std::clamp<int64_t>(width, 1, kBlock);
-    over_threads(0, wanted, grain, [&](int64_t first, int64_t last) {
-      std::vector<float> space, sum(width);
-      for (int64_t i = first; i < last && going_on(); ++i) {
-        const EachQuery q = call.of(i, space);
-        const EachSlope g = slope_of(i);
-        std::fill(sum.begin(), sum.end(), 0.0f);
-        const auto weighted = [&](int a) { return sums + (a * rows + i) * width; };
-        const auto add = [&](float weight, const float* more) {
-          for (int64_t d = 0; d < width && weight != 0; ++d) sum[d] += weight * more[d];  // a row left out may be NaN
-        };
-        const bool hard = call.powers == 3 && (g.mass[1] != 0 || g.mass[2] != 0);
-        add(g.mass[0], weighted(0));
-        for (int64_t d = 0; d < width && hard; ++d) {  // what cancels, before it is times the hardness
-          const float harder = g.mass[1] * weighted(1)[d];
-          sum[d] += harder + q.power[2] * (harder + g.mass[2] * weighted(2)[d]);
-        }
-        if (call.moments) add(g.sum, weighted(call.powers));
-        double along = 0;
-        for (int64_t d = 0; d < width && needs.row_scale; ++d) along += q.query[d] * sum[d];
-        if (needs.row_scale) output<float>(grads.row_scale)[i] = static_cast<float>(along);
-        for (int64_t d = 0; d < width && needs.query; ++d)
-          output<T>(grads.query)[i * width + d] = static_cast<T>(q.scale * sum[d]);
-      }
-    });
-  });
-  if (!needs.negatives) return grads;
-  for_dtype(x.negatives.scalar_type(), "softmax_stats_per_query", [&](auto element) {
-    using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(each_kernels<T>());
-    T* to = output<T>(grads.negatives);
-    const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && width * sizeof(T) % 64 == 0;
-    const bool streamed = aligned && rows * call.count * width * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
-    call.each([&](int64_t row, int64_t, int64_t begin, int64_t n, const EachQuery& q) {
-      const EachSlope g = slope_of(row);
-      if (g.mass[0] == 0 && g.mass[1] == 0 && g.mass[2] == 0 && g.sum == 0) {
-        std::fill_n(to + (row * call.count + begin) * width, n * width, static_cast<T>(0.0f));
-        return;
-      }
-      for (int64_t k = begin; k < begin + n; k += kSlopes) {
-        const int64_t some = std::min(kSlopes, begin + n - k), entry = row * call.count + k;
-        float along[kSlopes], back[kSlopes];
-        kernels.slopes(input<float>(saved.logits) + entry, input<float>(saved.inverse_norms) + entry, some, q, g, along,
-                       back);
-        kernels.grad(call.at<T>(row, k), call.negatives.stride(1), some, q, along, back, to + entry * width, streamed);
-      }
-    });
-  });
+  make_query_grads(call, input<float>(grad_stats), saved, needs, grads);
+  if (needs.negatives) make_negatives_grad(call, input<float>(grad_stats), saved, grads);
   return grads;
 }
 
-}  // namespace fastloss
+}  // namespace fastloss::softmax_stats_per_query
 
 STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
-  m.impl("softmax_stats_per_query_fwd", FASTLOSS_BOX(&fastloss::StatsPerQuery::forward));
-  m.impl("softmax_stats_per_query_bwd", FASTLOSS_BOX(&fastloss::StatsPerQuery::backward));
+  using namespace fastloss::softmax_stats_per_query;
+  m.impl("softmax_stats_per_query_fwd", FASTLOSS_BOX(&softmax_stats_per_query_fwd));
+  m.impl("softmax_stats_per_query_bwd", FASTLOSS_BOX(&softmax_stats_per_query_bwd));
 }

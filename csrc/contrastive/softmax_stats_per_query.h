@@ -1,51 +1,50 @@
-// The op of per-sample negatives, which softmax_loss_per_query.cpp too calls; softmax_stats_per_query.py says what its
-// arguments are.
+// The op of per-sample negatives, which softmax_loss_per_query.cpp calls too.
 #pragma once
 
 #include "core/tensors.h"
 
-namespace fastloss {
+namespace fastloss::softmax_stats_per_query {
 
-struct StatsPerQuery {
-  struct Inputs {
-    Tensor query, negatives, row_scale;
-    std::optional<Tensor> ceiling;
-    bool normalize, moments;
-    double hardness;
-    std::string save;  // "", "weighted_keys" or "logits"
-    template <typename F>
-    void fields(const F& f) {
-      f(query), f(negatives), f(row_scale), f(ceiling), f(normalize), f(moments), f(hardness), f(save);
-    }
-  };
+struct Inputs {
+  Tensor query, negatives, row_scale;
+  std::optional<Tensor> ceiling;
+  bool normalize = false, moments = false;
+  double hardness = 0;
+  std::string save;
 
-  struct Saved {
-    Tensor stats, weighted_keys, logits, inverse_norms;
-    template <typename F>
-    void fields(const F& f) {
-      f(stats), f(weighted_keys), f(logits), f(inverse_norms);
-    }
-  };
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale), f(ceiling), f(normalize), f(moments), f(hardness), f(save);
+  }
+};
+struct Saved {
+  Tensor stats, weighted_keys, logits, inverse_norms;
 
-  struct Grads {
-    Tensor query, negatives, row_scale;
-    template <typename F>
-    void fields(const F& f) {
-      f(query), f(negatives), f(row_scale);
-    }
-  };
+  template <typename F>
+  void fields(const F& f) {
+    f(stats), f(weighted_keys), f(logits), f(inverse_norms);
+  }
+};
+struct Grads {
+  Tensor query, negatives, row_scale;
 
-  struct Needs {
-    bool query, negatives, row_scale;
-    template <typename F>
-    void fields(const F& f) {
-      f(query), f(negatives), f(row_scale);
-    }
-  };
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale);
+  }
+};
+struct Needs {
+  bool query, negatives, row_scale;
 
-  static Saved forward(const Inputs& x);
-  // Without gradients of query and row_scale, `saved.weighted_keys` is not read.
-  static Grads backward(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs);
+  template <typename F>
+  void fields(const F& f) {
+    f(query), f(negatives), f(row_scale);
+  }
 };
 
-}  // namespace fastloss
+Saved softmax_stats_per_query_fwd(const Inputs& x);
+
+// For the negatives' gradient alone `saved.weighted_keys` is not read.
+Grads softmax_stats_per_query_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs);
+
+}  // namespace fastloss::softmax_stats_per_query

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kPanel = 64;     // rows of b in a panel: four vectors of sums for a row of a
 constexpr int64_t kTile = 6;       // rows of a: 24 of 32 registers hold sums, the most that leave room for the operands
-constexpr int64_t kSquare = 16;    // rows and pairs that are turned at a time
+constexpr int64_t kSquare = 16;    // rows and pairs that are transposed at a time
 constexpr int64_t kDeep = 512;     // terms of a tile: 6 KiB of a stay in the L1 cache, 64 KiB of b in the L2
 constexpr int64_t kTall = 48;      // rows of a and
 constexpr int64_t kAcross = 512;   // rows of b that a thread takes at a time
@@ -27,7 +27,7 @@ struct Bf16Kernels {
   void (*tile)(const Bf16Rows& a, int64_t rows, const uint32_t* panel, int64_t pairs, float* to, int64_t stride,
                int64_t n, bool adds);
   void (*zip)(const uint16_t* first, const uint16_t* second, int64_t n, uint32_t* to);
-  void (*turn)(const uint16_t* from, int64_t row, uint32_t* to);
+  void (*transpose)(const uint16_t* from, int64_t row, uint32_t* to);
   void (*round)(const float* from, int64_t n, BFloat16* to);
 };
 
@@ -63,8 +63,8 @@ struct Piece {
 
   int64_t pairs() const { return (terms + 1) / 2; }
   uint32_t pair(int64_t r, int64_t k) const {
-    const uint16_t* at = data + r * row + 2 * k * term;
-    return at[0] | (2 * k + 1 < terms ? static_cast<uint32_t>(at[term]) << 16 : 0);
+    const uint16_t* first = data + r * row + 2 * k * term;
+    return first[0] | (2 * k + 1 < terms ? static_cast<uint32_t>(first[term]) << 16 : 0);
   }
 };
 
@@ -81,7 +81,7 @@ void pack_across(const Bf16Kernels& kernels, const Piece& from, int64_t width, u
   for (int64_t r = 0; r < from.rows; r += kSquare)
     for (int64_t k = 0; k < from.pairs(); k += kSquare) {
       if (from.term == 1 && width == kPanel && r + kSquare <= from.rows && 2 * (k + kSquare) <= from.terms) {
-        kernels.turn(from.data + r * from.row + 2 * k, from.row, to + k * width + r);
+        kernels.transpose(from.data + r * from.row + 2 * k, from.row, to + k * width + r);
         continue;
       }
       for (int64_t i = k; i < std::min(k + kSquare, from.pairs()); ++i)
@@ -137,36 +137,37 @@ void bf16_product(const Tensor& a, const Tensor& b, const Tensor& to, bool adds)
     return;
   }
   const Bf16Kernels kernels = bf16_kernels();
-  const int64_t deep = std::min(terms, kDeep), most = std::min(n, kPacked);
-  const int64_t room = (most + kPanel - 1) / kPanel * kPanel * ((deep + 1) / 2);
-  const Tensor space = torch::stable::new_empty(to, {room}, ScalarType::Float);
-  uint32_t* packed = static_cast<uint32_t*>(space.mutable_data_ptr());
+  const int64_t deep = std::min(terms, kDeep), columns = std::min(n, kPacked);
+  const int64_t packed_elements = (columns + kPanel - 1) / kPanel * kPanel * ((deep + 1) / 2);
+  const Tensor workspace = torch::stable::new_empty(to, {packed_elements}, ScalarType::Float);
+  uint32_t* packed = static_cast<uint32_t*>(workspace.mutable_data_ptr());
   for (int64_t first = 0; first < n; first += kPacked)
     for (int64_t begin = 0; begin < terms; begin += deep) {
-      const int64_t some = std::min(deep, terms - begin), wide = std::min(kPacked, n - first);
-      const int64_t panel = (some + 1) / 2 * kPanel;
-      over_threads(0, (wide + kPanel - 1) / kPanel, 1, [&](int64_t one, int64_t last) {
+      const int64_t block_terms = std::min(deep, terms - begin), block_columns = std::min(kPacked, n - first);
+      const int64_t panel = (block_terms + 1) / 2 * kPanel;
+      over_threads(0, (block_columns + kPanel - 1) / kPanel, 1, [&](int64_t one, int64_t last) {
         for (int64_t p = one; p < last && going_on(); ++p) {
-          const int64_t rows = std::min(kPanel, wide - p * kPanel);
-          pack_across(kernels, Piece(b, first + p * kPanel, rows, begin, some), kPanel, packed + p * panel);
+          const int64_t rows = std::min(kPanel, block_columns - p * kPanel);
+          pack_across(kernels, Piece(b, first + p * kPanel, rows, begin, block_terms), kPanel, packed + p * panel);
         }
       });
-      const int64_t across = (wide + kAcross - 1) / kAcross, tiles = (m + kTile - 1) / kTile;
+      const int64_t across = (block_columns + kAcross - 1) / kAcross, tiles = (m + kTile - 1) / kTile;
       const int64_t down = pieces_of(tiles, across);
       over_threads(0, across * down, 1, [&](int64_t one, int64_t last) {
-        std::vector<uint32_t> rows(kTall * ((some + 1) / 2));
+        std::vector<uint32_t> rows(kTall * ((block_terms + 1) / 2));
         for (int64_t task = one; task < last && going_on(); ++task) {
           const int64_t i = task / across * tiles / down * kTile;
           const int64_t count = std::min(m, (task / across + 1) * tiles / down * kTile) - i;
           const Bf16Rows of_a = rounds ? round_rows(kernels, input<float>(a) + i * a.stride(0) + begin, a.stride(0),
-                                                    count, some, rows.data())
-                                       : pack_rows(kernels, Piece(a, i, count, begin, some), rows.data());
-          for (int64_t j = task % across * kAcross; j < std::min(wide, (task % across + 1) * kAcross); j += kPanel)
+                                                    count, block_terms, rows.data())
+                                       : pack_rows(kernels, Piece(a, i, count, begin, block_terms), rows.data());
+          for (int64_t j = task % across * kAcross; j < std::min(block_columns, (task % across + 1) * kAcross);
+               j += kPanel)
             for (int64_t r = 0; r < count; r += kTile)
               kernels.tile({of_a.pairs + r * of_a.row, of_a.row, of_a.step}, std::min(kTile, count - r),
-                           packed + j / kPanel * panel, (some + 1) / 2,
+                           packed + j / kPanel * panel, (block_terms + 1) / 2,
                            output<float>(to) + (i + r) * to.stride(0) + first + j, to.stride(0),
-                           std::min(kPanel, wide - j), adds || begin > 0);
+                           std::min(kPanel, block_columns - j), adds || begin > 0);
         }
       });
     }

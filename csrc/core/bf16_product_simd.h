@@ -31,8 +31,8 @@ FASTLOSS_INLINE void bf16_rows(const Bf16Rows& a, const uint32_t* panel, int64_t
   }
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C && c * W < n; ++c) {
-      float* at = to + r * stride + c * W;
-      store_up_to(at, adds ? sums[r][c] + load_up_to(at, n - c * W) : sums[r][c], n - c * W);
+      float* tile = to + r * stride + c * W;
+      store_up_to(tile, adds ? sums[r][c] + load_up_to(tile, n - c * W) : sums[r][c], n - c * W);
     }
 }
 
@@ -59,14 +59,16 @@ static void bf16_zip(const uint16_t* first, const uint16_t* second, int64_t n, u
   for (int64_t i = 0; i < n; ++i) to[i] = first[i] | (second ? static_cast<uint32_t>(second[i]) << 16 : 0);
 }
 
-// kSquare rows of as many pairs, turned: pair k of row r goes to to[k * kPanel + r].
-static void bf16_turn(const uint16_t* from, int64_t row, uint32_t* to) { turn_square(from, 2 * row, to, 4 * kPanel); }
+// Transposes kSquare rows of kSquare pairs: pair k of row r goes to to[k * kPanel + r].
+static void bf16_transpose(const uint16_t* from, int64_t row, uint32_t* to) {
+  transpose_square(from, 2 * row, to, 4 * kPanel);
+}
 
 static void bf16_round(const float* from, int64_t n, BFloat16* to) {
   for (int64_t i = 0; i < n; i += W) store_up_to(to + i, load_up_to(from + i, n - i), n - i);
 }
 
-static Bf16Kernels bf16_kernels() { return {bf16_tile, bf16_zip, bf16_turn, bf16_round}; }
+static Bf16Kernels bf16_kernels() { return {bf16_tile, bf16_zip, bf16_transpose, bf16_round}; }
 
 }  // namespace FASTLOSS_ISA
 }  // namespace fastloss

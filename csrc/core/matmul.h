@@ -17,16 +17,16 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise
 
 namespace fastloss {
 
-constexpr int64_t kTerms = 256;      // terms of an inner sum in one call of oneDNN; longer sums are made in pieces
-constexpr double kProduct = 8;       // MiB of a product's result at most: a larger one costs page faults
-constexpr int64_t kWide = 2048;      // columns of it at most: fewer leave room for more rows, which share packed keys
-constexpr int64_t kSmall = 1 << 21;  // a product of at most so many multiplications is faster with the BLAS,
+constexpr int64_t kTerms = 256;    // terms of an inner sum in one call of oneDNN; longer sums are made in pieces
+constexpr double kProductMiB = 8;  // a product's result at most: a larger one costs page faults
+constexpr int64_t kProductColumns = 2048;    // columns of it at most: fewer allow more rows, which share packed keys
+constexpr int64_t kSmall = 1 << 21;          // a product of at most so many multiplications is faster with the BLAS,
 constexpr int64_t kSmallInPieces = 1 << 25;  // and one of so many, if oneDNN would have to make it in pieces
 
 struct MatmulKernels {
   void (*add)(const float* from, int64_t n, float* to);
-  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t back);
-  void (*rescale)(const float* from, int64_t n, float factor, float* to);
+  void (*transpose)(const float* from, int64_t stride, int64_t rows, int64_t columns, float* to, int64_t to_stride);
+  void (*rescale)(const float* from, int64_t n, float weight, float* to);
   void (*narrow)(const float* from, int64_t n, BFloat16* to);
   void (*widen_bfloat16)(const BFloat16* from, int64_t n, float* to);
   void (*widen_half)(const Half* from, int64_t n, float* to);
@@ -37,8 +37,8 @@ MatmulKernels matmul_kernels();  // of the CPU at hand
 // to += from, both dense and of one shape
 inline void add(const Tensor& from, const Tensor& to) {
   const auto kernels = matmul_kernels();
-  over_threads(0, blocks_of(to.numel(), kBlock), 2, [&](int64_t first, int64_t last) {
-    const int64_t begin = first * kBlock, end = std::min(last * kBlock, to.numel());
+  over_threads(0, blocks_of(to.numel(), kBlockElements), 2, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * kBlockElements, end = std::min(last * kBlockElements, to.numel());
     kernels.add(input<float>(from) + begin, end - begin, output<float>(to) + begin);
   });
 }
@@ -56,9 +56,10 @@ inline bool is_small(int64_t m, int64_t n, int64_t terms) {
 
 // a b^T by the BLAS, added to `total` if given.
 inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tensor> total) {
-  const double kept = total.has_value() ? 1 : 0;
-  if (!total.has_value()) total = floats({a.size(0), b.size(0)});
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(total->get(), total->get(), a.get(), flipped(b).get(), kept, 1.0));
+  const double total_weight = total.has_value() ? 1 : 0;
+  if (!total.has_value()) total = new_float32({a.size(0), b.size(0)});
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(total->get(), total->get(), a.get(), transposed(b).get(), total_weight, 1.0));
   return *total;
 }
 
@@ -67,7 +68,7 @@ inline Tensor blas_product(const Tensor& a, const Tensor& b, std::optional<Tenso
 inline Tensor product(const Tensor& a, const Tensor& b, std::optional<Tensor> total = std::nullopt) {
   if (b.scalar_type() == ScalarType::BFloat16) {
     const bool adds = total.has_value();
-    if (!adds) total = floats({a.size(0), b.size(0)});
+    if (!adds) total = new_float32({a.size(0), b.size(0)});
     bf16_product(a, b, *total, adds);
     return *total;
   }
@@ -95,8 +96,9 @@ struct Panels {
   Tensor memory;
   int64_t rows, columns;
 
-  // in memory that is given, of rows * columns elements at least
-  Panels(const Tensor& given, int64_t m, int64_t n) : memory(given), rows(m), columns(n), data_(output<float>(given)) {}
+  // `memory` has rows * columns elements at least.
+  Panels(const Tensor& memory, int64_t rows, int64_t columns)
+      : memory(memory), rows(rows), columns(columns), data_(output<float>(memory)) {}
 
   int64_t width(int64_t column) const { return std::min(kTerms, columns - column / kTerms * kTerms); }
   float* at(int64_t row, int64_t column) const {

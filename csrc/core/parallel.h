@@ -10,22 +10,24 @@
 namespace fastloss {
 
 // Fixed blocks, whatever the number of threads: what is summed is the same, and so are its bits.
-constexpr int64_t kBlock = 16384;  // elements a thread takes at a time
-constexpr int64_t kChunk = 2048;   // elements a kernel gets at a time; what it is handed besides stays in the L1 cache
+constexpr int64_t kBlockElements = 16384;  // that a thread takes at a time
+constexpr int64_t kChunkElements = 2048;   // that a kernel gets at a time; its other operands then stay in the L1 cache
+constexpr int64_t kBlock = kBlockElements, kChunk = kChunkElements;  // their names in image/ and perceptual/
 
 // body(begin, end) for each block of `count` elements, over torch's threads.
 template <typename Body>
 void for_blocks(int64_t count, const Body& body) {
-  over_threads(0, (count + kBlock - 1) / kBlock, 2, [&](int64_t first, int64_t last) {
-    for (int64_t b = first; b < last && going_on(); ++b) body(b * kBlock, std::min(count, (b + 1) * kBlock));
+  over_threads(0, (count + kBlockElements - 1) / kBlockElements, 2, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last && going_on(); ++b)
+      body(b * kBlockElements, std::min(count, (b + 1) * kBlockElements));
   });
 }
 
 // The sum of body(begin, end) over the blocks, added in order in float64.
 template <typename Body>
 double sum_blocks(int64_t count, const Body& body) {
-  std::vector<double> partial((count + kBlock - 1) / kBlock);
-  for_blocks(count, [&](int64_t begin, int64_t end) { partial[begin / kBlock] = body(begin, end); });
+  std::vector<double> partial((count + kBlockElements - 1) / kBlockElements);
+  for_blocks(count, [&](int64_t begin, int64_t end) { partial[begin / kBlockElements] = body(begin, end); });
   double total = 0;
   for (double p : partial) total += p;
   return total;
@@ -41,10 +43,10 @@ void for_each(int64_t count, const Body& body, int64_t grain = 1) {
   });
 }
 
-// body(i) for i in 0 .. rows of `width` elements: over the threads where they have something to do.
+// body(i) for i in 0 .. rows of `length` elements, over as many threads as have enough to do.
 template <typename Body>
-void each_row(int64_t rows, int64_t width, const Body& body) {
-  for_each(rows, body, std::max<int64_t>(1, 4 * kBlock / std::max<int64_t>(width, 1)));
+void each_row(int64_t rows, int64_t length, const Body& body) {
+  for_each(rows, body, std::max<int64_t>(1, 4 * kBlockElements / std::max<int64_t>(length, 1)));
 }
 
 // body(first, count) for the pieces of `size` of 0 .. total

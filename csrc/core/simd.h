@@ -129,13 +129,13 @@ FASTLOSS_INLINE vh narrow_bfloat16(vf x) {
   return __builtin_convertvector(x != x ? vu{} + 0x7fc0u : rounded, vh);
 }
 
-// 16 rows of as many elements of 4 bytes, transposed; the rows are so many bytes apart.
-FASTLOSS_INLINE void turn_square(const void* given, int64_t row, void* result, int64_t row_of_result) {
-  const char* from = static_cast<const char*>(given);
+// Transposes 16 rows of 16 elements of 4 bytes. Strides are in bytes.
+FASTLOSS_INLINE void transpose_square(const void* source, int64_t stride, void* result, int64_t result_stride) {
+  const char* from = static_cast<const char*>(source);
   char* to = static_cast<char*>(result);
 #if defined(__x86_64__) && FASTLOSS_BYTES == 64
   __m512i x[16], y[16];
-  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * row);
+  for (int r = 0; r < 16; ++r) x[r] = _mm512_loadu_si512(from + r * stride);
   for (int i = 0; i < 16; i += 2) {
     y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
     y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
@@ -145,7 +145,7 @@ FASTLOSS_INLINE void turn_square(const void* given, int64_t row, void* result, i
       x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
       x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
     }
-  const auto put = [&](int k, __m512i v) { _mm512_storeu_si512(to + k * row_of_result, v); };
+  const auto put = [&](int k, __m512i v) { _mm512_storeu_si512(to + k * result_stride, v); };
   for (int j = 0; j < 4; ++j) {
     const __m512i even[2] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88),
                              _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
@@ -159,8 +159,8 @@ FASTLOSS_INLINE void turn_square(const void* given, int64_t row, void* result, i
 #else
   uint32_t part[16][16];
   for (int r = 0; r < 16; ++r)
-    for (int k = 0; k < 16; ++k) __builtin_memcpy(&part[k][r], from + r * row + 4 * k, 4);
-  for (int k = 0; k < 16; ++k) __builtin_memcpy(to + k * row_of_result, part[k], sizeof part[k]);
+    for (int k = 0; k < 16; ++k) __builtin_memcpy(&part[k][r], from + r * stride + 4 * k, 4);
+  for (int k = 0; k < 16; ++k) __builtin_memcpy(to + k * result_stride, part[k], sizeof part[k]);
 #endif
 }
 

@@ -175,23 +175,26 @@ inline Tensor slice(const Tensor& t, int64_t dim, int64_t begin, int64_t count) 
   sizes[dim] = count;
   return view_of(t, sizes, {t.stride(0), t.stride(1)}, begin * t.stride(dim));
 }
-inline Tensor flipped(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0); }
-// Float32, dense, on the CPU.
-inline Tensor floats(std::array<int64_t, 2> sizes) {
+inline Tensor transposed(const Tensor& t) { return view_of(t, {t.size(1), t.size(0)}, {t.stride(1), t.stride(0)}, 0); }
+// The tensor itself where it is contiguous, else a contiguous copy.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// New dense float32 tensors on the CPU: a matrix, a vector, a scalar.
+inline Tensor new_float32(std::array<int64_t, 2> sizes) {
   const std::array<int64_t, 2> strides{std::max<int64_t>(sizes[1], 1), 1};
   AtenTensorHandle to = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes.data(), strides.data(), aoti_torch_dtype_float32(),
                                                   aoti_torch_device_type_cpu(), 0, &to));
   return Tensor(to);
 }
-inline Tensor vector(int64_t size) {
+inline Tensor new_float32(int64_t size) {
   AtenTensorHandle to = nullptr;
   const int64_t stride = 1;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(1, &size, &stride, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &to));
   return Tensor(to);
 }
-inline Tensor scalar() {
+inline Tensor new_float32() {
   AtenTensorHandle to = nullptr;
   TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(0, nullptr, nullptr, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(), 0, &to));
