@@ -55,11 +55,12 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
         value, some = log_sum_exp(x, allowed)
         return torch.where(some, value, torch.full_like(value, -math.inf))
 
-    stats = [lse(logits), flat.amax(1)]
+    row_max = flat.amax(1)
+    stats = [lse(logits), row_max]
     if moments:
         stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
     if hardness:
-        below = (logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]).masked_fill(~allowed, -math.inf)
+        below = (logits - row_max.masked_fill(row_max == -math.inf, 0.0)[:, None]).masked_fill(~allowed, -math.inf)
         stats += _hardness_sums((hardness * below).exp(), below, allowed.any(1))
     return torch.stack(stats)
 

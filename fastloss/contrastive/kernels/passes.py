@@ -108,7 +108,7 @@ def fp16_scale_of(stats_grad: Tensor, call: LogitMatrix) -> Tensor:
     return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
 
 
-def half(tile: Tile) -> Tile:
+def half_rows(tile: Tile) -> Tile:
     """With half the rows: for a kernel with branches that hold more registers."""
     return tile if tile.rows <= HALF_TILE else replace(tile, rows=tile.rows // 2)
 
@@ -128,7 +128,7 @@ def make_block(
     (row, end_row, column, end_column, _), tile = area, call.tile
     grad_block, recompute = results.grad_block, call.tile
     if inputs.exps is not None:
-        recompute = half(tile) if results.column_sums is None else replace(tile, warps=8)
+        recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
     operands = call.operands(recompute.rows)
     if has_products:
         operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row))

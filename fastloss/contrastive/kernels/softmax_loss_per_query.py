@@ -53,22 +53,22 @@ def _query_and_key_grad_kernel(
     there = inside & (tl.zeros((DIM,), tl.float32) + grad_lse != 0.0)  # what is left out may be NaN
     query = tl.load(query_ptr + offset, mask=there, other=0.0).to(tl.float32)
     key = tl.load(key_ptr + offset, mask=there, other=0.0).to(tl.float32)
-    query_norm, key_norm = 1.0, 1.0  # inverse
+    query_inverse_norm, key_inverse_norm = 1.0, 1.0
     if NORMALIZE:
-        query_norm, key_norm = inverse_norm(tl.sum(query * query)), inverse_norm(tl.sum(key * key))
-    u = grad_lse * (tl.load(weighted_keys_ptr + offset, mask=there, other=0.0) - key_norm * key)
+        query_inverse_norm, key_inverse_norm = inverse_norm(tl.sum(query * query)), inverse_norm(tl.sum(key * key))
+    u = grad_lse * (tl.load(weighted_keys_ptr + offset, mask=there, other=0.0) - key_inverse_norm * key)
     along = tl.sum(query * u)
     if dot_ptr is not None:
         tl.store(dot_ptr + row, scale * along)
     if query_grad_ptr is not None:
         if NORMALIZE:
-            u -= query_norm * query_norm * along * query
+            u -= query_inverse_norm * query_inverse_norm * along * query
         tl.store(query_grad_ptr + offset, scale * u, mask=inside)
     if key_grad_ptr is not None:
         v = query
         if NORMALIZE:
-            v -= key_norm * key_norm * tl.sum(query * key) * key
-        tl.store(key_grad_ptr + offset, -grad_lse * scale * key_norm * v, mask=inside)
+            v -= key_inverse_norm * key_inverse_norm * tl.sum(query * key) * key
+        tl.store(key_grad_ptr + offset, -grad_lse * scale * key_inverse_norm * v, mask=inside)
 
 
 def _loss_form(x: Inputs) -> tuple[LossForm, float]:

@@ -128,7 +128,7 @@ def per_query_statistics(
 ) -> Tensor:
     """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`softmax_stats`.
 
-    `row_scale` [M] is the scale over the query's length (with `form.normalize`, else the scale); `ceiling` [M] is in
+    `row_scale` [M] is the scale over the query's norm (with `form.normalize`, else the scale); `ceiling` [M] is in
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
     `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
     """
