@@ -38,7 +38,7 @@ from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_
 from .smoothness_terms import Image, smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
 from .ssim import size_of as map_size_of
-from .ssim_lanes import Window
+from .ssim_lanes import Strided, Window
 from .ssim_sweep import Constants, Form
 
 SIGNS_BLOCK = 1024
@@ -74,6 +74,8 @@ def _image_loss_fwd_kernel(
     ORDER: tl.constexpr = PARTS.order
     AXES: tl.constexpr = PARTS.axes
     OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
@@ -85,10 +87,10 @@ def _image_loss_fwd_kernel(
         pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
         x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-        if PARTS.pixel != "":
-            pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PARTS.pixel)
-        if PARTS.smoothness != "":
-            sums = added(sums, smoothness_terms(pred, plane, pixels, inside, PARTS.smoothness, ORDER, AXES))
+        if PIXEL != "":
+            pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PIXEL)
+        if SMOOTHNESS != "":
+            sums = added(sums, smoothness_terms(pred, plane, pixels, inside, SMOOTHNESS, ORDER, AXES))
         if signs_ptr is not None:
             code = tl.zeros((ROWS, COLUMNS), tl.float32)
             for axis in tl.static_range(AXES - 1, -1, -1):
@@ -122,22 +124,24 @@ def _image_loss_bwd_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     AXES: tl.constexpr = PARTS.axes
     OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, tiles_per_row, TILE)
     pixels, inside = tile_of(plane, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
     smoothness = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if PARTS.smoothness != "" and pred_grad_ptr is not None:
+    if SMOOTHNESS != "" and pred_grad_ptr is not None:
         for axis in tl.static_range(AXES):
             up = tl.load(grad_ptr + (1 if OUTS == 1 else AXES - axis))
-            smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, PARTS.smoothness, PARTS.order, AXES)
+            smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, SMOOTHNESS, PARTS.order, AXES)
     grad = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if PARTS.pixel != "":
+    if PIXEL != "":
         x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PARTS.pixel)
-        if target.weight is not None:
+        grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PIXEL)
+        if target.weight.ptr is not None:
             grad = weighted(grad, weight_at(target.weight, plane, pixels, size, inside, 0, 0))
     if image_grad_ptr is not None:
         to_ptr = image_grad_ptr + start_of(plane, size) + pixels.offset
@@ -187,11 +191,15 @@ class _Call(NamedTuple):
         return self.pred.ptr.shape[0] * self.pred.size.planes
 
 
+def _strided(weight: Tensor | None) -> Strided:
+    return strided(weight) or Strided(None, None, None, None, None)
+
+
 def _call(x: Inputs) -> _Call:
     pred = in_order(x.image_pred)
     axes = pred.ndim - 2
     parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
-    weight = strided if x.window else weight_args
+    weight = _strided if x.window else weight_args
     return _Call(
         Target(laid_out_as(x.image, pred), weight(x.pixel_weight), x.pixel_parameter),
         Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
