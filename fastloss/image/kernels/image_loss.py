@@ -32,8 +32,8 @@ from ...core.kernels.device_math import added, sign, weighted, zeros
 from ...core.kernels.launch import REDUCE_PROGRAMS, STREAM_OPTIONS, AotCase, on_device, vector_block
 from ...core.kernels.memory_order import laid_out_as, needs_int64
 from ..image_loss import Grads, Inputs, Needs, Saved
-from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel, pixel_losses
-from .pixel import slope
+from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
+from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
 from .smoothness_terms import Image, smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
@@ -58,7 +58,9 @@ def radix_of(ORDER: tl.constexpr):
 
 @triton.jit
 def _image_loss_fwd_kernel(
-    target,  # Target, see image_loss_ssim.py
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
     pred,  # Image, see smoothness_terms.py
     out_ptr,  # (sums, programs) float32
     signs_ptr,  # (planes, count) uint8, or None
@@ -85,10 +87,13 @@ def _image_loss_fwd_kernel(
     for step in range(steps):
         row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
         pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
-        x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         if PIXEL != "":
-            pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PIXEL)
+            loss = distance(y - x, parameter, PIXEL)
+            if pixel_weight.ptr is not None:
+                loss = weighted(loss, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
+            pixel_sum += tl.where(inside, loss, 0.0)
         if SMOOTHNESS != "":
             sums = added(sums, smoothness_terms(pred, plane, pixels, inside, SMOOTHNESS, ORDER, AXES))
         if signs_ptr is not None:
@@ -110,7 +115,9 @@ def _image_loss_fwd_kernel(
 @triton.jit
 def _image_loss_bwd_kernel(
     grad_ptr,  # (sums,) float32
-    target,  # Target, see image_loss_ssim.py
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
     pred,  # Image, see smoothness_terms.py
     image_grad_ptr,  # (planes, count) or None
     pred_grad_ptr,  # (planes, count) or None
@@ -138,11 +145,11 @@ def _image_loss_bwd_kernel(
             smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, SMOOTHNESS, PARTS.order, AXES)
     grad = tl.zeros((ROWS, COLUMNS), tl.float32)
     if PIXEL != "":
-        x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PIXEL)
-        if target.weight.ptr is not None:
-            grad = weighted(grad, weight_at(target.weight, plane, pixels, size, inside, 0, 0))
+        grad = tl.load(grad_ptr) * slope(y - x, parameter, PIXEL)
+        if pixel_weight.ptr is not None:
+            grad = weighted(grad, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
     if image_grad_ptr is not None:
         to_ptr = image_grad_ptr + start_of(plane, size) + pixels.offset
         tl.store(to_ptr, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
@@ -267,7 +274,7 @@ def image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     out = pred.new_empty((call.parts.smoothness_sums + 2, call.planes * splits), dtype=torch.float32)
     with on_device(pred):
         _image_loss_fwd_kernel[(call.planes * splits,)](
-            call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
+            *call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
             tiles.block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
@@ -298,7 +305,7 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
         splits = tiles.per_row * tiles.per_column
         with on_device(pred):
             _image_loss_bwd_kernel[(call.planes * splits,)](
-                grad, call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
+                grad, *call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
                 **STREAM_OPTIONS,
             )  # fmt: skip
     none = x.image.new_empty(0)
