@@ -44,10 +44,11 @@ def laid_out_as(tensor: Tensor, model: Tensor) -> Tensor:
 class Broadcast(NamedTuple):
     """A tensor that a kernel reads in the memory order of another: three runs of elements, each with its stride.
 
-    Where both lie alike in memory there is nothing but the pointer.
+    Where both lie alike in memory there is nothing but the pointer; of no tensor, not even that. (Triton 3.6 cannot ask
+    whether a named tuple with None in it is None.)
     """
 
-    ptr: Tensor
+    ptr: Tensor | None
     inner: int | None = None  # elements of the innermost run
     middle: int | None = None
     inner_stride: int | None = None
@@ -55,11 +56,13 @@ class Broadcast(NamedTuple):
     outer_stride: int | None = None
 
 
-def broadcast_args(tensor: Tensor, model: Tensor) -> Broadcast:
-    """`tensor` as a kernel argument, to be read in the memory order of `model`.
+def broadcast_args(tensor: Tensor | None, model: Tensor) -> Broadcast:
+    """`tensor`, or none, as a kernel argument, to be read in the memory order of `model`.
 
     Three runs cover every broadcast over up to two separate axes, e.g. [N,1,H,W] or [1,C,1,1]; beyond, it is copied.
     """
+    if tensor is None:
+        return Broadcast(None)
     found = runs(tensor, model)
     if found == [(model.numel(), 1)]:
         return Broadcast(tensor)

@@ -32,13 +32,13 @@ from ...core.kernels.device_math import added, sign, weighted, zeros
 from ...core.kernels.launch import REDUCE_PROGRAMS, STREAM_OPTIONS, AotCase, on_device, vector_block
 from ...core.kernels.memory_order import laid_out_as, needs_int64
 from ..image_loss import Grads, Inputs, Needs, Saved
-from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel, pixel_losses
-from .pixel import slope
+from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
+from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
 from .smoothness_terms import Image, smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
 from .ssim import size_of as map_size_of
-from .ssim_lanes import Window
+from .ssim_lanes import Strided, Window
 from .ssim_sweep import Constants, Form
 
 SIGNS_BLOCK = 1024
@@ -58,7 +58,9 @@ def radix_of(ORDER: tl.constexpr):
 
 @triton.jit
 def _image_loss_fwd_kernel(
-    target,  # Target, see image_loss_ssim.py
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
     pred,  # Image, see smoothness_terms.py
     out_ptr,  # (sums, programs) float32
     signs_ptr,  # (planes, count) uint8, or None
@@ -74,6 +76,8 @@ def _image_loss_fwd_kernel(
     ORDER: tl.constexpr = PARTS.order
     AXES: tl.constexpr = PARTS.axes
     OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
@@ -83,12 +87,15 @@ def _image_loss_fwd_kernel(
     for step in range(steps):
         row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
         pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
-        x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-        if PARTS.pixel != "":
-            pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PARTS.pixel)
-        if PARTS.smoothness != "":
-            sums = added(sums, smoothness_terms(pred, plane, pixels, inside, PARTS.smoothness, ORDER, AXES))
+        if PIXEL != "":
+            loss = distance(y - x, parameter, PIXEL)
+            if pixel_weight.ptr is not None:
+                loss = weighted(loss, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
+            pixel_sum += tl.where(inside, loss, 0.0)
+        if SMOOTHNESS != "":
+            sums = added(sums, smoothness_terms(pred, plane, pixels, inside, SMOOTHNESS, ORDER, AXES))
         if signs_ptr is not None:
             code = tl.zeros((ROWS, COLUMNS), tl.float32)
             for axis in tl.static_range(AXES - 1, -1, -1):
@@ -108,7 +115,9 @@ def _image_loss_fwd_kernel(
 @triton.jit
 def _image_loss_bwd_kernel(
     grad_ptr,  # (sums,) float32
-    target,  # Target, see image_loss_ssim.py
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
     pred,  # Image, see smoothness_terms.py
     image_grad_ptr,  # (planes, count) or None
     pred_grad_ptr,  # (planes, count) or None
@@ -122,23 +131,25 @@ def _image_loss_bwd_kernel(
     COLUMNS: tl.constexpr = TILE.columns
     AXES: tl.constexpr = PARTS.axes
     OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, tiles_per_row, TILE)
     pixels, inside = tile_of(plane, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
     smoothness = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if PARTS.smoothness != "" and pred_grad_ptr is not None:
+    if SMOOTHNESS != "" and pred_grad_ptr is not None:
         for axis in tl.static_range(AXES):
             up = tl.load(grad_ptr + (1 if OUTS == 1 else AXES - axis))
-            smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, PARTS.smoothness, PARTS.order, AXES)
+            smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, SMOOTHNESS, PARTS.order, AXES)
     grad = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if PARTS.pixel != "":
-        x = tl.load(target.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+    if PIXEL != "":
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PARTS.pixel)
-        if target.weight is not None:
-            grad = weighted(grad, weight_at(target.weight, plane, pixels, size, inside, 0, 0))
+        grad = tl.load(grad_ptr) * slope(y - x, parameter, PIXEL)
+        if pixel_weight.ptr is not None:
+            grad = weighted(grad, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
     if image_grad_ptr is not None:
         to_ptr = image_grad_ptr + start_of(plane, size) + pixels.offset
         tl.store(to_ptr, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
@@ -187,11 +198,15 @@ class _Call(NamedTuple):
         return self.pred.ptr.shape[0] * self.pred.size.planes
 
 
+def _strided(weight: Tensor | None) -> Strided:
+    return strided(weight) or Strided(None, None, None, None, None)
+
+
 def _call(x: Inputs) -> _Call:
     pred = in_order(x.image_pred)
     axes = pred.ndim - 2
     parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
-    weight = strided if x.window else weight_args
+    weight = _strided if x.window else weight_args
     return _Call(
         Target(laid_out_as(x.image, pred), weight(x.pixel_weight), x.pixel_parameter),
         Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
@@ -259,7 +274,7 @@ def image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     out = pred.new_empty((call.parts.smoothness_sums + 2, call.planes * splits), dtype=torch.float32)
     with on_device(pred):
         _image_loss_fwd_kernel[(call.planes * splits,)](
-            call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
+            *call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
             tiles.block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
@@ -290,7 +305,7 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
         splits = tiles.per_row * tiles.per_column
         with on_device(pred):
             _image_loss_bwd_kernel[(call.planes * splits,)](
-                grad, call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
+                grad, *call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
                 **STREAM_OPTIONS,
             )  # fmt: skip
     none = x.image.new_empty(0)

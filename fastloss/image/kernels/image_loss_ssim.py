@@ -46,7 +46,7 @@ class Target(NamedTuple):
     """What the pixel loss takes beside the prediction."""
 
     ptr: Any  # the target, (images, planes, pixels, pixel_stride), in memory as the prediction
-    weight: Any  # see smoothness_terms.py; or None
+    weight: Any  # Weight of smoothness_terms.py, or in sweeps Strided of ssim_lanes.py
     parameter: float
 
 
@@ -73,7 +73,7 @@ class Grid(NamedTuple):
 def pixel_losses(d, target, plane, pixels, size, inside, KIND: tl.constexpr):
     """The pixel loss of elements whose difference is d; 0 where `inside` is not set."""
     loss = distance(d, target.parameter, KIND)
-    if target.weight is not None:
+    if target.weight.ptr is not None:
         loss = weighted(loss, weight_at(target.weight, plane, pixels, size, inside, 0, 0))
     return tl.where(inside, loss, 0.0)
 
@@ -132,8 +132,8 @@ def _map_row(moments, rest, weight, w_ptr, partial_ptr, map_row, map_stride, in_
 
 @triton.jit
 def image_ssim_fwd_kernel(
-    target,  # Target, whose weight is Strided or None
-    pred,  # smoothness_terms.Image, whose weight is Strided or None
+    target,  # Target, whose weight is Strided
+    pred,  # smoothness_terms.Image, whose weight is Strided
     map_weight,  # Strided: (images, channels, height - 2 margin, width - 2 margin); or None
     out_ptr,  # (sums, programs) float32: pixel, smoothness along z, y and x (or one number), SSIM
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
@@ -149,15 +149,17 @@ def image_ssim_fwd_kernel(
     MARGIN: tl.constexpr = WINDOW.margin
     STRIDE: tl.constexpr = WINDOW.pixel_stride
     OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
-    if target.weight is not None:
+    if target.weight.ptr is not None:
         ptr, w = at_column(target.weight, image, channel, column), target.weight
         target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
-    if pred.weight is not None:
+    if pred.weight.ptr is not None:
         ptr, w = at_column(pred.weight, image, channel, column), pred.weight
         pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
     inside = column < width
@@ -193,12 +195,12 @@ def image_ssim_fwd_kernel(
         done = row - RADIUS  # the row whose windows this one completes
         if done >= first:
             pixels = _pixels_of_row(column, tl.cast(done, tl.int64) if WIDE else done, start, size)
-            if PARTS.pixel != "":
+            if PIXEL != "":
                 x = tl.load(x_ptr + pixels.offset, mask=inside, other=0.0).to(tl.float32)
                 y = tl.load(y_ptr + pixels.offset, mask=inside, other=0.0).to(tl.float32)
-                pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PARTS.pixel)
-            if PARTS.smoothness != "":
-                terms = smoothness_terms(pred, plane, pixels, inside, PARTS.smoothness, PARTS.order, PARTS.axes)
+                pixel_sum += pixel_losses(y - x, target, plane, pixels, size, inside, PIXEL)
+            if SMOOTHNESS != "":
+                terms = smoothness_terms(pred, plane, pixels, inside, SMOOTHNESS, PARTS.order, PARTS.axes)
                 sums = added(sums, terms)
             if (done >= MARGIN) & (done < height - MARGIN):
                 partial_ptr = partials_ptr + tl.cast(done - MARGIN, tl.int64) * grid.map_lanes + map_lane
@@ -240,15 +242,17 @@ def image_ssim_bwd_kernel(
     MARGIN: tl.constexpr = WINDOW.margin
     OUTS: tl.constexpr = PARTS.smoothness_sums
     AXES: tl.constexpr = PARTS.axes
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
     size = pred.size
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
-    if target.weight is not None:
+    if target.weight.ptr is not None:
         ptr, w = at_column(target.weight, image, channel, column), target.weight
         target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
-    if pred.weight is not None:
+    if pred.weight.ptr is not None:
         ptr, w = at_column(pred.weight, image, channel, column), pred.weight
         pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
     inside = column < width
@@ -277,9 +281,9 @@ def image_ssim_bwd_kernel(
             y = tl.load(y_ptr + pixels.offset, mask=inside, other=0.0).to(tl.float32)
             x_ssim, y_ssim = _ssim_grads(x, y, shift, filtered, FORM)
             grad = tl.zeros((BLOCK,), tl.float32)
-            if PARTS.pixel != "":
-                grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PARTS.pixel)
-                if target.weight is not None:
+            if PIXEL != "":
+                grad = tl.load(grad_ptr) * slope(y - x, target.parameter, PIXEL)
+                if target.weight.ptr is not None:
                     grad = weighted(grad, weight_at(target.weight, plane, pixels, size, inside, 0, 0))
             if x_grad_ptr is not None:
                 total = ssim_grad * x_ssim - grad
@@ -287,11 +291,9 @@ def image_ssim_bwd_kernel(
                 tl.store(to_ptr, total.to(x_grad_ptr.dtype.element_ty), mask=inside)
             if y_grad_ptr is not None:
                 total = ssim_grad * y_ssim + grad
-                if PARTS.smoothness != "":
+                if SMOOTHNESS != "":
                     for axis in tl.static_range(AXES):
                         up = tl.load(grad_ptr + (1 if OUTS == 1 else AXES - axis))
-                        total += up * smoothness_grad(
-                            pred, plane, pixels, inside, axis, PARTS.smoothness, PARTS.order, AXES
-                        )
+                        total += up * smoothness_grad(pred, plane, pixels, inside, axis, SMOOTHNESS, PARTS.order, AXES)
                 to_ptr = y_grad_ptr + start_of(plane, size) + pixels.offset
                 tl.store(to_ptr, total.to(y_grad_ptr.dtype.element_ty), mask=inside)

@@ -88,7 +88,7 @@ def slope(d, p, KIND: tl.constexpr):
 def _pixel_fwd_kernel(
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a Broadcast, see memory_order.py: (count,) after broadcasting
+    weight,  # Broadcast, see memory_order.py: (count,), or of no tensor
     out_ptr,  # (programs,) float32 if REDUCE, else (count,) float32
     count,
     p,
@@ -104,15 +104,15 @@ def _pixel_fwd_kernel(
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < count
         factor = 1.0
-        if weight is not None:  # loaded first: loaded last, ptxas for sm_80 keeps a register of sums in memory
+        if weight.ptr is not None:  # loaded first: loaded last, ptxas for sm_80 keeps a register of sums in memory
             factor = load_broadcast(weight, offsets, mask)
         image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         loss = distance(pred - image, p, KIND)
-        if weight is not None:
+        if weight.ptr is not None:
             loss = weighted(loss, factor)
         if REDUCE:
-            if weight is None:
+            if weight.ptr is None:
                 loss = tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
             acc += loss
         else:
@@ -126,7 +126,7 @@ def _pixel_bwd_kernel(
     grad_ptr,  # (count,) float32 if MAP, else one element
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a Broadcast, see memory_order.py: (count,) after broadcasting
+    weight,  # Broadcast, see memory_order.py: (count,), or of no tensor
     factor,  # of the gradient, if it is one element
     pred_grad_ptr,  # (count,)
     image_grad_ptr,  # (count,) or None
@@ -148,7 +148,7 @@ def _pixel_bwd_kernel(
     else:
         grad = tl.load(grad_ptr) * factor
     grad *= slope(pred - image, p, KIND)
-    if weight is not None:
+    if weight.ptr is not None:
         grad = weighted(grad, load_broadcast(weight, offsets, mask))
     tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
     if image_grad_ptr is not None:
@@ -164,7 +164,7 @@ def _first_stage(x: Inputs) -> Tensor:
         return torch.zeros_like(x.image, dtype=torch.float32)
     image = dense(x.image)
     image_pred = laid_out_as(x.image_pred, image)
-    weight = None if x.weight is None else broadcast_args(x.weight, image)
+    weight = broadcast_args(x.weight, image)
     grid = stream_grid(count, x.reduce)
     out = image.new_empty(grid, dtype=torch.float32) if x.reduce else torch.empty_like(image, dtype=torch.float32)
     with on_device(image):
@@ -207,7 +207,7 @@ def pixel_total_bwd(grad: Tensor, x: Inputs, needs: Needs, factors: list[float])
     (factor,) = factors
     with on_device(image):
         _pixel_bwd_kernel[stream_grid(count, False)](
-            grad, start, end, None if x.weight is None else broadcast_args(x.weight, image), factor, end_grad,
+            grad, start, end, broadcast_args(x.weight, image), factor, end_grad,
             start_grad, count, x.parameter, x.kind, is_map, needs_int64(image, x.weight), STREAM_BLOCK,
             **STREAM_OPTIONS,
         )  # fmt: skip

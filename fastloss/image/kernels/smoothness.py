@@ -234,9 +234,9 @@ def shares_edges(guide: Tensor | None, kind: str, size: Size) -> bool:
     return guide is not None and kind != "isotropic" and size.planes > 1
 
 
-def weight_args(weight: Tensor | None) -> Weight | None:
+def weight_args(weight: Tensor | None) -> Weight:
     if weight is None:
-        return None
+        return Weight()
     *by_image, rows, columns = weight.stride()
     return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)
 
@@ -248,9 +248,9 @@ def size_of(image: Tensor) -> Size:
     return Size(width, height, *(depth or [1]), planes, stride)
 
 
-def guide_args(guide: Tensor | None) -> Guide | None:
+def guide_args(guide: Tensor | None) -> Guide:
     if guide is None:
-        return None
+        return Guide()
     guide = in_order(guide)
     return Guide(guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1))
 

@@ -26,36 +26,37 @@ class Size(NamedTuple):
 
 
 class Guide(NamedTuple):
-    """An image in order, contiguous or channels_last."""
+    """An image in order, contiguous or channels_last; of no guide all fields are None. (Triton 3.6 cannot ask whether a
+    named tuple with None in it is None.)"""
 
-    ptr: Any  # (images, channels, ...)
-    channels: int
-    image_stride: int
-    channel_stride: int
-    pixel_stride: int
+    ptr: Any = None  # (images, channels, ...)
+    channels: int | None = None
+    image_stride: int | None = None
+    channel_stride: int | None = None
+    pixel_stride: int | None = None
 
 
 class Weight(NamedTuple):
     """A weight of each element of an image, of any strides, hence of any broadcast.
 
     Where `image_stride` is None, `ptr` are pointers to the first pixels of columns, and the strides of rows and columns
-    are all that there is.
+    are all that there is. Of no weight all fields are None.
     """
 
-    ptr: Any  # (images, channels, ...)
-    image_stride: int | None
-    channel_stride: int | None
-    z_stride: int | None
-    y_stride: int
-    x_stride: int
+    ptr: Any = None  # (images, channels, ...)
+    image_stride: int | None = None
+    channel_stride: int | None = None
+    z_stride: int | None = None
+    y_stride: int | None = None
+    x_stride: int | None = None
 
 
 class Image(NamedTuple):
     """What the smoothness is computed of."""
 
     ptr: Any  # (images, planes, pixels, pixel_stride)
-    guide: Guide | None
-    weight: Weight | None
+    guide: Guide
+    weight: Weight
     size: Size
 
 
@@ -231,7 +232,7 @@ def _difference(
         d = tl.where(mask, d, 0.0)
     if edge is not None:
         return d, edge
-    elif image.guide is None:
+    elif image.guide.ptr is None:
         return d, 1.0
     else:
         return d, _edge_factor(image, plane, pixels, mask, AXIS, ALONG, SHIFT, ORDER)
@@ -258,7 +259,7 @@ def _grad_difference(
     there is none."""
     mask = inside & _has(pixels, image.size, AXIS, SHIFT, ORDER)
     w = 1.0
-    if image.weight is not None:
+    if image.weight.ptr is not None:
         w = weight_at(image.weight, plane, pixels, image.size, mask, AXIS, SHIFT)
     fill: tl.constexpr = KIND == "l1"  # the sign of NaN is 0
     edge = None if edges is None else edges[AXIS * (ORDER + 1) + SHIFT + 1]
@@ -276,7 +277,7 @@ def _grad_difference(
         grad = e * sign(d)
     else:
         grad = e * 2.0 * d
-    return grad if image.weight is None else weighted(grad, w)
+    return grad if image.weight.ptr is None else weighted(grad, w)
 
 
 @triton.jit
@@ -288,7 +289,7 @@ def smoothness_terms(
     `edges`: of edges_of, or None; not for isotropic.
     """
     w = 1.0
-    if image.weight is not None:
+    if image.weight.ptr is not None:
         w = weight_at(image.weight, plane, pixels, image.size, inside, 0, 0)
     terms = ()
     squares = tl.zeros(pixels.offset.shape, tl.float32)
@@ -300,10 +301,10 @@ def smoothness_terms(
             squares += d * e * d * e
         else:
             term = (tl.abs(d) if KIND == "l1" else d * d) * e
-            terms = terms + (term if image.weight is None else weighted(term, w),)  # type: ignore[assignment]
+            terms = terms + (term if image.weight.ptr is None else weighted(term, w),)  # type: ignore[assignment]
     if KIND == "isotropic":
         term = tl.sqrt(squares)
-        terms = (term if image.weight is None else weighted(term, w),)  # type: ignore[assignment]
+        terms = (term if image.weight.ptr is None else weighted(term, w),)  # type: ignore[assignment]
     return terms
 
 

@@ -16,10 +16,10 @@ class Strided(NamedTuple):
     """A tensor of any strides."""
 
     ptr: Any  # (images, channels, height, width)
-    image_stride: int
-    channel_stride: int
-    row_stride: int
-    column_stride: int
+    image_stride: int | None
+    channel_stride: int | None
+    row_stride: int | None
+    column_stride: int | None
 
 
 class Plane(NamedTuple):

@@ -62,9 +62,10 @@ def _lpips_fwd_kernel(
     all_tiles,
     first_tile,  # of this launch
     SPATIAL: tl.constexpr,
-    LAYERS: tl.constexpr,  # a Tile of each layer
+    LAYERS: tl.constexpr,  # a Tile of tuples
     TABLE: tl.constexpr,
 ):
+    COUNT: tl.constexpr = len(LAYERS.pixels)
     total = total.to(tl.int64)
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -72,7 +73,7 @@ def _lpips_fwd_kernel(
     x_ptrs = pointers(columns.x, layer, layers.starts, TABLE)
     y_ptrs = pointers(columns.y, layer, layers.starts, TABLE)
     lin_ptrs = None if columns.lin is None else lin_pointers(columns.lin, layer, layers.starts, TABLE)
-    for i in tl.static_range(len(LAYERS)):
+    for i in tl.static_range(COUNT):
         if is_of(tile, layer, layers, i, LAYERS, TABLE):
             width, count, pixel, start, kept_start = place(tile, image, layer, layers, i, LAYERS, TABLE)
             nth: tl.constexpr = i if TABLE.dtype is None else 0
@@ -96,9 +97,10 @@ def _lpips_bwd_kernel(
     eps,
     tiles,
     SPATIAL: tl.constexpr,
-    LAYERS: tl.constexpr,  # a Tile of each layer
+    LAYERS: tl.constexpr,  # a Tile of tuples
     TABLE: tl.constexpr,
 ):
+    COUNT: tl.constexpr = len(LAYERS.pixels)
     total = total.to(tl.int64)
     tile = tl.program_id(0) % tiles
     image = (tl.program_id(0) // tiles).to(tl.int64)
@@ -108,7 +110,7 @@ def _lpips_bwd_kernel(
     lin_ptrs = None if columns.lin is None else lin_pointers(columns.lin, layer, layers.starts, TABLE)
     x_grad_ptrs = None if columns.x_grad is None else pointers(columns.x_grad, layer, layers.starts, TABLE)
     y_grad_ptrs = None if columns.y_grad is None else pointers(columns.y_grad, layer, layers.starts, TABLE)
-    for i in tl.static_range(len(LAYERS)):
+    for i in tl.static_range(COUNT):
         if is_of(tile, layer, layers, i, LAYERS, TABLE):
             width, count, pixel, start, kept_start = place(tile, image, layer, layers, i, LAYERS, TABLE)
             nth: tl.constexpr = i if TABLE.dtype is None else 0
@@ -167,7 +169,7 @@ class _Group(NamedTuple):
     """Up to MOST layers, those of one launch."""
 
     part: slice  # of the list
-    tiles: tuple[Tile, ...]
+    tiles: Tile  # of tuples
     kinds: list[int]  # which of these each layer has
     starts: list[int]  # the first tile of each layer
     count: int  # of tiles of an image
@@ -178,7 +180,7 @@ class _Launch(NamedTuple):
     programs: int
     columns: Pointers
     layers: Layers
-    tiles: tuple[Tile, ...]
+    tiles: Tile  # of tuples
     count: int
     first_tile: int
     table: Table
@@ -208,7 +210,7 @@ class _Launches:
                 kinds = list(range(len(tiles)))
             counts = [triton.cdiv(n, tiles[kind].pixels) for n, kind in zip(self.pixels[part], kinds, strict=True)]
             *starts, count = itertools.accumulate(counts, initial=0)
-            self.groups.append(_Group(part, tuple(tiles), kinds, starts, count, self.tiles))
+            self.groups.append(_Group(part, Tile(*zip(*tiles, strict=True)), kinds, starts, count, self.tiles))
             self.tiles += count
 
     def launches(

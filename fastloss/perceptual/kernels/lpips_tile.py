@@ -1,6 +1,7 @@
 """A tile of the LPIPS head in Triton: all channels of some pixels of an image of a layer. The formulas: lpips.py.
 
-Of INDEX and LAYERS, LAYERS[INDEX] is the `Tile`.
+LAYERS is a `Tile` whose fields are tuples, with an entry a layer, of which INDEX says which one. (From a tuple of named
+tuples Triton 3.6 loses the names.)
 """
 
 from __future__ import annotations
@@ -77,9 +78,8 @@ def _divide(x, inverse, rest):
 @triton.jit
 def there(pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     """Which pixels there are. A constant where all are: it compiles to no mask at all."""
-    TILE: tl.constexpr = LAYERS[INDEX]
-    if TILE.whole:
-        return tl.full((TILE.pixels,), True, tl.int1)
+    if LAYERS.whole[INDEX]:
+        return tl.full((LAYERS.pixels[INDEX],), True, tl.int1)
     else:
         return pixel < pixels
 
@@ -87,20 +87,19 @@ def there(pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
 @triton.jit
 def _where(channel, channels, pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     """Offsets within an image, and which of them lie inside."""
-    TILE: tl.constexpr = LAYERS[INDEX]
-    if TILE.wide:
+    if LAYERS.wide[INDEX]:
         channel = channel.to(tl.int64)
         pixel = pixel.to(tl.int64)
-    if TILE.in_rows:
+    if LAYERS.in_rows[INDEX]:
         offsets = pixel[None, :] * channels + channel[:, None]
     else:
         # A thread reads few pixels of many channels, since what it computes of each pixel is dear
-        together: tl.constexpr = TILE.together
+        together: tl.constexpr = LAYERS.together[INDEX]
         offsets = tl.max_contiguous(channel[:, None] * pixels + pixel[None, :], [1, together])
-    inside = tl.full((TILE.channels, TILE.pixels), True, tl.int1)
-    if TILE.ragged:
+    inside = tl.full((LAYERS.channels[INDEX], LAYERS.pixels[INDEX]), True, tl.int1)
+    if LAYERS.ragged[INDEX]:
         inside = inside & (channel < channels)[:, None]
-    if not TILE.whole:
+    if not LAYERS.whole[INDEX]:
         inside = inside & (pixel < pixels)[None, :]
     return offsets, inside
 
@@ -112,10 +111,9 @@ def _read(x_ptr, offsets, inside):
 
 @triton.jit
 def _lin(lin_ptr, channel, channels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
-    TILE: tl.constexpr = LAYERS[INDEX]
     if lin_ptr is None:
         return tl.where(channel < channels, 1.0, 0.0)[:, None]
-    elif TILE.ragged:
+    elif LAYERS.ragged[INDEX]:
         return tl.load(lin_ptr + channel, mask=channel < channels, other=0.0)[:, None]
     else:
         return tl.load(lin_ptr + channel)[:, None]
@@ -141,15 +139,14 @@ def fwd_tile(
     x_ptr, y_ptr, lin_ptr, channels, pixel, pixels, kept_ptr, total, eps, INDEX: tl.constexpr, LAYERS: tl.constexpr
 ):
     """The values of the pixels; their statistics go to `kept_ptr`, which points to the image's first pixel."""
-    TILE: tl.constexpr = LAYERS[INDEX]
-    channel = tl.arange(0, TILE.channels)
+    channel = tl.arange(0, LAYERS.channels[INDEX])
     offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
     x = _read(x_ptr, offsets, inside)
     y = _read(y_ptr, offsets, inside)
     square_x = x * x
     square_y = y * y
-    if TILE.more:
-        for start in range(TILE.channels, channels, TILE.channels):
+    if LAYERS.more[INDEX]:
+        for start in range(LAYERS.channels[INDEX], channels, LAYERS.channels[INDEX]):
             offsets, inside = _where(start + channel, channels, pixel, pixels, INDEX, LAYERS)
             more_x = _read(x_ptr, offsets, inside)
             more_y = _read(y_ptr, offsets, inside)
@@ -162,8 +159,8 @@ def fwd_tile(
     _, inverse_y, rest_y = _divisor(norm_y, eps)
     lin = _lin(lin_ptr, channel, channels, INDEX, LAYERS)
     value, k = _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y)
-    if TILE.more:
-        for start in range(TILE.channels, channels, TILE.channels):
+    if LAYERS.more[INDEX]:
+        for start in range(LAYERS.channels[INDEX], channels, LAYERS.channels[INDEX]):
             offsets, inside = _where(start + channel, channels, pixel, pixels, INDEX, LAYERS)
             x = _read(x_ptr, offsets, inside)
             y = _read(y_ptr, offsets, inside)
@@ -200,11 +197,10 @@ def lin_pointers(lins, layer, starts, TABLE: tl.constexpr):
 
 @triton.jit
 def is_of(tile, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr, TABLE: tl.constexpr):
-    """Whether this program's tile is LAYERS[INDEX]'s: of the layer INDEX, or of one with that tile."""
-    TILE: tl.constexpr = LAYERS[INDEX]
+    """Whether this program's tile is that of INDEX: of the layer INDEX, or of one with that tile."""
     if TABLE.dtype is None:
         nth = tile - ((layers.starts[INDEX] - 3) >> 1)
-        return (nth >= 0) & (nth < tl.cdiv((layers.pixels[INDEX] - 3) >> 1, TILE.pixels))
+        return (nth >= 0) & (nth < tl.cdiv((layers.pixels[INDEX] - 3) >> 1, LAYERS.pixels[INDEX]))
     else:
         return small_number_of(layers.kinds, layer, layers.starts) == INDEX
 
@@ -213,23 +209,22 @@ def is_of(tile, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr, TABLE:
 def place(tile, image, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr, TABLE: tl.constexpr):
     """The layer's channels and pixels, this tile's pixels, and where the image starts in the layer and in what is
     kept."""
-    TILE: tl.constexpr = LAYERS[INDEX]
     if TABLE.dtype is None:
         nth = tile - ((layers.starts[INDEX] - 3) >> 1)
         count = (layers.pixels[INDEX] - 3) >> 1
         first = (layers.first_pixels[INDEX] - 3) >> 1
-        width = TILE.layer_channels
+        width = LAYERS.layer_channels[INDEX]
     else:
         nth = tile - small_number_of(0, layer, layers.starts)
         count = small_number_of(layers.pixels, layer, layers.starts)
         first = number_of(layers.first_pixels, layer, layers.starts, TABLE)
         width = small_number_of(layers.channels, layer, layers.starts)
-        if TILE.layer_channels:
+        if LAYERS.layer_channels[INDEX]:
             width = width // 16 * 16
-    if TILE.even:
+    if LAYERS.even[INDEX]:
         count = count // 16 * 16  # the same, and now the compiler knows it
         first = first // 16 * 16
-    pixel = nth * TILE.pixels + tl.arange(0, TILE.pixels)
+    pixel = nth * LAYERS.pixels[INDEX] + tl.arange(0, LAYERS.pixels[INDEX])
     return width, count, pixel, image * width * count, first.to(tl.int64) + image * count
 
 
@@ -248,9 +243,8 @@ def bwd_tile(
     x_ptr, y_ptr, lin_ptr, x_grad_ptr, y_grad_ptr, channels, pixel, pixels, of_x, of_y,
     INDEX: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
-    TILE: tl.constexpr = LAYERS[INDEX]
-    for start in range(0, channels, TILE.channels):
-        channel = start + tl.arange(0, TILE.channels)
+    for start in range(0, channels, LAYERS.channels[INDEX]):
+        channel = start + tl.arange(0, LAYERS.channels[INDEX])
         offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
         u = _divide(_read(x_ptr, offsets, inside), of_x.inverse, of_x.rest)
         v = _divide(_read(y_ptr, offsets, inside), of_y.inverse, of_y.rest)
