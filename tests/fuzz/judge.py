@@ -250,7 +250,8 @@ def _has_no_square(call: Call) -> bool:
 
 
 def _has_equal_rows(call: Call) -> bool:
-    return any(t.fill in ("flat", "ones", "zeros", "rows") or t.shape[-1] == 1 for t in tensors(call.args))
+    equal = ("flat", "ones", "zeros", "rows")
+    return any(t.fill in equal or t.layout == "expanded" or t.shape[-1] == 1 for t in tensors(call.args))
 
 
 def _loses_denormals(call: Call) -> bool:
