@@ -33,6 +33,7 @@ INSTALL = {
     "torchmetrics": "torchmetrics",
     "pytorch-msssim": "pytorch-msssim",
 }
+RENAMED = {"info_nce": "info-nce-pytorch"}  # a row's rivals have the names they are imported by
 ADAPTERS: dict[str, list[tuple[str, bool, Callable[[dict], Function | None]]]] = {}
 
 
@@ -57,7 +58,7 @@ def providers(
         made = _made(name, adapter, options)
         if made is not None:
             found[name] = made
-    found |= case.extra.get("rivals", {})
+    found |= {RENAMED.get(name, name): function for name, function in case.extra.get("rivals", {}).items()}
     return {name: function for name, function in found.items() if wanted(name)}
 
 
