@@ -195,10 +195,10 @@ def attention(state: str, inputs: str) -> Make:
     return make
 
 
-ROWS, LONG, WIDTH = 512, 4096, 256
-BANK, OWN = (128, 16384, WIDTH), (32, 1024, WIDTH)
+ROWS, LONG, WIDTH = 512, 4096, 128
+BANK, OWN = (64, 16384, WIDTH), (16, 1024, WIDTH)
 PLANE, WINDOWED = (2, 3, 512, 512), (1, 3, 256, 256)
-FEATURES = ((2, 64, 128, 128), (2, 128, 64, 64), (2, 256, 32, 32))
+FEATURES = ((1, 64, 128, 128), (1, 128, 64, 64), (1, 256, 32, 32))
 TEMPERATURE = {"temperature": 0.1}, {"temperature": 0.01}
 CLIP = {"logit_scale": 14.3}, {"logit_scale": 100.0}
 SIGLIP = tuple({"logit_scale": s, "logit_bias": -10.0, "normalize": True} for s in (10.0, 100.0))
@@ -239,14 +239,14 @@ TABLE: dict[str, list[tuple]] = {
     "lpips_distance": planes(lambda s: features(s, 1), FEATURES),
     "dists_distance": planes(lambda s: features(s, 2), FEATURES),
     "style_distance": planes(features, FEATURES),
-    "diversity_loss": planes(generated, ((8, 3, 64, 64), (64,)), states=("fresh", "near-equal")),
-    "mode_seeking_loss": planes(modes, (8, 3, 128, 128), states=("fresh", "near-equal")),
-    "attention_consistency_loss": maps(lambda s: attention(s, "probs"), (2, 4, 128, 256), (1, 1, 128, LONG)),
+    "diversity_loss": planes(generated, ((8, 3, 32, 32), (64,)), states=("fresh", "near-equal")),
+    "mode_seeking_loss": planes(modes, (8, 3, 64, 64), states=("fresh", "near-equal")),
+    "attention_consistency_loss": maps(lambda s: attention(s, "probs"), (2, 4, 64, 128), (1, 1, 64, LONG)),
     "attention_consistency_loss of logits": [
         (state, {"inputs": "logits"}, *rest)
-        for state, _, *rest in maps(lambda s: attention(s, "logits"), (2, 4, 128, 256), (1, 1, 128, LONG))
+        for state, _, *rest in maps(lambda s: attention(s, "logits"), (2, 4, 64, 128), (1, 1, 64, LONG))
     ],
-    "attention_consistency_from_qk": maps(lambda s: attention(s, "qk"), (2, 4, 128, 256, 64), (1, 1, 128, LONG, 64)),
+    "attention_consistency_from_qk": maps(lambda s: attention(s, "qk"), (2, 4, 64, 128, 64), (1, 1, 64, LONG, 64)),
 }
 
 
