@@ -17,12 +17,14 @@ COLUMNS = (
 ERROR_COLUMNS = (
     "loss,options,shape,dtype,inputs,provider,value_error,gradient_error,note,device,threads,commit,torch,triton"
 ).split(",")
+RENAMED = {"info_nce": "info-nce-pytorch"}  # providers that some files and rows have by the name of their import
 
 
 def read(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of one file; a column that an older file has not is empty."""
     with path.open(newline="", encoding="utf8") as file:
-        return [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
+        rows = [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
+    return [row | {"provider": RENAMED.get(row["provider"], row["provider"])} for row in rows]
 
 
 def read_all(folder: pathlib.Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:

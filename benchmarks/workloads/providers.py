@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness.results import RENAMED
 from tests.conformance.cases import Case
 
 Function = Callable[..., torch.Tensor]
@@ -33,7 +34,6 @@ INSTALL = {
     "torchmetrics": "torchmetrics",
     "pytorch-msssim": "pytorch-msssim",
 }
-RENAMED = {"info_nce": "info-nce-pytorch"}  # a row's rivals have the names they are imported by
 ADAPTERS: dict[str, list[tuple[str, bool, Callable[[dict], Function | None]]]] = {}
 
 
