@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import measure
-from benchmarks.workloads.items import options_text, passes, shape_text
+from benchmarks.workloads.items import passes
 from benchmarks.workloads.providers import absent, providers
 from benchmarks.workloads.states import State
 from tests.conformance.tools import cast
@@ -38,7 +38,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 def blocks(states: Sequence[State]) -> list[list[State]]:
     """States that share loss, options and shape, and so a compiled graph."""
-    alike = lambda s: (s.case.name, options_text(s.options), shape_text(s.shape))  # noqa: E731
+    alike = lambda state: {k: v for k, v in state.columns().items() if k != "inputs"}  # noqa: E731
     return [list(found) for _, found in itertools.groupby(states, alike)]
 
 
@@ -51,8 +51,7 @@ def measured(block: Sequence[State], dtype: str, device: str, asked: list[str] |
         inputs = cast(state.inputs(device), kind)
         exact = result(state, state.case.eager, cast(inputs, torch.float64), scale)
         for name, function in functions.items():
-            row = {"loss": state.case.name, "options": options_text(state.options), "shape": shape_text(state.shape)}
-            row |= {"dtype": dtype, "inputs": state.name, "provider": name}
+            row = state.columns() | {"dtype": dtype, "provider": name}
             if isinstance(function, str):
                 yield row | {"note": function}
                 continue
