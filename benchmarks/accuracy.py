@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--providers", nargs="+", help="default: all there are")
-    parser.add_argument("--more", action="store_true", help="keep the rows that are there, of whatever commit, and go on")
+    parser.add_argument("--more", action="store_true", help="go on from the rows that are there, of whatever commit")
     parser.add_argument("--small", action="store_true", help="tiny shapes, to try the command")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
