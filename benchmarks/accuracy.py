@@ -45,25 +45,20 @@ def main(argv: list[str] | None = None) -> int:
     folder = args.out / measure.device_folder(args.device) / "accuracy"
     paths = {loss: folder / f"{loss}.csv" for loss in args.losses}
     rows = {loss: read(path, ERROR_COLUMNS) if args.more and path.exists() else [] for loss, path in paths.items()}
-    there = {(*key_of(r), r["dtype"]) for found in rows.values() for r in found}
+    there = {errors.key_of(r) for found in rows.values() for r in found}
     work = [(block, dtype) for dtype in args.dtype for block in errors.blocks(states(args.losses, args.small))]
-    work = [(block, dtype) for block, dtype in work if any((*key_of(s.columns()), dtype) not in there for s in block)]
     with Progress(len(work)) as progress:
         for block, dtype in work:
             loss = block[0].case.name
             progress.start(f"{loss} {block[0].columns()['options']} {dtype}")
-            for row in errors.measured(block, dtype, args.device, args.providers):
+            for row in errors.measured(block, dtype, args.device, args.providers, there):
                 rows[loss].append(row | common)
                 figures = f"{row.get('value_error', ''):>10}{row.get('gradient_error', ''):>10}"
                 progress.say(f"  {row['inputs']:12}{row['provider']:26}{figures} {row.get('note', '')}")
             write(paths[loss], rows[loss], ERROR_COLUMNS)
             progress.done()
-    print(f"wrote {', '.join(f'{loss}.csv' for loss in {b[0].case.name: 0 for b, _ in work}) or 'nothing'} to {folder}")
+    print(f"wrote {', '.join(path.name for path in paths.values())} to {folder}")
     return 0
-
-
-def key_of(row: dict) -> tuple:
-    return row["loss"], row["options"], row["shape"], row["inputs"]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ In float16 the gradients are those of LOSS_SCALE times the loss, as loss scaling
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,16 +42,29 @@ def blocks(states: Sequence[State]) -> list[list[State]]:
     return [list(found) for _, found in itertools.groupby(states, alike)]
 
 
-def measured(block: Sequence[State], dtype: str, device: str, asked: list[str] | None) -> Iterator[dict[str, Any]]:
-    """The rows of a block: each state with every provider. Who fails has the reason in `note` and no error."""
+def key_of(row: dict[str, Any]) -> tuple:
+    return tuple(row[name] for name in ("loss", "options", "shape", "inputs", "dtype", "provider"))
+
+
+def measured(
+    block: Sequence[State], dtype: str, device: str, asked: list[str] | None, there: Container[tuple] = ()
+) -> Iterator[dict[str, Any]]:
+    """The rows of a block that are not there: each state with every provider.
+
+    Who fails has the reason in `note` and no error.
+    """
     torch._dynamo.reset()
     kind, scale = getattr(torch, dtype), LOSS_SCALE.get(dtype, 1.0)
     functions = providers(block[0].case, block[0].options, device, asked)
     for state in block:
+        rows = [state.columns() | {"dtype": dtype, "provider": name} for name in functions]
+        rows = [row for row in rows if key_of(row) not in there]
+        if not rows:
+            continue
         inputs = cast(state.inputs(device), kind)
         exact = result(state, state.case.eager, cast(inputs, torch.float64), scale)
-        for name, function in functions.items():
-            row = state.columns() | {"dtype": dtype, "provider": name}
+        for row in rows:
+            name, function = row["provider"], functions[row["provider"]]
             if isinstance(function, str):
                 yield row | {"note": function}
                 continue
