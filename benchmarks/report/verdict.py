@@ -69,7 +69,7 @@ def _against(ours: Row, theirs: Row) -> str:
     near = 1 / (1 + LEVEL) <= times <= 1 + LEVEL
     if near and float(ours["p20_ms"]) <= float(theirs["p80_ms"]) and float(theirs["p20_ms"]) <= float(ours["p80_ms"]):
         return f"level with {who}"
-    return f"{times:.1f}x as fast as {who}" if times > 1.05 else f"slower than {who}, which takes {times:.2f} of that"
+    return f"{times:.1f}x as fast as {who}" if times >= 1.05 else f"slower than {who} ({times:.2f}x as fast)"
 
 
 def with_version(provider: str) -> str:

@@ -342,19 +342,6 @@ def test_adapters_take_what_they_know_and_no_more():
                 assert name in providers.INSTALL, name
 
 
-def test_pictures_are_drawn(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from benchmarks.report import pictures
-
-    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "_read", lambda device: tuple(sample()) if device == "cpu" else ())
-    results.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", sample())
-    drawn = [p.name for p in pictures.draw_all()]
-    assert drawn == ["speed.svg", "memory.svg", "roofline.svg", "scaling.svg"]
-    assert b"pixel" not in (tmp_path / "cpu" / "speed.svg").read_bytes()[:100]
-    assert all((tmp_path / "cpu" / name).read_bytes().startswith(b"<?xml") for name in drawn)
-
-
 def test_the_report_says_how_far_each_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     assert tables.scaling_table("cpu") == ["Not measured."]
