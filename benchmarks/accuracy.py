@@ -3,7 +3,7 @@
 Every loss, on inputs as training has them (workloads/states.py), in every dtype, by every provider, against eager
 PyTorch in float64 of the same inputs; harness/errors.py says what an error is. Errors hardly depend on the load of a
 machine, so it may be busy. Each loss has its rows in `benchmarks/results/<device>/accuracy/<loss>.csv`, written as they
-come, and `--more` keeps those that are there and goes on where an interrupted run ended.
+come. `--more` keeps those that are there and goes on where an interrupted run ended.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     common = measure.common_columns(args.device)
     folder = args.out / measure.device_folder(args.device) / "accuracy"
     paths = {loss: folder / f"{loss}.csv" for loss in args.losses}
-    rows = {loss: read(path, ERROR_COLUMNS) if args.more and path.exists() else [] for loss, path in paths.items()}
+    rows = {loss: read(path, ERROR_COLUMNS) if path.exists() else [] for loss, path in paths.items()}
+    if not args.more:  # the rows of other dtypes stay
+        rows = {loss: [r for r in found if r["dtype"] not in args.dtype] for loss, found in rows.items()}
     there = {errors.key_of(r) for found in rows.values() for r in found}
     work = [(block, dtype) for dtype in args.dtype for block in errors.blocks(states(args.losses, args.small))]
     with Progress(len(work)) as progress:

@@ -148,7 +148,8 @@ def largest(device: str, dtype: str) -> str:
         else:
             found = [e for g in groups if (e := error_of(g.get(who), "gradient")) is not None]
         if found:
-            texts.append(f"{who} {percent(max(found))} ({percent(statistics.median(found))})")
+            count = "" if len(found) == len(groups) else f", of {len(found)} rows"
+            texts.append(f"{who} {percent(max(found))} ({percent(statistics.median(found))}{count})")
     return f"{len(groups)} rows, largest error of the gradient (median): {', '.join(texts)}"
 
 

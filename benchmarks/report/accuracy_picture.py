@@ -24,7 +24,7 @@ def draw_errors(rows: tuple[dict[str, str], ...], path: pathlib.Path, where: str
                 found = worst.setdefault(loss, {}).setdefault(dtype, {})
                 found[name] = max(found.get(name, LEAST), error)
     looks = look.look(n for by_dtype in worst.values() for found in by_dtype.values() for n in found)
-    subtitle = "against float64 of the same inputs; of each loss the worst of all inputs: fresh, late, scale 100, ..."
+    subtitle = "against float64 of the same inputs; of each loss the worst of all inputs and options that it has"
     figure, panels = look.canvas(len(worst), f"Largest error of the gradient, {where}", subtitle, len(looks), 2)
     for axes, dtype in zip(panels, DTYPES, strict=True):
         _panel(axes, dtype, [by_dtype.get(dtype, {}) for by_dtype in worst.values()], looks)

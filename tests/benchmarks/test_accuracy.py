@@ -82,6 +82,12 @@ def test_rows_have_the_errors_and_go_on_where_they_ended(tmp_path):
     assert {r["inputs"] for r in rows} == {"fresh", "near-equal", "a mean"}
     for r in rows[9:]:
         assert float(r["value_error"]) < 1e-6 and float(r["gradient_error"]) < 2**-8
+    asked[asked.index("bfloat16")] = "float32"
+    assert accuracy.main([*asked, "fastloss"]) == 0
+    rows = read(tmp_path / "cpu" / "accuracy" / "pixel_loss.csv", ERROR_COLUMNS)
+    assert [(r["dtype"], r["provider"]) for r in rows[::9]] == [
+        ("bfloat16", "eager"), ("bfloat16", "fastloss"), ("float32", "fastloss"),
+    ]  # fmt: skip
 
 
 def test_late_in_bfloat16_ours_is_exact_where_eager_is_lost():
@@ -98,6 +104,9 @@ def test_who_fails_has_a_reason(monkeypatch):
     monkeypatch.setattr(errors, "providers", lambda *a: {"broken": broken, "text": "absent: why"})
     rows = list(errors.measured([state("pixel_loss", "fresh", small=True)], "float32", "cpu", None))
     assert [r["note"] for r in rows] == ["failed: KeyError: 'nothing there'", "absent: why"]
+    monkeypatch.setattr(errors, "result", lambda *a: (torch.tensor(1.0), torch.tensor([float("nan")])))
+    rows = list(errors.measured([state("pixel_loss", "fresh", small=True)], "float32", "cpu", None))
+    assert {r["note"] for r in rows} == {"nothing to compare with: float64 itself is not finite"}
 
 
 def test_float16_gradients_do_not_underflow():
