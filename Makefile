@@ -31,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 --out benchmarks/results $(ARGS)
 	$(BIN)/python -m benchmarks.train_steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 

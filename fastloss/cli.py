@@ -21,9 +21,12 @@ EXTRA = 'pip install "fastloss[train]"'
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["info"]:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["info"]:
         info()  # says what is missing, so it must not need typer
         sys.exit(0)
+    if given[:1] == ["bench"]:
+        _bench(given[1:])
     try:
         app = make_app()
     except ImportError as error:
@@ -73,15 +76,19 @@ def info_lines() -> list[str]:
 
 def bench(context: Any) -> None:
     """Time the losses against eager, torch.compile and other libraries; `fastloss bench --help` lists the options."""
-    import os
+    _bench(context.args)
+
+
+def _bench(arguments: list[str]) -> typing.NoReturn:
+    """In a process of its own, whose memory allocator it sets; needs neither typer nor a checkout of the repository."""
     import subprocess
 
-    root = Path(__file__).parents[1]
-    if not (root / "benchmarks" / "run.py").is_file():
-        _fail("the benchmarks are not installed with the package: run it in a checkout of the repository")
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "benchmarks.run", *context.args]
-    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
+    package = Path(__file__).parent
+    root = next((r for r in (package.parent, package / "_bench") if (r / "benchmarks" / "run.py").is_file()), None)
+    if root is None:
+        _fail("this installation has no benchmarks (setup.py copies them into a wheel): install fastloss again")
+    code = f"import sys; sys.path[0] = {str(root)!r}; from benchmarks.run import command; command(sys.argv[1:])"
+    sys.exit(subprocess.run([sys.executable, "-c", code, *arguments]).returncode)
 
 
 def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:
