@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .plans import Planned
+
 _PLAIN = frozenset((type(None), bool, int, float, str))  # no tensors in these: a look-up, on every call's way
 
 
@@ -24,29 +26,32 @@ def _tensors(value: Any) -> list[Tensor]:
     return [v for v in value if isinstance(v, Tensor)] if isinstance(value, (list, tuple)) else []
 
 
-def _below_autograd(op: Callable, *args: Any) -> Any:
-    """The op's kernel at once: autograd's dispatch in Python costs more than a small kernel."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
-
-
 def _save(ctx: Any, values: Sequence[Any]) -> None:
     """Keep values for the backward, the tensors (and lists of them) where autograd can watch them."""
-    tensors = [None if type(v) in _PLAIN or not isinstance(v, Tensor) else v for v in values]
-    ctx.plain, ctx.lists = [None if t is not None else v for t, v in zip(tensors, values, strict=True)], []
-    for k, value in enumerate(ctx.plain):
-        if type(value) not in _PLAIN and (own := _tensors(value)):
-            ctx.plain[k] = None
-            ctx.lists.append((k, len(own)))
-            tensors += own
+    plain, places, lists = list(values), [], []
+    tensors: list[Tensor] = []
+    for k, value in enumerate(plain):
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            places.append(k)
+            tensors.append(value)
+            plain[k] = None
+        elif own := _tensors(value):
+            lists.append((k, own))
+            plain[k] = None
+    for _, own in lists:
+        tensors += own
     ctx.save_for_backward(*tensors)
+    ctx.kept = plain, places, [(k, len(own)) for k, own in lists] if lists else lists
 
 
 def _saved(ctx: Any) -> list[Any]:
-    tensors, plain = ctx.saved_tensors, ctx.plain
-    values = [p if t is None else t for t, p in zip(tensors, plain)]  # noqa: B905 what lists held follows
-    first = len(plain)
-    for k, length in ctx.lists:
+    tensors, (plain, places, lists) = ctx.saved_tensors, ctx.kept
+    values, first = plain.copy(), len(places)
+    for k, tensor in zip(places, tensors):  # noqa: B905 what lists held follows
+        values[k] = tensor
+    for k, length in lists:
         values[k] = list(tensors[first : first + length])
         first += length
     return values
@@ -72,9 +77,18 @@ class Differentiable:
     _bwd_traced: Any
     _bwd_wants: list[str]
     _kept: list[int]
-    _order: list[int]
+    _ordered: Callable[[Sequence[Any]], tuple]
+    _bwd_plans: Planned | None
     _wrt: list[int]
     _constant: list[int]
+
+    @staticmethod
+    def _below_autograd(op: Callable, plans: Planned | None, args: Sequence[Any]) -> Any:
+        """The op's kernel at once, by its plan if it has one for these arguments: autograd's dispatch in Python costs
+        more than a small kernel, and so does the dispatcher's way to a function in Python."""
+        replay = None if plans is None else plans.replay(args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args) if replay is None else replay(*args)
 
     # autograd of the forward op: save what the backward names, and nothing else
 
@@ -91,34 +105,43 @@ class Differentiable:
     def _keep(self, ctx: Any, inputs: tuple, outputs: tuple, *numbers: Tensor) -> tuple:
         if len(outputs) > 1:
             ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
-        values = (*inputs, *outputs)
-        _save(ctx, [*(values[i] for i in self._kept), *numbers])
+        values, kept = (*inputs, *outputs), list(numbers)
+        kept[:0] = map(values.__getitem__, self._kept)
+        _save(ctx, kept)
         return outputs
 
     def _backward(self, ctx: Any, grad: Tensor | None, *_: Any) -> tuple:
-        flags = ctx.needs_input_grad  # a list of them for a list of tensors
-        lists = list in map(type, flags)
-        needs = [any(flag) if isinstance(flag, list) else flag for flag in flags] if lists else flags
+        return tuple(self._gradients(ctx, ctx.needs_input_grad, grad))
+
+    def _gradients(self, ctx: Any, flags: Sequence[Any], grad: Tensor | None) -> list[Any]:
+        """The gradient of each input that needs one by its flag, or by a list of them for a list of tensors."""
+        needs, out = flags, [None] * len(flags)
+        if list in map(type, flags):
+            needs = [any(flag) if isinstance(flag, list) else flag for flag in flags]
+            out = [_no_gradient(flag) for flag in flags]
         for i in self._constant:
             if needs[i]:
                 raise RuntimeError(f"{self.name}: no gradient is provided for {self.inputs[i]!r}; detach it")
-        out: list[Any] = [_no_gradient(flag) for flag in flags] if lists else [None] * len(flags)
         if grad is None:  # nothing reaches the output (in a double backward)
-            return tuple(out)
-        saved, numbers = _saved(ctx), []
-        if len(saved) > len(self._kept):
-            numbers = [saved.pop()]
-        have = (*saved, grad, *(needs[i] for i in self._wrt), [])
-        args = [have[k] for k in self._order]
-        bwd = self._bwd_traced if numbers else self.bwd
-        got = bwd(*args, *numbers) if torch.is_grad_enabled() else _below_autograd(bwd, *args, *numbers)
+            return out
+        have = _saved(ctx)
+        numbers = [have.pop()] if len(have) > len(self._kept) else []
+        have.append(grad)
+        for i in self._wrt:
+            have.append(needs[i])
+        have.append([])
+        args = self._ordered(have)
+        if numbers or torch.is_grad_enabled():
+            got = (self._bwd_traced if numbers else self.bwd)(*args, *numbers)
+        else:
+            got = self._below_autograd(self.bwd, self._bwd_plans, args)
         if isinstance(got, list):
             rest = iter(got)
             got = [[next(rest) for _ in flags[i]] if needs[i] else None for i in self._wrt]
         for i, gradient in zip(self._wrt, (got,) if isinstance(got, Tensor) else got, strict=True):
             if needs[i]:
                 out[i] = gradient
-        return tuple(out)
+        return out
 
     # autograd of the backward op: differentiate the reference twice, so that double backward is right everywhere
 
