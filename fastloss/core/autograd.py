@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import plans
 from .plans import Planned
 
 _PLAIN = frozenset((type(None), bool, int, float, str))  # no tensors in these: a look-up, on every call's way
@@ -64,6 +66,72 @@ def _no_gradient(like: Any) -> Any:
     return [None] * len(like) if tensors else None
 
 
+def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+    """What picks these items of a sequence into a tuple."""
+    if len(places) > 1:
+        return operator.itemgetter(*places)
+    return lambda values: tuple(values[k] for k in places)
+
+
+class Prepared:
+    """What all forward calls with one plan have in common: which arguments are tensors, what is kept, and backwards."""
+
+    def __init__(self, op: Differentiable, args: Sequence[Any]) -> None:
+        self.op, self.places = op, [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        kept = [i for i in op._kept if i in self.places or i >= len(args)]
+        plain = [None if i in kept else args[i] for i in op._kept]
+        self.inputs, self.keep = _picker(self.places), _picker(kept)
+        self.kept = plain, [op._kept.index(i) for i in kept], []  # as `_save` has it
+        self.backwards: dict[tuple, _Backward] = {}  # by needs
+
+    def flags(self, needs: Sequence[bool]) -> list[bool]:
+        """The needs of all inputs from those of the tensors."""
+        flags = [False] * len(self.op.inputs)
+        for place, flag in zip(self.places, needs, strict=True):
+            flags[place] = flag
+        return flags
+
+    def backward(self, ctx: Any, grad: Tensor | None) -> tuple:
+        if grad is None or torch.is_grad_enabled():
+            return self.inputs(self.op._gradients(ctx, self.flags(ctx.needs_input_grad[2:]), grad))
+        backward = self.backwards.get(needs := ctx.needs_input_grad)
+        if backward is None:
+            backward = self.backwards[needs] = _Backward(self, self.flags(needs[2:]))
+        return backward(ctx.saved_tensors, grad)
+
+
+class _Backward:
+    """The backward of such calls with one set of needs: where its arguments and gradients go, and its replays."""
+
+    def __init__(self, of: Prepared, flags: Sequence[bool]) -> None:
+        op, (plain, places, _) = of.op, of.kept
+        op._check_needs(flags)
+        have = [*plain, None, *(flags[i] for i in op._wrt), []]
+        given = [*places, len(plain)]  # of `have`: what the call gives, the rest is known
+        known = [k for k in range(len(have)) if k not in given]
+        self.op, self.known = op, tuple(have[k] for k in known)
+        self.arguments = _picker([(given + known).index(k) for k in op._order])
+        needed = [i if flags[i] else None for i in of.places]
+        self.gradients = _picker([len(op._wrt) if i is None else op._wrt.index(i) for i in needed])
+        self.replays: dict[tuple, Callable[..., Any]] = {}  # by the signature of what is given
+
+    def __call__(self, saved: tuple, grad: Tensor) -> tuple:
+        given = (*saved, grad)
+        args = self.arguments(given + self.known)
+        key = None if plans.watched() or not plans.ENABLED else plans.signature_of_tensors(given)
+        replay = None if key is None else self.replays.get(key)
+        if replay is not None:
+            got = replay(*args)
+        else:
+            op = self.op
+            got = op._below_autograd(op.bwd, op._bwd_plans, args)
+            if key is not None and op._bwd_plans is not None and (plan := op._bwd_plans.ready(args)) is not None:
+                if len(self.replays) >= plans.MOST:
+                    self.replays.clear()
+                self.replays[key] = plan.replay  # type: ignore[assignment]
+        return self.gradients((got, None) if isinstance(got, Tensor) else (*got, None))
+
+
 class Differentiable:
     """The autograd of an op, of its forward and of its backward, from what :class:`Op` says of both."""
 
@@ -77,7 +145,7 @@ class Differentiable:
     _bwd_traced: Any
     _bwd_wants: list[str]
     _kept: list[int]
-    _ordered: Callable[[Sequence[Any]], tuple]
+    _order: list[int]
     _bwd_plans: Planned | None
     _wrt: list[int]
     _constant: list[int]
@@ -86,9 +154,10 @@ class Differentiable:
     def _below_autograd(op: Callable, plans: Planned | None, args: Sequence[Any]) -> Any:
         """The op's kernel at once, by its plan if it has one for these arguments: autograd's dispatch in Python costs
         more than a small kernel, and so does the dispatcher's way to a function in Python."""
-        replay = None if plans is None else plans.replay(args)
+        if plans is not None and (plan := plans.ready(args)) is not None:
+            return plan.replay(*args)  # type: ignore[misc]
         with torch._C._AutoDispatchBelowAutograd():
-            return op(*args) if replay is None else replay(*args)
+            return op(*args)
 
     # autograd of the forward op: save what the backward names, and nothing else
 
@@ -119,9 +188,7 @@ class Differentiable:
         if list in map(type, flags):
             needs = [any(flag) if isinstance(flag, list) else flag for flag in flags]
             out = [_no_gradient(flag) for flag in flags]
-        for i in self._constant:
-            if needs[i]:
-                raise RuntimeError(f"{self.name}: no gradient is provided for {self.inputs[i]!r}; detach it")
+        self._check_needs(needs)
         if grad is None:  # nothing reaches the output (in a double backward)
             return out
         have = _saved(ctx)
@@ -130,7 +197,7 @@ class Differentiable:
         for i in self._wrt:
             have.append(needs[i])
         have.append([])
-        args = self._ordered(have)
+        args = [have[k] for k in self._order]
         if numbers or torch.is_grad_enabled():
             got = (self._bwd_traced if numbers else self.bwd)(*args, *numbers)
         else:
@@ -142,6 +209,11 @@ class Differentiable:
             if needs[i]:
                 out[i] = gradient
         return out
+
+    def _check_needs(self, needs: Sequence[bool]) -> None:
+        for i in self._constant:
+            if needs[i]:
+                raise RuntimeError(f"{self.name}: no gradient is provided for {self.inputs[i]!r}; detach it")
 
     # autograd of the backward op: differentiate the reference twice, so that double backward is right everywhere
 

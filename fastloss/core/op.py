@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,9 +21,9 @@ from torch import Tensor
 from torch.library import Library
 
 from . import backends, explanation
-from .autograd import _PLAIN, Differentiable, _tensors, transformed
+from .autograd import _PLAIN, Differentiable, Prepared, _tensors, transformed
 from .backends import is_interpreting
-from .plans import Planned
+from .plans import Plan, Planned
 from .structs import flattened
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
@@ -73,7 +72,7 @@ class Op(Differentiable):
         self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
         # `_backward` has (what was kept, grad, needs_* flags, incoming): where in that each argument of `bwd` is.
         have = [*((*self.inputs, *outputs)[i] for i in self._kept), "grad", *(f"needs_{n}" for n in grads), "incoming"]
-        self._ordered = operator.itemgetter(*(have.index(name) for name in self._bwd_wants))
+        self._order = [have.index(name) for name in self._bwd_wants]
         self._wrt = [self.inputs.index(name) for name in grads]
         self._constant = [i for i in range(len(self.inputs)) if i not in self._wrt]
         self._fwd_plans = self._define(f"{name}_fwd", fwd, triton)
@@ -94,6 +93,7 @@ class Op(Differentiable):
         has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
         self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
         self._function = self._autograd_function()
+        self._planned_function: Any = type(name, (_PlannedFunction,), {})
         _OPS[name] = self
 
     def _autograd_function(self) -> Any:
@@ -212,10 +212,8 @@ class Op(Differentiable):
         """`backend`: what :meth:`backend` says of this call, where the caller has asked already."""
         if (backend or self.backend(*args)) == "reference":
             return self.reference(*args)
-        first = args[0]
-        device = (first if isinstance(first, Tensor) else first[0]).device.type
-        if torch.is_autocast_enabled(device):  # kernels choose their own precision
-            with torch.autocast(device, enabled=False):
+        if torch._C._is_any_autocast_enabled():  # kernels choose their own precision
+            with torch.autocast(_tensors(args[0])[0].device.type, enabled=False):
                 out = self._differentiable(args)
         else:
             out = self._differentiable(args)
@@ -227,9 +225,34 @@ class Op(Differentiable):
         if not torch.is_grad_enabled():
             return self._below_autograd(self.fwd, self._fwd_plans, args)
         if not self._lists:
-            return self._function.apply(*args)
+            plan = None if self._fwd_plans is None else self._fwd_plans.ready(args)
+            if plan is None:
+                return self._function.apply(*args)
+            if plan.autograd is None:
+                plan.autograd = Prepared(self, args)
+            return self._planned_function.apply(plan, args, *plan.autograd.inputs(args))
         lengths = [len(value) if i in self._lists else None for i, value in enumerate(args)]
         return self._function.apply(lengths, *_one_by_one(args, lengths))
+
+
+class _PlannedFunction(torch.autograd.Function):
+    """Autograd of a call whose plan is recorded: it sees the tensors only, and what it keeps is known from the plan."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, args: tuple, *tensors: Tensor) -> Tensor:
+        out = plan.replay(*args)  # type: ignore[misc]
+        if isinstance(out, Tensor):
+            out = (out,)
+        else:
+            ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
+        ctx.prepared = plan.autograd
+        ctx.kept = plan.autograd.kept
+        ctx.save_for_backward(*plan.autograd.keep((*args, *out)))
+        return out[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return None, None, *ctx.prepared.backward(ctx, grad)
 
 
 def _takes_all(*args: Any) -> None:

@@ -23,56 +23,76 @@ ORDINARY_CALLS = 1  # with a signature, before one is recorded: shapes that neve
 ENABLED = os.environ.get("FASTLOSS_PLANS") != "0"
 
 
+_INTERPRETING = is_interpreting()
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = frozenset((type(None), bool, int, float, str, torch.dtype))
-_dispatch_keys = torch._C._dispatch_keys
 
 
 class Plan:
-    """What is known of a signature: how often it came, and once it is recorded the function that replays it."""
+    """What is known of a signature: how often it came, and once it is recorded the function that replays it.
 
-    __slots__ = ("calls", "refused", "replay", "source")
+    `refused` says why there is none, `autograd` is what core/autograd.py has found out once for all such calls.
+    """
+
+    __slots__ = ("autograd", "calls", "refused", "replay", "source")
 
     def __init__(self, key: tuple) -> None:
-        self.calls, self.refused = 0, ""
+        self.calls, self.refused, self.source = 0, "", ""
         self.replay: Callable[..., Any] | None = None
-        self.source = ""
+        self.autograd: Any = None
+
+
+deterministic = torch._C._get_deterministic_algorithms
 
 
 def signature(args: Sequence[Any]) -> tuple | None:
     """All that a launcher may look at in its arguments; None where there is something that plans do not know.
 
-    Floats and their like count with their type. The dispatch keys tell tensors apart that are more than their memory:
-    negated views, zeros without memory.
+    Plain options count with their types. A negated view and a zero without memory, which are more than their memory,
+    have signatures of their own: the dispatcher makes plain tensors of them before it calls a kernel.
     """
-    found: list[Any] = [torch.are_deterministic_algorithms_enabled()]
-    for value in args:
-        kind = type(value)
-        if kind in _PLAIN:
-            found += (kind, value)
-            continue
-        if kind in _TENSORS:
-            value, end = (value,), None
-        elif kind is list or kind is tuple:
-            end = len(value)
-        else:
-            return None
-        for item in value:
-            kind = type(item)
+    found: list[Any] = [deterministic()]
+    try:
+        for value in args:
+            kind = type(value)
+            if kind in _PLAIN:
+                found += (kind, value)
+                continue
             if kind in _TENSORS:
-                found += (
-                    item.shape,
-                    item.stride(),
-                    item.dtype,
-                    item.device,
-                    item.data_ptr() & 15,
-                    _dispatch_keys(item).raw_repr(),
-                )
-            elif kind in _PLAIN:
-                found += (kind, item)
-            else:
+                value = (value,)
+            elif kind is not list and kind is not tuple:
                 return None
-        found.append(end)
+            for item in value:
+                kind = type(item)
+                if kind in _TENSORS:
+                    address = item.data_ptr()
+                    found += (
+                        item.shape, item.stride(), item.dtype, item.device, address & 15 if address else -1,
+                        item.is_neg(),
+                    )  # fmt: skip
+                elif kind in _PLAIN:
+                    found += (kind, item)
+                else:
+                    return None
+            found.append(len(value))
+    except RuntimeError:  # a tensor without memory or strides, such as a batch of gradients
+        return None
+    return tuple(found)
+
+
+def signature_of_tensors(tensors: Sequence[Any]) -> tuple | None:
+    """The same of tensors alone."""
+    found: list[Any] = [deterministic()]
+    try:
+        for item in tensors:
+            if type(item) not in _TENSORS:
+                return None
+            address = item.data_ptr()
+            found += (
+                item.shape, item.stride(), item.dtype, item.device, address & 15 if address else -1, item.is_neg()
+            )  # fmt: skip
+    except RuntimeError:
+        return None
     return tuple(found)
 
 
@@ -83,20 +103,18 @@ class Planned:
         self.launcher = launcher
         self.plan = functools.lru_cache(maxsize=MOST)(Plan)  # by signature; safe with threads
 
-    def replay(self, args: Sequence[Any]) -> Callable[..., Any] | None:
-        """The function that does the launcher's work for these arguments, if that is recorded.
-
-        Only plain tensors have it, and no mode of torch is passed by.
-        """
+    def ready(self, args: Sequence[Any]) -> Plan | None:
+        """The plan for these arguments, if it is recorded. Only plain tensors have one, and nobody is passed by who
+        looks at the calls of torch."""
         first = args[0]
-        if not (first if isinstance(first, Tensor) else first[0]).is_cuda and not is_interpreting():
+        on_device = (first if isinstance(first, Tensor) else first[0]).is_cuda or _INTERPRETING
+        if not on_device or not ENABLED or watched() or (key := signature(args)) is None:
             return None
-        if not ENABLED or _watched() or (key := signature(args)) is None:
-            return None
-        return self.plan(key).replay
+        plan = self.plan(key)
+        return None if plan.replay is None else plan
 
     def __call__(self, *args: Any) -> Any:
-        if not ENABLED or _watched() or (key := signature(args)) is None:
+        if not ENABLED or watched() or (key := signature(args)) is None:
             return self.launcher(*args)
         plan = self.plan(key)
         if plan.replay is not None:
@@ -109,8 +127,8 @@ class Planned:
         return record(self.launcher, args, plan)
 
 
-def _watched() -> bool:
-    """Somebody looks at the calls of torch: a mode, a transform, autocast or a profiler."""
+def watched() -> bool:
+    """Somebody looks at the calls of torch: a mode, a transform, autocast, a profiler of torch or Triton."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()

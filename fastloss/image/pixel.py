@@ -145,8 +145,10 @@ def pixel_loss(
     if weight is not None:
         check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
-    dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    args = (image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
+    if image.dtype != image_pred.dtype:
+        dtype = torch.promote_types(image.dtype, image_pred.dtype)
+        image, image_pred = image.to(dtype), image_pred.to(dtype)
+    args = (image, image_pred, weight, kind, parameter, reduction != "none")
     if reduction == "mean" and weight is None and image.numel() > 0 and _pixel_total.serves(*args):
         return _pixel_total(*args, [1 / image.numel()], backend="triton")
     out = _pixel(*args)

@@ -29,14 +29,17 @@ DESCRIPTORS = 64  # of a tensor argument that are kept, by address
 
 
 @contextlib.contextmanager
-def watched(launched: Callable[..., None]) -> Iterator[None]:
-    """Tell `launched` of every launch: kernel, compiled kernel or None, grid, arguments."""
+def watched(
+    launching: Callable[[], contextlib.AbstractContextManager], launched: Callable[..., None]
+) -> Iterator[None]:
+    """Run every launch within `launching()`; tell `launched` kernel, compiled kernel or None, grid, arguments."""
     kinds = (JITFunction, InterpretedFunction)
     originals = [kind.run for kind in kinds]
 
     def watch(original: Callable) -> Callable:
         def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-            compiled = original(self, *args, grid=grid, warmup=warmup, **kwargs)
+            with launching():
+                compiled = original(self, *args, grid=grid, warmup=warmup, **kwargs)
             launched(self, compiled, grid, args, kwargs)
             return compiled
 

@@ -13,6 +13,7 @@ know, returns one of its arguments, or passes an address as a number in a way th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import weakref
@@ -102,7 +103,7 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, tuple[Any, Known]] = {}  # by id, with a weak reference: memory is freed as ever
         self._names = 0
         self._thread = threading.get_ident()
-        self._inside = False  # a call of torch: what it launches is its own affair
+        self._inside = False  # of a call of torch or a launch: what that calls and launches is its own affair
 
     # tensors
 
@@ -150,13 +151,23 @@ class Recorder(TorchDispatchMode):
 
     # what happens
 
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        before, self._inside = self._inside, True
+        try:
+            yield
+        finally:
+            self._inside = before
+
+    def launching(self) -> contextlib.AbstractContextManager:
+        return self.inside() if threading.get_ident() == self._thread else contextlib.nullcontext()
+
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        self._inside = True
-        try:
+        if self._inside:  # the interpreter moves a kernel's tensors by calls of torch
+            return op(*args, **kwargs)
+        with self.inside():
             out = op(*args, **kwargs)
-        finally:
-            self._inside = False
         if not self.refused:
             try:
                 self._record_call(op, args, kwargs, out)
@@ -167,6 +178,8 @@ class Recorder(TorchDispatchMode):
     def _record_call(self, op: Any, args: tuple, kwargs: dict, out: Any) -> None:
         if torch.Tag.data_dependent_output in op.tags or torch.Tag.dynamic_output_shape in op.tags:
             raise Refused(f"{op} depends on values")
+        if torch.Tag.inplace_view in op.tags or op.overloadpacket is torch.ops.aten.set_:
+            raise Refused(f"{op} changes what a tensor is")
         outs = out if isinstance(out, (list, tuple)) else [out]
         if not all(isinstance(each, Tensor) for each in outs):
             raise Refused(f"{op} returns something else than tensors")
@@ -174,7 +187,7 @@ class Recorder(TorchDispatchMode):
             self.name(out, allocated=True)
             return
         taken = _mapped(args, self._taken), _mapped(kwargs, self._taken)
-        if _views(op):
+        if _views(op, args, outs):
             base, model = args[0], taken[0][0]
             for each in outs:
                 if each is base:
@@ -214,9 +227,13 @@ class OddAddress:
     of: Known
 
 
-def _views(op: Any) -> bool:
+def _views(op: Any, args: tuple, outs: Iterable[Tensor]) -> bool:
+    """Whether all results see the memory of the first argument. An op like `contiguous` may give views or copies."""
     returns = op._schema.returns
-    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    if not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns):
+        return False
+    memory = args[0].untyped_storage()._cdata
+    return all(each.untyped_storage()._cdata == memory for each in outs)
 
 
 @dataclass
@@ -247,10 +264,7 @@ class Writer:
         if known.name not in self._made:
             outer, self._used = self._used, set()  # a line of its own comes before the one in work
             if known.allocated:
-                self.emit(
-                    f"{known.name} = empty_strided({_literal(known.size)}, {_literal(known.stride)}, "
-                    f"dtype={known.dtype}, device={self.constant(known.device)})", (known.name,),
-                )  # fmt: skip
+                self.emit(f"{known.name} = {self.allocation(known)}", (known.name,))
             elif known.made is not None:
                 op, args, kwargs = known.made
                 self.emit(f"{known.name} = {self.function(op)}({self.arguments(args, kwargs)})", (known.name,))
@@ -267,6 +281,14 @@ class Writer:
             self._used = outer
         self._used.add(known.name)
         return known.name
+
+    def allocation(self, known: Known) -> str:
+        layout = f"{_literal(known.size)}, {_literal(known.stride)}"
+        # what torch.compile's graphs allocate by: on the current device, and never filled for the sake of determinism
+        fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{known.device.type}", None)
+        if fast is None or torch.are_deterministic_algorithms_enabled():
+            return f"empty_strided({layout}, dtype={known.dtype}, device={self.constant(known.device)})"
+        return f"{self.constant(fast)}({layout}, {known.dtype})"
 
     def address(self, known: Known) -> str:
         root = known.root or known
@@ -358,7 +380,7 @@ def record(launcher: Callable[..., Any], args: tuple, plan: Plan) -> Any:
             else:
                 given.append(value)
         inputs = frozenset(known.name for _, known in recorder._known.values())
-        with c_launch.watched(recorder.launched), recorder:
+        with c_launch.watched(recorder.launching, recorder.launched), recorder:
             out = launcher(*given)
         try:
             if recorder.refused:
