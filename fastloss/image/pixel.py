@@ -159,8 +159,10 @@ def pixel_loss(
     if weight is not None:
         check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
-    dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    x = Inputs(image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
+    if image.dtype != image_pred.dtype:
+        dtype = torch.promote_types(image.dtype, image_pred.dtype)
+        image, image_pred = image.to(dtype), image_pred.to(dtype)
+    x = Inputs(image, image_pred, weight, kind, parameter, reduction != "none")
     backend = _pixel.backend(*x)
     if reduction == "mean" and weight is None and image.numel() > 0 and backend == "triton":
         return _pixel_total(*x, [1 / image.numel()], backend=backend)

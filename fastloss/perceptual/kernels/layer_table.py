@@ -18,6 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ...core.kernels.launch import odd_address
+
 DIRECT = 8  # layers as arguments; with 16, gfx942 runs out of scalar registers
 MOST = 64  # layers of a table: five columns of pointers and four of numbers are 3.5 KiB, of 4 KiB of arguments
 BUCKETS = (16, MOST)  # layers that the writing kernel is compiled for
@@ -156,7 +158,7 @@ def columns_of(
     _write_table_kernel[(1,)](
         table,
         tuple(2 * n + 3 for column in given for n in (*column, *[FAR.value] * rest)),
-        tuple(2**62 + 2 * p + 3 for column in there for p in (*column, *[0] * rest)),
+        tuple(odd_address(p) for column in there for p in (*column, *[0] * rest)),
         () if factors is None else (*factors, *[0.0] * rest),
         width, num_warps=1,
     )  # fmt: skip
