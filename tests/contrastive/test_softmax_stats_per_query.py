@@ -161,7 +161,7 @@ def test_thread_counts_give_the_same_bits():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(run("cpp", args, "moments", 0.5))
+            results.append(run("cpp", args, True, 0.5))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
