@@ -123,17 +123,16 @@ def _pixel_fwd_kernel(
 
 @triton.jit
 def _pixel_bwd_kernel(
-    grad_ptr,  # (count,) float32 if MAP, else one element
+    grad_ptr,  # one element with `factor`, else (count,) float32
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
     weight,  # Broadcast, see memory_order.py: (count,), or of no tensor
-    factor,  # of the gradient, if it is one element
+    factor,  # of the one element, or None
     pred_grad_ptr,  # (count,)
     image_grad_ptr,  # (count,) or None
     count,
     p,
     KIND: tl.constexpr,
-    MAP: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -143,7 +142,7 @@ def _pixel_bwd_kernel(
     mask = offsets < count
     image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if MAP:
+    if factor is None:
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     else:
         grad = tl.load(grad_ptr) * factor
@@ -204,11 +203,11 @@ def pixel_total_bwd(grad: Tensor, x: Inputs, needs: Needs, factors: list[float])
     start, end = (image, pred) if needs.image_pred else (pred, image)
     end_grad = torch.empty_like(image)
     start_grad = torch.empty_like(image) if all(needs) else None
-    (factor,) = factors
+    (factor,) = [None] if is_map else factors
     with on_device(image):
         _pixel_bwd_kernel[stream_grid(count, False)](
             grad, start, end, broadcast_args(x.weight, image), factor, end_grad,
-            start_grad, count, x.parameter, x.kind, is_map, needs_int64(image, x.weight), STREAM_BLOCK,
+            start_grad, count, x.parameter, x.kind, needs_int64(image, x.weight), STREAM_BLOCK,
             **STREAM_OPTIONS,
         )  # fmt: skip
     if not needs.image_pred:
