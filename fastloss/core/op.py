@@ -16,6 +16,7 @@ implementations to that schema; the eager reference serves every other case:
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import itertools
@@ -218,11 +219,13 @@ class Op(Differentiable):
         if (backend or self.backend(*args)) == "reference":
             self._refuse_if_forced(args)
             return self.reference(*args)
-        if torch._C._is_any_autocast_enabled():  # kernels choose their own precision
-            with torch.autocast(_tensors(args[0])[0].device.type, enabled=False):
-                out = self._differentiable(args)
-        else:
+        if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
             out = self._differentiable(args)
+        else:
+            device = _tensors(args[0])[0].device.type
+            off = torch.is_autocast_enabled(device)  # kernels choose their own precision
+            with torch.autocast(device, enabled=False) if off else contextlib.nullcontext():
+                out = self._differentiable(args)
         return out if isinstance(out, Tensor) else out[0]
 
     def _refuse_if_forced(self, args: tuple) -> None:

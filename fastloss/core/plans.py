@@ -42,6 +42,7 @@ class Plan:
         self.autograd: Any = None
 
 
+hooked: Callable[[], bool] | None = None  # of Triton's launches: there is none before a plan is recorded
 deterministic = torch._C._get_deterministic_algorithms
 
 
@@ -134,4 +135,5 @@ def watched() -> bool:
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_any_autocast_enabled()
         or torch._C._autograd._profiler_enabled()
+        or (hooked is not None and hooked())
     )

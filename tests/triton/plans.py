@@ -84,7 +84,7 @@ def python_calls(fn: Callable[[], Any]) -> int:
     return count - 1  # fn itself
 
 
-def microseconds(fns: list[Callable[[], Any]], rounds: int = 40, each: int = 5) -> list[float]:
+def microseconds(fns: list[Callable[[], Any]], rounds: int = 20, each: int = 4) -> list[float]:
     """Least times of a thread, the functions in turns: what else the machine does meets all of them."""
     least = [float("inf")] * len(fns)
     for _ in range(rounds):

@@ -11,20 +11,20 @@ import contextlib
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 from torch import Tensor
-from triton.backends.nvidia import driver as nvidia
-from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
 if TYPE_CHECKING:
     from .recorder import Launched, Writer
 
 KNOWN = ("3.6.", "3.8.")
+_runtime = triton.knobs.runtime
 DESCRIPTORS = 64  # of a tensor argument that are kept, by address
 
 
@@ -33,7 +33,9 @@ def watched(
     launching: Callable[[], contextlib.AbstractContextManager], launched: Callable[..., None]
 ) -> Iterator[None]:
     """Run every launch within `launching()`; tell `launched` kernel, compiled kernel or None, grid, arguments."""
-    kinds = (JITFunction, InterpretedFunction)
+    kinds: list[Any] = [JITFunction]
+    if "triton.runtime.interpreter" in sys.modules:
+        kinds.append(sys.modules["triton.runtime.interpreter"].InterpretedFunction)
     originals = [kind.run for kind in kinds]
 
     def watch(original: Callable) -> Callable:
@@ -64,7 +66,7 @@ class _At:
         return self.address
 
 
-def _descriptors(of: Any, meta: Any) -> Callable[[int], list]:
+def _descriptors(nvidia: Any, of: Any, meta: Any) -> Callable[[int], list]:
     """What the C launcher takes for a descriptor at an address. It depends on nothing else, so that it may be kept: it
     is right for other memory at the same address, too."""
     make = functools.partial(nvidia.make_tensordesc_arg, **({"_": ()} if triton.__version__.startswith("3.8.") else {}))
@@ -78,19 +80,20 @@ def _descriptors(of: Any, meta: Any) -> Callable[[int], list]:
     return at
 
 
-def _c_launcher(compiled: Any) -> tuple[Any, Any] | None:
-    """(Triton's launcher of a kernel, the C function in it); None if it is not as it is known to be."""
+def _c_launcher(compiled: Any) -> tuple[Any, Any, Any] | None:
+    """(Triton's module, its launcher of a kernel, the C function in that); None where these are not as known."""
     if not triton.__version__.startswith(KNOWN) or compiled is None:
         return None
     launcher = compiled.run
-    if type(launcher) is not nvidia.CudaLauncher or getattr(launcher, "gsan_enabled", False):
+    nvidia = sys.modules.get("triton.backends.nvidia.driver")
+    if type(launcher) is not getattr(nvidia, "CudaLauncher", None) or getattr(launcher, "gsan_enabled", False):
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         return None
     launch = launcher.launch
     if inspect.isfunction(launch):  # takes tensor descriptors apart
         launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
-    return None if launch is None or inspect.isfunction(launch) else (launcher, launch)
+    return None if launch is None or inspect.isfunction(launch) else (nvidia, launcher, launch)
 
 
 def write(writer: Writer, step: Launched) -> bool:
@@ -99,7 +102,7 @@ def write(writer: Writer, step: Launched) -> bool:
 
     if (found := _c_launcher(step.compiled)) is None:
         return False
-    launcher, launch = found
+    nvidia, launcher, launch = found
     compiled = step.compiled
     names = step.jit.signature.parameters
     bound = step.jit.signature.bind(*step.args, **{k: v for k, v in step.kwargs.items() if k in names})
@@ -112,7 +115,7 @@ def write(writer: Writer, step: Launched) -> bool:
                 return False
             of = copy.copy(value.of)
             of.base = None
-            args.append(f"*{writer.constant(_descriptors(of, metas[seen]))}({writer.address(value.base)})")
+            args.append(f"*{writer.constant(_descriptors(nvidia, of, metas[seen]))}({writer.address(value.base)})")
             seen += 1
         else:
             args.append(writer.value(value, addresses=True))
@@ -130,9 +133,9 @@ def write(writer: Writer, step: Launched) -> bool:
 
 
 def hooked() -> bool:
-    """A profiler wants to be told of Triton's launches."""
-    runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    """A profiler wants to be told of Triton's launches, which a plan does not do."""
+    enter, leave = _runtime.launch_enter_hook, _runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def on_its_device(replay: Callable[..., Any], args: tuple) -> Callable[..., Any]:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import plans
 from ..plans import Plan
 from . import c_launch
 from .launch import address_in, odd_address
@@ -407,5 +408,6 @@ def record(launcher: Callable[..., Any], args: tuple, plan: Plan) -> Any:
             "odd_address": odd_address,
         }  # fmt: skip
         exec(compile(plan.source, f"<plan of {launcher.__name__}>", "exec"), names)
+        plans.hooked = c_launch.hooked
         plan.replay = c_launch.on_its_device(names["replay"], args)
         return out
