@@ -113,7 +113,7 @@ def caption_in(row: Any) -> str:
 
 def string_in(row: Any, *names: str) -> str:
     """The first string under one of the names in an object read from JSON. Raises ValueError, saying what came."""
-    wanted = " or ".join(f'"{name}"' for name in names)
+    wanted = ("one of " if len(names) > 1 else "") + ", ".join(f'"{name}"' for name in names)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {wanted}, got {_said(row)}")
     given = [name for name in names if name in row]

@@ -138,7 +138,7 @@ def alike_in_words(trials: list[Trial]) -> str:
         return "how far scores differ by chance is not known"
     same = len(alike(trials))
     if not same:
-        return f"it is better than each of the other {len(trials) - 1} by more than chance explains"
+        return "it is better than all others by more than chance explains"
     which = "all of the others" if same == len(trials) - 1 else f"{same} of the other {len(trials) - 1}"
     return f"{which} cannot be told apart from it (within 1.96 standard errors, n {best.n})"
 
