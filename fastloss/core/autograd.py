@@ -81,7 +81,11 @@ class Prepared:
         kept = [i for i in op._kept if i in self.places or i >= len(args)]
         plain = [None if i in kept else args[i] for i in op._kept]
         self.inputs, self.keep = _picker(self.places), _picker(kept)
-        self.kept = plain, [op._kept.index(i) for i in kept], []  # as `_save` has it
+        self.kept: tuple[list[Any], list[int], list[Any]] = (
+            plain,
+            [op._kept.index(i) for i in kept],
+            [],
+        )  # as `_save` has it
         self.backwards: dict[tuple, _Backward] = {}  # by needs
 
     def flags(self, needs: Sequence[bool]) -> list[bool]:
@@ -106,7 +110,7 @@ class _Backward:
     def __init__(self, of: Prepared, flags: Sequence[bool]) -> None:
         op, (plain, places, _) = of.op, of.kept
         op._check_needs(flags)
-        have = [*plain, None, *(flags[i] for i in op._wrt), []]
+        have: list[Any] = [*plain, None, *(flags[i] for i in op._wrt), []]
         given = [*places, len(plain)]  # of `have`: what the call gives, the rest is known
         known = [k for k in range(len(have)) if k not in given]
         self.op, self.known = op, tuple(have[k] for k in known)

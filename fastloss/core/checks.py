@@ -107,7 +107,7 @@ def check_number(
         )
     if type(number) is float:
         return number
-    return float(number) if type(number) is int else torch.sym_float(number)
+    return float(number) if type(number) is int else torch.sym_float(number)  # type: ignore[return-value]
 
 
 def check_integer(name: str, value: Any, low: int, high: int = 2**31 - 1, *, wanted: str = "a whole number") -> int:

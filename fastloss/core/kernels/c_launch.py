@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 if TYPE_CHECKING:
-    from .recorder import Launched, Writer
+    from .plan_source import Launched, Writer
 
 KNOWN = ("3.6.", "3.8.")
 _runtime = triton.knobs.runtime
@@ -98,7 +98,7 @@ def _c_launcher(compiled: Any) -> tuple[Any, Any, Any] | None:
 
 def write(writer: Writer, step: Launched) -> bool:
     """Add the line of a launch to those of a plan; False if the C launcher cannot make it."""
-    from .recorder import Descriptor
+    from .plan_source import Descriptor
 
     if (found := _c_launcher(step.compiled)) is None:
         return False

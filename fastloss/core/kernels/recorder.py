@@ -1,7 +1,7 @@
 """The record of a launcher's work, and the function that does it again: see core/plans.py.
 
 While a launcher runs, a dispatch mode sees its calls of torch, and Triton's `run` its launches. What is recorded of
-them becomes a Python function of straight lines, `Plan.source`:
+them becomes a Python function of straight lines, `Plan.source` (plan_source.py):
 
 * memory is allocated anew where it is first needed, and let go after its last use;
 * a view that only kernels read is an address, base plus bytes; one that torch reads is made by one `as_strided`;
@@ -14,11 +14,9 @@ know, returns one of its arguments, or passes an address as a number in a way th
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from .. import plans
 from ..plans import Plan
 from . import c_launch
 from .launch import address_in, odd_address
+from .plan_source import Called, Descriptor, Known, Launched, OddAddress, Writer
 
 _lock = threading.Lock()  # of Triton's `run`, which a recording replaces
 _ALLOCATIONS = frozenset(
@@ -41,48 +40,6 @@ _ADDRESSES_FROM = 1 << 32  # no smaller number is an address
 
 class Refused(Exception):
     """Why a launcher has no plan."""
-
-
-@dataclass(eq=False)
-class Known:
-    """A tensor of the record. Views have a `root`, the tensor whose memory they see, `offset` bytes from its first."""
-
-    name: str
-    size: tuple
-    stride: tuple
-    dtype: torch.dtype
-    device: torch.device
-    allocated: bool = False
-    root: Known | None = None
-    offset: int = 0
-    made: tuple | None = None  # of a view with a dtype of its own: (op, arguments)
-
-
-@dataclass(eq=False)
-class Called:
-    """A call of torch: results that are new (None: known before), function, arguments."""
-
-    op: Any
-    args: tuple
-    kwargs: dict
-    out: Any
-
-
-@dataclass(eq=False)
-class Launched:
-    """A launch: the kernel as Triton's decorator made it and, if it is compiled, what that came to."""
-
-    jit: Any
-    compiled: Any
-    grid: tuple
-    args: tuple
-    kwargs: dict
-
-
-@dataclass(eq=False)
-class Descriptor:
-    base: Known
-    of: TensorDescriptor
 
 
 def _mapped(value: Any, fn: Callable[[Any], Any]) -> Any:
@@ -223,11 +180,6 @@ class Recorder(TorchDispatchMode):
             self.refused = str(reason)
 
 
-@dataclass(eq=False)
-class OddAddress:
-    of: Known
-
-
 def _views(op: Any, args: tuple, outs: Iterable[Tensor]) -> bool:
     """Whether all results see the memory of the first argument. An op like `contiguous` may give views or copies."""
     returns = op._schema.returns
@@ -235,129 +187,6 @@ def _views(op: Any, args: tuple, outs: Iterable[Tensor]) -> bool:
         return False
     memory = args[0].untyped_storage()._cdata
     return all(each.untyped_storage()._cdata == memory for each in outs)
-
-
-@dataclass
-class Writer:
-    """Lines of Python from the steps of a record."""
-
-    lines: list[tuple[str, frozenset[str]]] = field(default_factory=list)
-    names: dict[str, Any] = field(default_factory=dict)  # of the constants
-    _made: set[str] = field(default_factory=set)
-    _addressed: set[str] = field(default_factory=set)
-    _used: set[str] = field(default_factory=set)
-
-    def emit(self, text: str, defines: Iterable[str] = ()) -> None:
-        self._made.update(defines)
-        self.lines.append((text, frozenset(self._used | set(defines))))
-        self._used.clear()
-
-    def constant(self, value: Any) -> str:
-        name = f"c{len(self.names)}"
-        self.names[name] = value
-        return name
-
-    def given(self, known: Known) -> None:
-        self._made.add(known.name)
-
-    def tensor(self, known: Known) -> str:
-        """The name of a tensor, made here if it is an allocation or a view that is needed for the first time."""
-        if known.name not in self._made:
-            outer, self._used = self._used, set()  # a line of its own comes before the one in work
-            if known.allocated:
-                self.emit(f"{known.name} = {self.allocation(known)}", (known.name,))
-            elif known.made is not None:
-                op, args, kwargs = known.made
-                self.emit(f"{known.name} = {self.function(op)}({self.arguments(args, kwargs)})", (known.name,))
-            else:
-                root = known.root
-                assert root is not None
-                base, start = self.tensor(root), str(known.offset // known.dtype.itemsize)
-                if not root.allocated:
-                    start = f"{base}.storage_offset() + {start}"
-                self.emit(
-                    f"{known.name} = as_strided({base}, {_literal(known.size)}, {_literal(known.stride)}, {start})",
-                    (known.name,),
-                )
-            self._used = outer
-        self._used.add(known.name)
-        return known.name
-
-    def allocation(self, known: Known) -> str:
-        layout = f"{_literal(known.size)}, {_literal(known.stride)}"
-        # what torch.compile's graphs allocate by: on the current device, and never filled for the sake of determinism
-        fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{known.device.type}", None)
-        if fast is None or torch.are_deterministic_algorithms_enabled():
-            return f"empty_strided({layout}, dtype={known.dtype}, device={self.constant(known.device)})"
-        return f"{self.constant(fast)}({layout}, {known.dtype})"
-
-    def address(self, known: Known) -> str:
-        root = known.root or known
-        name, at = self.tensor(root), f"p_{root.name}"
-        if at not in self._addressed:
-            self._addressed.add(at)
-            outer, self._used = self._used, {name}
-            self.emit(f"{at} = {name}.data_ptr()")
-            self._used = outer
-        return f"{at} + {known.offset}" if known.offset else at
-
-    def function(self, op: Any) -> str:
-        return self.constant(getattr(op, "_op", op))
-
-    def value(self, value: Any, addresses: bool = False) -> str:
-        """A value as Python's source; of a kernel's arguments tensors are addresses."""
-        if isinstance(value, Known):
-            return self.address(value) if addresses else self.tensor(value)
-        if isinstance(value, OddAddress):
-            root = value.of.root or value.of
-            self.tensor(root)
-            return f"odd_address({self.address(value.of)})"
-        if isinstance(value, tuple):
-            return f"({''.join(self.value(item, addresses) + ', ' for item in value)})"
-        if isinstance(value, list):
-            return f"[{', '.join(self.value(item, addresses) for item in value)}]"
-        if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
-            return repr(value)
-        if isinstance(value, torch.dtype):
-            return str(value)
-        if isinstance(value, Descriptor):
-            d = value.of
-            return f"{self.constant(TensorDescriptor)}({self.tensor(value.base)}, {_literal(d.shape)}, " \
-                   f"{_literal(d.strides)}, {_literal(d.block_shape)}, {d.padding!r})"  # fmt: skip
-        return self.constant(value)
-
-    def arguments(self, args: tuple, kwargs: dict) -> str:
-        named = (f"{key}={self.value(item)}" for key, item in kwargs.items())
-        return ", ".join([*map(self.value, args), *named])
-
-    def step(self, step: Called | Launched) -> None:
-        if isinstance(step, Launched):
-            if not c_launch.write(self, step):
-                jit = self.constant(step.jit)
-                self.emit(f"{jit}[{_literal(step.grid)}]({self.arguments(step.args, step.kwargs)})")
-            return
-        text = f"{self.function(step.op)}({self.arguments(step.args, step.kwargs)})"
-        if step.out is None:
-            self.emit(text)
-        elif isinstance(step.out, list):
-            names = [known.name for known in step.out]
-            self.emit(f"{''.join(name + ', ' for name in names)}= {text}", names)
-        else:
-            self.emit(f"{step.out.name} = {text}", (step.out.name,))
-
-    def source(self, parameters: str, unpacked: list[str], kept: frozenset[str]) -> str:
-        """The function, which lets go of each tensor after the last line that uses it."""
-        last = {name: at for at, (_, used) in enumerate(self.lines) for name in used}
-        text = [f"def replay({parameters}):", *unpacked]
-        for at, (line, used) in enumerate(self.lines):
-            text.append(line)
-            if done := sorted(name for name in used if last[name] == at and name not in kept):
-                text.append(f"del {', '.join(done)}")
-        return "\n    ".join(text) + "\n"
-
-
-def _literal(numbers: Iterable[int]) -> str:
-    return f"({''.join(f'{int(n)}, ' for n in numbers)})"
 
 
 def record(launcher: Callable[..., Any], args: tuple, plan: Plan) -> Any:
@@ -403,11 +232,11 @@ def record(launcher: Callable[..., Any], args: tuple, plan: Plan) -> Any:
             unpacked.append(f"stream = current_stream({device})")
             writer.names["current_stream"] = driver.active.get_current_stream
         plan.source = writer.source(", ".join(f"a{i}" for i in range(len(args))), unpacked, kept)
-        names = writer.names | {
+        known_names = writer.names | {
             "torch": torch, "empty_strided": torch.empty_strided, "as_strided": torch.as_strided,
             "odd_address": odd_address,
         }  # fmt: skip
-        exec(compile(plan.source, f"<plan of {launcher.__name__}>", "exec"), names)
+        exec(compile(plan.source, f"<plan of {launcher.__name__}>", "exec"), known_names)
         plans.hooked = c_launch.hooked
-        plan.replay = c_launch.on_its_device(names["replay"], args)
+        plan.replay = c_launch.on_its_device(known_names["replay"], args)
         return out

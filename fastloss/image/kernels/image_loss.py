@@ -206,7 +206,7 @@ def _call(x: Inputs) -> _Call:
     pred = in_order(x.image_pred)
     axes = pred.ndim - 2
     parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
-    weight = _strided if x.window else weight_args
+    weight: Any = _strided if x.window else weight_args
     return _Call(
         Target(laid_out_as(x.image, pred), weight(x.pixel_weight), x.pixel_parameter),
         Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
@@ -357,7 +357,7 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     grad = torch.empty(3 if smoothness == "isotropic" else axes + 2, device="meta")
     maps = (weight, guide, weight if smoothness else None, on_map)
     numbers = (o.get("order", 1), window, 1.5, o.get("same", True), 1e-4, 9e-4, o.get("low", 0.0))
-    x = Inputs(image, image, *maps, pixel, 0.5, smoothness, *numbers, keep)
+    x = Inputs(image, image, *maps, pixel, 0.5, smoothness, *numbers, keep)  # type: ignore[arg-type]
     label = f"{pixel},{smoothness} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))
     yield AotCase(f"forward {label}", image_loss_fwd, (x,), ("_image_loss_fwd_kernel",) if streams else ())

@@ -238,14 +238,14 @@ def weight_args(weight: Tensor | None) -> Weight:
     if weight is None:
         return Weight()
     *by_image, rows, columns = weight.stride()
-    return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)
+    return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)  # type: ignore[call-arg]
 
 
 def size_of(image: Tensor) -> Size:
     """Of an image in order."""
     channels, (*depth, height, width) = image.shape[1], image.shape[2:]
     planes, stride = (channels, None) if image.is_contiguous() else (1, channels)
-    return Size(width, height, *(depth or [1]), planes, stride)
+    return Size(width, height, depth[0] if depth else 1, planes, stride)
 
 
 def guide_args(guide: Tensor | None) -> Guide:

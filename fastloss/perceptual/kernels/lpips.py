@@ -172,7 +172,7 @@ class _Group(NamedTuple):
     tiles: Tile  # of tuples
     kinds: list[int]  # which of these each layer has
     starts: list[int]  # the first tile of each layer
-    count: int  # of tiles of an image
+    tile_count: int  # of an image
     first_tile: int  # among those of all launches
 
 
@@ -181,7 +181,7 @@ class _Launch(NamedTuple):
     columns: Pointers
     layers: Layers
     tiles: Tile  # of tuples
-    count: int
+    tile_count: int
     first_tile: int
     table: Table
 
@@ -210,7 +210,8 @@ class _Launches:
                 kinds = list(range(len(tiles)))
             counts = [triton.cdiv(n, tiles[kind].pixels) for n, kind in zip(self.pixels[part], kinds, strict=True)]
             *starts, count = itertools.accumulate(counts, initial=0)
-            self.groups.append(_Group(part, Tile(*zip(*tiles, strict=True)), kinds, starts, count, self.tiles))
+            by_field = Tile(*zip(*tiles, strict=True))  # type: ignore[arg-type]
+            self.groups.append(_Group(part, by_field, kinds, starts, count, self.tiles))
             self.tiles += count
 
     def launches(
@@ -224,8 +225,8 @@ class _Launches:
             sides = (self.xs, self.ys, self.lins, x_grads, y_grads)
             chosen = Pointers(*(None if side is None else side[part] for side in sides))
             layers, columns, _, table = columns_of(numbers, chosen)
-            programs = self.images * group.count
-            yield _Launch(programs, columns, layers, group.tiles, group.count, group.first_tile, table)
+            programs = self.images * group.tile_count
+            yield _Launch(programs, columns, layers, group.tiles, group.tile_count, group.first_tile, table)
 
 
 def lpips_fwd(x: Inputs) -> tuple[Tensor, Saved]:
@@ -236,7 +237,7 @@ def lpips_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     with on_device(model):
         for launch in plan.launches():
             _lpips_fwd_kernel[(launch.programs,)](
-                launch.columns, launch.layers, out, kept, plan.total, x.eps, launch.count, plan.tiles,
+                launch.columns, launch.layers, out, kept, plan.total, x.eps, launch.tile_count, plan.tiles,
                 launch.first_tile, x.spatial, launch.tiles, launch.table, **options,
             )  # fmt: skip
     return out if x.spatial else out.sum(1), Saved(kept)
@@ -254,7 +255,7 @@ def lpips_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> list[Tenso
     with on_device(x.features[0]):
         for launch in plan.launches(x_grads, y_grads):
             _lpips_bwd_kernel[(launch.programs,)](
-                launch.columns, launch.layers, grad, saved.statistics, plan.total, x.eps, launch.count, x.spatial,
+                launch.columns, launch.layers, grad, saved.statistics, plan.total, x.eps, launch.tile_count, x.spatial,
                 launch.tiles, launch.table, **OPTIONS,
             )  # fmt: skip
     return [g if g is w else g.copy_(w) for g, w in zip(grads, written, strict=True)]
