@@ -151,6 +151,8 @@ def say_cpp_is_missing(device: str) -> None:
     """Warn, once in a process, at a call on the CPU that the C++ kernels would have served."""
     if torch.compiler.is_compiling() or device != "cpu" or _INTERPRETING or state.said_cpp_is_missing:
         return  # a traced call cannot warn without breaking the graph
+    if state.missing["cpp"] is None:  # the op has no C++ kernel
+        return
     state.said_cpp_is_missing = True
     warnings.warn(
         f"fastloss runs on PyTorch operators on the CPU, slower and in more memory: {state.missing['cpp']}. To keep it "

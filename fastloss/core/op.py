@@ -52,9 +52,10 @@ class Op(Differentiable):
     for it: where it does without some inputs, it takes a smaller NamedTuple than `Inputs`, with fields of these names.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
-    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op whose
-    gradient does not change with its inputs but in steps (L1: a sign), so that it keeps none: double backward then
-    differentiates it by `grad` alone, instead of `reference` by the inputs.
+    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op with
+    piecewise constant gradients (L1: a sign), which saves no inputs for its backward: double backward then
+    differentiates it by `grad` alone, instead of `reference` by the inputs. An op without kernels has its gradients
+    from autograd through `reference`.
     `declines` takes the arguments of `fwd` and says, in a sentence, why no kernel computes this call, or None.
     """
 
@@ -185,8 +186,8 @@ class Op(Differentiable):
         return self.declines(*args)
 
     def backend(self, *args: Any) -> str:
-        """The backend this call gets; a forced one that is missing raises. Written for few Python calls, as every call
-        of a loss passes here: :meth:`why_reference` says the same of the first condition in words."""
+        """The backend this call gets; a forced one that is missing raises. Every call of a loss passes here, so the
+        checks stand in line; :meth:`why_reference` says the first of them in words and must keep in step."""
         name, first, double = "reference", None, False
         for value in args:
             if type(value) in _PLAIN:

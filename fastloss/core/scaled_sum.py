@@ -1,4 +1,4 @@
-"""A loss's mean as one op: the sums of an op, each times a factor, added up to one number.
+"""An op that returns sum_k factors[k] * sums[k] of another op, in one, to save launches on a GPU.
 
     scaled_sum = ScaledSum(op, ...)     where the loss defines its op
     scaled_sum(*inputs, factors)        sum_k factors[k] * (the op's sums of the k-th kind, e.g. along axis k)

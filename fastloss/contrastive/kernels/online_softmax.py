@@ -19,9 +19,10 @@ LN2 = tl.constexpr(0.6931471805599453)
 # As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
 # or a log-sum-exp that went through the same `_log2_scaled`, and only their difference is wrong by that much.
 LOG2E = tl.constexpr(1.4426950408889634)
-# The columns of a tile add up the exponentials of its rows, e^s / 2^exponent, while no row's exponent is more than this
-# above a column's largest logit (as powers of two). Float32 sums keep what is within 2^-25 of their largest term, and
-# 100 + 25 powers below an exponent are still above 2^-126, the least normal number.
+# The sums of a tile's columns reuse the exponentials e^s / 2^exponent of its rows as long as the largest exponent of a
+# row exceeds the least maximum of a column by at most this many powers of two; else they would underflow, and are made
+# anew. Float32 sums keep what is within 2^-25 of their largest term, and 100 + 25 powers below an exponent are still
+# above 2^-126, the least normal number.
 SPREAD = tl.constexpr(100.0)
 
 
@@ -147,7 +148,7 @@ def _merge_columns(
     slot, s, column_max, column_sum_exp, exponent, first, known, end, stride, beta,
     MOMENTS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Merge what a tile's columns hold into their states in `slot`, which has none yet for columns from `known` on."""
+    """Merge what a tile's columns hold into their states in `slot`. Columns from `known` on have no state there yet."""
     index = first + tl.arange(0, s.shape[1])
     before = _load_state(slot, index, stride, index < known, MOMENTS, HARD)
     seen = _tile_state(s, column_max, column_sum_exp, beta, 0, MOMENTS, HARD)
@@ -175,7 +176,7 @@ def _save_exps(saved, e, exponent, row0, column0, sizes):
 
 @triton.jit
 def _first_above(row0, BN: tl.constexpr):
-    """The first tile of columns with some above the diagonal of the rows from row0 on."""
+    """The index of the first tile of columns that has an entry right of the diagonal in row row0."""
     return (row0 + 1) // BN
 
 

@@ -136,7 +136,9 @@ def make_block(
         memory = inputs.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
         operands = call.make_products(Workspace(memory, pitch), area)
     launches = [(RECOMPUTE, recompute)]
-    if inputs.exps is not None:  # kernels of their own: with room for products few programs would run at a time
+    if (
+        inputs.exps is not None
+    ):  # launches of their own: the registers of both ways in one kernel would leave few programs at a time
         rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
         launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (FLAGGED, recompute)][: 1 + call.both_sides]
     for tiles, tile in launches:

@@ -45,11 +45,10 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """Empty is what `save` does not ask for."""
+    """Fields that `save` does not ask for are empty tensors."""
 
-    stats: (
-        Tensor  # "logits": p, n and the columns' n if symmetric [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
-    )
+    # "logits": p, n and, if symmetric, the columns' n [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
+    stats: Tensor
     inverse_norms: Tensor  # "logits": c of queries and keys [M + N]; "exps": the row scales, and c of the keys
     logits: Tensor  # "logits": products <query_i, key_j> [saved_rows, N]; "exps": exponentials, see save_plan.py
     query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("row_grads")
