@@ -1,4 +1,4 @@
-# make train: set up .venv and train the reference system on the digits. make test: the same for the tests.
+# make train: set up .venv and train the reference system on the digits (again: ARGS=--overwrite). make test: the tests.
 # make bench: the headline benchmarks on the CPU, the tables and the pictures, ten minutes.
 PYTHON ?= python3
 VENV ?= .venv

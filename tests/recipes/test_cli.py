@@ -131,6 +131,7 @@ def test_tune_is_resumable(tmp_path, capsys):
         (["train", "--val-percent", "0"], "error: --val-percent: expected at least 1, got 0"),
         (["train", "--val-percent", "20"], "error: --val-percent: the digits have fixed splits"),
         (["train", "--data", "wds:/no/such/*.tar"], "error: --data: expected shards, a folder"),
+        (["tune", "--trials", "0"], "error: --trials: expected at least 1, got 0"),
         (["sample", "--caption", " "], "error: --caption: expected words, got ' '"),
         (["train", "--device", "cuda:77"], "error: --device: 'cuda:77' cannot be used"),
         (["train", "--device", "toaster"], "error: --device: 'toaster'"),

@@ -156,6 +156,8 @@ def test_trials_that_cannot_be_told_apart():
     assert alike_in_words(trials) == (
         "1 of the other 3 cannot be told apart from it (within 1.96 standard errors, n 200)"
     )
+    few = [trial._replace(n=9) for trial in trials]
+    assert alike_in_words(few).endswith("n 9); 9 validation images are few")
     assert alike_in_words(trials[:2]).startswith("all of the others cannot be told apart")
     assert alike_in_words([trials[0], trials[3]]) == "it is better than all others by more than chance explains"
     assert alike_in_words(trials[:1]) == "one trial says nothing about the weights"

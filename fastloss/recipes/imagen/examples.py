@@ -41,9 +41,14 @@ def held_out_examples(config: Config, splits: Splits) -> Examples:
 
 
 def real_images(captions: list[str], data: Any) -> list[Tensor | None]:
-    """For each caption the last image of the data set that has it, or None."""
+    """For each caption the first image of the data set that has it, or None."""
     samples = data if isinstance(data, ShardData) else (data[i] for i in range(len(data)))
-    found = {sample["caption"]: sample["image"].cpu() for sample in samples}
+    found: dict[str, Tensor] = {}
+    for sample in samples:
+        if sample["caption"] in captions:
+            found.setdefault(sample["caption"], sample["image"].cpu())
+            if len(found) == len(set(captions)):
+                break
     return [found.get(caption) for caption in captions]
 
 

@@ -19,6 +19,7 @@ class Splits:
     def __init__(self, config: Config) -> None:
         self.config = config
         self._open: dict[str, Any] = {}
+        self._counts: dict[tuple[str, int], int] = {}
 
     def __getitem__(self, split: str) -> Any:
         if split not in self._open:
@@ -37,7 +38,11 @@ class Splits:
     def count(self, split: str, enough: int = COUNTED) -> int:
         """Samples of the split; of shards, which do not know it, at most `enough`."""
         data = self[split]
-        return sum(1 for _ in islice(data, enough)) if isinstance(data, ShardData) else len(data)
+        if not isinstance(data, ShardData):
+            return len(data)
+        if (split, enough) not in self._counts:
+            self._counts[split, enough] = sum(1 for _ in islice(data, enough))
+        return self._counts[split, enough]
 
     def capped(self, split: str, n: int) -> str:
         return f"at least {n}" if n >= COUNTED and isinstance(self[split], ShardData) else f"{n}"

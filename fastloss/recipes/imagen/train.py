@@ -95,9 +95,9 @@ class Trainer:
         stored, asked = content["config"], content.get("asked", {})
         changes = {name: value for name, value in changes.items() if name not in asked or value != asked[name]}
         for name in FIXED:
-            if name in changes and changes[name] != stored[name]:
+            if name in changes and changes[name] != stored.get(name, getattr(Config, name)):
                 raise ValueError(
-                    f"{name}: the run in {folder} has {stored[name]!r}, which a resumed run cannot change to "
+                    f"{name}: the run in {folder} has {stored.get(name)!r}, which a resumed run cannot change to "
                     f"{changes[name]!r}; start a new one in another --out"
                 )
         return cls(Config(**(stored | changes | {"out": str(folder)})), content, quiet)

@@ -13,6 +13,7 @@ from ..training.run_folder import RUN, started
 from .config import Config
 from .figures import Z, count_of, score_error, score_meaning
 from .pictures import pyplot, save_figure
+from .splits import FEW
 from .train import Trainer
 
 TUNED = {  # range of each fusion weight; the others keep their values
@@ -139,8 +140,9 @@ def alike_in_words(trials: list[Trial]) -> str:
     same = len(alike(trials))
     if not same:
         return "it is better than all others by more than chance explains"
+    few = f"; {best.n} validation images are few" if best.n < FEW else ""
     which = "all of the others" if same == len(trials) - 1 else f"{same} of the other {len(trials) - 1}"
-    return f"{which} cannot be told apart from it (within 1.96 standard errors, n {best.n})"
+    return f"{which} cannot be told apart from it (within 1.96 standard errors, n {best.n}){few}"
 
 
 def _write_report(folder: Path, config: Config, trials: list[Trial], importances: dict[str, float]) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from .checkpoint import BEST, LAST, prepare_folder
 
-RUN = (LAST, BEST, "report.md")  # a folder with one of them has a run
-FILES = (*RUN, "metrics.csv", "samples.png", "curves.png")
+RUN = (LAST, BEST, "report.md", "samples.png", "curves.png")  # a folder with one of them has a run
+METRICS = "metrics.csv"
 
 
 def check_free(folder: Path) -> None:
@@ -42,10 +41,13 @@ def started(folder: Path) -> Iterator[None]:
 
 
 def clear(folder: Path) -> None:
-    """Delete what a run left: its pictures, curves, checkpoints and report. Other files stay."""
-    for name in FILES:
+    """Delete what a run left: its pictures, curves, checkpoints, report and events. Other files stay."""
+    if not any((folder / name).exists() for name in (*RUN, METRICS)):
+        return
+    for name in (*RUN, METRICS):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "tensorboard", ignore_errors=True)
+    for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
+        path.unlink(missing_ok=True)
 
 
 def clear_temporary(folder: Path) -> None:
