@@ -397,5 +397,5 @@ def _check_targets(targets: Any, backbones: int) -> Targets:
     if not good:
         raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
     if len(targets) != backbones:
-        raise ValueError(f"image: expected features of {backbones} backbones, as from encode(), got {len(targets)}")
+        raise ValueError(f"image: expected the features of {backbones} backbones, as encode() does, got {len(targets)}")
     return [list(features) for features in targets]

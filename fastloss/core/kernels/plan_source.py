@@ -136,7 +136,9 @@ class Writer:
             self.tensor(root)
             return f"odd_address({self.address(value.of)})"
         if isinstance(value, tuple):
-            return f"({''.join(self.value(item, addresses) + ', ' for item in value)})"
+            items = f"({''.join(self.value(item, addresses) + ', ' for item in value)})"
+            named = hasattr(value, "_fields") and not addresses  # the C launcher takes fields in order
+            return f"{self.constant(type(value))}(*{items})" if named else items
         if isinstance(value, list):
             return f"[{', '.join(self.value(item, addresses) for item in value)}]"
         if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):

@@ -45,6 +45,8 @@ class Refused(Exception):
 def _mapped(value: Any, fn: Callable[[Any], Any]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_mapped(item, fn) for item in value]
+        if hasattr(value, "_fields"):  # a kernel reads its fields by their names
+            return type(value)(*items)
         return tuple(items) if isinstance(value, tuple) else items
     if isinstance(value, dict):
         return {key: _mapped(item, fn) for key, item in value.items()}
