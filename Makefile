@@ -1,4 +1,4 @@
-# make train: set up .venv and train the reference system on the digits. make test: the same for the tests.
+# make train: set up .venv and train the reference system on the digits (again: ARGS=--overwrite). make test: the tests.
 # make bench: the headline benchmarks on the CPU, the tables and the pictures, ten minutes.
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +21,8 @@ test: $(VENV)/.test
 fuzz: $(VENV)/.test
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
-# The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two; not part of CI.
+# The C++ kernels under AddressSanitizer and UBSan, every instruction set, one thread and two, each test in one of these
+# runs (ARGS=--all: in every one, which takes hours); not part of CI.
 # ARGS="--isa avx2 --calls 0 tests/image/test_pixel.py" chooses; a change in csrc/ builds again what it touches.
 sanitize: $(VENV)/.test
 	$(BIN)/python -m tests.sanitize $(ARGS)
@@ -30,7 +31,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*/*)
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 $(ARGS)
+	$(BIN)/python -m benchmarks.run --device cpu --headline --minutes 8 --out benchmarks/results $(ARGS)
 	$(BIN)/python -m benchmarks.train_steps --device cpu --batches 4096 --minutes 1
 	$(BIN)/python -m benchmarks.plot
 

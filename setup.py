@@ -9,12 +9,35 @@ import pathlib
 import warnings
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 REQUIRED = os.environ.get("FASTLOSS_REQUIRE_CPP") == "1"
 SANITIZE = os.environ.get("FASTLOSS_SANITIZE") == "1"
 MINIMUM_TORCH = "0x020b000000000000"  # 2.11: the stable ABI asked for, whatever torch this is built with
 FAST = ["-O3", "-g0"]
 CHECKED = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=null"]
+
+
+# What `fastloss bench` needs; a wheel has it in fastloss/_bench, a checkout where it is.
+BENCH = ("benchmarks/__init__.py", "benchmarks/run.py", "benchmarks/harness/*.py", "benchmarks/workloads/*.py",
+         "benchmarks/report/__init__.py", "benchmarks/report/verdict.py", "benchmarks/report/tables.py",
+         "benchmarks/report/explanations.py", "tests/__init__.py", "tests/conformance/__init__.py",
+         "tests/conformance/[ce]*.py", "tests/conformance/tools.py", "tests/conformance/cases/*.py")  # fmt: skip
+
+
+class BuildPy(build_py):
+    def bench(self) -> list[pathlib.Path]:
+        return sorted(path for pattern in BENCH for path in pathlib.Path().glob(pattern))
+
+    def run(self) -> None:
+        super().run()
+        for path in [] if self.editable_mode else self.bench():
+            target = pathlib.Path(self.build_lib, "fastloss/_bench", path)
+            self.mkpath(str(target.parent))
+            self.copy_file(str(path), str(target))
+
+    def get_source_files(self) -> list[str]:
+        return [*super().get_source_files(), *map(str, self.bench())]
 
 
 def extension() -> dict:
@@ -53,7 +76,7 @@ def extension() -> dict:
                            extra_link_args=["-fsanitize=address,undefined"] if SANITIZE else [],
                            py_limited_api=True)  # fmt: skip
     abi3 = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build}, "options": abi3}
+    return {"ext_modules": [kernels], "cmdclass": {"build_ext": Build, "build_py": BuildPy}, "options": abi3}
 
 
 try:
@@ -62,5 +85,5 @@ except ImportError as error:
     if REQUIRED or SANITIZE:
         raise
     warnings.warn(f"fastloss: no C++ kernels (torch: {error})", stacklevel=1)
-    arguments = {}
+    arguments = {"cmdclass": {"build_py": BuildPy}}
 setup(**arguments)

@@ -2,6 +2,7 @@
 
 run.py              times the losses and writes a result file for each
 check.py            did a headline row get worse?
+accuracy.py         how exact value and gradient are
 scaling.py          how cost grows with size
 train_steps.py      whole training steps
 perceptual_step.py  loss and gradient of images through a network

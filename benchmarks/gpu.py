@@ -1,8 +1,9 @@
 """Everything a GPU is needed for, in parts of at most nine minutes: `python -m benchmarks.gpu` (`make gpu`).
 
-Device tests, then the headline rows of each loss, whole training steps, scaling. A part that has finished for this
-commit is skipped, so an interrupted run goes on where it stopped; `--minutes` ends a run between or inside parts. Needs
-torch, triton, numpy, pytest and hypothesis, no network and no installed project. Results: `benchmarks/results/<gpu>/`.
+Device tests, then the headline rows of each loss, whole training steps, errors, scaling. A part that has finished for
+this commit is skipped, so an interrupted run goes on where it stopped; `--minutes` ends a run between or inside parts.
+Needs torch, triton, numpy, pytest and hypothesis, no network and no installed project. Results:
+`benchmarks/results/<gpu>/`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks import accuracy
 from benchmarks.harness import measure
 from benchmarks.harness.results import RESULTS
 from benchmarks.workloads.items import named
@@ -64,7 +66,8 @@ def parts(device: str, out: pathlib.Path) -> list[Part]:
     loss = [Part(f"bench-{group}", [*run, *names], True) for group, names in groups.items()]
     steps = Part("steps", ["-m", "benchmarks.train_steps", *more], True)
     perceptual = Part("perceptual-step", ["-m", "benchmarks.perceptual_step", *more])
-    return [*tests, *loss, steps, perceptual, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
+    exact = [Part(f"accuracy-{d}", ["-m", "benchmarks.accuracy", "--dtype", d, *more]) for d in accuracy.DTYPES]
+    return [*tests, *loss, steps, perceptual, *exact, Part("scaling", ["-m", "benchmarks.scaling", *more], True)]
 
 
 def finished(record: pathlib.Path, commit: str) -> bool:

@@ -10,15 +10,15 @@ import importlib.util
 import sys
 
 from benchmarks.harness.measure import ROOT
-from benchmarks.report import tables
+from benchmarks.report import pages, tables
 
-FILES = {"README.md": tables.readme_body, "benchmarks/REPORT.md": tables.report}
+FILES = {"README.md": pages.readme_body, "benchmarks/REPORT.md": pages.report}
 
 
 def outdated() -> list[str]:
     """The files whose tables are not what the result files say."""
     texts = {name: (ROOT / name).read_text(encoding="utf8") for name in FILES}
-    return [name for name, body in FILES.items() if tables.between(texts[name], body()) != texts[name]]
+    return [name for name, body in FILES.items() if pages.between(texts[name], body()) != texts[name]]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"drew {drawn.relative_to(ROOT)}")
     for name, body in FILES.items():  # after the pictures, which they show
         path = ROOT / name
-        path.write_text(tables.between(path.read_text(encoding="utf8"), body()), encoding="utf8")
+        path.write_text(pages.between(path.read_text(encoding="utf8"), body()), encoding="utf8")
     for line in tables.unexplained():
         print(f"lost and not explained in benchmarks/report/explanations.py: {line}")
     return 0

@@ -3,20 +3,53 @@
 What a family exports is exported here: a new loss needs no line in this file.
 """
 
-from . import attention, contrastive, diversity, fusion, image, perceptual
-from ._version import __version__
-from .attention import *  # noqa: F403
-from .contrastive import *  # noqa: F403
-from .core import explain, use_backend
-from .diversity import *  # noqa: F403
-from .fusion import *  # noqa: F403
-from .image import *  # noqa: F403
-from .perceptual import *  # noqa: F403
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["__version__", "explain", "use_backend"]
-__all__ += attention.__all__
-__all__ += contrastive.__all__
-__all__ += diversity.__all__
-__all__ += fusion.__all__
-__all__ += image.__all__
-__all__ += perceptual.__all__
+from ._version import __version__
+
+
+def _is_the_command() -> bool:
+    """The process is `fastloss ...` or `python -m fastloss ...`, whose help, version and completion need no torch."""
+    name = os.path.basename((getattr(sys, "argv", None) or [""])[0])
+    return name in ("fastloss", "fastloss.exe") or (name == "-m" and "fastloss" in sys.orig_argv)
+
+
+if TYPE_CHECKING or not _is_the_command():
+    from . import attention, contrastive, diversity, fusion, image, perceptual
+    from .attention import *  # noqa: F403
+    from .contrastive import *  # noqa: F403
+    from .core import explain, use_backend
+    from .diversity import *  # noqa: F403
+    from .fusion import *  # noqa: F403
+    from .image import *  # noqa: F403
+    from .perceptual import *  # noqa: F403
+
+    __all__ = ["__version__", "explain", "use_backend"]
+    __all__ += attention.__all__
+    __all__ += contrastive.__all__
+    __all__ += diversity.__all__
+    __all__ += fusion.__all__
+    __all__ += image.__all__
+    __all__ += perceptual.__all__
+else:
+    _FAMILIES = ("attention", "contrastive", "diversity", "fusion", "image", "perceptual")
+    _loading: list[bool] = []
+
+    def __getattr__(name: str) -> Any:
+        """The first name asked for brings all the losses, as an import does elsewhere."""
+        if not _loading:
+            _loading.append(True)
+            names = ["__version__", "explain", "use_backend"]
+            core = importlib.import_module(f"{__name__}.core")
+            globals().update(explain=core.explain, use_backend=core.use_backend)
+            for family in _FAMILIES:
+                module = importlib.import_module(f"{__name__}.{family}")
+                globals().update((own, getattr(module, own)) for own in module.__all__)
+                names += module.__all__
+            globals()["__all__"] = names
+        if name in globals():
+            return globals()[name]
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
-"""The command line: fastloss train | tune | sample | bench | info.
+"""The command line: fastloss train | tune | sample | bench | info, the same as `python -m fastloss`.
 
 typer and everything of the training system are imported when a command runs, so that the losses alone need neither.
+Help, version and completion come without torch: see `_is_the_command` in the package's `__init__.py`.
 A mistake of the user ends with one line and exit code 2, an interrupted run with 130.
 """
 
@@ -17,13 +18,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 EXTRA = 'pip install "fastloss[train]"'
+HELP = "Fused losses for PyTorch: the reference text-to-image training, its samples, benchmarks, what is installed."
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script."""
-    if (sys.argv[1:] if arguments is None else arguments) == ["info"]:
-        info()  # says what is missing, so it must not need typer
+    without_typer = {("info",): info, ("--version",): version}  # they say what is there, so they must not need it
+    given = tuple(sys.argv[1:] if arguments is None else arguments)
+    if given in without_typer:
+        without_typer[given]()
         sys.exit(0)
+    if given[:1] == ("bench",):
+        _bench(list(given[1:]))
     try:
         app = make_app()
     except ImportError as error:
@@ -35,7 +41,8 @@ def make_app() -> Any:
     """The typer application with all its commands. Another command is one more `app.command` here."""
     import typer
 
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
+    app.callback()(_version_option(typer))
     app.command("info")(info)
     app.command("train")(_with_run_options(train, typer))
     app.command("tune")(_with_run_options(tune, typer))
@@ -44,6 +51,27 @@ def make_app() -> Any:
     bench.__annotations__["context"] = typer.Context
     app.command("bench", context_settings=anything)(bench)
     return app
+
+
+def _version_option(typer: Any) -> Callable[..., None]:
+    def say(wanted: bool) -> None:
+        if wanted:
+            version()
+            raise typer.Exit
+
+    def options(version: bool = False) -> None:
+        """The options before a command."""
+
+    option = typer.Option("--version", help="the version of fastloss", callback=say, is_eager=True)
+    options.__annotations__["version"] = _annotated(bool, option)
+    options.__doc__ = HELP
+    return options
+
+
+def version() -> None:
+    from ._version import __version__
+
+    print(f"fastloss {__version__}")
 
 
 def info() -> None:
@@ -73,52 +101,68 @@ def info_lines() -> list[str]:
 
 def bench(context: Any) -> None:
     """Time the losses against eager, torch.compile and other libraries; `fastloss bench --help` lists the options."""
-    import os
+    _bench(context.args)
+
+
+def _bench(arguments: list[str]) -> typing.NoReturn:
+    """In a process of its own, whose memory allocator it sets; needs neither typer nor a checkout of the repository."""
     import subprocess
 
-    root = Path(__file__).parents[1]
-    if not (root / "benchmarks" / "run.py").is_file():
-        _fail("the benchmarks are not installed with the package: run it in a checkout of the repository")
-    path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "benchmarks.run", *context.args]
-    sys.exit(subprocess.run(command, env=os.environ | {"PYTHONPATH": path}).returncode)
+    package = Path(__file__).parent
+    root = next((r for r in (package.parent, package / "_bench") if (r / "benchmarks" / "run.py").is_file()), None)
+    if root is None:
+        _fail("this installation has no benchmarks (setup.py copies them into a wheel): install fastloss again")
+    code = f"import sys; sys.path[0] = {str(root)!r}; from benchmarks.run import command; command(sys.argv[1:])"
+    sys.exit(subprocess.run([sys.executable, "-c", code, *arguments]).returncode)
 
 
-def train(config: Any, explicit: dict[str, Any], resume: bool = False) -> None:
+def train(config: Any, explicit: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
     """Train the text-to-image system; writes pictures, curves, metrics, a report and a checkpoint to --out."""
     from .recipes.imagen.run import train as job
 
-    print(job(config, explicit, resume))
+    print(job(config, explicit, resume, overwrite))
 
 
 def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
     """Search the fusion weights with short runs; a second call with the same --out goes on with the search."""
-    from .recipes.imagen.run import tune as job
+    from .recipes.imagen.tune import tune as job
 
     print(job(config, trials))
 
 
-EXTRA_OPTIONS = {"resume": "continue the run in --out, with its options", "trials": "trials in all"}
+EXTRA_OPTIONS = {
+    "resume": "continue the run in --out, with its options",
+    "overwrite": "delete the run in --out, where there is one",
+    "trials": "trials in all",
+}
+FLAGS = {"resume": ("--resume",), "overwrite": ("--overwrite",)}
 ALIASES = {"learning_rate": ("--learning-rate", "--lr")}
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {"tune": {"steps": 200, "out": "runs/tune"}}
 
 
 def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[..., None]:
     """`command` with an option for every field of `Config`, and one for each parameter of its own."""
-    from .recipes.imagen.config import Config
+    from .recipes.imagen.config import RUN, Config
 
-    hints = typing.get_type_hints(Config)
+    hints = {"str": str, "int": int, "float": float, "bool": bool}
     defaults = OTHER_DEFAULTS.get(command.__name__, {})
     keyword = inspect.Parameter.KEYWORD_ONLY
     parameters = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
-    for field in dataclasses.fields(Config):
-        option = typer.Option(*ALIASES.get(field.name, ()), help=field.metadata["help"])
-        note = _annotated(hints[field.name], option)
+    groups = list(dict.fromkeys([RUN, *(field.metadata["group"] for field in dataclasses.fields(Config))]))
+    for field in sorted(dataclasses.fields(Config), key=lambda field: groups.index(field.metadata["group"])):
+        option = typer.Option(
+            *ALIASES.get(field.name, ()),
+            help=field.metadata["help"],
+            rich_help_panel=field.metadata["group"],
+            autocompletion=_completion(field.metadata["choices"]),
+        )
+        note = _annotated(hints[str(field.type)], option)
         default = defaults.get(field.name, field.default)
         parameters.append(inspect.Parameter(field.name, keyword, default=default, annotation=note))
     own = [p for p in inspect.signature(command).parameters.values() if p.name in EXTRA_OPTIONS]
     for p in own:
-        note = _annotated(type(p.default), typer.Option(help=EXTRA_OPTIONS[p.name]))
+        option = typer.Option(*FLAGS.get(p.name, ()), help=EXTRA_OPTIONS[p.name], rich_help_panel=RUN)
+        note = _annotated(type(p.default), option)
         parameters.append(inspect.Parameter(p.name, keyword, default=p.default, annotation=note))
 
     def run(context: Any, **options: Any) -> None:
@@ -133,6 +177,13 @@ def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[...,
     return run
 
 
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete if choices else None
+
+
 def _annotated(kind: Any, option: Any) -> Any:
     return Annotated[kind, option]
 
@@ -142,11 +193,11 @@ def _given(context: Any, name: str) -> bool:
 
 
 def _sample_command(typer: Any) -> Callable[..., None]:
-    def sample(caption, checkpoint, out, count, seed, device):  # type: ignore[no-untyped-def]
+    def sample(caption, checkpoint, out, count, seed, device, real):  # type: ignore[no-untyped-def]
         from .recipes.imagen.run import sample as job
 
         with _one_line_errors(options):
-            print(job(Path(checkpoint), caption, Path(out), count, seed, device))
+            print(job(Path(checkpoint), caption, Path(out), count, seed, device, real))
 
     options: dict[str, tuple[type, Any, list[str], str]] = {
         "caption": (list[str], [], ["--caption", "--captions"], "a caption; repeat the option for several"),
@@ -155,6 +206,7 @@ def _sample_command(typer: Any) -> Callable[..., None]:
         "count": (int, 6, ["--count"], "images per caption"),
         "seed": (int, 0, ["--seed"], "seed of the noise"),
         "device": (str, "auto", ["--device"], "auto, cpu, cuda, ..."),
+        "real": (bool, False, ["--real"], "first a real image of each caption, where the run's data have one"),
     }
     sample.__doc__ = "Write images for captions with a trained model."
     sample.__annotations__ = {

@@ -1,9 +1,9 @@
 """make sanitize: the C++ kernels under AddressSanitizer and UBSan (GCC's), in a build of their own in build/sanitize.
 
-Their tests and drawn calls (tests/fuzz) run on every instruction set of this CPU, on one thread and two. A finding is
-printed once with its place and the runs that met it; the whole reports stay in build/sanitize/logs. The exit code is 1
-where there is a finding, a test that fails or a process that dies, else 0. Leaks are not looked for: Python and torch
-keep memory until the process ends.
+Their tests and drawn calls (tests/fuzz) are dealt over runs of every instruction set of this CPU, on one thread and
+two: each test runs in one of them, with --all in every one. A finding is printed once with its place and the runs that
+met it; the whole reports stay in build/sanitize/logs. The exit code is 1 where there is a finding, a test that fails or
+a process that dies, else 0. Leaks are not looked for: Python and torch keep memory until the process ends.
 
     python -m tests.sanitize --isa avx2 --threads 2 -k pixel tests/image/test_pixel.py --calls 0
 """
@@ -88,9 +88,13 @@ def plan(options: argparse.Namespace) -> list[Run]:
     others = ("core/test_cpp.py", "core/test_matmul.py", "conformance/test_every_loss.py")
     files = options.files or [*kernel_files(), *(f"tests/{name}" for name in others)]
     choice = f"({CHOICE}) and ({options.k})" if options.k else CHOICE
-    pytest = (sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", choice, *files)
+    quiet = ("-q", "-s", "--durations=5", "-p", "no:cacheprovider")
+    pytest = (sys.executable, "-m", "pytest", *quiet, "-k", choice, *files)
     pairs = list(itertools.product(options.isa or instruction_sets(), options.threads))
-    runs = [Run("tests", isa, threads, pytest) for isa, threads in pairs]
+    runs = []
+    for i, (isa, threads) in enumerate(pairs):
+        share = () if options.all else ("-p", "tests.deal", "--deal", f"{i}/{len(pairs)}")
+        runs.append(Run("tests", isa, threads, (*pytest, *share)))
     if options.calls and importlib.util.find_spec("tests.fuzz") is not None:
         for seed, (isa, threads) in enumerate(pairs):
             calls = ("--calls", str(max(1, options.calls // len(pairs))), "--seed", str(1_000_000 * seed))
@@ -110,6 +114,7 @@ def run(job: Run, preload: str) -> tuple[Run, int, str]:
         "FASTLOSS_EXTENSION": str(EXTENSION),
         "FASTLOSS_CPU": job.isa,
         "OMP_NUM_THREADS": str(job.threads),
+        "OMP_WAIT_POLICY": "passive",  # a thread that spins takes the core of the run beside it
     }
     started = time.perf_counter()
     with open(f"{logs}.out", "w") as out:
@@ -136,6 +141,7 @@ def options_of(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.sanitize", description=__doc__)
     parser.add_argument("--isa", nargs="+", choices=tuple(NEEDED_FLAGS), help="these alone; default: all of this CPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--all", action="store_true", help="every test in every run, which takes hours")
     parser.add_argument("--calls", type=int, default=4000, help="drawn calls, over all runs together; 0: none")
     parser.add_argument("--at-once", type=int, default=os.cpu_count() or 1, help="processes at a time")
     parser.add_argument("--no-build", action="store_true", help="take the build that is there")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
 
-from tests import sanitize
+from tests import ROOT, sanitize
 
 UBSAN = """csrc/a.h:12:5: runtime error: division by zero
     #0 0x7f in f csrc/a.h:12
@@ -56,8 +57,44 @@ def test_every_instruction_set_and_thread_count_has_its_runs():
     runs = sanitize.plan(options)
     names = {run.name for run in runs if run.job == "tests"}
     assert names == {f"tests-{isa}-{threads}" for isa in ("default", "avx2") for threads in (1, 2)}
-    assert all(run.command[-1] == "tests/conformance/test_every_loss.py" for run in runs if run.job == "tests")
+    tests = [run.command for run in runs if run.job == "tests"]
+    assert all("tests/conformance/test_every_loss.py" in command for command in tests)
+    assert [command[-1] for command in tests] == ["0/4", "1/4", "2/4", "3/4"]
     fuzz = [run for run in runs if run.job == "fuzz"]
     assert len(fuzz) == 4 and all("20" in run.command for run in fuzz)
     assert len({run.command for run in fuzz}) == 4  # each draws its own
     assert sanitize.instruction_sets()[0] == "default"
+    whole = sanitize.plan(sanitize.options_of(["--all", "--calls", "0"]))
+    assert len({run.command for run in whole}) == 1 and "--deal" not in whole[0].command
+
+
+DEALT = """
+import pytest
+@pytest.mark.parametrize("size", range(4))
+@pytest.mark.parametrize("dtype", range(4))
+def test_kernel(dtype, size):
+    pass
+def test_other():
+    pass
+"""
+
+
+def test_dealt_runs_share_the_chosen_tests(tmp_path):
+    """Each test is in one run, their numbers differ by one at most, and each run meets every value of a parameter."""
+    (tmp_path / "test_dealt.py").write_text(DEALT)
+    seen = []
+    for i in range(4):
+        command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "tests.deal", "--deal", f"{i}/4"]
+        done = subprocess.run(
+            [*command, "-k", "kernel", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        seen.append([line.split("::")[1] for line in done.stdout.splitlines() if "::" in line])
+    assert sorted(name for names in seen for name in names) == sorted(
+        f"test_kernel[{dtype}-{size}]" for dtype in range(4) for size in range(4)
+    )
+    assert [len(names) for names in seen] == [4, 4, 4, 4]
+    for names in seen:
+        for digit in (12, 14):  # test_kernel[0-3]
+            assert {name[digit] for name in names} == set("0123")
+    refused = subprocess.run([*command[:-1], "4/4", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode != 0 and "expected I/N with 0 <= I < N, got 4/4" in refused.stdout + refused.stderr

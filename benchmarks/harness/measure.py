@@ -21,6 +21,7 @@ MIB = 2**20
 CYCLES = 2_000_000  # a millisecond of a GPU at 2 GHz
 LONGEST_SLEEP = 20.0  # ms
 ROOT = pathlib.Path(__file__).parents[2]
+INSTALLED = ROOT.name == "_bench"  # a copy inside the package, as setup.py makes it
 
 
 def device_label(device: str) -> str:
@@ -43,11 +44,17 @@ def device_folder(device: str) -> str:
 def commit() -> str:
     """The commit, `-dirty` if a source differs from it; without git, a hash of the sources. FASTLOSS_COMMIT overrides.
 
+    Of an installed package its version.
+
     What a run writes itself (results, pictures, tables) makes nothing dirty, or the second part of a run would have
     another commit than the first.
     """
     if os.environ.get("FASTLOSS_COMMIT"):
         return os.environ["FASTLOSS_COMMIT"]
+    if INSTALLED:
+        import fastloss
+
+        return f"fastloss-{fastloss.__version__}"
     own = [":!benchmarks/results", ":!benchmarks/REPORT.md", ":!README.md"]
     try:
         head, changed = (

@@ -14,6 +14,8 @@ import subprocess
 import sys
 from typing import Any
 
+from benchmarks.harness import measure
+
 MARK = "@peak "
 # Blocks of 64 KiB and more are mapped, and so given back as soon as they are free: the opposite of prepare_process().
 CHILD_ENV = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -62,7 +64,7 @@ class Child:
             command = [sys.executable, "-m", "benchmarks.harness.memory_child", str(self.limit_mib)]
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, bufsize=1,
-                env=os.environ | CHILD_ENV,
+                env=os.environ | CHILD_ENV, cwd=measure.ROOT,
             )  # fmt: skip
         return self._process
 

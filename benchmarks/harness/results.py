@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 COLUMNS = (
@@ -14,22 +14,29 @@ COLUMNS = (
 ).split(",")
 
 
-def read(path: pathlib.Path) -> list[dict[str, str]]:
+ERROR_COLUMNS = (
+    "loss,options,shape,dtype,inputs,provider,value_error,gradient_error,note,device,threads,commit,torch,triton"
+).split(",")
+RENAMED = {"info_nce": "info-nce-pytorch"}  # providers that some files and rows have by the name of their import
+
+
+def read(path: pathlib.Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
     """The rows of one file; a column that an older file has not is empty."""
     with path.open(newline="", encoding="utf8") as file:
-        return [dict.fromkeys(COLUMNS, "") | row for row in csv.DictReader(file)]
+        rows = [dict.fromkeys(columns, "") | row for row in csv.DictReader(file)]
+    return [row | {"provider": RENAMED.get(row["provider"], row["provider"])} for row in rows]
 
 
-def read_all(folder: pathlib.Path) -> list[dict[str, str]]:
-    return [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+def read_all(folder: pathlib.Path, columns: Sequence[str] = COLUMNS) -> list[dict[str, str]]:
+    return [row for path in sorted(folder.glob("*.csv")) for row in read(path, columns)]
 
 
-def write(path: pathlib.Path, rows: Iterable[dict]) -> None:
+def write(path: pathlib.Path, rows: Iterable[dict], columns: Sequence[str] = COLUMNS) -> None:
     """Rewritten whole, and atomically: an interrupted run leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     with new.open("w", newline="", encoding="utf8") as file:
-        table = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        table = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
     os.replace(new, path)

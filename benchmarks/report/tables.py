@@ -1,4 +1,4 @@
-"""The README's table and benchmarks/REPORT.md, made from the result files and nothing else."""
+"""Tables of the result files, for README.md and benchmarks/REPORT.md."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from benchmarks.harness.results import RESULTS, read_all
 from benchmarks.report.explanations import why
 from benchmarks.workloads.items import named
 
-BEGIN, END = "<!-- results: written by benchmarks/plot.py -->", "<!-- end of results -->"
 DEVICES = {"cpu": "CPU", "h200": "H200"} | {  # and whatever else there are results of
     path.name: path.name.upper() for path in sorted(RESULTS.glob("*/")) if path.name not in ("cpu", "h200")
 }
@@ -26,6 +25,10 @@ Group = dict[str, dict[str, str]]
 @functools.cache
 def _read(device: str) -> tuple[dict[str, str], ...]:
     return tuple(read_all(RESULTS / device))
+
+
+def measured(device: str) -> bool:
+    return bool(_read(device))
 
 
 def rows_of(device: str, *modes: str) -> list[dict[str, str]]:
@@ -185,7 +188,7 @@ def unexplained() -> list[str]:
     ]
 
 
-def _lost_table(device: str) -> list[str]:
+def lost_table(device: str) -> list[str]:
     rows = lost(device)
     if not rows:
         return ["No row is lost."]
@@ -204,7 +207,7 @@ def _lost_table(device: str) -> list[str]:
     return [*lines, "", *(f"({i + 1}) {text}\n" for i, text in enumerate(said))]
 
 
-def _without_time(device: str) -> list[str]:
+def without_time(device: str) -> list[str]:
     """What was not timed, and why: absent libraries, failures, wrong values."""
     seen: dict[tuple[str, str], list[str]] = {}
     for r in _read(device):
@@ -215,7 +218,7 @@ def _without_time(device: str) -> list[str]:
     return [f"- {provider}: {note} ({', '.join(where)})" for (provider, note), where in seen.items()] or ["Nothing."]
 
 
-def _scaling_table(device: str) -> list[str]:
+def scaling_table(device: str) -> list[str]:
     """How far each provider goes, and what threads bring, of every loss that `benchmarks.scaling` has swept."""
     rows = [r for r in read_all(RESULTS / device / "scaling") if r["mode"] == "both"]
     if not rows:
@@ -247,33 +250,7 @@ def _gain(by_threads: dict[int, list[dict[str, str]]]) -> str:
     return f"{few} to {many}: {alone[both[-1]] / together[both[-1]]:.2f}x at {shape_label(both[-1])}"
 
 
-def report() -> str:
-    """The body of REPORT.md."""
-    parts = ["## Forward and backward, and whole training steps", "", table(full=True), "", notes(), ""]
-    parts += _pictures("results", "speed", "memory", "roofline", "scaling")
-    for device, name in DEVICES.items():
-        parts += ["", f"## Where fastloss loses, {name}", ""]
-        if not _read(device):
-            parts.append("Not measured. Predictions, kept apart from measurements, are in docs/experiments.")
-            continue
-        parts += [*_lost_table(device), "", f"## Not timed, {name}", "", *_without_time(device)]
-        parts += ["", f"## Scaling, {name}", "", *_scaling_table(device)]
-    return "\n".join(parts)
-
-
-def _pictures(folder: str, *names: str) -> list[str]:
-    """Those pictures that there are, as Markdown; `folder` leads from the text to the results."""
-    found = [(device, name) for device in DEVICES for name in names if (RESULTS / device / f"{name}.svg").exists()]
-    return [f"![{name}, {DEVICES[device]}]({folder}/{device}/{name}.svg)\n" for device, name in found]
-
-
-def between(text: str, body: str) -> str:
-    """`text` with `body` between its markers."""
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
-
-
-def _standing(device: str) -> str:
+def standing(device: str) -> str:
     """In how many rows of forward + backward or whole steps fastloss is the fastest, level with it, or slower."""
     keys = grouped(rows_of(device, "both", "step"))
     behind = [(key_of(theirs), text) for mode, _, theirs, _, text in lost(device) if mode in ("both", "step")]
@@ -281,10 +258,3 @@ def _standing(device: str) -> str:
     level = {key for key, _ in behind} - slower
     fastest = len(keys) - len(slower) - len(level)
     return f"of {len(keys)} rows {fastest} fastest, {len(level)} level with the fastest, {len(slower)} slower"
-
-
-def readme_body() -> str:
-    more = "Medians of forward + backward, a row per loss: its first options at the largest shape. " + " ".join(
-        f"{DEVICES[device]}: {_standing(device)}." for device in DEVICES if _read(device)
-    )
-    return "\n".join([table(), "", *_pictures("benchmarks/results", "speed"), notes(), more])

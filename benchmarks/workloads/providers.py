@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from benchmarks.harness.results import RENAMED
 from tests.conformance.cases import Case
 
 Function = Callable[..., torch.Tensor]
@@ -57,7 +58,7 @@ def providers(
         made = _made(name, adapter, options)
         if made is not None:
             found[name] = made
-    found |= case.extra.get("rivals", {})
+    found |= {RENAMED.get(name, name): function for name, function in case.extra.get("rivals", {}).items()}
     return {name: function for name, function in found.items() if wanted(name)}
 
 

@@ -241,8 +241,8 @@ struct EmbeddingNeeds {
   bool query, key;
 };
 
-// Hands out the gradients of embeddings' products: put_query(begin, H key [m, D]) of m rows at a time, and
-// put_key(first, H^T query [n, D]) of n columns at a time. `saved_logits` [S, N]: the products of the first S rows.
+// Calls put_query(begin, H key [m, D]) with m rows at a time and put_key(first, H^T query [n, D]) with n columns at a
+// time. `saved_logits` [saved_rows, N]: the products of the first rows; those of the others are made again.
 template <typename PutQuery, typename PutKey>
 void make_embedding_grads(LogitGradients& gradients, LogitMatrix& p, const Tensor& saved_logits, double workspace_mib,
                           const EmbeddingNeeds& needs, const PutQuery& put_query, const PutKey& put_key) {

@@ -132,9 +132,10 @@ struct SoftmaxLoss {
     const double x = lse - positive;
     return include_positive ? std::max(x, 0.0) + std::log1p(std::exp(-std::abs(x))) : x;
   }
-  // d loss / d n
+  // d loss / d n; NaN where the loss is infinite, as of an infinite embedding: a loss scaler must not step on it
   double grad_lse(double lse, double positive) const {
     if (lse == -std::numeric_limits<double>::infinity()) return 0;
+    if (lse - positive == std::numeric_limits<double>::infinity()) return std::numeric_limits<double>::quiet_NaN();
     return include_positive ? 1 / (1 + std::exp(positive - lse)) : 1;
   }
   double row_loss(int64_t i) const {

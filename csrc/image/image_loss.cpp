@@ -3,8 +3,8 @@
 // losses in one sweep over each row, which makes sums and gradients at once, or others one after the other.
 //
 // With SSIM the forward makes the gradient of the total too, in float32, as the backward would have to make SSIM again;
-// the backward only multiplies it by its upstream number. `shares` says what each sum counts in the total. If the
-// upstream gradient of the sums is no multiple of `shares`, the backward makes the pass again with it.
+// the backward only multiplies it by its upstream number. `sum_weights` has the weight of each sum in the total. If the
+// upstream gradient of the sums is no multiple of `sum_weights`, the backward makes the pass again with it.
 
 #include "image/image_loss.h"
 #include "core/isa.h"
@@ -26,31 +26,20 @@ Tensor laid_out_as(const Tensor& t, const Tensor& model) {
   return copy;
 }
 
-// What the losses are: `kinds` names those of pixel and smoothness, "pixel,smoothness", empty where one is off.
+// Which losses are on, and which of each they are.
 struct Terms {
-  bool pixel, smoothness, ssim, same;
+  bool pixel, smoothness, ssim;
   Kind kind;
   Step step;
-  double p, sigma, c1, c2, low;
-  int64_t order, window;
+  double parameter;
 
-  Terms(const std::string& kinds, const std::vector<double>& numbers) {
-    STD_TORCH_CHECK(numbers.size() == 8 && kinds.find(',') != std::string::npos, "image: unknown terms ", kinds);
-    const std::string first = kinds.substr(0, kinds.find(',')), second = kinds.substr(kinds.find(',') + 1);
-    p = numbers[0];
-    order = static_cast<int64_t>(numbers[1]);
-    window = static_cast<int64_t>(numbers[2]);
-    sigma = numbers[3];
-    same = numbers[4] != 0;
-    c1 = numbers[5];
-    c2 = numbers[6];
-    low = numbers[7];
-    pixel = !first.empty();
-    smoothness = !second.empty();
-    ssim = window > 0;
-    kind = pixel ? kind_of(first, p) : Kind::l2;
-    step = smoothness ? step_of(second) : Step::l1;
-  }
+  explicit Terms(const Inputs& x)
+      : pixel(!x.pixel_kind.empty()),
+        smoothness(!x.smoothness_kind.empty()),
+        ssim(x.ssim.window > 0),
+        kind(pixel ? kind_of(x.pixel_kind, x.pixel_parameter) : Kind::l2),
+        step(smoothness ? step_of(x.smoothness_kind) : Step::l1),
+        parameter(x.pixel_parameter) {}
 };
 
 struct Pair {
@@ -61,19 +50,15 @@ struct Pair {
   std::optional<SsimCall> ssim;
   int64_t axes;
 
-  Pair(const Tensor& target, const Tensor& image_pred, const std::optional<Tensor>& pixel_weight,
-       const std::optional<Tensor>& guide, const std::optional<Tensor>& smoothness_weight,
-       const std::optional<Tensor>& ssim_weight, const std::string& kinds, const std::vector<double>& numbers)
-      : terms(kinds, numbers),
-        bands(image_pred, guide, smoothness_weight, terms.order,
-              terms.ssim ? kSsimRows * image_pred.size(image_pred.dim() - 1) : kBlock),
-        image(laid_out_as(target, bands.image)),
+  explicit Pair(const Inputs& x)
+      : terms(x),
+        bands(x.image_pred, x.guide, x.smoothness_weight, x.order,
+              terms.ssim ? kSsimRows * x.image_pred.size(x.image_pred.dim() - 1) : kBlock),
+        image(laid_out_as(x.image, bands.image)),
         axes(terms.step == Step::isotropic ? 1 : bands.spatial) {
-    STD_TORCH_CHECK(target.scalar_type() == image_pred.scalar_type(), "image: the images differ in dtype");
-    if (pixel_weight) weight.emplace(*pixel_weight, *memory_order(bands.image));
-    if (terms.ssim)
-      ssim.emplace(image, bands.image, ssim_weight, terms.window, terms.sigma, terms.same, terms.c1, terms.c2,
-                   terms.low, false);
+    STD_TORCH_CHECK(x.image.scalar_type() == x.image_pred.scalar_type(), "image: the images differ in dtype");
+    if (x.pixel_weight) weight.emplace(*x.pixel_weight, *memory_order(bands.image));
+    if (terms.ssim) ssim.emplace(image, bands.image, x.ssim_weight, x.ssim, false);
   }
 
   // What a call returns: the sums of the pixel loss, of the smoothness along each axis, of SSIM.
@@ -118,7 +103,8 @@ struct Strip {
     for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunk) {
       const int64_t count = std::min(kChunk, end - i);
       const float* weight = pair.weight ? pair.weight->read(i, count, buffer) : nullptr;
-      total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count}, pair.terms.p);
+      total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count},
+                             pair.terms.parameter);
     }
     return total;
   }
@@ -133,7 +119,7 @@ struct Strip {
   // All but SSIM, whose gradients are in `more`: of the rows from the band's beginning on, then of those that follow.
   void sweep(bool begins, double* to_sums, const Targets<const float>& more) const {
     const int64_t size = row_size(), right = pair.axes, down = right - 1;  // of the sums: a volume's begin with z
-    float* const above = memory.pulls;
+    float* const above = memory.grad_differences;
     if (begins && to.needed()) {
       if (band.begin > 0)
         kernels.sweep.above(band.plane + (band.begin - 1) * size, size, size, above);
@@ -149,10 +135,11 @@ struct Strip {
           {input<T>(pair.image) + i, input<T>(pair.bands.image) + i, -i, pair.bands.image.numel() - i, size,
            band.layout.step, y + 1 < band.layout.height ? size : 0, weight, up ? up[0] : 0, up ? up[down] : 0,
            up ? up[right] : 0, more_of(more, within), gradients_of(i), above, to_sums ? sums[0] : nullptr},
-          pair.terms.p);
+          pair.terms.parameter);
     }
-    const int64_t places[3] = {0, down, right};
-    for (int k = 0; to_sums != nullptr && k < 3; ++k) to_sums[places[k]] += std::accumulate(sums[k], sums[k] + 16, 0.0);
+    const int64_t offsets[3] = {0, down, right};
+    for (int k = 0; to_sums != nullptr && k < 3; ++k)
+      to_sums[offsets[k]] += std::accumulate(sums[k], sums[k] + 16, 0.0);
     if (streamed) kernels.fence();
   }
 
@@ -186,8 +173,8 @@ struct Strip {
       const auto& [s, buffer, more] = *static_cast<const Rows*>(context);
       const int64_t n = s.row_size(), i = s.at(y), within = (y - s.band.begin) * n;
       const float* weight = s.pair.weight ? s.pair.weight->read(i, n, buffer) : nullptr;
-      s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.p, s.up[0],
-                    line, more_of(more, within), s.gradients_of(i));
+      s.kernels.row({input<T>(s.pair.image) + i, input<T>(s.pair.bands.image) + i, weight, n}, s.pair.terms.parameter,
+                    s.up[0], line, more_of(more, within), s.gradients_of(i));
     }
   };
 };
@@ -199,36 +186,38 @@ struct SsimStrip {
   const Layout& layout;
   int64_t size;
   std::vector<SsimPlaneWeights> weights;
-  std::vector<SsimRoom> rooms;
+  std::vector<SsimWorkspace> workspaces;
   std::vector<float> image, image_pred;
 
   template <typename G>
   explicit SsimStrip(const Strip<T, G>& s) : kernels(s.kernels.ssim), layout(s.band.layout) {
     const SsimCall& call = *s.pair.ssim;
-    const int64_t step = layout.step, width = layout.row / step, across = (width + kSsimColumns - 1) / kSsimColumns;
+    const int64_t step = layout.step, width = layout.row / step,
+                  tiles_per_row = (width + kSsimColumns - 1) / kSsimColumns;
     size = kRowsTogether * layout.row;
     image.resize(s.to.image ? size : 0);
     image_pred.resize(s.to.image_pred ? size : 0);
-    weights.reserve(step * across);
-    for (int64_t i = 0; i < step * across; ++i) {
-      const int64_t plane = s.n * s.pair.bands.channels + s.plane * step + i / across, x = i % across * kSsimColumns;
+    weights.reserve(step * tiles_per_row);
+    for (int64_t i = 0; i < step * tiles_per_row; ++i) {
+      const int64_t plane = s.n * s.pair.bands.channels + s.plane * step + i / tiles_per_row,
+                    x = i % tiles_per_row * kSsimColumns;
       const SsimTile tile{s.band.begin, s.band.end, x, std::min(width, x + kSsimColumns)};
       const SsimPlaneWeights& w = weights.emplace_back(call.weights_of(plane));
-      SsimRoom& room = rooms.emplace_back(tile.x1 - tile.x0, kernels.size);
-      kernels.start(room.walk.data(), call.plane<T>(plane), tile, call.options,
+      SsimWorkspace& workspace = workspaces.emplace_back(tile.x1 - tile.x0, kernels.size);
+      kernels.start(workspace.walk.data(), call.plane<T>(plane), tile, call.options,
                     {w.weights ? SsimPlaneWeights::read : nullptr, &w}, s.up ? s.up[s.pair.sums() - 1] : 0.0f,
-                    s.to.image != nullptr, s.to.image_pred != nullptr, room.scratch);
+                    s.to.image != nullptr, s.to.image_pred != nullptr, workspace.scratch);
     }
   }
 
   double advance(int64_t begin, int64_t end) {
     double total = 0;
-    const int64_t across = static_cast<int64_t>(rooms.size()) / layout.step, row = layout.row, step = layout.step;
-    for (size_t i = 0; i < rooms.size(); ++i) {
-      const int64_t at = static_cast<int64_t>(i) / across - begin * row;
-      total += kernels.advance(rooms[i].walk.data(), end,
-                               {image.empty() ? nullptr : image.data() + at,
-                                image_pred.empty() ? nullptr : image_pred.data() + at, row, step, row, step, false});
+    const int64_t row = layout.row, step = layout.step, tiles_per_row = static_cast<int64_t>(workspaces.size()) / step;
+    for (size_t i = 0; i < workspaces.size(); ++i) {
+      const int64_t offset = static_cast<int64_t>(i) / tiles_per_row - begin * row;
+      float* const image_grad = image.empty() ? nullptr : image.data() + offset;
+      float* const pred_grad = image_pred.empty() ? nullptr : image_pred.data() + offset;
+      total += kernels.advance(workspaces[i].walk.data(), end, {image_grad, pred_grad, row, step, row, step, false});
     }
     return total;
   }
@@ -291,70 +280,63 @@ struct Kept {
 
 constexpr int64_t kKeepGradients = 8;  // of `keep`, beside 1 for the image's and 2 for the prediction's
 
-std::tuple<Tensor, Tensor> image_loss_fwd(const Tensor& image, const Tensor& image_pred,
-                                          std::optional<Tensor> pixel_weight, std::optional<Tensor> guide,
-                                          std::optional<Tensor> smoothness_weight, std::optional<Tensor> ssim_weight,
-                                          std::string kinds, std::vector<double> numbers, int64_t keep,
-                                          std::optional<Tensor> shares) {
-  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+Output image_loss_fwd(const Inputs& x) {
+  const Pair pair(x);
   const int64_t sums = pair.sums(), slots = pair.bands.slots();
-  STD_TORCH_CHECK(keep == 0 || (keep & kKeepGradients && shares && shares->numel() == sums && shares->is_contiguous() &&
-                                shares->scalar_type() == ScalarType::Float),
-                  "image: the CPU kernels keep the gradient of a total with float32 shares of each sum, or nothing");
-  const Kept kept(image_pred, keep & 1, keep & 2);
-  Tensor out = torch::stable::new_empty(image_pred, {sums}, ScalarType::Float);
+  const auto& weights = x.sum_weights;
+  STD_TORCH_CHECK(x.keep == 0 || (x.keep & kKeepGradients && weights && weights->numel() == sums &&
+                                  weights->is_contiguous() && weights->scalar_type() == ScalarType::Float),
+                  "image: the CPU kernels keep the gradient of a total with float32 weights of each sum, or nothing");
+  const Kept kept(x.image_pred, x.keep & 1, x.keep & 2);
+  Tensor out = torch::stable::new_empty(x.image_pred, {sums}, ScalarType::Float);
   std::vector<double> partial(slots * sums);
-  for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
-    pass<decltype(element), float>(pair, keep ? input<float>(*shares) : nullptr, kept.at, partial.data());
+  for_dtype(x.image_pred.scalar_type(), "image", [&](auto element) {
+    pass<decltype(element), float>(pair, x.keep ? input<float>(*weights) : nullptr, kept.at, partial.data());
   });
   for (int64_t k = 0; k < sums; ++k) {
     double total = 0;
     for (int64_t i = 0; i < slots; ++i) total += partial[i * sums + k];
     output<float>(out)[k] = static_cast<float>(total);
   }
-  return {out, kept.gradients};
+  return {out, {kept.gradients}};
 }
 
-// The number that makes `shares` the upstream gradient, but for rounding; nothing if there is none.
-std::optional<float> multiple(const float* up, const float* shares, int64_t n) {
+// The number that makes `weights` the upstream gradient, but for rounding; nothing if there is none.
+std::optional<float> multiple(const float* up, const float* weights, int64_t n) {
   int64_t largest = 0;
   for (int64_t k = 1; k < n; ++k)
-    if (std::abs(shares[k]) > std::abs(shares[largest])) largest = k;
-  const float by = shares[largest] == 0 ? 0 : up[largest] / shares[largest];
+    if (std::abs(weights[k]) > std::abs(weights[largest])) largest = k;
+  const float by = weights[largest] == 0 ? 0 : up[largest] / weights[largest];
   for (int64_t k = 0; k < n; ++k)
-    if (!(std::abs(up[k] - by * shares[k]) <= 0x1p-20f * std::abs(up[k]))) return std::nullopt;
+    if (!(std::abs(up[k] - by * weights[k]) <= 0x1p-20f * std::abs(up[k]))) return std::nullopt;
   return by;
 }
 
-std::tuple<Tensor, Tensor> image_loss_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
-                                          const Tensor& image_pred, std::optional<Tensor> pixel_weight,
-                                          std::optional<Tensor> guide, std::optional<Tensor> smoothness_weight,
-                                          std::optional<Tensor> ssim_weight, std::string kinds,
-                                          std::vector<double> numbers, int64_t keep, std::optional<Tensor> shares,
-                                          bool needs_image, bool needs_image_pred) {
-  const Pair pair(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, kinds, numbers);
+Grads image_loss_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, const Needs& needs) {
+  const Pair pair(x);
   const Tensor& laid_out = pair.bands.image;
   const int64_t sums = pair.sums(), total = laid_out.numel();
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == sums,
                   "image: expected a float32 gradient of the sums");
   const Tensor upstream = torch::stable::contiguous(grad);
   const float* up = input<float>(upstream);
-  std::optional<Result> x, y;
-  if (needs_image) x.emplace(image, image.scalar_type(), laid_out);
-  if (needs_image_pred) y.emplace(image_pred, image.scalar_type(), laid_out);
-  for_dtype(image_pred.scalar_type(), "image", [&](auto element) {
+  std::optional<Result> image_grad, pred_grad;
+  if (needs.image) image_grad.emplace(x.image, x.image.scalar_type(), laid_out);
+  if (needs.image_pred) pred_grad.emplace(x.image_pred, x.image.scalar_type(), laid_out);
+  for_dtype(x.image_pred.scalar_type(), "image", [&](auto element) {
     using T = decltype(element);
-    const Targets<T> to{x ? output<T>(x->written) : nullptr, y ? output<T>(y->written) : nullptr};
+    const Targets<T> to{image_grad ? output<T>(image_grad->written) : nullptr,
+                        pred_grad ? output<T>(pred_grad->written) : nullptr};
     if (!pair.terms.ssim) return pass<T, T>(pair, up, to, nullptr);
-    const bool there = (!needs_image || keep & 1) && (!needs_image_pred || keep & 2) && shares;
+    const bool there = (!needs.image || x.keep & 1) && (!needs.image_pred || x.keep & 2) && x.sum_weights;
     std::optional<float> by;
-    if (there) by = multiple(up, input<float>(*shares), sums);
+    if (there) by = multiple(up, input<float>(*x.sum_weights), sums);
     std::optional<Kept> made;
     if (!by) {
-      made.emplace(laid_out, needs_image, needs_image_pred);
+      made.emplace(laid_out, needs.image, needs.image_pred);
       pass<T, float>(pair, up, made->at, nullptr);
     }
-    const float* from = input<float>(made ? made->gradients : gradients);
+    const float* from = input<float>(made ? made->gradients : saved.gradients);
     const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
     const auto write = [&](const float* values, T* result) {
       const bool streamed = reinterpret_cast<uintptr_t>(result) % 64 == 0 && total % 16 == 0 &&
@@ -363,12 +345,12 @@ std::tuple<Tensor, Tensor> image_loss_bwd(const Tensor& grad, const Tensor& grad
         scale(values + begin, nullptr, by.value_or(1.0f), end - begin, result + begin, streamed);
       });
     };
-    const bool image_first = made ? needs_image : keep & 1;
-    if (needs_image) write(from, to.image);
-    if (needs_image_pred) write(from + (image_first ? total : 0), to.image_pred);
+    const bool image_first = made ? needs.image : x.keep & 1;
+    if (needs.image) write(from, to.image);
+    if (needs.image_pred) write(from + (image_first ? total : 0), to.image_pred);
   });
-  const auto none = [&] { return torch::stable::new_empty(image, {0}); };
-  return {x ? x->take() : none(), y ? y->take() : none()};
+  const auto none = [&] { return torch::stable::new_empty(x.image, {0}); };
+  return {image_grad ? image_grad->take() : none(), pred_grad ? pred_grad->take() : none()};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the kernels of the image loss are handed.
+// What the op of the image loss takes and gives, and what its kernels are handed.
 #pragma once
 
 #include "image/pixel.h"
@@ -7,6 +7,57 @@
 
 namespace fastloss {
 namespace {
+
+struct Inputs {
+  Tensor image, image_pred;
+  std::optional<Tensor> pixel_weight, guide, smoothness_weight, ssim_weight;
+  std::string pixel_kind;  // empty: off
+  double pixel_parameter;
+  std::string smoothness_kind;  // empty: off
+  int64_t order;
+  SsimParameters ssim;  // with a window of 0: off
+  int64_t keep;
+  std::optional<Tensor> sum_weights;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred), f(pixel_weight), f(guide), f(smoothness_weight), f(ssim_weight);
+    f(pixel_kind), f(pixel_parameter), f(smoothness_kind), f(order), f(ssim), f(keep), f(sum_weights);
+  }
+};
+struct Saved {
+  Tensor gradients;  // what `keep` asks for; Python's Saved.kept
+
+  template <typename F>
+  void fields(const F& f) {
+    f(gradients);
+  }
+};
+struct Output {
+  Tensor sums;
+  Saved saved;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(sums), f(saved);
+  }
+};
+struct Needs {
+  bool image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
+struct Grads {
+  Tensor image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
 
 // A row of the usual terms, and where its sums and its gradients go, each or null.
 template <typename T, typename G>

@@ -35,10 +35,12 @@ static void image_fence() { fence(); }
 template <Step step, bool plain, typename T>
 static void image_smoothness(const Band<T>& band, const Memory& memory, EachRow row, const void* context) {
   const int64_t size = band.layout.row;
-  band_pulls<step, plain>(band, memory, [&](int64_t y, const Pulls& p) __attribute__((always_inline)) {
-    for (int64_t x = 0; x < size; x += W) store(memory.line + x, gather<plain>(p, x));
-    row(context, y, memory.line);
-  });
+  band_grad_differences<step, plain>(band, memory,
+                                     [&](int64_t y, const GradDifferences& p) __attribute__((always_inline)) {
+                                       for (int64_t x = 0; x < size; x += W)
+                                         store(memory.line + x, gather<plain>(p, x));
+                                       row(context, y, memory.line);
+                                     });
 }
 
 template <Step step, typename T>

@@ -10,24 +10,53 @@
 namespace fastloss {
 namespace {
 
-// The two images and the weight as the kernels read them: in the images' own memory order where they share one.
 struct Inputs {
+  Tensor image, image_pred;
+  std::optional<Tensor> weight;
+  std::string kind;
+  double parameter;
+  bool reduce;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred), f(weight), f(kind), f(parameter), f(reduce);
+  }
+};
+struct Needs {
+  bool image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
+struct Grads {
+  Tensor image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
+
+// The two images and the weight as the kernels read them: in the images' own memory order where they share one.
+struct Operands {
   Tensor image, image_pred;
   std::vector<int64_t> order;
   std::optional<Operand> weight;
 
-  Inputs(const Tensor& a, const Tensor& b, const std::optional<Tensor>& w) : image(a), image_pred(b) {
-    STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "pixel: image and image_pred differ in dtype");
-    check_shape("image_pred", b);
-    if (w.has_value()) check_shape("weight", *w);
-    auto shared = same_strides(a, b) ? memory_order(a) : std::nullopt;
+  explicit Operands(const Inputs& x) : image(x.image), image_pred(x.image_pred) {
+    STD_TORCH_CHECK(image.scalar_type() == image_pred.scalar_type(), "pixel: image and image_pred differ in dtype");
+    check_shape("image_pred", image_pred);
+    if (x.weight.has_value()) check_shape("weight", *x.weight);
+    auto shared = same_strides(image, image_pred) ? memory_order(image) : std::nullopt;
     if (!shared) {
-      image = torch::stable::contiguous(a);
-      image_pred = torch::stable::contiguous(b);
+      image = torch::stable::contiguous(x.image);
+      image_pred = torch::stable::contiguous(x.image_pred);
       shared = memory_order(image);
     }
     order = *shared;
-    if (w.has_value()) weight.emplace(*w, order);
+    if (x.weight.has_value()) weight.emplace(*x.weight, order);
   }
 
   void check_shape(const char* name, const Tensor& t) const {
@@ -48,61 +77,58 @@ struct Inputs {
   }
 };
 
-Tensor pixel_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight, std::string kind,
-                 double p, bool reduce) {
-  const Inputs in(image, image_pred, weight);
-  const int64_t count = image.numel();
+Tensor pixel_fwd(const Inputs& x) {
+  const Operands in(x);
+  const int64_t count = x.image.numel();
   std::optional<Result> map;
-  if (!reduce) map.emplace(image, ScalarType::Float, in.image);
-  Tensor out = reduce ? torch::stable::new_empty(image, {}, ScalarType::Float) : map->written;
+  if (!x.reduce) map.emplace(x.image, ScalarType::Float, in.image);
+  Tensor out = x.reduce ? torch::stable::new_empty(x.image, {}, ScalarType::Float) : map->written;
   float* to = output<float>(out);
-  for_dtype(image.scalar_type(), "pixel", [&](auto element) {
+  for_dtype(x.image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(kind, p)));
-    if (reduce) {
+    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(x.kind, x.parameter)));
+    if (x.reduce) {
       *to = static_cast<float>(sum_blocks(count, [&](int64_t begin, int64_t end) {
         double total = 0;
-        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t) { total += kernels.sum(s, p); });
+        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t) { total += kernels.sum(s, x.parameter); });
         return total;
       }));
     } else {
       for_blocks(count, [&](int64_t begin, int64_t end) {
-        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) { kernels.map(s, p, to + i); });
+        in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) { kernels.map(s, x.parameter, to + i); });
       });
     }
   });
-  return reduce ? out : map->take();
+  return x.reduce ? out : map->take();
 }
 
-std::tuple<Tensor, Tensor> pixel_bwd(const Tensor& grad, const Tensor& image, const Tensor& image_pred,
-                                     std::optional<Tensor> weight, std::string kind, double p, bool reduce,
-                                     bool needs_image, bool needs_image_pred) {
-  const Inputs in(image, image_pred, weight);
-  const int64_t count = image.numel();
+Grads pixel_bwd(const Tensor& grad, const Inputs& x, const Needs& needs) {
+  const Operands in(x);
+  const int64_t count = x.image.numel();
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "pixel: grad is not float32");
-  if (!reduce) in.check_shape("grad", grad);
-  const std::optional<Operand> map = reduce ? std::nullopt : std::make_optional<Operand>(grad, in.order);
-  const float scalar = reduce ? *input<float>(grad) : 0;
-  std::optional<Result> to_image, to_pred;
-  if (needs_image) to_image.emplace(image, image.scalar_type(), in.image);
-  if (needs_image_pred) to_pred.emplace(image_pred, image.scalar_type(), in.image_pred);
-  for_dtype(image.scalar_type(), "pixel", [&](auto element) {
+  if (!x.reduce) in.check_shape("grad", grad);
+  const std::optional<Operand> map = x.reduce ? std::nullopt : std::make_optional<Operand>(grad, in.order);
+  const float scalar = x.reduce ? *input<float>(grad) : 0;
+  std::optional<Result> image_grad, pred_grad;
+  if (needs.image) image_grad.emplace(x.image, x.image.scalar_type(), in.image);
+  if (needs.image_pred) pred_grad.emplace(x.image_pred, x.image.scalar_type(), in.image_pred);
+  for_dtype(x.image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(kind, p)));
-    T* first = to_image ? output<T>(to_image->written) : nullptr;
-    T* second = to_pred ? output<T>(to_pred->written) : nullptr;
+    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(x.kind, x.parameter)));
+    T* first = image_grad ? output<T>(image_grad->written) : nullptr;
+    T* second = pred_grad ? output<T>(pred_grad->written) : nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
     const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
     for_blocks(count, [&](int64_t begin, int64_t end) {
       float buffer[kChunk];
       in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) {
         const Gradients<T> to{first ? first + i : nullptr, second ? second + i : nullptr, streamed};
-        kernels.grad(s, p, {map ? map->read(i, s.n, buffer) : nullptr, scalar}, to);
+        kernels.grad(s, x.parameter, {map ? map->read(i, s.n, buffer) : nullptr, scalar}, to);
       });
     });
   });
-  const auto none = [&] { return torch::stable::new_empty(image, {0}); };
-  return {to_image ? to_image->take() : none(), to_pred ? to_pred->take() : none()};
+  const auto none = [&] { return torch::stable::new_empty(x.image, {0}); };
+  return {image_grad ? image_grad->take() : none(), pred_grad ? pred_grad->take() : none()};
 }
 
 }  // namespace

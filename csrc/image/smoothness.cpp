@@ -13,14 +13,33 @@ namespace {
 
 constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
 
-Tensor smoothness_fwd(const Tensor& image_pred, std::optional<Tensor> guide, std::optional<Tensor> weight,
-                      std::string kind, int64_t order) {
-  const Bands bands(image_pred, guide, weight, order);
-  const Step step = step_of(kind);
+struct Inputs {
+  Tensor image_pred;
+  std::optional<Tensor> guide, weight;
+  std::string kind;
+  int64_t order;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image_pred), f(guide), f(weight), f(kind), f(order);
+  }
+};
+struct Grads {
+  Tensor image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image_pred);
+  }
+};
+
+Tensor smoothness_fwd(const Inputs& x) {
+  const Bands bands(x.image_pred, x.guide, x.weight, x.order);
+  const Step step = step_of(x.kind);
   const int64_t axes = step == Step::isotropic ? 1 : bands.spatial, channels = bands.channels;
-  Tensor out = torch::stable::new_empty(image_pred, {bands.images, channels, axes}, ScalarType::Float);
+  Tensor out = torch::stable::new_empty(x.image_pred, {bands.images, channels, axes}, ScalarType::Float);
   std::vector<double> partial(bands.slots() * axes);
-  for_dtype(image_pred.scalar_type(), "smoothness", [&](auto element) {
+  for_dtype(x.image_pred.scalar_type(), "smoothness", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
     bands.each<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
@@ -39,32 +58,31 @@ Tensor smoothness_fwd(const Tensor& image_pred, std::optional<Tensor> guide, std
   return out;
 }
 
-Tensor smoothness_bwd(const Tensor& grad, const Tensor& image_pred, std::optional<Tensor> guide,
-                      std::optional<Tensor> weight, std::string kind, int64_t order) {
-  const Bands bands(image_pred, guide, weight, order);
-  const Step step = step_of(kind);
+Grads smoothness_bwd(const Tensor& grad, const Inputs& x) {
+  const Bands bands(x.image_pred, x.guide, x.weight, x.order);
+  const Step step = step_of(x.kind);
   const int64_t axes = step == Step::isotropic ? 1 : bands.spatial, channels = bands.channels;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == bands.images * channels * axes,
                   "smoothness: expected a float32 gradient of the sums");
   const Tensor upstream = torch::stable::contiguous(grad);
-  const Tensor out = empty_like(image_pred, image_pred.scalar_type());
-  Tensor written = same_strides(out, bands.image) ? out : empty_like(bands.image, image_pred.scalar_type());
-  for_dtype(image_pred.scalar_type(), "smoothness", [&](auto element) {
+  const Tensor out = empty_like(x.image_pred, x.image_pred.scalar_type());
+  Tensor written = same_strides(out, bands.image) ? out : empty_like(bands.image, x.image_pred.scalar_type());
+  for_dtype(x.image_pred.scalar_type(), "smoothness", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
     T* to = output<T>(written);
     const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bands.layout.row % 16 == 0;
-    const bool streamed = aligned && image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
+    const bool streamed = aligned && x.image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
     bands.each<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
       const int64_t channel = n * channels + plane * bands.layout.step;
       set_upstream(input<float>(upstream) + channel * axes, axes, bands.layout.step, memory);
       kernels.grad(band, memory, to + band.position, streamed);
     });
   });
-  if (written.data_ptr() == out.data_ptr()) return written;
+  if (written.data_ptr() == out.data_ptr()) return {written};
   Tensor result = out;
   torch::stable::copy_(result, written);
-  return result;
+  return {result};
 }
 
 }  // namespace

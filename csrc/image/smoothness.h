@@ -49,10 +49,11 @@ inline int64_t period_of(int64_t step) {
   return period < 64 ? period * (64 / period) : period;
 }
 
-// What a thread works in. `pulls` holds 5 sets of rows and one of zeros, see band_pulls(); their padding stays 0.
+// What a thread works in. `grad_differences` holds 5 sets of rows and one of zeros, see band_grad_differences(); their
+// padding stays 0.
 struct Memory {
   int64_t period, pad, pitch;
-  float *weight, *line, *sums, *up, *pulls;
+  float *weight, *line, *sums, *up, *grad_differences;
   double* totals;
 };
 

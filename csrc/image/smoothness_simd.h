@@ -1,7 +1,7 @@
 // The smoothness loss over rows of a band; included by for_each_isa.h.
 //
 // Each difference belongs to one pixel: a first one, x[i+1] - x[i], to pixel i; a second, x[i+1] - 2 x[i] + x[i-1], to
-// pixel i too. The forward adds up their distances. The backward makes rows of "pulls", the derivatives by the
+// pixel i too. The forward adds up their distances. The backward makes rows of the derivatives by the
 // differences, once each, and gathers from them: a pixel's gradient is p[i-1] - p[i], or p[i-1] - 2 p[i] + p[i+1],
 // summed over the axes.
 
@@ -151,8 +151,8 @@ static void smoothness_sum(const Band<T>& band, const Memory& memory) {
 }
 
 template <Step step, bool inside, bool plain, typename T>
-FASTLOSS_INLINE void pull_pixels(const Row<plain, T>& r, int64_t x, const float* up, int64_t period, int axes,
-                                 float* to, int64_t pitch) {
+FASTLOSS_INLINE void grad_difference_pixels(const Row<plain, T>& r, int64_t x, const float* up, int64_t period,
+                                            int axes, float* to, int64_t pitch) {
   const vf c = pixels<inside>(r, x);
   vf squares{}, steps[kAxes];
   if constexpr (step == Step::isotropic) {
@@ -166,40 +166,42 @@ FASTLOSS_INLINE void pull_pixels(const Row<plain, T>& r, int64_t x, const float*
   }
   for (int k = 0; k < kAxes; ++k) {
     if (!(axes >> k & 1)) continue;
-    vf pull{};
+    vf grad_difference{};
     if (r.has[k]) {
       if constexpr (step == Step::isotropic) {
-        pull = squares * steps[k];
+        grad_difference = squares * steps[k];
       } else {
         const vf d = difference<inside>(r, k, x, c);
-        pull = load(up + k * period) * (step == Step::l1 ? sign(d) : d + d);
+        grad_difference = load(up + k * period) * (step == Step::l1 ? sign(d) : d + d);
       }
-      if (r.edge()) pull *= edge_at(r, k, x);
-      if (r.weight()) pull = weighted(pull, weight_at<inside>(r, x));
+      if (r.edge()) grad_difference *= edge_at(r, k, x);
+      if (r.weight()) grad_difference = weighted(grad_difference, weight_at<inside>(r, x));
     }
-    store(to + k * pitch, pull);
+    store(to + k * pitch, grad_difference);
   }
 }
 
-// The pulls of a row along the axes of which `axes` has the bit, written a vector at a time over the end of the row.
+// The gradients by the differences of a row along the axes of which `axes` has the bit, written a vector at a time over
+// the end of the row.
 template <Step step, bool plain, typename T>
-static void pull_row(const Row<plain, T>& r, const float* up, int64_t period, int axes, float* to, int64_t pitch) {
+static void grad_difference_row(const Row<plain, T>& r, const float* up, int64_t period, int axes, float* to,
+                                int64_t pitch) {
   for (int64_t x = 0, j = 0; x < r.size; x += W) {
     if (is_inside(r, x))
-      pull_pixels<step, true>(r, x, up + j, period, axes, to + x, pitch);
+      grad_difference_pixels<step, true>(r, x, up + j, period, axes, to + x, pitch);
     else
-      pull_pixels<step, false>(r, x, up + j, period, axes, to + x, pitch);
+      grad_difference_pixels<step, false>(r, x, up + j, period, axes, to + x, pitch);
     j = j + W == period ? 0 : j + W;
   }
 }
 
-// The pulls around a row: `before`, of it and `after` it, for each axis.
-struct Pulls {
+// The gradients by the differences around a row: `before`, of it and `after` it, for each axis.
+struct GradDifferences {
   const float *before[kAxes], *here[kAxes], *after[kAxes];
   bool volume, second;
 };
 template <bool plain>
-FASTLOSS_INLINE vf gather(const Pulls& p, int64_t x) {
+FASTLOSS_INLINE vf gather(const GradDifferences& p, int64_t x) {
   const auto along = [&](int k) __attribute__((always_inline)) {
     const vf own = load(p.here[k] + x), g = load(p.before[k] + x) - own;
     return !plain && p.second ? g - (own - load(p.after[k] + x)) : g;
@@ -208,36 +210,37 @@ FASTLOSS_INLINE vf gather(const Pulls& p, int64_t x) {
   return p.volume ? g + along(0) : g;
 }
 
-// row(y, pulls) for each row of a band. Three sets of rows go round; two more hold the slices before and after.
+// row(y, grad_differences) for each row of a band. Three sets of rows go round; two more hold the slices before and
+// after.
 template <Step step, bool plain, typename T, typename Body>
-FASTLOSS_INLINE void band_pulls(const Band<T>& band, const Memory& memory, const Body& row) {
+FASTLOSS_INLINE void band_grad_differences(const Band<T>& band, const Memory& memory, const Body& row) {
   const int64_t pitch = memory.pitch;
   const bool volume = band.layout.depth > 1;
-  float* const start = memory.pulls + memory.pad;
+  float* const start = memory.grad_differences + memory.pad;
   float* const none = start + 5 * kAxes * pitch;
   const auto set = [&](int64_t i) { return start + i * kAxes * pitch; };
   const auto of = [&](int64_t y) { return set((y + 3) % 3); };
-  const auto pull = [&](int64_t z, int64_t y, int axes, float* to) {
-    pull_row<step>(row_of<plain>(band, z, y, memory.weight), memory.up, memory.period, axes, to, pitch);
+  const auto grad_difference = [&](int64_t z, int64_t y, int axes, float* to) {
+    grad_difference_row<step>(row_of<plain>(band, z, y, memory.weight), memory.up, memory.period, axes, to, pitch);
   };
   const int all_axes = volume ? 7 : 6;
-  if (band.begin > 0) pull(band.z, band.begin - 1, 2, of(band.begin - 1));
-  if (band.second) pull(band.z, band.begin, all_axes, of(band.begin));
+  if (band.begin > 0) grad_difference(band.z, band.begin - 1, 2, of(band.begin - 1));
+  if (band.second) grad_difference(band.z, band.begin, all_axes, of(band.begin));
   for (int64_t y = band.begin; y < band.end; ++y) {
     const int64_t next = band.second ? y + 1 : y;
-    if (next < band.layout.height) pull(band.z, next, next < band.end ? all_axes : 2, of(next));
+    if (next < band.layout.height) grad_difference(band.z, next, next < band.end ? all_axes : 2, of(next));
     const float* own = of(y);
-    Pulls p{{none, y > 0 ? of(y - 1) + pitch : none, own + 2 * pitch - band.layout.step},
-            {own, own + pitch, own + 2 * pitch},
-            {none, next < band.layout.height ? of(next) + pitch : none, own + 2 * pitch + band.layout.step},
-            volume,
-            band.second};
+    GradDifferences p{{none, y > 0 ? of(y - 1) + pitch : none, own + 2 * pitch - band.layout.step},
+                      {own, own + pitch, own + 2 * pitch},
+                      {none, next < band.layout.height ? of(next) + pitch : none, own + 2 * pitch + band.layout.step},
+                      volume,
+                      band.second};
     if (volume && band.z > 0) {
-      pull(band.z - 1, y, 1, set(3));
+      grad_difference(band.z - 1, y, 1, set(3));
       p.before[0] = set(3);
     }
     if (volume && band.second && band.z + 1 < band.layout.depth) {
-      pull(band.z + 1, y, 1, set(4));
+      grad_difference(band.z + 1, y, 1, set(4));
       p.after[0] = set(4);
     }
     row(y, p);
@@ -247,10 +250,12 @@ FASTLOSS_INLINE void band_pulls(const Band<T>& band, const Memory& memory, const
 template <Step step, bool plain, typename T>
 static void smoothness_grad(const Band<T>& band, const Memory& memory, T* plane, bool streamed) {
   const Layout& at = band.layout;
-  band_pulls<step, plain>(band, memory, [&](int64_t y, const Pulls& p) __attribute__((always_inline)) {
-    T* to = plane + (band.z * at.height + y) * at.row;
-    for (int64_t x = 0; x < at.row; x += W) put(to + x, gather<plain>(p, x), at.row - x, streamed);
-  });
+  band_grad_differences<step, plain>(band, memory,
+                                     [&](int64_t y, const GradDifferences& p) __attribute__((always_inline)) {
+                                       T* to = plane + (band.z * at.height + y) * at.row;
+                                       for (int64_t x = 0; x < at.row; x += W)
+                                         put(to + x, gather<plain>(p, x), at.row - x, streamed);
+                                     });
   if (streamed) fence();
 }
 

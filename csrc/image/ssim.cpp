@@ -11,29 +11,75 @@
 namespace fastloss {
 namespace {
 
+struct Inputs {
+  Tensor image, image_pred;
+  std::optional<Tensor> weight;
+  SsimParameters parameters;
+  bool structure_only;
+  int64_t keep;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred), f(weight), f(parameters), f(structure_only), f(keep);
+  }
+};
+struct Saved {
+  Tensor gradients;  // what `keep` asks for; Python's Saved.kept
+
+  template <typename F>
+  void fields(const F& f) {
+    f(gradients);
+  }
+};
+struct Output {
+  Tensor sums;  // [N, C]
+  Saved saved;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(sums), f(saved);
+  }
+};
+struct Needs {
+  bool image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
+struct Grads {
+  Tensor image, image_pred;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(image), f(image_pred);
+  }
+};
+
 // Every plane cut into tiles, the same whatever the number of threads.
 struct Tiles {
-  int64_t height, width, rows, down, across, columns, count;
+  int64_t height, width, rows, tiles_per_column, tiles_per_row, columns, count;
 
   explicit Tiles(const SsimCall& call)
       : height(call.height),
         width(call.width),
         rows(kSsimRows),
-        down((height + rows - 1) / rows),
-        across((width + kSsimColumns - 1) / kSsimColumns),
+        tiles_per_column((height + rows - 1) / rows),
+        tiles_per_row((width + kSsimColumns - 1) / kSsimColumns),
         columns(std::min(width, kSsimColumns)),
-        count(call.planes * down * across) {}
+        count(call.planes * tiles_per_column * tiles_per_row) {}
 
-  // body(tile number, plane, tile, room) over torch's threads.
+  // body(tile number, plane, tile, workspace) over torch's threads.
   template <typename Body>
   void each(size_t size, const Body& body) const {
     const int64_t grain = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, std::min(height, rows) * columns));
     over_threads(0, count, grain, [&](int64_t first, int64_t last) {
-      SsimRoom room(columns, size);
+      SsimWorkspace workspace(columns, size);
       for (int64_t i = first; i < last && going_on(); ++i) {
-        const int64_t plane = i / (down * across), within = i % (down * across);
-        const int64_t y = within / across * rows, x = within % across * kSsimColumns;
-        body(i, plane, SsimTile{y, std::min(height, y + rows), x, std::min(width, x + kSsimColumns)}, room);
+        const int64_t per_plane = tiles_per_column * tiles_per_row, plane = i / per_plane, within = i % per_plane;
+        const int64_t y = within / tiles_per_row * rows, x = within % tiles_per_row * kSsimColumns;
+        body(i, plane, SsimTile{y, std::min(height, y + rows), x, std::min(width, x + kSsimColumns)}, workspace);
       }
     });
   }
@@ -58,38 +104,36 @@ template <typename T>
 void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to, double* partial) {
   const SsimKernels<T> kernels = FASTLOSS_PICK(ssim_kernels<T>());
   float* const second = to + (kept.image ? call.image.numel() : 0);
-  tiles.each(kernels.size, [&](int64_t i, int64_t plane, const SsimTile& tile, SsimRoom& room) {
+  tiles.each(kernels.size, [&](int64_t i, int64_t plane, const SsimTile& tile, SsimWorkspace& workspace) {
     const SsimPlaneWeights weights = call.weights_of(plane);
     const SsimWeights reader{weights.weights == nullptr ? nullptr : SsimPlaneWeights::read, &weights};
     const auto gradients = call.gradients(kept.image ? to : nullptr, kept.image_pred ? second : nullptr, plane);
-    void* const walk = room.walk.data();
+    void* const walk = workspace.walk.data();
     kernels.start(walk, call.plane<T>(plane), tile, call.options, reader, 1.0f, kept.image, kept.image_pred,
-                  room.scratch);
+                  workspace.scratch);
     const double sum = kernels.advance(walk, tile.y1, gradients);
     if (partial != nullptr) partial[i] = sum;
   });
 }
 
-std::tuple<Tensor, Tensor> ssim_fwd(const Tensor& image, const Tensor& image_pred, std::optional<Tensor> weight,
-                                    int64_t window, double sigma, bool same, double c1, double c2, double low,
-                                    bool structure, int64_t keep) {
-  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
+Output ssim_fwd(const Inputs& x) {
+  const SsimCall call(x.image, x.image_pred, x.weight, x.parameters, x.structure_only);
   const Tiles tiles(call);
-  const Kept kept(keep);
-  Tensor out = torch::stable::new_empty(image, {image.size(0), image.size(1)}, ScalarType::Float);
-  Tensor gradients = kept.empty(image);
+  const Kept kept(x.keep);
+  Tensor out = torch::stable::new_empty(x.image, {x.image.size(0), x.image.size(1)}, ScalarType::Float);
+  Tensor gradients = kept.empty(x.image);
   std::vector<double> partial(tiles.count);
-  for_dtype(image.scalar_type(), "ssim", [&](auto element) {
+  for_dtype(x.image.scalar_type(), "ssim", [&](auto element) {
     make<decltype(element)>(call, tiles, kept, output<float>(gradients), partial.data());
   });
   float* to = output<float>(out);
-  const int64_t each = tiles.down * tiles.across;
+  const int64_t per_plane = tiles.tiles_per_column * tiles.tiles_per_row;
   for (int64_t plane = 0; plane < call.planes; ++plane) {
     double total = 0;
-    for (int64_t i = plane * each; i < (plane + 1) * each; ++i) total += partial[i];
+    for (int64_t i = plane * per_plane; i < (plane + 1) * per_plane; ++i) total += partial[i];
     to[plane] = static_cast<float>(total);
   }
-  return {out, gradients};
+  return {out, {gradients}};
 }
 
 // A kept gradient times the upstream gradients of the planes, in the type and layout of `like`.
@@ -124,36 +168,35 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
   return result;
 }
 
-std::tuple<Tensor, Tensor> ssim_bwd(const Tensor& grad, const Tensor& gradients, const Tensor& image,
-                                    const Tensor& image_pred, std::optional<Tensor> weight, int64_t window,
-                                    double sigma, bool same, double c1, double c2, double low, bool structure,
-                                    int64_t keep, bool needs_image, bool needs_image_pred) {
-  const SsimCall call(image, image_pred, weight, window, sigma, same, c1, c2, low, structure);
+Grads ssim_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, const Needs& needs) {
+  const SsimCall call(x.image, x.image_pred, x.weight, x.parameters, x.structure_only);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == call.planes,
                   "ssim: expected a float32 gradient of the sums");
   const Tensor upstream = torch::stable::contiguous(grad);
   const float* up = input<float>(upstream);
-  const auto none = [&] { return torch::stable::new_empty(image, {0}); };
-  Tensor x = none(), y = none();
-  if (image.numel() == 0)
-    return {needs_image ? empty_like(image, image.scalar_type()) : x,
-            needs_image_pred ? empty_like(image_pred, image.scalar_type()) : y};
-  for_dtype(image.scalar_type(), "ssim", [&](auto element) {
+  const ScalarType dtype = x.image.scalar_type();
+  const auto none = [&] { return torch::stable::new_empty(x.image, {0}); };
+  if (x.image.numel() == 0)
+    return {needs.image ? empty_like(x.image, dtype) : none(),
+            needs.image_pred ? empty_like(x.image_pred, dtype) : none()};
+  Grads grads{none(), none()};
+  for_dtype(dtype, "ssim", [&](auto element) {
     using T = decltype(element);
-    Kept kept(keep);
-    Tensor found = gradients;
-    if (keep == 0) {  // nobody asked for a gradient when the forward ran
-      kept = Kept(needs_image + 2 * needs_image_pred + 8);
-      found = kept.empty(image);
+    Kept kept(x.keep);
+    Tensor found = saved.gradients;
+    if (x.keep == 0) {  // nobody asked for a gradient when the forward ran
+      kept = Kept(needs.image + 2 * needs.image_pred + 8);
+      found = kept.empty(x.image);
       make<T>(call, Tiles(call), kept, output<float>(found), nullptr);
     }
-    STD_TORCH_CHECK(
-        found.numel() == kept.count * image.numel() && kept.image >= needs_image && kept.image_pred >= needs_image_pred,
-        "ssim: the gradient asked for was not kept");
-    if (needs_image) x = scaled<T>(input<float>(found), up, image);
-    if (needs_image_pred) y = scaled<T>(input<float>(found) + (kept.image ? image.numel() : 0), up, image_pred);
+    STD_TORCH_CHECK(found.numel() == kept.count * x.image.numel() && kept.image >= needs.image &&
+                        kept.image_pred >= needs.image_pred,
+                    "ssim: the gradient asked for was not kept");
+    const float* const first = input<float>(found);
+    if (needs.image) grads.image = scaled<T>(first, up, x.image);
+    if (needs.image_pred) grads.image_pred = scaled<T>(first + (kept.image ? x.image.numel() : 0), up, x.image_pred);
   });
-  return {x, y};
+  return grads;
 }
 
 }  // namespace

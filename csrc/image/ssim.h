@@ -25,13 +25,27 @@ struct SsimTile {
   int64_t y0, y1, x0, x1;
 };
 
+// Which SSIM: as the ops that compute it take it.
+struct SsimParameters {
+  int64_t window;
+  double sigma;
+  bool same;
+  double c1, c2, low;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(window), f(sigma), f(same), f(c1), f(c2), f(low);
+  }
+};
+
+// The same for the kernels.
 struct SsimOptions {
   int radius;
   float taps[kSsimRadius + 1];  // weight of the pixels k away
   int64_t margin;               // the SSIM map covers margin .. size - margin: 0 for "same", radius for "valid"
   float c1, c2, low;
-  bool structure;  // the contrast-structure term alone, without luminance
-  bool one_pixel;  // nothing but the window's middle counts: variances are 0, and there is luminance alone
+  bool structure_only;  // the contrast-structure term alone, without luminance
+  bool one_pixel;       // nothing but the window's middle counts: variances are 0, and there is luminance alone
 };
 
 // What is subtracted from x + y and x - y before they are squared, and what is then missing in their means. Outside the
@@ -40,13 +54,17 @@ struct SsimShift {
   float a, d, rest_a, rest_d;
 };
 
-inline SsimOptions ssim_options(int64_t window, double sigma, bool same, double c1, double c2, double low,
-                                bool structure) {
-  const int radius = static_cast<int>(window / 2);
-  const bool one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
-  SsimOptions o{
-      radius,    {},       same ? 0 : radius, static_cast<float>(c1), static_cast<float>(c2), static_cast<float>(low),
-      structure, one_pixel};
+inline SsimOptions ssim_options(const SsimParameters& p, bool structure_only) {
+  const int radius = static_cast<int>(p.window / 2);
+  const double sigma = p.sigma;
+  SsimOptions o{};
+  o.radius = radius;
+  o.margin = p.same ? 0 : radius;
+  o.c1 = static_cast<float>(p.c1);
+  o.c2 = static_cast<float>(p.c2);
+  o.low = static_cast<float>(p.low);
+  o.structure_only = structure_only;
+  o.one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
   double taps[kSsimRadius + 1], total = 0;
   for (int k = 0; k <= radius; ++k) {
     taps[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
@@ -112,15 +130,15 @@ struct SsimPlaneWeights {
 inline bool channels_last(const Tensor& t) { return t.size(1) > 1 && is_dense(t, true); }
 
 // What one walk needs; nothing of it is read before it is written, but for lanes that nobody uses.
-struct SsimRoom {
-  std::unique_ptr<float[]> room;
+struct SsimWorkspace {
+  std::unique_ptr<float[]> floats;
   std::vector<std::max_align_t> walk;
   float* scratch;
 
-  SsimRoom(int64_t columns, size_t size)
-      : room(new float[ssim_scratch(columns) + 16]),
+  SsimWorkspace(int64_t columns, size_t size)
+      : floats(new float[ssim_scratch(columns) + 16]),
         walk(size / sizeof(std::max_align_t) + 1),
-        scratch(room.get() + (64 - reinterpret_cast<uintptr_t>(room.get()) % 64) / sizeof(float)) {}
+        scratch(floats.get() + (64 - reinterpret_cast<uintptr_t>(floats.get()) % 64) / sizeof(float)) {}
 };
 
 // The checked arguments of a call.
@@ -130,11 +148,12 @@ struct SsimCall {
   int64_t channels, planes, height, width;
   std::optional<Operand> weights;
 
-  SsimCall(const Tensor& a, const Tensor& b, const std::optional<Tensor>& weight, int64_t window, double sigma,
-           bool same, double c1, double c2, double low, bool structure)
+  SsimCall(const Tensor& a, const Tensor& b, const std::optional<Tensor>& weight, const SsimParameters& parameters,
+           bool structure_only)
       : image(a), image_pred(b) {
+    const int64_t window = parameters.window;
     STD_TORCH_CHECK(window >= 1 && window <= 2 * kSsimRadius + 1 && window % 2 == 1, "ssim: odd windows to 11 only");
-    options = ssim_options(window, sigma, same, c1, c2, low, structure);
+    options = ssim_options(parameters, structure_only);
     STD_TORCH_CHECK(a.dim() == 4 && b.dim() == 4 && a.scalar_type() == b.scalar_type(),
                     "ssim: expected two 4-D images of one dtype");
     bool fits = true;

@@ -210,7 +210,7 @@ static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* 
   const SsimTaps taps = ssim_taps(o);
   const vf c1 = all(2 * o.c1), c2 = all(2 * o.c2), scale = all(4 * map.scale);
   const vf rest_a = all(map.shift.rest_a), rest_d = all(map.shift.rest_d);
-  const bool structure = o.structure, one_pixel = o.one_pixel;
+  const bool structure = o.structure_only, one_pixel = o.one_pixel;
   const int maps = 2 + map.needs_x + map.needs_y, r = o.radius;
   vd total{};
   vf part{};

@@ -37,6 +37,40 @@ struct DistsKernels {
 namespace fastloss {
 namespace {
 
+struct Inputs {
+  std::vector<Tensor> features, targets;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets);
+  }
+};
+struct Saved {
+  Tensor rest;  // what rounding left of the means of f, t and d: [3, N, C]
+
+  template <typename F>
+  void fields(const F& f) {
+    f(rest);
+  }
+};
+struct Output {
+  Tensor stats;  // [5, N, C]
+  Saved saved;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(stats), f(saved);
+  }
+};
+struct Needs {
+  bool features, targets;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets);
+  }
+};
+
 constexpr int64_t kStreamedPlane = int64_t{8} << 20;  // gradients of this many bytes are written past the caches
 
 struct PlaneLayer {
@@ -86,73 +120,73 @@ struct PlanePlan {
   }
 };
 
-std::tuple<Tensor, Tensor> dists_fwd(std::vector<Tensor> features, std::vector<Tensor> targets) {
-  const PlanePlan plan(features, targets);
+Output dists_fwd(const Inputs& x) {
+  const PlanePlan plan(x.features, x.targets);
   const int64_t table = plan.samples * plan.channels;
-  Tensor stats = torch::stable::new_empty(features[0], {5, plan.samples, plan.channels}, ScalarType::Float);
-  Tensor rest = torch::stable::new_empty(features[0], {3, plan.samples, plan.channels}, ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(x.features[0], {5, plan.samples, plan.channels}, ScalarType::Float);
+  Tensor rest = torch::stable::new_empty(x.features[0], {3, plan.samples, plan.channels}, ScalarType::Float);
   float *out = output<float>(stats), *left = output<float>(rest);
   for_dtype(plan.dtype, "dists", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(dists_kernels<T>());
     plan.run([&](const PlaneLayer& layer, int64_t, int64_t plane) {
-      const int64_t n = layer.pixels, at = plan.column(layer, plane);
+      const int64_t n = layer.pixels, column = plan.column(layer, plane);
       const Moments m = kernels.moments(input<T>(layer.f) + plane * n, input<T>(layer.t) + plane * n, n);
       const double values[] = {m.mean_f, m.mean_d, m.square_f / n, m.square_t / n, m.square_d / n};
-      for (int k = 0; k < 5; ++k) out[k * table + at] = static_cast<float>(values[k]);
-      const float mean_f = out[at], mean_d = out[table + at];
-      left[at] = static_cast<float>(m.mean_f - mean_f);
-      left[table + at] = static_cast<float>(m.mean_t - (mean_f - mean_d));
-      left[2 * table + at] = static_cast<float>(m.mean_d - mean_d);
+      for (int k = 0; k < 5; ++k) out[k * table + column] = static_cast<float>(values[k]);
+      const float mean_f = out[column], mean_d = out[table + column];
+      left[column] = static_cast<float>(m.mean_f - mean_f);
+      left[table + column] = static_cast<float>(m.mean_t - (mean_f - mean_d));
+      left[2 * table + column] = static_cast<float>(m.mean_d - mean_d);
     });
   });
-  return {stats, rest};
+  return {stats, {rest}};
 }
 
-std::vector<Tensor> dists_bwd(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> targets,
-                              const Tensor& stats, const Tensor& rest, bool needs_features, bool needs_targets) {
-  const PlanePlan plan(features, targets);
+std::vector<Tensor> dists_bwd(const Tensor& grad, const Inputs& x, const Tensor& stats, const Saved& saved,
+                              const Needs& needs) {
+  const PlanePlan plan(x.features, x.targets);
   const int64_t table = plan.samples * plan.channels;
-  const bool fits = grad.numel() == 5 * table && stats.numel() == 5 * table && rest.numel() == 3 * table;
+  const bool fits = grad.numel() == 5 * table && stats.numel() == 5 * table && saved.rest.numel() == 3 * table;
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && fits,
                   "dists: expected a float32 gradient of the statistics");
-  const Tensor upstream = torch::stable::contiguous(grad), saved = torch::stable::contiguous(stats),
-               kept = torch::stable::contiguous(rest);
-  const float *g = input<float>(upstream), *s = input<float>(saved), *r = input<float>(kept);
-  std::vector<Tensor> made;
-  for (int side = 0; side < int{needs_features} + int{needs_targets}; ++side)
+  const Tensor upstream = torch::stable::contiguous(grad), means = torch::stable::contiguous(stats),
+               left = torch::stable::contiguous(saved.rest);
+  const float *g = input<float>(upstream), *s = input<float>(means), *r = input<float>(left);
+  std::vector<Tensor> grads;
+  for (int side = 0; side < int{needs.features} + int{needs.targets}; ++side)
     for (const PlaneLayer& layer : plan.layers)
-      made.push_back(
+      grads.push_back(
           torch::stable::new_empty(layer.f, {plan.samples, layer.channels, layer.f.size(2), layer.f.size(3)}));
   for_dtype(plan.dtype, "dists", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(dists_kernels<T>());
-    const int64_t second = needs_features ? static_cast<int64_t>(plan.layers.size()) : 0;
+    const int64_t second = needs.features ? static_cast<int64_t>(plan.layers.size()) : 0;
     std::vector<T*> to;
-    for (Tensor& t : made) to.push_back(output<T>(t));
+    for (Tensor& t : grads) to.push_back(output<T>(t));
     plan.run([&](const PlaneLayer& layer, int64_t index, int64_t plane) {
-      const int64_t n = layer.pixels, at = plan.column(layer, plane);
+      const int64_t n = layer.pixels, column = plan.column(layer, plane);
       const float scale = 1.0f / static_cast<float>(n);
-      const float mean_f = s[at], mean_d = s[table + at];
+      const float mean_f = s[column], mean_d = s[table + column];
       const Slopes slopes{mean_f,
                           mean_f - mean_d,
                           mean_d,
-                          r[at],
-                          r[table + at],
-                          r[2 * table + at],
-                          g[at] * scale,
-                          g[table + at] * scale,
-                          2 * g[2 * table + at] * scale,
-                          2 * g[3 * table + at] * scale,
-                          2 * g[4 * table + at] * scale};
-      PlaneSides<T> sides{needs_features ? to[index] + plane * n : nullptr,
-                          needs_targets ? to[second + index] + plane * n : nullptr, false};
+                          r[column],
+                          r[table + column],
+                          r[2 * table + column],
+                          g[column] * scale,
+                          g[table + column] * scale,
+                          2 * g[2 * table + column] * scale,
+                          2 * g[3 * table + column] * scale,
+                          2 * g[4 * table + column] * scale};
+      PlaneSides<T> sides{needs.features ? to[index] + plane * n : nullptr,
+                          needs.targets ? to[second + index] + plane * n : nullptr, false};
       const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);
       sides.streamed = low % 64 == 0 && layer.f.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedPlane;
       kernels.grad(input<T>(layer.f) + plane * n, input<T>(layer.t) + plane * n, n, slopes, sides);
     });
   });
-  return made;
+  return grads;
 }
 
 }  // namespace

@@ -42,6 +42,58 @@ namespace {
 
 using torch::stable::detail::from;
 
+struct Inputs {
+  std::vector<Tensor> features, targets;
+  std::vector<double> weights;
+  std::vector<int64_t> layout;
+  ScalarType dtype;
+  std::string criterion;
+  double parameter;
+  std::string reduction;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets), f(weights), f(layout), f(dtype), f(criterion), f(parameter), f(reduction);
+  }
+};
+// What the backward of L1 takes of them.
+struct LayerInputs {
+  std::vector<double> weights;
+  std::vector<int64_t> layout;
+  ScalarType dtype;
+  std::string reduction;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(weights), f(layout), f(dtype), f(reduction);
+  }
+};
+struct Saved {
+  Tensor signs;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(signs);
+  }
+};
+struct Output {
+  Tensor out;
+  Saved saved;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(out), f(saved);
+  }
+};
+struct Needs {
+  bool features, targets;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets);
+  }
+};
+
 constexpr int64_t kStreamed = int64_t{8} << 20;  // a gradient of this many bytes is written past the caches
 
 Criterion criterion_of(const std::string& name) {
@@ -56,7 +108,7 @@ Criterion criterion_of(const std::string& name) {
 struct Layer {
   std::vector<int64_t> sizes, strides;
   int64_t rows, length, groups;  // groups of signs in a row
-  int64_t sign_at;               // where its words of signs start
+  int64_t first_word;            // of its signs
   double scale;
 };
 
@@ -73,11 +125,11 @@ struct Plan {
   Plan(const std::vector<int64_t>& layout, const std::vector<double>& weights, const std::string& reduction) {
     const bool per_sample = reduction == "none";
     const int64_t end = static_cast<int64_t>(layout.size());
-    for (int64_t at = 0; at < end; at += 1 + 2 * layout[at]) {
-      const int64_t rank = layout[at];
-      const bool whole = rank >= (per_sample ? 1 : 0) && at + 1 + 2 * rank <= end;
+    for (int64_t offset = 0; offset < end; offset += 1 + 2 * layout[offset]) {
+      const int64_t rank = layout[offset];
+      const bool whole = rank >= (per_sample ? 1 : 0) && offset + 1 + 2 * rank <= end;
       STD_TORCH_CHECK(whole && layers.size() < weights.size(), "feature_distance: the layout does not fit");
-      const auto first = layout.begin() + at + 1;
+      const auto first = layout.begin() + offset + 1;
       Layer layer{{first, first + rank}, {first + rank, first + 2 * rank}, 1, 1, 0, words, 0};
       for (int64_t d = 0; d < rank; ++d) (per_sample && d == 0 ? layer.rows : layer.length) *= layer.sizes[d];
       layer.groups = (layer.length + kSignUnit - 1) / kSignUnit * (kSignUnit / kGroup);
@@ -105,7 +157,7 @@ struct Plan {
   }
 
   uint32_t* signs(uint32_t* all, const Layer& layer, const Block& block) const {
-    return all + layer.sign_at + (block.row * layer.groups + block.begin / kGroup) * 2;
+    return all + layer.first_word + (block.row * layer.groups + block.begin / kGroup) * 2;
   }
 };
 
@@ -144,9 +196,8 @@ std::vector<T*> pointers(const std::vector<Tensor>& tensors) {
   return all;
 }
 
-Tensor sum_layers(const std::vector<Tensor>& features, const std::vector<Tensor>& targets, const Plan& plan,
-                  Criterion criterion, double p, bool per_sample, uint32_t* signs) {
-  const std::vector<Tensor> f = laid_out(features, plan), t = laid_out(targets, plan);
+Tensor sum_layers(const Inputs& x, const Plan& plan, Criterion criterion, uint32_t* signs) {
+  const std::vector<Tensor> f = laid_out(x.features, plan), t = laid_out(x.targets, plan);
   STD_TORCH_CHECK(f[0].scalar_type() == t[0].scalar_type(), "feature_distance: features and targets differ in dtype");
   std::vector<double> partial(plan.blocks.size()), total(plan.rows);
   for_dtype(f[0].scalar_type(), "feature_distance", [&](auto element) {
@@ -155,16 +206,16 @@ Tensor sum_layers(const std::vector<Tensor>& features, const std::vector<Tensor>
     const std::vector<T*> from_f = pointers<T>(f), from_t = pointers<T>(t);
     plan.run([&](const Layer& layer, const Block& b, int64_t index, int64_t start) {
       const Pair<T> pair{from_f[b.layer] + start, from_t[b.layer] + start, b.end - b.begin};
-      partial[index] = kernels.sum(pair, p, signs ? plan.signs(signs, layer, b) : nullptr);
+      partial[index] = kernels.sum(pair, x.parameter, signs ? plan.signs(signs, layer, b) : nullptr);
       if (signs && b.end == layer.length)  // the padding
-        std::fill(signs + layer.sign_at + (b.row * layer.groups + (layer.length + kGroup - 1) / kGroup) * 2,
-                  signs + layer.sign_at + (b.row + 1) * layer.groups * 2, 0);
+        std::fill(signs + layer.first_word + (b.row * layer.groups + (layer.length + kGroup - 1) / kGroup) * 2,
+                  signs + layer.first_word + (b.row + 1) * layer.groups * 2, 0);
     });
   });
   for (size_t b = 0; b < partial.size(); ++b)  // in order, whatever the number of threads
     total[plan.blocks[b].row] += partial[b] * plan.layers[plan.blocks[b].layer].scale;
-  Tensor out = per_sample ? torch::stable::new_empty(f[0], {plan.rows}, ScalarType::Float)
-                          : torch::stable::new_empty(f[0], {}, ScalarType::Float);
+  Tensor out = x.reduction == "none" ? torch::stable::new_empty(f[0], {plan.rows}, ScalarType::Float)
+                                     : torch::stable::new_empty(f[0], {}, ScalarType::Float);
   for (int64_t r = 0; r < plan.rows; ++r) output<float>(out)[r] = static_cast<float>(total[r]);
   return out;
 }
@@ -172,75 +223,67 @@ Tensor sum_layers(const std::vector<Tensor>& features, const std::vector<Tensor>
 // Gradients of all layers of the sides that need them; body(kernels, layer, block, start, upstream, sides) writes them.
 template <typename Body>
 std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& incoming, const Plan& plan,
-                              ScalarType dtype, Criterion criterion, bool needs_features, bool needs_targets,
-                              const Body& body) {
+                              ScalarType dtype, Criterion criterion, const Needs& needs, const Body& body) {
   const Tensor upstream = torch::stable::contiguous(grad);
   STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float, "feature_distance: grad is not float32");
   STD_TORCH_CHECK(grad.numel() == plan.rows, "feature_distance: grad has another shape than the loss");
-  std::vector<Tensor> made;
-  for (int side = 0; side < int{needs_features} + int{needs_targets}; ++side)
-    for (const Layer& layer : plan.layers) made.push_back(new_empty_strided(grad, layer, dtype));
+  std::vector<Tensor> grads;
+  for (int side = 0; side < int{needs.features} + int{needs.targets}; ++side)
+    for (const Layer& layer : plan.layers) grads.push_back(new_empty_strided(grad, layer, dtype));
   const float* g = input<float>(upstream);
   const std::vector<Tensor> added = incoming.empty() ? incoming : laid_out(incoming, plan);
-  STD_TORCH_CHECK(added.empty() || (needs_features && added[0].scalar_type() == dtype),
+  STD_TORCH_CHECK(added.empty() || (needs.features && added[0].scalar_type() == dtype),
                   "feature_distance: the incoming gradients do not fit");
   for_dtype(dtype, "feature_distance", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(feature_kernels<T>(criterion));
-    const std::vector<T*> to = pointers<T>(made), from_others = pointers<T>(added);
-    const int64_t second = needs_features ? static_cast<int64_t>(plan.layers.size()) : 0;
+    const std::vector<T*> to = pointers<T>(grads), from_others = pointers<T>(added);
+    const int64_t second = needs.features ? static_cast<int64_t>(plan.layers.size()) : 0;
     plan.run([&](const Layer& layer, const Block& b, int64_t, int64_t start) {
-      Sides<T> sides{needs_features ? to[b.layer] + start : nullptr,
-                     needs_targets ? to[second + b.layer] + start : nullptr, false,
+      Sides<T> sides{needs.features ? to[b.layer] + start : nullptr,
+                     needs.targets ? to[second + b.layer] + start : nullptr, false,
                      added.empty() ? nullptr : from_others[b.layer] + start};
       const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);
       sides.streamed = low % 64 == 0 && layer.rows * layer.length * static_cast<int64_t>(sizeof(T)) >= kStreamed;
       body(kernels, layer, b, start, static_cast<float>(g[b.row] * layer.scale), sides);
     });
   });
-  return made;
+  return grads;
 }
 
-std::tuple<Tensor, Tensor> l1_fwd(std::vector<Tensor> features, std::vector<Tensor> targets,
-                                  std::vector<double> weights, std::vector<int64_t> layout, ScalarType, std::string,
-                                  double, std::string reduction) {
-  const Plan plan(layout, weights, reduction);
-  Tensor signs = torch::stable::new_empty(features[0], {plan.words}, ScalarType::Int);
-  auto* words = output<uint32_t>(signs);
-  return {sum_layers(features, targets, plan, Criterion::l1, 0, reduction == "none", words), signs};
+Output l1_fwd(const Inputs& x) {
+  const Plan plan(x.layout, x.weights, x.reduction);
+  Tensor signs = torch::stable::new_empty(x.features[0], {plan.words}, ScalarType::Int);
+  return {sum_layers(x, plan, Criterion::l1, output<uint32_t>(signs)), {signs}};
 }
 
-std::vector<Tensor> l1_bwd(const Tensor& grad, const Tensor& signs, std::vector<Tensor> incoming,
-                           std::vector<double> weights, std::vector<int64_t> layout, ScalarType dtype,
-                           std::string reduction, bool needs_features, bool needs_targets) {
-  const Plan plan(layout, weights, reduction);
-  STD_TORCH_CHECK(signs.numel() == plan.words, "feature_distance: the signs do not fit");
-  auto* words = const_cast<uint32_t*>(input<uint32_t>(signs));
-  return gradients(grad, incoming, plan, dtype, Criterion::l1, needs_features, needs_targets,
+std::vector<Tensor> l1_bwd(const Tensor& grad, const Saved& saved, const std::vector<Tensor>& incoming,
+                           const LayerInputs& x, const Needs& needs) {
+  const Plan plan(x.layout, x.weights, x.reduction);
+  STD_TORCH_CHECK(saved.signs.numel() == plan.words, "feature_distance: the signs do not fit");
+  auto* words = const_cast<uint32_t*>(input<uint32_t>(saved.signs));
+  return gradients(grad, incoming, plan, x.dtype, Criterion::l1, needs,
                    [&](const auto& kernels, const Layer& layer, const Block& b, int64_t, float up, const auto& to) {
                      kernels.sign_grad(plan.signs(words, layer, b), b.end - b.begin, up, to);
                    });
 }
 
-Tensor distance_fwd(std::vector<Tensor> features, std::vector<Tensor> targets, std::vector<double> weights,
-                    std::vector<int64_t> layout, ScalarType, std::string criterion, double p, std::string reduction) {
-  const Criterion kind = criterion_of(criterion);
-  STD_TORCH_CHECK(kind != Criterion::l1, "feature_distance: L1 has an op of its own");
-  return sum_layers(features, targets, {layout, weights, reduction}, kind, p, reduction == "none", nullptr);
+Tensor distance_fwd(const Inputs& x) {
+  const Criterion criterion = criterion_of(x.criterion);
+  STD_TORCH_CHECK(criterion != Criterion::l1, "feature_distance: L1 has an op of its own");
+  return sum_layers(x, {x.layout, x.weights, x.reduction}, criterion, nullptr);
 }
 
-std::vector<Tensor> distance_bwd(const Tensor& grad, std::vector<Tensor> features, std::vector<Tensor> targets,
-                                 std::vector<Tensor> incoming, std::vector<double> weights, std::vector<int64_t> layout,
-                                 ScalarType dtype, std::string criterion, double p, std::string reduction,
-                                 bool needs_features, bool needs_targets) {
-  const Plan plan(layout, weights, reduction);
-  const std::vector<Tensor> f = laid_out(features, plan), t = laid_out(targets, plan);
-  STD_TORCH_CHECK(f[0].scalar_type() == dtype && t[0].scalar_type() == dtype, "feature_distance: dtypes differ");
-  return gradients(grad, incoming, plan, dtype, criterion_of(criterion), needs_features, needs_targets,
+std::vector<Tensor> distance_bwd(const Tensor& grad, const Inputs& x, const std::vector<Tensor>& incoming,
+                                 const Needs& needs) {
+  const Plan plan(x.layout, x.weights, x.reduction);
+  const std::vector<Tensor> f = laid_out(x.features, plan), t = laid_out(x.targets, plan);
+  STD_TORCH_CHECK(f[0].scalar_type() == x.dtype && t[0].scalar_type() == x.dtype, "feature_distance: dtypes differ");
+  return gradients(grad, incoming, plan, x.dtype, criterion_of(x.criterion), needs,
                    [&]<typename T>(const FeatureKernels<T>& kernels, const Layer&, const Block& b, int64_t start,
                                    float up, const Sides<T>& to) {
                      const T *from_f = input<T>(f[b.layer]) + start, *from_t = input<T>(t[b.layer]) + start;
-                     kernels.grad({from_f, from_t, b.end - b.begin}, p, up, to);
+                     kernels.grad({from_f, from_t, b.end - b.begin}, x.parameter, up, to);
                    });
 }
 

@@ -59,6 +59,42 @@ constexpr int64_t kPad = 16;  // planar tiles are whole vectors wide
 namespace fastloss {
 namespace {
 
+struct Inputs {
+  std::vector<Tensor> features, targets, lin_weights;
+  double eps;
+  bool spatial;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets), f(lin_weights), f(eps), f(spatial);
+  }
+};
+struct Saved {
+  Tensor statistics;  // see Statistics: [4, pixels]
+
+  template <typename F>
+  void fields(const F& f) {
+    f(statistics);
+  }
+};
+struct Output {
+  Tensor out;
+  Saved saved;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(out), f(saved);
+  }
+};
+struct Needs {
+  bool features, targets;
+
+  template <typename F>
+  void fields(const F& f) {
+    f(features), f(targets);
+  }
+};
+
 constexpr int64_t kTile = 32768;  // elements of x, and of y, that a planar forward keeps in the L2 cache: 256 KiB
 constexpr int64_t kGradPixels = 512;
 constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
@@ -72,7 +108,7 @@ bool in_rows(const Tensor& t) {  // channels last, dense
 
 struct Layer {
   Tensor x, y, lin;
-  int64_t images, channels, pixels, at;  // `at`: its first pixel among those of all layers
+  int64_t images, channels, pixels, first_pixel;  // the last: among the pixels of all layers
   bool rows;
 };
 
@@ -87,8 +123,8 @@ struct Plan {
   int64_t pixels = 0;
   ScalarType dtype;
 
-  Plan(const std::vector<Tensor>& features, const std::vector<Tensor>& targets, const std::vector<Tensor>& lins,
-       bool backward) {
+  Plan(const Inputs& given, bool backward) {
+    const std::vector<Tensor>&features = given.features, &targets = given.targets, &lins = given.lin_weights;
     STD_TORCH_CHECK(!features.empty() && features.size() == targets.size(), "lpips: the lists differ in length");
     STD_TORCH_CHECK(lins.empty() || lins.size() == features.size(), "lpips: expected one lin weight a layer, or none");
     dtype = features[0].scalar_type();
@@ -160,33 +196,41 @@ struct Plan {
     });
   }
 
-  static int64_t pixel(const Layer& layer, const Block& b) { return layer.at + b.image * layer.pixels + b.begin; }
+  static int64_t pixel(const Layer& layer, const Block& b) {
+    return layer.first_pixel + b.image * layer.pixels + b.begin;
+  }
 };
 
-std::tuple<Tensor, Tensor> lpips_fwd(std::vector<Tensor> features, std::vector<Tensor> targets,
-                                     std::vector<Tensor> lin_weights, double eps, bool spatial) {
-  const Plan plan(features, targets, lin_weights, false);
-  const int64_t images = features[0].size(0);
-  Tensor out = torch::stable::new_empty(features[0], {spatial ? plan.pixels : images}, ScalarType::Float);
-  Tensor kept = torch::stable::new_empty(features[0], {4, plan.pixels}, ScalarType::Float);
-  auto *values = output<float>(out), *k = output<float>(kept);
-  const Statistics<float> all{k, k + plan.pixels, k + 2 * plan.pixels, k + 3 * plan.pixels};
+// [4, pixels], one row after the other.
+template <typename F>
+Statistics<F> statistics_in(F* rows, int64_t pixels) {
+  return {rows, rows + pixels, rows + 2 * pixels, rows + 3 * pixels};
+}
+
+Output lpips_fwd(const Inputs& x) {
+  const Plan plan(x, false);
+  const int64_t images = x.features[0].size(0);
+  Tensor out = torch::stable::new_empty(x.features[0], {x.spatial ? plan.pixels : images}, ScalarType::Float);
+  Tensor kept = torch::stable::new_empty(x.features[0], {4, plan.pixels}, ScalarType::Float);
+  auto* values = output<float>(out);
+  const Statistics<float> all = statistics_in(output<float>(kept), plan.pixels);
   std::vector<double> partial(plan.blocks.size()), total(images);
   for_dtype(plan.dtype, "lpips", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(lpips_kernels<T>());
-    plan.run<T>(false,
-                [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* own) {
-                  const int64_t at = Plan::pixel(layer, b);
-                  partial[i] = (layer.rows ? kernels.rows : kernels.planar)(pixels, static_cast<float>(eps), all.at(at),
-                                                                            spatial ? values + at : nullptr, own);
-                });
+    plan.run<T>(
+        false, [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* scratch) {
+          const int64_t pixel = Plan::pixel(layer, b);
+          const auto kernel = layer.rows ? kernels.rows : kernels.planar;
+          partial[i] =
+              kernel(pixels, static_cast<float>(x.eps), all.at(pixel), x.spatial ? values + pixel : nullptr, scratch);
+        });
   });
-  if (spatial) return {out, kept};
+  if (x.spatial) return {out, {kept}};
   for (size_t i = 0; i < partial.size(); ++i)  // in order, whatever the number of threads
     total[plan.blocks[i].image] += partial[i] / static_cast<double>(plan.layers[plan.blocks[i].layer].pixels);
   for (int64_t n = 0; n < images; ++n) values[n] = static_cast<float>(total[n]);
-  return {out, kept};
+  return {out, {kept}};
 }
 
 // Gradients of one list: made as empty_like makes them, and where that is not how the kernel writes, written aside.
@@ -215,33 +259,32 @@ struct Gradients {
   }
 };
 
-std::vector<Tensor> lpips_bwd(const Tensor& grad, const Tensor& statistics, std::vector<Tensor> features,
-                              std::vector<Tensor> targets, std::vector<Tensor> lin_weights, double eps, bool spatial,
-                              bool needs_features, bool needs_targets) {
-  const Plan plan(features, targets, lin_weights, true);
-  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && statistics.numel() == 4 * plan.pixels &&
-                      grad.numel() == (spatial ? plan.pixels : features[0].size(0)),
+std::vector<Tensor> lpips_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, const Needs& needs) {
+  const Plan plan(x, true);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && saved.statistics.numel() == 4 * plan.pixels &&
+                      grad.numel() == (x.spatial ? plan.pixels : x.features[0].size(0)),
                   "lpips: grad or statistics have another shape or dtype than the forward's");
-  const Tensor upstream = torch::stable::contiguous(grad), kept = torch::stable::contiguous(statistics);
-  const auto *g = input<float>(upstream), *k = input<float>(kept);
-  const Statistics<const float> all{k, k + plan.pixels, k + 2 * plan.pixels, k + 3 * plan.pixels};
-  const Gradients to_x(needs_features ? features : std::vector<Tensor>{}, plan, true);
-  const Gradients to_y(needs_targets ? targets : std::vector<Tensor>{}, plan, false);
+  const Tensor upstream = torch::stable::contiguous(grad), kept = torch::stable::contiguous(saved.statistics);
+  const auto* g = input<float>(upstream);
+  const Statistics<const float> all = statistics_in(input<float>(kept), plan.pixels);
+  const Gradients to_x(needs.features ? x.features : std::vector<Tensor>{}, plan, true);
+  const Gradients to_y(needs.targets ? x.targets : std::vector<Tensor>{}, plan, false);
   for_dtype(plan.dtype, "lpips", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(lpips_kernels<T>());
-    plan.run<T>(true, [&](const Layer& layer, const Block& b, int64_t, const Pixels<T>& pixels, int64_t start,
-                          float* own) {
-      const int64_t at = Plan::pixel(layer, b);
-      const Upstream up = spatial ? Upstream{g + at, 2.0f} : Upstream{nullptr, 2.0f * g[b.image] / (float)layer.pixels};
-      LpipsSides<T> sides{to_x.at<T>(b.layer, start), to_y.at<T>(b.layer, start), false};
-      const auto low = reinterpret_cast<uintptr_t>(sides.x) | reinterpret_cast<uintptr_t>(sides.y);
-      const int64_t row = pixels.stride * static_cast<int64_t>(sizeof(T));
-      const int64_t bytes = layer.images * layer.channels * layer.pixels * static_cast<int64_t>(sizeof(T));
-      sides.streamed = low % 64 == 0 && row % 64 == 0 && bytes >= kStreamedGradient;
-      (layer.rows ? kernels.rows_grad : kernels.planar_grad)(pixels, static_cast<float>(eps), all.at(at), up, sides,
-                                                             own);
-    });
+    plan.run<T>(
+        true, [&](const Layer& layer, const Block& b, int64_t, const Pixels<T>& pixels, int64_t start, float* scratch) {
+          const int64_t pixel = Plan::pixel(layer, b);
+          const Upstream up =
+              x.spatial ? Upstream{g + pixel, 2.0f} : Upstream{nullptr, 2.0f * g[b.image] / (float)layer.pixels};
+          LpipsSides<T> sides{to_x.at<T>(b.layer, start), to_y.at<T>(b.layer, start), false};
+          const auto low = reinterpret_cast<uintptr_t>(sides.x) | reinterpret_cast<uintptr_t>(sides.y);
+          const int64_t row = pixels.stride * static_cast<int64_t>(sizeof(T));
+          const int64_t bytes = layer.images * layer.channels * layer.pixels * static_cast<int64_t>(sizeof(T));
+          sides.streamed = low % 64 == 0 && row % 64 == 0 && bytes >= kStreamedGradient;
+          const auto kernel = layer.rows ? kernels.rows_grad : kernels.planar_grad;
+          kernel(pixels, static_cast<float>(x.eps), all.at(pixel), up, sides, scratch);
+        });
   });
   std::vector<Tensor> found;
   to_x.append_to(found);

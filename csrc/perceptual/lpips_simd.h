@@ -160,23 +160,23 @@ static double lpips_rows(const Pixels<T>& s, float eps, const Statistics<float>&
   return total;
 }
 
-// dx = (w d - u pull) scale of a pixel, dy the same of -d and -v.
+// dx = (w d - u ratio) scale of a pixel, dy the same of -d and -v.
 struct LpipsFactors {
   Divisor by;
-  vf pull, scale;
+  vf ratio, scale;
 };
 FASTLOSS_INLINE LpipsFactors lpips_factors(vf norm, vf k, float eps, vf upstream) {
   const Divisor by = divisor(norm, eps);
-  const vf pull = k * (by.value / norm);  // |x| + eps over |x|: 1, unless |x| is as small as eps
-  return {by, (vf)((vi)pull & (norm != 0.0f)), upstream * by.inverse};
+  const vf ratio = k * (by.value / norm);  // |x| + eps over |x|: 1, unless |x| is as small as eps
+  return {by, (vf)((vi)ratio & (norm != 0.0f)), upstream * by.inverse};
 }
 
 template <typename T>
-FASTLOSS_INLINE void pull(vf x, vf y, vf lin, const LpipsFactors& of_x, const LpipsFactors& of_y, T* to_x, T* to_y,
-                          int64_t n, bool streamed) {
+FASTLOSS_INLINE void gradients_of(vf x, vf y, vf lin, const LpipsFactors& of_x, const LpipsFactors& of_y, T* to_x,
+                                  T* to_y, int64_t n, bool streamed) {
   const vf u = divide(x, of_x.by), v = divide(y, of_y.by);
   const vf weighted = lin * (u - v);
-  const vf dx = (weighted - u * of_x.pull) * of_x.scale, dy = (v * of_y.pull - weighted) * of_y.scale;
+  const vf dx = (weighted - u * of_x.ratio) * of_x.scale, dy = (v * of_y.ratio - weighted) * of_y.scale;
   if (streamed) {
     if (to_x) stream(to_x, dx);
     if (to_y) stream(to_y, dy);
@@ -193,7 +193,7 @@ static void lpips_planar_grad(const Pixels<T>& s, float eps, const Statistics<co
   const auto put_factors = [&](float* at, const LpipsFactors& f) __attribute__((always_inline)) {
     store(at, f.by.value);
     store(at + width, f.by.inverse);
-    store(at + 2 * width, f.pull);
+    store(at + 2 * width, f.ratio);
     store(at + 3 * width, f.scale);
   };
   const auto factors = [&](const float* at) __attribute__((always_inline)) {
@@ -213,13 +213,13 @@ static void lpips_planar_grad(const Pixels<T>& s, float eps, const Statistics<co
     for (int64_t p = 0; p < whole; p += W) {
       __builtin_prefetch(x + 2 * s.stride + p, 0, 2);  // a channel's pixels are few for the CPU's own prefetch
       __builtin_prefetch(y + 2 * s.stride + p, 0, 2);
-      pull(load(x + p), load(y + p), lin, factors(of_x + p), factors(of_y + p), to_x ? to_x + p : nullptr,
-           to_y ? to_y + p : nullptr, W, to.streamed);
+      gradients_of(load(x + p), load(y + p), lin, factors(of_x + p), factors(of_y + p), to_x ? to_x + p : nullptr,
+                   to_y ? to_y + p : nullptr, W, to.streamed);
     }
     if (whole < s.count) {
       const int64_t n = s.count - whole;
-      pull(load_some(x + whole, n), load_some(y + whole, n), lin, factors(of_x + whole), factors(of_y + whole),
-           to_x ? to_x + whole : nullptr, to_y ? to_y + whole : nullptr, n, false);
+      gradients_of(load_some(x + whole, n), load_some(y + whole, n), lin, factors(of_x + whole), factors(of_y + whole),
+                   to_x ? to_x + whole : nullptr, to_y ? to_y + whole : nullptr, n, false);
     }
   }
   if (to.streamed) fence();
@@ -234,8 +234,8 @@ static void lpips_rows_grad(const Pixels<T>& s, float eps, const Statistics<cons
     const LpipsFactors of_x = lpips_factors(all(kept.norm_x[p]), all(kept.k_x[p]), eps, g);
     const LpipsFactors of_y = lpips_factors(all(kept.norm_y[p]), all(kept.k_y[p]), eps, g);
     each_channel(s.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-      pull(load_up_to(s.x + row + c, n), load_up_to(s.y + row + c, n), load_up_to(s.lin + c, n), of_x, of_y,
-           to.x ? to.x + row + c : nullptr, to.y ? to.y + row + c : nullptr, n, to.streamed && n == W);
+      gradients_of(load_up_to(s.x + row + c, n), load_up_to(s.y + row + c, n), load_up_to(s.lin + c, n), of_x, of_y,
+                   to.x ? to.x + row + c : nullptr, to.y ? to.y + row + c : nullptr, n, to.streamed && n == W);
     });
   }
   if (to.streamed) fence();

@@ -8,10 +8,10 @@ nt_xent.py           NT-Xent: two views of each sample
 loss_and_grads.py    a loss and its gradients without the caller's graph, for gradient caching
 options.py           NegativeSampling, ContrastiveOutput, and the options of the softmax losses
 checks.py            checks of arguments, and the last step of every loss here
-embeddings.py        embeddings as the losses take them: dtype, lengths, scales
+embeddings.py        embeddings as the losses take them: dtype, norms, scales
 query_key_losses.py  the softmax losses of queries against keys (CLIP, InfoNCE): which op, and the loss from its results
 row_losses.py        the definition: losses of rows from the statistics of their negatives, e.g. log-sum-exps
-save_plan.py         what a forward keeps for its backward, and how much: "rows", "grads", "stash", "again"
+save_plan.py         what a forward saves for its backward, decided from what needs a gradient and the sizes
 ops/                 the ops of the softmax losses
 kernels/             their Triton kernels; the C++ ones: csrc/contrastive, an op's file has the op's name
 """

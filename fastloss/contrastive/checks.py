@@ -25,8 +25,8 @@ def check_embeddings(
         return
     check_same_device(like_name, like, name, value)
     if value.shape[1] != like.shape[1]:
-        width = like.shape[1]
-        raise ValueError(f"{name}: expected embeddings of {like_name}'s width, D={width}, got D={value.shape[1]}")
+        dim = like.shape[1]
+        raise ValueError(f"{name}: expected embeddings of {like_name}'s width, D={dim}, got D={value.shape[1]}")
     if rows and value.shape[0] != like.shape[0]:
         raise ValueError(f"{name}: expected as many rows as {like_name}, {like.shape[0]}, got {value.shape[0]}")
 
@@ -60,7 +60,7 @@ def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positi
     return value.reshape(()).to(dtype)
 
 
-def inverse(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | float:
+def scale_of(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | float:
     """The scale that a temperature stands for."""
     return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
 
@@ -123,17 +123,22 @@ def check_shared(like: Tensor, weights: Any, workspace_mib: Any, label_smoothing
     return shared
 
 
-def excluded(weights: Tensor | None) -> Tensor | None:
+def dropped_rows(weights: Tensor | None) -> Tensor | None:
     """Which rows [M] have the weight 0, by which nothing may be multiplied: 0 times NaN is NaN."""
     return None if weights is None else weights == 0
 
 
 def without(rows: Tensor, dropped: Tensor | None) -> Tensor:
-    """Embeddings with zeros in place of excluded rows, which so get no gradient either."""
+    """Embeddings with zeros in place of dropped rows, which so get no gradient either."""
     return rows if dropped is None else rows.masked_fill(dropped[:, None], 0.0)
 
 
-def finish(
+def counted(embeddings: Tensor, dropped: Tensor | None) -> Tensor:
+    """Embeddings that several rows see, with zeros where no row counts at all: a NaN among them reaches no gradient."""
+    return embeddings if dropped is None else embeddings.masked_fill(dropped.all(), 0.0)
+
+
+def reduce_output(
     rows: ContrastiveOutput | Tensor, weights: Tensor | None, reduction: str, return_lse: bool
 ) -> Tensor | ContrastiveOutput:
     """The reduced loss, alone or with its by-products, which `rows` then has."""

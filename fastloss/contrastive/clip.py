@@ -6,7 +6,16 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, finish
+from .checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    dropped_rows,
+    reduce_output,
+)
 from .options import ContrastiveOutput, SoftmaxOptions
 from .query_key_losses import softmax_loss, softmax_rows
 
@@ -77,13 +86,15 @@ def clip_loss(
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
     form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
+    dropped = dropped_rows(weights)
+    image, text = counted(image, dropped), counted(text, dropped)
     if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
         loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)
         if loss is not None:
             return loss
     with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, excluded(weights))
-        return finish(out, weights, reduction, return_lse)
+        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, dropped)
+        return reduce_output(out, weights, reduction, return_lse)
 
 
 class ClipLoss(Loss):

@@ -1,4 +1,4 @@
-"""Embeddings as the losses take them: their dtype, their lengths, the scales of their products."""
+"""Embeddings as the losses take them: their dtype, their norms, the scales of their products."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..core.traced import filled
 TINY_NORM = 1e-12  # a vector no longer than this counts as zero: cosine 0 with everything, gradient 0
 
 
-def inverse_length(x: Tensor, dtype: torch.dtype) -> Tensor:
+def inverse_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     """1 / |x| of each row, 0 without gradient for zero vectors, NaN where the square of |x| is beyond the dtype."""
-    length = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
-    inverse = 1 / F.threshold(length, TINY_NORM, math.inf)  # NaN stays NaN
-    return torch.add(inverse, length, alpha=0.0)  # 0 times infinity is NaN
+    norm = torch.linalg.vector_norm(x, dim=-1, dtype=dtype)
+    inverse = 1 / F.threshold(norm, TINY_NORM, math.inf)  # NaN stays NaN
+    return torch.add(inverse, norm, alpha=0.0)  # 0 times infinity is NaN
 
 
 def _inner(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -35,11 +35,11 @@ def self_operands(x: Tensor, dtype: torch.dtype, normalize: bool) -> tuple[Tenso
     """For rows that are compared with one another (NT-Xent, SupCon): the op's operand, and scales of its rows or None.
 
     float32 is normalised here. Half precision on a device keeps its dtype, the fastest to multiply; the op scales it by
-    the inverse lengths.
+    their inverse norms.
     """
     x = upcast_on_cpu(x)
     if normalize and x.dtype in (torch.bfloat16, torch.float16):
-        return x, inverse_length(x, dtype)
+        return x, inverse_norm(x, dtype)
     return embed(x, dtype if normalize else x.dtype, normalize), None
 
 
@@ -48,10 +48,10 @@ def are_bfloat16(one: Tensor, two: Tensor) -> bool:
     return one.device.type == "cpu" and one.dtype == two.dtype == torch.bfloat16
 
 
-def scale_of_rows(lengths: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor of each row's products: the scale, times the inverse lengths of normalised rows."""
-    if lengths is not None:
-        return lengths * scale
+def scale_of_rows(inverse_norms: Tensor | None, scale: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The factor of each row's products: the scale, times the inverse norms of normalised rows."""
+    if inverse_norms is not None:
+        return inverse_norms * scale
     if isinstance(scale, Tensor):
         return scale.expand(like.shape[0])
     return filled((like.shape[0],), scale, dtype, like.device)
@@ -62,5 +62,5 @@ def embed(x: Tensor, dtype: torch.dtype, normalize: bool) -> Tensor:
     x = x.to(dtype)
     if not normalize:
         return x
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length.masked_fill(length <= TINY_NORM, math.inf)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm <= TINY_NORM, math.inf)

@@ -18,9 +18,10 @@ from .checks import (
     check_sampling,
     check_shared,
     check_targets,
-    excluded,
-    finish,
-    inverse,
+    counted,
+    dropped_rows,
+    reduce_output,
+    scale_of,
     without,
 )
 from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
@@ -104,15 +105,39 @@ def info_nce(
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
-    dropped = excluded(weights)
-    query = query if symmetric else without(query, dropped)  # a symmetric loss has each query among its negatives
-    plain = not return_lse and ids[1] is None and not isinstance(offset, Tensor)
-    given = query, key, negatives, scale, targets, weights, form, reduction, workspace_mib
-    if plain and (loss := softmax_loss(*given)) is not None:
-        return loss
+    return _loss(
+        query, key, negatives, scale, offset, targets, ids, weights, form, reduction, return_lse, workspace_mib
+    )
+
+
+def _loss(
+    query: Tensor,
+    key: Tensor,
+    negatives: Tensor | None,
+    scale: Tensor | float,
+    bias: Tensor | float | None,
+    targets: Tensor | None,
+    ids: tuple[Tensor | None, Tensor | None],
+    weights: Tensor | None,
+    form: SoftmaxOptions,
+    reduction: str,
+    return_lse: bool,
+    workspace_mib: float,
+) -> Tensor | ContrastiveOutput:
+    """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
+    dropped = dropped_rows(weights)
+    # a symmetric loss has each query among its negatives
+    query = counted(query, dropped) if form.symmetric else without(query, dropped)
+    key = counted(key, dropped)
+    if negatives is not None and negatives.ndim == 2:
+        negatives = counted(negatives, dropped)
+    if not return_lse and all(t is None for t in ids) and not isinstance(bias, Tensor):
+        loss = softmax_loss(query, key, negatives, scale, targets, weights, form, reduction, workspace_mib)
+        if loss is not None:
+            return loss
     with full_precision(query):
-        rows = softmax_rows(query, key, negatives, scale, offset, targets, ids, form, workspace_mib, dropped)
-        return finish(rows, weights, reduction, return_lse)
+        rows = softmax_rows(query, key, negatives, scale, bias, targets, ids, form, workspace_mib, dropped)
+        return reduce_output(rows, weights, reduction, return_lse)
 
 
 def _candidates(
@@ -175,7 +200,7 @@ def _scale_and_bias(
 ) -> tuple[Tensor | float, Tensor | float | None]:
     """The factor of the similarities, and what is added: one number for all, one per shared column, or nothing."""
     dtype = result_dtype(query, key, negatives)
-    scale = inverse(temperature, query, dtype)
+    scale = scale_of(temperature, query, dtype)
     if bias is None:
         return scale, None
     per_sample = negatives is not None and negatives.ndim == 3

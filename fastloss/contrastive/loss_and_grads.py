@@ -74,16 +74,17 @@ def loss_and_grads(
         leaves = {"query": _leaf("query", query, True), "key": _leaf("key", key, True)}
         args = [leaves["query"], leaves["key"]]
         if negatives is not None:
-            args.append(_leaf("negatives", negatives, getattr(negatives, "requires_grad", False)))
-            if args[2].requires_grad:
-                leaves["negatives"] = args[2]
+            leaf = _leaf("negatives", negatives, getattr(negatives, "requires_grad", False))
+            args.append(leaf)
+            if leaf.requires_grad:
+                leaves["negatives"] = leaf
         learned = {n: _leaf(n, v, True) for n, v in options.items() if isinstance(v, Tensor) and v.requires_grad}
         out = loss_fn(*args, **(options | learned))
         loss = out if isinstance(out, Tensor) else out[0]
         if loss.ndim:
             raise ValueError(f"loss_fn: expected a scalar loss (reduction 'mean' or 'sum'), got {tuple(loss.shape)}")
-        factor = as_scalar("scale", scale, loss, loss.dtype, positive=True)
-        upstream = (torch.ones_like(loss) * factor).detach()
+        loss_scale = as_scalar("scale", scale, loss, loss.dtype, positive=True)
+        upstream = (torch.ones_like(loss) * loss_scale).detach()
         grads = torch.autograd.grad(loss, [*leaves.values(), *learned.values()], upstream, materialize_grads=True)
     named = dict(zip([*leaves, *learned], grads, strict=True))
     query_grad, key_grad = named.pop("query"), named.pop("key")

@@ -13,9 +13,10 @@ from .checks import (
     check_integers,
     check_sampling,
     check_shared,
-    excluded,
-    finish,
-    inverse,
+    counted,
+    dropped_rows,
+    reduce_output,
+    scale_of,
 )
 from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
@@ -115,12 +116,14 @@ def nt_xent_loss(
         ids = check_integers("ids", ids, (rows,), view_a)
     check_sampling(sampling, normalize)
     workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
-    scale = inverse(temperature, view_a, result_dtype(view_a, view_b))
+    scale = scale_of(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxOptions(include_positive, False, normalize, label_smoothing, True, sampling)
     both = None if weights is None else weights.repeat(2)
+    dropped = dropped_rows(both)
+    view_a, view_b = counted(view_a, dropped), counted(view_b, dropped)
     with full_precision(view_a):
-        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, excluded(both))
-    return finish(out, both, reduction, return_lse)
+        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, dropped)
+    return reduce_output(out, both, reduction, return_lse)
 
 
 class NTXentLoss(Loss):

@@ -1,6 +1,6 @@
 """The softmax losses of queries and keys, assembled from the statistics of their negatives in O(M D): InfoNCE and CLIP.
 
-The positives' logits, the lengths of the embeddings and all that is one number per row are plain torch here, so that
+The positives' logits, the norms of the embeddings and all that is one number per row are plain torch here, so that
 autograd has their exact gradients, in float32 whatever the kernels' products are in.
 """
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, result_dtype, row_shares
 from .checks import without
-from .embeddings import _inner, are_bfloat16, inverse_length, scale_of_rows, upcast_on_cpu
+from .embeddings import _inner, are_bfloat16, inverse_norm, scale_of_rows, upcast_on_cpu
 from .ops import softmax_loss as loss_op
 from .ops import softmax_loss_per_query as loss_per_query_op
 from .ops import softmax_stats as stats_op
-from .ops.softmax_stats_per_query import each_statistics
+from .ops.softmax_stats_per_query import per_query_statistics
 from .options import ContrastiveOutput, SoftmaxOptions
 from .row_losses import merged, row_losses
 from .save_plan import KEY, NEGATIVES, QUERY, SCALE, save_of_loss
@@ -104,30 +104,31 @@ def softmax_rows(
     """
     dtype = result_dtype(query, key, negatives)
     query_ids, key_ids = ids
-    bfloat16 = (are_bfloat16(query, key), negatives is not None and are_bfloat16(query, negatives))
+    bfloat16 = are_bfloat16(query, key)
+    bfloat16_negatives = negatives is not None and are_bfloat16(query, negatives)
     query, key = upcast_on_cpu(query), upcast_on_cpu(key)
     rows, keys = query.shape[0], key.shape[0]
     moments, hardness, margin = _sampling(form)
-    row_scale = scale_of_rows(inverse_length(query, dtype) if form.normalize else None, scale, query, dtype)
-    key_scale = inverse_length(key, dtype) if form.normalize and form.in_batch else None
+    row_scale = scale_of_rows(inverse_norm(query, dtype) if form.normalize else None, scale, query, dtype)
+    key_scale = inverse_norm(key, dtype) if form.normalize and form.in_batch else None
     columns = bias if isinstance(bias, Tensor) and bias.ndim == 1 else None
-    own = slice(0, rows) if targets is None else targets
-    paired = without(key[own] if targets is not None or keys > rows else key, dropped)
+    target = slice(0, rows) if targets is None else targets
+    paired = without(key[target] if targets is not None or keys > rows else key, dropped)
     positive = row_scale * _inner(query, paired, dtype)
     if form.normalize:
-        positive = positive * (inverse_length(paired, dtype) if key_scale is None else key_scale[own])
+        positive = positive * (inverse_norm(paired, dtype) if key_scale is None else key_scale[target])
     ceiling = None if margin is None else (positive + scale * margin).detach()
     if columns is not None:
-        positive = positive + columns[own]
+        positive = positive + columns[target]
     stats = None
     if form.in_batch:
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, targets is None, form.symmetric, False, moments, bfloat16[0], hardness, workspace_mib,
+            ceiling, targets is None, form.symmetric, False, moments, bfloat16, hardness, workspace_mib,
         )))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
-        extra = _left_out(dropped, each_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
+        extra = _left_out(dropped, per_query_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
         union = extra if stats is None else merged(stats[0], extra, moments, hardness)
         stats = torch.stack([union] if stats is None else [union, *stats[1:]])
     elif negatives is not None:
@@ -135,9 +136,9 @@ def softmax_rows(
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
-            query, negatives, row_scale, inverse_length(negatives, dtype) if form.normalize else None,
+            query, negatives, row_scale, inverse_norm(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
-            False, False, False, moments, bfloat16[1], hardness, workspace_mib,
+            False, False, False, moments, bfloat16_negatives, hardness, workspace_mib,
         )))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])

@@ -14,6 +14,7 @@ no negatives has loss 0 and no gradient.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,17 @@ from torch import Tensor
 
 from ..core.traced import changes, number
 from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
+
+
+class Statistics(NamedTuple):
+    """Of each row's negatives, in the order of softmax_stats.py; where there is a hardness there are moments too."""
+
+    lse: Tensor
+    max: Tensor
+    sum: Tensor | None = None
+    number: Tensor | None = None
+    lse_1p_beta: Tensor | None = None  # of (1 + beta) (s - max)
+    lse_beta: Tensor | None = None  # of beta (s - max)
 
 
 def log_sum_exp(logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +55,12 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
         value, some = log_sum_exp(x, allowed)
         return torch.where(some, value, torch.full_like(value, -math.inf))
 
-    stats = [lse(logits), flat.amax(1)]
+    row_max = flat.amax(1)
+    stats = [lse(logits), row_max]
     if moments:
         stats += [torch.where(allowed, logits, torch.zeros_like(logits)).sum(1), allowed.sum(1).to(logits.dtype)]
     if hardness:
-        below = (logits - stats[1].masked_fill(stats[1] == -math.inf, 0.0)[:, None]).masked_fill(~allowed, -math.inf)
+        below = (logits - row_max.masked_fill(row_max == -math.inf, 0.0)[:, None]).masked_fill(~allowed, -math.inf)
         stats += _hardness_sums((hardness * below).exp(), below, allowed.any(1))
     return torch.stack(stats)
 
@@ -68,18 +81,18 @@ def merged(one: Tensor, two: Tensor, moments: bool, hardness: float) -> Tensor:
 
 def _merged_hardness(one: Tensor, two: Tensor, hardness: float) -> tuple[Tensor, Tensor]:
     """The log-sum-exps of hardness, each below its set's own maximum, of the union and below that of both."""
-    most = torch.maximum(one[1], two[1]).detach()
-    easier, more = [], []
+    new_max = torch.maximum(one[1], two[1]).detach()
+    parts, differences = [], []
     for stats in (one, two):
         empty = stats[1] == -math.inf
-        gap = (stats[1].detach() - most).masked_fill(empty, 0.0)
-        harder, easy = (x.masked_fill(empty, 0.0) for x in stats[-2:])
-        easier.append((easy + hardness * gap).masked_fill(empty, -math.inf))
-        more.append(harder - easy + gap)
-    shares, some = torch.stack(easier, 1), most > -math.inf
-    top = shares.detach().amax(1).masked_fill(~some, 0.0)
-    harder, easy = _hardness_sums((shares - top[:, None]).exp(), torch.stack(more, 1), some)
-    return harder + top, easy + top
+        gap = (stats[1].detach() - new_max).masked_fill(empty, 0.0)
+        lse_1p_beta, lse_beta = (x.masked_fill(empty, 0.0) for x in stats[-2:])
+        parts.append((lse_beta + hardness * gap).masked_fill(empty, -math.inf))
+        differences.append(lse_1p_beta - lse_beta + gap)
+    logs, some = torch.stack(parts, 1), new_max > -math.inf
+    max_log = logs.detach().amax(1).masked_fill(~some, 0.0)
+    lse_1p_beta, lse_beta = _hardness_sums((logs - max_log[:, None]).exp(), torch.stack(differences, 1), some)
+    return lse_1p_beta + max_log, lse_beta + max_log
 
 
 def _hardness_sums(powers: Tensor, below: Tensor, some: Tensor) -> list[Tensor]:
@@ -92,41 +105,49 @@ def _hardness_sums(powers: Tensor, below: Tensor, some: Tensor) -> list[Tensor]:
     return [total.masked_fill(~some, 1.0).log().masked_fill(~some, -math.inf) for total in sums]
 
 
-def negative_mass(
-    positive: Tensor, stats: tuple[Tensor, ...], scale: Tensor | float, sampling: NegativeSampling | None
+def negatives_lse(
+    positive: Tensor, stats: Statistics, scale: Tensor | float, sampling: NegativeSampling | None
 ) -> tuple[Tensor, Tensor]:
-    """The log of the negatives' total, reweighted and debiased (finite where there are none), and whether there are."""
-    some = stats[0] != -math.inf
-    mass = torch.where(some, stats[0], torch.zeros_like(stats[0]))
+    """The log of the sum over the negatives, reweighted and debiased (finite where there are none), and whether there
+    are any."""
+    some = stats.lse != -math.inf
+    lse = torch.where(some, stats.lse, torch.zeros_like(stats.lse))
     if sampling is None or (sampling.hardness == 0 and sampling.tau_plus == 0):
-        return mass, some
-    log_count = stats[3].clamp_min(1).log()
+        return lse, some
+    assert stats.number is not None
+    log_number = stats.number.clamp_min(1).log()
     if sampling.hardness:
-        most, harder, easier = (torch.where(some, x, torch.zeros_like(x)) for x in (stats[1], *stats[-2:]))
-        mass = harder - easier + log_count + most.detach()  # the largest last
+        assert stats.lse_1p_beta is not None and stats.lse_beta is not None
+        row_max, lse_1p_beta, lse_beta = (
+            torch.where(some, x, torch.zeros_like(x)) for x in (stats.max, stats.lse_1p_beta, stats.lse_beta)
+        )
+        lse = lse_1p_beta - lse_beta + log_number + row_max.detach()  # the largest last
     if sampling.tau_plus:
         tau = sampling.tau_plus
-        shift = torch.maximum(mass, positive).detach()  # cancels in value and gradient
-        left = (mass - shift).exp() - tau * (positive + log_count - shift).exp()
+        shift = torch.maximum(lse, positive).detach()  # cancels in value and gradient
+        left = (lse - shift).exp() - tau * (positive + log_number - shift).exp()
         exhausted = left <= 0  # False for NaN, which so goes on
-        kept = number(-tau, left).log1p() if changes(tau) else math.log1p(-tau)
-        debiased = left.masked_fill(exhausted, 1.0).log() + shift - kept
-        floor = log_count - scale
-        mass = torch.where(exhausted, floor, torch.maximum(debiased, floor))
-    return mass, some
+        log_rest = number(-tau, left).log1p() if changes(tau) else math.log1p(-tau)
+        debiased = left.masked_fill(exhausted, 1.0).log() + shift - log_rest
+        floor = log_number - scale
+        lse = torch.where(exhausted, floor, torch.maximum(debiased, floor))
+    return lse, some
 
 
 def row_losses(positive: Tensor, stats: Tensor, scale: Tensor | float, form: SoftmaxOptions) -> ContrastiveOutput:
     """Loss, log-sum-exp and top-1 of rows from positive logits [M] and the negatives' statistics [..., S, M]."""
-    each = stats.unbind(-2)
-    mass, some = negative_mass(positive, each, scale, form.sampling)
+    of_rows = Statistics(*stats.unbind(-2))
+    from_negatives, some = negatives_lse(positive, of_rows, scale, form.sampling)
     if form.include_positive:
-        loss = -F.logsigmoid(positive - mass)
+        loss = -F.logsigmoid(positive - from_negatives)
         lse = torch.where(some, positive + loss, positive)
     else:
-        loss = mass - positive
-        lse = torch.where(some, mass, torch.full_like(mass, -math.inf))
+        loss = from_negatives - positive
+        lse = torch.where(some, from_negatives, torch.full_like(from_negatives, -math.inf))
     if form.label_smoothing:
-        loss = loss + form.label_smoothing * (each[3] * positive - each[2]) / (each[3] + 1)
+        assert of_rows.sum is not None and of_rows.number is not None
+        loss = loss + form.label_smoothing * (of_rows.number * positive - of_rows.sum) / (of_rows.number + 1)
     loss = torch.where(some, loss, torch.zeros_like(loss))
-    return ContrastiveOutput(loss, lse, positive.detach() > each[1].detach())
+    # times 1, but of an infinite loss times infinity: its gradient then is no number, on which a loss scaler would step
+    loss = loss * (from_negatives - positive).masked_fill(loss != math.inf, 1.0)
+    return ContrastiveOutput(loss, lse, positive.detach() > of_rows.max.detach())

@@ -28,9 +28,9 @@ NEGATIVES = 8  # one more, where each query has negatives of its own
 IMAGE, TEXT, SCALE_AND_BIAS = 1, 2, 4  # bits of `needs` of SigLIP's op
 
 MIB = 1 << 20
-LOGITS_MIB = 64  # C++: logits are kept up to this size (or the workspace's, if less)
+LOGITS_MIB = 64  # C++: logits are saved up to this size (or the workspace's, if less)
 GRADS_MIB = 16  # C++: "grads" of two directions, whose logits are one chunk, up to this size
-LEAST_ROWS = 64  # C++: "grads" of one direction has chunks of at least so many rows: less are slow to multiply
+LEAST_ROWS = 64  # C++: the least rows of a chunk for "grads" of one direction; smaller products are slow
 TILE_ROWS = 32  # rows of a tile of the C++ kernels
 EXPS_SHARE = 0.75  # Triton: the part of the workspace that exponentials may take; G takes its blocks from the rest
 NARROWEST_TILE, WIDEST_TILE = 16, 128  # columns of the Triton kernels' tiles
@@ -51,7 +51,7 @@ def exponentials(rows: int, columns: int, itemsize: int) -> Exponentials:
 def _exps_serve(
     query: Tensor, key: Tensor, form: Form, ceiling: Tensor | None, hardness: float, workspace_mib: float
 ) -> bool:
-    """Whether the Triton kernels keep exponentials.
+    """Whether the Triton kernels save exponentials.
 
     Not those of float32, whose logits are products of a library; not with moments, with hardness, or with a ceiling of
     two directions, as their gradients need the logits themselves; not those of float16 with two directions, since it
@@ -112,8 +112,11 @@ def save_of_loss(
 def _save_of_triton_loss(
     query: Tensor, key: Tensor, symmetric: bool, reduction: str, needs: int, workspace_mib: float
 ) -> tuple[str, int]:
-    """ "grads" fits any workspace, as a chunk may have a single row. It stands for "row_grads" too: without a reduction
-    they are the gradients of each row_weight_i loss_i."""
+    """(`save`, `saved_rows`) for the Triton kernels; the rows are all or none.
+
+    "grads" is always possible, in chunks of a single row if need be. There is no "row_grads": with reduction "none"
+    "grads" holds the gradient of each weighted row loss.
+    """
     if not symmetric and not (needs & KEY and reduction == "none"):
         return "grads", 0
     fit = _exps_serve(query, key, Form(symmetric=symmetric), None, 0.0, workspace_mib)

@@ -28,7 +28,16 @@ from torch import Tensor
 from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce_rows, result_dtype, row_shares
 from ..core.inference import takes_inference_tensors
 from ..core.traced import filled
-from .checks import as_scalar, check_embeddings, check_flags, check_integers, check_shared, excluded, without
+from .checks import (
+    as_scalar,
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    dropped_rows,
+    without,
+)
 from .embeddings import embed
 from .save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 
@@ -80,18 +89,18 @@ def siglip_reference(x: Inputs) -> Tensor:
     positive = (row[:, None] == column) & (not x.negative_only)
     pairs = -F.logsigmoid(torch.where(positive, logits, -logits))
     if x.image_ids is not None and x.text_ids is not None:
-        kept = positive | (x.image_ids[:, None] != x.text_ids)
-        pairs = torch.where(kept, pairs, torch.zeros_like(pairs))
+        allowed = positive | (x.image_ids[:, None] != x.text_ids)
+        pairs = torch.where(allowed, pairs, torch.zeros_like(pairs))
     losses = pairs.sum(1)
-    return losses if x.row_weight is None else (losses * x.row_weight).sum()
+    return losses if x.row_weight is None else (losses * x.row_weight).masked_fill(x.row_weight == 0, 0.0).sum()
 
 
 def _siglip_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    rows, width, columns = *x.image.shape, x.text.shape[0]
+    rows, dim, columns = *x.image.shape, x.text.shape[0]
     needs = 0 if x.row_weight is None else x.needs
     return x.scale.new_empty(rows if x.row_weight is None else ()), Saved(
-        image_grad=x.scale.new_empty(rows if needs & IMAGE else 0, width),
-        text_grad=x.scale.new_empty(columns if needs & TEXT else 0, width),
+        image_grad=x.scale.new_empty(rows if needs & IMAGE else 0, dim),
+        text_grad=x.scale.new_empty(columns if needs & TEXT else 0, dim),
         scale_grad=x.scale.new_empty(1 if needs & SCALE_AND_BIAS else 0),
         bias_grad=x.scale.new_empty(1 if needs & SCALE_AND_BIAS else 0),
     )
@@ -204,7 +213,8 @@ def siglip_loss(
     check_reduction(reduction)
     if reduction == "mean":
         check_not_empty(image.shape[0])
-    image = without(image, excluded(weights))
+    dropped = dropped_rows(weights)
+    image, text = without(image, dropped), counted(text, dropped)
     with full_precision(image):
         row_weight = _row_weight(weights, reduction, image, dtype)
         scale, bias = (

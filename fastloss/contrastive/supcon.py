@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import check_embeddings, check_flags, check_integers, check_shared, excluded, finish, inverse
+from .checks import (
+    check_embeddings,
+    check_flags,
+    check_integers,
+    check_shared,
+    counted,
+    dropped_rows,
+    reduce_output,
+    scale_of,
+)
 from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import ContrastiveOutput
@@ -71,12 +80,12 @@ def supcon_loss(
         include_positive=include_positive, normalize=normalize, return_lse=return_lse
     )
     workspace_mib, _ = check_shared(features, weights, workspace_mib)
-    scale = inverse(temperature, features, result_dtype(features))
+    scale = scale_of(temperature, features, result_dtype(features))
+    dropped = dropped_rows(weights)
+    features = counted(features, dropped)
     with full_precision(features):
-        out = supcon_rows(
-            features, labels, scale, include_positive, normalize, return_lse, workspace_mib, excluded(weights)
-        )
-    return finish(out, weights, reduction, return_lse)
+        out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib, dropped)
+    return reduce_output(out, weights, reduction, return_lse)
 
 
 class SupConLoss(Loss):
@@ -113,7 +122,7 @@ def supcon_rows(
         )  # fmt: skip
         return softmax_statistics(x)[0].unbind(0)
 
-    lse, most = statistics_of(include_positive)
+    lse, row_max = statistics_of(include_positive)
     ordered = labels.sort().values
     group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
     count = (end - group - 1).to(dtype)
@@ -121,11 +130,11 @@ def supcon_rows(
     mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
-    top1 = most > -math.inf
+    top1 = row_max > -math.inf
     if return_lse:
         with torch.no_grad():
-            other = statistics_of(not include_positive)[1]
-        top1 = most > other if include_positive else other > most
+            _, other_max = statistics_of(not include_positive)
+        top1 = row_max > other_max if include_positive else other_max > row_max
     return ContrastiveOutput(loss, _left_out(dropped, lse), top1 if dropped is None else top1 & ~dropped)
 
 

@@ -3,6 +3,7 @@
 op.py          an op: its schema, its backends, and which of them a call gets
 structs.py     NamedTuples in an op's functions, their fields one by one in its schema
 autograd.py    what an op keeps for its backward, the backward, double backward
+plans.py       what a launcher of kernels does on the host, decided once for each signature
 backends.py    which backends there are, which one is forced, and why one is missing
 checks.py      checks of arguments, each with the argument's name in its error
 reduction.py   reductions, with weights of rows or without, and the dtype of a loss

@@ -89,6 +89,9 @@ state.latest = _environment
 def use_backend(name: str | None) -> Iterator[None]:
     """Force a backend inside a `with` block, as `FASTLOSS_BACKEND` does for a process; None lifts the force.
 
+    A call that the backend cannot serve raises RuntimeError with the reason, the one that :func:`explain` gives. Only
+    float64 and torch.func transforms, which have no kernels anywhere, stay with PyTorch operators.
+
     It holds for the thread and the asyncio task that enter the block, and for tasks started inside it. Other threads,
     those started inside it too, keep what the environment says; they enter blocks of their own.
 
@@ -148,6 +151,8 @@ def say_cpp_is_missing(device: str) -> None:
     """Warn, once in a process, at a call on the CPU that the C++ kernels would have served."""
     if torch.compiler.is_compiling() or device != "cpu" or _INTERPRETING or state.said_cpp_is_missing:
         return  # a traced call cannot warn without breaking the graph
+    if state.missing["cpp"] is None:  # the op has no C++ kernel
+        return
     state.said_cpp_is_missing = True
     warnings.warn(
         f"fastloss runs on PyTorch operators on the CPU, slower and in more memory: {state.missing['cpp']}. To keep it "

@@ -21,7 +21,8 @@ FLOAT32_MAX, FLOAT32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.fl
 
 def check_tensor(name: str, value: Any, ndim: int | tuple[int, ...] | None = None) -> None:
     """A dense floating-point tensor, of rank `ndim` where one is given."""
-    check_dense(name, value)
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+        check_dense(name, value)  # raises; asked here too, as each call of a function takes its time
     if value.dtype not in FLOATS:
         raise TypeError(
             f"{name}: expected a float16, bfloat16, float32 or float64 tensor, got {value.dtype}; "
@@ -89,7 +90,7 @@ def check_number(
     not. With `float32` what that cannot hold is refused, since most losses are computed in it. To a compiled function
     numpy's float32 is a tensor whose value cannot be checked: pass it float(x), or give it to a module.
     """
-    number = _real(value)
+    number = value if type(value) is float or type(value) is int else _real(value)
     if number is None:
         hint = f"; pass {name}.item()" if isinstance(value, Tensor) and value.numel() == 1 else ""
         raise TypeError(f"{name}: expected a number, got {_shown(value)}{hint}")
@@ -106,7 +107,7 @@ def check_number(
         )
     if type(number) is float:
         return number
-    return float(number) if type(number) is int else torch.sym_float(number)
+    return float(number) if type(number) is int else torch.sym_float(number)  # type: ignore[return-value]
 
 
 def check_integer(name: str, value: Any, low: int, high: int = 2**31 - 1, *, wanted: str = "a whole number") -> int:

@@ -1,18 +1,26 @@
 """Registration of ops, and the choice of a backend for each call.
 
-Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with two typed
-functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
+Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with NamedTuples and two
+typed functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
 implementations to that schema; the eager reference serves every other case:
 
-    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=("image", "image_pred"))
-    op(image, image_pred, ...)      # cpp, triton or reference, whichever the call should have
+    class Inputs(NamedTuple): ...           # what the op takes; Grads: of which inputs it gives gradients
+
+    def _pixel_fwd(x: Inputs) -> Tensor: ...
+    def _pixel_bwd(grad: Tensor, x: Inputs, needs: Needs) -> Grads: ...
+    def pixel_reference(x: Inputs) -> Tensor: ...
+
+    op = Op("pixel", fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, grads=Grads._fields)
+    op(*Inputs(image, image_pred, ...))     # cpp, triton or reference, whichever the call should have
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,14 +28,16 @@ from torch import Tensor
 from torch.library import Library
 
 from . import backends, explanation
-from .autograd import _PLAIN, Differentiable, _below_autograd, _tensors, transformed
+from .autograd import _PLAIN, Differentiable, Prepared, _tensors, transformed
 from .backends import is_interpreting
+from .plans import Plan, Planned
 from .structs import flattened
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
 
 NAMESPACE = "fastloss"
 _LIB = Library(NAMESPACE, "DEF")
 _OPS: dict[str, Op] = {}
+_CANNOT_SERVE = "backend {!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {}: {}"
 
 
 class Op(Differentiable):
@@ -38,13 +48,14 @@ class Op(Differentiable):
     `incoming` (gradients to add, for a tap; here none); it returns one tensor per name in `grads`, an empty one
     (`numel() == 0`) where it was not needed. Inputs may be lists of tensors; where those in `grads` are, `bwd` returns
     one list: the gradients of each needed input in turn.
-    `fwd`, `bwd`, `reference` and the launchers may take and return NamedTuples in the place of long lists: see
-    :mod:`structs`. The op itself takes the flat list: ``op(*Inputs(...))``.
+    All of them, the launchers too, may take and return NamedTuples: see :mod:`structs`. Only what `bwd` takes is kept
+    for it: where it does without some inputs, it takes a smaller NamedTuple than `Inputs`, with fields of these names.
     `outputs` names the tensors `fwd` returns; only the first is differentiable and leaves the op.
     `reference` takes the same arguments as `fwd`. `triton` names the module in `fastloss`, family first, whose
-    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op whose
-    gradient does not change with its inputs but in steps (L1: a sign), so that it keeps none: double backward then
-    differentiates it by `grad` alone, instead of `reference` by the inputs.
+    `<name>_fwd` and `<name>_bwd` launch the kernels. `bwd_reference`, `bwd` in differentiable torch, is for an op with
+    piecewise constant gradients (L1: a sign), which saves no inputs for its backward: double backward then
+    differentiates it by `grad` alone, instead of `reference` by the inputs. An op without kernels has its gradients
+    from autograd through `reference`.
     `declines` takes the arguments of `fwd` and says, in a sentence, why no kernel computes this call, or None.
     """
 
@@ -63,8 +74,8 @@ class Op(Differentiable):
     ) -> None:
         fwd, bwd, reference = flattened(fwd), flattened(bwd), flattened(reference)
         self.name, self.reference, self.grads, self.outputs = name, reference, grads, outputs
-        self.bwd_reference = bwd_reference
-        self.declines = declines or (lambda *args: None)
+        self.bwd_reference = flattened(bwd_reference) if bwd_reference else None
+        self.declines = flattened(declines) if declines else _takes_all
         self.inputs = list(inspect.signature(fwd).parameters)
         self._bwd_wants = list(inspect.signature(bwd).parameters)
         self._kept = [i for i, name in enumerate((*self.inputs, *outputs)) if name in self._bwd_wants]
@@ -73,8 +84,8 @@ class Op(Differentiable):
         self._order = [have.index(name) for name in self._bwd_wants]
         self._wrt = [self.inputs.index(name) for name in grads]
         self._constant = [i for i in range(len(self.inputs)) if i not in self._wrt]
-        for stage, fake in (("fwd", fwd), ("bwd", bwd)):
-            self._define(f"{name}_{stage}", fake, triton)
+        self._fwd_plans = self._define(f"{name}_fwd", fwd, triton)
+        self._bwd_plans = self._define(f"{name}_bwd", bwd, triton)
         qualified = f"{NAMESPACE}::{name}"
         torch.library.register_autograd(f"{qualified}_fwd", self._backward, setup_context=self._setup, lib=_LIB)
         torch.library.register_autograd(
@@ -84,36 +95,61 @@ class Op(Differentiable):
         self.fwd = getattr(namespace, f"{name}_fwd").default
         self.bwd = getattr(namespace, f"{name}_bwd").default
         kinds = [p.annotation for p in parameters_of(fwd)]
+        self._lists = [i for i, kind in enumerate(kinds) if kind == list[Tensor]]
         self._floats = [i for i, kind in enumerate(kinds) if kind in (float, list[float])]
         if self._floats:
             self._define_traced(fwd, bwd)
         has_cpp = torch._C._dispatch_has_kernel_for_dispatch_key(f"{qualified}_fwd", "CPU")
         self.kernels = {"cpp": has_cpp and not is_interpreting(), "triton": triton is not None, "cuda": False}
-        keep, backward = self._keep, self._backward
-
-        def forward(ctx: Any, *args: Any) -> Tensor:
-            out = _below_autograd(self.fwd, *args)
-            return keep(ctx, args, (out,) if isinstance(out, Tensor) else out)[0]
-
-        # The same autograd as the dispatcher's at a third of its time on the host; it sees no tensors within lists.
-        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._function: Any = type(name, (torch.autograd.Function,), methods)
+        self._function = self._autograd_function()
+        self._planned_function: Any = type(name, (_PlannedFunction,), {})
         _OPS[name] = self
 
+    def _autograd_function(self) -> Any:
+        """The same autograd as the dispatcher's at a third of its time on the host.
+
+        It sees no tensors within lists: so those of an op with lists stand in its arguments one by one, after the
+        lengths of the lists.
+        """
+        keep, gradients, below, op, plans = self._keep, self._gradients, self._below_autograd, self.fwd, self._fwd_plans
+
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            out = below(op, plans, args)
+            return keep(ctx, args, (out,) if isinstance(out, Tensor) else out)[0]
+
+        def forward_of_lists(ctx: Any, lengths: list[int | None], *flat: Any) -> Tensor:
+            ctx.lengths = lengths
+            return forward(ctx, *_grouped(flat, lengths))
+
+        def backward_of_lists(ctx: Any, grad: Tensor | None) -> tuple:
+            flags = _grouped(ctx.needs_input_grad[1:], ctx.lengths)
+            return None, *_one_by_one(gradients(ctx, flags, grad), ctx.lengths)
+
+        both = (forward_of_lists, backward_of_lists) if self._lists else (forward, self._backward)
+        methods = {"forward": staticmethod(both[0]), "backward": staticmethod(both[1])}
+        return type(self.name, (torch.autograd.Function,), methods)
+
     @staticmethod
-    def _define(name: str, fake: Callable, triton: str | None) -> None:
+    def _define(name: str, fake: Callable, triton: str | None) -> Planned | None:
         schema = torch.library.infer_schema(fake, mutates_args=())
         _LIB.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
         if triton is None:
-            return
+            return None
 
-        def launch(*args: Any, **kwargs: Any) -> Any:  # Triton is imported on the first call
+        def launch(*args: Any) -> Any:  # Triton is imported on the first call
             kernels = importlib.import_module(f"..{triton}", __package__)
-            return flattened(getattr(kernels, name))(*args, **kwargs)
+            return flattened(getattr(kernels, name))(*args)
+
+        launch.__name__ = name
+        planned = Planned(launch)
+
+        def registered(*args: Any, **kwargs: Any) -> Any:
+            return planned(*inspect.signature(fake).bind(*args, **kwargs).args) if kwargs else planned(*args)
 
         for key in ("CUDA", "CPU") if is_interpreting() else ("CUDA",):
-            _LIB.impl(name, launch, key)
+            _LIB.impl(name, registered, key)
+        return planned
 
     def _define_traced(self, fwd: Callable, bwd: Callable) -> None:
         """The op once more, for graphs that torch.compile makes: see :func:`traced.take_out_numbers`."""
@@ -150,19 +186,24 @@ class Op(Differentiable):
         return self.declines(*args)
 
     def backend(self, *args: Any) -> str:
-        """The backend this call gets; a forced one that is missing raises. Written for few Python calls, as every call
-        of a loss passes here: :meth:`why_reference` says the same of the first condition in words."""
-        tensors = [t for a in args if type(a) not in _PLAIN for t in _tensors(a)]
-        name, device = "reference", tensors[0].device.type
-        if transformed() or any(t.dtype == torch.float64 for t in tensors) or self.declines(*args) is not None:
+        """The backend this call gets; a forced one that is missing raises. Every call of a loss passes here, so the
+        checks stand in line; :meth:`why_reference` says the first of them in words and must keep in step."""
+        name, first, double = "reference", None, False
+        for value in args:
+            if type(value) in _PLAIN:
+                continue
+            for tensor in (value,) if isinstance(value, Tensor) else _tensors(value):
+                first = tensor if first is None else first
+                double = double or tensor.dtype == torch.float64
+        assert first is not None
+        device = first.device.type
+        if double or transformed() or (self.declines is not _takes_all and self.declines(*args) is not None):
             pass
         elif (forced := backends.state.forced) is not None:
             name = forced
             why = None if name == "reference" else backends.why_not(name, device, self.kernels[name], self.name)
             if why is not None:
-                raise RuntimeError(
-                    f"backend {name!r} is forced (FASTLOSS_BACKEND or use_backend) but cannot serve {self.name}: {why}"
-                )
+                raise RuntimeError(_CANNOT_SERVE.format(name, self.name, why))
         else:
             for one in backends.fitting(device):
                 if self.kernels[one] and backends.state.missing[one] is None:
@@ -177,18 +218,79 @@ class Op(Differentiable):
     def __call__(self, *args: Any, backend: str | None = None) -> Tensor:
         """`backend`: what :meth:`backend` says of this call, where the caller has asked already."""
         if (backend or self.backend(*args)) == "reference":
+            self._refuse_if_forced(args)
             return self.reference(*args)
-        device = _tensors(args[0])[0].device.type
-        if torch.is_autocast_enabled(device):  # kernels choose their own precision
-            with torch.autocast(device, enabled=False):
-                out = self._differentiable(args)
-        else:
+        if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
             out = self._differentiable(args)
+        else:
+            device = _tensors(args[0])[0].device.type
+            off = torch.is_autocast_enabled(device)  # kernels choose their own precision
+            with torch.autocast(device, enabled=False) if off else contextlib.nullcontext():
+                out = self._differentiable(args)
         return out if isinstance(out, Tensor) else out[0]
+
+    def _refuse_if_forced(self, args: tuple) -> None:
+        """Raise where another backend is forced and declines this call, with its reason."""
+        forced = backends.state.forced
+        if forced in (None, "reference") or transformed() or (why := self.declines(*args)) is None:
+            return
+        if all(t.dtype != torch.float64 for a in args if type(a) not in _PLAIN for t in _tensors(a)):
+            raise RuntimeError(_CANNOT_SERVE.format(forced, self.name, why))
 
     def _differentiable(self, args: tuple) -> Any:
         if torch.compiler.is_compiling():
             return self._traced_call(args)
-        if list in map(type, args):
-            return self.fwd(*args)
-        return self._function.apply(*args) if torch.is_grad_enabled() else _below_autograd(self.fwd, *args)
+        if not torch.is_grad_enabled():
+            return self._below_autograd(self.fwd, self._fwd_plans, args)
+        if not self._lists:
+            plan = None if self._fwd_plans is None else self._fwd_plans.ready(args)
+            if plan is None:
+                return self._function.apply(*args)
+            if plan.autograd is None:
+                plan.autograd = Prepared(self, args)
+            return self._planned_function.apply(plan, args, *plan.autograd.inputs(args))
+        lengths = [len(value) if i in self._lists else None for i, value in enumerate(args)]
+        return self._function.apply(lengths, *_one_by_one(args, lengths))
+
+
+class _PlannedFunction(torch.autograd.Function):
+    """Autograd of a call whose plan is recorded: it sees the tensors only, and what it keeps is known from the plan."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, args: tuple, *tensors: Tensor) -> Tensor:
+        out = plan.replay(*args)  # type: ignore[misc]
+        if isinstance(out, Tensor):
+            out = (out,)
+        else:
+            ctx.set_materialize_grads(False)  # no zeros in the shape of what is merely saved
+        ctx.prepared = plan.autograd
+        ctx.kept = plan.autograd.kept
+        ctx.save_for_backward(*plan.autograd.keep((*args, *out)))
+        return out[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple:
+        return None, None, *ctx.prepared.backward(ctx, grad)
+
+
+def _takes_all(*args: Any) -> None:
+    """What `declines` is where nothing is declined."""
+
+
+def _one_by_one(values: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """The values, and what is in lists in the lists' place: see :func:`_grouped`."""
+    flat: list[Any] = []
+    for value, length in zip(values, lengths, strict=True):
+        if length is None:
+            flat.append(value)
+        else:
+            flat += value if value is not None else [None] * length
+    return flat
+
+
+def _grouped(flat: Sequence[Any], lengths: Sequence[int | None]) -> list[Any]:
+    """The values, lists of such lengths made of those that stand one by one."""
+    values, rest = [], iter(flat)
+    for length in lengths:
+        values.append(next(rest) if length is None else list(itertools.islice(rest, length)))
+    return values

@@ -1,11 +1,15 @@
-"""A loss's mean as one op: the sums of an op, each times a factor, added up to one number.
+"""An op that returns sum_k factors[k] * sums[k] of another op, in one, to save launches on a GPU.
 
-    total = Total(op, ...)          where the loss defines its op
-    total(*args, factors)           sum_k factors[k] * (the op's sums of the k-th kind, e.g. along axis k)
+    scaled_sum = ScaledSum(op, ...)     where the loss defines its op
+    scaled_sum(*inputs, factors)        sum_k factors[k] * (the op's sums of the k-th kind, e.g. along axis k)
 
 It is for Triton alone. In torch each factor would be one more launch, forward and backward; here they go to the kernels
-as numbers, and one tiny launch after the op's kernel adds up. The kernels' module has `<name>_total_fwd` and `_bwd`
-for it, see core/kernels/scaled_sum.py.
+as numbers, and one tiny launch after the op's kernel adds up. The kernels' module has for it
+
+    <name>_total_fwd(x: Inputs, factors: list[float]) -> Tensor
+    <name>_total_bwd(grad: Tensor, x: Inputs, needs: Needs, factors: list[float]) -> Grads
+
+of which the forward ends with `total_of` in core/kernels/scaled_sum.py.
 """
 
 from __future__ import annotations
@@ -16,13 +20,16 @@ from typing import Any
 from torch import Tensor
 
 from .op import Op
+from .structs import flattened
 from .traced import with_parameter
 
 
-class Total(Op):
-    """See above. `fwd`, `bwd` and `reference` are the op's own; the last dimension of its sums are their kinds."""
+class ScaledSum(Op):
+    """See above. `fwd`, `bwd` and `reference` are the op's own; the last dimension of its sums is their kind."""
 
     def __init__(self, op: Op, *, fwd: Callable, bwd: Callable, reference: Callable, triton: str) -> None:
+        fwd, bwd, reference = flattened(fwd), flattened(bwd), flattened(reference)
+
         def total_fwd(*args: Any) -> Tensor:
             return fwd(*args[:-1]).new_empty(())
 
@@ -30,9 +37,9 @@ class Total(Op):
             return bwd(*args[:-1])
 
         def total_reference(*args: Any) -> Tensor:
-            *own, factors = args
-            sums = reference(*own).reshape(-1, len(factors)).sum(0)
-            return sum(factor * each for factor, each in zip(factors, sums.unbind(), strict=True))
+            *inputs, factors = args
+            sums = reference(*inputs).reshape(-1, len(factors)).sum(0)
+            return sum(factor * one for factor, one in zip(factors, sums.unbind(), strict=True))
 
         super().__init__(
             f"{op.name}_total",
@@ -42,8 +49,3 @@ class Total(Op):
             grads=op.grads,
             triton=triton,
         )
-        self.op = op
-
-    def serves(self, *args: Any) -> bool:
-        """Whether the op's call with these arguments would go to Triton's kernels."""
-        return self.op.backend(*args) == "triton"

@@ -5,6 +5,10 @@
 is written so for people. The dispatcher, C++ and autograd know a flat list: `grad`, the fields of `Inputs`, those of
 `Saved`, those of `Needs` as `needs_<field>`, and a tuple of the fields of `Grads` comes back. A forward returns
 `tuple[Tensor, Saved]`, the output and what is saved. Nobody but :func:`flattened` makes the list from the structs.
+A `Grads` of one field comes back as that one tensor.
+
+A backward keeps for itself the fields that it takes, and no others. One that does without some inputs takes, in the
+place of `Inputs`, a struct of those that it needs, under the same names.
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ def flattened(fn: Callable) -> Callable:
     if not nested and all(struct is None for struct, _, _ in places):
         return fn
 
+    types = _flat_types(returned)
+
     def flat(*args: Any) -> Any:
         out = fn(*[args[first] if struct is None else struct(*args[first:end]) for struct, first, end in places])
         if not nested:
@@ -55,8 +61,8 @@ def flattened(fn: Callable) -> Callable:
         values: list[Any] = []
         for part in out:
             values += part if isinstance(part, tuple) else [part]
-        return tuple(values)
+        return tuple(values) if len(types) > 1 else values[0]
 
-    returns = tuple[tuple(_flat_types(returned))] if nested else returned  # type: ignore[misc]
+    returns = returned if not nested else tuple[tuple(types)] if len(types) > 1 else types[0]  # type: ignore[misc]
     flat.__signature__ = inspect.Signature(parameters, return_annotation=returns)  # type: ignore[attr-defined]
     return flat

@@ -14,7 +14,9 @@ from ..core.checks import check_number, check_same_shape, check_tensor, check_we
 from ..core.inference import takes_inference_tensors
 from ..core.traced import changes, filled
 from .map_weights import over_weights, weight_sum
+from .pixel import Inputs as PixelInputs
 from .pixel import pixel_kind, pixel_loss, pixel_reference
+from .smoothness import Inputs as SmoothnessInputs
 from .smoothness import (
     check_distance,
     smoothness_counts,
@@ -40,23 +42,29 @@ class Inputs(NamedTuple):
     """Of the op, whose value are sums: of the pixel loss, of the smoothness along each axis, of SSIM; 0 of what is off.
 
     `keep`: what the backward finds beside the inputs, 0 nothing. KEEP_GRADIENTS and 1 image, 2 image_pred, 3 both: the
-    gradients of a total that counts each sum by its share, each in the order of the prediction's memory; any other
+    gradients of a total in which each sum has its weight, each in the order of the prediction's memory; any other
     upstream gradient makes the backward do the pass again. 1, 2 or 3 alone: the partial derivatives of SSIM. SIGNS: a
     byte an element, in the order of the prediction's memory.
     """
 
     image: Tensor  # [N, C, ...]
     image_pred: Tensor  # [N, C, ...]
-    pixel_weight: Tensor | None  # [N, C, ...]
-    guide: Tensor | None  # [N, G, ...]
-    smoothness_weight: Tensor | None  # [N, 1, ...] or [N, C, ...]
-    ssim_weight: Tensor | None  # of the map
-    kinds: str  # "pixel,smoothness", empty where off
-    # the pixel loss's parameter, the order of the smoothness, and of SSIM window (0: off), sigma, whether the padding
-    # is "same", c1, c2 and the value that images begin at
-    numbers: list[float]
+    pixel_weight: Tensor | None = None  # [N, C, ...]
+    guide: Tensor | None = None  # [N, G, ...]
+    smoothness_weight: Tensor | None = None  # [N, C, ...]
+    ssim_weight: Tensor | None = None  # of the map, [N, C, ...]
+    pixel_kind: str = ""  # as in pixel.py; empty: off
+    pixel_parameter: float = 0.0
+    smoothness_kind: str = ""  # as in smoothness.py; empty: off
+    order: int = 1
+    window: int = 0  # and what follows: as in ssim_reference.py; 0: off
+    sigma: float = 0.0
+    same: bool = False
+    c1: float = 0.0
+    c2: float = 0.0
+    low: float = 0.0
     keep: int = 0
-    shares: Tensor | None = None  # [sums], with KEEP_GRADIENTS
+    sum_weights: Tensor | None = None  # [sums], with KEEP_GRADIENTS
 
 
 class Saved(NamedTuple):
@@ -75,25 +83,26 @@ class Needs(NamedTuple):
 
 def image_reference(x: Inputs) -> Tensor:
     """The sums in differentiable torch."""
-    pixel, smoothness = x.kinds.split(",")
-    p, order, window, sigma, same, c1, c2, low = x.numbers
     dtype = result_dtype(x.image, x.image_pred)
     sums = [x.image_pred.new_zeros(1, dtype=dtype)] * 3
-    if pixel:
-        sums[0] = pixel_reference(x.image, x.image_pred, x.pixel_weight, pixel, p, True).reshape(1)
-    if smoothness:
-        along = smoothness_reference(x.image_pred, x.guide, x.smoothness_weight, smoothness, int(order))
-        sums[1] = along.sum((0, 1))
+    if x.pixel_kind:
+        pixel = PixelInputs(x.image, x.image_pred, x.pixel_weight, x.pixel_kind, x.pixel_parameter, True)
+        sums[0] = pixel_reference(pixel).reshape(1)
+    if x.smoothness_kind:
+        smoothness = SmoothnessInputs(x.image_pred, x.guide, x.smoothness_weight, x.smoothness_kind, x.order)
+        sums[1] = smoothness_reference(smoothness).sum((0, 1))
     else:
         sums[1] = x.image_pred.new_zeros(x.image_pred.ndim - 2, dtype=dtype)
-    if window:
-        ssim = SsimInputs(x.image, x.image_pred, x.ssim_weight, int(window), sigma, same != 0, c1, c2, low, False)
+    if x.window:
+        ssim = SsimInputs(
+            x.image, x.image_pred, x.ssim_weight, x.window, x.sigma, x.same, x.c1, x.c2, x.low, structure_only=False
+        )
         sums[2] = ssim_reference(ssim).sum().reshape(1)
     return torch.cat(sums)
 
 
 def _image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    axes = 1 if x.kinds.endswith(",isotropic") else x.image_pred.ndim - 2
+    axes = 1 if x.smoothness_kind == "isotropic" else x.image_pred.ndim - 2
     out = x.image_pred.new_empty(axes + 2, dtype=torch.float32)
     if x.keep == SIGNS:
         return out, Saved(x.image_pred.new_empty(x.image_pred.numel(), dtype=torch.uint8))
@@ -103,8 +112,7 @@ def _image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         kept = (count, x.image_pred.numel())
     elif x.keep:
         images, channels, height, width = x.image_pred.shape
-        _, _, window, _, same, *_ = x.numbers
-        cut = 0 if same else int(window) - 1
+        cut = 0 if x.same else x.window - 1
         kept = (2 + count, height - cut, images * channels * (width - cut))
     return out, Saved(x.image_pred.new_empty(kept, dtype=torch.float32))
 
@@ -117,15 +125,14 @@ def _image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grad
     )
 
 
-def _why_not(image: Tensor, *args: Any) -> str | None:
-    if image.numel() == 0:
+def _why_not(x: Inputs) -> str | None:
+    if x.image.numel() == 0:
         return "the images have no pixels"
-    window = args[6][2]
-    fits = window <= LARGEST_WINDOW
-    return None if fits else f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {window}"
+    fits = x.window <= LARGEST_WINDOW
+    return None if fits else f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {x.window}"
 
 
-_image = Op(
+_image_loss = Op(
     "image_loss",
     fwd=_image_loss_fwd,
     bwd=_image_loss_bwd,
@@ -231,37 +238,38 @@ def _in_one_pass(
     image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
 ) -> dict[str, Tensor]:
     """The same values from one op, which returns the sum of every part, where a kernel takes it."""
-    names, numbers, maps = ["", ""], [0.0, 1.0, *[0.0] * 6], dict.fromkeys(weights)
     guide = more["smoothness"].get("guide")
+    dtype, returned = torch.promote_types(image.dtype, image_pred.dtype), result_dtype(image, image_pred)
+    fields: dict[str, Any] = {"image": image.to(dtype), "image_pred": image_pred.to(dtype), "guide": guide}
     p, order = check_distance(distances.get("smoothness", 1), more["smoothness"].get("order", 1))
     counts: dict[str, list[Tensor | int]] = {"pixel": [0], "smoothness": [0] * (image_pred.ndim - 2), "ssim": [0]}
     if "pixel" in distances:
         options = dict(more["pixel"])
-        maps["pixel"] = _expanded(options.pop("weight", None), image)
-        names[0], numbers[0] = pixel_kind(distances["pixel"], **options)
-        counts["pixel"] = [_count(maps["pixel"], image.numel(), result_dtype(image, image_pred))]
+        weight = _expanded(options.pop("weight", None), image)
+        kind, parameter = pixel_kind(distances["pixel"], **options)
+        fields |= {"pixel_weight": weight, "pixel_kind": kind, "pixel_parameter": parameter}
+        counts["pixel"] = [_count(weight, image.numel(), returned)]
     if "smoothness" in distances:
-        names[1], maps["smoothness"] = smoothness_kind(image_pred, p, order, guide, more["smoothness"].get("weight"))
-        numbers[1] = float(order)
-        counts["smoothness"] = smoothness_counts(image_pred, maps["smoothness"], p, order)
+        kind, weight = smoothness_kind(image_pred, p, order, guide, more["smoothness"].get("weight"))
+        fields |= {"smoothness_weight": weight, "smoothness_kind": kind, "order": order}
+        counts["smoothness"] = smoothness_counts(image_pred, weight, p, order)
     if "ssim" in weights:
-        numbers[2:], maps["ssim"], count = _ssim_numbers(image, image_pred, more["ssim"])
-        counts["ssim"] = [_count(maps["ssim"], count, result_dtype(image, image_pred))]
-    dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    args = (image.to(dtype), image_pred.to(dtype), maps.get("pixel"), guide, maps.get("smoothness"), maps.get("ssim"))
-    kinds = ",".join(names)
-    backend = _image.backend(*args, kinds, numbers)
+        ssim, weight, count = _ssim_fields(image, image_pred, more["ssim"])
+        fields |= {"ssim_weight": weight, **ssim}
+        counts["ssim"] = [_count(weight, count, returned)]
+    x = Inputs(**fields)
+    backend = _image_loss.backend(*x)
     # On the CPU a sweep would subtract the pixels of a side without differences from themselves, NaN too.
     narrow = backend == "cpp" and "smoothness" in distances and min(image.shape[2:]) <= order
-    if backend == "reference" or narrow or (backend == "triton" and _is_heavy(kinds, guide, maps, numbers)):
+    if backend == "reference" or narrow or (backend == "triton" and _is_heavy(x)):
         return _part_by_part(image, image_pred, distances, more, weights)
-    keep, shares = 0, None
+    keep, sum_weights = 0, None
     if backend == "triton":
-        keep = _keep(*args, kinds, numbers)
-    elif "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's share depends on the sums
+        keep = _keep(x)
+    elif "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's weight depends on the sums
         keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
-        keep, shares = (keep + KEEP_GRADIENTS, _shares(weights, counts, image_pred)) if keep else (0, None)
-    sums = _image(*args, kinds, numbers, keep, shares)
+        keep, sum_weights = (keep + KEEP_GRADIENTS, _sum_weights(weights, counts, image_pred)) if keep else (0, None)
+    sums = _image_loss(*x._replace(keep=keep, sum_weights=sum_weights), backend=backend)
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = _mean(sums[0], counts["pixel"][0])
@@ -272,23 +280,23 @@ def _in_one_pass(
     return values
 
 
-def _is_heavy(kinds: str, guide: Tensor | None, maps: dict, numbers: list[float]) -> bool:
+def _is_heavy(x: Inputs) -> bool:
     """More than the registers of a device hold at once: an isotropic smoothness with a guide; and beside SSIM more than
     one of a guide, maps of weights and second differences."""
-    weighted = any(weight is not None for weight in maps.values())
-    many = (guide is not None) + weighted + (numbers[1] == 2) > 1
-    return (kinds.endswith("isotropic") and guide is not None) or (numbers[2] > 0 and many)
+    weighted = any(weight is not None for weight in (x.pixel_weight, x.smoothness_weight, x.ssim_weight))
+    many = (x.guide is not None) + weighted + (x.order == 2) > 1
+    return (x.smoothness_kind == "isotropic" and x.guide is not None) or (x.window > 0 and many)
 
 
-def _keep(image: Tensor, image_pred: Tensor, *args: Any) -> int:
+def _keep(x: Inputs) -> int:
     """What the Triton kernels keep for a backward."""
-    needs = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
-    *maps, kinds, numbers = args
+    needs = int(x.image.requires_grad) + 2 * int(x.image_pred.requires_grad)
     if not (needs and torch.is_grad_enabled()):
         return 0
-    if numbers[2]:
+    if x.window:
         return needs
-    signs = kinds == "l1,l1" and image.ndim == 4 and all(t is None for t in maps)
+    plain = all(t is None for t in (x.pixel_weight, x.guide, x.smoothness_weight))
+    signs = x.pixel_kind == x.smoothness_kind == "l1" and x.image.ndim == 4 and plain
     return SIGNS if signs else 0
 
 
@@ -302,33 +310,33 @@ def _mean(total: Tensor, count: Tensor | int) -> Tensor:
     return over_weights(total, count) if isinstance(count, Tensor) else total / count
 
 
-def _shares(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
-    """What each sum counts in the total."""
-    shares = [
+def _sum_weights(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
+    """The weight of each sum in the total."""
+    found = [
         over_weights(filled((), weights.get(name, 0.0), torch.float32, c.device), c.float())
         if isinstance(c, Tensor) else weights.get(name, 0.0) / max(c, 1)
-        for name, each in counts.items() for c in each
+        for name, of_part in counts.items() for c in of_part
     ]  # fmt: skip
-    if not any(isinstance(share, Tensor) or changes(share) for share in shares):
-        return torch.tensor(shares, dtype=torch.float32, device=like.device)
-    each = (s if isinstance(s, Tensor) else filled((), s, torch.float32, like.device) for s in shares)
-    return torch.stack([s.to(torch.float32) for s in each]).detach()
+    if not any(isinstance(weight, Tensor) or changes(weight) for weight in found):
+        return torch.tensor(found, dtype=torch.float32, device=like.device)
+    tensors = (w if isinstance(w, Tensor) else filled((), w, torch.float32, like.device) for w in found)
+    return torch.stack([w.to(torch.float32) for w in tensors]).detach()
 
 
-def _ssim_numbers(image: Tensor, image_pred: Tensor, options: dict) -> tuple[list[float], Tensor | None, int]:
-    """(window, sigma, whether the padding is "same", c1, c2, low), the weight of the map, how many elements it has."""
+def _ssim_fields(image: Tensor, image_pred: Tensor, options: dict) -> tuple[dict[str, Any], Tensor | None, int]:
+    """The fields of Inputs that say which SSIM, the weight of the map, and how many elements the map has."""
     check_tensor("image", image, 4)
     o = {"window": 11, "sigma": 1.5, "data_range": 1.0, "padding": "same", "k1": 0.01, "k2": 0.03, **options}
     weight = o.pop("weight", None)
-    window, sigma, same, *numbers = check_ssim_options(**o, dtype=result_dtype(image, image_pred))
-    if not same:
-        check_window_fits(image, window, 1)
+    ssim = check_ssim_options(**o, dtype=result_dtype(image, image_pred))
+    if not ssim.same:
+        check_window_fits(image, ssim.window, 1)
     NegativeImages.warn_once(image, o["data_range"])
-    cut = 0 if same else window // 2
+    cut = 0 if ssim.same else ssim.window // 2
     shape = (*image.shape[:2], image.shape[2] - 2 * cut, image.shape[3] - 2 * cut)
     if weight is not None:
         weight = map_weight(weight, image, cut).expand(shape)
-    return [float(window), sigma, float(same), *numbers], weight, math.prod(shape)
+    return ssim._asdict(), weight, math.prod(shape)
 
 
 def _expanded(weight: Any, image: Tensor) -> Tensor | None:

@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..core.checks import check_number, check_same_shape, check_tensor, check_weight
 from ..core.inference import takes_inference_tensors
-from ..core.scaled_sum import Total
+from ..core.scaled_sum import ScaledSum
 from ..core.traced import filled, number
 from .map_weights import over_weights, weight_sum
 
 LARGEST_EPS = 1e18  # its square fits float32
 
 
-def pixel_reference(
-    image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of the op, which returns the weighted distance of each element, or their sum."""
+
+    image: Tensor  # [...]
+    image_pred: Tensor  # [...]
+    weight: Tensor | None  # [...], of any strides
+    kind: str  # "l1", "l2", "lp", "charbonnier" or "huber"
+    parameter: float  # p, eps or delta
+    reduce: bool  # to the sum
+
+
+class Grads(NamedTuple):
+    image: Tensor
+    image_pred: Tensor
+
+
+class Needs(NamedTuple):
+    image: bool
+    image_pred: bool
+
+
+def pixel_reference(x: Inputs) -> Tensor:
     """The definition: weighted distances of the elements, or their sum, in float32 (float64 for float64)."""
-    dtype = result_dtype(image, image_pred)
-    d = image_pred.to(dtype) - image.to(dtype)
+    weight, kind, p = x.weight, x.kind, x.parameter
+    dtype = result_dtype(x.image, x.image_pred)
+    d = x.image_pred.to(dtype) - x.image.to(dtype)
     if weight is not None:
         d = d.masked_fill(weight == 0, 0)  # of NaN or infinity too: weights of 0 exclude, a product would not
     if kind == "l1":
@@ -38,30 +60,20 @@ def pixel_reference(
         loss = inner * (a - 0.5 * inner)
     if weight is not None:
         loss = loss * weight.to(dtype)
-    return loss.sum() if reduce else loss
+    return loss.sum() if x.reduce else loss
 
 
-def _pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
-    if reduce:
-        return image.new_empty((), dtype=torch.float32)
-    return torch.empty_like(image, dtype=torch.float32)
+def _pixel_fwd(x: Inputs) -> Tensor:
+    if x.reduce:
+        return x.image.new_empty((), dtype=torch.float32)
+    return torch.empty_like(x.image, dtype=torch.float32)
 
 
-def _pixel_bwd(
-    grad: Tensor,
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    p: float,
-    reduce: bool,
-    needs_image: bool,
-    needs_image_pred: bool,
-) -> tuple[Tensor, Tensor]:
-    none = image.new_empty(0)
-    return (
-        torch.empty_like(image) if needs_image else none,
-        torch.empty_like(image_pred) if needs_image_pred else none.to(image_pred.dtype),
+def _pixel_bwd(grad: Tensor, x: Inputs, needs: Needs) -> Grads:
+    none = x.image.new_empty(0)
+    return Grads(
+        image=torch.empty_like(x.image) if needs.image else none,
+        image_pred=torch.empty_like(x.image_pred) if needs.image_pred else none.to(x.image_pred.dtype),
     )
 
 
@@ -70,12 +82,14 @@ _pixel = Op(
     fwd=_pixel_fwd,
     bwd=_pixel_bwd,
     reference=pixel_reference,
-    grads=("image", "image_pred"),
+    grads=Grads._fields,
     triton="image.kernels.pixel",
 )
 
 
-_pixel_total = Total(_pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, triton="image.kernels.pixel")
+_pixel_total = ScaledSum(
+    _pixel, fwd=_pixel_fwd, bwd=_pixel_bwd, reference=pixel_reference, triton="image.kernels.pixel"
+)
 
 
 def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[str, float]:
@@ -145,11 +159,14 @@ def pixel_loss(
     if weight is not None:
         check_weight("weight", weight, "image", image)
         weight = weight.expand(image.shape)
-    dtype = torch.promote_types(image.dtype, image_pred.dtype)
-    args = (image.to(dtype), image_pred.to(dtype), weight, kind, parameter, reduction != "none")
-    if reduction == "mean" and weight is None and image.numel() > 0 and _pixel_total.serves(*args):
-        return _pixel_total(*args, [1 / image.numel()], backend="triton")
-    out = _pixel(*args)
+    if image.dtype != image_pred.dtype:
+        dtype = torch.promote_types(image.dtype, image_pred.dtype)
+        image, image_pred = image.to(dtype), image_pred.to(dtype)
+    x = Inputs(image, image_pred, weight, kind, parameter, reduction != "none")
+    backend = _pixel.backend(*x)
+    if reduction == "mean" and weight is None and image.numel() > 0 and backend == "triton":
+        return _pixel_total(*x, [1 / image.numel()], backend=backend)
+    out = _pixel(*x, backend=backend)
     if reduction != "mean":
         return out
     return mean_of(out, weight, image.numel())

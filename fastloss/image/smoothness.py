@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
 from ..core.checks import check_choice, check_same_device, check_tensor, check_weight
 from ..core.inference import takes_inference_tensors
-from ..core.scaled_sum import Total
+from ..core.scaled_sum import ScaledSum
 from .map_weights import over_weights
 
 DISTANCES = (1, 2, "isotropic", "norm")
@@ -28,6 +28,23 @@ _CONVENTIONS: dict[str, dict[str, tuple[tuple[int, ...], bool]]] = {
     "torchmetrics": {"none": ((1,), False), "mean": ((1,), False), "sum": ((1,), False)},
     "piq": {"none": ((1,), False), "mean": ((1,), False), "sum": ((1,), False)},
 }
+
+
+class Inputs(NamedTuple):
+    """Of the op, which returns the sums of distances of each plane along each direction, ``[N, C, directions]``.
+
+    "l1" and "l2" have one direction per spatial dimension; "isotropic" has one in all.
+    """
+
+    image_pred: Tensor  # [N, C, ...], two or three spatial dimensions
+    guide: Tensor | None  # [N, G, ...]
+    weight: Tensor | None  # [N, C, ...], of any strides
+    kind: str  # "l1", "l2" or "isotropic"
+    order: int  # of the differences, 1 or 2
+
+
+class Grads(NamedTuple):
+    image_pred: Tensor
 
 
 def _difference(image: Tensor, dim: int, order: int) -> Tensor:
@@ -60,15 +77,11 @@ def _root(squares: Tensor) -> Tensor:
     return torch.where(flat, torch.zeros_like(squares), torch.where(flat, torch.ones_like(squares), squares).sqrt())
 
 
-def smoothness_reference(
-    image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
-    """The definition: summed distances ``[N, C, directions]``, in float32 (float64 for float64).
-
-    "l1" and "l2" have one direction per spatial dimension; "isotropic" has one in all.
-    """
-    dtype = result_dtype(image_pred)
-    image = image_pred.to(dtype)
+def smoothness_reference(x: Inputs) -> Tensor:
+    """The definition: summed distances ``[N, C, directions]``, in float32 (float64 for float64)."""
+    guide, weight, kind, order = x.guide, x.weight, x.kind, x.order
+    dtype = result_dtype(x.image_pred)
+    image = x.image_pred.to(dtype)
     spatial = range(2, image.ndim)
     total: list[Tensor] = []
     squares = torch.zeros_like(image)
@@ -95,15 +108,13 @@ def smoothness_reference(
     return torch.stack(total, -1)
 
 
-def _smoothness_fwd(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
-    directions = 1 if kind == "isotropic" else image_pred.ndim - 2
-    return image_pred.new_empty((*image_pred.shape[:2], directions), dtype=torch.float32)
+def _smoothness_fwd(x: Inputs) -> Tensor:
+    directions = 1 if x.kind == "isotropic" else x.image_pred.ndim - 2
+    return x.image_pred.new_empty((*x.image_pred.shape[:2], directions), dtype=torch.float32)
 
 
-def _smoothness_bwd(
-    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int
-) -> Tensor:
-    return torch.empty_like(image_pred)
+def _smoothness_bwd(grad: Tensor, x: Inputs) -> Grads:
+    return Grads(torch.empty_like(x.image_pred))
 
 
 _smoothness = Op(
@@ -111,12 +122,12 @@ _smoothness = Op(
     fwd=_smoothness_fwd,
     bwd=_smoothness_bwd,
     reference=smoothness_reference,
-    grads=("image_pred",),
+    grads=Grads._fields,
     triton="image.kernels.smoothness",
 )
 
 
-_smoothness_total = Total(
+_smoothness_total = ScaledSum(
     _smoothness,
     fwd=_smoothness_fwd,
     bwd=_smoothness_bwd,
@@ -205,10 +216,11 @@ def smoothness_loss(
     if reduction == "mean":
         check_not_empty(image_pred.numel())
     over, mean = _CONVENTIONS[convention][reduction]
-    args = (image_pred, guide, weight, kind, order)
-    if over and reduction != "none" and weight is None and p != "norm" and _smoothness_total.serves(*args):
-        return _smoothness_total(*args, _factors(image_pred, kind, order, mean, reduction), backend="triton")
-    sums = _smoothness(*args)
+    x = Inputs(image_pred, guide, weight, kind, order)
+    backend = _smoothness.backend(*x)
+    if over and reduction != "none" and weight is None and p != "norm" and backend == "triton":
+        return _smoothness_total(*x, _factors(image_pred, kind, order, mean, reduction), backend=backend)
+    sums = _smoothness(*x, backend=backend)
     value = _value(sums, _counts(image_pred, weight, kind, order) if mean else None, over, p)
     return reduce(value, reduction) if over == (1,) else value
 

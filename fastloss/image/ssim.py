@@ -60,11 +60,11 @@ def _ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
     )
 
 
-def _why_not(image: Tensor, image_pred: Tensor, weight: Tensor | None, window: int, *rest: Any) -> str | None:
-    if window > LARGEST_WINDOW:
-        return f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {window}"
-    same_dtype = image.dtype == image_pred.dtype
-    return None if same_dtype else f"the kernels take images of one dtype, not {image.dtype} and {image_pred.dtype}"
+def _why_not(x: Inputs) -> str | None:
+    if x.window > LARGEST_WINDOW:
+        return f"the kernels take windows of up to {LARGEST_WINDOW} pixels, not {x.window}"
+    dtypes = x.image.dtype, x.image_pred.dtype
+    return None if len(set(dtypes)) == 1 else f"the kernels take images of one dtype, not {dtypes[0]} and {dtypes[1]}"
 
 
 _ssim = Op(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,41 +14,50 @@ from ..core.inference import takes_inference_tensors
 from .checks import check_layers, check_samples
 
 
-def dists_reference(features: list[Tensor], targets: list[Tensor]) -> Tensor:
-    """The definition: ``[5, N, C]``, the channels of all layers side by side: with d = f - t, the means over the pixels
-    of f and d, and the mean squares about their means of f, t and d."""
-    dtype = result_dtype(*features, *targets)
+class Inputs(NamedTuple):
+    """Of the op, which returns the statistics ``[5, N, C]``, the channels of all layers side by side."""
+
+    features: list[Tensor]  # [N, C_i, H_i, W_i] a layer
+    targets: list[Tensor]
+
+
+class Saved(NamedTuple):
+    rest: Tensor  # [3, N, C], what rounding left of the means of f, t and d
+
+
+class Needs(NamedTuple):
+    """The backward returns the gradients of the needed lists, one after the other."""
+
+    features: bool
+    targets: bool
+
+
+def dists_reference(x: Inputs) -> Tensor:
+    """The definition: with d = f - t, the means over the pixels of f and d, and the mean squares about their means of
+    f, t and d."""
+    dtype = result_dtype(*x.features, *x.targets)
     layers = []
-    for feature, target in zip(features, targets, strict=True):
+    for feature, target in zip(x.features, x.targets, strict=True):
         f, t = feature.to(dtype).flatten(2), target.to(dtype).flatten(2)
-        means = [x.mean(2, keepdim=True) for x in (f, t, f - t)]
-        squares = [(x - mean).square().mean(2) for x, mean in zip((f, t, f - t), means, strict=True)]
+        means = [v.mean(2, keepdim=True) for v in (f, t, f - t)]
+        squares = [(v - mean).square().mean(2) for v, mean in zip((f, t, f - t), means, strict=True)]
         layers.append(torch.stack([means[0].squeeze(2), means[2].squeeze(2), *squares]))
     return torch.cat(layers, 2)
 
 
-def _dists_fwd(features: list[Tensor], targets: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """The statistics, and what rounding left of the means of f, t and d, ``[3, N, C]``, for the backward."""
-    samples, channels = features[0].shape[0], sum(f.shape[1] for f in features)
-    stats = features[0].new_empty((5, samples, channels), dtype=torch.float32)
-    return stats, features[0].new_empty((3, samples, channels), dtype=torch.float32)
+def _dists_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    first, channels = x.features[0], sum(f.shape[1] for f in x.features)
+    stats = first.new_empty((5, first.shape[0], channels), dtype=torch.float32)
+    return stats, Saved(first.new_empty((3, first.shape[0], channels), dtype=torch.float32))
 
 
-def _dists_bwd(
-    grad: Tensor,
-    features: list[Tensor],
-    targets: list[Tensor],
-    stats: Tensor,
-    rest: Tensor,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    lists = [tensors for tensors, needed in ((features, needs_features), (targets, needs_targets)) if needed]
+def _dists_bwd(grad: Tensor, x: Inputs, stats: Tensor, saved: Saved, needs: Needs) -> list[Tensor]:
+    lists = [tensors for tensors, needed in zip(x, needs, strict=True) if needed]
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for tensors in lists for t in tensors]
 
 
-def _why_not(features: list[Tensor], targets: list[Tensor]) -> str | None:
-    dtypes = {str(t.dtype) for t in (*features, *targets)}
+def _why_not(x: Inputs) -> str | None:
+    dtypes = {str(t.dtype) for t in (*x.features, *x.targets)}
     return None if len(dtypes) == 1 else f"the kernels take features of one dtype, not {' and '.join(sorted(dtypes))}"
 
 
@@ -57,8 +66,8 @@ _dists = Op(
     fwd=_dists_fwd,
     bwd=_dists_bwd,
     reference=dists_reference,
-    grads=("features", "targets"),
-    outputs=("stats", "rest"),
+    grads=Needs._fields,
+    outputs=("stats", *Saved._fields),
     triton="perceptual.kernels.dists",
     declines=_why_not,
 )
@@ -121,8 +130,8 @@ def dists_distance(
     structure = mean_d.square() / (mean_f.square() + (mean_f - mean_d).square() + c1)
     texture = square_d / (square_f + square_t + c2)
     total = weights.sum()
-    shares = weights / torch.where(total == 0, 1.0, total)
-    return (torch.cat((structure, texture), 1) * shares).sum(1)
+    weights = weights / torch.where(total == 0, 1.0, total)
+    return (torch.cat((structure, texture), 1) * weights).sum(1)
 
 
 def _weights(name: str, weights: Any, features: Sequence[Tensor], stats: Tensor) -> Tensor:

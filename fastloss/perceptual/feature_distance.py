@@ -8,6 +8,7 @@ shapes. A difference of NaN has the gradient NaN in both, whatever the criterion
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,26 +25,52 @@ PARAMETERS = (1e-18, 1e18)  # of eps and beta: their squares are normal float32 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 
 
-def feature_distance_reference(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """Of both ops: a list of layers, any shapes, in one dtype."""
+
+    features: list[Tensor]
+    targets: list[Tensor]
+    weights: list[float]  # one a layer
+    layout: list[int]  # see layer_layout.py
+    dtype: torch.dtype
+    criterion: str
+    parameter: float  # eps or beta
+    reduction: str
+
+
+class LayerInputs(NamedTuple):
+    """What the backward of L1 takes of them, and so all that is kept: no features."""
+
+    weights: list[float]
+    layout: list[int]
+    dtype: torch.dtype
+    reduction: str
+
+
+class Saved(NamedTuple):
+    """By L1."""
+
+    signs: Tensor  # int32, two bits an element
+
+
+class Needs(NamedTuple):
+    """The backward returns the gradients of the needed lists, one after the other."""
+
+    features: bool
+    targets: bool
+
+
+def feature_distance_reference(x: Inputs) -> Tensor:
     """The definition: sum of c(f - t) over the elements of each layer times its scale, added up over the layers.
 
     One number, or one for each sample.
     """
-    returned, per_sample = result_dtype(*features, *targets), reduction == "none"
-    dtype = returned if _fits_float32(criterion, parameter) else torch.float64
-    scales = layer_scales(features, weights, reduction)
-    total = features[0].new_zeros(features[0].shape[:1] if per_sample else (), dtype=dtype)
-    for feature, target, scale in zip(features, targets, scales, strict=True):
-        loss = _elementwise(feature.to(dtype), target.to(dtype), criterion, parameter)
+    returned, per_sample = result_dtype(*x.features, *x.targets), x.reduction == "none"
+    dtype = returned if _fits_float32(x.criterion, x.parameter) else torch.float64
+    scales = layer_scales(x.features, x.weights, x.reduction)
+    total = x.features[0].new_zeros(x.features[0].shape[:1] if per_sample else (), dtype=dtype)
+    for feature, target, scale in zip(x.features, x.targets, scales, strict=True):
+        loss = _elementwise(feature.to(dtype), target.to(dtype), x.criterion, x.parameter)
         if not per_sample:
             loss = loss.sum()
         elif loss.ndim > 1:
@@ -87,103 +114,46 @@ def layer_scales(features: Sequence[Tensor], weights: Sequence[float], reduction
     return scales
 
 
-def _gradients(grad: Tensor, layout: list[int], dtype: torch.dtype, sides: int) -> list[Tensor]:
-    return [grad.new_empty_strided(*layer, dtype=dtype) for _ in range(sides) for layer in layers_of(layout)]
+def _gradients(grad: Tensor, x: Inputs | LayerInputs, needs: Needs) -> list[Tensor]:
+    return [grad.new_empty_strided(*layer, dtype=x.dtype) for _ in range(sum(needs)) for layer in layers_of(x.layout)]
 
 
-def _distance_fwd(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> Tensor:
-    return features[0].new_empty(features[0].shape[:1] if reduction == "none" else (), dtype=torch.float32)
+def _distance_fwd(x: Inputs) -> Tensor:
+    first = x.features[0]
+    return first.new_empty(first.shape[:1] if x.reduction == "none" else (), dtype=torch.float32)
 
 
-def _why_not(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> str | None:
-    if _fits_float32(criterion, parameter):
+def _why_not(x: Inputs) -> str | None:
+    if _fits_float32(x.criterion, x.parameter):
         return None
-    return f"the square of {parameter:g}, eps or beta, is no normal float32 number"
+    return f"the square of {x.parameter:g}, eps or beta, is no normal float32 number"
 
 
-def _distance_bwd(
-    grad: Tensor,
-    features: list[Tensor],
-    targets: list[Tensor],
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    return _gradients(grad, layout, dtype, int(needs_features) + int(needs_targets))
+def _distance_bwd(grad: Tensor, x: Inputs, incoming: list[Tensor], needs: Needs) -> list[Tensor]:
+    return _gradients(grad, x, needs)
 
 
-def _l1_fwd(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    signs = features[0].new_empty((sign_count(layout, reduction),), dtype=torch.int32)
-    return _distance_fwd(features, targets, weights, layout, dtype, criterion, parameter, reduction), signs
+def _l1_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    signs = x.features[0].new_empty((sign_count(x.layout, x.reduction),), dtype=torch.int32)
+    return _distance_fwd(x), Saved(signs)
 
 
-def _l1_bwd(
-    grad: Tensor,
-    signs: Tensor,
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    reduction: str,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    return _gradients(grad, layout, dtype, int(needs_features) + int(needs_targets))
+def _l1_bwd(grad: Tensor, saved: Saved, incoming: list[Tensor], x: LayerInputs, needs: Needs) -> list[Tensor]:
+    return _gradients(grad, x, needs)
 
 
-def _l1_bwd_reference(
-    grad: Tensor,
-    signs: Tensor,
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    reduction: str,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
+def _l1_bwd_reference(grad: Tensor, saved: Saved, incoming: list[Tensor], x: LayerInputs, needs: Needs) -> list[Tensor]:
     """The signs, which the kernel gives as the gradient of a plain sum, times what they are multiplied with."""
-    counts = [max(rows_of(shape, reduction)[1], 1) if reduction != "sum" else 1 for shape, _ in layers_of(layout)]
+    mean = x.reduction != "sum"
+    counts = [max(rows_of(shape, x.reduction)[1], 1) if mean else 1 for shape, _ in layers_of(x.layout)]
     ones = torch.ones_like(grad.detach())
-    of = _l1.bwd(ones, signs, [], [float(n) for n in counts], layout, dtype, reduction, True, False)
+    plain = x._replace(weights=[float(n) for n in counts])
+    signs = _l1.bwd(ones, *saved, [], *plain, *Needs(True, False))
     gradients = []
-    for sign, weight, count in zip(of, weights, counts, strict=True):
-        upstream = grad.reshape(-1, *[1] * (sign.ndim - 1)) if reduction == "none" else grad
-        gradients.append((upstream * (weight / count) * sign).to(dtype))
-    return (gradients if needs_features else []) + ([-g for g in gradients] if needs_targets else [])
+    for sign, weight, count in zip(signs, x.weights, counts, strict=True):
+        upstream = grad.reshape(-1, *[1] * (sign.ndim - 1)) if x.reduction == "none" else grad
+        gradients.append((upstream * (weight / count) * sign).to(x.dtype))
+    return (gradients if needs.features else []) + ([-g for g in gradients] if needs.targets else [])
 
 
 _l1 = Op(
@@ -191,8 +161,8 @@ _l1 = Op(
     fwd=_l1_fwd,
     bwd=_l1_bwd,
     reference=feature_distance_reference,
-    grads=("features", "targets"),
-    outputs=("out", "signs"),
+    grads=Needs._fields,
+    outputs=("out", *Saved._fields),
     triton="perceptual.kernels.feature_distance",
     bwd_reference=_l1_bwd_reference,
 )
@@ -203,7 +173,7 @@ _distance = Op(
     fwd=_distance_fwd,
     bwd=_distance_bwd,
     reference=feature_distance_reference,
-    grads=("features", "targets"),
+    grads=Needs._fields,
     triton="perceptual.kernels.feature_distance",
     declines=_why_not,
 )
@@ -216,15 +186,15 @@ def distance_call(
     criterion: str,
     parameter: float,
     reduction: str,
-) -> tuple[Op, tuple]:
+) -> tuple[Op, Inputs]:
     """The op that checked arguments go to, and its arguments: all layers in the dtype to which theirs promote."""
     dtype = features[0].dtype
     for t in (*features, *targets):
         dtype = torch.promote_types(dtype, t.dtype)
     features, targets = [f.to(dtype) for f in features], [t.to(dtype) for t in targets]
-    layout, factors = layout_of(features, targets, reduction), [float(w) for w in weights]
+    layout, numbers = layout_of(features, targets, reduction), [float(w) for w in weights]
     op = _l1 if criterion == "l1" else _distance
-    return op, (features, targets, factors, layout, dtype, criterion, parameter, reduction)
+    return op, Inputs(features, targets, numbers, layout, dtype, criterion, parameter, reduction)
 
 
 @takes_inference_tensors
@@ -276,10 +246,10 @@ def feature_distance(
         >>> feature_distance(features, [targets[0], 0.5 * features[1]], weights=[1.0, 2.0]).item()
         2.0
     """
-    op, args = feature_distance_call(
+    op, x = feature_distance_call(
         features, targets, weights=weights, criterion=criterion, eps=eps, beta=beta, reduction=reduction
     )
-    return op(*args)
+    return op(*x)
 
 
 def feature_distance_call(
@@ -291,7 +261,7 @@ def feature_distance_call(
     eps: float,
     beta: float,
     reduction: str,
-) -> tuple[Op, tuple]:
+) -> tuple[Op, Inputs]:
     """The op that computes a `feature_distance`, and its arguments; raises where they do not fit."""
     features, targets = check_layers(features, targets)
     check_choice("criterion", criterion, CRITERIA)

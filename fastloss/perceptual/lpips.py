@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,27 @@ MOST_EPS = 1e18  # of the kernels
 STATISTICS = 4  # that the forward keeps of a pixel: |f|, |t|, and the sums over channels of w d u and w d v
 
 
+class Inputs(NamedTuple):
+    """Of the op, which returns the distance of each sample, or the layers' maps, flat, one after the other."""
+
+    features: list[Tensor]  # [N, C_i, H_i, W_i] a layer
+    targets: list[Tensor]
+    lin_weights: list[Tensor]  # [C_i] a layer; none: ones
+    eps: float
+    spatial: bool  # the maps
+
+
+class Saved(NamedTuple):
+    statistics: Tensor  # [STATISTICS, pixels of all layers]
+
+
+class Needs(NamedTuple):
+    """The backward returns the gradients of the needed lists, one after the other."""
+
+    features: bool
+    targets: bool
+
+
 def _unit(x: Tensor, eps: float) -> Tensor:
     """x / (|x| + eps) over channels; 0 with zero gradient where |x| is 0 (sqrt alone would give NaN there)."""
     square = (x * x).sum(dim=1, keepdim=True)
@@ -35,22 +56,17 @@ def _unit(x: Tensor, eps: float) -> Tensor:
     return (x / (norm + eps)).masked_fill(zero, 0.0)
 
 
-def lpips_reference(
-    features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
-) -> Tensor:
-    """The definition: the distance of each sample ``[N]``, or ``spatial`` the layers' maps, flat, one after the other.
-
-    No `lin_weights` stand for ones.
-    """
-    dtype = result_dtype(*features, *targets)
+def lpips_reference(x: Inputs) -> Tensor:
+    """The definition: the distance of each sample ``[N]``, or the layers' maps, flat, one after the other."""
+    dtype = result_dtype(*x.features, *x.targets)
     maps = []
-    for i, (feature, target) in enumerate(zip(features, targets, strict=True)):
-        d = _unit(feature.to(dtype), eps) - _unit(target.to(dtype), eps)
+    for i, (feature, target) in enumerate(zip(x.features, x.targets, strict=True)):
+        d = _unit(feature.to(dtype), x.eps) - _unit(target.to(dtype), x.eps)
         distance = d * d
-        if lin_weights:
-            distance = distance * lin_weights[i].to(dtype).reshape(1, -1, 1, 1)
+        if x.lin_weights:
+            distance = distance * x.lin_weights[i].to(dtype).reshape(1, -1, 1, 1)
         maps.append(distance.sum(dim=1).flatten(1))
-    if spatial:
+    if x.spatial:
         return torch.cat([m.flatten() for m in maps])
     return torch.stack([m.mean(1) for m in maps]).sum(0)
 
@@ -59,35 +75,22 @@ def _pixels(features: list[Tensor]) -> int:
     return sum(math.prod((f.shape[0], *f.shape[2:])) for f in features)
 
 
-def _lpips_fwd(
-    features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
-) -> tuple[Tensor, Tensor]:
-    pixels = _pixels(features)
-    out = features[0].new_empty((pixels if spatial else features[0].shape[0],), dtype=torch.float32)
-    return out, features[0].new_empty((STATISTICS, pixels), dtype=torch.float32)
+def _lpips_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    first, pixels = x.features[0], _pixels(x.features)
+    out = first.new_empty((pixels if x.spatial else first.shape[0],), dtype=torch.float32)
+    return out, Saved(first.new_empty((STATISTICS, pixels), dtype=torch.float32))
 
 
-def _lpips_bwd(
-    grad: Tensor,
-    statistics: Tensor,
-    features: list[Tensor],
-    targets: list[Tensor],
-    lin_weights: list[Tensor],
-    eps: float,
-    spatial: bool,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    sides = (features if needs_features else []) + (targets if needs_targets else [])
+def _lpips_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> list[Tensor]:
+    sides = (x.features if needs.features else []) + (x.targets if needs.targets else [])
     return [torch.empty_like(t) for t in sides]
 
 
-def _why_not(
-    features: list[Tensor], targets: list[Tensor], lin_weights: list[Tensor], eps: float, spatial: bool
-) -> str | None:
-    if any(lin.requires_grad for lin in lin_weights):  # they are learnt once, by those who make the metric
+def _why_not(x: Inputs) -> str | None:
+    if any(lin.requires_grad for lin in x.lin_weights):  # they are learnt once, by those who make the metric
         return "lin_weights require gradients, which the kernels do not make"
-    return None if eps <= MOST_EPS else f"the kernels divide eps by norms, and take up to {MOST_EPS:g}, not {eps:g}"
+    fits = x.eps <= MOST_EPS
+    return None if fits else f"the kernels divide eps by norms, and take up to {MOST_EPS:g}, not {x.eps:g}"
 
 
 _lpips = Op(
@@ -95,8 +98,8 @@ _lpips = Op(
     fwd=_lpips_fwd,
     bwd=_lpips_bwd,
     reference=lpips_reference,
-    grads=("features", "targets"),
-    outputs=("out", "statistics"),
+    grads=Needs._fields,
+    outputs=("out", *Saved._fields),
     triton="perceptual.kernels.lpips",
     declines=_why_not,
 )

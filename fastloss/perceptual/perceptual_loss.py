@@ -315,6 +315,8 @@ class PerceptualLoss(FrozenNetworks):
             raise ValueError(
                 f"{name}: expected {channels} channels, [N,{channels},H,W], got shape {tuple(image.shape)}{hint}"
             )
+        if 0 in image.shape[2:]:
+            raise ValueError(f"{name}: expected at least one pixel, got shape {tuple(image.shape)}")
 
     def extra_repr(self) -> str:
         return (
@@ -395,7 +397,5 @@ def _check_targets(targets: Any, backbones: int) -> Targets:
     if not good:
         raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
     if len(targets) != backbones:
-        raise ValueError(
-            f"image: expected the features of {backbones} backbones, as encode() gives them, got {len(targets)}"
-        )
+        raise ValueError(f"image: expected the features of {backbones} backbones, as encode() does, got {len(targets)}")
     return [list(features) for features in targets]

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core import Op, full_precision
 from ..core.inference import takes_inference_tensors
 from ..core.traced import changes
-from .feature_distance import feature_distance_call
+from .feature_distance import Inputs, LayerInputs, feature_distance_call
 
 
 class _Tap(torch.autograd.Function):
@@ -18,10 +18,10 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, feature: Tensor, target: Tensor, op: Op, options: tuple) -> tuple[Tensor, Tensor]:
-        out = op.fwd([feature], [target], *options)
+        out = op.fwd(*Inputs([feature], [target], *options))
         keeps_signs = not isinstance(out, Tensor)
-        distance = out[0] if keeps_signs else out
-        ctx.save_for_backward(*((out[1],) if keeps_signs else (feature, target)))
+        distance, *saved = out if keeps_signs else (out, feature, target)
+        ctx.save_for_backward(*saved)
         ctx.op, ctx.options, ctx.keeps_signs = op, options, keeps_signs
         ctx.set_materialize_grads(False)
         return feature.view_as(feature), distance
@@ -33,13 +33,13 @@ class _Tap(torch.autograd.Function):
         needs_feature, needs_target = ctx.needs_input_grad[:2]
         together = needs_feature and behind is not None and not torch.is_grad_enabled()  # else autograd sees two terms
         incoming = [behind] if together else []
-        weights, layout, dtype, criterion, parameter, reduction = ctx.options
         if ctx.keeps_signs:
             (signs,) = ctx.saved_tensors
-            args: tuple = (signs, incoming, weights, layout, dtype, reduction)
+            x = Inputs([], [], *ctx.options)
+            args: tuple = (signs, incoming, *LayerInputs(x.weights, x.layout, x.dtype, x.reduction))
         else:
             feature, target = ctx.saved_tensors
-            args = ([feature], [target], incoming, weights, layout, dtype, criterion, parameter, reduction)
+            args = (*Inputs([feature], [target], *ctx.options), incoming)
         made = ctx.op.bwd(grad, *args, needs_feature, needs_target)
         of_feature = made[0] if needs_feature else None
         if of_feature is not None and behind is not None and not together:
@@ -84,11 +84,12 @@ def tap(
         >>> loss.item()
         0.5
     """
-    op, args = feature_distance_call(
+    op, x = feature_distance_call(
         [feature], [target], weights=[weight], criterion=criterion, eps=eps, beta=beta, reduction=reduction
     )
     untouched = not feature.requires_grad or feature.dtype != target.dtype
-    if untouched or op.backend(*args) == "reference" or changes(weight) or changes(args[6]):
-        return feature, op(*args)
+    if untouched or op.backend(*x) == "reference" or changes(weight) or changes(x.parameter):
+        return feature, op(*x)
+    _, _, *options = x
     with full_precision(feature):
-        return _Tap.apply(feature, target, op, args[2:])
+        return _Tap.apply(feature, target, op, tuple(options))

@@ -15,7 +15,7 @@ import fastloss
 from benchmarks import check, gpu, perceptual_step, plot, run, scaling, train_steps
 from benchmarks.harness import measure, memory, results, session
 from benchmarks.harness.progress import Progress
-from benchmarks.report import explanations, tables
+from benchmarks.report import explanations, pages, tables
 from benchmarks.workloads import items, providers
 from tests.conformance.cases import CASES, Draw
 
@@ -198,10 +198,10 @@ def test_a_lost_row_without_a_reason_is_found(monkeypatch):
     assert [line.split(": ")[1:] for line in tables.unexplained()] == [
         ["new_loss {} 8x8 both", "2.10 times kornia's"], ["new_loss {} 8x8 memory", "4.00 times kornia's"],
     ]  # fmt: skip
-    assert tables.UNEXPLAINED in tables.report() and "| level |" in tables.report()
+    assert tables.UNEXPLAINED in pages.report() and "| level |" in pages.report()
     assert "kornia 1 (0.48x)" in tables.table()
     monkeypatch.setattr(explanations, "EXPLANATIONS", (("cpu", "new_*", "*", "*", "*", "kornia", "because"),))
-    assert tables.unexplained() == [] and "(1) because" in tables.report()
+    assert tables.unexplained() == [] and "(1) because" in pages.report()
 
 
 def test_what_got_worse_is_named_if_it_is_worse_again(monkeypatch, capsys):
@@ -342,29 +342,16 @@ def test_adapters_take_what_they_know_and_no_more():
                 assert name in providers.INSTALL, name
 
 
-def test_pictures_are_drawn(tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from benchmarks.report import pictures
-
-    monkeypatch.setattr(pictures, "RESULTS", tmp_path)
-    monkeypatch.setattr(tables, "_read", lambda device: tuple(sample()) if device == "cpu" else ())
-    results.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", sample())
-    drawn = [p.name for p in pictures.draw_all()]
-    assert drawn == ["speed.svg", "memory.svg", "roofline.svg", "scaling.svg"]
-    assert b"pixel" not in (tmp_path / "cpu" / "speed.svg").read_bytes()[:100]
-    assert all((tmp_path / "cpu" / name).read_bytes().startswith(b"<?xml") for name in drawn)
-
-
 def test_the_report_says_how_far_each_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    assert tables._scaling_table("cpu") == ["Not measured."]
+    assert tables.scaling_table("cpu") == ["Not measured."]
     eager, ours, _ = sample()
     results.write(tmp_path / "cpu" / "scaling" / "pixel_loss.csv", [
         eager | {"threads": "1", "p50_ms": "6"}, eager | {"threads": "1", "p50_ms": "24", "shape": "8x3x64x64"},
         eager | {"p50_ms": "4"}, eager | {"shape": "8x3x64x64", "p50_ms": "", "note": "out of memory at 64"}, ours,
     ])  # fmt: skip
     head = "| `pixel_loss` | {} | 8x3x32x32 | {} | 3 | {} | {} |"
-    assert tables._scaling_table("cpu")[2:] == [
+    assert tables.scaling_table("cpu")[2:] == [
         head.format("eager", 4, "out of memory at 64", "1 to 2: 1.50x at 8x3x32x32"),
         head.format("fastloss", 1, "the end of the sweep", "-"),
     ]

@@ -13,64 +13,67 @@ def eager_reduce(rows, weights, reduction):
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
 
 
-def eager_rows(similar, target, keep, include_positive=True, smoothing=0.0, sampling=None, temperature=0.1, bias=0.0):
+def eager_rows(
+    similar, target, allowed, temperature=0.1, bias=None, include_positive=True, label_smoothing=0.0, sampling=None
+):
     """Row losses from scaled similarities [M, C], the positives' columns and the mask of the negatives, and a bias.
 
     With plain exponentials below the largest. Rows without negatives have loss 0: their 0 / 0 and log 0 get numbers in
     their place.
     """
-    logits = similar + bias
-    positive = torch.zeros_like(keep).scatter(1, target[:, None], True)
+    logits = similar + (0.0 if bias is None else bias)
+    positive = torch.zeros_like(allowed).scatter(1, target[:, None], True)
     pos = logits.gather(1, target[:, None])[:, 0]
     if sampling is not None and sampling.margin is not None:
-        keep = keep & (similar * temperature <= similar.gather(1, target[:, None]) * temperature + sampling.margin)
-    none = ~keep.any(1)
+        limit = similar.gather(1, target[:, None]) * temperature + sampling.margin
+        allowed = allowed & (similar * temperature <= limit)
+    none = ~allowed.any(1)
     if sampling is not None and (sampling.tau_plus or sampling.hardness):
-        count = keep.sum(1).clamp(min=1).to(logits)
-        most = logits.detach().masked_fill(~keep, -torch.inf).amax(1).masked_fill(none, 0.0)
-        below = logits - most[:, None]
-        negative = below.masked_fill(~keep, -torch.inf).exp()
-        importance = (sampling.hardness * below).masked_fill(~keep, -torch.inf).exp()
-        total = (importance * negative).sum(1) / ((importance.sum(1) + none) / count)
+        number = allowed.sum(1).clamp(min=1).to(logits)
+        row_max = logits.detach().masked_fill(~allowed, -torch.inf).amax(1).masked_fill(none, 0.0)
+        below = logits - row_max[:, None]
+        negative = below.masked_fill(~allowed, -torch.inf).exp()
+        importance = (sampling.hardness * below).masked_fill(~allowed, -torch.inf).exp()
+        sum_exp = (importance * negative).sum(1) / ((importance.sum(1) + none) / number)
         if sampling.tau_plus:
-            total = (total - sampling.tau_plus * count * (pos - most).exp()) / (1 - sampling.tau_plus)
-            total = torch.maximum(total, count * torch.exp(torch.as_tensor(-1 / temperature).to(logits) - most))
-        total = total.masked_fill(none, 1.0).log() + most
-        rows = (torch.logaddexp(pos, total) if include_positive else total) - pos
+            sum_exp = (sum_exp - sampling.tau_plus * number * (pos - row_max).exp()) / (1 - sampling.tau_plus)
+            floor = number * torch.exp(torch.as_tensor(-1 / temperature).to(logits) - row_max)
+            sum_exp = torch.maximum(sum_exp, floor)
+        lse = sum_exp.masked_fill(none, 1.0).log() + row_max
+        rows = (torch.logaddexp(pos, lse) if include_positive else lse) - pos
     else:
-        candidates = keep | positive if include_positive else keep | (positive & none[:, None])
+        candidates = allowed | positive if include_positive else allowed | (positive & none[:, None])
         rows = logits.masked_fill(~candidates, -torch.inf).logsumexp(1) - pos
-    if smoothing:
-        mean = torch.where(keep | positive, logits, 0).sum(1) / (keep.sum(1) + 1)
-        rows = rows + smoothing * (pos - mean)
+    if label_smoothing:
+        mean = torch.where(allowed | positive, logits, 0).sum(1) / (allowed.sum(1) + 1)
+        rows = rows + label_smoothing * (pos - mean)
     return rows.masked_fill(none, 0.0)
 
 
 def eager_info_nce(
-    query, key, negatives=None, temperature=0.1, include_positive=True, symmetric=False, normalize=True,
-    label_smoothing=0.0, bias=None, query_ids=None, key_ids=None, weights=None, reduction="mean", in_batch=None,
-    targets=None, sampling=None,
+    query, key, negatives=None, *, temperature=0.1, symmetric=False, normalize=True, query_ids=None, key_ids=None,
+    in_batch=None, targets=None, weights=None, reduction="mean", **row_options,
 ):  # fmt: skip
+    """`row_options`: those of :func:`eager_rows`."""
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
     target = torch.arange(len(query), device=query.device) if targets is None else targets
     logits = query @ key.T * (1 / temperature)
-    keep = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
+    allowed = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
     if query_ids is not None:
-        keep = keep & (query_ids[:, None] != key_ids)
+        allowed = allowed & (query_ids[:, None] != key_ids)
     if negatives is not None and not in_batch:
-        keep = torch.zeros_like(keep)
-    inside, mask = logits, keep
+        allowed = torch.zeros_like(allowed)
+    row_view, mask = logits, allowed
     if negatives is not None:
         extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
-        inside = torch.cat((inside, extra * (1 / temperature)), 1)
-        mask = torch.cat((keep, torch.ones_like(extra, dtype=torch.bool)), 1)
-    offset = 0.0 if bias is None else bias
-    rows = eager_rows(inside, target, mask, include_positive, label_smoothing, sampling, temperature, offset)
+        row_view = torch.cat((row_view, extra * (1 / temperature)), 1)
+        mask = torch.cat((allowed, torch.ones_like(extra, dtype=torch.bool)), 1)
+    rows = eager_rows(row_view, target, mask, temperature, **row_options)
     if symmetric:
-        back = eager_rows(logits.T, target, keep.T, include_positive, label_smoothing, sampling, temperature)
-        rows = (rows + back) / 2
+        of_columns = eager_rows(logits.T, target, allowed.T, temperature, **(row_options | {"bias": None}))
+        rows = (rows + of_columns) / 2
     return eager_reduce(rows, weights, reduction)
 
 
@@ -108,14 +111,16 @@ def eager_supcon(features, labels, temperature=0.1, include_positive=True, norma
     return eager_reduce(rows, weights, reduction)
 
 
-def eager_nt_xent(view_a, view_b, temperature=0.1, include_positive=True, normalize=True, label_smoothing=0.0, ids=None,
-                  sampling=None, weights=None, reduction="mean"):  # fmt: skip
+def eager_nt_xent(
+    view_a, view_b, temperature=0.1, normalize=True, ids=None, weights=None, reduction="mean", **row_options
+):
+    """`row_options`: those of :func:`eager_rows`."""
     z = torch.cat((view_a, view_b))
     z = F.normalize(z, dim=1) if normalize else z
     target = torch.arange(len(z), device=z.device).roll(len(view_a))
-    keep = ~torch.eye(len(z), dtype=torch.bool, device=z.device).scatter(1, target[:, None], True)
+    allowed = ~torch.eye(len(z), dtype=torch.bool, device=z.device).scatter(1, target[:, None], True)
     if ids is not None:
-        keep = keep & (ids.repeat(2)[:, None] != ids.repeat(2))
+        allowed = allowed & (ids.repeat(2)[:, None] != ids.repeat(2))
     logits = z @ z.T * (1 / temperature)
-    rows = eager_rows(logits, target, keep, include_positive, label_smoothing, sampling, temperature)
+    rows = eager_rows(logits, target, allowed, temperature, **row_options)
     return eager_reduce(rows, None if weights is None else weights.repeat(2), reduction)

@@ -12,7 +12,7 @@ import fastloss
 from benchmarks import run
 from benchmarks.harness import measure
 from benchmarks.harness.results import read_all
-from fastloss.image.image_loss import _image, _keep
+from fastloss.image.image_loss import Inputs, _image_loss, _keep
 from tests.conformance.cases import CASES, Draw
 from tests.conformance.cases.image import IMAGE_CASES
 from tests.conformance.cases.volumes import VOLUME_CASES
@@ -139,14 +139,15 @@ def test_ssim_of_an_image_past_two_to_the_31_elements():
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [0.0, 11.0])
+@pytest.mark.parametrize("window", [0, 11])
 def test_image_loss_of_an_image_past_two_to_the_31_elements(window):
     image, pred = large_pair()
     part = pred.detach()[..., -64:, -64:].clone().requires_grad_()
     found = []
     for x, y in ((image, pred), (image[..., -64:, -64:].contiguous(), part)):
-        args = (x, y, None, None, None, None, "l1,l1", [1.0, 1.0, window, 1.5, 1.0, 1e-4, 9e-4, 0.0])
-        sums = _image(*args, _keep(*args), None)
+        ssim = {"window": window, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4}
+        inputs = Inputs(x, y, pixel_kind="l1", smoothness_kind="l1", **ssim)
+        sums = _image_loss(*inputs._replace(keep=_keep(inputs)))
         upstream = torch.tensor([1.0, 2.0, 3.0, 4.0], device="cuda")
         found.append((sums.detach(), torch.autograd.grad(sums, y, upstream)[0][..., -32:, -32:]))
     assert found[0][0][:3].tolist() == [1.0, 1.0, 1.0]

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -146,6 +145,8 @@ def ops_of(name: str) -> tuple[core.Op, ...]:
 
 def places(case: Case) -> list[Any]:
     """(device, backend) pairs to check: the reference everywhere, kernels where the case has them."""
+    import pytest  # here, for the benchmarks take the rest of this file into the installed package
+
     kernels = {name for op in ops_of(case.name) for name, there in op.kernels.items() if there}
     if INTERPRETING:
         return [("cpu", "triton")] if "triton" in kernels else []
@@ -166,6 +167,8 @@ def _thinned(options: Sequence[dict], dtypes: Sequence[torch.dtype]) -> list[tup
 
 def grid(*, options: bool = True, dtypes: tuple[torch.dtype, ...] = DTYPES, only_ops: bool = False) -> Any:
     """parametrize over case x place x option x dtype, with readable ids."""
+    import pytest
+
     rows = []
     for case in CASES:
         if only_ops and not ops_of(case.name):

@@ -1,4 +1,4 @@
-"""Contrastive Triton launchers: blocks of G within the workspace, plans, wide spreads."""
+"""The Triton launchers: blocks of G within the workspace, plans, exponents that lie far apart."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_plans_cover_the_blocks_within_their_bounds():
     tile = Tile(128, 128, 64, True, True, 4, 3)
     for rows, columns in ((1, 1), (200, 70000), (70000, 200), (65536, 65536), (2**20, 2**20)):
         for elements in (128 * 128, 10**6, 2**27):
-            high, wide = block_plan(rows, columns, elements, tile)
-            assert high * wide <= elements and wide % tile.columns == 0 and high >= 1
+            block_rows, block_columns = block_plan(rows, columns, elements, tile)
+            assert block_rows * block_columns <= elements and block_columns % tile.columns == 0 and block_rows >= 1
         groups, splits = walk_plan(-(-rows // 128), -(-columns // 128), 264)
         assert groups * splits <= 264 and groups <= -(-rows // 128) and splits <= -(-columns // 128)
     assert walk_plan(64, 64, 264) == (16, 16)
@@ -94,7 +94,7 @@ def plain_values(op, dtype, needs, symmetric, options, workspace_mib, rows=19, k
     return out.detach(), *torch.autograd.grad(out, leaves, upstream)
 
 
-# chunks of some rows, of more, of all; blocks of G with and without kept exponentials
+# chunks of some rows, of more, of all; blocks of G with and without saved exponentials
 @triton_only
 @pytest.mark.parametrize("workspace_mib", [0.004, 0.02, 256.0])
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -125,9 +125,9 @@ def softmax_loss_eager(query, key, *rest):
     logits = (x.scale * x.fixed_scale).to(query.dtype) * (query @ key.T)
     target = column[: logits.shape[0]] if x.targets is None else x.targets
 
-    def rows(s, own):
-        positive = s.gather(1, own[:, None])[:, 0]
-        left_out = s.masked_fill(column[: s.shape[1]] == own[:, None], -torch.inf) if not x.include_positive else s
+    def rows(s, target):
+        positive = s.gather(1, target[:, None])[:, 0]
+        left_out = s.masked_fill(column[: s.shape[1]] == target[:, None], -torch.inf) if not x.include_positive else s
         return left_out.logsumexp(1) - positive
 
     loss = rows(logits, target)

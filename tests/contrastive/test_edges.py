@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss import NegativeSampling, clip_loss, info_nce, nt_xent_loss, siglip_loss, supcon_loss
+from fastloss import NegativeSampling, clip_loss, core, info_nce, nt_xent_loss, siglip_loss, supcon_loss
+from tests.conformance.tools import INTERPRETING
 from tests.contrastive.test_formulas import close, gradients, randn, unit
 
 DEBIASED = NegativeSampling(tau_plus=0.1, hardness=1.0, margin=0.1)
@@ -205,3 +206,35 @@ def test_a_bias_of_another_device_is_named(shape):
     rows = torch.randn(3, 4)
     with pytest.raises(ValueError, match="bias: expected it on the device of .*, cpu, got meta"):
         info_nce(rows, rows, bias=torch.zeros(shape, device="meta"))
+
+
+INFINITE = {  # losses of (query, key), which are infinite where a query is
+    "info_nce": lambda q, k, **o: info_nce(q, k, normalize=False, **o),
+    "decoupled": lambda q, k, **o: info_nce(q, k, normalize=False, include_positive=False, **o),
+    "clip": lambda q, k, **o: clip_loss(q, k, logit_scale=2.0, **o),
+    "clip, ids": lambda q, k, **o: clip_loss(q, k, logit_scale=2.0, image_ids=torch.arange(len(q)), **o),
+    "smoothed": lambda q, k, **o: info_nce(q, k, normalize=False, label_smoothing=0.1, **o),
+    "own": lambda q, k, **o: info_nce(q, k, k.roll(1, 0)[:, None].expand(-1, 2, -1), normalize=False, **o),
+}
+
+
+@pytest.mark.parametrize("backend", ["triton"] if INTERPRETING else ["reference", "cpp"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen keys", "all learn"])
+@pytest.mark.parametrize("name", INFINITE)
+def test_an_infinite_loss_has_no_finite_gradient(name, frozen, backend):
+    """Of the queries alone, too: a loss scaler sees nothing else where the keys are frozen."""
+    if backend == "cpp" and core.backend_report()["cpp"] != "available":
+        pytest.skip("the C++ kernels are not built")
+    q, k = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
+    q[1, 0], k[:, 0], k[1, 0] = torch.inf, 1.0, -1.0
+    if name.startswith("clip"):  # whose columns may be infinite alone: all logits of row 1 are -infinity
+        k[:, 0] = -1.0
+    q.requires_grad_()
+    k.requires_grad_(not frozen)
+    with core.use_backend(backend):
+        loss = INFINITE[name](q, k)
+        assert loss == torch.inf or loss.isnan()
+        grad = torch.autograd.grad(loss, q)[0]
+        assert not grad[1].isfinite().all()
+        if not name.startswith("clip"):  # whose columns all have the query among their negatives
+            assert INFINITE[name](q, k, reduction="none").isfinite().tolist() == [i != 1 for i in range(5)]

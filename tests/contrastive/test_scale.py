@@ -23,9 +23,9 @@ FORMS = {  # Name: (loss of (query, key, negatives), shape of the negatives, fro
     "little memory": (partial(info_nce, symmetric=True, workspace_mib=1e-3), None, ()),
     "shared": (info_nce, (K, D), ()),
     "bank": (info_nce, (K, D), (1, 2)),
-    "own": (info_nce, (M, K, D), ()),
-    "own, frozen": (info_nce, (M, K, D), (2,)),
-    "own, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), ()),
+    "per query": (info_nce, (M, K, D), ()),
+    "per query, frozen": (info_nce, (M, K, D), (2,)),
+    "per query, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), ()),
     "clip": (lambda q, k, temperature, **o: clip_loss(q, k, logit_scale=1 / temperature, **o), None, ()),
     "clip with ids": (
         lambda q, k, temperature, **o: clip_loss(q, k, logit_scale=1 / temperature, text_ids=torch.arange(M) // 2, **o),

@@ -22,7 +22,7 @@ ONE, ALL = {"temperature": 0.07}, {"temperature": 0.07, "symmetric": True}
 NONE, MEAN = {"reduction": "none"}, {"reduction": "mean"}
 WAYS = {  # (rows, keys), what needs a gradient, options, what is saved
     "row grads": ((67, 131), QUERY, ONE | MEAN, ("row_grads", 0)),
-    "row grads of each": ((67, 67), QUERY + SCALE, ONE | NONE, ("row_grads", 0)),
+    "row grads, unreduced": ((67, 67), QUERY + SCALE, ONE | NONE, ("row_grads", 0)),
     "row grads in blocks": ((70, 1100), QUERY, ONE | MEAN | {"workspace_mib": 0.05}, ("row_grads", 0)),
     "grads": ((67, 131), QUERY + KEY + SCALE, ONE | MEAN, ("grads", 0)),
     "grads in chunks": ((200, 300), QUERY + KEY, ONE | {"reduction": "sum", "workspace_mib": 0.25}, ("grads", 0)),

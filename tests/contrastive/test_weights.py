@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -33,14 +34,14 @@ FORMS = {
     "shared": (info_nce, (K, D), (0, 1)),
     "shared, smoothed": (partial(info_nce, label_smoothing=0.1), (K, D), (0, 1)),
     "shared, in batch": (partial(info_nce, in_batch=True), (K, D), (0,)),
-    "own": (info_nce, (M, K, D), (0, 1, 2)),
-    "own, plain products": (partial(info_nce, normalize=False), (M, K, D), (0, 1, 2)),
-    "own, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), (0, 1, 2)),
-    "own, all statistics": (
+    "per query": (info_nce, (M, K, D), (0, 1, 2)),
+    "per query, plain products": (partial(info_nce, normalize=False), (M, K, D), (0, 1, 2)),
+    "per query, smoothed": (partial(info_nce, label_smoothing=0.1), (M, K, D), (0, 1, 2)),
+    "per query, all statistics": (
         partial(info_nce, label_smoothing=0.1, sampling=NegativeSampling(0.1, 0.5, 0.6)), (M, K, D), (0, 1, 2)
     ),
-    "own, in batch": (partial(info_nce, in_batch=True), (M, K, D), (0, 2)),
-    "own, symmetric": (partial(info_nce, in_batch=True, symmetric=True), (M, K, D), (2,)),
+    "per query, in batch": (partial(info_nce, in_batch=True), (M, K, D), (0, 2)),
+    "per query, symmetric": (partial(info_nce, in_batch=True, symmetric=True), (M, K, D), (2,)),
     "siglip": (lambda q, k, temperature, **o: siglip_loss(q, k, logit_scale=1 / temperature, logit_bias=-1.0, **o),
                None, (0,)),
 }  # fmt: skip
@@ -153,8 +154,25 @@ def test_a_symmetric_weight_is_that_of_both_directions(backend):
 
 
 @by_backend
+@learned
+@pytest.mark.parametrize("name", [*FORMS, *BOTH])
+def test_where_no_row_counts_no_input_does(name, learned, backend):
+    """Be there NaN or infinity in any of them: value and all gradients are 0."""
+    loss, shape = BOTH.get(name), None
+    if loss is None:
+        loss, shape, _ = FORMS[name]
+    clean = inputs(shape)
+    seen = 1 if name == "supcon" else len(clean)
+    for value, i in itertools.product((torch.nan, torch.inf), range(seen)):
+        for reduction in ("mean",) if INTERPRETING else ("mean", "sum", "none"):
+            got = run(loss, poisoned(clean, [i], value), backend, learned, weights=torch.zeros(M), reduction=reduction)
+            for part in got:
+                assert part is None or (part == 0).all()
+
+
+@by_backend
 def test_the_by_products_of_an_excluded_row_are_zero_and_false(backend):
-    for name in ("in batch", "shared", "own", "own, in batch", "own, symmetric"):
+    for name in ("in batch", "shared", "per query", "per query, in batch", "per query, symmetric"):
         loss, shape, private = FORMS[name]
         with core.use_backend(backend):
             plain = loss(*inputs(shape), return_lse=True)

@@ -51,6 +51,17 @@ def test_why_not(fn, args, options, why):
     assert found.why.startswith(why), found.why
 
 
+@needs_kernels
+def test_a_forced_backend_that_declines_a_call_says_why():
+    wide = (fastloss.ssim_loss, IMAGES, {"window": 13})
+    with fastloss.use_backend(OWN), pytest.raises(RuntimeError, match="cannot serve ssim: the kernels take windows of"):
+        wide[0](*wide[1], **wide[2])
+    with fastloss.use_backend("reference"):
+        wide[0](*wide[1], **wide[2])
+    with fastloss.use_backend(OWN):  # float64 has no kernels anywhere
+        wide[0](*(x.double() for x in wide[1]), **wide[2])
+
+
 def test_forced_and_missing():
     with fastloss.use_backend("reference"):
         assert only(explain(fastloss.pixel_loss, *IMAGES)).why == "forced by use_backend or FASTLOSS_BACKEND"

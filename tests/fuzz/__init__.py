@@ -8,5 +8,6 @@ seed gives the same case in a fresh process, so that a crash or a hang can be re
 
 values.py: what a call is made of, as data that prints as code. inputs.py and options.py: the tables of what is drawn,
 by parameter name. draw.py: a seed -> a call. nonsense.py: what must be refused. targets.py: how each public name is
-called. judge.py: a call -> its failure. shrink.py, run.py: simpler failing calls; processes, and the report.
+called. outcome.py: a call -> what it gives. judge.py: a call -> its failure; rounding.py, unit_width.py: how large
+errors are expected to be. shrink.py, run.py: simpler failing calls; processes, and the report.
 """

@@ -9,7 +9,8 @@ import torch
 
 from tests.fuzz import targets
 from tests.fuzz.draw import Call
-from tests.fuzz.judge import Failure, compare, run
+from tests.fuzz.judge import Failure, compare
+from tests.fuzz.outcome import run
 from tests.fuzz.values import T, replaced
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from tests.fuzz.targets import SPECIAL
 
 Case = tuple[str, int, str | None]  # a loss, a seed, and the mode if it is not drawn
+COMPILED = 10  # times the limit of other calls
 BATCH = 200
 
 
@@ -117,6 +118,10 @@ class Worker:
         self.left, self.since = collections.deque(batch), None
         self.pipe.send(batch)
 
+    def limit(self, timeout: float) -> float:
+        """Seconds that the case may take: the compiler makes several graphs of a compiled one."""
+        return timeout * (COMPILED if self.left and self.left[0][2] == "compile" else 1)
+
     def stop(self) -> None:
         self.process.kill()
         self.process.join()
@@ -160,7 +165,7 @@ def run(
                 if worker.pipe in ready:
                     end = _receive(worker, totals, bar)
                 else:
-                    end = "hang" if worker.since and time.monotonic() - worker.since > timeout else None
+                    end = "hang" if worker.since and time.monotonic() - worker.since > worker.limit(timeout) else None
                 if end in ("crash", "hang"):
                     _lost(worker, end, totals, timeout)
                     worker.stop()
@@ -208,7 +213,8 @@ def _lost(worker: Worker, end: str, totals: Totals, timeout: float) -> None:
 
     worker.process.join(5)
     name, seed, mode = worker.left.popleft()
-    told = f"exit code {worker.process.exitcode}" if end == "crash" else f"longer than {timeout:g} s"
+    limit = timeout * (COMPILED if mode == "compile" else 1)
+    told = f"exit code {worker.process.exitcode}" if end == "crash" else f"longer than {limit:g} s"
     totals.calls += 1
     totals.failures.append(Found(name, seed, end, told, "", draw(name, seed, mode).code()))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
 import subprocess
@@ -18,8 +19,9 @@ from tests.fuzz import targets
 from tests.fuzz.draw import Call, draw
 from tests.fuzz.judge import Failure, judge
 from tests.fuzz.rounding import RandomRounding
-from tests.fuzz.run import report, run
+from tests.fuzz.run import Worker, report, run
 from tests.fuzz.shrink import shrunk
+from tests.fuzz.unit_width import cancelled
 from tests.fuzz.values import Raw, T, code, evaluate, make, plain, tensors
 
 CALLS = 2 if INTERPRETING else 16  # of each public name
@@ -45,6 +47,50 @@ def test_drawn_calls_compiled(name):
     call = draw(name, 3, "compile")
     found = judge(call)
     assert not isinstance(found, Failure), f"{found}\n{call.code()}"
+
+
+FAILED_ONCE = {  # seeds of the fuzzer, by what was wrong
+    "weights of 0 and a NaN key": "info_nce:3000036 loss_and_grads:3000538",
+    "a NaN in another gradient of the same call": "loss_and_grads:4000354",
+    "upstream infinite in float16": "tap:4000786",
+    "width 1, normalised": "clip_loss:4000619 info_nce:4000404 ContrastiveLoss:4001278",
+    "coefficients below the smallest normal number": "info_nce:4000288",
+    "a part of a second gradient beyond float16": "smoothness_loss:3000279 ContrastiveLoss:4000962",
+    "denormal bfloat16": "clip_loss:3001416",
+    "rows that are views of one": "clip_loss:6000175 info_nce:6000191",
+    "no pixels": "PerceptualLoss:3000526",
+}
+
+
+@not_interpreted
+@pytest.mark.parametrize("what", FAILED_ONCE)
+def test_calls_that_failed_once(what):
+    for case in FAILED_ONCE[what].split():
+        name, seed = case.split(":")
+        found = judge(draw(name, int(seed)))
+        assert not isinstance(found, Failure), f"{case}: {found}"
+
+
+@not_interpreted
+def test_the_size_of_what_cancels_at_width_one():
+    """By hand, of unit vectors +-1: the largest gradient, of the row with logits -2 and 2, over the least length."""
+    query, key = T((2, 1), seed=1, grad=True), T((2, 1), seed=7)
+    q, k = query.make().flatten().double(), key.make().flatten().double()
+    assert k.sign().unique().numel() == 2 and (q.sign() == q.sign()[0]).all()
+    call = Call("info_nce", (query, key), {"temperature": 0.5}, seed="info_nce:0")
+    upstream = (32 * torch.randn((), generator=torch.Generator().manual_seed(7), dtype=torch.float64)).round() / 32
+    wanted = 2 * torch.tensor(4.0, dtype=torch.float64).sigmoid() * upstream.abs() / torch.cat((q, k)).abs().min()
+    assert cancelled(call, 1, torch.zeros(2, 1)) == pytest.approx(wanted.item(), rel=1e-12)
+    assert cancelled(call, 0, torch.zeros(())) is None  # the loss is no gradient
+    assert cancelled(call, 1, torch.ones(2, 1)) is None  # nor is this noise
+
+
+@not_interpreted
+def test_a_compiled_call_may_take_longer():
+    worker = Worker(None, None, collections.deque([("ssim_loss", 1, "compile"), ("ssim_loss", 2, None)]))
+    assert worker.limit(60) == 600
+    worker.left.popleft()
+    assert worker.limit(60) == 60
 
 
 @not_interpreted
@@ -187,6 +233,27 @@ def test_the_judge_sees_each_kind_of_fault(monkeypatch, fault):
     monkeypatch.setattr(fastloss, "pixel_loss", wrong)
     found = judge(call)
     assert isinstance(found, Failure) and found.kind == fault.split(" gradient")[0], found
+
+
+@not_interpreted
+@pytest.mark.parametrize("which", [(0,), (0, 1)])
+def test_the_judge_wants_one_gradient_that_is_not_finite(monkeypatch, which):
+    """Of a NaN in an embedding: gradients that all are numbers hide it, those of one embedding alone do not."""
+    right = fastloss.info_nce
+
+    def hidden(*given, **options):
+        if core.backends.state.forced == "reference":
+            return right(*given, **options)
+        given = [x * 1 for x in given]
+        for i in which:
+            given[i].register_hook(lambda g: g.nan_to_num(0.0))
+        return right(*given, **options)
+
+    args = (T((3, 4), fill="nan", seed=1, grad=True), T((3, 4), seed=2, grad=True))
+    call = Call("info_nce", args, {}, seed="info_nce:0")
+    monkeypatch.setattr(fastloss, "info_nce", hidden)
+    found = judge(call)
+    assert (found is None) == (len(which) == 1) and (found is None or found.kind == "hides"), found
 
 
 def test_nonsense_must_be_refused():

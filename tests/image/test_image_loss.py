@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import ImageLoss, core, image_loss, pixel_loss, smoothness_loss, ssim_loss
-from fastloss.image.image_loss import _image
+from fastloss.image.image_loss import Inputs, _image_loss
 
 
 @pytest.fixture
@@ -123,16 +123,19 @@ def test_one_pass_agrees_with_the_reference(monkeypatch, cpu, mix):
 @pytest.mark.skipif(core.backend_report()["cpp"] != "available", reason="the C++ kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_upstream_gradient_of_the_sums(dtype):
-    """A multiple of the shares takes the gradient that was kept, all else makes it again; any number of times."""
+    """A multiple of the weights takes the gradient that was kept, all else makes it again; any number of times."""
     generator = torch.Generator().manual_seed(5)
     x, y = (torch.rand(2, 3, 20, 23, generator=generator).to(dtype).requires_grad_() for _ in range(2))
-    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0]
-    args, shares = (x, y, None, None, None, None, "l1,l2", numbers), torch.tensor([0.5, 0.0, 0.25, 0.125])
+    weights = torch.tensor([0.5, 0.0, 0.25, 0.125])
+    inputs = Inputs(
+        x, y, pixel_kind="l1", smoothness_kind="l2", window=11, sigma=1.5, same=True, c1=1e-4, c2=9e-4, keep=11,
+        sum_weights=weights,
+    )  # fmt: skip
     with core.use_backend("cpp"):
-        sums = _image(*args, 11, shares)
+        sums = _image_loss(*inputs)
     wide = [t.detach().double().requires_grad_() for t in (x, y)]
-    expected = _image.reference(*wide, *args[2:])
-    for upstream in (4 * shares, torch.tensor([1.0, -2.0, 0.5, 3.0]), shares, 0 * shares):
+    expected = _image_loss.reference(*inputs._replace(image=wide[0], image_pred=wide[1]))
+    for upstream in (4 * weights, torch.tensor([1.0, -2.0, 0.5, 3.0]), weights, 0 * weights):
         found = torch.autograd.grad(sums, (x, y), upstream, retain_graph=True)
         exact = torch.autograd.grad(expected, wide, upstream.double(), retain_graph=True)
         rtol, atol = (1e-4, 1e-5) if dtype == torch.float32 else (1e-2, 1e-3)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastloss import core, image_loss
-from fastloss.image.image_loss import SIGNS, _image, _keep
+from fastloss.image.image_loss import SIGNS, Inputs, _image_loss, _keep
 from tests.conformance.cases import CASES, Draw, image_pair
 from tests.conformance.tools import INTERPRETING, Errors, places
 
@@ -16,10 +16,9 @@ pytestmark = pytest.mark.kernels
 
 PLACES = places(next(case for case in CASES if case.name == "image_loss"))
 TRITON = [p for p in PLACES if "triton" in str(p)]
-SSIM = {
-    "off": [0.0] * 6, "same": [3.0, 1.5, 1.0, 1e-4, 9e-4, 0.0], "valid": [5.0, 1.0, 0.0, 1e-4, 9e-4, -0.1],
-}  # fmt: skip
-# (kinds, number of the pixel loss, order, SSIM, whether there are maps of weights and a guide)
+SAME = {"window": 3, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4}
+SSIM = {"off": {}, "same": SAME, "valid": SAME | {"window": 5, "sigma": 1.0, "same": False, "low": -0.1}}
+# (kinds "pixel,smoothness", parameter of the pixel loss, order, SSIM, whether there are maps of weights and a guide)
 MIXES = {
     "signs": ("l1,l1", 1.0, 1, "off", False),
     "signs, second order": ("l1,l1", 1.0, 2, "off", False),
@@ -42,47 +41,52 @@ def steps(*shape, device="cpu", dtype=torch.float32, seed=0):
 
 
 def inputs(shape, mix, device, dtype=torch.float32):
-    """The pair, and the op's other arguments."""
-    kinds, p, order, ssim, with_maps = mix
-    numbers, maps = [p, float(order), *SSIM[ssim]], [None] * 4
+    """The op's arguments: an image pair, and the fields of a mix."""
+    kinds, parameter, order, ssim, with_maps = mix
+    pixel, smoothness = kinds.split(",")
+    fields = {"pixel_kind": pixel, "pixel_parameter": parameter, "smoothness_kind": smoothness, "order": order}
+    fields |= SSIM[ssim]
+    window = fields.get("window", 0)
     if with_maps:
         weight = (steps(shape[0], 1, *shape[2:], device=device, seed=2) + 0.5).expand(shape)
-        cut = 0 if numbers[4] or not numbers[2] else int(numbers[2]) // 2
-        inner = weight[..., cut : shape[-2] - cut, cut : shape[-1] - cut]
-        smooth = kinds.split(",")[1] != ""
-        guide = steps(shape[0], 3, *shape[2:], device=device, seed=3) if smooth else None
-        maps = [weight, guide, weight if smooth else None, inner if numbers[2] else None]
-    if numbers[2]:  # flat patches would make the partials of SSIM large, and cancel
+        cut = 0 if fields.get("same", True) else window // 2
+        fields["pixel_weight"] = weight
+        if smoothness:
+            fields["guide"] = steps(shape[0], 3, *shape[2:], device=device, seed=3)
+            fields["smoothness_weight"] = weight
+        if window:
+            fields["ssim_weight"] = weight[..., cut : shape[-2] - cut, cut : shape[-1] - cut]
+    if window:  # flat patches would make the partials of SSIM large, and cancel
         pair = image_pair(Draw(dtype, device), shape)
     else:
         pair = tuple(steps(*shape, device=device, dtype=dtype, seed=s) for s in (0, 1))
-    return list(pair), [*maps, kinds, numbers]
+    return Inputs(*pair, **fields)
 
 
-def values(backend, pair, rest, needs=(True, True)):
+def values(backend, x, needs=(True, True)):
     """The sums, and the gradients asked for under an upstream gradient that differs from sum to sum."""
-    pair = [t.detach().requires_grad_(needed) for t, needed in zip(pair, needs, strict=True)]
+    pair = [t.detach().requires_grad_(needed) for t, needed in zip((x.image, x.image_pred), needs, strict=True)]
+    x = x._replace(image=pair[0], image_pred=pair[1])
     with core.use_backend(backend):
-        sums = _image(*pair, *rest, _keep(*pair, *rest) if backend == "triton" else 0, None)
+        sums = _image_loss(*x._replace(keep=_keep(x) if backend == "triton" else 0))
         upstream = torch.linspace(-0.7, 2, sums.numel(), device=sums.device).to(sums.dtype)
         wrt = [t for t in pair if t.requires_grad]
         return sums.detach(), *torch.autograd.grad(sums, wrt, upstream)
 
 
-def compare(errors, place, pair, rest, needs=(True, True), where=""):
+def compare(errors, place, x, needs=(True, True), where=""):
     """Adds to the conformance tests' rule: within 2x the error of the reference in that dtype, plus eps of the
     largest value."""
-    double = [t.double() if isinstance(t, torch.Tensor) else t for t in rest]
-    found = [values(b, pair, rest, needs) for b in (place[1], "reference")]
-    exact = values("reference", [t.double() for t in pair], double, needs)
+    found = [values(b, x, needs) for b in (place[1], "reference")]
+    exact = values("reference", Inputs(*(t.double() if isinstance(t, torch.Tensor) else t for t in x)), needs)
     for i, each in enumerate(zip(*found, exact, strict=True)):
         errors.add("sums" if i == 0 else f"gradient {i}", *each, where)
     return found[0]
 
 
-def check(place, pair, rest, needs=(True, True), where=""):
-    errors = Errors(pair[0].dtype)
-    compare(errors, place, pair, rest, needs, where)
+def check(place, x, needs=(True, True), where=""):
+    errors = Errors(x.image.dtype)
+    compare(errors, place, x, needs, where)
     errors.check()
 
 
@@ -94,12 +98,13 @@ def test_every_mix(place, mix):
     errors = Errors(torch.float32)
     for shape in shapes:
         for last in (False, True):
-            pair, rest = inputs(shape, mix, place[0])
+            x = inputs(shape, mix, place[0])
             if last:
-                pair[1] = pair[1].contiguous(memory_format=torch.channels_last)
+                x = x._replace(image_pred=x.image_pred.contiguous(memory_format=torch.channels_last))
             for needs in ((False, True), (True, True))[1 if INTERPRETING and last else 0 :]:
-                _, *gradients = compare(errors, place, pair, rest, needs, f"{shape} {last} {needs}")
-                for gradient, image in zip(gradients, pair[2 - len(gradients) :], strict=True):
+                _, *gradients = compare(errors, place, x, needs, f"{shape} {last} {needs}")
+                needed = (x.image, x.image_pred) if all(needs) else (x.image_pred,)
+                for gradient, image in zip(gradients, needed, strict=True):
                     assert place[1] == "reference" or gradient.stride() == image.stride()
     errors.check()
 
@@ -108,8 +113,7 @@ def test_every_mix(place, mix):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["signs", "streamed", "sweep", "charbonnier and squares"])
 def test_half_precision(place, dtype, name):
-    pair, rest = inputs((1, 2, 6, 19), MIXES[name], place[0], dtype)
-    check(place, pair, rest)
+    check(place, inputs((1, 2, 6, 19), MIXES[name], place[0], dtype))
 
 
 @each_place
@@ -117,11 +121,11 @@ def test_half_precision(place, dtype, name):
 def test_one_pixel_wide_and_constant_images(place, name):
     errors = Errors(torch.float32)  # of one pixel the reference may be exact by luck
     for shape in ((1, 1, 1, 1), (1, 2, 1, 9), (1, 2, 9, 1)):
-        compare(errors, place, *inputs(shape, MIXES[name], place[0]), where=str(shape))
+        compare(errors, place, inputs(shape, MIXES[name], place[0]), where=str(shape))
     errors.check()
-    pair, rest = inputs((1, 2, 6, 5), MIXES[name], place[0])
-    same = torch.full_like(pair[0], 0.3)
-    sums, *gradients = values(place[1], [same, same.clone()], rest)
+    x = inputs((1, 2, 6, 5), MIXES[name], place[0])
+    same = torch.full_like(x.image, 0.3)
+    sums, *gradients = values(place[1], x._replace(image=same, image_pred=same.clone()))
     assert not sums.any() and not any(g.any() for g in gradients)
 
 
@@ -129,24 +133,25 @@ def test_one_pixel_wide_and_constant_images(place, name):
 @pytest.mark.parametrize("p", [1, 2])
 def test_volumes(place, p):
     """Three axes do not fit the byte of signs: the images are read again."""
-    pair, rest = inputs((1, 2, 3, 4, 5), (f"l{p},l{p}", float(p), 1, "off", False), place[0])
-    assert _keep(*(t.requires_grad_() for t in pair), *rest) == 0
-    check(place, pair, rest)
+    x = inputs((1, 2, 3, 4, 5), (f"l{p},l{p}", float(p), 1, "off", False), place[0])
+    x.image.requires_grad_(), x.image_pred.requires_grad_()
+    assert _keep(x) == 0
+    check(place, x)
 
 
 @each_place
 def test_nan_and_infinity_pass_as_in_the_reference(place):
     """NaN is in the sums; its sign, and so its gradient, is 0."""
     for bad in (float("nan"), float("inf")):
-        pair, rest = inputs((1, 2, 4, 6), MIXES["signs"], place[0])
-        pair[1][0, 0, 1, 2] = bad
-        found = [values(b, pair, rest) for b in (place[1], "reference")]
+        x = inputs((1, 2, 4, 6), MIXES["signs"], place[0])
+        x.image_pred[0, 0, 1, 2] = bad
+        found = [values(b, x) for b in (place[1], "reference")]
         torch.testing.assert_close(*found, equal_nan=True)
 
 
 @each_place
 def test_weights_that_are_all_zero(place):
-    (x, y), _ = inputs((1, 2, 7, 6), MIXES["signs"], place[0])
+    x, y, *_ = inputs((1, 2, 7, 6), MIXES["signs"], place[0])
     off = {"weight": torch.zeros(6, device=place[0])}
     with core.use_backend(place[1]):
         total, parts = image_loss(
@@ -172,10 +177,10 @@ def test_what_is_kept(place):
     """A byte per element where every gradient is a sign, SSIM's partials, or nothing; nothing without gradients."""
 
     def kept(mix, shape=(1, 2, 7, 6)):
-        pair, rest = inputs(shape, mix, place[0])
-        pair[1].requires_grad_()
-        keep = _keep(*pair, *rest)
-        return keep, _image.fwd(*pair, *rest, keep, None)[1]
+        x = inputs(shape, mix, place[0])
+        x.image_pred.requires_grad_()
+        keep = _keep(x)
+        return keep, _image_loss.fwd(*x._replace(keep=keep))[1]
 
     keep, signs = kept(MIXES["signs"])
     assert keep == SIGNS and (signs.dtype, signs.shape) == (torch.uint8, (84,))
@@ -189,12 +194,12 @@ def test_what_is_kept(place):
 @pytest.mark.parametrize("place", TRITON)
 @pytest.mark.parametrize("name", ["signs", "sweep"])
 def test_a_backward_without_what_the_forward_kept(place, name):
-    pair, rest = inputs((1, 2, 7, 6), MIXES[name], place[0])
+    x = inputs((1, 2, 7, 6), MIXES[name], place[0])
     grad = torch.linspace(-1, 2, 4, device=place[0])
-    sums, kept = _image.fwd(*pair, *rest, 0, None)
-    got = _image.bwd(grad, kept, *pair, *rest, 0, None, True, True)
-    wrt = [t.clone().requires_grad_() for t in pair]
-    expected = _image.reference(*wrt, *rest)
+    sums, kept = _image_loss.fwd(*x)
+    got = _image_loss.bwd(grad, kept, *x, True, True)
+    wrt = [t.clone().requires_grad_() for t in (x.image, x.image_pred)]
+    expected = _image_loss.reference(*x._replace(image=wrt[0], image_pred=wrt[1]))
     torch.testing.assert_close(sums, expected.detach())
     torch.testing.assert_close(got, torch.autograd.grad(expected, wrt, grad), rtol=1e-4, atol=1e-5)
 
@@ -205,9 +210,9 @@ def test_what_the_kernels_do_not_take_goes_to_the_parts(place, monkeypatch):
     called, module = [], importlib.import_module("fastloss.image.image_loss")
     original = module._part_by_part
     monkeypatch.setattr(module, "_part_by_part", lambda *args: called.append(1) or original(*args))
-    (x, y), _ = inputs((1, 1, 5, 6), MIXES["signs"], place[0])
+    x, y, *_ = inputs((1, 1, 5, 6), MIXES["signs"], place[0])
     options = {"smoothness": ("isotropic", 1.0), "smoothness_options": {"guide": x}}
-    with core.use_backend(place[1]):
+    with core.use_backend(None):  # a forced backend refuses such a window
         image_loss(x, y, pixel=(1, 1.0), smoothness=(1, 1.0))
         assert not called
         image_loss(x, y, pixel=(1, 1.0), **options)
@@ -224,5 +229,4 @@ def test_wide_offsets(place, name, monkeypatch):
     from fastloss.core.kernels import memory_order
 
     monkeypatch.setattr(memory_order, "_INT32_SPAN", 0)
-    pair, rest = inputs((1, 2, 5, 7), MIXES[name], place[0])
-    check(place, pair, rest, (False, True))
+    check(place, inputs((1, 2, 5, 7), MIXES[name], place[0]), (False, True))

@@ -204,13 +204,16 @@ def test_ms_ssim_of_odd_sizes_and_half_precision(place):
 
 @each_place
 def test_what_the_kernels_lack_goes_to_the_reference(place):
-    """Also where a backend is forced: larger windows and images of two dtypes are served, not refused."""
+    """Larger windows and images of two dtypes; where a backend is forced they are refused with the reason."""
     x, y = pair(1, 2, 14, 14, device=place[0])
     for other, options in ((y, {"window": 13}), (y.bfloat16(), {})):
-        with core.use_backend(place[1]):
+        with core.use_backend(None):
             got = ssim_loss(x, other, **options)
         with core.use_backend("reference"):
             assert torch.equal(got, ssim_loss(x, other, **options))
+        if place[1] != "reference":
+            with core.use_backend(place[1]), pytest.raises(RuntimeError, match="cannot serve ssim: the kernels take"):
+                ssim_loss(x, other, **options)
     with core.use_backend(place[1]):
         assert _ssim.backend(x, y, None, 11, 1.5, True, 1e-4, 9e-4, 0.0, False) == place[1]
 

@@ -77,12 +77,17 @@ LAUNCHES = """
         stats = torch.empty(5, 2, sum(s[1] for s in shapes), device="meta")
         kept = torch.empty(4, sum(s[0] * s[2] * s[3] for s in shapes), device="meta")
         lins = [torch.empty(s[1], device="meta") for s in shapes]
-        yield feature_distance.feature_l1_fwd, (f, f, ones, layout, torch.float32, "l1", 1.0, "mean")
-        yield feature_distance.feature_l1_bwd, (grad, signs, [], ones, layout, torch.float32, "mean", True, False)
-        yield lpips.lpips_fwd, (f, f, lins, 1e-10, False)
-        yield lpips.lpips_bwd, (torch.empty(2, device="meta"), kept, f, f, lins, 1e-10, False, True, False)
-        yield dists.dists_fwd, (f, f)
-        yield dists.dists_bwd, (stats, f, f, stats, stats[:3], True, False)
+        x = feature_distance.Inputs(f, f, ones, layout, torch.float32, "l1", 1.0, "mean")
+        yield feature_distance.feature_l1_fwd, (x,)
+        x = feature_distance.LayerInputs(ones, layout, torch.float32, "mean")
+        saved, needs = feature_distance.Saved(signs), feature_distance.Needs(True, False)
+        yield feature_distance.feature_l1_bwd, (grad, saved, [], x, needs)
+        x = lpips.Inputs(f, f, lins, 1e-10, False)
+        yield lpips.lpips_fwd, (x,)
+        yield lpips.lpips_bwd, (torch.empty(2, device="meta"), lpips.Saved(kept), x, needs)
+        x = dists.Inputs(f, f)
+        yield dists.dists_fwd, (x,)
+        yield dists.dists_bwd, (stats, x, stats, dists.Saved(stats[:3]), needs)
 
     def launched(shapes):
         found = []

@@ -192,6 +192,8 @@ BAD_CALLS = [
     ((torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8)), ValueError, r"image: expected 3 channels.*repeat a grey"),
     ((torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8)), ValueError, r"got shape \(1, 4, 8, 8\)$"),
     ((torch.zeros(3, 8, 8), torch.zeros(3, 8, 8)), ValueError, "image: expected a 4-D tensor"),
+    ((torch.zeros(1, 3, 8, 0), torch.zeros(1, 3, 8, 0)), ValueError, r"image: .*one pixel, got shape \(1, 3, 8, 0\)$"),
+    (([[torch.zeros(1, 3, 4, 4)]], torch.zeros(1, 3, 0, 8)), ValueError, "image_pred: expected at least one pixel"),
     ((torch.zeros(1, 3, 8, 8).byte(), torch.zeros(1, 3, 8, 8)), TypeError, "image: expected a float16"),
     ((torch.zeros(1, 3, 8, 8), None), TypeError, "image_pred: expected a tensor, got NoneType"),
 ]

@@ -60,6 +60,12 @@ def test_train_leaves_all_its_files(run_folder):
     assert {"loss", "contrastive", "perceptual", "pixel", "learning_rate", "samples_per_second"} <= set(metrics)
     report = (run_folder / "report.md").read_text()
     assert "accuracy" in report and "samples.png" in report and "| steps | 4 |" in report
+    assert "| batch_size | 16 |" in report and "| tokenizer | word |" in report and "| backbones | digits |" in report
+    assert "auto" not in report and "means of the first and of the last 2 steps" in report
+    for name, n in (("score", 200), ("accuracy", 400), ("grid_accuracy", 270), ("ssim", 200), ("frechet", 200)):
+        row = next(line for line in report.splitlines() if line.startswith(f"| {name} |")).split("|")
+        assert row[5].strip() == f"{n}" and row[7].strip()
+    assert [step for step, v in zip(metrics["step"], metrics["val_score"], strict=True) if v == v] == [2, 4]
     assert (run_folder / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,7 +80,20 @@ def test_sample(run_folder, tmp_path, capsys):
     captions = ["--captions", "a bold handwritten seven upright", "--caption", "a dog"]
     code, text, _ = call(capsys, "sample", "--checkpoint", run_folder, *captions, "--count", "2", "--out", out)
     assert code == 0 and "2 captions x 2 images" in text
-    assert out.read_bytes().startswith(b"\x89PNG")
+    plain = out.read_bytes()
+    assert plain.startswith(b"\x89PNG")
+    for name in ("picture", "picture.v2"):  # the name is kept, whatever matplotlib makes of it
+        kept = tmp_path / "names" / name
+        code, text, _ = call(capsys, "sample", "--checkpoint", run_folder, *captions, "--count", "2", "--out", kept)
+        assert code == 0 and text.endswith(f"-> {kept}\n") and kept.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in kept.parent.iterdir()} == {"picture", "picture.v2"}
+    jpeg = tmp_path / "x.jpg"
+    code, _, _ = call(capsys, "sample", "--checkpoint", run_folder, *captions, "--count", "2", "--out", jpeg, "--real")
+    assert code == 0 and jpeg.read_bytes().startswith(b"\xff\xd8")
+    from PIL import Image
+
+    with Image.open(jpeg) as wide, Image.open(out) as narrow:  # a column more
+        assert wide.width - narrow.width == 80 and wide.height == narrow.height
 
 
 def test_tune_is_resumable(tmp_path, capsys):
@@ -83,8 +102,20 @@ def test_tune_is_resumable(tmp_path, capsys):
     code, out, _ = call(capsys, "tune", "--trials", "1", *small)
     assert code == 0 and "best of 1 trials" in out
     code, out, _ = call(capsys, "tune", "--trials", "2", *small)
-    assert code == 0 and out.count("trial ") == 1 and "best of 2 trials" in out
+    assert code == 0 and out.count("trial 1: score") == 1 and "best of 2 trials" in out and "(n 200)" in out
     assert "perceptual=0" in out and "contrastive=" in out
+    report = (tmp_path / "tune.md").read_text()
+    assert "2 trials of 4 steps." in report and "standard errors" in report and "less mae" in report
+    table = [line for line in report.splitlines() if line.startswith(("| 0 |", "| 1 |"))]
+    assert len(table) == 2 and table[0].split("|")[5].strip() == "best" and "| 200 |" in table[0]
+    assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
+    before = {path.name for path in tmp_path.iterdir()}
+    code, _, err = call(capsys, "tune", "--trials", "1", *small, "--steps", "5")
+    assert code == 2 and f"--out: {tmp_path} has the trials of another search, of digits-32-4; wanted" in err
+    (tmp_path / "tune.db").unlink()
+    code, _, err = call(capsys, "tune", "--trials", "1", *small)
+    assert code == 2 and "another search, without their tune.db" in err
+    assert {path.name for path in tmp_path.iterdir()} == before - {"tune.db"}
 
 
 @pytest.mark.parametrize(
@@ -97,14 +128,18 @@ def test_tune_is_resumable(tmp_path, capsys):
         (["train", "--data", "cats"], "error: --data: expected digits"),
         (["train", "--data", "folder:/no/such"], "error: --data: expected a folder of images, got '/no/such'"),
         (["train", "--weights", "pixel=-1"], "error: --weights: pixel needs a finite weight >= 0"),
-        (["train", "--batch-size", "5000"], "error: --batch-size: expected at most the number of samples"),
+        (["train", "--val-percent", "0"], "error: --val-percent: expected at least 1, got 0"),
+        (["train", "--val-percent", "20"], "error: --val-percent: the digits have fixed splits"),
+        (["train", "--data", "wds:/no/such/*.tar"], "error: --data: expected shards, a folder"),
+        (["tune", "--trials", "0"], "error: --trials: expected at least 1, got 0"),
+        (["sample", "--caption", " "], "error: --caption: expected words, got ' '"),
         (["train", "--device", "cuda:77"], "error: --device: 'cuda:77' cannot be used"),
         (["train", "--device", "toaster"], "error: --device: 'toaster'"),
         (
             ["train", "--backbones", "vgg16", "--backbone-weights", "/no/such.pth"],
             "error: --backbone-weights: there is no weights file '/no/such.pth'",
         ),
-        (["train", "--resume"], "does not exist"),
+        (["train", "--resume"], "error: --resume: no run to continue"),
         (["sample", "--checkpoint", "/no/such/run", "--caption", "a"], "error: --checkpoint: /no/such/run does not"),
         (["sample"], "error: --caption: expected at least one"),
         (["sample", "--caption", "a", "--count", "0"], "error: --count: expected at least 1, got 0"),
@@ -121,8 +156,13 @@ def test_every_option_that_a_message_names_is_there():
     """`--word` in the text of the training system is an option of train, tune or sample."""
     import typer.main
 
-    commands = typer.main.get_command(cli.make_app()).commands
-    there = {option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    group = typer.main.get_command(cli.make_app())
+    there = {
+        option
+        for command in (group, *group.commands.values())
+        for p in command.params
+        for option in (*p.opts, *p.secondary_opts)
+    }
     assert {"--learning-rate", "--lr", "--batch-size", "--resume", "--captions"} <= there
     named = {}
     for path in (Path(cli.__file__), *Path(cli.__file__).with_name("recipes").rglob("*.py")):

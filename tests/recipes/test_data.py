@@ -14,7 +14,7 @@ from PIL import Image
 
 from fastloss.recipes.data.batches import batches, open_dataset
 from fastloss.recipes.data.digits import load_digits
-from fastloss.recipes.data.samples import SPLITS, fault_of, split_of
+from fastloss.recipes.data.samples import SPLITS, fault_of, split_of, splits_of
 
 
 def image_file(path, value=128, size=(20, 12), mode="RGB"):
@@ -102,6 +102,8 @@ def test_bad_arguments_are_named(tmp_path):
 
 
 def test_folder_reads_metadata_and_sidecars_in_order(tmp_path):
+    for split in ("val", "test"):  # so that all images in the folder "train" are of that split
+        (tmp_path / split).mkdir()
     captioned(tmp_path, 10)
     image_file(tmp_path / "train" / "sub" / "x.JPG", 255, size=(64, 32)).with_suffix(".txt").write_text("not used")
     rows = [{"file_name": "sub/x.JPG", "text": " a  white\nimage "}]
@@ -181,6 +183,8 @@ def test_folder_skips_counts_and_names_what_it_cannot_use(tmp_path, caplog):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_image_that_breaks_later_is_replaced_and_counted(tmp_path, num_workers):
+    for split in ("val", "test"):  # so that all images in the folder "train" are of that split
+        (tmp_path / split).mkdir()
     data = open_dataset(f"folder:{captioned(tmp_path, 4)}", "train", 16, 3)
     (tmp_path / "train" / "001.png").write_bytes(b"damaged since")
     found = stream(data, shuffle=False, num_workers=num_workers)
@@ -230,13 +234,14 @@ def test_captions_lose_their_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"file_name": "a.png"}, """expected "text" or "caption" among the keys, got 'file_name'"""),
+        ({"file_name": "a.png"}, """expected one of "text", "caption", "prompt" among the keys, got 'file_name'"""),
         ({"file_name": "a.png", "label": 3, "txt": "dog"}, "got 'file_name', 'label', 'txt'"),
         ({"file_name": "a.png", "text": None}, 'expected a string under "text", got null'),
         ({"file_name": "a.png", "text": ["one", "two"]}, 'expected a string under "text", got a list of 2'),
         ({"file_name": "a.png", "caption": {"en": "x"}}, 'expected a string under "caption", got an object of 1'),
         ({"file_name": "a.png", "text": 5, "caption": True}, 'under "text", got 5; expected a string under "caption"'),
         ({"file_name": "a.png", "text": " "}, "its caption is empty"),
+        ({"file_name": "a.png", "prompt": 3}, 'expected a string under "prompt", got 3'),
     ],
 )
 def test_a_caption_that_is_none_is_said_as_it_came(tmp_path, row, said):
@@ -259,6 +264,26 @@ def test_a_null_text_gives_way_to_the_caption(tmp_path):
     row = {"file_name": "a.png", "text": None, "caption": "a dog"}
     (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps(row))
     assert open_dataset(f"folder:{tmp_path}", "train", 16, 3).captions == ["a dog"]
+
+
+def test_a_prompt_is_a_caption(tmp_path):
+    image_file(tmp_path / "train" / "a.png")
+    (tmp_path / "train" / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "prompt": "a cat"}))
+    assert open_dataset(f"folder:{tmp_path}", "train", 16, 3).captions == ["a cat"]
+
+
+def test_few_images_give_every_split_one_and_shares_are_an_option(tmp_path):
+    few = captioned(tmp_path / "few", 3, "pictures")
+    parts = {split: open_dataset(f"folder:{few}", split, 8, 1).names for split in SPLITS}
+    assert sorted(name for part in parts.values() for name in part) == [f"pictures/{i:03}.png" for i in range(3)]
+    assert all(len(part) == 1 for part in parts.values())
+    names = [f"{i}" for i in range(5000)]
+    for held_out in ((5, 5), (10, 20), (1, 40)):
+        found = splits_of(names, [None] * len(names), (), held_out)
+        shares = [list(found.values()).count(split) / len(names) for split in SPLITS]
+        wanted = [1 - sum(held_out) / 100, held_out[0] / 100, held_out[1] / 100]
+        assert shares == pytest.approx(wanted, abs=0.02)
+    assert splits_of(["a"], [None], (), (5, 5)) == {"a": split_of("a", None, ())}
 
 
 def test_folder_counts_every_image_that_it_does_not_use(tmp_path):
@@ -297,7 +322,8 @@ def test_pictures_of_all_kinds_are_read(tmp_path):
     turned.save(tmp_path / "turned.jpg", exif=exif)
     for path in tmp_path.glob("*.*g"):
         path.with_suffix(".txt").write_text(path.stem)
-    (tmp_path / "train").mkdir()
+    for split in SPLITS:
+        (tmp_path / split).mkdir()
     for path in list(tmp_path.glob("*.*")):
         path.rename(tmp_path / "train" / path.name)
     data = open_dataset(f"folder:{tmp_path}", "train", 8, 1)

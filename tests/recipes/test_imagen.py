@@ -320,7 +320,7 @@ def test_interrupt_saves_and_resume_ends_with_every_row_once(tmp_path, monkeypat
 
 def test_early_stopping_keeps_the_best(tmp_path, monkeypatch):
     scores = iter([0.1, 0.5, 0.4, 0.3, 0.2])
-    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda model, config: {"score": next(scores)})
+    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda *_: {"score": next(scores)})
     trainer = Trainer(small(tmp_path, steps=50, val_every=1, patience=2, weights="perceptual=0"), quiet=True)
     trainer.run()
     assert trainer.step == 4 and trainer.best == 0.5
@@ -330,7 +330,7 @@ def test_early_stopping_keeps_the_best(tmp_path, monkeypatch):
 
 
 def test_quality_aimed_for_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda model, config: {"score": 0.9})
+    monkeypatch.setattr("fastloss.recipes.imagen.train.validate", lambda *_: {"score": 0.9})
     trainer = Trainer(small(tmp_path, steps=50, val_every=3, quality=0.8), quiet=True)
     trainer.run()
     assert trainer.step == 3

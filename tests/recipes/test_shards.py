@@ -114,6 +114,32 @@ def _read(spec):
     return found, {name.split("train-0.tar/")[1]: reason for name, reason in data.skipped.items()}
 
 
+def test_shards_of_a_folder_a_glob_and_braces_are_the_same(tmp_path):
+    braces = write_shards(tmp_path / "deep", [3, 2, 4])
+    (tmp_path / "deep" / "notes.txt").write_text("no shard")
+    own = captions(stream(open_dataset(braces, "train", 8, 1), shuffle=False, drop_last=False))
+    specs = ("", "/deep", "/deep/train-*.tar", "/**/*.tar", "/deep/train-{0,1,2}.tar", "/{deep,none}/train-[0-2].tar")
+    for spec in specs:
+        data = open_dataset(f"wds:{tmp_path}{spec}", "train", 8, 1)
+        assert len(data.urls) == 3
+        assert captions(stream(data, shuffle=False, drop_last=False)) == own
+    for spec in (f"wds:{tmp_path}/deep/val-*.tar", f"wds:{tmp_path}/empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="data: expected shards, a folder .*, which matches none$"):
+            open_dataset(spec, "train", 8, 1)
+
+
+def test_captions_of_shards_under_common_names(tmp_path):
+    png = image_file(tmp_path / "x.png").read_bytes()
+    kinds = {"txt": b"txt", "text": b"text", "caption": b"caption", "prompt": b"prompt", "json": b'{"prompt": "json"}'}
+    files = [file for kind, content in kinds.items() for file in ((f"{kind}.png", png), (f"{kind}.{kind}", content))]
+    files += [("wrong.png", png), ("wrong.json", b'{"title": "a", "label": 3}')]
+    found, skipped = _read(_shard(tmp_path, *files))
+    assert found == list(kinds)
+    said = """expected one of "text", "caption", "prompt" among the keys, got 'title', 'label'"""
+    assert skipped == {"wrong": f"no caption (its .json: {said})"}
+
+
 def test_dots_in_the_names_of_a_shard_do_not_merge_its_samples(tmp_path):
     png = image_file(tmp_path / "x.png").read_bytes()
     numbered = [(f"photo.{i:03}.{kind}", content) for i in range(50) for kind, content in

@@ -14,12 +14,12 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia import driver as nvidia_driver
 from triton.runtime import driver
 
-TARGETS = {
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-SHARED_LIMIT = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
+TARGETS = {f"sm_{number}": GPUTarget("cuda", number, 32) for number in (90, 80, 86, 89, 100, 120)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
+SHARED_LIMIT = {  # bytes that a program may have
+    "sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_89": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024, "gfx942": 64 * 1024,
+}  # fmt: skip
 
 
 class _Utils:

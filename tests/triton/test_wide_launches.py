@@ -44,14 +44,16 @@ def launches(monkeypatch, stem, run, shape):
 
 
 def pixel(module, image):
-    module.pixel_fwd(image, image, image[:, :1].expand_as(image), "l1", 1.0, True)
-    module.pixel_bwd(image.new_empty((), dtype=torch.float32), image, image, None, "l1", 1.0, True, True, True)
+    x = module.Inputs(image, image, image[:, :1].expand_as(image), "l1", 1.0, True)
+    module.pixel_fwd(x)
+    grad = image.new_empty((), dtype=torch.float32)
+    module.pixel_bwd(grad, x._replace(weight=None), module.Needs(True, True))
 
 
 def smoothness(module, image):
     grad = image.new_empty((*image.shape[:2], 2), dtype=torch.float32)
-    module.smoothness_fwd(image, None, image[:, :1].expand_as(image), "l1", 1)
-    module.smoothness_bwd(grad, image, image, None, "l2", 2)
+    module.smoothness_fwd(module.Inputs(image, None, image[:, :1].expand_as(image), "l1", 1))
+    module.smoothness_bwd(grad, module.Inputs(image, image, None, "l2", 2))
 
 
 def ssim(module, image):
@@ -63,16 +65,16 @@ def ssim(module, image):
 
 def image_without_ssim(module, image):
     grad = image.new_empty(4, dtype=torch.float32)
-    for kinds, keep in (("l1,l1", 4), ("l2,l1", 0)):
-        x = module.Inputs(image, image, None, None, None, None, kinds, [1.0, 1.0, *[0.0] * 6], keep)
+    for kind, keep in (("l1", 4), ("l2", 0)):
+        x = module.Inputs(image, image, pixel_kind=kind, smoothness_kind="l1", keep=keep)
         _, saved = module.image_loss_fwd(x)
         assert not keep or (saved.kept.dtype, saved.kept.numel()) == (torch.uint8, image.numel())
         module.image_loss_bwd(grad, saved, x, module.Needs(True, True))
 
 
 def image_with_ssim(module, image):
-    numbers = [1.0, 1.0, 11.0, 1.5, 1.0, 1e-4, 9e-4, 0.0]
-    x = module.Inputs(image, image, None, image, None, None, "l1,l1", numbers, 2)
+    ssim = {"window": 11, "sigma": 1.5, "same": True, "c1": 1e-4, "c2": 9e-4}
+    x = module.Inputs(image, image, guide=image, pixel_kind="l1", smoothness_kind="l1", keep=2, **ssim)
     _, saved = module.image_loss_fwd(x)
     module.image_loss_bwd(image.new_empty(4, dtype=torch.float32), saved, x, module.Needs(False, True))
 

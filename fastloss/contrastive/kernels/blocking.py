@@ -4,60 +4,78 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import triton
 
 from ..save_plan import exponentials
 from .tile_configs import Tile
 
-# "upper": the triangle above the diagonal is made in up to STRIPS blocks of rows, of LOWEST rows at least. What lies
-# below the diagonal in them is made in vain: with STRIPS of them about 1 / STRIPS of the triangle.
-STRIPS, LOWEST = 16, 1024
+# Of the self-similarity form the triangle above the diagonal is made, in up to STRIPS blocks of rows, of at least
+# MIN_STRIP_ROWS. What lies below the diagonal in them is made in vain: with STRIPS about 1 / STRIPS of the triangle.
+STRIPS, MIN_STRIP_ROWS = 16, 1024
 CHUNK = 128  # a chunk has a multiple of so many rows, where the workspace holds as many
 
 
-def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> tuple[int, int, int]:
-    """(rows, elements, pitch) of a chunk: as many rows of exponentials as the workspace holds, one at least."""
-    one, pitch = exponentials(1, columns, itemsize)
-    height = int(workspace_mib * 2**20) // (one * itemsize)
-    height = min(rows, max(height // CHUNK * CHUNK or height, 1))
-    return height, exponentials(height, columns, itemsize)[0], pitch
+class Chunk(NamedTuple):
+    """Rows whose logits are made at a time, and the memory of their exponentials."""
+
+    rows: int
+    elements: int
+    pitch: int  # elements from one row to the next
 
 
-def block_plan(rows: int, columns: int, elements: int, tile: Tile, upper: bool = False) -> tuple[int, int]:
+class Walk(NamedTuple):
+    """Program (g, s) walks over the row tiles g, g + groups, .. and in each over the column tiles s, s + splits, .."""
+
+    groups: int
+    splits: int
+
+
+def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> Chunk:
+    """As many rows as the workspace holds exponentials of, but one at least."""
+    one_row = exponentials(1, columns, itemsize)
+    fit = int(workspace_mib * 2**20) // (one_row.elements * itemsize)
+    chunk_rows = min(rows, max(fit // CHUNK * CHUNK or fit, 1))
+    return Chunk(chunk_rows, *exponentials(chunk_rows, columns, itemsize))
+
+
+def block_plan(rows: int, columns: int, elements: int, tile: Tile, self_similarity: bool = False) -> tuple[int, int]:
     """(rows, columns) of the blocks of G that `elements` hold, whole tiles of columns: square where not all fits.
 
     A block reads and writes the sums of the gradients of its rows and of its columns once: of blocks of one size a
-    square has the fewest of these. `upper`: blocks begin at the diagonal, and the more rows they have, the more of them
-    lies below it and is made in vain.
+    square has the fewest of these. With `self_similarity` blocks begin at the diagonal, and the more rows they have,
+    the more of them lies below it and is made in vain.
     """
-    if upper and rows > LOWEST:
-        rows = _even(rows, max(LOWEST, rows // STRIPS), max(tile.rows, tile.columns))
+    if self_similarity and rows > MIN_STRIP_ROWS:
+        rows = _even(rows, max(MIN_STRIP_ROWS, rows // STRIPS), max(tile.rows, tile.columns))
     padded = triton.cdiv(columns, tile.columns) * tile.columns
     if rows * padded <= elements:
         return rows, padded
-    wide = min(padded, max(math.isqrt(elements), elements // rows)) // tile.columns * tile.columns
-    wide = _even(columns, max(wide, tile.columns), tile.columns)
-    high = elements // wide
-    return min(rows, _even(rows, high // tile.rows * tile.rows, tile.rows) if high >= tile.rows else max(high, 1)), wide
+    block_columns = min(padded, max(math.isqrt(elements), elements // rows)) // tile.columns * tile.columns
+    block_columns = _even(columns, max(block_columns, tile.columns), tile.columns)
+    fit = elements // block_columns
+    if fit < tile.rows:
+        return min(rows, max(fit, 1)), block_columns
+    return min(rows, _even(rows, fit // tile.rows * tile.rows, tile.rows)), block_columns
 
 
-def _even(total: int, most: int, unit: int) -> int:
-    """The size, at most `most` and a multiple of `unit`, of the fewest pieces of `total`, alike in size."""
-    pieces = triton.cdiv(total, most)
+def _even(total: int, max_size: int, unit: int) -> int:
+    """The size, at most `max_size` and a multiple of `unit`, of the fewest pieces of `total`, alike in size."""
+    pieces = triton.cdiv(total, max_size)
     return triton.cdiv(triton.cdiv(total, pieces), unit) * unit
 
 
 @functools.lru_cache(maxsize=256)
-def walk_plan(row_blocks: int, column_blocks: int, programs: int) -> tuple[int, int]:
-    """(groups, splits): program (g, s) walks over row blocks g, g + groups, .. and column blocks s, s + splits, ..
+def walk_plan(row_tiles: int, column_tiles: int, programs: int) -> Walk:
+    """The walk whose longest program is shortest and, of those about as short, the one with the fewest groups + splits.
 
-    Chosen is the plan whose longest walk is shortest and, of those about as short, the one with the fewest slots,
-    groups + splits. That is also how many blocks of embeddings the caches must hold at a time.
+    That sum is how many slots there are, and how many tiles of embeddings the caches must hold at a time.
     """
 
-    def cost(groups: int, splits: int) -> float:
-        return -(-row_blocks // groups) * -(-column_blocks // splits) * (1 + (groups + splits) / 2000)
+    def cost(walk: Walk) -> float:
+        longest = -(-row_tiles // walk.groups) * -(-column_tiles // walk.splits)
+        return longest * (1 + (walk.groups + walk.splits) / 2000)
 
-    plans = ((min(row_blocks, programs // s), s) for s in range(1, min(column_blocks, programs) + 1))
-    return min(plans, key=lambda plan: cost(*plan))
+    walks = (Walk(min(row_tiles, programs // s), s) for s in range(1, min(column_tiles, programs) + 1))
+    return min(walks, key=cost)

@@ -1,6 +1,8 @@
-"""The gradients of embeddings from the sums that blocks of logits left, and of their scales."""
+"""The gradients of embeddings, and of their scales, from float32 sums over blocks of G."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,47 +11,53 @@ from torch import Tensor
 
 from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS
 
-FINISH_BLOCK = (8, 256)
+SUM_ROWS, SUM_DIM = 8, 256  # embeddings of a program, numbers of each at a time
+
+
+class SumSizes(NamedTuple):
+    rows: int
+    dim: int
+    pitch: int  # elements from one embedding to the next
 
 
 @triton.jit
-def _contrastive_finish_kernel(
-    sum_ptr,  # (rows, D) float32, contiguous: a gradient times the factor
+def _gradients_from_sums_kernel(
+    sum_ptr,  # (rows, D) float32, contiguous: a gradient times the fp16 scale
     x_ptr,  # (rows, D), rows `pitch` apart: the embeddings it belongs to
     grad_ptr,  # (rows, D) contiguous: the gradient, or None
     scale_ptr,  # (rows,): scale of the embeddings, or None
     dot_ptr,  # (rows,): its gradient, or None; without a scale <x, gradient>
-    factor_ptr,  # (1,) or None
-    sizes,  # rows, D, pitch
+    fp16_scale_ptr,  # (1,) or None
+    sizes,  # SumSizes
     NORMALIZE: tl.constexpr,  # the gradient has no part along x, as that of x / |x|
     ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < sizes[0]
+    inside = row < sizes.rows
     line = row.to(tl.int64)[:, None]
     dot = tl.zeros((ROWS,), tl.float32)
-    factor = 1.0
-    if factor_ptr is not None:
-        factor = 1.0 / tl.load(factor_ptr)
+    inverse_scale = 1.0
+    if fp16_scale_ptr is not None:
+        inverse_scale = 1.0 / tl.load(fp16_scale_ptr)
     square = tl.zeros((ROWS,), tl.float32)
     if NORMALIZE or dot_ptr is not None:
-        for start in range(0, sizes[1], WIDTH):
-            inner = start + tl.arange(0, WIDTH)[None, :]
-            mask = inside[:, None] & (inner < sizes[1])
-            x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
-            dot += tl.sum(x * (tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor), 1)
+        for start in range(0, sizes.dim, DIM):
+            inner = start + tl.arange(0, DIM)[None, :]
+            mask = inside[:, None] & (inner < sizes.dim)
+            x = tl.load(x_ptr + line * sizes.pitch + inner, mask=mask, other=0.0).to(tl.float32)
+            dot += tl.sum(x * (tl.load(sum_ptr + line * sizes.dim + inner, mask=mask, other=0.0) * inverse_scale), 1)
             square += tl.sum(x * x, 1)
     if grad_ptr is not None:
         along = tl.where(square > 0.0, dot / square, 0.0)
-        for start in range(0, sizes[1], WIDTH):
-            inner = start + tl.arange(0, WIDTH)[None, :]
-            mask = inside[:, None] & (inner < sizes[1])
-            value = tl.load(sum_ptr + line * sizes[1] + inner, mask=mask, other=0.0) * factor
+        for start in range(0, sizes.dim, DIM):
+            inner = start + tl.arange(0, DIM)[None, :]
+            mask = inside[:, None] & (inner < sizes.dim)
+            value = tl.load(sum_ptr + line * sizes.dim + inner, mask=mask, other=0.0) * inverse_scale
             if NORMALIZE:
-                x = tl.load(x_ptr + line * sizes[2] + inner, mask=mask, other=0.0).to(tl.float32)
+                x = tl.load(x_ptr + line * sizes.pitch + inner, mask=mask, other=0.0).to(tl.float32)
                 value -= along[:, None] * x
-            tl.store(grad_ptr + line * sizes[1] + inner, value.to(grad_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_ptr + line * sizes.dim + inner, value.to(grad_ptr.dtype.element_ty), mask=mask)
     if dot_ptr is not None:
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + row, mask=inside, other=1.0)
@@ -58,71 +66,80 @@ def _contrastive_finish_kernel(
 
 
 @triton.jit
-def _contrastive_scale_kernel(
-    made_ptr,  # (count,) float32
-    grad_ptr,  # (1,)
-    to_ptr,  # (count,)
+def _multiply_kernel(
+    x_ptr,  # (count,) float32
+    factor_ptr,  # (1,)
+    out_ptr,  # (count,)
     count,
     BLOCK: tl.constexpr,
 ):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     index = tl.arange(0, BLOCK)
     inside = index < count - start
-    made = tl.load(made_ptr + start + index, mask=inside)
-    tl.store(to_ptr + start + index, (made * tl.load(grad_ptr)).to(to_ptr.dtype.element_ty), mask=inside)
+    x = tl.load(x_ptr + start + index, mask=inside)
+    tl.store(out_ptr + start + index, (x * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def finish(
-    sums: Tensor, x: Tensor, grad: Tensor | None, scale: Tensor | None, dot: Tensor | None, factor: Tensor | None,
+def gradients_from_sums(
+    sums: Tensor, x: Tensor, grad: Tensor | None, scale: Tensor | None, dot: Tensor | None, fp16_scale: Tensor | None,
     normalize: bool = False,
 ) -> None:  # fmt: skip
-    """The gradients of embeddings `x` (of their lengths' directions only, with `normalize`) and scales from `sums`."""
-    _contrastive_finish_kernel[(triton.cdiv(sums.shape[0], FINISH_BLOCK[0]),)](
-        sums, x, grad, scale, dot, factor, (*sums.shape, x.stride(0)), normalize, *FINISH_BLOCK, **STREAM_OPTIONS
-    )
+    """Fill the gradients of embeddings `x` and of their scales from `sums`, float32 and times `fp16_scale`.
+
+    With `normalize` the sums are gradients of the directions x / |x|. `dot` is the scales' gradient, or <x, gradient>
+    where none is given.
+    """
+    rows, dim = sums.shape
+    _gradients_from_sums_kernel[(triton.cdiv(rows, SUM_ROWS),)](
+        sums, x, grad, scale, dot, fp16_scale, SumSizes(rows, dim, x.stride(0)), normalize, SUM_ROWS, SUM_DIM,
+        **STREAM_OPTIONS,
+    )  # fmt: skip
 
 
-def scaled(made: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
-    """`made`, which the forward has made in float32, times the upstream gradient, in the dtype of `like`."""
+def scaled(saved_grad: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+    """A gradient that the forward has made in float32, times the upstream one, in the dtype of `like`."""
     if not needed:
         return like.new_empty(0)
     out = like.new_empty(like.shape)
-    if grad.numel() != 1 or made.numel() < STREAM_BLOCK:
-        return torch.mul(made, grad, out=out)
-    count = made.numel()
-    _contrastive_scale_kernel[(triton.cdiv(count, STREAM_BLOCK),)](
-        made, grad, out, count, STREAM_BLOCK, **STREAM_OPTIONS
-    )
+    if grad.numel() != 1 or saved_grad.numel() < STREAM_BLOCK:
+        return torch.mul(saved_grad, grad, out=out)
+    count = saved_grad.numel()
+    _multiply_kernel[(triton.cdiv(count, STREAM_BLOCK),)](saved_grad, grad, out, count, STREAM_BLOCK, **STREAM_OPTIONS)
     return out
 
 
 class EmbeddingGradient:
-    """The gradient of one of the embeddings, made of blocks, and of its scale (or all scales, where none is given)."""
+    """The gradient of queries or keys, summed over blocks of G, and that of their scales (or of the one scale of all
+    logits, where none is given)."""
 
     def __init__(
-        self, x: Tensor, width: int, scale: Tensor | None, needs: tuple[bool, bool], height: int, single: bool,
-        factor: Tensor | None, normalize: bool = False,
+        self, x: Tensor, dim: int, scale: Tensor | None, needs: tuple[bool, bool], block_rows: int, one_product: bool,
+        fp16_scale: Tensor | None, normalize: bool = False,
     ) -> None:  # fmt: skip
-        self.x, self.scale, self.factor, self.height, self.normalize = x, scale, factor, height, normalize
+        self.x, self.scale, self.fp16_scale, self.normalize = x, scale, fp16_scale, normalize
+        self.block_rows = block_rows
         rows, (needs_x, needs_scale) = x.shape[0], needs
-        self.grad = x.new_empty((rows, width) if needs_x else 0)
+        self.grad = x.new_empty((rows, dim) if needs_x else 0)
         self.dot = x.new_empty(rows if needs_scale else 0, dtype=torch.float32)
         self.needed = needs_x or needs_scale
         # sums in the gradient itself, where it is float32 or one rounded product is all
-        once = single and not needs_scale and not normalize
-        self.direct = needs_x and factor is None and (x.dtype == torch.float32 or once)
-        self.finishes = self.needed and (needs_scale or normalize or not self.direct)
-        kept = height if self.needed else 0
-        self.sums = self.grad if self.direct else x.new_empty((kept, width), dtype=torch.float32)
+        exact = x.dtype == torch.float32 or (one_product and not needs_scale and not normalize)
+        self.direct = needs_x and fp16_scale is None and exact
+        self.has_output = self.needed and (needs_scale or normalize or not self.direct)
+        sum_rows = block_rows if self.needed else 0
+        self.sums = self.grad if self.direct else x.new_empty((sum_rows, dim), dtype=torch.float32)
 
     def part(self, start: int, stop: int) -> Tensor:
-        """The sums of these rows, which are those of one block when sums are kept for one only."""
-        return self.sums[start:stop] if self.direct or self.height == self.x.shape[0] else self.sums[: stop - start]
+        """The sums of these rows, which are those of one block when sums are held for one only."""
+        return self.sums[start:stop] if self.direct or self.block_rows == self.x.shape[0] else self.sums[: stop - start]
 
-    def finish(self, start: int, stop: int) -> None:
-        if not self.finishes:
+    def from_sums(self, start: int, stop: int) -> None:
+        """Make the gradients of these rows from their sums, which are complete."""
+        if not self.has_output:
             return
         grad = self.grad[start:stop] if self.grad.numel() and (self.normalize or not self.direct) else None
         dot = self.dot[start:stop] if self.dot.numel() else None
         scale = None if dot is None or self.scale is None else self.scale[start:stop]
-        finish(self.part(start, stop), self.x[start:stop], grad, scale, dot, self.factor, self.normalize)
+        gradients_from_sums(
+            self.part(start, stop), self.x[start:stop], grad, scale, dot, self.fp16_scale, self.normalize
+        )

@@ -1,184 +1,209 @@
-"""Kernels of the contrastive gradients: blocks of G."""
+"""The kernel that makes G, the gradient of the logits, a block at a time."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .logit_tile import tile_logits
-from .online_softmax import LOG2E, _below, _binary, _reference
+from .arguments import Operands
+from .logit_tile import tile_logits, tile_of_program
+from .online_softmax import LOG2E, _exp_scaled, _exponent, _log2_scaled
 
-# An exponential below a row's reference serves the columns whose references lie no further than this under it.
-SPREAD_BACK = tl.constexpr(96.0)
-AGAIN, KEPT, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# An exponential divided by the power of two of its row serves the columns whose exponents are at most this much lower.
+SPREAD_BACKWARD = tl.constexpr(96.0)
+# Which tiles a launch makes: all from recomputed logits; those whose saved exponentials serve; the others, recomputed.
+RECOMPUTE, FROM_EXPS, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def _log_sum(stats_ptr, grad_ptr, index, mask, ANEW: tl.constexpr = False):
-    """(n, g): upstream times e^(s - lse) is g _below(s, n), n a whole number; (0, 0) where it has no terms."""
-    lse = tl.load(stats_ptr + index, mask, other=0.0, volatile=ANEW)
+def _lse_grad(stats_ptr, grad_ptr, index, mask, VOLATILE: tl.constexpr = False):
+    """(exponent, g): the upstream gradient times e^(s - lse) is g e^s / 2^exponent; g is 0 where there are no terms."""
+    lse = tl.load(stats_ptr + index, mask, other=0.0, volatile=VOLATILE)
     empty = lse == float("-inf")
-    reference = _reference(lse)
-    upstream = tl.load(grad_ptr + index, mask, other=0.0, volatile=ANEW) * tl.exp2(-_binary(lse, reference))
-    return reference, tl.where(empty, 0.0, upstream)
+    exponent = _exponent(lse)
+    grad = tl.load(grad_ptr + index, mask, other=0.0, volatile=VOLATILE) * tl.exp2(-_log2_scaled(lse, exponent))
+    return exponent, tl.where(empty, 0.0, grad)
 
 
 @triton.jit
-def _hard_pull(d, stats_ptr, grad_ptr, index, mask, power, AXIS: tl.constexpr):
-    """Upstream times e^(power d - lse), 0 where there are no terms."""
+def _power_grad(d, stats_ptr, grad_ptr, index, mask, power, AXIS: tl.constexpr):
+    """The upstream gradient times e^(power d - lse), 0 where there are no terms."""
     lse = tl.load(stats_ptr + index, mask, other=0.0)
-    up = tl.load(grad_ptr + index, mask, other=0.0)
+    grad = tl.load(grad_ptr + index, mask, other=0.0)
     empty = lse == float("-inf")
-    lse, up = tl.where(empty, 0.0, lse), tl.where(empty, 0.0, up)
-    return tl.exp2((d * power - tl.expand_dims(lse, AXIS)) * LOG2E) * tl.expand_dims(up, AXIS)
+    lse, grad = tl.where(empty, 0.0, lse), tl.where(empty, 0.0, grad)
+    return tl.exp2((d * power - tl.expand_dims(lse, AXIS)) * LOG2E) * tl.expand_dims(grad, AXIS)
 
 
 @triton.jit
-def _pull(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr):
-    """G_ij of one direction, whose stats and upstream are (states, M)."""
+def _grad_logits(s, stats_ptr, grad_ptr, index, stride, mask, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr):
+    """G_ij of one direction, whose statistics and their gradients are (states, M)."""
     HARD: tl.constexpr = beta is not None
-    reference, up = _log_sum(stats_ptr, grad_ptr, index, mask)
-    pull = _below(s, tl.expand_dims(reference, AXIS)) * tl.expand_dims(up, AXIS)
+    exponent, grad = _lse_grad(stats_ptr, grad_ptr, index, mask)
+    grad_logits = _exp_scaled(s, tl.expand_dims(exponent, AXIS)) * tl.expand_dims(grad, AXIS)
     if MOMENTS:
-        up = tl.load(grad_ptr + 2 * stride + index, mask, other=0.0)
-        pull += tl.where(s == float("-inf"), 0.0, tl.expand_dims(up, AXIS))
+        grad = tl.load(grad_ptr + 2 * stride + index, mask, other=0.0)
+        grad_logits += tl.where(s == float("-inf"), 0.0, tl.expand_dims(grad, AXIS))
     if HARD:
-        at: tl.constexpr = 4 if MOMENTS else 2
-        best = tl.load(stats_ptr + stride + index, mask, other=0.0)
-        best = tl.where(best == float("-inf"), 0.0, best)
-        stats_ptr, grad_ptr = stats_ptr + at * stride, grad_ptr + at * stride
-        d = s - tl.expand_dims(best, AXIS)
-        harder = _hard_pull(d, stats_ptr, grad_ptr, index, mask, 1.0 + beta, AXIS)
-        pull += harder + beta * (harder + _hard_pull(d, stats_ptr + stride, grad_ptr + stride, index, mask, beta, AXIS))
-    return pull
+        line: tl.constexpr = 4 if MOMENTS else 2
+        s_max = tl.load(stats_ptr + stride + index, mask, other=0.0)
+        s_max = tl.where(s_max == float("-inf"), 0.0, s_max)
+        stats_ptr, grad_ptr = stats_ptr + line * stride, grad_ptr + line * stride
+        d = s - tl.expand_dims(s_max, AXIS)
+        of_1p = _power_grad(d, stats_ptr, grad_ptr, index, mask, 1.0 + beta, AXIS)
+        of_beta = _power_grad(d, stats_ptr + stride, grad_ptr + stride, index, mask, beta, AXIS)
+        grad_logits += of_1p + beta * (of_1p + of_beta)
+    return grad_logits
 
 
 @triton.jit
-def _pull_both(s, stats_ptr, grad_ptr, row, column, rows, across):
-    """G_ij of both directions of log-sum-exps alone: from one exponential wherever that is exact."""
-    own, up = _log_sum(stats_ptr, grad_ptr, row, row < rows)
-    other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows)
-    low = tl.min(other, 0)
-    if tl.max(own, 0) - low > SPREAD_BACK:
-        # read anew: the registers of a whole tile have no room to keep both
-        other, down = _log_sum(stats_ptr + across, grad_ptr + across, column, column < rows, True)
-        pull = _below(s, other[None, :]) * down[None, :]
-        pull = tl.fma(_below(s, own[:, None]), up[:, None], pull)
+def _grad_logits_of_both(s, stats_ptr, grad_ptr, row, column, rows, direction):
+    """G_ij of rows and columns that have log-sum-exps alone: from one exponential wherever that is exact."""
+    row_exponent, row_grad = _lse_grad(stats_ptr, grad_ptr, row, row < rows)
+    column_exponent, column_grad = _lse_grad(stats_ptr + direction, grad_ptr + direction, column, column < rows)
+    low = tl.min(column_exponent, 0)
+    if tl.max(row_exponent, 0) - low > SPREAD_BACKWARD:
+        # read again: the registers of a whole tile have no room to keep both
+        column_exponent, column_grad = _lse_grad(
+            stats_ptr + direction, grad_ptr + direction, column, column < rows, True
+        )
+        grad_logits = _exp_scaled(s, column_exponent[None, :]) * column_grad[None, :]
+        grad_logits = tl.fma(_exp_scaled(s, row_exponent[:, None]), row_grad[:, None], grad_logits)
     else:
-        pull = _below(s, own[:, None])
-        pull *= tl.fma(tl.exp2(own - low)[:, None], (tl.exp2(low - other) * down)[None, :], up[:, None])
-    return pull
+        grad_logits = _exp_scaled(s, row_exponent[:, None])
+        of_columns = (tl.exp2(low - column_exponent) * column_grad)[None, :]
+        grad_logits *= tl.fma(tl.exp2(row_exponent - low)[:, None], of_columns, row_grad[:, None])
+    return grad_logits
 
 
 @triton.jit
-def _pull_again(
-    operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM: tl.constexpr, TILE: tl.constexpr
+def _recomputed_grad_logits(
+    operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    """G_ij from logits that are made again."""
-    s, back = tile_logits(operands, row0, column0, rows, columns, sizes, FORM[1], FORM[0], TILE)
-    row, column = row0 + tl.arange(0, TILE[0]), column0 + tl.arange(0, TILE[1])
-    stride = tl.cast(sizes[0], tl.int64)
-    if not FORM[1]:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-    elif FORM[2] or beta is not None or rows[3] is not None:
-        pull = _pull(s, stats[0], stats[1], row, stride, row < sizes[0], beta, 1, FORM[2])
-        inside = column < sizes[1]
-        pull += _pull(back, stats[0] + across, stats[1] + across, column, stride, inside, beta, 0, FORM[2])
-    else:
-        pull = _pull_both(s, stats[0], stats[1], row, column, sizes[0], across)
-    return pull
-
-
-@triton.jit
-def _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM: tl.constexpr):
-    """G_ij from the exponentials that the forward has kept, those of row i below its reference in this tile."""
-    inside = (row < sizes[0])[:, None]
-    corner = stats[3] + tl.cast(row0, tl.int64) * stats[5] + column0
-    if FORM[0] == 2:
-        inside &= row[:, None] < column[None, :]
-    e = tl.load(corner + (row - row0)[:, None] * stats[5] + (column - column0)[None, :], mask=inside, other=0.0)
-    e = e.to(tl.float32)
-    own, up = _log_sum(stats[0], stats[1], row, row < sizes[0])
-    pull = (up * tl.exp2(reference - own))[:, None]
-    if FORM[1]:
-        other, down = _log_sum(stats[0] + across, stats[1] + across, column, column < sizes[1])
-        top = tl.max(reference, 0)
-        pull += tl.exp2(reference - top)[:, None] * (tl.exp2(top - other) * down)[None, :]
-    return tl.where(e == 0.0, 0.0, e * pull)  # the references of rows without exponentials mean nothing
-
-
-@triton.jit
-def _store_pull(pull, where, rows, columns, results, stats, sizes, block):
-    """G r c of a tile, and its column sums, to where the block has them."""
-    row_block, column_block, row0, column0 = where
-    BM: tl.constexpr = pull.shape[0]
-    BN: tl.constexpr = pull.shape[1]
+    """G_ij from logits that are made once more."""
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
+    MOMENTS: tl.constexpr = FORM.moments
+    s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE)
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    if stats[6] is not None:
-        own = row
-        if rows[1] is not None:
-            own = tl.load(rows[1] + row, mask=row < sizes[0], other=-1)
-        positive = tl.load(stats[6] + row, mask=row < sizes[0], other=0.0)
-        pull = tl.where(own[:, None] == column[None, :], positive[:, None], pull)
-    at = column_block * BN + tl.arange(0, BN)
-    if results[1] is not None:
-        pull = tl.where((row < block[2])[:, None], pull, 0.0)  # a block's last tile has rows of the next
-        tl.store(results[1] + row_block.to(tl.int64) * block[5] + at, tl.sum(pull, 0))
-    if results[0] is not None:
-        # read anew: the registers of a whole tile have no room to keep the scales from the logits on
-        scale = tl.load(rows[0] + row, mask=row < sizes[0], other=0.0, volatile=True)
-        if stats[2] is not None:
-            scale *= tl.load(stats[2])
-        pull *= scale[:, None]
-        if columns[0] is not None:
-            pull *= tl.load(columns[0] + column, mask=column < sizes[1], other=0.0, volatile=True)[None, :]
-        corner = results[0] + (row0 - block[0]).to(tl.int64) * block[5] + column_block * BN
-        out = corner + tl.arange(0, BM)[:, None] * block[5] + tl.arange(0, BN)[None, :]
-        tl.store(out, pull.to(results[0].dtype.element_ty), mask=(row < block[2])[:, None])
+    stride = tl.cast(sizes.rows, tl.int64)
+    stats, grad = inputs.stats, inputs.stats_grad
+    if not BOTH_SIDES:
+        grad_logits = _grad_logits(s, stats, grad, row, stride, row < sizes.rows, beta, 1, MOMENTS)
+    elif MOMENTS or beta is not None or rows.ceiling is not None:
+        grad_logits = _grad_logits(s, stats, grad, row, stride, row < sizes.rows, beta, 1, MOMENTS)
+        inside = column < sizes.columns
+        stats, grad = stats + direction, grad + direction
+        grad_logits += _grad_logits(column_view, stats, grad, column, stride, inside, beta, 0, MOMENTS)
+    else:
+        grad_logits = _grad_logits_of_both(s, stats, grad, row, column, sizes.rows, direction)
+    return grad_logits
+
+
+@triton.jit
+def _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM: tl.constexpr):
+    """G_ij from saved exponentials, those of row i divided by 2^exponent_i in this tile."""
+    SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
+    BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
+    inside = (row < sizes.rows)[:, None]
+    corner = inputs.exps + tl.cast(row0, tl.int64) * inputs.pitch + column0
+    if SELF_SIMILARITY:
+        inside &= row[:, None] < column[None, :]
+    e = tl.load(corner + (row - row0)[:, None] * inputs.pitch + (column - column0)[None, :], mask=inside, other=0.0)
+    e = e.to(tl.float32)
+    stats, grad = inputs.stats, inputs.stats_grad
+    row_exponent, row_grad = _lse_grad(stats, grad, row, row < sizes.rows)
+    weight = (row_grad * tl.exp2(exponent - row_exponent))[:, None]
+    if BOTH_SIDES:
+        column_exponent, column_grad = _lse_grad(stats + direction, grad + direction, column, column < sizes.columns)
+        max_exponent = tl.max(exponent, 0)
+        of_columns = (tl.exp2(max_exponent - column_exponent) * column_grad)[None, :]
+        weight += tl.exp2(exponent - max_exponent)[:, None] * of_columns
+    return tl.where(e == 0.0, 0.0, e * weight)  # the exponents of rows without exponentials mean nothing
+
+
+@triton.jit
+def _store_grad_logits(
+    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+):  # fmt: skip
+    """G r c of a tile, and its column sums, to where the block has them."""
+    BM: tl.constexpr = grad_logits.shape[0]
+    BN: tl.constexpr = grad_logits.shape[1]
+    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
+    if inputs.positive_grad is not None:
+        target = row
+        if rows.targets is not None:
+            target = tl.load(rows.targets + row, mask=row < sizes.rows, other=-1)
+        positive = tl.load(inputs.positive_grad + row, mask=row < sizes.rows, other=0.0)
+        grad_logits = tl.where(target[:, None] == column[None, :], positive[:, None], grad_logits)
+    offset = column_tile * BN + tl.arange(0, BN)
+    if results.column_sums is not None:
+        # the last tile of the block has rows of the next block
+        grad_logits = tl.where((row < block.end_row)[:, None], grad_logits, 0.0)
+        tl.store(results.column_sums + row_tile.to(tl.int64) * block.pitch + offset, tl.sum(grad_logits, 0))
+    if results.grad_block is not None:
+        # read again: the registers of a whole tile have no room to keep the scales from the logits on
+        scale = tl.load(rows.row_scale + row, mask=row < sizes.rows, other=0.0, volatile=True)
+        if inputs.fp16_scale is not None:
+            scale *= tl.load(inputs.fp16_scale)
+        grad_logits *= scale[:, None]
+        if columns.column_scale is not None:
+            inside = column < sizes.columns
+            grad_logits *= tl.load(columns.column_scale + column, mask=inside, other=0.0, volatile=True)[None, :]
+        corner = results.grad_block + (row0 - block.row).to(tl.int64) * block.pitch + column_tile * BN
+        to = corner + tl.arange(0, BM)[:, None] * block.pitch + tl.arange(0, BN)[None, :]
+        tl.store(to, grad_logits.to(results.grad_block.dtype.element_ty), mask=(row < block.end_row)[:, None])
 
 
 @triton.jit
 def _softmax_stats_bwd_kernel(
-    query,  # (M, D), key (N, D), or their products, which G may replace: see logit_tile.py
+    query,  # see Operands; G may take the place of the products
     key,
-    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
-    columns,  # column_scale, bias, column_ids: (N,) or None
-    results,  # G r c (block rows, pitch) or None; column sums of G (row blocks, pitch) or None
-    # stats, its upstream: (directions, states, M); factor of G (1,) or None; what the forward has kept or None: e (M,
-    # pitch), its references (column blocks, M), the pitch; G of the positives (M,), which are no negatives, or None
-    stats,
-    sizes,  # M, N, D
-    block,  # first row, first column, end of the rows, row blocks, column blocks, pitch
+    rows,  # Rows
+    columns,  # Columns
+    results,  # BackwardResults
+    inputs,  # BackwardInputs
+    sizes,  # Sizes
+    block,  # Block
     beta,
-    FORM: tl.constexpr,  # what is left out (see logit_tile.py), symmetric, moments
-    TILE: tl.constexpr,
-    PART: tl.constexpr,  # AGAIN: all tiles, from logits made again; KEPT: those kept; FLAGGED: the others, made again
-    GROUP: tl.constexpr,  # row blocks walked together, so that the caches serve the keys of a group
+    FORM: tl.constexpr,  # Form
+    TILE: tl.constexpr,  # TileConstants
+    TILES: tl.constexpr,  # RECOMPUTE, FROM_EXPS or FLAGGED
 ):
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    STATES: tl.constexpr = 2 + (2 if FORM[2] else 0) + (2 if beta is not None else 0)
-    operands = (query, key)
-    program = tl.program_id(0)
-    first = program // (GROUP * block[4]) * GROUP
-    height = tl.minimum(block[3] - first, GROUP)
-    rest = program % (GROUP * block[4])
-    row_block, column_block = first + rest % height, rest // height
-    row0, column0 = block[0] + row_block * BM, block[1] + column_block * BN
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
+    MOMENTS: tl.constexpr = FORM.moments
+    STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if beta is not None else 0)
+    operands = Operands(query, key)
+    row_tile, column_tile = tile_of_program(block)
+    row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    stride = tl.cast(sizes[0], tl.int64)
+    stride = tl.cast(sizes.rows, tl.int64)
     # from a row's statistics to those of a column, which are a row's where rows and columns are the same
-    across = (0 if FORM[0] == 2 else STATES) * stride
-    if PART == AGAIN:
-        pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
-        _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
+    direction = (0 if SELF_SIMILARITY else STATES) * stride
+    if TILES == RECOMPUTE:
+        grad_logits = _recomputed_grad_logits(
+            operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
+        )
+        _store_grad_logits(
+            grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+        )
     else:
-        reference = tl.load(stats[4] + (column0 // BN) * stride + row, mask=row < sizes[0], other=-float("inf"))
-        flagged = tl.max(reference, 0) == float("inf")
-        if PART == FLAGGED:
+        exponents = inputs.exponents + (column0 // BN) * stride
+        exponent = tl.load(exponents + row, mask=row < sizes.rows, other=-float("inf"))
+        flagged = tl.max(exponent, 0) == float("inf")
+        if TILES == FLAGGED:
             if flagged:
-                pull = _pull_again(operands, row0, column0, rows, columns, sizes, stats, across, beta, FORM, TILE)
-                _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
+                grad_logits = _recomputed_grad_logits(
+                    operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
+                )
+                _store_grad_logits(
+                    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+                )
         elif flagged == 0:
-            pull = _pull_kept(reference, stats, row0, column0, row, column, sizes, across, FORM)
-            _store_pull(pull, (row_block, column_block, row0, column0), rows, columns, results, stats, sizes, block)
+            grad_logits = _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM)
+            _store_grad_logits(
+                grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+            )

@@ -1,73 +1,87 @@
-"""One call of the contrastive kernels: operands, vectors of rows and columns, form, tile."""
+"""One call of the contrastive kernels: embeddings, vectors of rows and columns, form, tile."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.kernels.matmul import add_product, embeddings
+from ..options import Form
+from .arguments import Area, Columns, Operands, ProductsBlock, Rows, Sizes
 from .blocking import block_plan
 from .tile_configs import DESCRIPTORS, PRODUCTS, best_tile, products_kind
 
 HALF_TILE = 64  # columns, or rows
 
 
+class Workspace(NamedTuple):
+    """Memory for a block of products."""
+
+    memory: Tensor
+    pitch: int  # elements from one row to the next
+
+
 class LogitMatrix:
-    """What both directions give their kernels: operands, vectors, form, tile."""
+    """What the kernels of the forward and of the backward are given: embeddings, vectors, form, tile."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, hardness: float,
-        backward: bool = False, keeps: bool = False, workspace_mib: float = 0.0,
+        self, query: Tensor, key: Tensor, rows: Rows, columns: Columns, form: Form, hardness: float,
+        backward: bool = False, saves_exps: bool = False, workspace_mib: float = 0.0,
     ) -> None:  # fmt: skip
         self.query, self.key = embeddings(query), embeddings(key)
-        self.rows: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in rows)
-        self.columns: tuple[Any, ...] = tuple(None if v is None else v.contiguous() for v in columns)
-        if self.rows[2] is None or self.columns[2] is None:  # ids count only in pairs
-            self.rows, self.columns = (*self.rows[:2], None, self.rows[3]), (*self.columns[:2], None)
-        self.upper, self.moments = "upper" in kind, "moments" in kind
-        self.symmetric, self.directions = self.upper or "symmetric" in kind, 1 + ("symmetric" in kind)
-        self.form = (2 if self.upper else int("diagonal" in kind), self.symmetric, self.moments)
+        self.rows = Rows(*[None if v is None else v.contiguous() for v in rows])  # type: ignore[arg-type]
+        self.columns = Columns(*[None if v is None else v.contiguous() for v in columns])
+        if (rows.row_ids is None) != (columns.column_ids is None):  # ids count only in pairs
+            self.rows, self.columns = self.rows._replace(row_ids=None), self.columns._replace(column_ids=None)
+        self.form, self.self_similarity = form, form.self_similarity
+        self.both_sides = form.symmetric or form.self_similarity  # a tile counts in its rows and in its columns
+        self.directions = 1 + form.symmetric
         self.beta = hardness if hardness > 0 else None
-        self.states = 2 + 2 * self.moments + 2 * (hardness > 0)
-        self.sizes = (query.shape[0], key.shape[0], self.query.shape[1])
+        self.states = 2 + 2 * form.moments + 2 * (hardness > 0)
+        self.sizes = Sizes(query.shape[0], key.shape[0], self.query.shape[1])
         self.products = products_kind(query.dtype)
-        ids, limited, biased = (v is not None for v in (*self.rows[2:], self.columns[1]))
-        options = ids + limited + biased + self.moments
-        hard = hardness > 0
-        excludes = keeps and not self.symmetric and self.rows[1] is not None
-        if hard or options + excludes > (0 if self.symmetric else 2):
-            burden = 3 if (hard and self.symmetric) or self.upper else 2
-        else:  # what spills a little with four warps
-            burden = int(options > 0 or excludes)
-        self.tile, self.programs = best_tile(query.device, self.products, *self.sizes, burden)
+        self.tile, self.programs = best_tile(
+            query.device, self.products, *self.sizes, self._register_pressure(saves_exps)
+        )
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
-        # the triangle's tiles have a mask, float16's backward a factor more, and sm_80 keeps products in registers
-        kept_there = keeps and self.tile.operands != DESCRIPTORS
-        narrow = self.upper or kept_there or (backward and (query.dtype == torch.float16 or self.sizes[2] <= 32))
-        if narrow and self.symmetric and self.tile.columns > HALF_TILE:
+        # the triangle's tiles have a mask, float16's backward a scale more, and sm_80 keeps products in registers
+        held_there = saves_exps and self.tile.operands != DESCRIPTORS
+        fp16 = query.dtype == torch.float16
+        narrow = self.self_similarity or held_there or (backward and (fp16 or self.sizes.dim <= 32))
+        if narrow and self.both_sides and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
 
-    def operands(self, rows: int = 0) -> tuple:
+    def _register_pressure(self, saves_exps: bool) -> int:
+        """How much the options of this call hold in registers, see `best_tile`."""
+        rows, hardness = self.rows, self.beta is not None
+        options = (rows.row_ids is not None) + (rows.ceiling is not None) + (self.columns.bias is not None)
+        options += self.form.moments
+        targets = saves_exps and not self.both_sides and rows.targets is not None
+        if hardness or options + targets > (0 if self.both_sides else 2):
+            return 3 if (hardness and self.both_sides) or self.self_similarity else 2
+        return int(options > 0 or targets)  # what spills a little with four warps
+
+    def operands(self, rows: int = 0) -> Operands:
         """As the kernels take them, with `rows` those of a tile if not as many as of this call's."""
         if self.tile.operands != DESCRIPTORS:
-            return self.query, self.key
+            return Operands(self.query, self.key)
         blocks = (rows or self.tile.rows, self.tile.columns)
         pairs = zip((self.query, self.key), blocks, strict=True)
-        return tuple(TensorDescriptor.from_tensor(x, [block, self.tile.width]) for x, block in pairs)
+        return Operands(*[TensorDescriptor.from_tensor(x, [block, self.tile.dim]) for x, block in pairs])
 
     def products_plan(self) -> tuple[int, int]:
         """(rows, columns) of the blocks of products that the workspace holds: whole tiles, or all rows."""
-        count, columns, _ = self.sizes
-        high, wide = block_plan(count, columns, self.elements, self.tile, self.upper)
-        return high if high == count else max(high, self.tile.rows), wide
+        rows, columns, _ = self.sizes
+        block_rows, block_columns = block_plan(rows, columns, self.elements, self.tile, self.self_similarity)
+        return block_rows if block_rows == rows else max(block_rows, self.tile.rows), block_columns
 
-    def make_products(self, work: Tensor, area: tuple[int, int, int, int], pitch: int) -> tuple:
-        """<q_i, k_j> of rows area[0] .. area[2] and columns area[1] .. area[3] in `work`; the kernels' operands."""
-        row, column, end, stop = area
-        block = work.view(-1)[: (end - row) * pitch].view(-1, pitch)[:, : stop - column]
-        add_product(block, self.query[row:end], self.key[column:stop].T, True)
-        return work, (pitch, row, column, end)
+    def make_products(self, workspace: Workspace, area: Area) -> Operands:
+        """<query_i, key_j> of an area, in `workspace`; the kernels' operands."""
+        row, end_row, column, end_column, _ = area
+        block = workspace.memory.view(-1)[: (end_row - row) * workspace.pitch].view(-1, workspace.pitch)
+        add_product(block[:, : end_column - column], self.query[row:end_row], self.key[column:end_column].T, True)
+        return Operands(workspace.memory, ProductsBlock(workspace.pitch, row, column, end_row))

@@ -1,10 +1,8 @@
-"""Tiles of contrastive logits: products, scales, biases, and -inf at what is no negative.
+"""A tile of the logits s_ij = r_i c_j <q_i, k_j> + b_j, with -inf at what is no negative.
 
-s_ij = r_i c_j <q_i, k_j> + b_j. What a kernel is given: `operands`, query (M, D) and key (N, D) as pointers or tensor
-descriptors, or a block of their products (rows, pitch) in float32 and (pitch, first row, first column, end of the
-rows) of it; `rows` (r, excluded, row_ids, ceiling), each (M,) and all but r possibly None; `columns` (c, b,
-column_ids), each (N,) or None; `sizes` (M, N, D); DIAGONAL, what is left out: 0 nothing, 1 the diagonal, 2 all but what
-is above it; TILE (block of M, of N, of D, what the operands are: see tile_configs.py).
+r, c and b are row_scale, column_scale and bias. The named tuples that these functions are given: arguments.py; FORM is
+the Form of options.py. A field of a compile-time tuple is a plain number to Triton 3.6, so each is declared
+tl.constexpr before it is used.
 """
 
 from __future__ import annotations
@@ -12,108 +10,134 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import tile_configs
+
+DESCRIPTORS, PRODUCTS = tl.constexpr(tile_configs.DESCRIPTORS), tl.constexpr(tile_configs.PRODUCTS)
+GROUP = tl.constexpr(8)  # rows of tiles that programs walk together
+
+
+@triton.jit
+def tile_of_program(block):
+    """(row tile, column tile) of this program: those of GROUP rows of tiles are neighbours, so that the caches serve
+    the keys of the group."""
+    program = tl.program_id(0)
+    first = program // (GROUP * block.column_tiles) * GROUP
+    group_tiles = tl.minimum(block.row_tiles - first, GROUP)
+    rest = program % (GROUP * block.column_tiles)
+    return first + rest % group_tiles, rest // group_tiles
+
 
 @triton.jit
 def products(operands, row0, column0, sizes, TILE: tl.constexpr):
     """<q_i, k_j> of a tile; rows and columns outside give anything."""
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    BK: tl.constexpr = TILE[2]
-    width = sizes[2]
-    if TILE[3] == 2:
-        pitch, row, column, end = operands[1]
-        corner = operands[0] + tl.cast(row0 - row, tl.int64) * pitch + (column0 - column)
-        rows = tl.minimum(tl.arange(0, BM), end - 1 - row0)
-        acc = tl.load(corner + rows[:, None] * pitch + tl.arange(0, BN)[None, :])
-    elif TILE[3] == 1:
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    BK: tl.constexpr = TILE.dim
+    OPERANDS: tl.constexpr = TILE.operands
+    if OPERANDS == PRODUCTS:
+        block = operands.key
+        corner = operands.query + tl.cast(row0 - block.row, tl.int64) * block.pitch + (column0 - block.column)
+        rows = tl.minimum(tl.arange(0, BM), block.end_row - 1 - row0)
+        acc = tl.load(corner + rows[:, None] * block.pitch + tl.arange(0, BN)[None, :])
+    elif OPERANDS == DESCRIPTORS:
         acc = tl.zeros((BM, BN), tl.float32)
-        for k in range(0, width, BK):
-            q = operands[0].load([row0, k])
-            acc = tl.dot(q, operands[1].load([column0, k]).T, acc)
+        for k in range(0, sizes.dim, BK):
+            q = operands.query.load([row0, k])
+            acc = tl.dot(q, operands.key.load([column0, k]).T, acc)
     else:
         acc = tl.zeros((BM, BN), tl.float32)
         inner = tl.arange(0, BK)
-        rows = tl.minimum(row0 + tl.arange(0, BM), sizes[0] - 1).to(tl.int64)
-        columns = tl.minimum(column0 + tl.arange(0, BN), sizes[1] - 1).to(tl.int64)
-        q_ptr = operands[0] + rows[:, None] * width + inner[None, :]
-        k_ptr = operands[1] + columns[None, :] * width + inner[:, None]
-        for k in range(0, width, BK):
-            inside = inner < width - k
+        rows = tl.minimum(row0 + tl.arange(0, BM), sizes.rows - 1).to(tl.int64)
+        columns = tl.minimum(column0 + tl.arange(0, BN), sizes.columns - 1).to(tl.int64)
+        q_ptr = operands.query + rows[:, None] * sizes.dim + inner[None, :]
+        k_ptr = operands.key + columns[None, :] * sizes.dim + inner[:, None]
+        for k in range(0, sizes.dim, BK):
+            inside = inner < sizes.dim - k
             q = tl.load(q_ptr + k, mask=inside[None, :], other=0.0)
             acc = tl.dot(q, tl.load(k_ptr + k, mask=inside[:, None], other=0.0), acc)
     return acc
 
 
 @triton.jit
-def _excludes(excluded, column0, BN: tl.constexpr):
-    """Whether a row excludes a column of the tile."""
-    return tl.max(((excluded >= column0) & (excluded < column0 + BN)).to(tl.int32), 0) > 0
+def _has_target(targets, column0, BN: tl.constexpr):
+    """Whether the target of some row is a column of the tile."""
+    return tl.max(((targets >= column0) & (targets < column0 + BN)).to(tl.int32), 0) > 0
 
 
 @triton.jit
-def _masked(s, similar, at, rows, columns, sizes, DIAGONAL: tl.constexpr, OWN: tl.constexpr):
-    """Logits with -inf at what is no negative. OWN: 0, the row's ceiling; 1, the column's."""
-    row, column = at[0][:, None], at[1][None, :]
-    keep = (row < sizes[0]) & (column < sizes[1])
-    if DIAGONAL == 1:
-        keep &= row != column
-    if DIAGONAL == 2:
-        keep &= row < column
-    if rows[1] is not None:
-        excluded = tl.load(rows[1] + at[0], mask=at[0] < sizes[0], other=-1)
-        keep &= excluded[:, None] != column
-    if rows[2] is not None:
-        row_id = tl.load(rows[2] + at[0], mask=at[0] < sizes[0], other=0)
-        column_id = tl.load(columns[2] + at[1], mask=at[1] < sizes[1], other=0)
-        keep &= row_id[:, None] != column_id[None, :]
-    if rows[3] is not None:
-        ceiling = tl.load(rows[3] + at[OWN], mask=at[OWN] < sizes[OWN], other=0.0)
-        keep &= (similar > tl.expand_dims(ceiling, 1 - OWN)) == 0
-    return tl.where(keep, s, float("-inf"))
+def _masked(
+    s, similar, row, column, rows, columns, sizes, FORM: tl.constexpr, COLUMN_CEILING: tl.constexpr = False
+):  # fmt: skip
+    """Logits with -inf at what is no negative. COLUMN_CEILING: the ceiling is the column's, not the row's."""
+    DIAGONAL: tl.constexpr = FORM.diagonal
+    SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
+    allowed = (row[:, None] < sizes.rows) & (column[None, :] < sizes.columns)
+    if SELF_SIMILARITY:
+        allowed &= row[:, None] < column[None, :]
+    elif DIAGONAL:
+        allowed &= row[:, None] != column[None, :]
+    if rows.targets is not None:
+        target = tl.load(rows.targets + row, mask=row < sizes.rows, other=-1)
+        allowed &= target[:, None] != column[None, :]
+    if rows.row_ids is not None:
+        row_id = tl.load(rows.row_ids + row, mask=row < sizes.rows, other=0)
+        column_id = tl.load(columns.column_ids + column, mask=column < sizes.columns, other=0)
+        allowed &= row_id[:, None] != column_id[None, :]
+    if rows.ceiling is not None:
+        if COLUMN_CEILING:
+            ceiling = tl.load(rows.ceiling + column, mask=column < sizes.columns, other=0.0)[None, :]
+        else:
+            ceiling = tl.load(rows.ceiling + row, mask=row < sizes.rows, other=0.0)[:, None]
+        allowed &= (similar > ceiling) == 0
+    return tl.where(allowed, s, float("-inf"))
 
 
 @triton.jit
-def _scaled(acc, at, rows, columns, sizes, AGAIN: tl.constexpr):
-    """(logits, the same without bias) of a tile from its products. AGAIN: read the vectors anew, do not keep them."""
-    scale = tl.load(rows[0] + at[0], mask=at[0] < sizes[0], other=0.0, volatile=AGAIN)
-    inside = at[1] < sizes[1]
-    if columns[0] is not None:
-        acc *= tl.load(columns[0] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
+def _scaled(acc, row, column, rows, columns, sizes, VOLATILE: tl.constexpr):
+    """(logits, the same without bias) of a tile from its products."""
+    scale = tl.load(rows.row_scale + row, mask=row < sizes.rows, other=0.0, volatile=VOLATILE)
+    inside = column < sizes.columns
+    if columns.column_scale is not None:
+        acc *= tl.load(columns.column_scale + column, mask=inside, other=0.0, volatile=VOLATILE)[None, :]
     similar = acc * scale[:, None]
     s = similar
-    if columns[1] is not None:
-        s += tl.load(columns[1] + at[1], mask=inside, other=0.0, volatile=AGAIN)[None, :]
+    if columns.bias is not None:
+        s += tl.load(columns.bias + column, mask=inside, other=0.0, volatile=VOLATILE)[None, :]
     return s, similar
 
 
 @triton.jit
 def tile_logits(
-    operands, row0, column0, rows, columns, sizes, BACK: tl.constexpr, DIAGONAL: tl.constexpr, TILE: tl.constexpr,
-    AGAIN: tl.constexpr = False,
+    operands, row0, column0, rows, columns, sizes, FORM: tl.constexpr, TILE: tl.constexpr,
+    VOLATILE: tl.constexpr = False,
 ):  # fmt: skip
-    """Logits of a tile as its rows see them and, with BACK, as its columns do; they differ by the ceiling only."""
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    at = (row0 + tl.arange(0, BM), column0 + tl.arange(0, BN))
+    """(logits as the tile's rows have them, as its columns have them); they differ by the ceiling only, and only where
+    the form has statistics of columns. VOLATILE: the vectors are read from memory again, not kept in registers."""
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    DIAGONAL: tl.constexpr = FORM.diagonal
+    SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
+    BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
+    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
     acc = products(operands, row0, column0, sizes, TILE)
-    s, similar = _scaled(acc, at, rows, columns, sizes, AGAIN)
-    back = s
-    if rows[3] is not None:
-        if BACK:
-            back = _masked(s, similar, at, rows, columns, sizes, DIAGONAL, 1)
-        s = _masked(s, similar, at, rows, columns, sizes, DIAGONAL, 0)
-    elif rows[2] is not None:
-        s = _masked(s, similar, at, rows, columns, sizes, DIAGONAL, 0)
-    else:
-        special = (row0 + BM > sizes[0]) | (column0 + BN > sizes[1])
-        if DIAGONAL == 1:
-            special |= (row0 < column0 + BN) & (column0 < row0 + BM)
-        if DIAGONAL == 2:
+    s, similar = _scaled(acc, row, column, rows, columns, sizes, VOLATILE)
+    column_view = s
+    if rows.ceiling is not None:
+        if BOTH_SIDES:
+            column_view = _masked(s, similar, row, column, rows, columns, sizes, FORM, True)
+        s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
+    elif rows.row_ids is not None:
+        s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
+    else:  # most tiles hold nothing that must be left out
+        special = (row0 + BM > sizes.rows) | (column0 + BN > sizes.columns)
+        if SELF_SIMILARITY:
             special |= column0 < row0 + BM
-        if rows[1] is not None:
-            special |= _excludes(tl.load(rows[1] + at[0], mask=at[0] < sizes[0], other=-1), column0, BN)
+        elif DIAGONAL:
+            special |= (row0 < column0 + BN) & (column0 < row0 + BM)
+        if rows.targets is not None:
+            special |= _has_target(tl.load(rows.targets + row, mask=row < sizes.rows, other=-1), column0, BN)
         if special:
-            s = _masked(s, similar, at, rows, columns, sizes, DIAGONAL, 0)
-    if rows[3] is None:
-        back = s
-    return s, back
+            s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
+    if rows.ceiling is None:
+        column_view = s
+    return s, column_view

@@ -1,245 +1,266 @@
 """Kernels of the log-sum-exps (and the other statistics) of the rows of the logits and, if symmetric, of the columns.
 
-A state is what is known of a row or column from the tiles so far: maximum, sum of exponentials relative to a power of
-two (`mass`) and, where needed, sum and number of the logits and two more sums of exponentials. The first kernel walks
-over tiles and leaves states of rows and columns in slots, memory that one program alone writes; the second,
-`_softmax_stats_merge_kernel`, merges the slots into the statistics. docs/design/contrastive.md, "The Triton kernels"
+The first kernel walks over tiles and leaves a State of each row and column in slots, memory that one program alone
+writes; the second, `_softmax_stats_merge_kernel`, merges the slots into the statistics. Why so:
+docs/design/contrastive.md, "The Triton kernels"
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .logit_tile import tile_logits
+from .arguments import Operands
+from .logit_tile import PRODUCTS, tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
 # As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
-# or a log-sum-exp that went through the same `_binary`, and only their difference is wrong by that much.
+# or a log-sum-exp that went through the same `_log2_scaled`, and only their difference is wrong by that much.
 LOG2E = tl.constexpr(1.4426950408889634)
-# The columns of a tile add up the exponentials of its rows, e^s / 2^reference, while no row's reference is more than
-# this above a column's largest logit (as powers of two). Float32 sums keep what is within 2^-25 of their largest term,
-# and 100 + 25 powers below a reference are still above 2^-126, the least normal number.
+# The sums of a tile's columns reuse the exponentials e^s / 2^exponent of its rows as long as the largest exponent of a
+# row exceeds the least maximum of a column by at most this many powers of two; else they would underflow, and are made
+# anew. Float32 sums keep what is within 2^-25 of their largest term, and 100 + 25 powers below an exponent are still
+# above 2^-126, the least normal number.
 SPREAD = tl.constexpr(100.0)
 
 
+class State(NamedTuple):
+    """What is known of rows or columns from the tiles so far, one number each."""
+
+    max: Any  # of s
+    sum_exp: Any  # of e^s / 2^exponent, exponent = ceil(max / log 2)
+    logit_sum: Any  # of s; used with moments only, like the next
+    number: Any  # of s
+    sum_exp_1p_beta: Any  # of e^((1 + beta) (s - max)); used with hardness beta only, like the next
+    sum_exp_beta: Any  # of e^(beta (s - max))
+
+
 @triton.jit
-def _reference(best):
-    up = tl.ceil(best * LOG2E)
+def _exponent(s):
+    """The whole power of two that exponentials with maximum `s` are divided by."""
+    up = tl.ceil(s * LOG2E)
     return tl.where(tl.abs(up) == float("inf"), 0.0, up)
 
 
 @triton.jit
-def _binary(s, reference):
-    """log2(e^s / 2^reference), rounded once, as s may be large."""
-    return tl.fma(s, LOG2E, -reference)
+def _log2_scaled(s, exponent):
+    """log2(e^s / 2^exponent), rounded once, as s may be large."""
+    return tl.fma(s, LOG2E, -exponent)
 
 
 @triton.jit
-def _below(s, reference):
-    """e^s / 2^reference."""
-    return tl.exp2(_binary(s, reference))
+def _exp_scaled(s, exponent):
+    """e^s / 2^exponent."""
+    return tl.exp2(_log2_scaled(s, exponent))
 
 
 @triton.jit
-def _shift(old, new, reference):
-    """The factor that takes a mass with maximum `old` from `reference` to the reference of the maximum `new`."""
-    return tl.where(old == float("-inf"), 0.0, tl.exp2(reference - _reference(new)))
+def _rescale(old_max, new_max, exponent):
+    """What a sum with maximum `old_max`, divided by 2^exponent, is multiplied by when the maximum becomes `new_max`."""
+    return tl.where(old_max == float("-inf"), 0.0, tl.exp2(exponent - _exponent(new_max)))
 
 
 @triton.jit
-def _merge(a, b, b_reference, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
-    """The state of the union of two disjoint sets; the mass of the second may have another reference than its own."""
-    best = tl.maximum(a[0], b[0])
-    mass = a[1] * _shift(a[0], best, _reference(a[0])) + b[1] * _shift(b[0], best, b_reference)
-    total, count, hard, soft = a[2], a[3], a[4], a[5]
+def _power_scaled(s, s_max, power):
+    """e^(power (s - s_max)): the difference first, as power s has no digits left for it."""
+    s_max = tl.where(s_max == float("-inf"), 0.0, s_max)
+    return tl.exp2((s - s_max) * (power * LOG2E))
+
+
+@triton.jit
+def _power_rescale(old_max, new_max, power):
+    return tl.where(old_max == float("-inf"), 0.0, _power_scaled(old_max, new_max, power))
+
+
+@triton.jit
+def _merge(a, b, b_exponent, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+    """The state of the union of two disjoint sets, the second's sum_exp being divided by 2^b_exponent."""
+    new_max = tl.maximum(a.max, b.max)
+    sum_exp = a.sum_exp * _rescale(a.max, new_max, _exponent(a.max)) + b.sum_exp * _rescale(b.max, new_max, b_exponent)
+    logit_sum, number, sum_1p, sum_beta = a.logit_sum, a.number, a.sum_exp_1p_beta, a.sum_exp_beta
     if MOMENTS:
-        total += b[2]
-        count += b[3]
+        logit_sum += b.logit_sum
+        number += b.number
     if HARD:
-        hard = hard * _power_shift(a[0], best, 1.0 + beta) + b[4] * _power_shift(b[0], best, 1.0 + beta)
-        soft = soft * _power_shift(a[0], best, beta) + b[5] * _power_shift(b[0], best, beta)
-    return best, mass, total, count, hard, soft
+        more = 1.0 + beta
+        sum_1p = sum_1p * _power_rescale(a.max, new_max, more) + b.sum_exp_1p_beta * _power_rescale(
+            b.max, new_max, more
+        )
+        sum_beta = sum_beta * _power_rescale(a.max, new_max, beta) + b.sum_exp_beta * _power_rescale(
+            b.max, new_max, beta
+        )
+    return State(new_max, sum_exp, logit_sum, number, sum_1p, sum_beta)
 
 
 @triton.jit
-def _power_below(s, best, power):
-    """e^(power (s - best)): the difference first, as power s has no digits left for it."""
-    best = tl.where(best == float("-inf"), 0.0, best)
-    return tl.exp2((s - best) * (power * LOG2E))
-
-
-@triton.jit
-def _power_shift(old, new, power):
-    return tl.where(old == float("-inf"), 0.0, _power_below(old, new, power))
-
-
-@triton.jit
-def _tile_state(s, best, mass, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr, HARD: tl.constexpr):
+def _tile_state(s, s_max, sum_exp, beta, AXIS: tl.constexpr, MOMENTS: tl.constexpr, HARD: tl.constexpr):
     """State of a tile's rows (AXIS 1) or columns (0), given their maxima and sums of exponentials."""
-    total, count, hard, soft = mass, mass, mass, mass
+    logit_sum, number, sum_1p, sum_beta = sum_exp, sum_exp, sum_exp, sum_exp
     if MOMENTS:
         allowed = s != float("-inf")
-        total = tl.sum(tl.where(allowed, s, 0.0), AXIS)
-        count = tl.sum(allowed.to(tl.float32), AXIS)
+        logit_sum = tl.sum(tl.where(allowed, s, 0.0), AXIS)
+        number = tl.sum(allowed.to(tl.float32), AXIS)
     if HARD:
-        hard = tl.sum(_power_below(s, tl.expand_dims(best, AXIS), 1.0 + beta), AXIS)
-        soft = tl.sum(_power_below(s, tl.expand_dims(best, AXIS), beta), AXIS)
-    return best, mass, total, count, hard, soft
+        sum_1p = tl.sum(_power_scaled(s, tl.expand_dims(s_max, AXIS), 1.0 + beta), AXIS)
+        sum_beta = tl.sum(_power_scaled(s, tl.expand_dims(s_max, AXIS), beta), AXIS)
+    return State(s_max, sum_exp, logit_sum, number, sum_1p, sum_beta)
 
 
 @triton.jit
 def _no_state(SIZE: tl.constexpr):
     zero = tl.zeros((SIZE,), tl.float32)
-    return zero - float("inf"), zero, zero, zero, zero, zero
+    return State(zero - float("inf"), zero, zero, zero, zero, zero)
 
 
 @triton.jit
 def _store_state(ptr, state, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.constexpr):
     """`ptr` is a slot: (states, M)."""
-    tl.store(ptr + index, state[0], mask)
-    tl.store(ptr + stride + index, state[1], mask)
+    tl.store(ptr + index, state.max, mask)
+    tl.store(ptr + stride + index, state.sum_exp, mask)
     if MOMENTS:
-        tl.store(ptr + 2 * stride + index, state[2], mask)
-        tl.store(ptr + 3 * stride + index, state[3], mask)
+        tl.store(ptr + 2 * stride + index, state.logit_sum, mask)
+        tl.store(ptr + 3 * stride + index, state.number, mask)
     if HARD:
-        hard = 4 if MOMENTS else 2
-        tl.store(ptr + hard * stride + index, state[4], mask)
-        tl.store(ptr + (hard + 1) * stride + index, state[5], mask)
+        line = 4 if MOMENTS else 2
+        tl.store(ptr + line * stride + index, state.sum_exp_1p_beta, mask)
+        tl.store(ptr + (line + 1) * stride + index, state.sum_exp_beta, mask)
 
 
 @triton.jit
 def _load_state(ptr, index, stride, mask, MOMENTS: tl.constexpr, HARD: tl.constexpr):
-    best = tl.load(ptr + index, mask, other=float("-inf"))
-    mass = tl.load(ptr + stride + index, mask, other=0.0)
-    total, count, hard, soft = mass, mass, mass, mass
+    s_max = tl.load(ptr + index, mask, other=float("-inf"))
+    sum_exp = tl.load(ptr + stride + index, mask, other=0.0)
+    logit_sum, number, sum_1p, sum_beta = sum_exp, sum_exp, sum_exp, sum_exp
     if MOMENTS:
-        total = tl.load(ptr + 2 * stride + index, mask, other=0.0)
-        count = tl.load(ptr + 3 * stride + index, mask, other=0.0)
+        logit_sum = tl.load(ptr + 2 * stride + index, mask, other=0.0)
+        number = tl.load(ptr + 3 * stride + index, mask, other=0.0)
     if HARD:
-        at = 4 if MOMENTS else 2
-        hard = tl.load(ptr + at * stride + index, mask, other=0.0)
-        soft = tl.load(ptr + (at + 1) * stride + index, mask, other=0.0)
-    return best, mass, total, count, hard, soft
+        line = 4 if MOMENTS else 2
+        sum_1p = tl.load(ptr + line * stride + index, mask, other=0.0)
+        sum_beta = tl.load(ptr + (line + 1) * stride + index, mask, other=0.0)
+    return State(s_max, sum_exp, logit_sum, number, sum_1p, sum_beta)
 
 
 @triton.jit
 def _merge_columns(
-    slot, s, found, first, known, end, stride, beta, MOMENTS: tl.constexpr, HARD: tl.constexpr
+    slot, s, column_max, column_sum_exp, exponent, first, known, end, stride, beta,
+    MOMENTS: tl.constexpr, HARD: tl.constexpr,
 ):  # fmt: skip
-    """Merge the states of a tile's columns, `found` their (maxima, masses, reference), into those in `slot`, which has
-    none yet for columns from `known` on."""
+    """Merge what a tile's columns hold into their states in `slot`. Columns from `known` on have no state there yet."""
     index = first + tl.arange(0, s.shape[1])
     before = _load_state(slot, index, stride, index < known, MOMENTS, HARD)
-    seen = _tile_state(s, found[0], found[1], beta, 0, MOMENTS, HARD)
-    seen = _merge(before, seen, found[2], beta, MOMENTS, HARD)
-    _store_state(slot, seen, index, stride, index < end, MOMENTS, HARD)
+    seen = _tile_state(s, column_max, column_sum_exp, beta, 0, MOMENTS, HARD)
+    merged = _merge(before, seen, exponent, beta, MOMENTS, HARD)
+    _store_state(slot, merged, index, stride, index < end, MOMENTS, HARD)
 
 
 @triton.jit
-def _keep_references(kept, reference, row0, column0, sizes, BN: tl.constexpr):
-    row = tl.arange(0, reference.shape[0])
-    line = (column0 // BN).to(tl.int64) * sizes[0] + row0
-    tl.store(kept[1] + line + row, reference, mask=row < sizes[0] - row0)
+def _save_exponents(saved, exponent, row0, column0, sizes, BN: tl.constexpr):
+    row = tl.arange(0, exponent.shape[0])
+    line = (column0 // BN).to(tl.int64) * sizes.rows + row0
+    tl.store(saved.exponents + line + row, exponent, mask=row < sizes.rows - row0)
 
 
 @triton.jit
-def _keep(kept, e, reference, row0, column0, sizes):
-    """Store a tile's exponentials and their references, infinite where they do not serve the columns."""
+def _save_exps(saved, e, exponent, row0, column0, sizes):
+    """Store a tile's exponentials and their exponents, infinite where they do not serve the columns."""
     row, column = tl.arange(0, e.shape[0]), tl.arange(0, e.shape[1])
-    inside = row < sizes[0] - row0
-    corner = kept[0] + tl.cast(row0, tl.int64) * kept[2] + column0
-    tl.store(corner + (row[:, None] * kept[2] + column[None, :]), e.to(kept[0].dtype.element_ty), mask=inside[:, None])
-    _keep_references(kept, reference, row0, column0, sizes, e.shape[1])
+    inside = row < sizes.rows - row0
+    corner = saved.exps + tl.cast(row0, tl.int64) * saved.pitch + column0
+    to = corner + (row[:, None] * saved.pitch + column[None, :])
+    tl.store(to, e.to(saved.exps.dtype.element_ty), mask=inside[:, None])
+    _save_exponents(saved, exponent, row0, column0, sizes, e.shape[1])
 
 
 @triton.jit
 def _first_above(row0, BN: tl.constexpr):
-    """The first block of columns with some above the diagonal of the rows from row0 on."""
+    """The index of the first tile of columns that has an entry right of the diagonal in row row0."""
     return (row0 + 1) // BN
 
 
 @triton.jit
 def _softmax_stats_fwd_kernel(
-    query,  # (M, D), key (N, D), or their products: see logit_tile.py; triton 3.6 has no descriptors in tuples
+    query,  # see Operands; Triton 3.6 takes no tensor descriptors in a tuple
     key,
-    rows,  # row_scale, excluded, row_ids, ceiling: (M,), all but the first or None
-    columns,  # column_scale, bias, column_ids: (N,) or None
-    slots_ptr,  # (splits + groups, states, M); without SYMMETRIC (splits, states, M)
-    kept,  # e (M, pitch), its references (column blocks, M) and pitch, for the backward; all None: nothing
-    sizes,  # M, N, D
-    plan,  # groups, splits; of a block of products rows [2]..[3], columns [4]..[5], and these rows' first column, [6]
+    rows,  # Rows
+    columns,  # Columns
+    slots_ptr,  # (splits + groups, states, M); without columns' statistics (splits, states, M)
+    saved,  # SavedExps: where exponentials go
+    sizes,  # Sizes
+    walk,  # Walk
+    area,  # Area: of the block of products, if a library makes them; else None
     beta,
-    FORM: tl.constexpr,  # what is left out (see logit_tile.py), symmetric, moments
-    TILE: tl.constexpr,  # block of M, of N, of D, what the operands are, whether to share exponentials
+    FORM: tl.constexpr,  # Form
+    TILE: tl.constexpr,  # TileConstants
 ):
-    BM: tl.constexpr = TILE[0]
-    BN: tl.constexpr = TILE[1]
-    DIAGONAL: tl.constexpr = FORM[0]
-    SYMMETRIC: tl.constexpr = FORM[1]
-    MOMENTS: tl.constexpr = FORM[2]
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    OPERANDS: tl.constexpr = TILE.operands
+    BOTH_SIDES: tl.constexpr = FORM.symmetric or FORM.self_similarity
+    MOMENTS: tl.constexpr = FORM.moments
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
-    operands = (query, key)
-    group, split = tl.program_id(0) % plan[0], tl.program_id(0) // plan[0]
-    stride = tl.cast(sizes[0], tl.int64)
+    operands = Operands(query, key)
+    group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
+    stride = tl.cast(sizes.rows, tl.int64)
     row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
-    column_slot = slots_ptr + (plan[1] + group).to(tl.int64) * STATES * stride
-    corner, end, earlier = (0, 0), (sizes[0], sizes[1]), False
-    if TILE[3] == 2:  # the states go on from those of the blocks above and to the left
-        corner, end, earlier = (plan[2], plan[4]), (plan[3], plan[5]), plan[2] > 0
-    for row_block in range(group, tl.cdiv(end[0] - corner[0], BM), plan[0]):
-        row0 = corner[0] + row_block * BM
+    column_slot = slots_ptr + (walk.splits + group).to(tl.int64) * STATES * stride
+    first_row, first_column, end_row, end_column, earlier = 0, 0, sizes.rows, sizes.columns, False
+    if OPERANDS == PRODUCTS:  # the states go on from those of the blocks above and to the left
+        first_row, first_column, end_row, end_column = area.row, area.column, area.end_row, area.end_column
+        earlier = area.row > 0
+    for row_tile in range(group, tl.cdiv(end_row - first_row, BM), walk.groups):
+        row0 = first_row + row_tile * BM
         state = _no_state(BM)
-        if TILE[3] == 2:
+        if OPERANDS == PRODUCTS:
             row = row0 + tl.arange(0, BM)
-            state = _load_state(row_slot, row, stride, row < tl.where(plan[4] > plan[6], end[0], 0), MOMENTS, HARD)
+            known_rows = tl.where(area.column > area.first_column, end_row, 0)
+            state = _load_state(row_slot, row, stride, row < known_rows, MOMENTS, HARD)
         first = split
-        if DIAGONAL == 2:  # the first of the split's blocks that has columns above the diagonal
-            above = _first_above(row0, BN) - corner[1] // BN
-            first += tl.cdiv(tl.maximum(above - split, 0), plan[1]) * plan[1]
-        for column_block in range(first, tl.cdiv(end[1] - corner[1], BN), plan[1]):
-            column0 = corner[1] + column_block * BN
-            s, back = tile_logits(operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, TILE)
-            best, column_best = tl.max(s, 1), tl.max(back, 0)
-            reference = _reference(best)
-            e = _below(s, reference[:, None])
-            seen = _tile_state(s, best, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
-            state = _merge(state, seen, reference, beta, MOMENTS, HARD)
-            if not SYMMETRIC:
-                if kept[0] is not None:
-                    _keep(kept, e, reference, row0, column0, sizes)
-            if SYMMETRIC and rows[3] is None and (TILE[4] or kept[0] is not None):
-                top, least = tl.max(reference, 0), column_best
-                if DIAGONAL == 2 or kept[0] is not None:  # columns without entries do not count
-                    least = tl.where(column_best == float("-inf"), float("inf"), column_best)
-                least = tl.min(least, 0)
-                wide = top - least * LOG2E > SPREAD
-                if wide:  # make the logits once more rather than hold them beside e
-                    s, back = tile_logits(
-                        operands, row0, column0, rows, columns, sizes, SYMMETRIC, DIAGONAL, TILE, True
-                    )
-                    column_mass = tl.sum(_below(s, _reference(tl.max(s, 0))[None, :]), 0)
-                    if kept[0] is not None:  # the backward makes these again too
-                        _keep_references(kept, tl.zeros((BM,), tl.float32) + float("inf"), row0, column0, sizes, BN)
+        if FORM.self_similarity:  # the first of the split's tiles that has columns above the diagonal
+            above = _first_above(row0, BN) - first_column // BN
+            first += tl.cdiv(tl.maximum(above - split, 0), walk.splits) * walk.splits
+        for column_tile in range(first, tl.cdiv(end_column - first_column, BN), walk.splits):
+            column0 = first_column + column_tile * BN
+            s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE)
+            row_max, column_max = tl.max(s, 1), tl.max(column_view, 0)
+            exponent = _exponent(row_max)
+            e = _exp_scaled(s, exponent[:, None])
+            seen = _tile_state(s, row_max, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
+            state = _merge(state, seen, exponent, beta, MOMENTS, HARD)
+            if saved.exps is not None and not BOTH_SIDES:
+                _save_exps(saved, e, exponent, row0, column0, sizes)
+            if BOTH_SIDES and rows.ceiling is None and (TILE.shares or saved.exps is not None):
+                max_exponent, min_max = tl.max(exponent, 0), column_max
+                if FORM.self_similarity or saved.exps is not None:  # columns without entries do not count
+                    min_max = tl.where(column_max == float("-inf"), float("inf"), column_max)
+                min_max = tl.min(min_max, 0)
+                too_wide = max_exponent - min_max * LOG2E > SPREAD
+                if too_wide:  # make the logits once more rather than hold them beside e
+                    s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE, True)
+                    column_sum_exp = tl.sum(_exp_scaled(s, _exponent(tl.max(s, 0))[None, :]), 0)
+                    if saved.exps is not None:  # the backward makes these again too
+                        _save_exponents(saved, tl.zeros((BM,), tl.float32) + float("inf"), row0, column0, sizes, BN)
                 else:
-                    column_mass = tl.sum(e * tl.exp2(reference - top)[:, None], 0)
-                    if kept[0] is not None:
-                        _keep(kept, e, reference, row0, column0, sizes)
-                reference = tl.where(wide, _reference(column_best), top)
+                    column_sum_exp = tl.sum(e * tl.exp2(exponent - max_exponent)[:, None], 0)
+                    if saved.exps is not None:
+                        _save_exps(saved, e, exponent, row0, column0, sizes)
+                exponent = tl.where(too_wide, _exponent(column_max), max_exponent)
             else:
-                reference = _reference(column_best)
-                column_mass = tl.sum(_below(back, reference[None, :]), 0)
-            if SYMMETRIC:
-                known = tl.where((row_block > group) | earlier, sizes[1], 0)
+                exponent = _exponent(column_max)
+                column_sum_exp = tl.sum(_exp_scaled(column_view, exponent[None, :]), 0)
+            if BOTH_SIDES:
+                known = tl.where((row_tile > group) | earlier, sizes.columns, 0)
                 _merge_columns(
-                    column_slot, back, (column_best, column_mass, reference), column0, known, sizes[1], stride, beta,
-                    MOMENTS, HARD,
+                    column_slot, column_view, column_max, column_sum_exp, exponent, column0, known, sizes.columns,
+                    stride, beta, MOMENTS, HARD,
                 )  # fmt: skip
         index = row0 + tl.arange(0, BM)
-        _store_state(row_slot, state, index, stride, index < end[0], MOMENTS, HARD)
-        if SYMMETRIC:
-            tl.debug_barrier()  # the next row block reads what other threads may have stored
+        _store_state(row_slot, state, index, stride, index < end_row, MOMENTS, HARD)
+        if BOTH_SIDES:
+            tl.debug_barrier()  # the next row tile reads what other threads may have stored
 
 
 @triton.jit
@@ -247,11 +268,11 @@ def _softmax_stats_merge_kernel(
     slots_ptr,  # (splits + groups, states, M)
     stats_ptr,  # (directions, states, M)
     rows,
-    plan,  # groups, splits
+    walk,  # Walk
     beta,
     MOMENTS: tl.constexpr,
-    UPPER: tl.constexpr,  # (rows, columns) of a tile if the logits are symmetric ("upper": one direction), else None
-    SLOTS: tl.constexpr,  # a power of two, at least groups and splits; with UPPER at least their sum
+    SELF_TILE: tl.constexpr,  # TileConstants of the walk with self-similarity, one direction; else None
+    SLOTS: tl.constexpr,  # a power of two, at least groups and splits; with SELF_TILE at least their sum
     BLOCK: tl.constexpr,
 ):
     HARD: tl.constexpr = beta is not None
@@ -260,35 +281,37 @@ def _softmax_stats_merge_kernel(
     stride = tl.cast(rows, tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.arange(0, SLOTS)
-    if UPPER is None:
-        there = (slot < tl.where(direction == 0, plan[1], plan[0]))[:, None]
-    else:  # a group of row blocks begins with its first, and has columns above the diagonal of that only
-        above = index[None, :] // UPPER[1] >= _first_above((slot - plan[1]) * UPPER[0], UPPER[1])[:, None]
-        there = (slot < plan[1])[:, None] | ((slot < plan[1] + plan[0])[:, None] & above)
-    mask = there & (index < rows)[None, :]
-    where = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
-    slots_ptr += direction * plan[1] * STATES * stride
-    a = _load_state(slots_ptr, where, stride, mask, MOMENTS, HARD)
-    best = tl.max(a[0], 0)
-    mass = tl.sum(a[1] * _shift(a[0], best[None, :], _reference(a[0])), 0)
+    if SELF_TILE is None:
+        used = (slot < tl.where(direction == 0, walk.splits, walk.groups))[:, None]
+    else:  # a group of row tiles begins with its first, and has columns above the diagonal of that only
+        BM: tl.constexpr = SELF_TILE.rows
+        BN: tl.constexpr = SELF_TILE.columns
+        above = index[None, :] // BN >= _first_above((slot - walk.splits) * BM, BN)[:, None]
+        used = (slot < walk.splits)[:, None] | ((slot < walk.splits + walk.groups)[:, None] & above)
+    mask = used & (index < rows)[None, :]
+    offset = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
+    slots_ptr += direction * walk.splits * STATES * stride
+    parts = _load_state(slots_ptr, offset, stride, mask, MOMENTS, HARD)
+    s_max = tl.max(parts.max, 0)
+    sum_exp = tl.sum(parts.sum_exp * _rescale(parts.max, s_max[None, :], _exponent(parts.max)), 0)
     stats_ptr += direction * STATES * stride + index
     inside = index < rows
-    tl.store(stats_ptr, _log(best, mass), inside)
-    tl.store(stats_ptr + stride, best, inside)
+    tl.store(stats_ptr, _log(s_max, sum_exp), inside)
+    tl.store(stats_ptr + stride, s_max, inside)
     if MOMENTS:
-        tl.store(stats_ptr + 2 * stride, tl.sum(a[2], 0), inside)
-        tl.store(stats_ptr + 3 * stride, tl.sum(a[3], 0), inside)
+        tl.store(stats_ptr + 2 * stride, tl.sum(parts.logit_sum, 0), inside)
+        tl.store(stats_ptr + 3 * stride, tl.sum(parts.number, 0), inside)
     if HARD:
         stats_ptr += (STATES - 2) * stride
-        hard = tl.sum(a[4] * _power_shift(a[0], best[None, :], 1.0 + beta), 0)
-        soft = tl.sum(a[5] * _power_shift(a[0], best[None, :], beta), 0)
-        tl.store(stats_ptr, tl.log(hard), inside)
-        tl.store(stats_ptr + stride, tl.log(soft), inside)
+        sum_1p = tl.sum(parts.sum_exp_1p_beta * _power_rescale(parts.max, s_max[None, :], 1.0 + beta), 0)
+        sum_beta = tl.sum(parts.sum_exp_beta * _power_rescale(parts.max, s_max[None, :], beta), 0)
+        tl.store(stats_ptr, tl.log(sum_1p), inside)
+        tl.store(stats_ptr + stride, tl.log(sum_beta), inside)
 
 
 @triton.jit
-def _log(best, mass):
-    """The log-sum-exp of a state: the maximum itself, to the last digit, where that is all of the mass."""
-    whole = tl.log2(mass)
-    above = best + (whole - _binary(best, _reference(best))) * LN2
-    return tl.where(tl.abs(best) == float("inf"), whole, above)
+def _log(s_max, sum_exp):
+    """The log-sum-exp of a state: the maximum itself, to the last digit, where there is nothing else in the sum."""
+    whole = tl.log2(sum_exp)
+    lse = s_max + (whole - _log2_scaled(s_max, _exponent(s_max))) * LN2
+    return tl.where(tl.abs(s_max) == float("inf"), whole, lse)

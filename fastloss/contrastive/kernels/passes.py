@@ -1,8 +1,9 @@
-"""What the contrastive launchers share: launches of the statistics, blocks of gradients, products."""
+"""What the launchers share: statistics of all logits, blocks of their gradient, and products with those blocks."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,152 +11,183 @@ from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS
 from ...core.kernels.matmul import add_product
+from .arguments import (
+    NOTHING_SAVED,
+    Area,
+    BackwardInputs,
+    BackwardResults,
+    Block,
+    Operands,
+    ProductsBlock,
+    SavedExps,
+)
 from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
-from .logit_gradients import AGAIN, FLAGGED, KEPT, _softmax_stats_bwd_kernel
-from .logit_matrix import HALF_TILE, LogitMatrix
+from .logit_gradients import FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
+from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .online_softmax import _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
-GROUP = 8
-KEPT_ROWS = 32  # rows of a tile of kept exponentials that is read; its columns are those it was written with
-DEFINED = 2**16  # elements: see new_stash
+SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
+ZEROED_ELEMENTS = 2**16  # see new_exps
 
 
-def make_statistics(call: LogitMatrix, stats: Tensor, keep: tuple, room: tuple[Tensor, int] | None = None) -> None:
-    """Fill `stats` (directions, states, M), and what is kept of the exponentials.
+def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspace: Workspace | None = None) -> None:
+    """Fill `stats` (directions, states, M), and what is saved of the exponentials.
 
-    `room`: (memory, row pitch) for all products of the call, if a library makes them and the caller needs them after.
-    Without it the library's products go block by block to memory of their own.
+    `workspace` holds all products of the call, if a library makes them and the caller needs them after. Without it the
+    library's products go block by block to memory of their own.
     """
-    (count, columns, _), tile = call.sizes, call.tile
-    high, wide = call.products_plan() if call.by_library and room is None else (count, columns)
-    plan = walk_plan(triton.cdiv(high, tile.rows), triton.cdiv(wide, tile.columns), call.programs)
-    groups, splits = plan
-    slots = stats.new_empty((splits + groups * call.symmetric, call.states, count))
-    if room is None and call.by_library:
-        room = stats.new_empty(high * wide), wide
-    for row in range(0, count, high):
-        first = row // tile.columns * tile.columns if call.upper else 0
-        for column in range(first, columns, wide):
-            end, stop = min(row + high, count), min(column + wide, columns)
-            if room is None:
-                operands, part = call.operands(), plan
+    (rows, columns, _), tile = call.sizes, call.tile
+    block_rows, block_columns = rows, columns
+    if call.by_library and workspace is None:
+        block_rows, block_columns = call.products_plan()
+    walk = walk_plan(triton.cdiv(block_rows, tile.rows), triton.cdiv(block_columns, tile.columns), call.programs)
+    slots = stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, rows))
+    if workspace is None and call.by_library:
+        workspace = Workspace(stats.new_empty(block_rows * block_columns), block_columns)
+    for row in range(0, rows, block_rows):
+        first_column = row // tile.columns * tile.columns if call.self_similarity else 0
+        for column in range(first_column, columns, block_columns):
+            if workspace is None:
+                operands, area = call.operands(), None
             else:
-                operands = call.make_products(room[0], (row, column, end, stop), room[1])
-                part = (*plan, row, end, column, stop, first)  # type: ignore[assignment]
-            _softmax_stats_fwd_kernel[(groups * splits,)](
-                *operands, call.rows, call.columns, slots, keep, call.sizes, part, call.beta, call.form, tile.constants,
-                **tile.options,
+                end_row, end_column = min(row + block_rows, rows), min(column + block_columns, columns)
+                area = Area(row, end_row, column, end_column, first_column)
+                operands = call.make_products(workspace, area)
+            _softmax_stats_fwd_kernel[(walk.groups * walk.splits,)](
+                *operands, call.rows, call.columns, slots, saved, call.sizes, walk, area, call.beta, call.form,
+                tile.constants, **tile.options,
             )  # fmt: skip
-    upper, most = ((tile.rows, tile.columns), groups + splits) if call.upper else (None, max(plan))
-    _softmax_stats_merge_kernel[(triton.cdiv(count, MERGE_BLOCK), call.directions)](
-        slots, stats, count, plan, call.beta, call.moments, upper, triton.next_power_of_2(most), MERGE_BLOCK,
-        **STREAM_OPTIONS,
+    self_tile, slots_merged = (tile.constants, sum(walk)) if call.self_similarity else (None, max(walk))
+    _softmax_stats_merge_kernel[(triton.cdiv(rows, MERGE_BLOCK), call.directions)](
+        slots, stats, rows, walk, call.beta, call.form.moments, self_tile, triton.next_power_of_2(slots_merged),
+        MERGE_BLOCK, **STREAM_OPTIONS,
     )  # fmt: skip
 
 
-def new_stash(like: Tensor, elements: int) -> Tensor:
+def new_exps(like: Tensor, elements: int) -> Tensor:
     """Memory for exponentials. Some of it is never written nor read; small ones are zeros all the same, since torch's
     opcheck compares whole results."""
-    return like.new_zeros(elements) if elements <= DEFINED else like.new_empty(elements)
+    return like.new_zeros(elements) if elements <= ZEROED_ELEMENTS else like.new_empty(elements)
 
 
-def kept(stash: Tensor, rows: int, pitch: int) -> tuple[Tensor, Tensor, int] | tuple[None, None, None]:
-    """The exponentials, their references and the pitch of `stash`, as the kernels take them."""
-    if not stash.numel():
-        return None, None, None
-    return stash[: rows * pitch], stash[rows * pitch :].view(torch.float32), pitch
+def saved_exps(memory: Tensor, rows: int, pitch: int) -> SavedExps:
+    """The exponentials that lie in `memory`, and behind them their exponents; none if it is empty."""
+    if not memory.numel():
+        return NOTHING_SAVED
+    return SavedExps(memory[: rows * pitch], memory[rows * pitch :].view(torch.float32), pitch)
 
 
-def chunk_memory(
-    call: LogitMatrix, stash: Tensor, rows: int, pitch: int
-) -> tuple[tuple, Tensor, tuple[Tensor, int] | None]:
-    """Of a chunk of rows in `stash`: what is kept of its exponentials, where G comes, where products are, if any."""
+class ChunkMemory(NamedTuple):
+    """What the memory of a chunk of rows holds."""
+
+    saved: SavedExps  # exponentials, unless a library makes the products
+    grad_block: Tensor  # [rows * pitch]: G, in the place of exponentials or products
+    products: Workspace | None  # a library's products
+
+
+def chunk_memory(call: LogitMatrix, memory: Tensor, rows: int, pitch: int) -> ChunkMemory:
     if call.by_library:
-        return (None, None, None), stash[: rows * pitch], (stash, pitch)
-    keep = kept(stash, rows, pitch)
-    return keep, keep[0], None  # type: ignore[return-value]
+        return ChunkMemory(NOTHING_SAVED, memory[: rows * pitch], Workspace(memory, pitch))
+    saved = saved_exps(memory, rows, pitch)
+    return ChunkMemory(saved, memory[: rows * pitch], None)
 
 
-def half_range(grad: Tensor, call: LogitMatrix) -> Tensor:
+def fp16_scale_of(stats_grad: Tensor, call: LogitMatrix) -> Tensor:
     """A power of two (1,) that takes the largest |G| r c near 2^14: float16's range would lose the small ones."""
-    weight = [1.0, 0.0] + [1.0, 0.0] * call.moments + ([1.0 + call.beta, call.beta] if call.beta else [])
-    pulls = torch.stack([w * grad[:, i].abs() for i, w in enumerate(weight) if w]).sum(0)
-    largest = call.rows[0].abs().amax()
-    across = 1.0 if call.columns[0] is None else call.columns[0].abs().amax()
-    bound = (pulls[0] * call.rows[0].abs()).amax() * across
-    if call.symmetric:
-        bound = bound + pulls[-1].amax() * largest * across
+    weight = [1.0, 0.0] + [1.0, 0.0] * call.form.moments + ([1.0 + call.beta, call.beta] if call.beta else [])
+    sums = torch.stack([w * stats_grad[:, i].abs() for i, w in enumerate(weight) if w]).sum(0)
+    row_scale, column_scale = call.rows.row_scale, call.columns.column_scale
+    max_column_scale = 1.0 if column_scale is None else column_scale.abs().amax()
+    bound = (sums[0] * row_scale.abs()).amax() * max_column_scale
+    if call.both_sides:
+        bound = bound + sums[-1].amax() * row_scale.abs().amax() * max_column_scale
     power = torch.floor(14.0 - torch.log2(bound))
     return torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60.0, 60.0)).reshape(1)
 
 
-def half(tile: Tile) -> Tile:
+def half_rows(tile: Tile) -> Tile:
     """With half the rows: for a kernel with branches that hold more registers."""
     return tile if tile.rows <= HALF_TILE else replace(tile, rows=tile.rows // 2)
 
 
 def make_block(
     call: LogitMatrix,
-    work: Tensor | None,
-    sums: Tensor | None,
-    given: tuple,
-    area: tuple[int, int, int, int],
+    results: BackwardResults,
+    inputs: BackwardInputs,
+    area: Area,
     pitch: int,
-    made: bool = False,
+    has_products: bool = False,
 ) -> Tensor:
-    """G r c of rows area[0] .. area[2] and columns area[1] .. area[3] in `work`, and its columns' sums by row blocks.
+    """G r c of an area in `results.grad_block`, and its columns' sums by row tiles; returns the former.
 
-    `given` is what the kernel takes of the forward and from upstream. `made`: the library's products are in `work`.
+    `has_products`: the library's products lie in `results.grad_block` already.
     """
-    (row, column, end, stop), tile = area, call.tile
-    again = tile if given[3] is None else replace(tile, warps=8) if sums is not None else half(tile)
-    operands = call.operands(again.rows)
-    if made:
-        operands = work, (pitch, row, column, end)
+    (row, end_row, column, end_column, _), tile = area, call.tile
+    grad_block, recompute = results.grad_block, call.tile
+    if inputs.exps is not None:
+        recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
+    operands = call.operands(recompute.rows)
+    if has_products:
+        operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row))
     elif call.by_library:  # G, float32 too, takes the place of the products
-        room = given[0].new_empty((end - row) * pitch) if work is None else work
-        operands = call.make_products(room, area, pitch)
-    launches = [(AGAIN, again)]
-    if given[3] is not None:  # kernels of their own: with room for products few programs would run at a time
-        rows = min(KEPT_ROWS, tile.rows) if sums is None else tile.rows
-        launches = [(KEPT, replace(tile, rows=rows, warps=4)), (FLAGGED, again)][: 1 + call.symmetric]
-    for part, tile in launches:
-        tiles = triton.cdiv(end - row, tile.rows), triton.cdiv(stop - column, tile.columns)
-        _softmax_stats_bwd_kernel[(tiles[0] * tiles[1],)](
-            *operands, call.rows, call.columns, (work, sums), given, call.sizes, (row, column, end, *tiles, pitch),
-            call.beta, call.form, tile.constants, part.value, GROUP, **tile.options,
+        memory = inputs.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
+        operands = call.make_products(Workspace(memory, pitch), area)
+    launches = [(RECOMPUTE, recompute)]
+    if (
+        inputs.exps is not None
+    ):  # launches of their own: the registers of both ways in one kernel would leave few programs at a time
+        rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
+        launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (FLAGGED, recompute)][: 1 + call.both_sides]
+    for tiles, tile in launches:
+        block = Block(
+            row, column, end_row, triton.cdiv(end_row - row, tile.rows), triton.cdiv(end_column - column, tile.columns),
+            pitch,
         )  # fmt: skip
-    return call.query.new_empty(0) if work is None else work.view(-1, pitch)[: end - row, : stop - column]
+        _softmax_stats_bwd_kernel[(block.row_tiles * block.column_tiles,)](
+            *operands, call.rows, call.columns, results, inputs, call.sizes, block, call.beta, call.form,
+            tile.constants, tiles.value, **tile.options,
+        )  # fmt: skip
+    if grad_block is None:
+        return call.query.new_empty(0)
+    return grad_block.view(-1, pitch)[: end_row - row, : end_column - column]
 
 
 def make_gradients(
     call: LogitMatrix,
-    given: tuple,
-    blocks: tuple[int, int],
+    inputs: BackwardInputs,
+    block_size: tuple[int, int],
     q: EmbeddingGradient,
     k: EmbeddingGradient,
     bias_grad: Tensor,
 ) -> None:
     """Fill the gradients block by block."""
-    (m, n, _), (high, wide), tile = call.sizes, blocks, call.tile
-    starts = [(row, row // tile.columns * tile.columns if call.upper else 0) for row in range(0, m, high)]
-    work = call.query.new_empty((high, wide)) if q.needed or k.needed else None
-    sums = bias_grad.new_empty((triton.cdiv(high, tile.rows), wide)) if bias_grad.numel() else None
-    if work is None and sums is None:
+    (m, n, _), (block_rows, block_columns), tile = call.sizes, block_size, call.tile
+    starts = [
+        (row, row // tile.columns * tile.columns if call.self_similarity else 0) for row in range(0, m, block_rows)
+    ]
+    grad_block = call.query.new_empty((block_rows, block_columns)) if q.needed or k.needed else None
+    column_sums = None
+    if bias_grad.numel():
+        column_sums = bias_grad.new_empty((triton.cdiv(block_rows, tile.rows), block_columns))
+    if grad_block is None and column_sums is None:
         return
-    for row, start, column in ((r, first, c) for r, first in starts for c in range(first, n, wide)):
-        end, stop = min(row + high, m), min(column + wide, n)
-        block = make_block(call, work, sums, given, (row, column, end, stop), wide)
-        if sums is not None:
-            bias_grad[column:stop] += sums[: triton.cdiv(end - row, tile.rows), : stop - column].sum(0)
+    results = BackwardResults(grad_block, column_sums)
+    for row, start, column in ((r, first, c) for r, first in starts for c in range(first, n, block_columns)):
+        end_row, end_column = min(row + block_rows, m), min(column + block_columns, n)
+        block = make_block(call, results, inputs, Area(row, end_row, column, end_column), block_columns)
+        if column_sums is not None:
+            tiles = triton.cdiv(end_row - row, tile.rows)
+            bias_grad[column:end_column] += column_sums[:tiles, : end_column - column].sum(0)
         if q.needed:
-            add_product(q.part(row, end), block, call.key[column:stop, : q.sums.shape[1]], column == start)
-            if stop == n:
-                q.finish(row, end)
+            keys = call.key[column:end_column, : q.sums.shape[1]]
+            add_product(q.part(row, end_row), block, keys, column == start)
+            if end_column == n:
+                q.from_sums(row, end_row)
         if k.needed:
-            add_product(k.part(column, stop), block.T, call.query[row:end, : k.sums.shape[1]], row == 0)
+            queries = call.query[row:end_row, : k.sums.shape[1]]
+            add_product(k.part(column, end_column), block.T, queries, row == 0)
     if k.needed:
-        k.finish(0, n)
+        k.from_sums(0, n)

@@ -2,17 +2,84 @@
 
 What would need all the threads of a program at every step waits for its end, so that between two tiles there is no
 barrier: a tile lies in pieces narrow enough that one warp holds whole negatives, every row of a tile has a maximum and
-totals of its own, and the vectors' sums are one number per element of a tile.
+sums of its own, and the weighted sum of negatives is one number per element of a tile.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from .online_softmax import State
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950216293335)  # as float32, what is missing being
 LOG2E_REST = tl.constexpr(1.925963033500011e-08)
+LOWEST = tl.constexpr(-3.4e38)  # where there is no maximum yet
+PARTIALS = tl.constexpr(6)  # numbers that a program leaves: max, sum, number, and the sum of exponentials of each power
+
+
+class PerQueryInputs(NamedTuple):
+    query: Tensor  # [M, D]
+    negatives: Tensor  # [M, K, D], strides `row_stride`, `negative_stride`, 1
+    row_scale: Tensor  # [M] float32
+    ceiling: Tensor | None  # [M] float32
+
+
+class PerQuerySizes(NamedTuple):
+    rows: int  # M
+    negatives: int  # K
+    dim: int  # D
+    row_stride: int  # of the negatives, like the next
+    negative_stride: int
+    splits: int  # programs that share a row
+
+
+class Partials(NamedTuple):
+    """What each program leaves of its part of a row, for the merging."""
+
+    sums: Tensor  # [M, splits, PARTIALS] float32
+    weighted_keys: Tensor  # [M, splits, powers + moments, D] float32, if they are made
+
+
+class SavedLogits(NamedTuple):
+    """What the backward needs for the negatives' gradient, or all None."""
+
+    logits: Tensor | None  # [M, K] float32
+    inverse_norms: Tensor | None  # [M, K] float32
+
+
+class WeightedKeys(NamedTuple):
+    """Sums of c_k n_k, c = 1 / |n| or 1, weighted as named; each as many vectors as a negative has pieces."""
+
+    of_exp: Any
+    of_exp_1p_beta: Any
+    of_exp_beta: Any
+    of_ones: Any
+
+
+class PerQueryForm(NamedTuple):
+    """What the kernels are compiled for."""
+
+    normalize: bool
+    moments: int  # 1: sum and number of the logits, and the sum of the negatives
+    powers: int  # of the exponentials: 1 is e^s; 3 with hardness beta: also e^((1 + beta) s) and e^(beta s)
+    weighted_keys: bool  # made: each power's sum of negatives, weighted by the exponentials
+
+
+class PerQueryTile(NamedTuple):
+    """The negatives that a program of the forward reads at a time."""
+
+    rows: int  # negatives in a tile
+    tiles: int
+    pieces: int  # in which each negative lies
+    span: int  # columns of a piece
+    whole: bool  # the last piece is full
+    ahead: bool  # they are read while those before are worked on
+    int64: bool  # for their offsets in memory
 
 
 @triton.jit
@@ -26,52 +93,57 @@ def below_one(x):
 
 
 @triton.jit
-def _more(total, vectors, power, scores, before, most, inverse, tiles, KEEP: tl.constexpr):
+def _add_scores(
+    sum_exp, vectors, power, scores, old_max, new_max, inverse_norms, tiles, WEIGHTED_KEYS: tl.constexpr
+):  # fmt: skip
     """One power's running sums with the scores of more tiles."""
-    factor = below_one(power * (before - most))
-    total *= factor
-    shares = ()
+    factor = below_one(power * (old_max - new_max))
+    sum_exp *= factor
+    weights = ()
     for u in tl.static_range(len(tiles)):
-        share = below_one(power * (scores[u] - most))  # 0 for -inf, as no maximum is that
-        total += share
-        shares = shares + (share * inverse[u],)  # type: ignore[assignment]
-    if KEEP:
-        vectors = _pulled(vectors, factor[:, None], shares, tiles)
-    return total, vectors
+        weight = below_one(power * (scores[u] - new_max))  # 0 for -inf, as no maximum is that
+        sum_exp += weight
+        weights = weights + (weight * inverse_norms[u],)  # type: ignore[assignment]
+    if WEIGHTED_KEYS:
+        vectors = _add_vectors(vectors, factor[:, None], weights, tiles)
+    return sum_exp, vectors
 
 
 @triton.jit
-def _pulled(vectors, factor, shares, tiles):
+def _add_vectors(vectors, factor, weights, tiles):
     new = ()
     for p in tl.static_range(len(vectors)):
         vector = vectors[p] * factor
         for u in tl.static_range(len(tiles)):
-            vector += shares[u][:, None] * tiles[u][p].to(tl.float32)
+            vector += weights[u][:, None] * tiles[u][p].to(tl.float32)
         new = new + (vector,)  # type: ignore[assignment]
     return new
 
 
 @triton.jit
-def _read(at, columns, there, width, PIECES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr):
+def _read(ptr, columns, there, dim, PIECES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr):
     """Rows in pieces of SPAN columns, as they are stored; WHOLE: the last piece is full."""
-    tile = ()
+    pieces = ()
     for p in tl.static_range(PIECES):
-        mask = there if WHOLE else there & (columns + p * SPAN < width)
-        tile = tile + (tl.load(at + p * SPAN, mask=mask, other=0.0),)  # type: ignore[assignment]
-    return tile
+        mask = there if WHOLE else there & (columns + p * SPAN < dim)
+        pieces = pieces + (tl.load(ptr + p * SPAN, mask=mask, other=0.0),)  # type: ignore[assignment]
+    return pieces
 
 
 @triton.jit
-def _read_tiles(
-    at, stride, columns, left, width, TILES: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """TILES tiles, `stride` elements from one to the next; `left`: how many rows there are from the first on."""
+def _read_tiles(ptr, stride, columns, left, dim, TILE: tl.constexpr):
+    """The tiles of a step, `stride` elements from one to the next; `left`: how many negatives there are from the first
+    on."""
+    ROWS: tl.constexpr = TILE.rows
+    TILES: tl.constexpr = TILE.tiles
+    PIECES: tl.constexpr = TILE.pieces
+    SPAN: tl.constexpr = TILE.span
+    WHOLE: tl.constexpr = TILE.whole
     tiles = ()
-    rows = tl.arange(0, at.shape[0])
+    rows = tl.arange(0, ROWS)
     for u in tl.static_range(TILES):
-        there = (rows < left - u * at.shape[0])[:, None]
-        tiles = tiles + (_read(at + u * stride, columns, there, width, PIECES, SPAN, WHOLE),)  # type: ignore[assignment]
+        there = (rows < left - u * ROWS)[:, None]
+        tiles = tiles + (_read(ptr + u * stride, columns, there, dim, PIECES, SPAN, WHOLE),)  # type: ignore[assignment]
     return tiles
 
 
@@ -79,8 +151,8 @@ def _read_tiles(
 def _dot(a, b):
     """Products of rows. Fused by hand: where a compiler does, each lane rounds another of the two products that a
     butterfly adds up, and the lanes that share a logit no longer agree on it."""
-    product = tl.fma(a[0].to(tl.float32), b[0].to(tl.float32), 0.0)
-    for p in tl.static_range(1, len(a)):
+    product = 0.0
+    for p in tl.static_range(len(a)):
         product = tl.fma(a[p].to(tl.float32), b[p].to(tl.float32), product)
     return tl.sum(product, 1)
 
@@ -93,26 +165,26 @@ def _inverse_root(x):
 
 
 @triton.jit
-def _scores(tiles, query, scale, ceiling, left, NORMALIZE: tl.constexpr):
-    """Logits of tiles, -inf where they are left out; which are in; the inverse lengths."""
-    scores, allowed, inverses = (), (), ()
-    rows = tl.arange(0, tiles[0][0].shape[0])
+def _scores(tiles, query, scale, ceiling, left, NORMALIZE: tl.constexpr, ROWS: tl.constexpr):
+    """Logits of tiles, -inf where they are left out; which are in; the inverse norms."""
+    scores, allowed, inverse_norms = (), (), ()
+    rows = tl.arange(0, ROWS)
     for u in tl.static_range(len(tiles)):
         product = _dot(tiles[u], query)
-        inverse = tl.full(product.shape, 1.0, tl.float32)
+        inverse_norm = tl.full(product.shape, 1.0, tl.float32)
         if NORMALIZE:
-            inverse = _inverse_root(_dot(tiles[u], tiles[u]))
-        score = scale * (inverse * product)
-        there = rows < left - u * rows.shape[0]
+            inverse_norm = _inverse_root(_dot(tiles[u], tiles[u]))
+        score = scale * (inverse_norm * product)
+        there = rows < left - u * ROWS
         if ceiling is not None:
             there = there & ((score > ceiling) == 0)  # NaN stays in
         scores = scores + (tl.where(there, score, float("-inf")),)  # type: ignore[assignment]
-        allowed, inverses = allowed + (there,), inverses + (inverse,)  # type: ignore[assignment]
-    return scores, allowed, inverses
+        allowed, inverse_norms = allowed + (there,), inverse_norms + (inverse_norm,)  # type: ignore[assignment]
+    return scores, allowed, inverse_norms
 
 
 @triton.jit
-def _empty(ROWS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr):
+def _no_vectors(ROWS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr):
     sums = ()
     for _ in tl.static_range(PIECES):
         sums = sums + (tl.zeros((ROWS, SPAN), tl.float32),)  # type: ignore[assignment]
@@ -120,160 +192,188 @@ def _empty(ROWS: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def _store_vectors(to, vectors, factor, width, SPAN: tl.constexpr):
+def _store_vectors(ptr, vectors, factor, dim, SPAN: tl.constexpr):
     """A program's vectors: those of a tile's rows, each times its factor, added up."""
     columns = tl.arange(0, SPAN)
     for p in tl.static_range(len(vectors)):
-        total = tl.sum(vectors[p] * factor[:, None], 0)
-        tl.store(to + p * SPAN + columns, total, mask=p * SPAN + columns < width)
+        vector = tl.sum(vectors[p] * factor[:, None], 0)
+        tl.store(ptr + p * SPAN + columns, vector, mask=p * SPAN + columns < dim)
 
 
 @triton.jit
-def _store_sums(part, to, over, total, vectors, width, KEEP: tl.constexpr, SPAN: tl.constexpr):
-    """A power's total and vectors, their slots brought to one maximum."""
-    factor = below_one(over)
-    tl.store(part, tl.sum(factor * total))
-    if KEEP:
-        _store_vectors(to, vectors, factor, width, SPAN)
-
-
-@triton.jit
-def each_fwd_kernel(
-    query_ptr,  # (rows, width)
-    negatives_ptr,  # (rows, count, width), strides s_row, s_count, 1
-    scale_ptr,  # (rows,) float32
-    ceiling_ptr,  # (rows,) float32, or None
-    parts_ptr,  # (rows, splits, 6) float32: max, sum, count, totals of the powers
-    pulls_ptr,  # (rows, splits, POWERS + MOMENTS, width) float32, with KEEP
-    logits_ptr,  # (rows, count) float32, or None
-    inverse_ptr,  # (rows, count) float32, or None
-    count,
-    width,
-    s_row,
-    s_count,
-    splits,
-    hardness,
-    NORMALIZE: tl.constexpr, MOMENTS: tl.constexpr, POWERS: tl.constexpr, KEEP: tl.constexpr, WIDE: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, PIECES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
-    AHEAD: tl.constexpr,
+def _store_sums(
+    sum_ptr, vector_ptr, above_max, sum_exp, vectors, dim, WEIGHTED_KEYS: tl.constexpr, SPAN: tl.constexpr
 ):  # fmt: skip
+    """A power's sum of exponentials and vectors, those of a tile's rows brought to one maximum."""
+    factor = below_one(above_max)
+    tl.store(sum_ptr, tl.sum(factor * sum_exp))
+    if WEIGHTED_KEYS:
+        _store_vectors(vector_ptr, vectors, factor, dim, SPAN)
+
+
+@triton.jit
+def _store_partials(partials, program, state, sums, hardness, dim, FORM: tl.constexpr, SPAN: tl.constexpr):
+    """What a program has found: `state` and `sums` of each row of a tile, brought to one maximum."""
+    MOMENTS: tl.constexpr = FORM.moments
+    POWERS: tl.constexpr = FORM.powers
+    WEIGHTED_KEYS: tl.constexpr = FORM.weighted_keys
+    numbers = partials.sums + program * PARTIALS
+    s_max = tl.max(state.max)
+    tl.store(numbers, s_max)
+    tl.store(numbers + 1, tl.sum(state.logit_sum))
+    tl.store(numbers + 2, tl.sum(state.number))
+    first = partials.weighted_keys
+    if WEIGHTED_KEYS:
+        first += program * (POWERS + MOMENTS) * dim
+    d = state.max - s_max
+    _store_sums(numbers + 3, first, d, state.sum_exp, sums.of_exp, dim, WEIGHTED_KEYS, SPAN)
+    if POWERS == 3:
+        second, third = first, first
+        if WEIGHTED_KEYS:
+            second, third = first + dim, first + 2 * dim
+        of_1p_beta, of_beta = (1.0 + hardness) * d, hardness * d
+        sum_1p_beta, sum_beta = state.sum_exp_1p_beta, state.sum_exp_beta
+        _store_sums(numbers + 4, second, of_1p_beta, sum_1p_beta, sums.of_exp_1p_beta, dim, WEIGHTED_KEYS, SPAN)
+        _store_sums(numbers + 5, third, of_beta, sum_beta, sums.of_exp_beta, dim, WEIGHTED_KEYS, SPAN)
+    if MOMENTS and WEIGHTED_KEYS:
+        ones = tl.full(d.shape, 1.0, tl.float32)
+        _store_vectors(first + POWERS * dim, sums.of_ones, ones, dim, SPAN)
+
+
+@triton.jit
+def per_query_fwd_kernel(
+    inputs,  # PerQueryInputs
+    partials,  # Partials
+    saved,  # SavedLogits
+    sizes,  # PerQuerySizes
+    hardness,
+    FORM: tl.constexpr,  # PerQueryForm
+    TILE: tl.constexpr,  # PerQueryTile
+):
+    NORMALIZE: tl.constexpr = FORM.normalize
+    MOMENTS: tl.constexpr = FORM.moments
+    POWERS: tl.constexpr = FORM.powers
+    WEIGHTED_KEYS: tl.constexpr = FORM.weighted_keys
+    ROWS: tl.constexpr = TILE.rows
+    TILES: tl.constexpr = TILE.tiles
+    PIECES: tl.constexpr = TILE.pieces
+    SPAN: tl.constexpr = TILE.span
+    AHEAD: tl.constexpr = TILE.ahead
+    INT64: tl.constexpr = TILE.int64
+    dim = sizes.dim
     program = tl.program_id(0).to(tl.int64)
-    row = program // splits
+    row = program // sizes.splits
     columns = tl.arange(0, SPAN)[None, :]
-    query = _read(query_ptr + row * width + columns, columns, columns < width, width, PIECES, SPAN, False)
-    scale = tl.load(scale_ptr + row)
-    ceiling = None if ceiling_ptr is None else tl.load(ceiling_ptr + row)
-    negatives_ptr += row * s_row
+    query = _read(inputs.query + row * dim + columns, columns, columns < dim, dim, PIECES, SPAN, False)
+    scale = tl.load(inputs.row_scale + row)
+    ceiling = None if inputs.ceiling is None else tl.load(inputs.ceiling + row)
+    negatives_ptr = inputs.negatives + row * sizes.row_stride
     zero = tl.zeros((ROWS,), tl.float32)
-    most, number, logit_sum, total, harder, easier = zero - 3.4e38, zero, zero, zero, zero, zero
-    none = _empty(ROWS, PIECES, SPAN)
-    vectors, hard_vectors, easy_vectors, plain_vectors = none, none, none, none
-    step = splits * (ROWS * TILES)
-    first = (program % splits).to(tl.int32) * (ROWS * TILES)
+    row_max, number, logit_sum, sum_exp, sum_exp_1p_beta, sum_exp_beta = zero + LOWEST, zero, zero, zero, zero, zero
+    none = _no_vectors(ROWS, PIECES, SPAN)
+    vectors, vectors_1p_beta, vectors_beta, vectors_of_sum = none, none, none, none
+    step = sizes.splits * (ROWS * TILES)
+    first = (program % sizes.splits).to(tl.int32) * (ROWS * TILES)
     rows = tl.arange(0, ROWS)
-    offsets = (first + rows).to(tl.int64) * s_count if WIDE else (first + rows) * s_count
-    at = negatives_ptr + offsets[:, None] + columns
-    stride = tl.cast(s_count, tl.int64) * ROWS
+    offsets = (first + rows).to(tl.int64) * sizes.negative_stride if INT64 else (first + rows) * sizes.negative_stride
+    ptr = negatives_ptr + offsets[:, None] + columns
+    stride = tl.cast(sizes.negative_stride, tl.int64) * ROWS
     if AHEAD:
-        following = _read_tiles(at, stride, columns, count - first, width, TILES, PIECES, SPAN, WHOLE)
-    for start in range(first, count, step):
-        left = count - start
+        following = _read_tiles(ptr, stride, columns, sizes.negatives - first, dim, TILE)
+    for start in range(first, sizes.negatives, step):
+        left = sizes.negatives - start
         if AHEAD:  # the next tiles are on their way while these are worked on
             tiles = following
-            at += splits * TILES * stride
-            following = _read_tiles(at, stride, columns, left - step, width, TILES, PIECES, SPAN, WHOLE)
+            ptr += sizes.splits * TILES * stride
+            following = _read_tiles(ptr, stride, columns, left - step, dim, TILE)
         else:
-            tiles = _read_tiles(at, stride, columns, left, width, TILES, PIECES, SPAN, WHOLE)
-            at += splits * TILES * stride
-        scores, allowed, inverse = _scores(tiles, query, scale, ceiling, left, NORMALIZE)
-        before = most
+            tiles = _read_tiles(ptr, stride, columns, left, dim, TILE)
+            ptr += sizes.splits * TILES * stride
+        scores, allowed, inverse_norms = _scores(tiles, query, scale, ceiling, left, NORMALIZE, ROWS)
+        old_max = row_max
         for u in tl.static_range(TILES):
-            if logits_ptr is not None:
+            if saved.logits is not None:
                 entry = start + u * ROWS + rows
-                tl.store(logits_ptr + row * count + entry, scores[u], mask=entry < count)
-                tl.store(inverse_ptr + row * count + entry, inverse[u], mask=entry < count)
-            most = tl.maximum(most, scores[u])
+                inside = entry < sizes.negatives
+                tl.store(saved.logits + row * sizes.negatives + entry, scores[u], mask=inside)
+                tl.store(saved.inverse_norms + row * sizes.negatives + entry, inverse_norms[u], mask=inside)
+            row_max = tl.maximum(row_max, scores[u])
             if MOMENTS:
                 number += tl.where(allowed[u], 1.0, 0.0)
                 logit_sum += tl.where(allowed[u], scores[u], 0.0)
-        total, vectors = _more(total, vectors, 1.0, scores, before, most, inverse, tiles, KEEP)
+        sum_exp, vectors = _add_scores(
+            sum_exp, vectors, 1.0, scores, old_max, row_max, inverse_norms, tiles, WEIGHTED_KEYS
+        )
         if POWERS == 3:
-            more = 1.0 + hardness
-            harder, hard_vectors = _more(harder, hard_vectors, more, scores, before, most, inverse, tiles, KEEP)
-            easier, easy_vectors = _more(easier, easy_vectors, hardness, scores, before, most, inverse, tiles, KEEP)
-        if MOMENTS and KEEP:
+            sum_exp_1p_beta, vectors_1p_beta = _add_scores(
+                sum_exp_1p_beta, vectors_1p_beta, 1.0 + hardness, scores, old_max, row_max, inverse_norms, tiles,
+                WEIGHTED_KEYS,
+            )  # fmt: skip
+            sum_exp_beta, vectors_beta = _add_scores(
+                sum_exp_beta, vectors_beta, hardness, scores, old_max, row_max, inverse_norms, tiles, WEIGHTED_KEYS
+            )
+        if MOMENTS and WEIGHTED_KEYS:
             for u in tl.static_range(TILES):
-                share = tl.where(allowed[u], inverse[u], 0.0)
-                plain_vectors = _pulled(plain_vectors, 1.0, (share,), (tiles[u],))
-    parts_ptr += program * 6
-    top = tl.max(most)
-    tl.store(parts_ptr, top)
-    tl.store(parts_ptr + 1, tl.sum(logit_sum))
-    tl.store(parts_ptr + 2, tl.sum(number))
-    to = pulls_ptr + program * (POWERS + MOMENTS) * width if KEEP else pulls_ptr
-    _store_sums(parts_ptr + 3, to, most - top, total, vectors, width, KEEP, SPAN)
-    if POWERS == 3:
-        hard_over, easy_over = (1.0 + hardness) * (most - top), hardness * (most - top)
-        _store_sums(parts_ptr + 4, to + width if KEEP else to, hard_over, harder, hard_vectors, width, KEEP, SPAN)
-        _store_sums(parts_ptr + 5, to + 2 * width if KEEP else to, easy_over, easier, easy_vectors, width, KEEP, SPAN)
-    if MOMENTS and KEEP:
-        _store_vectors(to + POWERS * width, plain_vectors, zero + 1.0, width, SPAN)
+                weight = tl.where(allowed[u], inverse_norms[u], 0.0)
+                vectors_of_sum = _add_vectors(vectors_of_sum, 1.0, (weight,), (tiles[u],))
+    state = State(row_max, sum_exp, logit_sum, number, sum_exp_1p_beta, sum_exp_beta)
+    sums = WeightedKeys(vectors, vectors_1p_beta, vectors_beta, vectors_of_sum)
+    _store_partials(partials, program, state, sums, hardness, dim, FORM, SPAN)
 
 
 @triton.jit
-def each_merge_kernel(
-    parts_ptr,  # (rows, splits, 6) float32, as the forward left them
-    pulls_ptr,  # (rows, splits, POWERS + MOMENTS, width) float32, with KEEP
+def per_query_merge_kernel(
+    partials,  # Partials
     stats_ptr,  # (statistics, rows) float32
-    merged_ptr,  # (POWERS + MOMENTS, rows, width) float32, with KEEP
-    rows,
-    width,
-    splits,
+    weighted_keys_ptr,  # (POWERS + MOMENTS, rows, D) float32, if they are made
+    sizes,  # PerQuerySizes
     hardness,
-    MOMENTS: tl.constexpr,
-    POWERS: tl.constexpr,
-    KEEP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    FORM: tl.constexpr,  # PerQueryForm
+    SPLITS: tl.constexpr,  # a power of two, at least those of sizes
+    PARTS: tl.constexpr,  # splits whose vectors are read at a time
+    BLOCK: tl.constexpr,  # columns of a program
 ):
+    MOMENTS: tl.constexpr = FORM.moments
+    POWERS: tl.constexpr = FORM.powers
+    WEIGHTED_KEYS: tl.constexpr = FORM.weighted_keys
+    rows, dim, splits = sizes.rows, sizes.dim, sizes.splits
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     exists = split < splits
-    parts_ptr += row * splits * 6
-    tops = tl.load(parts_ptr + split * 6, mask=exists, other=-3.4e38)
-    most = tl.max(tops)
+    sums_ptr = partials.sums + row * splits * PARTIALS
+    split_max = tl.load(sums_ptr + split * PARTIALS, mask=exists, other=LOWEST)
+    s_max = tl.max(split_max)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    pulls_ptr += row * splits * (POWERS + MOMENTS) * width
+    inside = columns < dim
+    vectors_ptr = partials.weighted_keys + row * splits * (POWERS + MOMENTS) * dim
     if tl.program_id(1) == 0:
-        tl.store(stats_ptr + rows + row, tl.where(most == -3.4e38, float("-inf"), most))
+        tl.store(stats_ptr + rows + row, tl.where(s_max == LOWEST, float("-inf"), s_max))
         if MOMENTS:
-            logit_sum = tl.sum(tl.load(parts_ptr + split * 6 + 1, mask=exists, other=0.0))
+            logit_sum = tl.sum(tl.load(sums_ptr + split * PARTIALS + 1, mask=exists, other=0.0))
             tl.store(stats_ptr + 2 * rows + row, logit_sum)
-            number = tl.sum(tl.load(parts_ptr + split * 6 + 2, mask=exists, other=0.0))
+            number = tl.sum(tl.load(sums_ptr + split * PARTIALS + 2, mask=exists, other=0.0))
             tl.store(stats_ptr + 3 * rows + row, number)
     for a in tl.static_range(POWERS + MOMENTS):
         power = 1.0 if a == 0 else 1.0 + hardness if a == 1 else hardness
-        total = 1.0
+        sum_exp = 1.0
         if a < POWERS:
-            totals = tl.load(parts_ptr + split * 6 + 3 + a, mask=exists, other=0.0)
-            total = tl.sum(below_one(power * (tops - most)) * totals)
+            of_splits = tl.load(sums_ptr + split * PARTIALS + 3 + a, mask=exists, other=0.0)
+            sum_exp = tl.sum(below_one(power * (split_max - s_max)) * of_splits)
             if tl.program_id(1) == 0:
-                over = most if a == 0 else 0.0
-                lse = tl.where(most == float("inf"), most, over + tl.log(total))
-                place = 0 if a == 0 else 1 + 2 * MOMENTS + a
-                tl.store(stats_ptr + place * rows + row, lse)
-        if KEEP:
-            vectors = tl.zeros((BLOCK,), tl.float32)
+                above = s_max if a == 0 else 0.0
+                lse = tl.where(s_max == float("inf"), s_max, above + tl.log(sum_exp))
+                line = 0 if a == 0 else 1 + 2 * MOMENTS + a
+                tl.store(stats_ptr + line * rows + row, lse)
+        if WEIGHTED_KEYS:
+            vector = tl.zeros((BLOCK,), tl.float32)
             for start in range(0, splits, PARTS):
                 p = start + tl.arange(0, PARTS)
                 mask = (p < splits)[:, None] & inside
-                at = pulls_ptr + (p * (POWERS + MOMENTS) + a)[:, None] * width + columns
-                part = tl.load(at, mask=mask, other=0.0)
+                ptr = vectors_ptr + (p * (POWERS + MOMENTS) + a)[:, None] * dim + columns
+                part = tl.load(ptr, mask=mask, other=0.0)
                 if a < POWERS:
-                    top = tl.load(parts_ptr + p * 6, mask=p < splits, other=-3.4e38)
-                    part *= below_one(power * (top - most))[:, None]
-                vectors += tl.sum(part, 0)
-            vectors = tl.where(total == 0.0, 0.0, vectors / total)
-            tl.store(merged_ptr + (a * rows + row) * width + columns, vectors, mask=inside)
+                    part_max = tl.load(sums_ptr + p * PARTIALS, mask=p < splits, other=LOWEST)
+                    part *= below_one(power * (part_max - s_max))[:, None]
+                vector += tl.sum(part, 0)
+            vector = tl.where(sum_exp == 0.0, 0.0, vector / sum_exp)
+            tl.store(weighted_keys_ptr + (a * rows + row) * dim + columns, vector, mask=inside)

@@ -1,4 +1,4 @@
-"""Triton kernels of the plain loss with negatives [M, K, D] of each row's own (see ops/softmax_loss_per_query.py).
+"""Triton kernels of the plain loss with negatives [M, K, D] of each query's own (see ops/softmax_loss_per_query.py).
 
 The negatives are read once by the kernels of softmax_stats_per_query, the losses and the slopes g_i = d out / d n_i
 come from those of softmax_loss; one more kernel reads a row's t, query and key and makes what is one vector per row:
@@ -26,106 +26,117 @@ from ..ops import softmax_stats_per_query as stats_op
 from ..ops.softmax_loss_per_query import Grads, Inputs, Needs, Saved
 from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
 from .embedding_gradients import scaled
-from .norms import _inverse_length, prepare
-from .row_losses import plain_losses
+from .norms import Prepared, inverse_norm, prepare
+from .row_losses import LossForm, row_losses
 from .softmax_stats_per_query import HALF_AND_SINGLE, softmax_stats_per_query_bwd, softmax_stats_per_query_fwd
 
 
 @triton.jit
-def _own_rows_kernel(
-    slope_ptr,  # (M,): g
-    vectors_ptr,  # (M, D) float32: t
+def _query_and_key_grad_kernel(
+    grad_lse_ptr,  # (M,): g
+    weighted_keys_ptr,  # (M, D) float32: t
     query_ptr,  # (M, D)
     key_ptr,  # (M, D)
     scale_ptr,  # (M,): r
     query_grad_ptr,  # (M, D) float32, or None
     key_grad_ptr,  # (M, D) float32, or None
     dot_ptr,  # (M,), or None
-    width,
+    dim,
     NORMALIZE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DIM: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    inside = columns < width
-    at = row * width + columns
-    slope, scale = tl.load(slope_ptr + row), tl.load(scale_ptr + row)
-    there = inside & (tl.zeros((WIDTH,), tl.float32) + slope != 0.0)  # what is left out may be NaN
-    query = tl.load(query_ptr + at, mask=there, other=0.0).to(tl.float32)
-    key = tl.load(key_ptr + at, mask=there, other=0.0).to(tl.float32)
-    of_query, of_key = 1.0, 1.0
+    columns = tl.arange(0, DIM)
+    inside = columns < dim
+    offset = row * dim + columns
+    grad_lse, scale = tl.load(grad_lse_ptr + row), tl.load(scale_ptr + row)
+    there = inside & (tl.zeros((DIM,), tl.float32) + grad_lse != 0.0)  # what is left out may be NaN
+    query = tl.load(query_ptr + offset, mask=there, other=0.0).to(tl.float32)
+    key = tl.load(key_ptr + offset, mask=there, other=0.0).to(tl.float32)
+    query_inverse_norm, key_inverse_norm = 1.0, 1.0
     if NORMALIZE:
-        of_query, of_key = _inverse_length(tl.sum(query * query)), _inverse_length(tl.sum(key * key))
-    u = slope * (tl.load(vectors_ptr + at, mask=there, other=0.0) - of_key * key)
+        query_inverse_norm, key_inverse_norm = inverse_norm(tl.sum(query * query)), inverse_norm(tl.sum(key * key))
+    u = grad_lse * (tl.load(weighted_keys_ptr + offset, mask=there, other=0.0) - key_inverse_norm * key)
     along = tl.sum(query * u)
     if dot_ptr is not None:
         tl.store(dot_ptr + row, scale * along)
     if query_grad_ptr is not None:
         if NORMALIZE:
-            u -= of_query * of_query * along * query
-        tl.store(query_grad_ptr + at, scale * u, mask=inside)
+            u -= query_inverse_norm * query_inverse_norm * along * query
+        tl.store(query_grad_ptr + offset, scale * u, mask=inside)
     if key_grad_ptr is not None:
         v = query
         if NORMALIZE:
-            v -= of_key * of_key * tl.sum(query * key) * key
-        tl.store(key_grad_ptr + at, -slope * scale * of_key * v, mask=inside)
+            v -= key_inverse_norm * key_inverse_norm * tl.sum(query * key) * key
+        tl.store(key_grad_ptr + offset, -grad_lse * scale * key_inverse_norm * v, mask=inside)
+
+
+def _loss_form(x: Inputs) -> tuple[LossForm, float]:
+    """What the kernel of the losses is compiled for, and what each row's loss counts in the result."""
+    part = 1.0 / x.query.shape[0] if x.reduction == "mean" and x.query.shape[0] else 1.0
+    return LossForm(x.include_positive, 1, x.reduction == "none"), part
 
 
 def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    query, key, (rows, width) = x.query.contiguous(), x.key.contiguous(), x.query.shape
-    share = None if x.share is None else x.share.contiguous()
-    single = query.new_empty(0, dtype=torch.float32)
-    state, loss = single.new_empty((4, rows)), single.new_empty(rows)
-    made = [single.new_empty((rows if x.needs & need else 0, width)) for need in (QUERY, KEY)]
-    made.append(single.new_empty(rows if x.needs & SCALE else 0))
-    positive, row_scale = state[2], state[3]
+    query, key, (rows, dim) = x.query.contiguous(), x.key.contiguous(), x.query.shape
+    row_weight = None if x.row_weight is None else x.row_weight.contiguous()
+    new_float32 = query.new_empty(0, dtype=torch.float32).new_empty
+    stats, loss = new_float32((4, rows)), new_float32(rows)
+    grads = (
+        new_float32((rows if x.needs & QUERY else 0, dim)),
+        new_float32((rows if x.needs & KEY else 0, dim)),
+        new_float32(rows if x.needs & SCALE else 0),
+    )
+    positive, row_scale = stats[2], stats[3]
     with on_device(query):
         if rows:
-            of_keys = single.new_empty(rows) if x.normalize else None
-            prepare(query, key, x.scale, x.factor, None, (row_scale, of_keys, positive))
-        keep = 2 if x.needs & NEGATIVES else int(x.needs != 0)
-        found = softmax_stats_per_query_fwd(
-            stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, "", 0.0, keep)
-        )
-        state[:2] = found.stats
+            key_norms = new_float32(rows) if x.normalize else None
+            prepare(query, key, x.scale, x.fixed_scale, None, Prepared(row_scale, key_norms, positive))
+        save = "logits" if x.needs & NEGATIVES else "weighted_keys" if x.needs else ""
+        inputs = stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, False, 0.0, save)
+        of_negatives = softmax_stats_per_query_fwd(inputs)
+        stats[:2] = of_negatives.stats
         if rows:
-            slopes = single.new_empty((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None
-            plain_losses(found.stats, positive, share, x.reduction, x.include_positive, loss, slopes)
-            if slopes is not None:
-                wide = triton.next_power_of_2(width)
-                _own_rows_kernel[(rows,)](
-                    slopes, found.pulls, query, key, row_scale, *(grad if grad.shape[0] else None for grad in made),
-                    width, x.normalize, wide, enable_fp_fusion=True, num_warps=max(1, min(16, wide // 512)),
+            stats_grad = new_float32((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None
+            row_losses(of_negatives.stats, positive, row_weight, *_loss_form(x), loss, stats_grad)
+            if stats_grad is not None:
+                padded_dim = triton.next_power_of_2(dim)
+                _query_and_key_grad_kernel[(rows,)](
+                    stats_grad, of_negatives.weighted_keys, query, key, row_scale,
+                    *(grad if grad.shape[0] else None for grad in grads), dim, x.normalize, padded_dim,
+                    enable_fp_fusion=True, num_warps=max(1, min(16, padded_dim // 512)),
                 )  # fmt: skip
         out = loss if x.reduction == "none" else getattr(loss, x.reduction)()
-    state = state[:, : rows if x.needs & NEGATIVES else 0].contiguous()
-    return out, Saved(state, found.logits, found.inverse, *made)
+    stats = stats[:, : rows if x.needs & NEGATIVES else 0].contiguous()
+    return out, Saved(stats, of_negatives.logits, of_negatives.inverse_norms, *grads)
 
 
 def softmax_loss_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     none = grad.new_empty(0)
     with on_device(x.query):
-        by_row = grad[:, None] if x.reduction == "none" else grad
+        row_grad = grad[:, None] if x.reduction == "none" else grad
         return Grads(
-            query=scaled(saved.query_grad, by_row, x.query, needs.query),
-            key=scaled(saved.key_grad, by_row, x.key, needs.key),
-            negatives=_of_negatives(grad, x, saved) if needs.negatives else x.negatives.new_empty(0),
+            query=scaled(saved.query_grad, row_grad, x.query, needs.query),
+            key=scaled(saved.key_grad, row_grad, x.key, needs.key),
+            negatives=_negatives_grad(grad, x, saved) if needs.negatives else x.negatives.new_empty(0),
             scale=none if not needs.scale or x.scale is None
             else ((saved.scale_grad * grad).sum() / x.scale).reshape(x.scale.shape),
         )  # fmt: skip
 
 
-def _of_negatives(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
-    """The negatives' gradient, from their logits and the slopes of their log-sum-exps."""
-    state, rows = saved.state, x.query.shape[0]
-    slopes = grad.new_zeros((3, rows))
+def _negatives_grad(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
+    """The negatives' gradient, from their logits and the gradients of their log-sum-exps."""
+    stats, rows = saved.stats, x.query.shape[0]
+    positive, row_scale = stats[2], stats[3]
+    stats_grad = grad.new_zeros((3, rows))
     if rows:
-        share = None if x.share is None else x.share.contiguous()
-        plain_losses(state, state[2], share, x.reduction, x.include_positive, None, slopes, grad.contiguous())
-    slopes[1].zero_()
-    statistics = stats_op.Inputs(x.query, x.negatives, state[3], None, x.normalize, "", 0.0, 2)
-    kept = stats_op.Saved(state, grad.new_empty(0), saved.logits, saved.inverse)
-    return softmax_stats_per_query_bwd(slopes[:2], statistics, kept, stats_op.Needs(False, True, False)).negatives
+        row_weight = None if x.row_weight is None else x.row_weight.contiguous()
+        row_losses(stats, positive, row_weight, *_loss_form(x), None, stats_grad, grad.contiguous())
+    stats_grad[1].zero_()
+    inputs = stats_op.Inputs(x.query, x.negatives, row_scale, None, x.normalize, False, 0.0, "logits")
+    of_negatives = stats_op.Saved(stats, grad.new_empty(0), saved.logits, saved.inverse_norms)
+    needs = stats_op.Needs(query=False, negatives=True, row_scale=False)
+    return softmax_stats_per_query_bwd(stats_grad[:2], inputs, of_negatives, needs).negatives
 
 
 def _both_ways(x: Inputs) -> None:
@@ -136,15 +147,15 @@ def _both_ways(x: Inputs) -> None:
 def aot_cases() -> Iterator[AotCase]:
     """Every dtype, cosine or not, frozen negatives or not; the kernels of the negatives have their own cases."""
     sizes = ((64, 1024, 512), (8, 33, 77), (4, 16, 8192))
-    for dtype, (rows, count, width), normalize in itertools.product(HALF_AND_SINGLE, sizes, (True, False)):
-        query, key = (torch.empty(rows, width, dtype=dtype, device="meta") for _ in range(2))
-        negatives, scale = query.new_empty(rows, count, width), torch.empty(1, device="meta")
-        share = torch.empty(rows, device="meta") if normalize else None
-        reduction, label = "sum" if normalize else "none", f"{str(dtype).removeprefix('torch.')} {rows, count, width}"
-        frozen = Inputs(query, key, negatives, scale, share, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
+    for dtype, (rows, count, dim), normalize in itertools.product(HALF_AND_SINGLE, sizes, (True, False)):
+        query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
+        negatives, scale = query.new_empty(rows, count, dim), torch.empty(1, device="meta")
+        row_weight = torch.empty(rows, device="meta") if normalize else None
+        reduction, label = "sum" if normalize else "none", f"{str(dtype).removeprefix('torch.')} {rows, count, dim}"
+        frozen = Inputs(query, key, negatives, scale, row_weight, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
         yield AotCase(
             f"frozen {normalize} {label}", softmax_loss_per_query_fwd, (frozen,),
-            ("_own_rows_kernel",) if width % 8 == 0 else (),
+            ("_query_and_key_grad_kernel",) if dim % 8 == 0 else (),
         )  # fmt: skip
         x = frozen._replace(needs=QUERY + KEY + SCALE + NEGATIVES)
         yield AotCase(f"both {normalize} {label}", _both_ways, (x,))

@@ -1,19 +1,14 @@
-"""Triton kernels of the softmax contrastive op (see ops/softmax_stats.py for its definition).
+"""Launchers of the statistics of the softmax losses and of their gradients (see ops/softmax_stats.py).
 
-The logits s_ij = r_i c_j <q_i, k_j> + b_j are made tile by tile with `tl.dot` and never stored. A row's or a column's
-state is
-
-    best     max of s over its allowed entries
-    mass     sum of e^s / 2^reference, reference = ceil(best / log 2)
-    total, count                  with MOMENTS: sum and number of the allowed s
-    hard, soft                    with HARD: sums of e^((1 + beta) (s - best)) and of e^(beta (s - best))
-
-The derivation: docs/design/contrastive.md
+The logits s_ij = r_i c_j <q_i, k_j> + b_j are made tile by tile and never stored: online_softmax.py sums their
+exponentials, logit_gradients.py makes their gradient G a block at a time, which library products turn into those of
+query and key. The derivation: docs/design/contrastive.md
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,169 +16,183 @@ from torch import Tensor
 from ...core.kernels.launch import AotCase, on_device
 from ...core.kernels.matmul import add_product, embeddings
 from ..ops.softmax_stats import Grads, Inputs, Needs, Saved
-from ..save_plan import kept_exponentials
+from ..options import Form
+from ..save_plan import exponentials
+from .arguments import Area, BackwardInputs, BackwardResults, Columns, Rows
 from .blocking import block_plan, chunk_plan
 from .embedding_gradients import EmbeddingGradient
 from .logit_matrix import LogitMatrix
-from .passes import chunk_memory, half_range, kept, make_block, make_gradients, make_statistics, new_stash
+from .passes import chunk_memory, fp16_scale_of, make_block, make_gradients, make_statistics, new_exps, saved_exps
 from .tile_configs import SPILLED
 
 _EMPTY = float("-inf")
 
 
-def _vectors(x: Inputs) -> tuple[tuple, tuple]:
-    """Those of rows and of columns, as the kernels take them."""
-    return (x.row_scale, x.excluded, x.row_ids, x.ceiling), (x.column_scale, x.bias, x.column_ids)
+def _call(x: Inputs, backward: bool) -> LogitMatrix:
+    rows, columns = Rows(x.row_scale, x.targets, x.row_ids, x.ceiling), Columns(x.column_scale, x.bias, x.column_ids)
+    saves_exps = x.save == "exps"
+    return LogitMatrix(x.query, x.key, rows, columns, x.form, x.hardness, backward, saves_exps, x.workspace_mib)
 
 
 def softmax_stats_fwd(x: Inputs) -> Saved:
     with on_device(x.query):
-        rows, columns = _vectors(x)
-        elements, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
-        call = LogitMatrix(x.query, x.key, rows, columns, x.kind, x.hardness, False, elements > 0, x.workspace_mib)
-        count = x.query.shape[0]
-        stats = x.row_scale.new_empty((call.directions, call.states, count))
-        stash = new_stash(x.query, elements)
-        if x.keep:
-            return make_pulls(x.query, x.key, rows, columns, x.kind, x.workspace_mib)
-        pulls = x.row_scale.new_empty(0, count, x.query.shape[1])
-        if count == 0 or x.key.shape[0] == 0:
+        if x.save == "weighted_keys":
+            return _with_weighted_keys(x)
+        rows, columns = x.query.shape[0], x.key.shape[0]
+        call = _call(x, backward=False)
+        stats = x.row_scale.new_empty((call.directions, call.states, rows))
+        weighted_keys, elements, pitch = x.row_scale.new_empty(0, rows, x.query.shape[1]), 0, 0
+        if x.save == "exps":
+            elements, pitch = exponentials(rows, columns, x.query.element_size())
+        logits = new_exps(x.query if x.save == "exps" else x.row_scale, elements)
+        if rows == 0 or columns == 0:
             stats.zero_()[:, :2] = _EMPTY
-            stats[:, 2 + 2 * call.moments :] = _EMPTY
-            return Saved(stats, stash, pulls)
-        make_statistics(call, stats, kept(stash, count, pitch))
-        return Saved(stats, stash, pulls)
+            stats[:, 2 + 2 * x.moments :] = _EMPTY
+            return Saved(stats, logits, weighted_keys)
+        make_statistics(call, stats, saved_exps(logits, rows, pitch))
+        return Saved(stats, logits, weighted_keys)
 
 
-def make_pulls(query: Tensor, key: Tensor, rows: tuple, columns: tuple, kind: str, workspace_mib: float) -> Saved:
-    """Statistics, no stash, and the pull of each row's log-sum-exp on it, a chunk of rows at a time."""
-    (m, width), n = query.shape, key.shape[0]
-    query, key = embeddings(query), embeddings(key)
-    stats, pulls = rows[0].new_empty((1, 2, m)), rows[0].new_empty((1, m, width))
+def _with_weighted_keys(x: Inputs) -> Saved:
+    """Statistics, and for each row the sum of the keys by the softmax of its logits, a chunk of rows at a time."""
+    (m, dim), n = x.query.shape, x.key.shape[0]
+    query, key, columns = embeddings(x.query), embeddings(x.key), Columns(x.column_scale, x.bias, x.column_ids)
+    stats, weighted_keys = x.row_scale.new_empty((1, 2, m)), x.row_scale.new_empty((1, m, dim))
+    no_logits = x.row_scale.new_empty(0)
     if m == 0 or n == 0:
-        return Saved(stats.fill_(_EMPTY), query.new_empty(0), pulls.zero_())
+        return Saved(stats.fill_(_EMPTY), no_logits, weighted_keys.zero_())
     ones = torch.ones_like(stats)
-    rows = (rows[0], torch.arange(m, device=query.device) if "diagonal" in kind else rows[1], *rows[2:])
-    if query.dtype == torch.float32:  # the pulls are those before the rows' own scale, for which products have no place
-        query, rows = query * rows[0][:, None], (ones[0, 0], *rows[1:])
-    height, size, pitch = chunk_plan(m, n, query.element_size(), workspace_mib)
-    stash, factor = query.new_empty(size), None
+    one_each = ones[0, 0]  # [M]
+    targets = torch.arange(m, device=query.device) if x.diagonal else x.targets  # a chunk of rows knows no diagonal
+    rows = Rows(x.row_scale, targets, x.row_ids, x.ceiling)
+    if query.dtype == torch.float32:  # the sums are those before the rows' own scale, for which products have no place
+        query, rows = query * x.row_scale[:, None], rows._replace(row_scale=one_each)
+    chunk = chunk_plan(m, n, query.element_size(), x.workspace_mib)
+    memory, fp16_scale = query.new_empty(chunk.elements), None
     if query.dtype == torch.float16:
-        factor = half_range(
-            ones, LogitMatrix(query, key, (torch.ones_like(rows[0]), None, None, None), columns, "", 0.0)
-        )
-    for start in range(0, m, height):
-        part = slice(start, min(start + height, m))
-        count, some = part.stop - start, tuple(None if v is None else v[part] for v in rows)
-        call = LogitMatrix(query[part], key, some, columns, "", 0.0, False, True)
-        made, (keep, work, room) = stats.new_empty((1, 2, count)), chunk_memory(call, stash, count, pitch)
-        make_statistics(call, made, keep, room)
-        stats[:, :, part] = made
-        call.rows = (ones[0, 0, :count], *call.rows[1:])
-        given = (made, ones, factor, *keep, None)
-        block = make_block(call, work, None, given, (0, 0, count, n), pitch, room is not None)
-        add_product(pulls[0, part], block, key[:, :width], True)
-    if factor is not None:
-        pulls /= factor
-    return Saved(stats, query.new_empty(0), pulls)
+        of_ones = LogitMatrix(query, key, Rows(one_each, None, None, None), columns, Form(), 0.0)
+        fp16_scale = fp16_scale_of(ones, of_ones)
+    for start in range(0, m, chunk.rows):
+        part = slice(start, min(start + chunk.rows, m))
+        count = part.stop - start
+        call = LogitMatrix(query[part], key, rows.part(part), columns, Form(), 0.0, False, True)
+        part_stats = stats.new_empty((1, 2, count))
+        saved, grad_block, products = chunk_memory(call, memory, count, chunk.pitch)
+        make_statistics(call, part_stats, saved, products)
+        stats[:, :, part] = part_stats
+        call.rows = call.rows._replace(row_scale=one_each[:count])
+        inputs = BackwardInputs(part_stats, ones, fp16_scale, *saved, None)
+        results, area = BackwardResults(grad_block, None), Area(0, count, 0, n)
+        block = make_block(call, results, inputs, area, chunk.pitch, products is not None)
+        add_product(weighted_keys[0, part], block, key[:, :dim], True)
+    if fp16_scale is not None:
+        weighted_keys /= fp16_scale
+    return Saved(stats, no_logits, weighted_keys)
 
 
 def softmax_stats_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
-    (m, width), n = x.query.shape, x.key.shape[0]
+    (m, dim), n = x.query.shape, x.key.shape[0]
     with on_device(x.query):
-        if x.keep:
-            return _from_pulls(grad, x, saved, needs)
-        rows, columns = _vectors(x)
-        _, pitch = kept_exponentials(x.query, x.key, x.ceiling, x.kind, x.hardness, x.workspace_mib)
-        call = LogitMatrix(x.query, x.key, rows, columns, x.kind, x.hardness, True, pitch > 0)
-        elements = int(x.workspace_mib * 2**20) // x.query.element_size() - saved.stash.numel()
-        high, wide = block_plan(max(m, 1), max(n, 1), elements, call.tile, call.upper)
-        factor = half_range(grad, call) if x.query.dtype == torch.float16 and m else None
+        if x.save == "weighted_keys":
+            return _from_weighted_keys(grad, x, saved, needs)
+        call = _call(x, backward=True)
+        pitch = exponentials(m, n, x.query.element_size()).pitch
+        exps = saved_exps(saved.logits, m, pitch)
+        elements = int(x.workspace_mib * 2**20) // x.query.element_size() - saved.logits.numel()
+        block_size = block_plan(max(m, 1), max(n, 1), elements, call.tile, x.self_similarity)
+        fp16_scale = fp16_scale_of(grad, call) if x.query.dtype == torch.float16 and m else None
+        block_rows, block_columns = block_size
         q = EmbeddingGradient(
-            call.query, width, call.rows[0], (needs.query, needs.row_scale), min(high, m), wide >= n, factor
+            call.query, dim, call.rows.row_scale, (needs.query, needs.row_scale), min(block_rows, m),
+            block_columns >= n, fp16_scale,
+        )  # fmt: skip
+        k = EmbeddingGradient(
+            call.key, dim, call.columns.column_scale, (needs.key, needs.column_scale), n, block_rows >= m, fp16_scale
         )
-        k = EmbeddingGradient(call.key, width, call.columns[0], (needs.key, needs.column_scale), n, high >= m, factor)
         bias_grad = x.row_scale.new_zeros(n if needs.bias else 0)
         out = Grads(q.grad, k.grad, q.dot, k.dot, bias_grad)
         if m == 0 or n == 0:
-            for each in out:
-                each.zero_()
+            for t in out:
+                t.zero_()
             return out
-        given = (saved.stats, grad.contiguous(), factor, *kept(saved.stash, m, pitch), None)
-        make_gradients(call, given, (high, wide), q, k, bias_grad)
+        inputs = BackwardInputs(saved.stats, grad.contiguous(), fp16_scale, *exps, None)
+        make_gradients(call, inputs, block_size, q, k, bias_grad)
     return out
 
 
-def _from_pulls(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
-    pull, upstream, empty = saved.pulls[0], grad[0, 0], x.row_scale.new_empty(0)
+def _from_weighted_keys(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    weighted_keys, grad_lse, empty = saved.weighted_keys[0], grad[0, 0], x.row_scale.new_empty(0)
     query_grad = x.query.new_empty(x.query.shape if needs.query else 0)
     if needs.query:
-        torch.mul(pull, (upstream * x.row_scale)[:, None], out=query_grad)
-    dot = (pull * x.query).sum(1) * upstream if needs.row_scale else empty
-    return Grads(query_grad, x.key.new_empty(0), dot, empty, empty)
+        torch.mul(weighted_keys, (grad_lse * x.row_scale)[:, None], out=query_grad)
+    row_scale_grad = (weighted_keys * x.query).sum(1) * grad_lse if needs.row_scale else empty
+    return Grads(query_grad, x.key.new_empty(0), row_scale_grad, empty, empty)
 
 
 def _aot_call(
-    dtype: torch.dtype, shape: tuple[int, int, int], kind: str, extras: tuple[str, ...] = (), hardness: float = 0.0
+    dtype: torch.dtype, shape: tuple[int, int, int], form: Form, save: str, options: tuple[str, ...], hardness: float
 ) -> tuple[tuple, tuple]:
-    """Arguments of the two launchers on the meta device; `extras` names the optional vectors that are given."""
-    rows, columns, width = shape
+    """Arguments of the two launchers on the meta device; `options` names the optional vectors that are there."""
+    rows, columns, dim = shape
     meta = torch.device("meta")
-    query, key = (torch.empty((size, width), dtype=dtype, device=meta) for size in (rows, columns))
-    floats = {"column_scale": columns, "bias": columns, "ceiling": rows}
-    vectors = {name: torch.empty(size, device=meta) if name in extras else None for name, size in floats.items()}
-    whole = {"excluded": rows, "row_ids": rows, "column_ids": columns}
-    ids = {
-        name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in extras else None
-        for name, size in whole.items()
+    query, key = (torch.empty((size, dim), dtype=dtype, device=meta) for size in (rows, columns))
+    vectors: dict[str, Any] = {
+        name: torch.empty(size, device=meta) if name in options else None
+        for name, size in {"column_scale": columns, "bias": columns, "ceiling": rows}.items()
     }
-    workspace_mib = rows * columns / 2**17  # one block of gradients, and a stash
+    vectors |= {
+        name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in options else None
+        for name, size in {"targets": rows, "row_ids": rows, "column_ids": columns}.items()
+    }
     x = Inputs(
-        query, key, torch.empty(rows, device=meta), vectors["column_scale"], vectors["bias"], ids["excluded"],
-        ids["row_ids"], ids["column_ids"], vectors["ceiling"], kind, hardness, workspace_mib,
+        query, key, torch.empty(rows, device=meta), **vectors, **form._asdict(), hardness=hardness,
+        workspace_mib=rows * columns / 2**17, save=save,  # one block of gradients, and exponentials
     )  # fmt: skip
-    count = 2 + 2 * ("moments" in kind) + 2 * (hardness > 0)
-    stats = torch.empty((1 + ("symmetric" in kind), count, rows), device=meta)
-    needs = Needs(True, True, True, "column_scale" in extras, "bias" in extras)
-    elements, _ = kept_exponentials(query, key, vectors["ceiling"], kind, hardness, workspace_mib)
-    stash = torch.empty(elements, dtype=dtype, device=meta)
-    return (x,), (stats, x, Saved(stats, stash, torch.empty(0, device=meta)), needs)
+    states = 2 + 2 * form.moments + 2 * (hardness > 0)
+    stats = torch.empty((1 + form.symmetric, states, rows), device=meta)
+    needs = Needs(True, True, True, "column_scale" in options, "bias" in options)
+    elements = exponentials(rows, columns, query.element_size()).elements if save == "exps" else 0
+    exps = torch.empty(elements, dtype=dtype, device=meta)
+    return (x,), (stats, x, Saved(stats, exps, torch.empty(0, device=meta)), needs)
 
 
 def aot_cases() -> Iterator[AotCase]:
     """Every tile of the table once at least, every option once at least, sizes that no block divides."""
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    clip, square, small = "diagonal+symmetric", (4096, 4096, 512), (200, 200, 77)
-    scaled = ("column_scale",)
-    calls: list[tuple[torch.dtype, tuple[int, int, int], str, tuple[str, ...], float]] = [
-        (brain, square, clip, scaled, 0.0),
-        (half, (4099, 4099, 77), clip, scaled, 0.0),
-        (brain, (4096, 4096, 16), clip, scaled, 0.0),
-        (brain, small, clip, scaled, 0.0),
-        (full, square, clip, scaled, 0.0),
-        (full, small, clip, scaled, 0.0),
-        (brain, (2**20, 2**20, 768), "", ("column_scale", "bias", "excluded", "ids"), 0.0),
-        (brain, (4096, 65536, 768), "diagonal+moments", ("column_scale", "excluded"), 0.5),
-        (half, square, clip, ("ceiling", "bias"), 0.0),
-        (brain, square, "diagonal+symmetric+moments", ("column_scale", "ids"), 0.5),
-        (full, square, "diagonal+symmetric+moments", ("column_scale", "ceiling"), 0.5),
-        (brain, square, clip, ("column_scale", "bias", "ids"), 0.0),
-        (full, square, "diagonal+moments", ("bias", "ids", "ceiling"), 0.0),
-        (brain, square, clip + "+stash", scaled, 0.0),
-        (brain, small, clip + "+stash", scaled, 0.0),
-        (half, square, "diagonal+stash", scaled, 0.0),
-        (brain, (256, 65536, 512), "stash", ("column_scale", "bias", "excluded", "ids"), 0.0),
-        (brain, square, clip + "+stash", ("column_scale", "bias", "ids"), 0.0),
-        (brain, square, "upper+stash", ("excluded",), 0.0),
-        (brain, square, "upper", ("excluded",), 0.0),
-        (full, (4099, 4099, 77), "upper", ("excluded", "ids"), 0.0),
-        (half, square, "upper+moments", ("excluded", "ids", "ceiling"), 0.5),
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    square, small = (4096, 4096, 512), (200, 200, 77)
+    clip, diagonal, own = Form(diagonal=True, symmetric=True), Form(diagonal=True), Form(self_similarity=True)
+    scales, targets = ("column_scale",), ("targets",)
+    bank = ("column_scale", "bias", "targets", "ids")
+    calls: list[tuple[torch.dtype, tuple[int, int, int], Form, str, tuple[str, ...], float]] = [
+        (bf16, square, clip, "", scales, 0.0),
+        (fp16, (4099, 4099, 77), clip, "", scales, 0.0),
+        (bf16, (4096, 4096, 16), clip, "", scales, 0.0),
+        (bf16, small, clip, "", scales, 0.0),
+        (fp32, square, clip, "", scales, 0.0),
+        (fp32, small, clip, "", scales, 0.0),
+        (bf16, (2**20, 2**20, 768), Form(), "", bank, 0.0),
+        (bf16, (4096, 65536, 768), diagonal._replace(moments=True), "", ("column_scale", "targets"), 0.5),
+        (fp16, square, clip, "", ("ceiling", "bias"), 0.0),
+        (bf16, square, clip._replace(moments=True), "", ("column_scale", "ids"), 0.5),
+        (fp32, square, clip._replace(moments=True), "", ("column_scale", "ceiling"), 0.5),
+        (bf16, square, clip, "", ("column_scale", "bias", "ids"), 0.0),
+        (fp32, square, diagonal._replace(moments=True), "", ("bias", "ids", "ceiling"), 0.0),
+        (bf16, square, clip, "exps", scales, 0.0),
+        (bf16, small, clip, "exps", scales, 0.0),
+        (fp16, square, diagonal, "exps", scales, 0.0),
+        (bf16, (256, 65536, 512), Form(), "exps", bank, 0.0),
+        (bf16, square, clip, "exps", ("column_scale", "bias", "ids"), 0.0),
+        (bf16, square, own, "exps", targets, 0.0),
+        (bf16, square, own, "", targets, 0.0),
+        (fp32, (4099, 4099, 77), own, "", ("targets", "ids"), 0.0),
+        (fp16, square, own._replace(moments=True), "", ("targets", "ids", "ceiling"), 0.5),
     ]
-    for dtype, shape, kind, extras, hardness in calls:
-        forward, backward = _aot_call(dtype, shape, kind, extras, hardness)
-        words = (str(dtype).removeprefix("torch."), kind, *extras, f"beta {hardness}", str(shape))
+    for dtype, shape, form, save, options, hardness in calls:
+        forward, backward = _aot_call(dtype, shape, form, save, options, hardness)
+        flags = [name for name, value in form._asdict().items() if value]
+        words = (str(dtype).removeprefix("torch."), *flags, save, *options, f"beta {hardness}", str(shape))
         sides = (("forward", softmax_stats_fwd, forward, "fwd"), ("backward", softmax_stats_bwd, backward, "bwd"))
-        for name, launch, given, end in sides:
-            kernels = (f"_contrastive_{end}_kernel",) * (dtype != full and not (end == "bwd" and "stash" in kind))
-            spills = SPILLED if end == "fwd" and kind == clip + "+stash" else 0
-            yield AotCase(" ".join((name, *words)), launch, given, (), kernels, spills)
+        for name, launch, args, end in sides:
+            kernels = (f"_softmax_stats_{end}_kernel",) * (dtype != fp32 and not (end == "bwd" and save == "exps"))
+            spills = SPILLED if end == "fwd" and form == clip and save == "exps" else 0
+            yield AotCase(" ".join((name, *words)), launch, args, (), kernels, spills)

@@ -1,4 +1,4 @@
-"""The configurations of the contrastive kernels: one line per architecture, dtype and width of the embeddings.
+"""The configurations of the contrastive kernels: one line per architecture, dtype and size D of the embeddings.
 
 Chosen by what compiles without spills at two programs per multiprocessor, so that one program's exponentials overlap
 the other's products; sm_90's by measurement too, on an H200, the others' on no device yet. A tuned line replaces one
@@ -14,24 +14,25 @@ from typing import Any
 import torch
 from triton.runtime import driver
 
+from .arguments import TileConstants
+
 
 @dataclass(frozen=True)
 class Tile:
-    """Block of M, of N, of D; what the operands are, see below, and whether rows and columns share exponentials where
-    they can (fewer, for more code and registers); warps, pipeline stages."""
+    """A tile of logits, and how a program that makes it is launched."""
 
     rows: int
     columns: int
-    width: int
-    operands: int
-    shares: bool
+    dim: int  # so many numbers of the embeddings are multiplied at a time
+    operands: int  # POINTERS, DESCRIPTORS or PRODUCTS, see below
+    shares: bool  # rows and columns share exponentials where they can: fewer of them, for more code and registers
     warps: int
     stages: int
     registers: int | None = None  # of a thread, at most; None: as the compiler likes
 
     @property
-    def constants(self) -> tuple:
-        return self.rows, self.columns, self.width, self.operands, self.shares
+    def constants(self) -> TileConstants:
+        return TileConstants(self.rows, self.columns, self.dim, self.operands, self.shares)
 
     @property
     def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
@@ -43,10 +44,10 @@ class Tile:
 # has made: without matrix instructions `tl.dot` reaches a tenth of its rate, and with tf32's three products no digits.
 POINTERS, DESCRIPTORS, PRODUCTS = 0, 1, 2
 HALF, FULL = "half", "full"
-# Bytes that triton 3.6 has on the stack in the symmetric forward that keeps exponentials: on an H200 it takes 266 us at
+# Bytes that triton 3.6 has on the stack in the symmetric forward that saves exponentials: on an H200 it takes 266 us at
 # 8192 x 8192 x 768, a tile half as wide without any 334.
 SPILLED = 40
-# programs; per kind of product the tiles by largest width D they serve, last the tile where M and N are small
+# programs; per kind of product the tiles by largest D they serve, last the tile where M and N are small
 _FULL = ((1 << 30, Tile(32, 128, 16, PRODUCTS, True, 4, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
 TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
     "sm_80": (216, {FULL: _FULL, HALF: (
@@ -82,26 +83,27 @@ def products_kind(dtype: torch.dtype) -> str:
 
 
 def best_tile(
-    device: torch.device, kind: str, rows: int, columns: int, width: int, burden: int = 0
+    device: torch.device, kind: str, rows: int, columns: int, dim: int, register_pressure: int = 0
 ) -> tuple[Tile, int]:
     """The tile for a problem, and the number of programs.
 
-    What options hold takes registers: `burden` 1 asks for more warps, 2 for the small tile too, 3 for a part of that.
+    Options hold more in registers: of `register_pressure` 1 a program has more warps, of 2 it has the small tile too,
+    of 3 only a part of that tile.
     """
     line = architecture(device)
     programs, kinds = TABLE[line]
     *tiles, (_, small) = kinds[kind]
-    if line.startswith("sm_") and (kind == HALF or burden == 3):
+    if line.startswith("sm_") and (kind == HALF or register_pressure == 3):
         # ptxas spills a little at round numbers unless it is told it has all
         small, tiles = replace(small, registers=255), [(limit, replace(t, registers=255)) for limit, t in tiles]
-    tile = next(tile for limit, tile in tiles if width <= limit)
+    tile = next(tile for limit, tile in tiles if dim <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
-    if burden == 3:
+    if register_pressure == 3:
         if line == "gfx942":
             return replace(small, rows=32, columns=32), programs
         return replace(small, columns=32, warps=8, stages=2), programs
-    if burden == 2:
+    if register_pressure == 2:
         return replace(small, warps=8), programs
     if few:
         return small, programs
-    return (replace(tile, warps=8) if burden else tile), programs
+    return (replace(tile, warps=8) if register_pressure else tile), programs

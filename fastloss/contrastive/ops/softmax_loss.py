@@ -40,16 +40,15 @@ class Inputs(NamedTuple):
     reduction: str
     needs: int
     save: str
-    saved_rows: int  # of how many rows the logits are kept
+    saved_rows: int  # of how many rows the logits are saved
     workspace_mib: float
 
 
 class Saved(NamedTuple):
-    """Empty is what `save` does not ask for."""
+    """Fields that `save` does not ask for are empty tensors."""
 
-    stats: (
-        Tensor  # "logits": p, n and the columns' n if symmetric [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
-    )
+    # "logits": p, n and, if symmetric, the columns' n [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
+    stats: Tensor
     inverse_norms: Tensor  # "logits": c of queries and keys [M + N]; "exps": the row scales, and c of the keys
     logits: Tensor  # "logits": products <query_i, key_j> [saved_rows, N]; "exps": exponentials, see save_plan.py
     query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("row_grads")
@@ -89,7 +88,7 @@ def softmax_loss_reference(x: Inputs) -> Tensor:
 
 
 def _softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    (rows, width), columns = x.query.shape, x.key.shape[0]
+    (rows, dim), columns = x.query.shape, x.key.shape[0]
     like = x.query.new_empty(0, dtype=torch.float32)
     grads, logits, exps = x.save in ("row_grads", "grads"), x.save == "logits", x.save == "exps"
     if exps:
@@ -102,8 +101,8 @@ def _softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         stats=like.new_empty(stats, rows),
         inverse_norms=like.new_empty(norms),
         logits=x.query.new_empty(elements) if exps else like.new_empty(x.saved_rows, columns),
-        query_grad=like.new_empty(rows if grads and x.needs & QUERY else 0, width),
-        key_grad=like.new_empty(columns if grads and x.needs & KEY else 0, width),
+        query_grad=like.new_empty(rows if grads and x.needs & QUERY else 0, dim),
+        key_grad=like.new_empty(columns if grads and x.needs & KEY else 0, dim),
         scale_grad=like.new_empty(rows if grads and x.needs & SCALE else 0),
     )
 

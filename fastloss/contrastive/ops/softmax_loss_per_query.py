@@ -96,15 +96,15 @@ def softmax_loss_per_query_reference(x: Inputs) -> Tensor:
 
 
 def _softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    rows, count, width = x.negatives.shape
+    rows, count, dim = x.negatives.shape
     like = x.query.new_empty(0, dtype=torch.float32)
     saved_rows = rows if x.needs & NEGATIVES else 0
     return like.new_empty(rows if x.reduction == "none" else ()), Saved(
         stats=like.new_empty(4, saved_rows),
         logits=like.new_empty(saved_rows, count),
         inverse_norms=like.new_empty(saved_rows, count),
-        query_grad=like.new_empty(rows if x.needs & QUERY else 0, width),
-        key_grad=like.new_empty(rows if x.needs & KEY else 0, width),
+        query_grad=like.new_empty(rows if x.needs & QUERY else 0, dim),
+        key_grad=like.new_empty(rows if x.needs & KEY else 0, dim),
         scale_grad=like.new_empty(rows if x.needs & SCALE else 0),
     )
 

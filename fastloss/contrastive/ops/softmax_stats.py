@@ -103,7 +103,7 @@ def softmax_stats_reference(x: Inputs) -> Tensor:
 
 
 def _softmax_stats_fwd(x: Inputs) -> Saved:
-    (rows, width), columns = x.query.shape, x.key.shape[0]
+    (rows, dim), columns = x.query.shape, x.key.shape[0]
     sums = 1 + x.moments + 2 * (x.hardness != 0)
     if x.save == "exps":
         logits = x.query.new_empty(exponentials(rows, columns, x.query.element_size()).elements)
@@ -112,7 +112,7 @@ def _softmax_stats_fwd(x: Inputs) -> Saved:
     return Saved(
         stats=x.row_scale.new_empty(1 + x.symmetric, 1 + x.moments + sums, rows),
         logits=logits,
-        weighted_keys=x.row_scale.new_empty(sums if x.save == "weighted_keys" else 0, rows, width),
+        weighted_keys=x.row_scale.new_empty(sums if x.save == "weighted_keys" else 0, rows, dim),
     )
 
 

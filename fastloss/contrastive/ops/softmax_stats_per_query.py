@@ -78,23 +78,23 @@ def softmax_stats_per_query_reference(x: Inputs) -> Tensor:
 
 
 def _softmax_stats_per_query_fwd(x: Inputs) -> Saved:
-    rows, count, width = x.negatives.shape
+    rows, count, dim = x.negatives.shape
     sums = x.moments + (3 if x.hardness else 1)
     saved_rows = rows if x.save == "logits" else 0
     like = x.query.new_empty(0, dtype=torch.float32)
     return Saved(
         stats=like.new_empty(1 + x.moments + sums, rows),
-        weighted_keys=like.new_empty(sums if x.save else 0, rows, width),
+        weighted_keys=like.new_empty(sums if x.save else 0, rows, dim),
         logits=like.new_empty(saved_rows, count),
         inverse_norms=like.new_empty(saved_rows, count),
     )
 
 
 def _softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
-    rows, count, width = x.negatives.shape
+    rows, count, dim = x.negatives.shape
     return Grads(
-        query=x.query.new_empty(rows if needs.query else 0, width),
-        negatives=x.negatives.new_empty(rows if needs.negatives else 0, count, width),
+        query=x.query.new_empty(rows if needs.query else 0, dim),
+        negatives=x.negatives.new_empty(rows if needs.negatives else 0, count, dim),
         row_scale=x.row_scale.new_empty(rows if needs.row_scale else 0),
     )
 
@@ -117,7 +117,7 @@ softmax_stats_per_query = Op(
 )
 
 
-def each_statistics(
+def per_query_statistics(
     query: Tensor,
     negatives: Tensor,
     row_scale: Tensor,
@@ -128,7 +128,7 @@ def each_statistics(
 ) -> Tensor:
     """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`softmax_stats`.
 
-    `row_scale` [M] is the scale over the query's length (with `form.normalize`, else the scale); `ceiling` [M] is in
+    `row_scale` [M] is the scale over the query's norm (with `form.normalize`, else the scale); `ceiling` [M] is in
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
     `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
     """

@@ -4,5 +4,8 @@ launch.py        sizes and options of launches, second stages of sums, the cases
 memory_order.py  walking tensors in the order of memory: runs, layouts, broadcasts, offsets
 device_math.py   arithmetic inside kernels
 matmul.py        products that a library makes, and operands for them
+recorder.py      what a launcher does, recorded and replayed (core/plans.py)
+plan_source.py   the replay's source, written from the record
+c_launch.py      launches through Triton's C launcher
 scaled_sum.py    the second stage of sums, times factors (core/scaled_sum.py)
 """

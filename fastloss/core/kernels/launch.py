@@ -19,6 +19,9 @@ STREAM_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of en
 REDUCE_PROGRAMS = 1056
 
 
+ODD = 2**62 + 3  # added to twice an address that goes to a kernel as a number
+
+
 @dataclass
 class AotCase:
     """One launcher call that the ahead-of-time check makes, with tensors on the meta device.
@@ -44,6 +47,16 @@ def stream_grid(count: int, reduce: bool) -> tuple[int]:
 def total(partials: Tensor) -> Tensor:
     """The second stage of a sum: fixed order, hence deterministic."""
     return partials.sum() if partials.numel() > 1 else partials.reshape(())
+
+
+def odd_address(address: int) -> int:
+    """An address among the numbers of a launch: odd and 64 bits wide, as for both Triton compiles kernels apart."""
+    return ODD + 2 * address
+
+
+def address_in(number: int) -> int | None:
+    """The address that :func:`odd_address` made a number of; None: it made none."""
+    return (number - ODD) >> 1 if number >= ODD and number % 2 else None
 
 
 def registers(most: int) -> dict[str, int]:

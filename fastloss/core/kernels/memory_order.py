@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,19 +41,35 @@ def laid_out_as(tensor: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model, dtype=tensor.dtype).copy_(tensor)
 
 
-def broadcast_args(tensor: Tensor, model: Tensor) -> tuple:
-    """Kernel arguments for reading `tensor` in the memory order of `model`: the tensor and, unless both lie alike,
-    (inner, middle, s_inner, s_middle, s_outer) for :func:`broadcast_offsets`.
+class Broadcast(NamedTuple):
+    """A tensor that a kernel reads in the memory order of another: three runs of elements, each with its stride.
+
+    Where both lie alike in memory there is nothing but the pointer; of no tensor, not even that. (Triton 3.6 cannot ask
+    whether a named tuple with None in it is None.)
+    """
+
+    ptr: Tensor | None
+    inner: int | None = None  # elements of the innermost run
+    middle: int | None = None
+    inner_stride: int | None = None
+    middle_stride: int | None = None
+    outer_stride: int | None = None
+
+
+def broadcast_args(tensor: Tensor | None, model: Tensor) -> Broadcast:
+    """`tensor`, or none, as a kernel argument, to be read in the memory order of `model`.
 
     Three runs cover every broadcast over up to two separate axes, e.g. [N,1,H,W] or [1,C,1,1]; beyond, it is copied.
     """
+    if tensor is None:
+        return Broadcast(None)
     found = runs(tensor, model)
     if found == [(model.numel(), 1)]:
-        return (tensor,)
+        return Broadcast(tensor)
     if len(found) > 3:
-        return (laid_out_as(tensor, model),)
-    (inner, s_inner), (middle, s_middle), (_, s_outer) = [*found, (1, 0), (1, 0)][:3]
-    return tensor, inner, middle, s_inner, s_middle, s_outer
+        return Broadcast(laid_out_as(tensor, model))
+    (inner, inner_stride), (middle, middle_stride), (_, outer_stride) = [*found, (1, 0), (1, 0)][:3]
+    return Broadcast(tensor, inner, middle, inner_stride, middle_stride, outer_stride)
 
 
 def needs_int64(*tensors: Tensor | None) -> bool:
@@ -61,15 +79,16 @@ def needs_int64(*tensors: Tensor | None) -> bool:
 
 
 @triton.jit
-def broadcast_offsets(offsets, args):
-    """Where the elements lie in a tensor given by `broadcast_args`."""
-    rest = offsets // args[1]
-    return (offsets % args[1]) * args[3] + (rest % args[2]) * args[4] + (rest // args[2]) * args[5]
+def broadcast_offsets(offsets, tensor):
+    """Where in a `Broadcast` that is not laid out alike the elements lie."""
+    rest = offsets // tensor.inner
+    inner = (offsets % tensor.inner) * tensor.inner_stride
+    return inner + (rest % tensor.middle) * tensor.middle_stride + (rest // tensor.middle) * tensor.outer_stride
 
 
 @triton.jit
 def load_broadcast(tensor, offsets, mask):
-    """Elements of a tensor given by `broadcast_args`, as float32."""
-    if len(tensor) > 1:
+    """Elements of a `Broadcast`, as float32."""
+    if tensor.inner is not None:
         offsets = broadcast_offsets(offsets, tensor)
-    return tl.load(tensor[0] + offsets, mask=mask, other=0.0).to(tl.float32)
+    return tl.load(tensor.ptr + offsets, mask=mask, other=0.0).to(tl.float32)

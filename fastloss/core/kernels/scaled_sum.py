@@ -6,8 +6,7 @@ deterministically: total = sum_k factors[k] * sums[k].
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -37,8 +36,8 @@ def _total_kernel(
         lanes = start + tl.arange(0, BLOCK)
         new = ()
         for k in tl.static_range(len(factors)):
-            at = partials_ptr + k * stride_sum + lanes * stride_program
-            new = new + (sums[k] + tl.load(at, mask=lanes < programs, other=0.0),)  # type: ignore[assignment]
+            partial_ptr = partials_ptr + k * stride_sum + lanes * stride_program
+            new = new + (sums[k] + tl.load(partial_ptr, mask=lanes < programs, other=0.0),)  # type: ignore[assignment]
         sums = new
     total = 0.0
     for k in tl.static_range(len(factors)):
@@ -54,20 +53,6 @@ def total_of(partials: Tensor, factors: list[float]) -> Tensor:
     with on_device(partials):
         _total_kernel[(1,)](partials, out, tuple(factors), partials.shape[1], *partials.stride(), BLOCK, **OPTIONS)
     return out
-
-
-def total_launchers(first_stage: Callable[..., Any], bwd: Callable[..., Any]) -> tuple[Callable[..., Any], ...]:
-    """Forward and backward of a loss's total, for core/scaled_sum.py.
-
-    `first_stage`: arguments of the loss's own op to partial sums ``[sums, programs]``. `bwd`: the launcher of its
-    backward, which takes `factors` as its last argument and the total's gradient in place of the sums'.
-    """
-
-    def total_fwd(*args: Any) -> Tensor:
-        *own, factors = args
-        return total_of(first_stage(*own), factors)
-
-    return total_fwd, bwd
 
 
 def aot_cases() -> Iterator[AotCase]:

@@ -29,14 +29,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.device_math import added, sign, weighted, zeros
-from ...core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, vector_block
+from ...core.kernels.launch import REDUCE_PROGRAMS, STREAM_OPTIONS, AotCase, on_device, vector_block
 from ...core.kernels.memory_order import laid_out_as, needs_int64
 from ..image_loss import Grads, Inputs, Needs, Saved
-from .image_loss_ssim import image_ssim_bwd_kernel, image_ssim_fwd_kernel
+from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
-from .smoothness import aside_of, block_of, guide_args, in_order, sizes, steps_of, tile, tile_at, weight_args
-from .smoothness_terms import smoothness_pulled, smoothness_terms, start_of, tile_of, weight_at
-from .ssim import BLOCK, OPTIONS, layout, one_pixel, strided, taps_of
+from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
+from .smoothness_terms import Image, smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
+from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
+from .ssim import size_of as map_size_of
+from .ssim_lanes import Strided, Window
+from .ssim_sweep import Constants, Form
 
 SIGNS_BLOCK = 1024
 
@@ -55,56 +58,55 @@ def radix_of(ORDER: tl.constexpr):
 
 @triton.jit
 def _image_loss_fwd_kernel(
-    image_ptr,  # (units, count)
-    pred_ptr,  # (units, count)
-    pixel_weight,  # None or a tuple, see smoothness_terms.py
-    guide,  # None or a tuple, see smoothness_terms.py
-    weight,  # of the smoothness: None or a tuple, see smoothness_terms.py
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
+    pred,  # Image, see smoothness_terms.py
     out_ptr,  # (sums, programs) float32
-    signs_ptr,  # (units, count) uint8, or None
-    size,  # of a unit, see smoothness_terms.py
-    splits,
-    across,  # tiles beside each other
+    signs_ptr,  # (planes, count) uint8, or None
+    splits,  # programs of a plane
+    tiles_per_row,
     steps,  # tiles of a program, one below the other
-    p,
-    PIXEL: tl.constexpr,
-    SMOOTHNESS: tl.constexpr,
-    ORDER: tl.constexpr,
-    AXES: tl.constexpr,
-    OUTS: tl.constexpr,
+    PARTS: tl.constexpr,  # Parts, see image_loss_ssim.py
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    TILE: tl.constexpr,  # Block, see smoothness.py
 ):
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    ORDER: tl.constexpr = PARTS.order
+    AXES: tl.constexpr = PARTS.axes
+    OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
+    size = pred.size
     program = tl.program_id(0)
-    unit = (program.to(tl.int64) if WIDE else program) // splits
-    first, column = tile_at(program % splits, across, ROWS, COLS)
-    of_pixels = tl.zeros((ROWS, COLS), tl.float32)
-    sums = zeros(OUTS, ROWS, COLS)
+    plane = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, tiles_per_row, TILE)
+    pixel_sum = tl.zeros((ROWS, COLUMNS), tl.float32)
+    sums = zeros(OUTS, ROWS, COLUMNS)
     for step in range(steps):
         row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
-        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
-        image = tl.load(image_ptr + start_of(unit, size) + spot[0], mask=inside, other=0.0).to(tl.float32)
-        pred = tl.load(pred_ptr + start_of(unit, size) + spot[0], mask=inside, other=0.0).to(tl.float32)
+        pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
         if PIXEL != "":
-            loss = distance(pred - image, p, PIXEL)
-            if pixel_weight is not None:
-                loss = weighted(loss, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
-            of_pixels += tl.where(inside, loss, 0.0)
+            loss = distance(y - x, parameter, PIXEL)
+            if pixel_weight.ptr is not None:
+                loss = weighted(loss, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
+            pixel_sum += tl.where(inside, loss, 0.0)
         if SMOOTHNESS != "":
-            sums = added(
-                sums, smoothness_terms(pred_ptr, guide, weight, unit, spot, size, inside, SMOOTHNESS, ORDER, AXES)
-            )
+            sums = added(sums, smoothness_terms(pred, plane, pixels, inside, SMOOTHNESS, ORDER, AXES))
         if signs_ptr is not None:
-            code = tl.zeros((ROWS, COLS), tl.float32)
+            code = tl.zeros((ROWS, COLUMNS), tl.float32)
             for axis in tl.static_range(AXES - 1, -1, -1):
                 code = code * radix_of(ORDER) + 2 * ORDER
-                code += smoothness_pulled(pred_ptr, None, None, unit, spot, size, inside, axis, "l1", ORDER, AXES)
-            code = code * first_radix_of(ORDER) + 1 + sign(pred - image)
-            tl.store(signs_ptr + start_of(unit, size) + spot[0], code.to(tl.int32).to(tl.uint8), mask=inside)
+                code += smoothness_grad(pred, plane, pixels, inside, axis, "l1", ORDER, AXES)
+            code = code * first_radix_of(ORDER) + 1 + sign(y - x)
+            sign_ptr = signs_ptr + start_of(plane, size) + pixels.offset
+            tl.store(sign_ptr, code.to(tl.int32).to(tl.uint8), mask=inside)
     out_ptr += program
     programs = tl.num_programs(0)
-    tl.store(out_ptr, tl.sum(of_pixels))
+    tl.store(out_ptr, tl.sum(pixel_sum))
     for axis in tl.static_range(OUTS):
         tl.store(out_ptr + (OUTS - axis) * programs, tl.sum(sums[axis]))
     tl.store(out_ptr + (OUTS + 1) * programs, 0.0)
@@ -113,51 +115,47 @@ def _image_loss_fwd_kernel(
 @triton.jit
 def _image_loss_bwd_kernel(
     grad_ptr,  # (sums,) float32
-    image_ptr,  # (units, count)
-    pred_ptr,  # (units, count)
-    pixel_weight,  # None or a tuple, see smoothness_terms.py
-    guide,  # None or a tuple, see smoothness_terms.py
-    weight,  # of the smoothness: None or a tuple, see smoothness_terms.py
-    image_grad_ptr,  # (units, count) or None
-    pred_grad_ptr,  # (units, count) or None
-    size,  # of a unit, see smoothness_terms.py
-    splits,
-    across,  # tiles beside each other
-    p,
-    PIXEL: tl.constexpr,
-    SMOOTHNESS: tl.constexpr,
-    ORDER: tl.constexpr,
-    AXES: tl.constexpr,
-    OUTS: tl.constexpr,
+    target_ptr,  # (planes, count)
+    pixel_weight,  # Weight, see smoothness_terms.py
+    parameter,  # of the pixel loss
+    pred,  # Image, see smoothness_terms.py
+    image_grad_ptr,  # (planes, count) or None
+    pred_grad_ptr,  # (planes, count) or None
+    splits,  # tiles of a plane
+    tiles_per_row,
+    PARTS: tl.constexpr,  # Parts, see image_loss_ssim.py
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    TILE: tl.constexpr,  # Block, see smoothness.py
 ):
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    AXES: tl.constexpr = PARTS.axes
+    OUTS: tl.constexpr = PARTS.smoothness_sums
+    PIXEL: tl.constexpr = PARTS.pixel
+    SMOOTHNESS: tl.constexpr = PARTS.smoothness
+    size = pred.size
     program = tl.program_id(0)
-    unit = (program.to(tl.int64) if WIDE else program) // splits
-    first, column = tile_at(program % splits, across, ROWS, COLS)
-    spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
-    offsets = spot[0]
-    pulled = tl.zeros((ROWS, COLS), tl.float32)
+    plane = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, tiles_per_row, TILE)
+    pixels, inside = tile_of(plane, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+    smoothness = tl.zeros((ROWS, COLUMNS), tl.float32)
     if SMOOTHNESS != "" and pred_grad_ptr is not None:
         for axis in tl.static_range(AXES):
             up = tl.load(grad_ptr + (1 if OUTS == 1 else AXES - axis))
-            pulled += up * smoothness_pulled(
-                pred_ptr, guide, weight, unit, spot, size, inside, axis, SMOOTHNESS, ORDER, AXES
-            )
-    grad = tl.zeros((ROWS, COLS), tl.float32)
+            smoothness += up * smoothness_grad(pred, plane, pixels, inside, axis, SMOOTHNESS, PARTS.order, AXES)
+    grad = tl.zeros((ROWS, COLUMNS), tl.float32)
     if PIXEL != "":
-        image = tl.load(image_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
-        pred = tl.load(pred_ptr + start_of(unit, size) + offsets, mask=inside, other=0.0).to(tl.float32)
-        grad = tl.load(grad_ptr) * slope(pred - image, p, PIXEL)
-        if pixel_weight is not None:
-            grad = weighted(grad, weight_at(pixel_weight, unit, spot, size, inside, 0, 0))
+        x = tl.load(target_ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(pred.ptr + start_of(plane, size) + pixels.offset, mask=inside, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr) * slope(y - x, parameter, PIXEL)
+        if pixel_weight.ptr is not None:
+            grad = weighted(grad, weight_at(pixel_weight, plane, pixels, size, inside, 0, 0))
     if image_grad_ptr is not None:
-        to = image_grad_ptr + start_of(unit, size) + offsets
-        tl.store(to, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
+        to_ptr = image_grad_ptr + start_of(plane, size) + pixels.offset
+        tl.store(to_ptr, (-grad).to(image_grad_ptr.dtype.element_ty), mask=inside)
     if pred_grad_ptr is not None:
-        to = pred_grad_ptr + start_of(unit, size) + offsets
-        tl.store(to, (grad + pulled).to(pred_grad_ptr.dtype.element_ty), mask=inside)
+        to_ptr = pred_grad_ptr + start_of(plane, size) + pixels.offset
+        tl.store(to_ptr, (grad + smoothness).to(pred_grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -188,129 +186,126 @@ def _image_loss_signs_bwd_kernel(
 
 
 class _Call(NamedTuple):
-    """What both directions need: the images in one memory order, and the losses as the kernels name them."""
+    """What both directions need, and every kernel: the images in one memory order, and what is on."""
 
-    image: Tensor
-    pred: Tensor
-    pixel_weight: Tensor | None
-    guide: Tensor | None
-    weight: Tensor | None
-    pixel: str
-    smoothness: str
-    p: float
-    order: int
-    outs: int  # sums of the smoothness
+    target: Target
+    pred: Image
+    parts: Parts
     wide: bool
-    size: tuple[int, ...]
 
     @property
-    def weights(self) -> tuple:
-        return weight_args(self.pixel_weight), guide_args(self.guide), weight_args(self.weight)
+    def planes(self) -> int:
+        return self.pred.ptr.shape[0] * self.pred.size.planes
 
-    @property
-    def strided_weights(self) -> tuple:
-        pixel, own = (None if w is None else strided(w) for w in (self.pixel_weight, self.weight))
-        return pixel, guide_args(self.guide), own
 
-    @property
-    def units(self) -> int:
-        return self.pred.shape[0] * self.size[3]
-
-    def block(self, forward: bool, signs: bool = False) -> int:
-        """That of the smoothness; less where a second image and signs beside it take registers.
-
-        Of a loss that streams no less than what gives each lane 16 bytes.
-        """
-        block = block_of(self.guide, self.weight, self.smoothness, self.order, forward)
-        streams = block >= 1024 and self.smoothness != "isotropic"
-        return max(min(block, 512 if signs else 1024), vector_block(self.pred.element_size()) if streams else 0)
+def _strided(weight: Tensor | None) -> Strided:
+    return strided(weight) or Strided(None, None, None, None, None)
 
 
 def _call(x: Inputs) -> _Call:
-    pixel, smoothness = x.kinds.split(",")
-    p, order, *_ = x.numbers
     pred = in_order(x.image_pred)
-    outs = 1 if smoothness == "isotropic" else pred.ndim - 2
-    weight = x.smoothness_weight
+    axes = pred.ndim - 2
+    parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
+    weight: Any = _strided if x.window else weight_args
     return _Call(
-        laid_out_as(x.image, pred), pred, x.pixel_weight, x.guide, weight, pixel, smoothness, p, int(order), outs,
-        needs_int64(pred, x.pixel_weight, x.guide, weight), sizes(pred),
+        Target(laid_out_as(x.image, pred), weight(x.pixel_weight), x.pixel_parameter),
+        Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
+        parts, needs_int64(pred, x.pixel_weight, x.guide, x.smoothness_weight),
     )  # fmt: skip
 
 
+def _elements(x: Inputs, forward: bool, signs: bool = False) -> int:
+    """Of a program: as many as of the smoothness; less where a second image and signs beside it take registers.
+
+    Of a loss that streams no less than what gives each lane 16 bytes.
+    """
+    elements = block_of(x.guide, x.smoothness_weight, x.smoothness_kind, x.order, forward)
+    streams = elements >= 1024 and x.smoothness_kind != "isotropic"
+    return max(min(elements, 512 if signs else 1024), vector_block(x.image_pred.element_size()) if streams else 0)
+
+
 class _Sweep(NamedTuple):
-    """With SSIM: the map's margin, lanes of image and map, rows of a program, and the grid."""
+    """With SSIM: the kernels' arguments, and the grid of their programs."""
 
-    margin: int
-    lanes: tuple[int, int]
-    rows: int
-    grid: tuple[int, int]
-
-    def shape(self, call: _Call, keep: int) -> tuple[int, ...]:
-        """Of the partials: `keep` says which gradients they are for, 1 image, 2 image_pred, 3 both."""
-        return (3 + (keep == 3), call.pred.shape[2] - 2 * self.margin, self.lanes[1]) if keep else (0,)
+    grid: Grid
+    constants: Constants
+    form: Form
+    programs: tuple[int, int]
 
 
-def _sweep(call: _Call, numbers: list[float]) -> _Sweep:
-    _, _, window, _, same, *_ = numbers
-    margin = 0 if same else int(window) // 2
-    (*_, lanes, map_lanes), _, rows = layout(call.pred, margin)
-    grid = (triton.cdiv(lanes, BLOCK), triton.cdiv(call.pred.shape[2], rows))
-    return _Sweep(margin, (lanes, map_lanes), rows, grid)
+def _sweep(pred: Tensor, x: Inputs, **more: bool) -> _Sweep:
+    margin, taps = 0 if x.same else x.window // 2, taps_of(x.window, x.sigma)
+    size = map_size_of(pred, margin)
+    rows = 64
+    while rows > 16 and triton.cdiv(size.lanes, BLOCK) * triton.cdiv(size.height, rows) < REDUCE_PROGRAMS:
+        rows //= 2
+    window = Window(x.window // 2, margin, 1, pixel_stride(pred))
+    form = Form(window, one_pixel=one_pixel(taps), keep=x.keep, weighted=x.ssim_weight is not None, **more)
+    programs = (triton.cdiv(size.lanes, BLOCK), triton.cdiv(size.height, rows))
+    grid = Grid(size.channels, size.lanes, size.map_lanes, rows)
+    return _Sweep(grid, Constants(taps, x.c1, x.c2, x.low or None), form, programs)
+
+
+def _with_ssim(call: _Call, x: Inputs) -> tuple[Tensor, Saved]:
+    pred = call.pred.ptr
+    sweep = _sweep(pred, x)
+    columns, rows = sweep.programs
+    map_height = call.pred.size.height - 2 * sweep.form.window.margin
+    shape = (3 + (x.keep == 3), map_height, sweep.grid.map_lanes) if x.keep else (0,)
+    kept = pred.new_empty(shape, dtype=torch.float32)
+    out = pred.new_empty((call.parts.smoothness_sums + 2, columns * rows), dtype=torch.float32)
+    with on_device(pred):
+        image_ssim_fwd_kernel[sweep.programs](
+            call.target, call.pred, strided(x.ssim_weight), out, kept, sweep.grid, sweep.constants, sweep.form,
+            call.parts, call.wide, BLOCK, **OPTIONS,
+        )  # fmt: skip
+    return out.sum(1), Saved(kept)
 
 
 def image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    call, keep = _call(x), x.keep
-    _, _, window, sigma, _, c1, c2, low = x.numbers
-    if window:
-        sweep, taps = _sweep(call, x.numbers), taps_of(int(window), sigma)
-        kept = call.pred.new_empty(sweep.shape(call, keep), dtype=torch.float32)
-        out = call.pred.new_empty((call.outs + 2, sweep.grid[0] * sweep.grid[1]), dtype=torch.float32)
-        with on_device(call.pred):
-            image_ssim_fwd_kernel[sweep.grid](
-                call.image, call.pred, *call.strided_weights, strided(x.ssim_weight), out, kept,
-                taps, call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c1, c2, low or None, call.pixel,
-                call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size), int(window) // 2,
-                one_pixel(taps), keep, call.wide, BLOCK, **OPTIONS,
-            )  # fmt: skip
-        return out.sum(1), Saved(kept)
-    kept = call.pred.new_empty(call.pred.numel() if keep else 0, dtype=torch.uint8 if keep else torch.float32)
-    block = call.block(True, keep > 0)
-    rows, columns, across, below = tile(call.size, block)
-    steps = steps_of(call.units * across * below, below)
-    splits = across * triton.cdiv(below, steps)
-    out = call.pred.new_empty((call.outs + 2, call.units * splits), dtype=torch.float32)
-    with on_device(call.pred):
-        _image_loss_fwd_kernel[(call.units * splits,)](
-            call.image, call.pred, *call.weights, out, kept if keep else None, call.size, splits, across, steps,
-            call.p, call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
-            **STREAM_OPTIONS,
+    call = _call(x)
+    if x.window:
+        return _with_ssim(call, x)
+    pred, signs = call.pred.ptr, x.keep > 0
+    kept = pred.new_empty(pred.numel() if signs else 0, dtype=torch.uint8 if signs else torch.float32)
+    tiles = tiles_of(call.pred.size, _elements(x, True, signs))
+    steps = steps_of(call.planes, tiles)
+    splits = tiles.per_row * triton.cdiv(tiles.per_column, steps)
+    out = pred.new_empty((call.parts.smoothness_sums + 2, call.planes * splits), dtype=torch.float32)
+    with on_device(pred):
+        _image_loss_fwd_kernel[(call.planes * splits,)](
+            *call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
+            tiles.block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
 
 
 def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
     call, grad = _call(x), grad.contiguous()
-    _, _, window, *_ = x.numbers
-    first, second = (torch.empty_like(call.pred) if needed else None for needed in needs)
-    if window:
+    pred = call.pred.ptr
+    first, second = (torch.empty_like(pred) if needed else None for needed in needs)
+    if x.window:
         if not x.keep:  # nobody asked for a gradient when the forward ran
             x = x._replace(keep=needs.image + 2 * needs.image_pred)
             _, saved = image_loss_fwd(x)
-        _ssim_bwd(grad, saved, call, x, first, second)
+        sweep = _sweep(pred, x, needs_x=needs.image, needs_y=needs.image_pred)
+        with on_device(pred):
+            image_ssim_bwd_kernel[sweep.programs](
+                grad, call.target, call.pred, first, second, saved.kept, sweep.grid, sweep.constants, sweep.form,
+                call.parts, call.wide, BLOCK, **OPTIONS,
+            )  # fmt: skip
     elif x.keep:
-        with on_device(call.pred):
+        with on_device(pred):
             _image_loss_signs_bwd_kernel[(triton.cdiv(saved.kept.numel(), SIGNS_BLOCK),)](
-                grad, saved.kept, first, second, saved.kept.numel(), call.order, x.image_pred.ndim - 2, call.wide,
+                grad, saved.kept, first, second, saved.kept.numel(), x.order, x.image_pred.ndim - 2, call.wide,
                 SIGNS_BLOCK, **(STREAM_OPTIONS | {"num_warps": 2}),
             )  # fmt: skip
     else:
-        rows, columns, across, below = tile(call.size, call.block(False))
-        splits = across * below
-        with on_device(call.pred):
-            _image_loss_bwd_kernel[(call.units * splits,)](
-                grad, call.image, call.pred, *call.weights, first, second, call.size, splits, across, call.p,
-                call.pixel, call.smoothness, call.order, x.image_pred.ndim - 2, call.outs, call.wide, rows, columns,
+        tiles = tiles_of(call.pred.size, _elements(x, False))
+        splits = tiles.per_row * tiles.per_column
+        with on_device(pred):
+            _image_loss_bwd_kernel[(call.planes * splits,)](
+                grad, *call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
                 **STREAM_OPTIONS,
             )  # fmt: skip
     none = x.image.new_empty(0)
@@ -320,22 +315,10 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
     )
 
 
-def _ssim_bwd(grad: Tensor, saved: Saved, call: _Call, x: Inputs, first: Tensor | None, second: Tensor | None) -> None:
-    _, _, window, sigma, _, _, c2, _ = x.numbers
-    sweep = _sweep(call, x.numbers)
-    with on_device(call.pred):
-        image_ssim_bwd_kernel[sweep.grid](
-            grad, call.image, call.pred, (first,), (second,), *call.strided_weights, saved.kept,
-            taps_of(int(window), sigma), call.size, sweep.lanes, call.pred.shape[1], sweep.rows, call.p, c2, call.pixel,
-            call.smoothness, call.order, call.outs, sweep.margin, aside_of(call.size), int(window) // 2,
-            x.ssim_weight is not None, x.keep, call.wide, BLOCK, **OPTIONS,
-        )  # fmt: skip
-
-
 def aot_cases() -> Iterator[AotCase]:
     """Every pixel and smoothness distance with and without SSIM, every dtype; each option; volumes; memory formats."""
     plain: dict[str, Any] = {"pixel": "l1", "smoothness": "l1"}
-    ssim: dict[str, Any] = {"window": 11.0}
+    ssim: dict[str, Any] = {"window": 11}
     for dtype, more in itertools.product((torch.float32, torch.bfloat16, torch.float16), ({}, ssim)):
         for smoothness in ("l1", "l2", "isotropic"):
             yield from _aot_calls("", plain | more | {"smoothness": smoothness}, dtype)
@@ -354,14 +337,14 @@ def aot_cases() -> Iterator[AotCase]:
     for alone in ({"pixel": "l1"}, {"smoothness": "isotropic"}):
         yield from _aot_calls("alone", ssim | alone)
     yield from _aot_calls("low", plain | ssim | {"low": -1.0})
-    yield from _aot_calls("valid, odd", plain | ssim | {"same": 0.0, "shape": (1, 3, 33, 65)})
+    yield from _aot_calls("valid, odd", plain | ssim | {"same": False, "shape": (1, 3, 33, 65)})
     yield from _aot_calls("volume", plain | {"shape": (1, 2, 16, 32, 64)})
 
 
 def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32) -> Iterator[AotCase]:
     shape, axes = o.get("shape", (2, 3, 64, 64)), len(o.get("shape", (2, 3, 64, 64))) - 2
-    pixel, smoothness, window = o.get("pixel", ""), o.get("smoothness", ""), o.get("window", 0.0)
-    cut = 0 if o.get("same", 1.0) else int(window) - 1
+    pixel, smoothness, window = o.get("pixel", ""), o.get("smoothness", ""), o.get("window", 0)
+    cut = 0 if o.get("same", True) else window - 1
     last = torch.channels_last if o.get("last") else torch.contiguous_format
     image = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=last)
     guide = torch.empty((shape[0], 3, *shape[2:]), dtype=dtype, device="meta") if o.get("guide") else None
@@ -372,10 +355,10 @@ def _aot_calls(label: str, o: dict[str, Any], dtype: torch.dtype = torch.float32
     partials = (3 + (keep == 3), shape[2] - cut, shape[0] * shape[1] * (shape[3] - cut)) if window else (image.numel(),)
     kept = torch.empty(partials, dtype=torch.float32 if window else torch.uint8, device="meta")
     grad = torch.empty(3 if smoothness == "isotropic" else axes + 2, device="meta")
-    numbers = [0.5, float(o.get("order", 1)), window, 1.5, o.get("same", 1.0), 1e-4, 9e-4, o.get("low", 0.0)]
-    kinds, own = f"{pixel},{smoothness}", weight if smoothness else None
-    x = Inputs(image, image, weight, guide, own, on_map, kinds, numbers, keep)
-    label = f"{kinds} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
+    maps = (weight, guide, weight if smoothness else None, on_map)
+    numbers = (o.get("order", 1), window, 1.5, o.get("same", True), 1e-4, 9e-4, o.get("low", 0.0))
+    x = Inputs(image, image, *maps, pixel, 0.5, smoothness, *numbers, keep)  # type: ignore[arg-type]
+    label = f"{pixel},{smoothness} {'ssim ' * bool(window)}{str(dtype).removeprefix('torch.')} {label}".rstrip()
     streams = not window and smoothness != "isotropic" and label.endswith(("16", "32", "int64"))
     yield AotCase(f"forward {label}", image_loss_fwd, (x,), ("_image_loss_fwd_kernel",) if streams else ())
     wide = ("_image_loss_bwd_kernel", "_image_loss_signs_bwd_kernel") if streams else ()

@@ -18,7 +18,7 @@ Bytes per element of size s: forward 2 s (+ 4 for a map), backward 3 s with one 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -28,7 +28,8 @@ from torch import Tensor
 from ...core.kernels.device_math import sign, weighted
 from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS, AotCase, on_device, stream_grid, total
 from ...core.kernels.memory_order import broadcast_args, dense, laid_out_as, load_broadcast, needs_int64, runs
-from ...core.kernels.scaled_sum import total_launchers
+from ...core.kernels.scaled_sum import total_of
+from ..pixel import Grads, Inputs, Needs
 
 KINDS = ("l1", "l2", "lp", "charbonnier", "huber")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,7 +88,7 @@ def slope(d, p, KIND: tl.constexpr):
 def _pixel_fwd_kernel(
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a tuple, see load_broadcast
+    weight,  # Broadcast, see memory_order.py: (count,), or of no tensor
     out_ptr,  # (programs,) float32 if REDUCE, else (count,) float32
     count,
     p,
@@ -103,15 +104,15 @@ def _pixel_fwd_kernel(
         offsets = start + tl.arange(0, BLOCK)
         mask = offsets < count
         factor = 1.0
-        if weight is not None:  # loaded first: loaded last, ptxas for sm_80 keeps a register of sums in memory
+        if weight.ptr is not None:  # loaded first: loaded last, ptxas for sm_80 keeps a register of sums in memory
             factor = load_broadcast(weight, offsets, mask)
         image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         loss = distance(pred - image, p, KIND)
-        if weight is not None:
+        if weight.ptr is not None:
             loss = weighted(loss, factor)
         if REDUCE:
-            if weight is None:
+            if weight.ptr is None:
                 loss = tl.where(mask, loss, 0.0)  # charbonnier(0) is not 0
             acc += loss
         else:
@@ -122,17 +123,16 @@ def _pixel_fwd_kernel(
 
 @triton.jit
 def _pixel_bwd_kernel(
-    grad_ptr,  # (count,) float32 if MAP, else one element
+    grad_ptr,  # one element with `factor`, else (count,) float32
     image_ptr,  # (count,)
     pred_ptr,  # (count,)
-    weight,  # None or a tuple, see load_broadcast
-    factor,  # of the gradient, if it is one element
+    weight,  # Broadcast, see memory_order.py: (count,), or of no tensor
+    factor,  # of the one element, or None
     pred_grad_ptr,  # (count,)
     image_grad_ptr,  # (count,) or None
     count,
     p,
     KIND: tl.constexpr,
-    MAP: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -142,82 +142,79 @@ def _pixel_bwd_kernel(
     mask = offsets < count
     image = tl.load(image_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     pred = tl.load(pred_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    if MAP:
+    if factor is None:
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0)
     else:
         grad = tl.load(grad_ptr) * factor
     grad *= slope(pred - image, p, KIND)
-    if weight is not None:
+    if weight.ptr is not None:
         grad = weighted(grad, load_broadcast(weight, offsets, mask))
     tl.store(pred_grad_ptr + offsets, grad.to(pred_grad_ptr.dtype.element_ty), mask=mask)
     if image_grad_ptr is not None:
         tl.store(image_grad_ptr + offsets, (-grad).to(image_grad_ptr.dtype.element_ty), mask=mask)
 
 
-def _first_stage(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
+def _first_stage(x: Inputs) -> Tensor:
     """The map of distances, or a sum of them per program."""
-    count = image.numel()
+    count = x.image.numel()
+    if count == 0 and x.reduce:
+        return x.image.new_zeros((), dtype=torch.float32)
     if count == 0:
-        return torch.zeros_like(image, dtype=torch.float32) if not reduce else image.new_zeros((), dtype=torch.float32)
-    image = dense(image)
-    image_pred = laid_out_as(image_pred, image)
-    weight_args = None if weight is None else broadcast_args(weight, image)
-    grid = stream_grid(count, reduce)
-    out = image.new_empty(grid, dtype=torch.float32) if reduce else torch.empty_like(image, dtype=torch.float32)
+        return torch.zeros_like(x.image, dtype=torch.float32)
+    image = dense(x.image)
+    image_pred = laid_out_as(x.image_pred, image)
+    weight = broadcast_args(x.weight, image)
+    grid = stream_grid(count, x.reduce)
+    out = image.new_empty(grid, dtype=torch.float32) if x.reduce else torch.empty_like(image, dtype=torch.float32)
     with on_device(image):
         _pixel_fwd_kernel[grid](
-            image, image_pred, weight_args, out, count, p, kind, reduce, needs_int64(image, weight),
+            image, image_pred, weight, out, count, x.parameter, x.kind, x.reduce, needs_int64(image, x.weight),
             STREAM_BLOCK, **STREAM_OPTIONS,
         )  # fmt: skip
     return out
 
 
-def pixel_fwd(image: Tensor, image_pred: Tensor, weight: Tensor | None, kind: str, p: float, reduce: bool) -> Tensor:
-    out = _first_stage(image, image_pred, weight, kind, p, reduce)
-    return total(out) if reduce else out
+def pixel_fwd(x: Inputs) -> Tensor:
+    out = _first_stage(x)
+    return total(out) if x.reduce else out
 
 
-def pixel_bwd(
-    grad: Tensor,
-    image: Tensor,
-    image_pred: Tensor,
-    weight: Tensor | None,
-    kind: str,
-    p: float,
-    reduce: bool,
-    needs_image: bool,
-    needs_image_pred: bool,
-    factors: Sequence[float] = (1.0,),
-) -> tuple[Tensor, Tensor]:
-    count = image.numel()
-    both = needs_image and needs_image_pred
-    if count == 0 or not (needs_image or needs_image_pred):
-        return (
-            torch.empty_like(image) if needs_image else image.new_empty(0),
-            torch.empty_like(image_pred) if needs_image_pred else image_pred.new_empty(0),
+def pixel_total_fwd(x: Inputs, factors: list[float]) -> Tensor:
+    return total_of(_first_stage(x)[None], factors)
+
+
+def pixel_bwd(grad: Tensor, x: Inputs, needs: Needs) -> Grads:
+    return pixel_total_bwd(grad, x, needs, [1.0])
+
+
+def pixel_total_bwd(grad: Tensor, x: Inputs, needs: Needs, factors: list[float]) -> Grads:
+    count = x.image.numel()
+    if count == 0 or not any(needs):
+        return Grads(
+            image=torch.empty_like(x.image) if needs.image else x.image.new_empty(0),
+            image_pred=torch.empty_like(x.image_pred) if needs.image_pred else x.image_pred.new_empty(0),
         )
-    image = dense(image)
-    pred = laid_out_as(image_pred, image)
-    each = not reduce and runs(grad, image) != [(count, 0)]  # sum().backward() gives one value for all elements
-    if each:
+    image = dense(x.image)
+    pred = laid_out_as(x.image_pred, image)
+    is_map = not x.reduce and runs(grad, image) != [(count, 0)]  # sum().backward() gives one value for all elements
+    if is_map:
         grad = laid_out_as(grad, image)
     # The gradients differ in sign only: with the images swapped, the first gradient is that of `image`.
-    start, end = (image, pred) if needs_image_pred else (pred, image)
+    start, end = (image, pred) if needs.image_pred else (pred, image)
     end_grad = torch.empty_like(image)
-    start_grad = torch.empty_like(image) if both else None
+    start_grad = torch.empty_like(image) if all(needs) else None
+    (factor,) = [None] if is_map else factors
     with on_device(image):
         _pixel_bwd_kernel[stream_grid(count, False)](
-            grad, start, end, None if weight is None else broadcast_args(weight, image), factors[0], end_grad,
-            start_grad, count, p, kind, each, needs_int64(image, weight), STREAM_BLOCK, **STREAM_OPTIONS,
+            grad, start, end, broadcast_args(x.weight, image), factor, end_grad,
+            start_grad, count, x.parameter, x.kind, needs_int64(image, x.weight), STREAM_BLOCK,
+            **STREAM_OPTIONS,
         )  # fmt: skip
-    if not needs_image_pred:
-        return end_grad, image_pred.new_empty(0)
-    if pred is not image_pred:  # copied to the layout of image
-        end_grad = torch.empty_like(image_pred).copy_(end_grad)
-    return image.new_empty(0) if start_grad is None else start_grad, end_grad
-
-
-pixel_total_fwd, pixel_total_bwd = total_launchers(lambda *args: _first_stage(*args)[None], pixel_bwd)
+    if not needs.image_pred:
+        return Grads(end_grad, x.image_pred.new_empty(0))
+    if pred is not x.image_pred:  # copied to the layout of image
+        end_grad = torch.empty_like(x.image_pred).copy_(end_grad)
+    return Grads(image.new_empty(0) if start_grad is None else start_grad, end_grad)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -245,7 +242,8 @@ def _aot_calls(
     label = f"{kind} {str(image.dtype).removeprefix('torch.')} {'sum' if reduce else 'map'} {label}".rstrip()
     wide = ("_pixel_fwd_kernel", "_pixel_bwd_kernel") if vector else ()
     grad = torch.empty(() if reduce else image.shape, device="meta")
-    yield AotCase(f"forward {label}", pixel_fwd, (image, image, weight, kind, 0.5, reduce), wide)
-    for needs in ((False, True), (True, True)):  # (True, False) is the first of them with the images swapped
+    x = Inputs(image, image, weight, kind, 0.5, reduce)
+    yield AotCase(f"forward {label}", pixel_fwd, (x,), wide)
+    for needs in (Needs(False, True), Needs(True, True)):  # (True, False) is the first with the images swapped
         name = f"backward {label}{' both' if all(needs) else ''}"
-        yield AotCase(name, pixel_bwd, (grad, image, image, weight, kind, 0.5, reduce, *needs), wide)
+        yield AotCase(name, pixel_bwd, (grad, x, needs), wide)

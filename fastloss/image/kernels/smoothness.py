@@ -4,14 +4,14 @@ A difference along an axis belongs to one pixel: d = x[i+1] - x[i] to pixel i, a
 (`ORDER` 2). With e = exp(-mean_c |guide's difference over the same pixels|), 1 without a guide, w the weight of the
 pixel, 1 without, and m = sqrt(sum_axes (e d)^2):
 
-    kind        sums [N, C, axes]     pull p of a difference, by which the gradient of the sums is made
+    kind        sums [N, C, axes]     their gradient g by a difference
     l1          w e |d|               w e sign(d)
     l2          w e d^2               2 w e d
     isotropic   w m                   w e^2 d / m, 0 where m is 0
 
 A weight of 0 excludes its differences: selected, not multiplied, so that even NaN has no effect.
 
-The backward gathers: a pixel's gradient is, summed over the axes, p[i-1] - p[i], or p[i-1] - 2 p[i] + p[i+1] for
+The backward gathers: a pixel's gradient is, summed over the axes, g[i-1] - g[i], or g[i-1] - 2 g[i] + g[i+1] for
 second differences. So it is written once, without atomics. Bytes per element of size s: forward s, backward 2 s, and
 those of guide and weight; the neighbours come from the caches. The factors of a guide are made once for all channels of
 an image, which a program takes in turn; with channels_last, or if isotropic, for each, and the guide from the caches.
@@ -19,8 +19,8 @@ an image, which a program takes in turn; with channels_last, or if isotropic, fo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,135 +38,155 @@ from ...core.kernels.launch import (
     vector_block,
 )
 from ...core.kernels.memory_order import needs_int64
-from ...core.kernels.scaled_sum import total_launchers
-from .smoothness_terms import apart, edges_of, smoothness_pulled, smoothness_terms, start_of, tile_of
+from ...core.kernels.scaled_sum import total_of
+from ..smoothness import Grads, Inputs
+from .smoothness_terms import (
+    Guide,
+    Image,
+    Size,
+    Weight,
+    edges_of,
+    pixel_stride,
+    smoothness_grad,
+    smoothness_terms,
+    start_of,
+    tile_of,
+)
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
 
 
+class Block(NamedTuple):
+    """Of a program's tile."""
+
+    rows: int
+    columns: int
+
+
+class Tiles(NamedTuple):
+    """How a plane is cut into tiles."""
+
+    block: Block
+    per_row: int
+    per_column: int
+
+
 @triton.jit
-def tile_at(tile, across, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The first row and the columns of a tile of a unit."""
-    return tile // across * ROWS, tile % across * COLS + tl.arange(0, COLS)
+def tile_at(tile, tiles_per_row, BLOCK: tl.constexpr):
+    """The first row and the columns of a tile of a plane."""
+    COLUMNS: tl.constexpr = BLOCK.columns
+    return tile // tiles_per_row * BLOCK.rows, tile % tiles_per_row * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
 def _smoothness_fwd_kernel(
-    image_ptr,  # (units, count)
-    guide,  # None or a tuple, see smoothness_terms.py
-    weight,  # None or a tuple, see smoothness_terms.py
-    out_ptr,  # (units, splits, step, AXES, or 1 if isotropic) float32
-    size,  # see apart
-    splits,
-    across,  # tiles beside each other
+    image,  # see Image
+    out_ptr,  # (planes, splits, pixel_stride, AXES, or 1 if isotropic) float32
+    splits,  # programs of a plane
+    tiles_per_row,
     steps,  # tiles of a program, one below the other
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
     AXES: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,  # see Block
     SHARED: tl.constexpr,  # a program has a tile of all the channels of an image, which share the guide's factors
 ):
+    ROWS: tl.constexpr = BLOCK.rows
+    size = image.size
     program = tl.program_id(0)
-    unit = (program.to(tl.int64) if WIDE else program) // splits
-    first, column = tile_at(program % splits, across, ROWS, COLS)
+    plane = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, tiles_per_row, BLOCK)
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
     if SHARED:
-        unit *= size[3]
-        spot, inside = tile_of(unit, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
-        edges = edges_of(guide, unit // size[3], spot, size, inside, ORDER, AXES, False)
-        for channel in range(size[3]):
-            spot, inside = tile_of(unit + channel, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
-            sums = smoothness_terms(
-                image_ptr, guide, weight, unit + channel, spot, size, inside, KIND, ORDER, AXES, edges
-            )
-            to = out_ptr + (tl.cast(unit + channel, tl.int64) * splits + program % splits) * outs + outs - 1
+        plane *= size.planes
+        pixels, inside = tile_of(plane, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+        edges = edges_of(image, plane, pixels, inside, ORDER, AXES, False)
+        for channel in range(size.planes):
+            pixels, inside = tile_of(plane + channel, first + tl.arange(0, ROWS), column, size, AXES, WIDE)
+            sums = smoothness_terms(image, plane + channel, pixels, inside, KIND, ORDER, AXES, edges)
+            sum_ptr = out_ptr + (tl.cast(plane + channel, tl.int64) * splits + program % splits) * outs + outs - 1
             for axis in tl.static_range(outs):
-                tl.store(to - axis, tl.sum(sums[axis]))
+                tl.store(sum_ptr - axis, tl.sum(sums[axis]))
     else:
-        sums = zeros(outs, ROWS, COLS)
+        COLUMNS: tl.constexpr = BLOCK.columns
+        sums = zeros(outs, ROWS, COLUMNS)
         for step in range(steps):
             row = (first * steps + step * ROWS) + tl.arange(0, ROWS)
-            spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
-            sums = added(sums, smoothness_terms(image_ptr, guide, weight, unit, spot, size, inside, KIND, ORDER, AXES))
-        out_ptr += program.to(tl.int64) * apart(size) * outs + outs - 1
-        for channel in range(apart(size)):
-            own = (column % apart(size) == channel)[None, :]
+            pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
+            sums = added(sums, smoothness_terms(image, plane, pixels, inside, KIND, ORDER, AXES))
+        out_ptr += program.to(tl.int64) * pixel_stride(size) * outs + outs - 1
+        for channel in range(pixel_stride(size)):
+            is_channel = (column % pixel_stride(size) == channel)[None, :]
             for axis in tl.static_range(outs):
-                tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(own, sums[axis], 0.0)))
+                tl.store(out_ptr + channel * outs - axis, tl.sum(tl.where(is_channel, sums[axis], 0.0)))
 
 
 @triton.jit
-def _upstream(grad_ptr, factors, unit, spot, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
-    """The gradient of an axis's sum: one number, or one per channel; or of a total, times the axis's factor."""
+def _upstream(grad_ptr, factors, plane, pixels, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
+    """The gradient of an axis's sum: one number, or one per channel; or of a scaled sum, times the axis's factor."""
     if factors is not None:
         return tl.load(grad_ptr) * factors[OUTS - 1 - AXIS]
-    grad_ptr += unit * apart(size) * OUTS + OUTS - 1 - AXIS
-    if len(size) == 5:
-        return tl.load(grad_ptr + spot[5] * OUTS, mask=inside, other=0.0)
-    else:
+    grad_ptr += plane * pixel_stride(size) * OUTS + OUTS - 1 - AXIS
+    if size.pixel_stride is None:
         return tl.load(grad_ptr)
+    else:
+        return tl.load(grad_ptr + pixels.channel * OUTS, mask=inside, other=0.0)
 
 
 @triton.jit
 def _write_gradient(
-    grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit, spot, size, inside,
+    grad_ptr, factors, image, image_grad_ptr, plane, pixels, inside,
     KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr, edges=None,
 ):  # fmt: skip
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
     total = tl.zeros(inside.shape, tl.float32)
     for axis in tl.static_range(AXES):
-        pulled = smoothness_pulled(image_ptr, guide, weight, unit, spot, size, inside, axis, KIND, ORDER, AXES, edges)
+        grad = smoothness_grad(image, plane, pixels, inside, axis, KIND, ORDER, AXES, edges)
         if KIND != "isotropic":
-            pulled *= _upstream(grad_ptr, factors, unit, spot, size, axis, outs, inside)
-        total += pulled
+            grad *= _upstream(grad_ptr, factors, plane, pixels, image.size, axis, outs, inside)
+        total += grad
     if KIND == "isotropic":
-        total *= _upstream(grad_ptr, factors, unit, spot, size, 0, outs, inside)
-    to = image_grad_ptr + start_of(unit, size) + spot[0]
-    tl.store(to, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
+        total *= _upstream(grad_ptr, factors, plane, pixels, image.size, 0, outs, inside)
+    to_ptr = image_grad_ptr + start_of(plane, image.size) + pixels.offset
+    tl.store(to_ptr, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _smoothness_bwd_kernel(
-    grad_ptr,  # (units, step, AXES, or 1 if isotropic) float32; or one element if there are factors
+    grad_ptr,  # (planes, pixel_stride, AXES, or 1 if isotropic) float32; or one element if there are factors
     factors,  # None, or of the sum along each axis, z first
-    image_ptr,  # (units, count)
-    guide,  # None or a tuple, see smoothness_terms.py
-    weight,  # None or a tuple, see smoothness_terms.py
-    image_grad_ptr,  # (units, count)
-    size,  # as in the forward
-    splits,
-    across,
+    image,  # see Image
+    image_grad_ptr,  # (images, planes, pixels, pixel_stride), as the image
+    splits,  # tiles of a plane
+    tiles_per_row,
     KIND: tl.constexpr,
     ORDER: tl.constexpr,
     AXES: tl.constexpr,
     WIDE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    BLOCK: tl.constexpr,  # see Block
     SHARED: tl.constexpr,  # as in the forward
 ):
+    ROWS: tl.constexpr = BLOCK.rows
+    size = image.size
     program = tl.program_id(0)
-    unit = (program.to(tl.int64) if WIDE else program) // splits
-    first, column = tile_at(program % splits, across, ROWS, COLS)
+    plane = (program.to(tl.int64) if WIDE else program) // splits
+    first, column = tile_at(program % splits, tiles_per_row, BLOCK)
     row = first + tl.arange(0, ROWS)
     if SHARED:
-        unit *= size[3]
-        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
-        edges = edges_of(guide, unit // size[3], spot, size, inside, ORDER, AXES, True)
-        for channel in range(size[3]):
-            spot, inside = tile_of(unit + channel, row, column, size, AXES, WIDE)
+        plane *= size.planes
+        pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
+        edges = edges_of(image, plane, pixels, inside, ORDER, AXES, True)
+        for channel in range(size.planes):
+            pixels, inside = tile_of(plane + channel, row, column, size, AXES, WIDE)
             _write_gradient(
-                grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit + channel, spot, size, inside, KIND,
-                ORDER, AXES, edges,
-            )  # fmt: skip
+                grad_ptr, factors, image, image_grad_ptr, plane + channel, pixels, inside, KIND, ORDER, AXES, edges
+            )
     else:
-        spot, inside = tile_of(unit, row, column, size, AXES, WIDE)
-        _write_gradient(
-            grad_ptr, factors, image_ptr, guide, weight, image_grad_ptr, unit, spot, size, inside, KIND, ORDER, AXES
-        )
+        pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
+        _write_gradient(grad_ptr, factors, image, image_grad_ptr, plane, pixels, inside, KIND, ORDER, AXES)
 
 
 def block_of(
@@ -191,109 +211,114 @@ def in_order(image: Tensor) -> Tensor:
     return image.contiguous()
 
 
-def tile(size: tuple[int, ...], block: int) -> tuple[int, int, int, int]:
-    """Rows and columns of a tile of `block` elements, and how many tiles a unit has beside and below each other.
+def tiles_of(size: Size, elements: int) -> Tiles:
+    """How a plane is cut into tiles of so many elements.
 
     Narrow tiles have more neighbours around them, wide ones more columns that are not there.
     """
-    columns, rows = size[0] * (size[4] if len(size) == 5 else 1), size[1] * size[2]
-    widths = (width for width in (256, 128, 64, 32, 16) if width <= max(128, block // 8))
-    wide = min(widths, key=lambda width: triton.cdiv(columns, width) * (width + 8))
-    return block // wide, wide, triton.cdiv(columns, wide), triton.cdiv(rows, block // wide)
+    columns, rows = size.width * (size.pixel_stride or 1), size.height * size.depth
+    widths = (width for width in (256, 128, 64, 32, 16) if width <= max(128, elements // 8))
+    block_columns = min(widths, key=lambda width: triton.cdiv(columns, width) * (width + 8))
+    block_rows = elements // block_columns
+    return Tiles(Block(block_rows, block_columns), triton.cdiv(columns, block_columns), triton.cdiv(rows, block_rows))
 
 
-def steps_of(tiles: int, below: int) -> int:
+def steps_of(planes: int, tiles: Tiles) -> int:
     """Tiles of a program of a reduction: about REDUCE_PROGRAMS programs have the same number each."""
-    return max(1, min(below, round(tiles / REDUCE_PROGRAMS)))
+    count = planes * tiles.per_row * tiles.per_column
+    return max(1, min(tiles.per_column, round(count / REDUCE_PROGRAMS)))
 
 
-def shares(guide: Tensor | None, kind: str, size: tuple[int, ...]) -> bool:
+def shares_edges(guide: Tensor | None, kind: str, size: Size) -> bool:
     """Whether a program goes over all the channels of an image, see the kernels."""
-    return guide is not None and kind != "isotropic" and size[3] > 1
+    return guide is not None and kind != "isotropic" and size.planes > 1
 
 
-def weight_args(weight: Tensor | None) -> tuple | None:
-    """Any strides, hence any broadcast; see weight_at."""
+def weight_args(weight: Tensor | None) -> Weight:
     if weight is None:
-        return None
+        return Weight()
     *by_image, rows, columns = weight.stride()
-    return (weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)
+    return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)  # type: ignore[call-arg]
 
 
-def aside_of(size: tuple[int, ...]) -> int:
-    return size[4] if len(size) == 5 else 1
-
-
-def sizes(image: Tensor) -> tuple[int, ...]:
-    """Of an image in order: width, height, depth, units (planes, or 1) of an image and, if channels_last, channels."""
+def size_of(image: Tensor) -> Size:
+    """Of an image in order."""
     channels, (*depth, height, width) = image.shape[1], image.shape[2:]
-    size = width, height, depth[0] if depth else 1
-    return (*size, channels) if image.is_contiguous() else (*size, 1, channels)
+    planes, stride = (channels, None) if image.is_contiguous() else (1, channels)
+    return Size(width, height, depth[0] if depth else 1, planes, stride)
 
 
-def guide_args(guide: Tensor | None) -> tuple | None:
+def guide_args(guide: Tensor | None) -> Guide:
     if guide is None:
-        return None
+        return Guide()
     guide = in_order(guide)
-    return guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1)
+    return Guide(guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1))
 
 
-def _first_stage(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
+def _image(image: Tensor, x: Inputs) -> Image:
+    """The kernels' argument; `image` is the prediction in order."""
+    return Image(image, guide_args(x.guide), weight_args(x.weight), size_of(image))
+
+
+def _first_stage(x: Inputs) -> Tensor:
     """Sums of each program: ``[N, planes of an image, programs of a plane, channels of a pixel, directions]``."""
-    images, channels, axes = *image_pred.shape[:2], image_pred.ndim - 2
-    outs = 1 if kind == "isotropic" else axes
-    if image_pred.numel() == 0:
-        return image_pred.new_zeros((images, channels, 1, 1, outs), dtype=torch.float32)
-    image = in_order(image_pred)
-    size = sizes(image)
-    step, units = image.shape[1] // size[3], images * size[3]
-    block = block_of(guide, weight, kind, order, True, image.element_size())
-    rows, columns, across, below = tile(size, block)
-    shared = shares(guide, kind, size)
-    steps = 1 if shared else steps_of(units * across * below, below)
-    splits = across * triton.cdiv(below, steps)
-    out = image.new_empty((images, size[3], splits, step, outs), dtype=torch.float32)
-    with on_device(image):
-        _smoothness_fwd_kernel[(images * splits if shared else units * splits,)](
-            image, guide_args(guide), weight_args(weight), out, size, splits, across, steps, kind, order, axes,
-            needs_int64(image, weight, guide), rows, columns, shared,
-            **(STREAM_OPTIONS | {"num_warps": 8 if block == 4096 else 4}),
+    images, channels, axes = *x.image_pred.shape[:2], x.image_pred.ndim - 2
+    outs = 1 if x.kind == "isotropic" else axes
+    if x.image_pred.numel() == 0:
+        return x.image_pred.new_zeros((images, channels, 1, 1, outs), dtype=torch.float32)
+    pred = in_order(x.image_pred)
+    image = _image(pred, x)
+    size, planes = image.size, images * image.size.planes
+    elements = block_of(x.guide, x.weight, x.kind, x.order, True, pred.element_size())
+    tiles, shared = tiles_of(size, elements), shares_edges(x.guide, x.kind, size)
+    steps = 1 if shared else steps_of(planes, tiles)
+    splits = tiles.per_row * triton.cdiv(tiles.per_column, steps)
+    out = pred.new_empty((images, size.planes, splits, size.pixel_stride or 1, outs), dtype=torch.float32)
+    with on_device(pred):
+        _smoothness_fwd_kernel[(images * splits if shared else planes * splits,)](
+            image, out, splits, tiles.per_row, steps, x.kind, x.order, axes, needs_int64(pred, x.weight, x.guide),
+            tiles.block, shared, **(STREAM_OPTIONS | {"num_warps": 8 if elements == 4096 else 4}),
         )  # fmt: skip
     return out
 
 
-def smoothness_fwd(image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int) -> Tensor:
-    out = _first_stage(image_pred, guide, weight, kind, order)
-    return (out.sum(2) if out.shape[2] > 1 else out[:, :, 0]).reshape(*image_pred.shape[:2], out.shape[4])
+def smoothness_fwd(x: Inputs) -> Tensor:
+    out = _first_stage(x)
+    by_plane = out.sum(2) if out.shape[2] > 1 else out[:, :, 0]
+    return by_plane.reshape(*x.image_pred.shape[:2], out.shape[4])
 
 
-def smoothness_bwd(
-    grad: Tensor, image_pred: Tensor, guide: Tensor | None, weight: Tensor | None, kind: str, order: int,
-    factors: Sequence[float] | None = None,
-) -> Tensor:  # fmt: skip
-    out = torch.empty_like(image_pred)
+def smoothness_total_fwd(x: Inputs, factors: list[float]) -> Tensor:
+    return total_of(_first_stage(x).flatten(0, 3).T, factors)
+
+
+def smoothness_bwd(grad: Tensor, x: Inputs) -> Grads:
+    return Grads(_gradient(grad, x, None))
+
+
+def smoothness_total_bwd(grad: Tensor, x: Inputs, factors: list[float]) -> Grads:
+    return Grads(_gradient(grad, x, tuple(factors)))
+
+
+def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None) -> Tensor:
+    """Of the sums, or with `factors` of the scaled sum."""
+    out = torch.empty_like(x.image_pred)
     if out.numel() == 0:
         return out
-    image = in_order(image_pred)
-    written = out if out.stride() == image.stride() else torch.empty_like(image)
-    size = sizes(image)
-    shared = shares(guide, kind, size)
-    units = image.shape[0] if shared else image.shape[0] * size[3]
-    rows, columns, across, below = tile(size, block_of(guide, weight, kind, order, False, image.element_size()))
-    splits = across * below
-    options = STREAM_OPTIONS | (registers(255) if guide is not None and order == 2 else {})  # else it spills at 168
-    with on_device(image):
-        _smoothness_bwd_kernel[(units * splits,)](
-            grad.contiguous(), None if factors is None else tuple(factors), image, guide_args(guide),
-            weight_args(weight), written, size, splits, across, kind, order, image.ndim - 2,
-            needs_int64(image, weight, guide), rows, columns, shared, **options,
+    pred = in_order(x.image_pred)
+    written = out if out.stride() == pred.stride() else torch.empty_like(pred)
+    image = _image(pred, x)
+    shared = shares_edges(x.guide, x.kind, image.size)
+    planes = pred.shape[0] if shared else pred.shape[0] * image.size.planes
+    tiles = tiles_of(image.size, block_of(x.guide, x.weight, x.kind, x.order, False, pred.element_size()))
+    splits = tiles.per_row * tiles.per_column
+    options = STREAM_OPTIONS | (registers(255) if x.guide is not None and x.order == 2 else {})  # else it spills at 168
+    with on_device(pred):
+        _smoothness_bwd_kernel[(planes * splits,)](
+            grad.contiguous(), factors, image, written, splits, tiles.per_row, x.kind, x.order, pred.ndim - 2,
+            needs_int64(pred, x.weight, x.guide), tiles.block, shared, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
-
-
-smoothness_total_fwd, smoothness_total_bwd = total_launchers(
-    lambda *args: _first_stage(*args).flatten(0, 3).T, smoothness_bwd
-)
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -311,9 +336,9 @@ def aot_cases() -> Iterator[AotCase]:
     yield from _aot_calls("odd", (1, 3, 33, 65), torch.float32, "l1")
     yield from _aot_calls("mask", image, torch.float32, "l1", weight=torch.bool)
     for kind, factors in (("l1", [0.5, 0.25]), ("isotropic", [0.5])):
-        args = (torch.empty(image, device="meta"), None, None, kind, 1, factors)
-        yield AotCase(f"forward {kind} total", smoothness_total_fwd, args)
-        yield AotCase(f"backward {kind} total", smoothness_total_bwd, (torch.empty((), device="meta"), *args))
+        x = Inputs(torch.empty(image, device="meta"), None, None, kind, 1)
+        yield AotCase(f"forward {kind} total", smoothness_total_fwd, (x, factors))
+        yield AotCase(f"backward {kind} total", smoothness_total_bwd, (torch.empty((), device="meta"), x, factors))
     yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 
@@ -330,8 +355,8 @@ def _aot_calls(
     by_pixel = None if weight is None else torch.empty(pixels, dtype=weight, device="meta").expand(shape)
     grad = torch.empty((*shape[:2], 1 if kind == "isotropic" else len(shape) - 2), device="meta")
     label = f"{kind} {str(dtype).removeprefix('torch.')} {len(shape) - 2}-D {label}".rstrip()
-    options = (image, edges, by_pixel, kind, order)
-    yield AotCase(f"forward {label}", smoothness_fwd, options, ("_smoothness_fwd_kernel",) if vector else ())
+    x = Inputs(image, edges, by_pixel, kind, order)
+    yield AotCase(f"forward {label}", smoothness_fwd, (x,), ("_smoothness_fwd_kernel",) if vector else ())
     # isotropic: most of the loads are one element off, hence narrow, whatever the size
     wide = ("_smoothness_bwd_kernel",) if vector and kind != "isotropic" else ()
-    yield AotCase(f"backward {label}", smoothness_bwd, (grad, *options), wide)
+    yield AotCase(f"backward {label}", smoothness_bwd, (grad, x), wide)

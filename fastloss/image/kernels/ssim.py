@@ -23,24 +23,26 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.launch import REDUCE_PROGRAMS, AotCase, on_device
+from ...core.kernels.launch import AotCase, on_device
 from ..ssim import Grads, Needs, Saved
 from ..ssim_reference import Inputs
+from .ssim_lanes import Plane, Strided, Window, at_column, lane_of, load_lane, map_lane_of, store_lane
 from .ssim_sweep import (
-    at_column,
+    Constants,
+    Form,
+    Moments,
+    Partials,
+    Shift,
     counted,
     ends,
     finite,
-    lane_of,
-    load_lane,
-    map_lane_of,
     map_loss,
     next_filtered,
     next_moments,
@@ -48,7 +50,6 @@ from .ssim_sweep import (
     partial_ends,
     shift_of,
     shifted,
-    store_lane,
     window,
 )
 
@@ -62,166 +63,169 @@ ROWS, PROGRAMS = 64, 528
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Size(NamedTuple):
+    """Of the images."""
+
+    channels: int
+    height: int
+    width: int
+    lanes: int  # elements of a row of all planes
+    map_lanes: int  # and of the map
+
+
 @triton.jit
 def _ssim_fwd_kernel(
-    x,  # (images, channels, height, width), any strides
-    y,  # (images, channels, height, width), any strides
-    weight,  # (images, channels, height - 2 margin, width - 2 margin), any strides; or (None,)
+    x,  # Strided
+    y,  # Strided
+    weight,  # Strided: (images, channels, height - 2 margin, width - 2 margin); or None
     sums_ptr,  # (stretches, lanes) float32
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32; maps: p_aa, p_dd, p_a +- p_d
-    taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, elements of a row of the images and of the map
-    rows,
-    c1,
-    c2,
-    low,  # the images' value outside, or None: 0
-    MARGIN: tl.constexpr,
-    RADIUS: tl.constexpr,
-    STRUCTURE: tl.constexpr,
-    ONE_PIXEL: tl.constexpr,
-    KEEP: tl.constexpr,
-    ASIDE: tl.constexpr,
-    X_STEP: tl.constexpr,
-    Y_STEP: tl.constexpr,
+    size,  # Size
+    rows,  # of the map, that a program takes
+    constants,  # Constants
+    FORM: tl.constexpr,  # Form
     WIDE: tl.constexpr,
-    SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channels, height, width, _, lanes = size
-    lane, image, channel, column = lane_of(channels, width - 2 * MARGIN, lanes, ASIDE, WIDE, SIDE, BLOCK)
+    WINDOW: tl.constexpr = FORM.window
+    RADIUS: tl.constexpr = WINDOW.radius
+    MARGIN: tl.constexpr = WINDOW.margin
+    COLUMNS: tl.constexpr = WINDOW.columns
+    X_STEP: tl.constexpr = FORM.x_step
+    Y_STEP: tl.constexpr = FORM.y_step
+    height, width, lanes = size.height, size.width, size.map_lanes
+    low = constants.low
+    lane, image, channel, column = lane_of(size.channels, width - 2 * MARGIN, lanes, WINDOW, WIDE, BLOCK)
     inside = column.to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
-    if weight[0] is not None:
-        w_at = at_column(weight, image, channel, column)
-    shift = shift_of(
-        at_column(x, image, channel, column * 0), at_column(y, image, channel, column * 0), (x[3], x[4]), (y[3], y[4]),
-        height, width, inside, c2,
-    )  # fmt: skip
+    if weight is not None:
+        w_ptr = at_column(weight, image, channel, column)
+    x_plane = Plane(at_column(x, image, channel, column * 0), x.row_stride, x.column_stride)
+    y_plane = Plane(at_column(y, image, channel, column * 0), y.row_stride, y.column_stride)
+    shift = shift_of(x_plane, y_plane, height, width, inside, constants.c2)
     rest = shift
     if low is not None:
-        rest = (shift[0] - 2.0 * low, shift[1])
+        rest = Shift(shift.a - 2.0 * low, shift.d)
     column += MARGIN
-    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
-    step = tl.cast(height - 2 * MARGIN, tl.int64) * lanes
-    none = nothing(RADIUS, SIDE, BLOCK)
-    sums = (none, none, none, none)
+    x_ptr, y_ptr = at_column(x, image, channel, column), at_column(y, image, channel, column)
+    map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * lanes
+    none = nothing(WINDOW, BLOCK)
+    sums = Moments(none, none, none, none)
     total = tl.zeros((BLOCK,), tl.float32)
     first = MARGIN + tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height - MARGIN)
-    x_at, y_at = x_at + (first - RADIUS) * x[3], y_at + (first - RADIUS) * y[3]
+    x_ptr, y_ptr = x_ptr + (first - RADIUS) * x.row_stride, y_ptr + (first - RADIUS) * y.row_stride
     bound = tl.where(first >= RADIUS, width, 0).to(tl.uint32)
-    x_ends = ends(x_at, column, bound, X_STEP, MARGIN, RADIUS, SIDE, low)
-    y_ends = ends(y_at, column, bound, Y_STEP, MARGIN, RADIUS, SIDE, low)
+    x_ends = ends(x_ptr, column, bound, X_STEP, WINDOW, low)
+    y_ends = ends(y_ptr, column, bound, Y_STEP, WINDOW, low)
     for row in range(first - RADIUS, last + RADIUS):
         x_outer, y_outer, here = x_ends, y_ends, bound
         bound = tl.where((row >= -1) & (row + 1 < height), width, 0).to(tl.uint32)
-        x_ends = ends(x_at + x[3], column, bound, X_STEP, MARGIN, RADIUS, SIDE, low)
-        y_ends = ends(y_at + y[3], column, bound, Y_STEP, MARGIN, RADIUS, SIDE, low)
-        x_row = window(x_at, column, here, x_outer, X_STEP, MARGIN, RADIUS, SIDE, low)
-        y_row = window(y_at, column, here, y_outer, Y_STEP, MARGIN, RADIUS, SIDE, low)
-        moments, sums = next_moments(sums, x_row, y_row, shift, taps, MARGIN, RADIUS, SIDE)
-        x_at += x[3]
-        y_at += y[3]
-        at = row - RADIUS - MARGIN
-        if at + MARGIN >= first:
+        x_ends = ends(x_ptr + x.row_stride, column, bound, X_STEP, WINDOW, low)
+        y_ends = ends(y_ptr + y.row_stride, column, bound, Y_STEP, WINDOW, low)
+        x_row = window(x_ptr, column, here, x_outer, X_STEP, WINDOW, low)
+        y_row = window(y_ptr, column, here, y_outer, Y_STEP, WINDOW, low)
+        moments, sums = next_moments(sums, x_row, y_row, shift, constants.taps, WINDOW)
+        x_ptr += x.row_stride
+        y_ptr += y.row_stride
+        map_row = row - RADIUS - MARGIN
+        if map_row + MARGIN >= first:
             w, taken = (1.0, 1.0), moments
-            if weight[0] is not None:
-                w_here = w_at + at * weight[3]
-                w_first = tl.load(w_here, mask=inside, other=0.0).to(tl.float32)
-                w_second = tl.load(w_here + weight[4] * (SIDE - 1), mask=inside, other=0.0).to(tl.float32)
-                w = (w_first, w_second)
-                taken = counted(moments, w, SIDE)
-            to = partials_ptr + at * lanes + lane
-            total += map_loss(taken, rest, w, to, step, inside, c1, c2, STRUCTURE, ONE_PIXEL, KEEP, SIDE)
-    lanes, lane = lanes // SIDE, lane // SIDE
+            if weight is not None:
+                w_row = w_ptr + map_row * weight.row_stride
+                w_left = tl.load(w_row, mask=inside, other=0.0).to(tl.float32)
+                w_right = tl.load(w_row + weight.column_stride * (COLUMNS - 1), mask=inside, other=0.0).to(tl.float32)
+                w = (w_left, w_right)
+                taken = counted(moments, w)
+            partial_ptr = partials_ptr + map_row * lanes + lane
+            total += map_loss(taken, rest, w, partial_ptr, map_stride, inside, constants, FORM)
+    lanes, lane = lanes // COLUMNS, lane // COLUMNS
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
 
 @triton.jit
 def _ssim_bwd_kernel(
     upstream_ptr,  # (images, channels) float32
-    x,  # (images, channels, height, width), any strides
-    y,  # (images, channels, height, width), any strides
-    x_grad,  # the same, or (None,)
-    y_grad,  # the same, or (None,)
+    x,  # Strided
+    y,  # Strided
+    x_grad,  # Strided, or None
+    y_grad,  # Strided, or None
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32
-    taps,  # of the pixels 0 .. RADIUS away
-    size,  # channels, height, width, elements of a row of the images and of the map
-    rows,
-    c2,
-    MARGIN: tl.constexpr,
-    RADIUS: tl.constexpr,
-    WEIGHTED: tl.constexpr,
-    KEPT: tl.constexpr,
-    ASIDE: tl.constexpr,
+    size,  # Size
+    rows,  # of the images, that a program takes
+    constants,  # Constants
+    FORM: tl.constexpr,  # Form
     WIDE: tl.constexpr,
-    SIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    channels, height, width, lanes, map_lanes = size
-    lane, image, channel, column = lane_of(channels, width, lanes, ASIDE, WIDE, SIDE, BLOCK)
+    WINDOW: tl.constexpr = FORM.window
+    RADIUS: tl.constexpr = WINDOW.radius
+    MARGIN: tl.constexpr = WINDOW.margin
+    COLUMNS: tl.constexpr = WINDOW.columns
+    height, width, map_lanes = size.height, size.width, size.map_lanes
+    lane, image, channel, column = lane_of(size.channels, width, size.lanes, WINDOW, WIDE, BLOCK)
     inside = column.to(tl.uint32) < tl.cast(width, tl.uint32)
-    x_at, y_at = at_column(x, image, channel, column), at_column(y, image, channel, column)
-    shift = shift_of(
-        at_column(x, image, channel, column * 0), at_column(y, image, channel, column * 0), (x[3], x[4]), (y[3], y[4]),
-        height, width, inside, c2,
-    )  # fmt: skip
-    upstream = tl.load(upstream_ptr + image * channels + channel, mask=inside, other=0.0)
-    step = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
+    x_ptr, y_ptr = at_column(x, image, channel, column), at_column(y, image, channel, column)
+    x_plane = Plane(at_column(x, image, channel, column * 0), x.row_stride, x.column_stride)
+    y_plane = Plane(at_column(y, image, channel, column * 0), y.row_stride, y.column_stride)
+    shift = shift_of(x_plane, y_plane, height, width, inside, constants.c2)
+    upstream = tl.load(upstream_ptr + image * size.channels + channel, mask=inside, other=0.0)
+    map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * map_lanes
     map_column = column - MARGIN
-    none = nothing(RADIUS, SIDE, BLOCK)
-    sums = (none, none, none, none)
-    needs = (x_grad[0], y_grad[0])
+    none = nothing(WINDOW, BLOCK)
+    sums = Partials(none, none, none, none)
     first = tl.program_id(1).to(tl.int64) * rows
     last = tl.minimum(first + rows, height)
-    here = partials_ptr + (first - RADIUS - MARGIN) * map_lanes + map_lane_of(lane, width, MARGIN, ASIDE)
+    map_ptr = partials_ptr + (first - RADIUS - MARGIN) * map_lanes + map_lane_of(lane, width, WINDOW)
     bound = tl.where(first - RADIUS >= MARGIN, width - 2 * MARGIN, 0).to(tl.uint32)
-    following = partial_ends(here, step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE)
+    following = partial_ends(map_ptr, map_stride, map_column, bound, FORM)
     read = inside & (RADIUS == 0)
-    x_next, y_next = load_lane(x_at + first * x[3], read, SIDE), load_lane(y_at + first * y[3], read, SIDE)
+    x_next = load_lane(x_ptr + first * x.row_stride, read, COLUMNS)
+    y_next = load_lane(y_ptr + first * y.row_stride, read, COLUMNS)
     for row in range(first - RADIUS, last + RADIUS):
         outer, x_row, y_row, within = following, x_next, y_next, bound
         bound = tl.where((row + 1 >= MARGIN) & (row + 1 < height - MARGIN), width - 2 * MARGIN, 0).to(tl.uint32)
-        following = partial_ends(here + map_lanes, step, map_column, bound, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE)
-        at = row - RADIUS
-        read = inside & (at + 1 >= first) & (at + 1 < last)
-        x_next = load_lane(x_at + (at + 1) * x[3], read, SIDE)
-        y_next = load_lane(y_at + (at + 1) * y[3], read, SIDE)
-        filtered, sums = next_filtered(
-            sums, here, step, map_column, within, outer, taps, needs, KEPT, ASIDE, MARGIN, RADIUS, SIDE
-        )
-        here += map_lanes
-        if at >= first:
-            p_aa, p_dd, p_x, p_y = filtered
-            of_x, of_y = (), ()
+        following = partial_ends(map_ptr + map_lanes, map_stride, map_column, bound, FORM)
+        done = row - RADIUS  # the row of the images that this row of the map completes
+        read = inside & (done + 1 >= first) & (done + 1 < last)
+        x_next = load_lane(x_ptr + (done + 1) * x.row_stride, read, COLUMNS)
+        y_next = load_lane(y_ptr + (done + 1) * y.row_stride, read, COLUMNS)
+        filtered, sums = next_filtered(sums, map_ptr, map_stride, map_column, within, outer, constants.taps, FORM)
+        map_ptr += map_lanes
+        if done >= first:
+            x_grads, y_grads = (), ()
             a, d = shifted(x_row, y_row, shift)
-            if WEIGHTED:  # NaN that no weight sees has partials of 0; where one does, they are NaN
+            if FORM.weighted:  # NaN that no weight sees has partials of 0; where one does, they are NaN
                 a, d = finite(a), finite(d)
-            for j in tl.static_range(SIDE):
-                by_a, by_d = 2.0 * a[j] * p_aa[j], 2.0 * d[j] * p_dd[j]
-                of_x = of_x + (upstream * (p_x[j] + by_a + by_d),)  # type: ignore[assignment]
-                of_y = of_y + (upstream * (p_y[j] + by_a - by_d),)  # type: ignore[assignment]
-            if x_grad[0] is not None:
-                store_lane(at_column(x_grad, image, channel, column) + at * x_grad[3], of_x, inside, SIDE)
-            if y_grad[0] is not None:
-                store_lane(at_column(y_grad, image, channel, column) + at * y_grad[3], of_y, inside, SIDE)
+            for j in tl.static_range(COLUMNS):
+                by_a, by_d = 2.0 * a[j] * filtered.aa[j], 2.0 * d[j] * filtered.dd[j]
+                x_grads = x_grads + (upstream * (filtered.x[j] + by_a + by_d),)  # type: ignore[assignment]
+                y_grads = y_grads + (upstream * (filtered.y[j] + by_a - by_d),)  # type: ignore[assignment]
+            if x_grad is not None:
+                x_grad_ptr = at_column(x_grad, image, channel, column) + done * x_grad.row_stride
+                store_lane(x_grad_ptr, x_grads, inside, COLUMNS)
+            if y_grad is not None:
+                y_grad_ptr = at_column(y_grad, image, channel, column) + done * y_grad.row_stride
+                store_lane(y_grad_ptr, y_grads, inside, COLUMNS)
 
 
 def taps_of(window: int, sigma: float) -> tuple[float, ...]:
     exact = [math.exp(-0.5 * (k / sigma) * (k / sigma)) for k in range(window // 2 + 1)]
-    total = exact[0] + 2 * sum(exact[1:])
+    middle, *others = exact
+    total = middle + 2 * sum(others)
     return tuple(tap / total for tap in exact)
 
 
 def one_pixel(taps: tuple[float, ...]) -> bool:
     """Whether the middle of a window rounds to 1, so that nothing else counts: variances are 0, exactly."""
-    return taps[0] > 1 - 2**-25
+    middle, *_ = taps
+    return middle > 1 - 2**-25
 
 
-def strided(tensor: Tensor | None) -> tuple:
-    return (None,) if tensor is None else (tensor, *tensor.stride())
+def strided(tensor: Tensor | None) -> Strided | None:
+    return None if tensor is None else Strided(tensor, *tensor.stride())
 
 
-def side_of(*tensors: Tensor | None) -> int:
+def columns_of(*tensors: Tensor | None) -> int:
     """Columns of a lane: two where every image is rows of pairs that lie aligned."""
     pairs = all(
         t.shape[3] % 2 == 0 and t.stride(3) == 1 and t.data_ptr() % (2 * t.element_size()) == 0
@@ -239,40 +243,46 @@ def stretch(height: int, lanes: int) -> int:
     return rows
 
 
-def layout(image: Tensor, margin: int) -> tuple[tuple[int, ...], int, int]:
-    """What the kernels call size, the lanes from a column to the next, the rows of a program."""
+def size_of(image: Tensor, margin: int) -> Size:
     images, channels, height, width = image.shape
-    lanes = images * channels * width
-    rows = 64
-    while rows > 16 and triton.cdiv(lanes, BLOCK) * triton.cdiv(height, rows) < REDUCE_PROGRAMS:
-        rows //= 2
-    size = (channels, height, width, lanes, images * channels * (width - 2 * margin))
-    return size, channels if image.stride(1) == 1 and image.stride(3) != 1 else 1, rows
+    planes = images * channels
+    return Size(channels, height, width, planes * width, planes * (width - 2 * margin))
+
+
+def pixel_stride(image: Tensor) -> int:
+    """Of the lanes: they are in the order of memory, be the image contiguous or channels_last."""
+    return image.shape[1] if image.stride(1) == 1 and image.stride(3) != 1 else 1
+
+
+def _form(x: Inputs, columns: int, **more: Any) -> Form:
+    window = Window(x.window // 2, 0 if x.same else x.window // 2, columns, pixel_stride(x.image))
+    return Form(window, keep=x.keep, **more)
 
 
 def ssim_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     image, keep = x.image, x.keep
     margin = 0 if x.same else x.window // 2
-    size, aside, _ = layout(image, margin)
-    channels, height, width, _, map_lanes = size
-    kept = (3 + (keep == 3), height - 2 * margin, map_lanes) if keep else (0,)
+    size = size_of(image, margin)
+    map_height, map_width = size.height - 2 * margin, size.width - 2 * margin
+    kept = (3 + (keep == 3), map_height, size.map_lanes) if keep else (0,)
     partials = image.new_empty(kept, dtype=torch.float32)
     if image.numel() == 0:
         return image.new_zeros(image.shape[:2], dtype=torch.float32), Saved(partials)
-    side = side_of(image, x.image_pred)
-    lanes = map_lanes // side
-    rows = stretch(height - 2 * margin, lanes)
-    stretches = triton.cdiv(height - 2 * margin, rows)
+    columns = columns_of(image, x.image_pred)
+    lanes = size.map_lanes // columns
+    rows = stretch(map_height, lanes)
+    stretches = triton.cdiv(map_height, rows)
     sums, taps = image.new_empty((stretches, lanes), dtype=torch.float32), taps_of(x.window, x.sigma)
+    steps = {"x_step": image.stride(3), "y_step": x.image_pred.stride(3)}
+    form = _form(x, columns, structure_only=x.structure_only, one_pixel=one_pixel(taps), **steps)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, PAIRS), stretches)](
-            strided(image), strided(x.image_pred), strided(x.weight), sums, partials, taps, size, rows, x.c1, x.c2,
-            x.low or None, margin, x.window // 2, x.structure_only, one_pixel(taps), keep, aside, image.stride(3),
-            x.image_pred.stride(3), map_lanes >= WIDE_LANES, side, PAIRS, **SWEEP,
+            strided(image), strided(x.image_pred), strided(x.weight), sums, partials, size, rows,
+            Constants(taps, x.c1, x.c2, x.low or None), form, size.map_lanes >= WIDE_LANES, PAIRS, **SWEEP,
         )  # fmt: skip
-    if aside > 1:
-        return sums.view(stretches, -1, width - 2 * margin, channels).sum((0, 2)), Saved(partials)
-    return sums.view(stretches, -1, channels, (width - 2 * margin) // side).sum((0, 3)), Saved(partials)
+    if form.window.pixel_stride > 1:
+        return sums.view(stretches, -1, map_width, size.channels).sum((0, 2)), Saved(partials)
+    return sums.view(stretches, -1, size.channels, map_width // columns).sum((0, 3)), Saved(partials)
 
 
 def ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
@@ -281,17 +291,17 @@ def ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
         _, saved = ssim_fwd(x)
     x_grad = torch.empty_like(x.image) if needs.image else None
     y_grad = torch.empty_like(x.image_pred) if needs.image_pred else None
-    margin = 0 if x.same else x.window // 2
-    size, aside, _ = layout(x.image, margin)
+    size = size_of(x.image, 0 if x.same else x.window // 2)
     if x.image.numel():
-        side = side_of(x.image, x.image_pred, x_grad, y_grad)
-        lanes = size[3] // side
-        rows = stretch(size[1], lanes)
+        columns = columns_of(x.image, x.image_pred, x_grad, y_grad)
+        lanes = size.lanes // columns
+        rows = stretch(size.height, lanes)
+        form = _form(x, columns, needs_x=needs.image, needs_y=needs.image_pred, weighted=x.weight is not None)
         with on_device(x.image):
-            _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size[1], rows))](
+            _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size.height, rows))](
                 grad.contiguous(), strided(x.image), strided(x.image_pred), strided(x_grad), strided(y_grad),
-                saved.kept, taps_of(x.window, x.sigma), size, rows, x.c2, margin, x.window // 2, x.weight is not None,
-                x.keep, aside, size[3] >= WIDE_LANES, side, PAIRS, **SWEEP,
+                saved.kept, size, rows, Constants(taps_of(x.window, x.sigma), x.c1, x.c2, None), form,
+                size.lanes >= WIDE_LANES, PAIRS, **SWEEP,
             )  # fmt: skip
     none = x.image.new_empty(0)
     return Grads(none if x_grad is None else x_grad, none if y_grad is None else y_grad)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -32,12 +32,40 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, registers, total, vector_block
+from ..feature_distance import Inputs, LayerInputs, Needs, Saved
 from ..layer_layout import layers_of, layout_of, rows_of, sign_count, sign_words
-from .layer_table import MOST, UNIT, Columns, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
+from .layer_table import MOST, UNIT, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together, in the backward
 FORWARD_UNROLL = 4  # in the forward, with whole units
+
+
+class Pointers(NamedTuple):
+    """Columns of a launch, see layer_table.py: of each layer a pointer, (rows, length)."""
+
+    features: Any  # None where the signs stand for features and targets
+    targets: Any
+    incoming: Any = None  # None, or what is added to the first gradient
+    gradients: Any = None  # None in the forward; else of the first side that needs them
+    negatives: Any = None  # None, or the gradients of the other side
+
+
+class Layers(NamedTuple):
+    """Likewise, a number of each layer."""
+
+    starts: Any  # its first tile
+    units: Any  # the length of its rows, in Table.unit
+    words: Any  # its first word of signs, in 16
+
+
+class Tile(NamedTuple):
+    """Where a program's tile is."""
+
+    first: Any  # element, in its layer
+    count: Any  # of elements
+    step: Any  # elements in a piece
+    first_word: Any  # of its signs
 
 
 @triton.jit
@@ -66,44 +94,40 @@ def _slope(d, p, KIND: tl.constexpr):
 
 
 @triton.jit
-def _place(tile, layer, row, starts, units, words, DTYPE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr):
-    """(first element of the tile in its layer, how many it has, elements in a piece, its first word of signs)."""
-    units_of_row = number_of(units, layer, starts, DTYPE).to(tl.int64)
-    nth = (tile - start_of(layer, starts, DTYPE)).to(tl.int64)
+def _tile_of(tile, layer, row, layers, TABLE: tl.constexpr, BLOCK: tl.constexpr):
+    UNIT: tl.constexpr = TABLE.unit
+    units_of_row = number_of(layers.units, layer, layers.starts, TABLE).to(tl.int64)
+    nth = (tile - start_of(layer, layers.starts, TABLE)).to(tl.int64)
     units_left = units_of_row - nth * (16 * BLOCK // UNIT)
     count = tl.minimum(units_left, 16 * BLOCK // UNIT).to(tl.int32) * UNIT
     words_of_row = (units_of_row * UNIT + 255) // 256
-    first_word = (number_of(words, layer, starts, DTYPE).to(tl.int64) + row * words_of_row) * 16 + nth * BLOCK
+    words_before = number_of(layers.words, layer, layers.starts, TABLE).to(tl.int64) + row * words_of_row
     first = row * units_of_row * UNIT + nth * (16 * BLOCK)
-    return first, count, (count + 255) // 256 * 16, first_word
+    return Tile(first, count, (count + 255) // 256 * 16, words_before * 16 + nth * BLOCK)
 
 
 @triton.jit(do_not_specialize=["tiles", "stride"])
 def _distance_fwd_kernel(
-    features,  # columns, see layer_table.py: a pointer a layer, (rows, length)
-    targets,  # likewise
+    pointers,  # Pointers: of features and targets
     signs_ptr,  # (words,) int32, or None
     out_ptr,  # (rows, tiles) float32, rows `stride` apart
-    starts,  # of each layer: its first tile
-    units,  # the length of its rows, in UNIT
-    words,  # its first word of signs, in 16
-    scales,  # what its sums are multiplied with
+    layers,  # Layers
+    scales,  # column: what the sums of each layer are multiplied with
     tiles,
     stride,
     p,
     KIND: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    UNIT: tl.constexpr,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
     AHEAD: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    layer = layer_of(tile, starts, DTYPE)
-    first, count, step, first_word = _place(tile, layer, row, starts, units, words, DTYPE, UNIT, BLOCK)
-    f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
-    t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
+    layer = layer_of(tile, layers.starts, TABLE)
+    own = _tile_of(tile, layer, row, layers, TABLE, BLOCK)
+    f_ptr = pointer_of(pointers.features, layer, layers.starts, TABLE) + own.first
+    t_ptr = pointer_of(pointers.targets, layer, layers.starts, TABLE) + own.first
+    count, step = own.count, own.step
     columns = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     word = tl.zeros((BLOCK,), tl.int32)
@@ -119,43 +143,36 @@ def _distance_fwd_kernel(
             above, below = tl.full((), 1, tl.int32) << (2 * r), tl.full((), 2, tl.int32) << (2 * r)
             word |= tl.where(d <= 0, 0, above) | tl.where(d >= 0, 0, below)  # NaN sets both
     if signs_ptr is not None:
-        tl.store(signs_ptr + first_word + columns, word, mask=columns < step)
-    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * factor_of(scales, layer, starts, DTYPE))
+        tl.store(signs_ptr + own.first_word + columns, word, mask=columns < step)
+    tl.store(out_ptr + row * stride + tile, tl.sum(acc) * factor_of(scales, layer, layers.starts, TABLE))
 
 
 @triton.jit(do_not_specialize=["tiles"])
 def _distance_bwd_kernel(
     grad_ptr,  # (rows,) float32
     signs_ptr,  # (words,) int32, or None
-    features,  # None with signs, else a pointer a layer: (rows, length)
-    targets,  # likewise
-    incoming,  # None, or likewise: added to the first gradient
-    gradients,  # a pointer a layer: (rows, length)
-    negatives,  # None, or likewise: gradients of the other side
-    starts,
-    units,
-    words,
-    scales,
+    pointers,  # Pointers
+    layers,  # Layers
+    scales,  # as in the forward
     tiles,
     p,
     KIND: tl.constexpr,
-    DTYPE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    UNIT: tl.constexpr,
+    TABLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    layer = layer_of(tile, starts, DTYPE)
-    first, count, step, first_word = _place(tile, layer, row, starts, units, words, DTYPE, UNIT, BLOCK)
-    upstream = tl.load(grad_ptr + row) * factor_of(scales, layer, starts, DTYPE)
+    layer = layer_of(tile, layers.starts, TABLE)
+    own = _tile_of(tile, layer, row, layers, TABLE, BLOCK)
+    first, count, step = own.first, own.count, own.step
+    upstream = tl.load(grad_ptr + row) * factor_of(scales, layer, layers.starts, TABLE)
     columns = tl.arange(0, BLOCK)
-    to_ptr = pointer_of(gradients, layer, starts, DTYPE, ALIGNED) + first
+    to_ptr = pointer_of(pointers.gradients, layer, layers.starts, TABLE) + first
     if signs_ptr is not None:
-        word = tl.load(signs_ptr + first_word + columns, mask=columns < step, other=0)
+        word = tl.load(signs_ptr + own.first_word + columns, mask=columns < step, other=0)
     else:
-        f_ptr = pointer_of(features, layer, starts, DTYPE, ALIGNED) + first
-        t_ptr = pointer_of(targets, layer, starts, DTYPE, ALIGNED) + first
+        f_ptr = pointer_of(pointers.features, layer, layers.starts, TABLE) + first
+        t_ptr = pointer_of(pointers.targets, layer, layers.starts, TABLE) + first
     for r in tl.range(0, (count + step - 1) // step, loop_unroll_factor=UNROLL):
         offsets = r * step + columns
         mask = columns < tl.minimum(step, count - r * step)
@@ -167,20 +184,19 @@ def _distance_bwd_kernel(
             t = tl.load(t_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
             slope = _slope(f - t, p, KIND)
         g = upstream * slope
-        if negatives is not None:
-            other_ptr = pointer_of(negatives, layer, starts, DTYPE, ALIGNED) + first
+        if pointers.negatives is not None:
+            other_ptr = pointer_of(pointers.negatives, layer, layers.starts, TABLE) + first
             tl.store(other_ptr + offsets, (-g).to(other_ptr.dtype.element_ty), mask=mask)
-        if incoming is not None:
-            in_ptr = pointer_of(incoming, layer, starts, DTYPE, ALIGNED) + first
+        if pointers.incoming is not None:
+            in_ptr = pointer_of(pointers.incoming, layer, layers.starts, TABLE) + first
             g += tl.load(in_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         tl.store(to_ptr + offsets, g.to(to_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass
-class _Launch:
+class _Launch(NamedTuple):
     """Up to MOST layers of a list, those without elements left out: which they are, and the numbers of each."""
 
-    layers: list[int]
+    layers: tuple[int, ...]
     starts: tuple[int, ...]
     lengths: tuple[int, ...]
     words: tuple[int, ...]
@@ -189,11 +205,11 @@ class _Launch:
     first_tile: int
     unit: int
 
-    def columns(self, *sides: Sequence[Tensor] | None) -> Columns:
+    def columns(self, sides: Pointers) -> tuple[Layers, Pointers, Any, Any]:
         """The kernel's columns, with the layers' tensors of each side."""
         units = [n // self.unit for n in self.lengths]
-        chosen = [None if side is None else [side[i] for i in self.layers] for side in sides]
-        return columns_of((self.starts, units, self.words), chosen, [self.scales])
+        chosen = Pointers(*(None if side is None else [side[i] for i in self.layers] for side in sides))
+        return columns_of(Layers(self.starts, units, self.words), chosen, self.scales, self.unit)
 
 
 def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, reduction: str) -> list[_Launch]:
@@ -207,12 +223,12 @@ def _launches(layout: list[int], weights: Sequence[float], dtype: torch.dtype, r
             entries.append((i, length, word // 16, scale, triton.cdiv(length, per_tile)))
         word += rows * sign_words(length)
     found, first = [], 0
-    for at in range(0, len(entries), MOST):
-        layers, lengths, words, scales, tiles = zip(*entries[at : at + MOST], strict=True)
-        starts = tuple(itertools.accumulate(tiles, initial=0))
+    for start in range(0, len(entries), MOST):
+        layers, lengths, words, scales, tiles = zip(*entries[start : start + MOST], strict=True)
+        *starts, end = itertools.accumulate(tiles, initial=0)
         unit = UNIT if all(n % UNIT == 0 for n in lengths) else 1
-        found.append(_Launch(list(layers), starts[:-1], lengths, words, scales, starts[-1], first, unit))
-        first += starts[-1]
+        found.append(_Launch(layers, tuple(starts), lengths, words, scales, end, first, unit))
+        first += end
     return found
 
 
@@ -227,134 +243,66 @@ def _laid_out(tensors: Sequence[Tensor], layout: list[int]) -> list[Tensor]:
     return found
 
 
-def _sum_layers(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    criterion: str,
-    parameter: float,
-    reduction: str,
-    signs: Tensor | None,
-) -> Tensor:
-    dtype, shape = features[0].dtype, features[0].shape[:1] if reduction == "none" else ()
-    launches = _launches(layout, weights, dtype, reduction)
+def _sum_layers(x: Inputs, criterion: str, parameter: float, signs: Tensor | None) -> Tensor:
+    model, per_sample = x.features[0], x.reduction == "none"
+    shape = model.shape[:1] if per_sample else ()
+    launches = _launches(x.layout, x.weights, model.dtype, x.reduction)
     if not launches:
-        return features[0].new_zeros(shape, dtype=torch.float32)
-    rows = math.prod(shape)
-    tiles = launches[-1].first_tile + launches[-1].tiles
-    partials = features[0].new_empty((rows, tiles), dtype=torch.float32)
-    features, targets = _laid_out(features, layout), _laid_out(targets, layout)
+        return model.new_zeros(shape, dtype=torch.float32)
+    rows, tiles = math.prod(shape), sum(launch.tiles for launch in launches)
+    partials = model.new_empty((rows, tiles), dtype=torch.float32)
+    sides = Pointers(_laid_out(x.features, x.layout), _laid_out(x.targets, x.layout))
     with on_device(partials):
         for launch in launches:
-            of = launch.columns(features, targets)
+            layers, pointers, scales, table = launch.columns(sides)
             _distance_fwd_kernel[(rows * launch.tiles,)](
-                *of.pointers, signs, partials[:, launch.first_tile :], *of.numbers, *of.factors, launch.tiles, tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, vector_block(dtype.itemsize),
-                FORWARD_UNROLL if launch.unit > 1 else 2, **STREAM_OPTIONS,
+                pointers, signs, partials[:, launch.first_tile :], layers, scales, launch.tiles, tiles, parameter,
+                criterion, table, vector_block(model.dtype.itemsize), FORWARD_UNROLL if launch.unit > 1 else 2,
+                **STREAM_OPTIONS,
             )  # fmt: skip
-    return partials.sum(1) if reduction == "none" else total(partials)
+    return partials.sum(1) if per_sample else total(partials)
 
 
-def feature_l1_fwd(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    signs = features[0].new_empty(sign_count(layout, reduction), dtype=torch.int32)
-    return _sum_layers(features, targets, weights, layout, "l1", 0.0, reduction, signs), signs
+def feature_l1_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    signs = x.features[0].new_empty(sign_count(x.layout, x.reduction), dtype=torch.int32)
+    return _sum_layers(x, "l1", 0.0, signs), Saved(signs)
 
 
-def feature_distance_fwd(
-    features: list[Tensor],
-    targets: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-) -> Tensor:
-    return _sum_layers(features, targets, weights, layout, criterion, parameter, reduction, None)
+def feature_distance_fwd(x: Inputs) -> Tensor:
+    return _sum_layers(x, x.criterion, x.parameter, None)
 
 
-def feature_l1_bwd(
-    grad: Tensor,
-    signs: Tensor,
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    reduction: str,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    return _gradients(
-        grad, signs, [], [], incoming, weights, layout, dtype, ("l1", 0.0, reduction), needs_features, needs_targets
-    )
+def feature_l1_bwd(grad: Tensor, saved: Saved, incoming: list[Tensor], x: LayerInputs, needs: Needs) -> list[Tensor]:
+    whole = Inputs([], [], x.weights, x.layout, x.dtype, "l1", 0.0, x.reduction)
+    return _gradients(grad, saved.signs, whole, incoming, needs)
 
 
-def feature_distance_bwd(
-    grad: Tensor,
-    features: list[Tensor],
-    targets: list[Tensor],
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    criterion: str,
-    parameter: float,
-    reduction: str,
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    options = (criterion, parameter, reduction)
-    return _gradients(
-        grad, None, features, targets, incoming, weights, layout, dtype, options, needs_features, needs_targets
-    )
+def feature_distance_bwd(grad: Tensor, x: Inputs, incoming: list[Tensor], needs: Needs) -> list[Tensor]:
+    return _gradients(grad, None, x, incoming, needs)
 
 
-def _gradients(
-    grad: Tensor,
-    signs: Tensor | None,
-    features: list[Tensor],
-    targets: list[Tensor],
-    incoming: list[Tensor],
-    weights: list[float],
-    layout: list[int],
-    dtype: torch.dtype,
-    options: tuple[str, float, str],
-    needs_features: bool,
-    needs_targets: bool,
-) -> list[Tensor]:
-    criterion, parameter, reduction = options
-    spilling = bool(incoming) and dtype == torch.float32  # at 32 registers, ptxas's choice
+def _gradients(grad: Tensor, signs: Tensor | None, x: Inputs, incoming: list[Tensor], needs: Needs) -> list[Tensor]:
+    spilling = bool(incoming) and x.dtype == torch.float32  # at 32 registers, ptxas's choice
     of_lanes = STREAM_OPTIONS | (registers(40) if spilling else {})
-    made = [
-        [grad.new_empty_strided(*layer, dtype=dtype) for layer in layers_of(layout)]
-        for needed in (needs_features, needs_targets)
-        if needed
+    grads = [
+        [grad.new_empty_strided(*layer, dtype=x.dtype) for layer in layers_of(x.layout)] for needed in needs if needed
     ]
-    if not made:
+    if not grads:
         return []
-    if not needs_features:  # the gradients differ in sign only
+    weights = x.weights
+    if not needs.features:  # the gradients differ in sign only
         weights = [-weight for weight in weights]
     rows = grad.numel()
     grad = grad.contiguous()
-    sides = [_laid_out(tensors, layout) if tensors else None for tensors in (features, targets, incoming)]
+    read = [_laid_out(tensors, x.layout) if tensors else None for tensors in (x.features, x.targets, incoming)]
     with on_device(grad):
-        for launch in _launches(layout, weights, dtype, reduction):
-            of = launch.columns(*sides, made[0], made[1] if len(made) > 1 else None)
+        for launch in _launches(x.layout, weights, x.dtype, x.reduction):
+            layers, pointers, scales, table = launch.columns(Pointers(*read, *grads))
             _distance_bwd_kernel[(rows * launch.tiles,)](
-                grad, signs, *of.pointers, *of.numbers, *of.factors, launch.tiles,
-                parameter, criterion, of.dtype, of.aligned, launch.unit, vector_block(dtype.itemsize), **of_lanes,
+                grad, signs, pointers, layers, scales, launch.tiles, x.parameter, x.criterion, table,
+                vector_block(x.dtype.itemsize), **of_lanes,
             )  # fmt: skip
-    return [gradient for side in made for gradient in side]
+    return [gradient for side in grads for gradient in side]
 
 
 def aot_cases() -> Iterator[AotCase]:
@@ -381,19 +329,20 @@ def _aot_calls(
     features = [torch.empty(shape, dtype=dtype, device="meta") for shape in shapes]
     layout, weights = layout_of(features, features, reduction), [1.0] * len(shapes)
     grad = torch.empty(shapes[0][:1] if reduction == "none" else (), device="meta")
-    args = (features, features, weights, layout, dtype, criterion, 0.5, reduction)
-    name = "feature_l1" if criterion == "l1" else "feature_distance"
-    yield AotCase(f"forward {label}", globals()[f"{name}_fwd"], args, wide)
+    x = Inputs(features, features, weights, layout, dtype, criterion, 0.5, reduction)
+    forward, backward = (
+        (feature_l1_fwd, feature_l1_bwd) if criterion == "l1" else (feature_distance_fwd, feature_distance_bwd)
+    )
+    yield AotCase(f"forward {label}", forward, (x,), wide)
     sides = ((True, False), (False, True), (True, True)) if all_sides else ((True, False),)
-    for (needs_features, needs_targets), tapped in itertools.product(sides, (False, True)):
-        if tapped and not needs_features:
+    for needs, tapped in itertools.product((Needs(*side) for side in sides), (False, True)):
+        if tapped and not needs.features:
             continue
         incoming = features if tapped else []
         if criterion == "l1":
-            signs = torch.empty(sign_count(layout, reduction), dtype=torch.int32, device="meta")
-            rest: tuple = (grad, signs, incoming, weights, layout, dtype, reduction)
+            saved = Saved(torch.empty(sign_count(layout, reduction), dtype=torch.int32, device="meta"))
+            args: tuple = (grad, saved, incoming, LayerInputs(weights, layout, dtype, reduction), needs)
         else:
-            rest = (grad, features, features, incoming, *args[2:])
-        which = {(True, False): "", (False, True): " targets", (True, True): " both"}[needs_features, needs_targets]
-        yield AotCase(f"backward {label}{which}{' tap' if tapped else ''}", globals()[f"{name}_bwd"],
-                      (*rest, needs_features, needs_targets), wide)  # fmt: skip
+            args = (grad, x, incoming, needs)
+        which = {(True, False): "", (False, True): " targets", (True, True): " both"}[needs]
+        yield AotCase(f"backward {label}{which}{' tap' if tapped else ''}", backward, args, wide)

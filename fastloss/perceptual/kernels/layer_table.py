@@ -12,13 +12,13 @@ Triton compiles anew whenever a whole number in a tuple becomes 1 or a multiple 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+
+from ...core.kernels.launch import odd_address
 
 DIRECT = 8  # layers as arguments; with 16, gfx942 runs out of scalar registers
 MOST = 64  # layers of a table: five columns of pointers and four of numbers are 3.5 KiB, of 4 KiB of arguments
@@ -29,54 +29,69 @@ FAR = tl.constexpr(2**29)  # programs: where layers start that are not there; 2 
 ELEMENTS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
+class Table(NamedTuple):
+    """How a kernel reads columns, as a constant of it."""
+
+    dtype: tl.dtype | None  # of what the pointers of a table point to; None: the columns are tuples among the arguments
+    aligned: bool  # every pointer of a table is a multiple of 16
+    unit: int  # elements that lengths are counted in
+
+
 @triton.jit
 def _halves(table):
     return table.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit
-def layer_of(program, starts, DTYPE: tl.constexpr):
-    """What the layer is found by whose programs begin with the last start not past this one: its row in the table."""
-    if DTYPE is None:
+def layer_of(program, starts, TABLE: tl.constexpr):
+    """The program's layer, by its row in the table: the last one whose first program is not past this one."""
+    if TABLE.dtype is None:
         return program
     else:
         return tl.sum((tl.load(_halves(starts) + 2 * tl.arange(0, LANES)) <= program).to(tl.int32)) - 1
 
 
 @triton.jit
-def _entry(values, layer, starts, DTYPE: tl.constexpr):
-    if DTYPE is None:
-        found = values[0]
-        for i in tl.static_range(len(values)):  # from 0 on: a tensor comes out also of a single number
-            found = tl.where(layer >= (starts[i] - 3) >> 1, values[i], found)
+def _entry(values, layer, starts, TABLE: tl.constexpr):
+    if TABLE.dtype is None:
+        for i in tl.static_range(len(values)):
+            if i == 0:
+                found = values[i]
+            found = tl.where(layer >= (starts[i] - 3) >> 1, values[i], found)  # of a single number too, as a tensor
         return found
     else:
         return tl.load(starts + values * LANES + layer)
 
 
 @triton.jit
-def pointer_of(values, layer, starts, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The layer's pointer in a column. DTYPE is that of the elements if there is a table, else None."""
-    found = _entry(values, layer, starts, DTYPE)
-    if DTYPE is None:
+def pointer_of(values, layer, starts, TABLE: tl.constexpr):
+    """The layer's pointer in a column."""
+    found = _entry(values, layer, starts, TABLE)
+    if TABLE.dtype is None:
         return found
     else:
-        pointer = found.to(tl.pointer_type(DTYPE))
-        return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+        pointer = found.to(tl.pointer_type(TABLE.dtype))
+        return tl.multiple_of(pointer, 16) if TABLE.aligned else pointer
 
 
 @triton.jit
-def start_of(layer, starts, DTYPE: tl.constexpr):
-    if DTYPE is None:
-        return number_of(starts, layer, starts, DTYPE)
+def float32_pointer_of(values, layer, starts, TABLE: tl.constexpr):
+    """The same of a column of pointers to float32 in a table, whatever the other columns point to."""
+    return _entry(values, layer, starts, TABLE).to(tl.pointer_type(tl.float32))
+
+
+@triton.jit
+def start_of(layer, starts, TABLE: tl.constexpr):
+    if TABLE.dtype is None:
+        return number_of(starts, layer, starts, TABLE)
     else:
         return small_number_of(0, layer, starts)
 
 
 @triton.jit
-def number_of(values, layer, starts, DTYPE: tl.constexpr):
-    found = _entry(values, layer, starts, DTYPE)
-    return (found - 3) >> 1 if DTYPE is None else found
+def number_of(values, layer, starts, TABLE: tl.constexpr):
+    found = _entry(values, layer, starts, TABLE)
+    return (found - 3) >> 1 if TABLE.dtype is None else found
 
 
 @triton.jit
@@ -86,17 +101,17 @@ def small_number_of(values, layer, table):
 
 
 @triton.jit
-def factor_of(values, layer, starts, DTYPE: tl.constexpr):
-    found = _entry(values, layer, starts, DTYPE)
-    return found if DTYPE is None else found.to(tl.int32).to(tl.float32, bitcast=True)
+def factor_of(values, layer, starts, TABLE: tl.constexpr):
+    found = _entry(values, layer, starts, TABLE)
+    return found if TABLE.dtype is None else found.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _write_table_kernel(
     table_ptr,  # (columns, MOST) int64: the numbers, then the pointers, then the factors
     numbers,  # WIDTH of each column, one column after the other
-    pointers,
-    factors,
+    pointers,  # the same
+    factors,  # the same
     WIDTH: tl.constexpr,
 ):
     lanes = tl.arange(0, LANES)
@@ -112,44 +127,46 @@ def _write_table_kernel(
         tl.store(table_ptr + i // WIDTH * LANES + i % WIDTH, bits.to(tl.int64))
 
 
-@dataclass
-class Columns:
-    """The columns of a launch as its kernel takes them; `starts` are the first of the numbers."""
-
-    numbers: list[Any]
-    pointers: list[Any]
-    factors: list[Any]
-    dtype: tl.dtype | None
-    aligned: bool
+Numbers = TypeVar("Numbers", bound=tuple)
+Pointers = TypeVar("Pointers", bound=tuple)
 
 
 def columns_of(
-    numbers: Sequence[Sequence[int]],
-    pointers: Sequence[Sequence[Tensor] | None],
-    factors: Sequence[Sequence[float]] = (),
-) -> Columns:
-    """Kernel arguments for up to MOST layers, written to a table if they are more than DIRECT. None stays None."""
-    count = len(numbers[0])
+    numbers: Numbers, pointers: Pointers, factors: Sequence[float] | None = None, unit: int = 1
+) -> tuple[Numbers, Pointers, Any, Table]:
+    """Columns as a kernel takes them, for up to MOST layers, written to a table if they are more than DIRECT.
+
+    `numbers` and `pointers` are named tuples of columns, each a sequence with an entry a layer, and come back as such;
+    the first of the numbers are the layers' first programs. A column that is None stays None. Then the column of
+    factors, and how the kernel reads them all.
+    """
+    starts, *_ = numbers
+    count = len(starts)
+    kinds: Any = type(numbers), type(pointers)
+    number_struct, pointer_struct = kinds
     if count <= DIRECT:
-        odd = [tuple(2 * n + 3 for n in column) for column in numbers]
+        odd = [None if column is None else tuple(2 * n + 3 for n in column) for column in numbers]
         tuples = [None if column is None else tuple(column) for column in pointers]
-        return Columns(odd, tuples, [tuple(column) for column in factors], None, False)
-    model = next(column for column in pointers if column is not None)[0]
+        direct = None if factors is None else tuple(factors)
+        return number_struct(*odd), pointer_struct(*tuples), direct, Table(None, False, unit)
+    model = next(tensor for column in pointers if column is not None for tensor in column)
     width = next(width for width in BUCKETS if count <= width)
     addresses = [None if column is None else [t.data_ptr() for t in column] for column in pointers]
-    there = [column for column in addresses if column is not None]
-    table = model.new_empty((len(numbers) + len(there) + len(factors), MOST), dtype=torch.int64)
+    given, there = ([column for column in columns if column is not None] for columns in (numbers, addresses))
+    table = model.new_empty((len(given) + len(there) + (factors is not None), MOST), dtype=torch.int64)
     rest = width - count
     _write_table_kernel[(1,)](
         table,
-        tuple(2 * n + 3 for column in numbers for n in (*column, *[FAR.value] * rest)),
-        tuple(2**62 + 2 * p + 3 for column in there for p in (*column, *[0] * rest)),
-        tuple(f for column in factors for f in (*column, *[0.0] * rest)),
+        tuple(2 * n + 3 for column in given for n in (*column, *[FAR.value] * rest)),
+        tuple(odd_address(p) for column in there for p in (*column, *[0] * rest)),
+        () if factors is None else (*factors, *[0.0] * rest),
         width, num_warps=1,
     )  # fmt: skip
-    places = iter(range(len(numbers) + len(there) + len(factors)))
-    numbered: list[Any] = [next(places) for _ in numbers]
-    numbered[0] = table
-    pointed = [None if column is None else next(places) for column in addresses]
+    rows = iter(range(table.shape[0]))
+    numbered = [None if column is None else next(rows) for column in numbers]
+    pointed = [None if column is None else next(rows) for column in addresses]
     aligned = all(p % 16 == 0 for column in there for p in column)
-    return Columns(numbered, pointed, [next(places) for _ in factors], ELEMENTS[model.dtype], aligned)
+    _, *others = numbered  # in the place of the starts, which are the first row, stands the table
+    last = None if factors is None else next(rows)
+    how = Table(ELEMENTS[model.dtype], aligned, unit)
+    return number_struct(table, *others), pointer_struct(*pointed), last, how

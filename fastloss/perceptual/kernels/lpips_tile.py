@@ -1,14 +1,62 @@
 """A tile of the LPIPS head in Triton: all channels of some pixels of an image of a layer. The formulas: lpips.py.
 
-Of INDEX and LAYERS, LAYERS[INDEX] says how the tile is shaped, in the order of lpips.py's `_describe`.
+LAYERS is a `Tile` whose fields are tuples, with an entry a layer, of which INDEX says which one. (From a tuple of named
+tuples Triton 3.6 loses the names.)
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .layer_table import number_of, pointer_of, small_number_of
+from .layer_table import float32_pointer_of, number_of, pointer_of, small_number_of
+
+
+class Tile(NamedTuple):
+    """How a layer is cut into tiles, as a constant of the kernel; one for several layers where there is a table."""
+
+    channels: int
+    pixels: int
+    in_rows: bool  # the channels of a pixel lie side by side, else its plane's pixels
+    wide: bool  # offsets need 64 bits
+    even: bool  # the layer's pixels, and those before it, are a multiple of 16
+    whole: bool  # the layer's pixels are a multiple of the tile's
+    ragged: bool  # the layer's channels are no multiple of the tile's
+    more: bool  # they are more than those
+    layer_channels: int  # how many they are; with a table, whether they are multiples of 16
+    together: int  # pixels of a plane that a thread reads side by side
+
+
+class Pointers(NamedTuple):
+    """Columns of a launch, see layer_table.py: of each layer (images, channels, pixels), or (images, pixels, channels)
+    in rows."""
+
+    x: Any
+    y: Any
+    lin: Any  # (channels,) float32, or None
+    x_grad: Any = None
+    y_grad: Any = None
+
+
+class Layers(NamedTuple):
+    """Likewise, a number of each layer."""
+
+    starts: Any  # its first tile
+    pixels: Any
+    first_pixels: Any  # its first pixel in what is kept
+    channels: Any  # None, or with a table
+    kinds: Any  # None, or with a table: where its tile is in LAYERS
+
+
+class Factors(NamedTuple):
+    """Of the pixels of a tile, for the gradient of one side."""
+
+    inverse: Any  # of what x is divided by
+    rest: Any  # what rounding took from that
+    ratio: Any  # of u to be subtracted: k (|x| + eps) / |x|
+    scale: Any  # of all
 
 
 @triton.jit
@@ -30,28 +78,28 @@ def _divide(x, inverse, rest):
 @triton.jit
 def there(pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     """Which pixels there are. A constant where all are: it compiles to no mask at all."""
-    if LAYERS[INDEX][5]:
-        return tl.full((LAYERS[INDEX][1],), True, tl.int1)
+    if LAYERS.whole[INDEX]:
+        return tl.full((LAYERS.pixels[INDEX],), True, tl.int1)
     else:
         return pixel < pixels
 
 
 @triton.jit
 def _where(channel, channels, pixel, pixels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
-    """Offsets within an image, and which of them lie inside. LAYERS[INDEX] as `_describe` makes it."""
-    if LAYERS[INDEX][3]:
+    """Offsets within an image, and which of them lie inside."""
+    if LAYERS.wide[INDEX]:
         channel = channel.to(tl.int64)
         pixel = pixel.to(tl.int64)
-    if LAYERS[INDEX][2]:
+    if LAYERS.in_rows[INDEX]:
         offsets = pixel[None, :] * channels + channel[:, None]
     else:
         # A thread reads few pixels of many channels, since what it computes of each pixel is dear
-        together: tl.constexpr = LAYERS[INDEX][9]
+        together: tl.constexpr = LAYERS.together[INDEX]
         offsets = tl.max_contiguous(channel[:, None] * pixels + pixel[None, :], [1, together])
-    inside = tl.full((LAYERS[INDEX][0], LAYERS[INDEX][1]), True, tl.int1)
-    if LAYERS[INDEX][6]:
+    inside = tl.full((LAYERS.channels[INDEX], LAYERS.pixels[INDEX]), True, tl.int1)
+    if LAYERS.ragged[INDEX]:
         inside = inside & (channel < channels)[:, None]
-    if not LAYERS[INDEX][5]:
+    if not LAYERS.whole[INDEX]:
         inside = inside & (pixel < pixels)[None, :]
     return offsets, inside
 
@@ -65,7 +113,7 @@ def _read(x_ptr, offsets, inside):
 def _lin(lin_ptr, channel, channels, INDEX: tl.constexpr, LAYERS: tl.constexpr):
     if lin_ptr is None:
         return tl.where(channel < channels, 1.0, 0.0)[:, None]
-    elif LAYERS[INDEX][6]:
+    elif LAYERS.ragged[INDEX]:
         return tl.load(lin_ptr + channel, mask=channel < channels, other=0.0)[:, None]
     else:
         return tl.load(lin_ptr + channel)[:, None]
@@ -91,14 +139,14 @@ def fwd_tile(
     x_ptr, y_ptr, lin_ptr, channels, pixel, pixels, kept_ptr, total, eps, INDEX: tl.constexpr, LAYERS: tl.constexpr
 ):
     """The values of the pixels; their statistics go to `kept_ptr`, which points to the image's first pixel."""
-    channel = tl.arange(0, LAYERS[INDEX][0])
+    channel = tl.arange(0, LAYERS.channels[INDEX])
     offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
     x = _read(x_ptr, offsets, inside)
     y = _read(y_ptr, offsets, inside)
     square_x = x * x
     square_y = y * y
-    if LAYERS[INDEX][7]:
-        for start in range(LAYERS[INDEX][0], channels, LAYERS[INDEX][0]):
+    if LAYERS.more[INDEX]:
+        for start in range(LAYERS.channels[INDEX], channels, LAYERS.channels[INDEX]):
             offsets, inside = _where(start + channel, channels, pixel, pixels, INDEX, LAYERS)
             more_x = _read(x_ptr, offsets, inside)
             more_y = _read(y_ptr, offsets, inside)
@@ -111,8 +159,8 @@ def fwd_tile(
     _, inverse_y, rest_y = _divisor(norm_y, eps)
     lin = _lin(lin_ptr, channel, channels, INDEX, LAYERS)
     value, k = _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y)
-    if LAYERS[INDEX][7]:
-        for start in range(LAYERS[INDEX][0], channels, LAYERS[INDEX][0]):
+    if LAYERS.more[INDEX]:
+        for start in range(LAYERS.channels[INDEX], channels, LAYERS.channels[INDEX]):
             offsets, inside = _where(start + channel, channels, pixel, pixels, INDEX, LAYERS)
             x = _read(x_ptr, offsets, inside)
             y = _read(y_ptr, offsets, inside)
@@ -131,73 +179,63 @@ def fwd_tile(
 
 
 @triton.jit
-def pointers(values, layer, starts, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+def pointers(values, layer, starts, TABLE: tl.constexpr):
     """Of a column of pointers the layer's, alone in a tuple, where there is a table; else the column."""
-    if values is None or DTYPE is None:
+    if values is None or TABLE.dtype is None:
         return values
     else:
-        return (pointer_of(values, layer, starts, DTYPE, ALIGNED),)
+        return (pointer_of(values, layer, starts, TABLE),)
 
 
 @triton.jit
-def lin_pointers(lins, layer, starts, DTYPE: tl.constexpr):
-    if lins is None or DTYPE is None:
+def lin_pointers(lins, layer, starts, TABLE: tl.constexpr):
+    if lins is None or TABLE.dtype is None:
         return lins
     else:
-        return (pointer_of(lins, layer, starts, tl.float32, False),)
+        return (float32_pointer_of(lins, layer, starts, TABLE),)
 
 
 @triton.jit
-def sizes(layer, starts, pixels, firsts, channels, kinds, DTYPE: tl.constexpr):
-    """Likewise the layer's first tile, pixels, first pixel in `kept`, channels and kind of tile."""
-    if DTYPE is None:
-        return starts, pixels, firsts
+def is_of(tile, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr, TABLE: tl.constexpr):
+    """Whether this program's tile is that of INDEX: of the layer INDEX, or of one with that tile."""
+    if TABLE.dtype is None:
+        nth = tile - ((layers.starts[INDEX] - 3) >> 1)
+        return (nth >= 0) & (nth < tl.cdiv((layers.pixels[INDEX] - 3) >> 1, LAYERS.pixels[INDEX]))
     else:
-        count = small_number_of(pixels, layer, starts)
-        width = small_number_of(channels, layer, starts)
-        kind = small_number_of(kinds, layer, starts)
-        return small_number_of(0, layer, starts), count, number_of(firsts, layer, starts, DTYPE), width, kind
+        return small_number_of(layers.kinds, layer, layers.starts) == INDEX
 
 
 @triton.jit
-def is_of(tile, of, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
-    """Whether this program's tile is LAYERS[INDEX]'s: of the layer INDEX, or of one with that tile."""
-    if DTYPE is None:
-        nth = tile - ((of[0][INDEX] - 3) >> 1)
-        return (nth >= 0) & (nth < tl.cdiv((of[1][INDEX] - 3) >> 1, LAYERS[INDEX][1]))
+def place(tile, image, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr, TABLE: tl.constexpr):
+    """The layer's channels and pixels, this tile's pixels, and where the image starts in the layer and in what is
+    kept."""
+    if TABLE.dtype is None:
+        nth = tile - ((layers.starts[INDEX] - 3) >> 1)
+        count = (layers.pixels[INDEX] - 3) >> 1
+        first = (layers.first_pixels[INDEX] - 3) >> 1
+        width = LAYERS.layer_channels[INDEX]
     else:
-        return of[4] == INDEX
-
-
-@triton.jit
-def place(tile, image, of, INDEX: tl.constexpr, LAYERS: tl.constexpr, DTYPE: tl.constexpr):
-    """The layer's channels and pixels, this tile's pixels, and where the image starts in the layer and in `kept`."""
-    if DTYPE is None:
-        nth = tile - ((of[0][INDEX] - 3) >> 1)
-        count = (of[1][INDEX] - 3) >> 1
-        first = (of[2][INDEX] - 3) >> 1
-        width = LAYERS[INDEX][8]
-    else:
-        nth = tile - of[0]
-        count = of[1]
-        first = of[2]
-        width = of[3] // 16 * 16 if LAYERS[INDEX][8] else of[3]
-    if LAYERS[INDEX][4]:
+        nth = tile - small_number_of(0, layer, layers.starts)
+        count = small_number_of(layers.pixels, layer, layers.starts)
+        first = number_of(layers.first_pixels, layer, layers.starts, TABLE)
+        width = small_number_of(layers.channels, layer, layers.starts)
+        if LAYERS.layer_channels[INDEX]:
+            width = width // 16 * 16
+    if LAYERS.even[INDEX]:
         count = count // 16 * 16  # the same, and now the compiler knows it
         first = first // 16 * 16
-    pixel = nth * LAYERS[INDEX][1] + tl.arange(0, LAYERS[INDEX][1])
+    pixel = nth * LAYERS.pixels[INDEX] + tl.arange(0, LAYERS.pixels[INDEX])
     return width, count, pixel, image * width * count, first.to(tl.int64) + image * count
 
 
 @triton.jit
 def factors(norm_ptr, k_ptr, pixel, there, g, eps):
-    """The inverse of what x is divided by and its rest, what u pulls with, and the factor of all."""
     norm = tl.load(norm_ptr + pixel, mask=there, other=0.0)
     k = tl.load(k_ptr + pixel, mask=there, other=0.0)
     by, inverse, rest = _divisor(norm, eps)
     # |x| + eps over |x|: 1, unless |x| is as small as eps
-    pull = k * tl.where(norm == 0.0, 0.0, tl.div_rn(by, tl.where(norm == 0.0, 1.0, norm)))
-    return inverse[None, :], rest[None, :], pull[None, :], (g * inverse)[None, :]
+    ratio = k * tl.where(norm == 0.0, 0.0, tl.div_rn(by, tl.where(norm == 0.0, 1.0, norm)))
+    return Factors(inverse[None, :], rest[None, :], ratio[None, :], (g * inverse)[None, :])
 
 
 @triton.jit
@@ -205,15 +243,15 @@ def bwd_tile(
     x_ptr, y_ptr, lin_ptr, x_grad_ptr, y_grad_ptr, channels, pixel, pixels, of_x, of_y,
     INDEX: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
-    for start in range(0, channels, LAYERS[INDEX][0]):
-        channel = start + tl.arange(0, LAYERS[INDEX][0])
+    for start in range(0, channels, LAYERS.channels[INDEX]):
+        channel = start + tl.arange(0, LAYERS.channels[INDEX])
         offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
-        u = _divide(_read(x_ptr, offsets, inside), of_x[0], of_x[1])
-        v = _divide(_read(y_ptr, offsets, inside), of_y[0], of_y[1])
+        u = _divide(_read(x_ptr, offsets, inside), of_x.inverse, of_x.rest)
+        v = _divide(_read(y_ptr, offsets, inside), of_y.inverse, of_y.rest)
         weighted = _lin(lin_ptr, channel, channels, INDEX, LAYERS) * (u - v)
         if x_grad_ptr is not None:
-            dx = (weighted - u * of_x[2]) * of_x[3]
+            dx = (weighted - u * of_x.ratio) * of_x.scale
             tl.store(x_grad_ptr + offsets, dx.to(x_grad_ptr.dtype.element_ty), mask=inside)
         if y_grad_ptr is not None:
-            dy = (v * of_y[2] - weighted) * of_y[3]
+            dy = (v * of_y.ratio - weighted) * of_y.scale
             tl.store(y_grad_ptr + offsets, dy.to(y_grad_ptr.dtype.element_ty), mask=inside)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...core.checks import check_choice
 from .digits import load_digits
 from .folder import FolderData
-from .samples import SPLITS, Skipped
+from .samples import HELD_OUT, SPLITS, Skipped
 from .shards import ShardData
 
 Batch = dict[str, Any]
@@ -40,13 +40,17 @@ class DigitsData:
         return {"image": self.images[index], "caption": self.captions[index]}
 
 
-def open_dataset(spec: str, split: str, size: int, channels: int) -> DigitsData | FolderData | ShardData:
+def open_dataset(
+    spec: str, split: str, size: int, channels: int, held_out: tuple[int, int] = HELD_OUT
+) -> DigitsData | FolderData | ShardData:
     """A split of a data set, whose samples are ``dict(image=[channels, size, size] in [0, 1], caption=str)``.
 
     Args:
         spec: ``"digits"`` (scikit-learn's, see `digits.py`), ``"folder:PATH"`` (see :class:`FolderData`) or
-            ``"wds:SHARDS"``, e.g. ``"wds:shards/train-{0000..0015}.tar"`` (see :class:`ShardData`).
+            ``"wds:SHARDS"``, e.g. ``"wds:shards"`` or ``"wds:shards/train-{0000..0015}.tar"`` (see :class:`ShardData`).
         split: ``"train"``, ``"val"`` or ``"test"``. size: side in pixels, >= 8. channels: 1 or 3.
+        held_out: percent of the images in val and in test, where no folder or shard is called so; the digits' splits
+            are fixed.
 
     Raises:
         ValueError: a bad argument, no such folder, or no usable sample.
@@ -64,9 +68,9 @@ def open_dataset(spec: str, split: str, size: int, channels: int) -> DigitsData 
     if spec == "digits":
         return DigitsData(split, size, channels)
     if kind == "folder" and where:
-        return FolderData(where, split, size, channels)
+        return FolderData(where, split, size, channels, held_out)
     if kind == "wds" and where:
-        return ShardData(where, split, size, channels)
+        return ShardData(where, split, size, channels, held_out)
     raise ValueError(f"data: expected 'digits', 'folder:PATH' or 'wds:SHARDS', got {spec!r}")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .samples import (
     EMPTY,
     EXTENSIONS,
+    HELD_OUT,
     OTHER_IMAGES,
     SPLITS,
     Skipped,
@@ -25,6 +26,7 @@ from .samples import (
     not_read,
     reason_of,
     split_of,
+    splits_of,
     string_in,
     text_of,
     unreadable,
@@ -43,8 +45,9 @@ class Listed(NamedTuple):
 
 class FolderData:
     """Images below a folder, with captions from metadata.jsonl files (lines of "file_name", relative to that file, and
-    "text" or "caption") or from a .txt beside the image. Folders train, val and test set the splits, else a hash of the
-    name. Text files are UTF-8, with or without a byte order mark.
+    "text", "caption" or "prompt") or from a .txt beside the image. Folders train, val and test set the splits, else a
+    hash of the name, with `held_out` percent in val and test and at least one image in each. Text files are UTF-8, with
+    or without a byte order mark.
 
     Every image of the split that is not used is in `skipped` by its name, with the reason: no caption, an empty one,
     one that is no string, an unreadable file, a format that is not read. So are lines of a metadata.jsonl that name no
@@ -54,14 +57,16 @@ class FolderData:
     only when it is decoded is replaced by the next readable one, so that the length and the order stay as they are.
     """
 
-    def __init__(self, root: str | Path, split: str, size: int, channels: int):
+    def __init__(self, root: str | Path, split: str, size: int, channels: int, held_out: tuple[int, int] = HELD_OUT):
         self.root, self.split, self.size, self.channels = Path(root), split, size, channels
+        self._held_out = held_out
         if not self.root.is_dir():
             raise ValueError(f"folder: expected a folder of images, got {str(root)!r}")
         self.skipped = Skipped(f"folder:{root}")
         self._named = {name for name in SPLITS if (self.root / name).is_dir()}
         names, listed = self._scan()
-        captions = [(name, self._caption(name, listed)) for name in names if self._in_split(name)]
+        splits = splits_of(names, [self._given(name) for name in names], self._named, held_out)
+        captions = [(name, self._caption(name, listed)) for name in names if splits[name] == split]
         captioned = [(name, caption) for name, caption in captions if caption]
         with ThreadPoolExecutor(8) as pool:
             faults = list(pool.map(fault_of, [self.root / name for name, _ in captioned]))
@@ -73,7 +78,7 @@ class FolderData:
             raise self.skipped.nothing_left(f"no usable image in its {split} split, {len(names)} images found in all")
         self.names = [name for name, _ in usable]
         self.captions = [caption for _, caption in usable]
-        level = logging.WARNING if self.skipped else logging.INFO
+        level = logging.WARNING if self.skipped else logging.DEBUG
         logger.log(level, "%s: %d %s images, %s", self.skipped.source, len(usable), split, self.skipped.summary())
 
     def __len__(self) -> int:
@@ -98,9 +103,12 @@ class FolderData:
             self.skipped.add(*fault)
         raise self.skipped.nothing_left(f"none of its {len(self)} {self.split} images can be decoded")
 
-    def _in_split(self, name: str) -> bool:
+    def _given(self, name: str) -> str | None:
         first = name.split("/")[0]
-        return split_of(name, first if first in self._named else None, self._named) == self.split
+        return first if first in self._named else None
+
+    def _in_split(self, name: str) -> bool:
+        return split_of(name, self._given(name), self._named, self._held_out) == self.split
 
     def _scan(self) -> tuple[list[str], dict[str, Listed]]:
         """Names of all images below the root, sorted, and what metadata files say of images."""

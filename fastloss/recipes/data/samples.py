@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 SPLITS = ("train", "val", "test")
+HELD_OUT = (5, 5)  # in percent: val and test, where no folder or shard is called so
+CAPTION_KEYS = ("text", "caption", "prompt")
 
 logger = logging.getLogger("fastloss")
 
@@ -75,25 +77,43 @@ def not_read(extension: str) -> str:
     return f"an image format that is not read (.{extension}; read are {', '.join(EXTENSIONS)})"
 
 
-def split_of(name: str, given: str | None, named: Collection[str]) -> str:
+def split_of(name: str, given: str | None, named: Collection[str], held_out: tuple[int, int] = HELD_OUT) -> str:
     """The split of a sample: the one its folder or shard is called after where "train" is among those `named`, with
-    splits that have no name there taken out of train; else by a hash of the name, 90 : 5 : 5.
+    splits that have no name there taken out of train; else by a hash of the name, 90 : 5 : 5, or as `held_out` says
+    (in percent, for val and test).
     """
     if "train" in named and given not in (None, "train"):
         return str(given)
-    bucket = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") % 100
-    split = SPLITS[(bucket >= 90) + (bucket >= 95)]
+    bucket = _hash(name) % 100
+    split = SPLITS[(bucket >= 100 - sum(held_out)) + (bucket >= 100 - held_out[1])]
     return "train" if "train" in named and split in named else split
 
 
+def splits_of(
+    names: Sequence[str], given: Sequence[str | None], named: Collection[str], held_out: tuple[int, int]
+) -> dict[str, str]:
+    """:func:`split_of` each name. Where few names leave val or test empty it gets one of train, the one whose hash is
+    the largest, so that three images are enough for three splits."""
+    found = {name: split_of(name, g, named, held_out) for name, g in zip(names, given, strict=True)}
+    for split in SPLITS[1:]:
+        train = [name for name in names if found[name] == "train"]
+        if split not in found.values() and not ("train" in named and split in named) and len(train) > 1:
+            found[max(train, key=_hash)] = split
+    return found
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
+
+
 def caption_in(row: Any) -> str:
-    """The caption in an object read from JSON: its "text", or its "caption". Raises ValueError, saying what came."""
-    return clean(string_in(row, "text", "caption"))
+    """The caption in an object read from JSON, under one of `CAPTION_KEYS`. Raises ValueError, saying what came."""
+    return clean(string_in(row, *CAPTION_KEYS))
 
 
 def string_in(row: Any, *names: str) -> str:
     """The first string under one of the names in an object read from JSON. Raises ValueError, saying what came."""
-    wanted = " or ".join(f'"{name}"' for name in names)
+    wanted = ("one of " if len(names) > 1 else "") + ", ".join(f'"{name}"' for name in names)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object with {wanted}, got {_said(row)}")
     given = [name for name in names if name in row]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import random
 import re
@@ -10,11 +11,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from .samples import (
+    CAPTION_KEYS,
     EMPTY,
     EXTENSIONS,
+    HELD_OUT,
     OTHER_IMAGES,
     SPLITS,
     Skipped,
@@ -30,7 +34,8 @@ from .samples import (
 
 _SHUFFLE_BUFFER = 1000
 _WAITING = 64  # samples with the same name up to the first dot that may wait for their other files, held in memory
-_CAPTIONS = ("txt", "json")
+_CAPTIONS = ("txt", *CAPTION_KEYS, "json")  # extensions, the first that a sample has counts
+_ARCHIVES = ("*.tar", "*.tar.gz", "*.tgz")
 _IMAGES = (*EXTENSIONS, *sorted(OTHER_IMAGES))
 
 Raw = tuple[str, bytes, str]  # name, image file, caption
@@ -47,8 +52,12 @@ class Member(NamedTuple):
 
 
 class ShardData:
-    """Shards read in sequence: `00017.jpg` (or png, webp, bmp) with `00017.txt`, or `00017.json` with "text" or
-    "caption". Text is UTF-8, with or without a byte order mark.
+    """Shards read in sequence: `00017.jpg` (or png, webp, bmp) with `00017.txt`, or `00017.json` with "text",
+    "caption" or "prompt"; a caption may also be a file of one of these extensions. Text is UTF-8, with or without a
+    byte order mark.
+
+    `shards` is a folder (all .tar, .tar.gz and .tgz below it), a file, a glob (`shards/*.tar`), braces
+    (`train-{0000..0015}.tar`), or an address that webdataset opens.
 
     An image and its caption are what has the same name before the last dot, so that `photo.001.png` and `photo.001.txt`
     are a sample and `photo.002.png` and `photo.002.txt` another. WebDataset itself cuts at the first dot, and there
@@ -56,22 +65,23 @@ class ShardData:
     a sample without it. The files of a sample stand together in the shard, in any order.
 
     Shards called after a split ("train-0003.tar", "val/0.tar") belong to it; without such names, samples are divided by
-    a hash of shard and key. In training, shards are shuffled, then samples within a buffer of 1000.
+    a hash of shard and key, with `held_out` percent in val and test. In training, shards are shuffled, then samples
+    within a buffer of 1000.
 
     Every image of the split that is not used is in `skipped` as "shard/name", with the reason: no caption, an empty
     one, one that is no string, an unreadable file, a format that is not read, a name that came before, a link. Further
     images of a sample are counted by shard, "shard/*.seg.png". A shard that cannot be read is there by its address.
     """
 
-    def __init__(self, shards: str, split: str, size: int, channels: int):
+    def __init__(self, shards: str, split: str, size: int, channels: int, held_out: tuple[int, int] = HELD_OUT):
         try:
             import webdataset
         except ImportError as error:
             raise ImportError("wds: needs webdataset: pip install webdataset, or fastloss[train]") from error
         self._wds = webdataset
-        self.split, self.size, self.channels = split, size, channels
+        self.split, self.size, self.channels, self._held_out = split, size, channels, held_out
         self.skipped = Skipped(f"wds:{shards}")
-        urls = list(webdataset.shardlists.expand_urls(shards))
+        urls = self.urls = _expanded(shards, webdataset.shardlists.expand_urls)
         given = {url: _split_in(url) for url in urls}
         self._named = {name for name in given.values() if name}
         # a shard of another split need not be read
@@ -136,7 +146,8 @@ class ShardData:
             self.skipped.add(f"{shown}/*.{kind}", f"further images of samples that have one ({count} images)")
 
     def _in_split(self, url: str, key: str) -> bool:
-        return split_of(f"{_file_name(url)}/{key}", self._given[url], self._named) == self.split
+        name = f"{_file_name(url)}/{key}"
+        return split_of(name, self._given[url], self._named, self._held_out) == self.split
 
     def _load(self, raw: Raw) -> dict[str, Any] | str:
         """The sample, or what is wrong with it."""
@@ -144,6 +155,25 @@ class ShardData:
             return {"image": decode(BytesIO(raw[1]), self.size, self.channels), "caption": raw[2]}
         except Exception as error:  # image decoders raise all kinds of errors on damaged files
             return unreadable(error)
+
+
+def _expanded(shards: str, braces: Callable[[str], list[str]]) -> list[str]:
+    """The addresses of the shards, those of a folder or a glob sorted."""
+    found: list[str] = []
+    for part in [shards] if Path(shards).exists() else braces(shards):
+        path = Path(part)
+        if path.is_dir():
+            found += sorted(str(file) for ending in _ARCHIVES for file in path.rglob(ending))
+        elif not path.exists() and "://" not in part and not part.startswith("pipe:") and glob.has_magic(part):
+            found += sorted(glob.glob(part, recursive=True))
+        else:
+            found.append(part)
+    if not found:
+        raise ValueError(
+            f"data: expected shards, a folder with {', '.join(_ARCHIVES)} in it, a glob such as 'wds:shards/*.tar' or "
+            f"braces such as 'wds:train-{{0000..0015}}.tar', got 'wds:{shards}', which matches none"
+        )
+    return found
 
 
 def _file_name(url: str) -> str:
@@ -239,7 +269,7 @@ def _caption(files: Files) -> tuple[str, str]:
     if isinstance(content, str):
         return "", f"its .{kind} is {content}"
     try:
-        caption = text_of(content) if kind == "txt" else caption_in(json.loads(content))
+        caption = caption_in(json.loads(content)) if kind == "json" else text_of(content)
     except UnicodeDecodeError as error:
         return "", f"its .{kind} is not UTF-8 ({reason_of(error)})"
     except ValueError as error:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data import tokenizer as tokenizers
 from ..training.checkpoint import load_checkpoint
-from .config import DIGITS, Config
+from .config import Config
 from .model import ImageDecoder, ImageEncoder, Imagen, PretrainedTextEncoder, TextEncoder
 
 GENERATE_BATCH = 256
@@ -22,7 +22,7 @@ def make_tokenizer(config: Config, captions: Iterable[str]) -> Any:
     """The tokenizer the model is to be trained with; None where a pretrained text encoder brings its own."""
     if config.text_encoder:
         return None
-    if config.tokenizer == "word" or (config.tokenizer == "auto" and config.data == DIGITS):
+    if config.word_tokens():
         return tokenizers.WordTokenizer.from_captions(captions)
     return tokenizers.ByteTokenizer(max_length=128)
 

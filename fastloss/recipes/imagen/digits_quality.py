@@ -108,6 +108,22 @@ def quality(generate: Generate, split: str = "test", seed: int = 0) -> dict[str,
     }
 
 
+def counts(split: str = "test") -> dict[str, int]:
+    """From how many images each figure of :func:`quality` is, pairs of images for `z_diversity`, and for the worst
+    digit the fewest that a digit has."""
+    data = load_digits(split)
+    grid = _GRID_SEEDS * 10 * len(WEIGHTS) * len(SLANTS)
+    each = min(2 * int((data.labels == digit).sum()) for digit in range(10)) + grid // 10
+    return {
+        "accuracy": 2 * len(data),
+        "grid_accuracy": grid,
+        "worst_digit_accuracy": each,
+        "z_diversity": len(data),
+        "weight_effect": 2 * grid // 3,
+        "slant_effect": 2 * grid // 3,
+    }
+
+
 @lru_cache(maxsize=1)
 def _real_figures() -> dict[str, float]:
     """What the real training images give, to compare with: they set the captions, so this is what is to be learnt."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -200,19 +201,53 @@ class ImagenLosses(nn.Module):
         return 0.5 * (mu * mu + log_var.exp() - 1 - log_var).sum(1).mean()
 
 
-def perceptual_loss(data: str, backbones: str = "auto", weights: str = "") -> nn.Module:
-    """`PerceptualLoss` for a run: "auto" is the digits' own small network, which needs no download, or VGG16.
+def perceptual_loss(names: Sequence[str], weights: str = "") -> nn.Module:
+    """`PerceptualLoss` on the networks of :meth:`Config.backbone_names`: "digits" alone is the digits' own small one,
+    which needs no download; others are torchvision's. `weights` is a local file for each, with commas, so that nothing
+    is downloaded, or "random".
 
-    `backbones` names one network of torchvision or several, with commas; `weights` is a local file for each, so that
-    nothing is downloaded, or "random".
+    Raises:
+        ValueError: the weights of a network are not to be had; it says what works without them.
     """
-    if backbones == "auto" and data == "digits":
+    if list(names) == ["digits"]:
         from .digits_backbone import digits_backbone
 
-        return PerceptualLoss(digits_backbone(), normalize=False)
-    names = ["vgg16"] if backbones == "auto" else backbones.split(",")
+        return _Grey(PerceptualLoss(digits_backbone(), normalize=False))
     files: list[Any] = [False if file == "random" else file for file in weights.split(",")] if weights else []
-    return _ThreeChannels(PerceptualLoss(names, pretrained=files or True))
+    try:
+        return _ThreeChannels(PerceptualLoss(list(names), pretrained=files or True))
+    except RuntimeError as error:
+        url = re.search(r"https?://\S+", str(error))
+        where = f" from {url.group()}" if url else ""
+        raise ValueError(
+            f"backbone_weights: the weights of {', '.join(names)} could not be downloaded{where} "
+            f"({_reason(error)}). Without a network: --backbone-weights PATH of that file fetched elsewhere (.pth or "
+            ".safetensors), --backbones digits (small, in the package, sees grey), --backbone-weights random, or "
+            "--weights perceptual=0 (no perceptual loss)"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split()).strip("<>") or type(cause).__name__
+
+
+class _Grey(nn.Module):
+    """The digits' network takes one channel: images of three are given to it as their mean over the colours."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, image: Tensor, image_pred: Tensor) -> Tensor:
+        return self.loss(self._grey(image), self._grey(image_pred))
+
+    def encode(self, image: Tensor) -> Any:
+        return self.loss.encode(self._grey(image))  # type: ignore[operator]
+
+    @staticmethod
+    def _grey(image: Tensor) -> Tensor:
+        return image if image.shape[1] == 1 else image.mean(1, keepdim=True)
 
 
 class _ThreeChannels(nn.Module):
@@ -223,5 +258,7 @@ class _ThreeChannels(nn.Module):
         self.loss = loss
 
     def forward(self, image: Tensor, image_pred: Tensor) -> Tensor:
-        n, _, h, w = image.shape
-        return self.loss(image.expand(n, 3, h, w), image_pred.expand(n, 3, h, w))
+        return self.loss(image.expand(-1, 3, -1, -1), image_pred.expand(-1, 3, -1, -1))
+
+    def encode(self, image: Tensor) -> Any:
+        return self.loss.encode(image.expand(-1, 3, -1, -1))  # type: ignore[operator]

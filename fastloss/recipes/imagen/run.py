@@ -1,96 +1,85 @@
-"""The jobs behind the command line: a whole training run, tuning, sampling."""
+"""The jobs behind the command line: a whole training run and samples; tuning is in tune.py."""
 
 from __future__ import annotations
 
-import dataclasses
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..training.checkpoint import prepare_folder
+from ..training.checkpoint import BEST, load_checkpoint
+from ..training.run_folder import started
 from .build import generate, load_model
 from .config import Config
-from .report import grid_figure, write_report
+from .examples import real_images
+from .image_quality import image_figures
+from .pictures import Section, caption_rows, draw_sections, stacked
+from .report import Finished, write_report
+from .splits import Splits, few
 from .train import Trainer
 from .validation import validate
 
-TUNED = {  # range of each fusion weight; the others keep their values
-    "contrastive": (0.01, 1.0),
-    "perceptual": (0.01, 1.0),
-    "pixel": (0.01, 10.0),
-    "smoothness": (1e-4, 0.1),
-    "attention": (1e-3, 0.1),
-    "prior": (3e-4, 0.03),
-}
+log = logging.getLogger("fastloss")
 
 
-def train(config: Config, explicit: dict[str, Any] | None = None, resume: bool = False) -> str:
-    """Train, then judge the best model on the test split and write the report; the line with the figures."""
-    started = time.perf_counter()
-    trainer = Trainer.resume(Path(config.out), explicit or {}) if resume else Trainer(config)
-    trainer.run()
-    config = trainer.config
-    model, _ = load_model(trainer.folder, trainer.device)
-    figures = validate(model, config, "test")
-    note = f"{trainer.step} steps on {trainer.device}."
-    if trainer.data.skipped:
-        note += f" Of the training data {trainer.data.skipped.summary()}."
-    line = write_report(trainer.folder, model, config, figures, note)
-    return f"{line}, {time.perf_counter() - started:.0f} s -> {trainer.folder}"
+def train(config: Config, explicit: dict[str, Any] | None = None, resume: bool = False, overwrite: bool = False) -> str:
+    """Train, then judge the best model on the test split and write the report; the line with the figures.
 
-
-def tune(config: Config, trials: int, report: Callable[[str], None] = print) -> str:
-    """Search the fusion weights with short runs, by the validation score, which no weight enters.
-
-    The study is a database in the out folder: a second call goes on with it until there are `trials` trials.
+    Raises:
+        ValueError: an option does not fit; the folder has a run and neither `resume` nor `overwrite` is set.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise ImportError("tune needs optuna") from error
-    folder = Path(config.out)
-    prepare_folder(folder)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=f"{config.data}-{config.size}-{config.steps}",
-        storage=f"sqlite:///{folder / 'tune.db'}",
-        direction="maximize",
-        load_if_exists=True,
-        sampler=optuna.samplers.TPESampler(seed=config.seed),
-    )
-    fixed = config.loss_weights()
-
-    def objective(trial: Any) -> float:
-        weights = fixed | {
-            name: trial.suggest_float(name, *bounds, log=True) for name, bounds in TUNED.items() if name not in fixed
-        }
-        text = ",".join(f"{name}={value:.4g}" for name, value in weights.items())
-        out = str(folder / f"trial-{trial.number:03d}")
-        Trainer(dataclasses.replace(config, weights=text, out=out, patience=0), quiet=True).run()
-        score = float(torch.load(Path(out) / "checkpoint.pt", weights_only=True)["progress"]["best"])
-        report(f"trial {trial.number}: score {score:.4f} with {text}")
-        return score
-
-    complete = (optuna.trial.TrialState.COMPLETE,)  # interrupted trials do not count
-    left = max(0, trials - len(study.get_trials(states=complete)))
-    study.optimize(objective, n_trials=left, catch=(FloatingPointError,))
-    best, done = study.best_trial, len(study.get_trials(states=complete))
-    text = ",".join(f"{name}={value:.4g}" for name, value in (fixed | best.params).items())
-    return f"best of {done} trials: score {best.value:.4f} with --weights {text}"
+    started_at = time.perf_counter()
+    if resume and overwrite:
+        raise ValueError("overwrite: expected one of --resume and --overwrite, got both")
+    trainer = Trainer.resume(Path(config.out), explicit or {}) if resume else Trainer(config, overwrite=overwrite)
+    config, folder = trainer.config, trainer.folder
+    finished = trainer.finished() if resume else ""
+    if finished and (folder / "report.md").exists():
+        return f"nothing was trained: {folder} has a finished run, {finished}"
+    splits = trainer.splits
+    warning = few(splits.count("val"), splits.count("test"))
+    if warning:
+        log.info(warning)
+    if not finished:
+        trainer.run()
+    model, _ = load_model(folder, trainer.device)
+    figures = validate(model, config, "test", splits["test"])
+    figures |= image_figures(model, config, splits["test"], trainer.losses.perceptual)
+    notes = [f"{trainer.step} steps on {trainer.device}. {splits.line()}."]
+    if trainer.data.skipped:
+        notes[0] += f" Of the training data {trainer.data.skipped.summary()}."
+    notes += [warning] if warning else []
+    best_step = load_checkpoint(folder / BEST)["progress"]["step"] if (folder / BEST).exists() else trainer.step
+    line = write_report(Finished(folder, model, config, figures, best_step, splits, trainer.progress, notes))
+    if finished:
+        line = f"nothing was trained, its report was missing: {line}"
+    return f"{line}, {time.perf_counter() - started_at:.0f} s -> {folder}"
 
 
-def sample(checkpoint: Path, captions: Sequence[str], out: Path, count: int, seed: int, device: str) -> str:
-    """Write a picture with `count` images of each caption."""
+def sample(
+    checkpoint: Path, captions: Sequence[str], out: Path, count: int, seed: int, device: str, real: bool = False
+) -> str:
+    """Write a picture with `count` images of each caption, beside a real one of that caption where `real` is set and
+    the test or training data of the checkpoint's run have one."""
     if not captions:
         raise ValueError("captions: expected at least one")
+    for caption in captions:
+        if not caption.strip():
+            raise ValueError(f"captions: expected words, got {caption!r}")
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
+    if out.is_dir():
+        raise ValueError(f"out: expected a file to write, got the folder {out}")
     where = Config(device=device).torch_device()
     model, config = load_model(checkpoint, where)
-    images = torch.stack([generate(model, captions, seed + k).cpu() for k in range(count)], 1)
-    prepare_folder(out.parent)
-    grid_figure(captions, images, out)
+    images = stacked([generate(model, captions, seed + k) for k in range(count)])
+    found = None
+    if real:
+        splits = Splits(config)
+        test, training = (real_images(list(captions), splits[split]) for split in ("test", "train"))
+        found = [first if first is not None else other for first, other in zip(test, training, strict=True)]
+    columns, cells = caption_rows(captions, images, found)
+    with started(out.parent):
+        draw_sections([Section(f"{config.data}, seed {seed}", columns, captions, cells)], out)
     return f"{len(captions)} captions x {count} images of {config.size} x {config.size} -> {out}"

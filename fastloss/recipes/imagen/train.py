@@ -14,37 +14,60 @@ import torch
 from torch import Tensor
 
 from ..data import tokenizer as tokenizers
-from ..data.batches import batches, open_dataset
-from ..training.checkpoint import BEST, LAST, load_checkpoint, prepare_folder, rng_state, save_checkpoint, set_rng_state
+from ..data.batches import batches
+from ..training.checkpoint import BEST, LAST, load_checkpoint, rng_state, save_checkpoint, set_rng_state
 from ..training.interrupt import Interrupted, StopRequest
 from ..training.metrics import Metrics
+from ..training.run_folder import check_free, clear, clear_temporary, started
 from .build import make_model, make_tokenizer, model_state
-from .config import Config
+from .config import Config, fitted
+from .examples import Progress
+from .figures import shown, validated
 from .losses import ImagenLosses, caption_ids, make_views, perceptual_loss
+from .splits import Splits
 from .validation import validate
 
 log = logging.getLogger("fastloss")
 
 FIXED = (  # what a resumed run may not change: its curve would not be that of one run
     *("data", "batch_size", "weights", "weighting", "temperature", "bank", "seed", "size", "channels", "dim", "depth"),
-    *("z_dim", "tokenizer", "text_encoder", "backbones"),
+    *("z_dim", "tokenizer", "text_encoder", "backbones", "val_percent", "test_percent"),
 )
 
 
 class Trainer:
     """A run: model, losses, optimiser, and where it stands."""
 
-    def __init__(self, config: Config, resumed: dict[str, Any] | None = None, quiet: bool = False) -> None:
-        self.config, self.quiet = config, quiet
+    def __init__(
+        self, config: Config, resumed: dict[str, Any] | None = None, quiet: bool = False, overwrite: bool = False
+    ) -> None:
+        self.quiet, self.folder = quiet, Path(config.out)
+        if resumed is None and not overwrite:
+            check_free(self.folder)
+        with started(self.folder):
+            self._start(config, resumed)
+            if resumed is None:
+                clear(self.folder)
+            else:
+                self._restore(resumed)
+            clear_temporary(self.folder)
+
+    def _start(self, config: Config, resumed: dict[str, Any] | None) -> None:
         self.device = config.torch_device()
-        self.folder = Path(config.out)
-        prepare_folder(self.folder)
         torch.manual_seed(config.seed)
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True  # so that a resumed run repeats the one it continues
-        channels = config.image_channels()
-        self.data = open_dataset(config.data, "train", config.size, channels)
-        batches(self.data, config.batch_size, config.seed, 0)  # too few samples are known here, before the first step
+        self.splits = Splits(config)
+        self.data = self.splits["train"]
+        self.config, notices = fitted(config, self.splits.count("train", config.batch_size))
+        config, asked = self.config, config
+        #: what was asked for and made smaller: the same again, with `resume`, is no change
+        self.asked = {name: getattr(asked, name) for name in ("batch_size", "warmup")}
+        if resumed is not None:
+            self.asked |= resumed.get("asked", {})
+        if not self.quiet:
+            for line in (self.splits.line(), *notices):
+                log.info(line)
         if resumed is None:
             self.tokenizer = make_tokenizer(config, self._captions())
         else:
@@ -59,23 +82,22 @@ class Trainer:
         self.step, self.epoch, self.position = 0, 0, 0
         self.best, self.stale = -math.inf, 0
         self.figures: dict[str, float] = {}
-        if resumed is None:
-            for name in (LAST, BEST):
-                (self.folder / name).unlink(missing_ok=True)
-        else:
-            self._restore(resumed)
+        self.progress = Progress()
 
     @classmethod
     def resume(cls, folder: Path, changes: dict[str, Any], quiet: bool = False) -> Trainer:
         """Continue the run in `folder`; `changes` are the options given anew, e.g. more steps."""
+        if not (folder / LAST).exists():
+            raise ValueError(f"resume: no run to continue, {folder / LAST} does not exist; start one without it")
         content = load_checkpoint(folder / LAST)
         if "optimizer" not in content:
             raise ValueError(f"checkpoint: {folder / LAST} has a model only, no training state")
-        stored = content["config"]
+        stored, asked = content["config"], content.get("asked", {})
+        changes = {name: value for name, value in changes.items() if name not in asked or value != asked[name]}
         for name in FIXED:
-            if name in changes and changes[name] != stored[name]:
+            if name in changes and changes[name] != stored.get(name, getattr(Config, name)):
                 raise ValueError(
-                    f"{name}: the run in {folder} has {stored[name]!r}, which a resumed run cannot change to "
+                    f"{name}: the run in {folder} has {stored.get(name)!r}, which a resumed run cannot change to "
                     f"{changes[name]!r}; start a new one in another --out"
                 )
         return cls(Config(**(stored | changes | {"out": str(folder)})), content, quiet)
@@ -83,7 +105,7 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train until the steps are done, the score stops improving or reaches the aim; the last figures."""
         config = self.config
-        metrics = Metrics(self.folder, list(self.losses.weights), self.step)
+        metrics = Metrics(self.folder, list(self.losses.weights), self.step, validated=validated(config))
         self.model.train()
         try:
             with StopRequest() as stop, self._bar() as bar:
@@ -131,6 +153,8 @@ class Trainer:
             "fusion": self.losses.fuse.state_dict(),
             "bank": None if self.losses.bank is None else self.losses.bank.state_dict(),
             "rng": rng_state(),
+            "asked": self.asked,
+            "pictures": self.progress.state_dict(),
             "progress": {
                 **{"step": self.step, "epoch": self.epoch, "position": self.position},
                 **{"best": self.best, "stale": self.stale, "figures": self.figures},
@@ -147,7 +171,10 @@ class Trainer:
                 self.losses.bank.load_state_dict(content["bank"])
             for name, value in content["progress"].items():
                 setattr(self, name, value)
+            self.progress.load_state_dict(content.get("pictures", {}))
             set_rng_state(content["rng"])
+            if self.figures and self.figures["score"] == self.best and self._best_step() != self.step:
+                self._save_best()  # killed between the two files
         except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"checkpoint: {self.folder / LAST} does not fit this version's run ({error})") from error
 
@@ -155,7 +182,7 @@ class Trainer:
         config = self.config
         weights = config.loss_weights()
         wanted = weights.get("perceptual", 1) > 0
-        perceptual = perceptual_loss(config.data, config.backbones, config.backbone_weights) if wanted else None
+        perceptual = perceptual_loss(config.backbone_names(), config.backbone_weights) if wanted else None
         return ImagenLosses(
             weights,
             perceptual=perceptual,
@@ -196,18 +223,41 @@ class Trainer:
         return self.config.learning_rate * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def _validate(self, metrics: Metrics) -> None:
-        self.figures = validate(self.model, self.config)
-        metrics.board(self.step, {f"val/{name}": value for name, value in self.figures.items()})
+        self.figures = validate(self.model, self.config, "val", self.splits["val"])
+        metrics.add_validation(self.figures)
+        self.progress.add(self.step, self.model, self.config, self.splits)
         better = self.figures["score"] > self.best + 1e-4
         self.stale = 0 if better else self.stale + 1
         if better:
             self.best = self.figures["score"]
-            best = model_state(self.config, self.model, self.tokenizer) | {"progress": {"step": self.step}}
-            save_checkpoint(self.folder / BEST, best)
         self.save()
+        if better:
+            self._save_best()
         if self._enough() and not self.quiet:
-            score = self.figures["score"]
-            log.info("stopped at step %d: the score is %.4f, the best %.4f", self.step, score, self.best)
+            log.info("stopped at step %d: the score is %s, the best %.4f", self.step, self._score(), self.best)
+
+    def _save_best(self) -> None:
+        best = model_state(self.config, self.model, self.tokenizer) | {"progress": {"step": self.step}}
+        save_checkpoint(self.folder / BEST, best)
+
+    def _best_step(self) -> int | None:
+        try:
+            return load_checkpoint(self.folder / BEST)["progress"]["step"]
+        except ValueError:
+            return None
+
+    def _score(self) -> str:
+        return shown("score", self.figures)
+
+    def finished(self) -> str:
+        """Why there is nothing left to train, or ""."""
+        if self.step >= self.config.steps:
+            return f"it is at step {self.step} of {self.config.steps}; more --steps go on with it"
+        if self._enough():
+            aim = self.config.quality > 0 and self.best >= self.config.quality
+            option = "quality" if aim else "patience"
+            return f"it stopped at step {self.step} of {self.config.steps}; a higher --{option} goes on with it"
+        return ""
 
     def _enough(self) -> bool:
         """The quality aimed for is reached, or the score has converged."""
@@ -227,7 +277,7 @@ class Trainer:
 
     def _shown(self, latest: dict[str, float]) -> str:
         losses = [f"loss {latest['loss']:.3f}", *(f"{name[:4]} {latest[name]:.3g}" for name in self.losses.weights)]
-        return ", ".join(losses + ([f"score {self.figures['score']:.3f}"] if self.figures else []))
+        return ", ".join(losses + ([f"score {self._score()}"] if self.figures else []))
 
 
 class _NoBar:

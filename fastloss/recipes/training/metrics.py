@@ -6,6 +6,7 @@ import csv
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from torch import Tensor
 class Metrics:
     """Collects a tensor of losses per step; `flush` fetches all of them at once and writes their rows.
 
+    `validated` are the figures of a validation; they stand as `val_NAME` in the row of their step, and other rows have
+    nothing there.
+
     The throughput of a row is the mean over the rows flushed with it: between two flushes the host runs ahead of the
     device, so a time per step would mean nothing there.
     """
 
-    def __init__(self, folder: Path, names: list[str], step: int, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path, names: list[str], step: int, tensorboard: bool = True, validated: Sequence[str] = ()
+    ) -> None:
         self.path = folder / "metrics.csv"
         self.columns = ["step", "loss", *names, "learning_rate", "samples_per_second"]
+        self.validated = list(validated)
+        self._none = [""] * len(self.validated)
+        self._last: tuple[int, list[Any]] = (0, [])  # where the last row starts, and the row
         self._waiting: list[tuple[int, Tensor, float, int]] = []
-        _keep_rows(self.path, self.columns, step)
+        _keep_rows(self.path, [*self.columns, *(f"val_{name}" for name in self.validated)], step)
         self._file = open(self.path, "a", newline="")  # noqa: SIM115, closed in close()
         self._rows = csv.writer(self._file)
         self._board = _board(folder, step) if tensorboard else None
@@ -41,7 +50,8 @@ class Metrics:
         values = torch.stack([losses for _, losses, _, _ in self._waiting]).cpu().tolist()
         speed = sum(samples for *_, samples in self._waiting) / max(time.perf_counter() - self._since, 1e-9)
         for (step, _, learning_rate, _), row in zip(self._waiting, values, strict=True):
-            self._rows.writerow([step, *(f"{v:.7g}" for v in row), f"{learning_rate:.6g}", f"{speed:.1f}"])
+            self._last = self._file.tell(), [step, *(f"{v:.7g}" for v in row), f"{learning_rate:.6g}", f"{speed:.1f}"]
+            self._rows.writerow([*self._last[1], *self._none])
         self._file.flush()
         step, _, learning_rate, _ = self._waiting[-1]
         self.latest = dict(zip(self.columns[1:], [*values[-1], learning_rate, speed], strict=True))
@@ -52,6 +62,18 @@ class Metrics:
         self._since = time.perf_counter()
         if bad is not None:
             raise FloatingPointError(f"the loss is {values[bad][0]} at step {steps[bad]}; try a lower --learning-rate")
+
+    def add_validation(self, figures: dict[str, float]) -> None:
+        """Write the figures into the last row; call it after a flush."""
+        at, row = self._last
+        if row:
+            self._file.truncate(at)  # opened to append: what is written next stands there
+            values = (figures.get(name) for name in self.validated)
+            self._rows.writerow([*row, *("" if value is None else f"{value:.7g}" for value in values)])
+            self._file.flush()
+        self.board(
+            int(row[0]) if row else 0, {f"val/{name}": figures[name] for name in self.validated if name in figures}
+        )
 
     def board(self, step: int, values: dict[str, Any]) -> None:
         if self._board is not None:
@@ -69,9 +91,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
+    """The columns by name; NaN where a row has nothing."""
     with open(path, newline="") as file:
         rows = list(csv.reader(file))
-    return {name: [float(row[i]) for row in rows[1:]] for i, name in enumerate(rows[0])}
+    return {name: [float(row[i] or "nan") for row in rows[1:]] for i, name in enumerate(rows[0])}
 
 
 def _keep_rows(path: Path, columns: list[str], step: int) -> None:
@@ -79,7 +102,10 @@ def _keep_rows(path: Path, columns: list[str], step: int) -> None:
     rows: list[list[str]] = []
     if step > 0 and path.exists():
         with open(path, newline="") as file:
-            rows = [row for row in list(csv.reader(file))[1:] if len(row) == len(columns) and int(row[0]) <= step]
+            names, *found = list(csv.reader(file)) or [[]]
+        found = [row for row in found if len(row) == len(names) and int(row[0]) <= step]
+        by_name = [dict(zip(names, row, strict=True)) for row in found]  # an older version wrote fewer columns
+        rows = [[row.get(name, "") for name in columns] for row in by_name]
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])

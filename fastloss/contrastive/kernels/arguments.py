@@ -1,0 +1,111 @@
+"""What the kernels over tiles of logits are given, by name: M rows (queries), N columns (keys), D numbers each.
+
+A field that is None costs nothing: the kernels are compiled without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Vectors of the rows."""
+
+    row_scale: Tensor  # [M] float32
+    targets: Tensor | None  # [M] int64: a column that is no negative of the row
+    row_ids: Tensor | None  # [M] int64: columns of the same id are no negatives
+    ceiling: Tensor | None  # [M] float32: logits above it, before the bias, are no negatives
+
+    def part(self, part: slice) -> Rows:
+        return Rows(*[None if v is None else v[part] for v in self])  # type: ignore[arg-type]
+
+
+class Columns(NamedTuple):
+    """Vectors of the columns."""
+
+    column_scale: Tensor | None  # [N] float32
+    bias: Tensor | None  # [N] float32
+    column_ids: Tensor | None  # [N] int64
+
+
+class Sizes(NamedTuple):
+    rows: int  # M
+    columns: int  # N
+    dim: int  # D, padded to a multiple of 16
+
+
+class Operands(NamedTuple):
+    """What makes the products <query_i, key_j> of a tile: embeddings, or a block of products made by a library."""
+
+    query: Any  # [M, D] as a pointer or a tensor descriptor; or the products, float32, rows `key.pitch` apart
+    key: Any  # [N, D] as a pointer or a tensor descriptor; or where the products lie, see ProductsBlock
+
+
+class ProductsBlock(NamedTuple):
+    """Which products a block holds."""
+
+    pitch: int  # elements from one row to the next
+    row: int  # the first
+    column: int  # the first
+    end_row: int
+
+
+class Area(NamedTuple):
+    """A block of the logits: rows `row` to `end_row`, columns `column` to `end_column`."""
+
+    row: int
+    end_row: int
+    column: int
+    end_column: int
+    first_column: int = 0  # of these rows' first block, for the forward, which goes on from block to block
+
+
+class SavedExps(NamedTuple):
+    """Exponentials that the forward saves for the backward; all None: it saves none."""
+
+    exps: Tensor | None  # [M, pitch] in the embeddings' dtype: e^s / 2^exponent
+    exponents: Tensor | None  # [column tiles, M] float32
+    pitch: int | None  # elements from one row to the next
+
+
+NOTHING_SAVED = SavedExps(None, None, None)
+
+
+class BackwardInputs(NamedTuple):
+    """What the gradient of the logits is made from, beside the logits themselves."""
+
+    stats: Tensor  # [directions, states, M]
+    stats_grad: Tensor  # [directions, states, M]: the upstream gradient of `stats`
+    fp16_scale: Tensor | None  # [1]: a power of two that G is multiplied by
+    exps: Tensor | None  # as in SavedExps, like the next two
+    exponents: Tensor | None
+    pitch: int | None
+    positive_grad: Tensor | None  # [M]: G of the positives, which are no negatives
+
+
+class BackwardResults(NamedTuple):
+    grad_block: Tensor | None  # [rows of the block, pitch] in the embeddings' dtype: G r c
+    column_sums: Tensor | None  # [row tiles, pitch] float32: sums of G over the rows of each tile
+
+
+class Block(NamedTuple):
+    """A block of G, cut into tiles."""
+
+    row: int  # the first
+    column: int  # the first
+    end_row: int
+    row_tiles: int
+    column_tiles: int
+    pitch: int  # elements from one row of the block to the next
+
+
+class TileConstants(NamedTuple):
+    """What the kernels know of a tile when they are compiled."""
+
+    rows: int
+    columns: int
+    dim: int  # so many numbers of the embeddings are multiplied at a time
+    operands: int  # POINTERS, DESCRIPTORS or PRODUCTS of tile_configs.py
+    shares: bool  # rows and columns share exponentials where they can
