@@ -181,7 +181,7 @@ class LogitGradients {
     }
   }
 
-  // G of row i and n columns from `first` on, in `g`; `s` is room for their logits.
+  // G of row i and n columns from `first` on, in `g`; `s` is memory for their logits.
   void make_grad_logits(const float* raw, int64_t i, int64_t first, int64_t n, float* s, float* g) const {
     p_.logits(kernels_, raw, i, first, n, false, s);
     if (has_common_exponent_) {

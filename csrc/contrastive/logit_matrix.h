@@ -124,8 +124,8 @@ struct LogitMatrix {
   const char* const op;                             // the name that errors bear
   Tensor query, key;                                // float32, contiguous
   Tensor query_factor, key_factor;                  // the factors of products: the same, or bfloat16
-  std::vector<Tensor> query_pieces, key_pieces;     // kTerms columns each, of the rows at hand and of all keys
-  std::pair<int64_t, int64_t> rows_at_hand{-1, 0};  // the first, and how many
+  std::vector<Tensor> query_pieces, key_pieces;     // kTerms columns each: of `current_rows` of query, of all of key
+  std::pair<int64_t, int64_t> current_rows{-1, 0};  // the first, and how many
   int64_t rows, columns, dim, padded_columns;
   bool diagonal, moments, self_similarity, symmetric, two_ceilings = false;
   bool each_key_once = false;  // no key is needed for a second product: their pieces are not kept in key_pieces
@@ -135,10 +135,12 @@ struct LogitMatrix {
   std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
   std::vector<int64_t> targets, row_ids, column_ids;  // targets: -1 where there is none
 
-  LogitMatrix(const char* op, const Tensor& q, const Tensor& k, const Form& form, double hardness = 0)
+  // `query_name`, `key_name`: what the op's arguments are called.
+  LogitMatrix(const char* op, const Tensor& q, const Tensor& k, const Form& form, double hardness = 0,
+              const char* query_name = "query", const char* key_name = "key")
       : op(op),
-        query(float_matrix("query", q)),
-        key(float_matrix("key", k)),
+        query(float_matrix(query_name, q)),
+        key(float_matrix(key_name, k)),
         query_factor(query),
         key_factor(key),
         rows(q.size(0)),
@@ -149,8 +151,10 @@ struct LogitMatrix {
         moments(form.moments),
         self_similarity(form.self_similarity),
         symmetric(form.symmetric || form.self_similarity) {
-    STD_TORCH_CHECK(k.size(1) == dim, op, ": key: expected [N, ", dim, "], as query has, got [N, ", k.size(1), "]");
-    STD_TORCH_CHECK(!symmetric || rows == columns, op, ": key: expected as many as queries for two directions");
+    STD_TORCH_CHECK(k.size(1) == dim, op, ": ", key_name, ": expected [N, ", dim, "] as ", query_name, " is [M, ", dim,
+                    "], got [N, ", k.size(1), "]");
+    STD_TORCH_CHECK(!symmetric || rows == columns, op, ": ", key_name, ": expected as many rows as ", query_name,
+                    " has");
     if (form.bfloat16 && has_bf16_products()) {
       const auto rounded = [](const Tensor& t, const Tensor& in_float32) {
         return t.scalar_type() == ScalarType::BFloat16 ? as_contiguous(t)
@@ -166,27 +170,27 @@ struct LogitMatrix {
     row_ids.assign(rows, 0);
   }
 
-  // An operand of `size` numbers as a vector of `padded_size`; what is missing, or behind its end, is `filling`.
+  // An operand of `size` numbers as a vector of `padded_size`; what is missing, or after its end, is `filling`.
   template <typename T>
-  std::vector<T> operand(const char* name, const OptionalTensor& given, int64_t size, int64_t padded_size,
+  std::vector<T> operand(const char* name, const OptionalTensor& values, int64_t size, int64_t padded_size,
                          T filling) const {
     std::vector<T> to(padded_size, filling);
-    if (!given.has_value()) return to;
+    if (!values.has_value()) return to;
     constexpr bool is_float = std::is_same_v<T, float>;
-    STD_TORCH_CHECK(given->scalar_type() == (is_float ? ScalarType::Float : ScalarType::Long), op, ": ", name,
+    STD_TORCH_CHECK(values->scalar_type() == (is_float ? ScalarType::Float : ScalarType::Long), op, ": ", name,
                     ": expected ", is_float ? "float32" : "int64");
-    STD_TORCH_CHECK(given->dim() == 1 && given->size(0) == size, op, ": ", name, ": expected shape [", size, "]");
-    const Tensor from = as_contiguous(*given);
+    STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == size, op, ": ", name, ": expected shape [", size, "]");
+    const Tensor from = as_contiguous(*values);
     std::copy_n(input<T>(from), size, to.begin());
     return to;
   }
   template <typename T>
-  std::vector<T> row_operand(const char* name, const OptionalTensor& given, T filling) const {
-    return operand(name, given, rows, rows, filling);
+  std::vector<T> row_operand(const char* name, const OptionalTensor& values, T filling) const {
+    return operand(name, values, rows, rows, filling);
   }
   template <typename T>
-  std::vector<T> column_operand(const char* name, const OptionalTensor& given, T filling) const {
-    return operand(name, given, columns, padded_columns, filling);
+  std::vector<T> column_operand(const char* name, const OptionalTensor& values, T filling) const {
+    return operand(name, values, columns, padded_columns, filling);
   }
 
   void set_scales(const Tensor& of_rows, const OptionalTensor& of_columns, const OptionalTensor& column_bias) {
@@ -238,8 +242,8 @@ struct LogitMatrix {
       pieces.clear();
       for_pieces(dim, kTerms, [&](int64_t k, int64_t terms) { pieces.push_back(dense(slice(x, 1, k, terms))); });
     };
-    if (rows_at_hand != std::pair(begin, m)) cut(slice(query, 0, begin, m), query_pieces);
-    rows_at_hand = {begin, m};
+    if (current_rows != std::pair(begin, m)) cut(slice(query, 0, begin, m), query_pieces);
+    current_rows = {begin, m};
     if (!each_key_once && key_pieces.empty()) cut(key, key_pieces);
     std::optional<Tensor> sum;
     for_pieces(dim, kTerms, [&](int64_t k, int64_t terms) {

@@ -83,15 +83,19 @@ struct SigmoidLoss {
   std::vector<float> image_inverse_norm, text_inverse_norm;  // empty: not normalised
   std::vector<float> row_weight;                             // of loss_i in the result
 
-  // `row_weight` is that of `x`, or the upstream gradient of each loss_i.
-  SigmoidLoss(const Inputs& x, const OptionalTensor& row_weight)
-      : p(kOp, x.image, x.text, {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)}),
+  // `weights` are those of `x`, or the upstream gradient of each loss_i.
+  SigmoidLoss(const Inputs& x, const OptionalTensor& weights)
+      : p(kOp, x.image, x.text, {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)}, 0, "image",
+          "text"),
         scale(number("scale", x.scale)),
         bias(number("bias", x.bias)),
         has_positives(!x.negative_only),
-        row_weight(p.row_operand("row_weight", row_weight, 1.0f)) {
+        row_weight(p.row_operand(x.row_weight.has_value() ? "row_weight" : "grad", weights, 1.0f)) {
     STD_TORCH_CHECK(x.negative_only || p.rows == p.columns, kOp, ": text: expected as many as images");
-    p.set_ids(x.image_ids, x.text_ids);
+    if (x.image_ids.has_value() && x.text_ids.has_value()) {
+      p.row_ids = p.row_operand<int64_t>("image_ids", x.image_ids, 0);
+      p.column_ids = p.column_operand<int64_t>("text_ids", x.text_ids, 0);
+    }
     p.row_scale.assign(p.rows, scale);
     p.column_scale.assign(p.padded_columns, 1.0f);
     if (!x.normalize) return;

@@ -184,10 +184,10 @@ static SquareAndDot softmax_square_and_dot(const float* a, const float* b, int64
       square[k] += x * x;
       dot[k] += x * y;
     }
-  const auto total = [](const vf* v) {
+  const auto sum_of = [](const vf* v) {
     return sum(__builtin_convertvector(v[0] + v[1], vd) + __builtin_convertvector(v[2] + v[3], vd));
   };
-  return {total(square), total(dot)};
+  return {sum_of(square), sum_of(dot)};
 }
 
 // to = v_weight v + x_weight x (no x: 0)

@@ -21,7 +21,7 @@ constexpr int64_t kGradLogits = 64;           // negatives whose logits' gradien
 constexpr int64_t kTasks = 256;               // pieces to cut small batches into, whatever the number of threads,
 constexpr int64_t kLeastNegatives = 64;       // and the least negatives of one
 constexpr int kMaxPowers = 3;                 // log-sum-exps of one row: log sum e^(power s)
-constexpr float kTinySquare = 1e-24f;         // of kTinyNorm
+constexpr float kTinySquare = static_cast<float>(kTinyNorm * kTinyNorm);
 
 // One row's query, and the options of the call.
 struct QueryRow {
