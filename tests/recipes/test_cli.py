@@ -156,8 +156,13 @@ def test_every_option_that_a_message_names_is_there():
     """`--word` in the text of the training system is an option of train, tune or sample."""
     import typer.main
 
-    commands = typer.main.get_command(cli.make_app()).commands
-    there = {option for command in commands.values() for p in command.params for option in (*p.opts, *p.secondary_opts)}
+    app = typer.main.get_command(cli.make_app())
+    there = {
+        option
+        for command in (app, *app.commands.values())
+        for p in command.params
+        for option in (*p.opts, *p.secondary_opts)
+    }
     assert {"--learning-rate", "--lr", "--batch-size", "--resume", "--captions"} <= there
     named = {}
     for path in (Path(cli.__file__), *Path(cli.__file__).with_name("recipes").rglob("*.py")):
