@@ -156,10 +156,10 @@ def test_every_option_that_a_message_names_is_there():
     """`--word` in the text of the training system is an option of train, tune or sample."""
     import typer.main
 
-    group = typer.main.get_command(cli.make_app())
+    app = typer.main.get_command(cli.make_app())
     there = {
         option
-        for command in (group, *group.commands.values())
+        for command in (app, *app.commands.values())
         for p in command.params
         for option in (*p.opts, *p.secondary_opts)
     }

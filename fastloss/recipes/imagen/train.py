@@ -65,9 +65,6 @@ class Trainer:
         self.asked = {name: getattr(asked, name) for name in ("batch_size", "warmup")}
         if resumed is not None:
             self.asked |= resumed.get("asked", {})
-        if not self.quiet:
-            for line in (self.splits.line(), *notices):
-                log.info(line)
         if resumed is None:
             self.tokenizer = make_tokenizer(config, self._captions())
         else:
@@ -83,6 +80,9 @@ class Trainer:
         self.best, self.stale = -math.inf, 0
         self.figures: dict[str, float] = {}
         self.progress = Progress()
+        if not self.quiet:
+            for line in (self.splits.line(), *notices):
+                log.info(line)
 
     @classmethod
     def resume(cls, folder: Path, changes: dict[str, Any], quiet: bool = False) -> Trainer:
