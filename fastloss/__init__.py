@@ -17,7 +17,7 @@ def _is_the_command() -> bool:
     return name in ("fastloss", "fastloss.exe") or (name == "-m" and "fastloss" in sys.orig_argv)
 
 
-if TYPE_CHECKING or not _is_the_command():
+if TYPE_CHECKING:
     from . import attention, contrastive, diversity, fusion, image, perceptual
     from .attention import *  # noqa: F403
     from .contrastive import *  # noqa: F403
@@ -35,21 +35,25 @@ if TYPE_CHECKING or not _is_the_command():
     __all__ += image.__all__
     __all__ += perceptual.__all__
 else:
-    _FAMILIES = ("attention", "contrastive", "diversity", "fusion", "image", "perceptual")
-    _loading: list[bool] = []
+    _loaded = False
+
+    def _load() -> None:
+        global _loaded
+        _loaded = True
+        core = importlib.import_module(f"{__name__}.core")
+        names = {"explain": core.explain, "use_backend": core.use_backend}
+        for family in ("attention", "contrastive", "diversity", "fusion", "image", "perceptual"):
+            module = importlib.import_module(f"{__name__}.{family}")
+            names |= {name: getattr(module, name) for name in module.__all__}
+        globals().update(names, __all__=["__version__", *names])
 
     def __getattr__(name: str) -> Any:
-        """The first name asked for brings all the losses, as an import does elsewhere."""
-        if not _loading:
-            _loading.append(True)
-            names = ["__version__", "explain", "use_backend"]
-            core = importlib.import_module(f"{__name__}.core")
-            globals().update(explain=core.explain, use_backend=core.use_backend)
-            for family in _FAMILIES:
-                module = importlib.import_module(f"{__name__}.{family}")
-                globals().update((own, getattr(module, own)) for own in module.__all__)
-                names += module.__all__
-            globals()["__all__"] = names
-        if name in globals():
-            return globals()[name]
+        """In the command's process: the first name asked for brings all the losses."""
+        if not _loaded:
+            _load()
+            if name in globals():
+                return globals()[name]
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    if not _is_the_command():
+        _load()

@@ -4,6 +4,7 @@
 
 #include "core/constants.h"
 #include "core/matmul.h"
+#include "core/op.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 
@@ -29,11 +30,7 @@ struct Form {
   bool self_similarity = false;  // query and key are the same rows: entries above the diagonal stand for those below
   bool moments = false;          // sum and number of the negatives' logits
   bool bfloat16 = false;         // products may be made in it
-
-  template <typename F>
-  void fields(const F& f) {
-    f(diagonal), f(symmetric), f(self_similarity), f(moments), f(bfloat16);
-  }
+  FASTLOSS_FIELDS(diagonal, symmetric, self_similarity, moments, bfloat16)
 };
 
 // What makes logits of the raw products of one row, and what of a stretch of columns.

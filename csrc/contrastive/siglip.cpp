@@ -38,37 +38,20 @@ struct Inputs {
   bool normalize, negative_only;
   int64_t needs;
   double workspace_mib;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(text), f(scale), f(bias), f(image_ids), f(text_ids), f(row_weight), f(normalize), f(negative_only);
-    f(needs), f(workspace_mib);
-  }
+  FASTLOSS_FIELDS(image, text, scale, bias, image_ids, text_ids, row_weight, normalize, negative_only, needs,
+                  workspace_mib)
 };
 struct Saved {
   Tensor image_grad, text_grad, scale_grad, bias_grad;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image_grad), f(text_grad), f(scale_grad), f(bias_grad);
-  }
+  FASTLOSS_FIELDS(image_grad, text_grad, scale_grad, bias_grad)
 };
-struct Grads {
-  Tensor image, text, scale, bias;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(text), f(scale), f(bias);
-  }
+template <typename T>
+struct PerInput {
+  T image, text, scale, bias;
+  FASTLOSS_FIELDS(image, text, scale, bias)
 };
-struct Needs {
-  bool image, text, scale, bias;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(text), f(scale), f(bias);
-  }
-};
+using Grads = PerInput<Tensor>;
+using Needs = PerInput<bool>;
 
 float number(const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.numel() == 1 && t.scalar_type() == ScalarType::Float, kOp, ": ", name,

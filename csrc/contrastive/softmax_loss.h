@@ -3,6 +3,7 @@
 
 #include "contrastive/norms.h"
 #include "contrastive/save.h"
+#include "core/op.h"
 
 #include <cmath>
 
@@ -21,38 +22,21 @@ struct Inputs {
   std::string save;
   int64_t saved_rows = 0;
   double workspace_mib = 0;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(scale), f(row_weight), f(targets), f(fixed_scale), f(include_positive), f(symmetric);
-    f(normalize), f(reduction), f(needs), f(save), f(saved_rows), f(workspace_mib);
-  }
+  FASTLOSS_FIELDS(query, key, scale, row_weight, targets, fixed_scale, include_positive, symmetric, normalize,
+                  reduction, needs, save, saved_rows, workspace_mib)
   Save saves() const { return save_of(kOp, save, {Save::kNothing, Save::kRowGrads, Save::kGrads, Save::kLogits}); }
 };
 struct Saved {
   Tensor stats, inverse_norms, logits, query_grad, key_grad, scale_grad;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(inverse_norms), f(logits), f(query_grad), f(key_grad), f(scale_grad);
-  }
+  FASTLOSS_FIELDS(stats, inverse_norms, logits, query_grad, key_grad, scale_grad)
 };
-struct Grads {
-  Tensor query, key, scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(scale);
-  }
+template <typename T>
+struct PerInput {
+  T query, key, scale;
+  FASTLOSS_FIELDS(query, key, scale)
 };
-struct Needs {
-  bool query, key, scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(scale);
-  }
-};
+using Grads = PerInput<Tensor>;
+using Needs = PerInput<bool>;
 
 }  // namespace softmax_loss
 

@@ -22,37 +22,19 @@ struct Inputs {
   bool include_positive, normalize;
   std::string reduction;
   int64_t needs;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(negatives), f(scale), f(row_weight), f(fixed_scale), f(include_positive), f(normalize);
-    f(reduction), f(needs);
-  }
+  FASTLOSS_FIELDS(query, key, negatives, scale, row_weight, fixed_scale, include_positive, normalize, reduction, needs)
 };
 struct Saved {
   Tensor stats, logits, inverse_norms, query_grad, key_grad, scale_grad;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(logits), f(inverse_norms), f(query_grad), f(key_grad), f(scale_grad);
-  }
+  FASTLOSS_FIELDS(stats, logits, inverse_norms, query_grad, key_grad, scale_grad)
 };
-struct Grads {
-  Tensor query, key, negatives, scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(negatives), f(scale);
-  }
+template <typename T>
+struct PerInput {
+  T query, key, negatives, scale;
+  FASTLOSS_FIELDS(query, key, negatives, scale)
 };
-struct Needs {
-  bool query, key, negatives, scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(negatives), f(scale);
-  }
-};
+using Grads = PerInput<Tensor>;
+using Needs = PerInput<bool>;
 
 // What does not concern the negatives: the positives, each in the place of the diagonal.
 SoftmaxLoss loss_of(const Inputs& x) {

@@ -19,38 +19,21 @@ struct Inputs {
   Form form;
   double hardness, workspace_mib;
   std::string save;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(row_scale), f(column_scale), f(bias), f(targets), f(row_ids), f(column_ids), f(ceiling);
-    f(form), f(hardness), f(workspace_mib), f(save);
-  }
+  FASTLOSS_FIELDS(query, key, row_scale, column_scale, bias, targets, row_ids, column_ids, ceiling, form, hardness,
+                  workspace_mib, save)
   Save saves() const { return save_of(kOp, save, {Save::kNothing, Save::kWeightedKeys, Save::kLogits}); }
 };
 struct Saved {
   Tensor stats, logits, weighted_keys;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(logits), f(weighted_keys);
-  }
+  FASTLOSS_FIELDS(stats, logits, weighted_keys)
 };
-struct Grads {
-  Tensor query, key, row_scale, column_scale, bias;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(row_scale), f(column_scale), f(bias);
-  }
+template <typename T>
+struct PerInput {
+  T query, key, row_scale, column_scale, bias;
+  FASTLOSS_FIELDS(query, key, row_scale, column_scale, bias)
 };
-struct Needs {
-  bool query, key, row_scale, column_scale, bias;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(key), f(row_scale), f(column_scale), f(bias);
-  }
-};
+using Grads = PerInput<Tensor>;
+using Needs = PerInput<bool>;
 
 LogitMatrix logit_matrix(const Inputs& x) {
   LogitMatrix p(kOp, x.query, x.key, x.form, x.hardness);

@@ -1,6 +1,7 @@
 // The op of per-sample negatives, which softmax_loss_per_query.cpp calls too.
 #pragma once
 
+#include "core/op.h"
 #include "core/tensors.h"
 
 namespace fastloss::softmax_stats_per_query {
@@ -11,36 +12,19 @@ struct Inputs {
   bool normalize = false, moments = false;
   double hardness = 0;
   std::string save;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(negatives), f(row_scale), f(ceiling), f(normalize), f(moments), f(hardness), f(save);
-  }
+  FASTLOSS_FIELDS(query, negatives, row_scale, ceiling, normalize, moments, hardness, save)
 };
 struct Saved {
   Tensor stats, weighted_keys, logits, inverse_norms;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(weighted_keys), f(logits), f(inverse_norms);
-  }
+  FASTLOSS_FIELDS(stats, weighted_keys, logits, inverse_norms)
 };
-struct Grads {
-  Tensor query, negatives, row_scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(negatives), f(row_scale);
-  }
+template <typename T>
+struct PerInput {
+  T query, negatives, row_scale;
+  FASTLOSS_FIELDS(query, negatives, row_scale)
 };
-struct Needs {
-  bool query, negatives, row_scale;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(query), f(negatives), f(row_scale);
-  }
-};
+using Grads = PerInput<Tensor>;
+using Needs = PerInput<bool>;
 
 Saved softmax_stats_per_query_fwd(const Inputs& x);
 

@@ -1,10 +1,9 @@
-// Ops whose arguments and results are structs. A struct lists its fields once, in the order of the op's schema:
+// Ops whose arguments and results are structs. A struct names its fields once more, in the order of the op's schema:
 //
 //   struct Inputs {
 //     Tensor image, image_pred;
 //     double p;
-//     template <typename F>
-//     void fields(const F& f) { f(image), f(image_pred), f(p); }
+//     FASTLOSS_FIELDS(image, image_pred, p)
 //   };
 //   Grads example_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs);
 //
@@ -16,15 +15,21 @@
 
 namespace fastloss {
 
+#define FASTLOSS_FIELDS(...) \
+  template <typename F>      \
+  void fields(const F& f) {  \
+    f(__VA_ARGS__);          \
+  }
+
 template <typename T>
-concept Fields = requires(T t) { t.fields([](auto&) {}); };
+concept Fields = requires(T t) { t.fields([](auto&...) {}); };
 
 // The next value on the dispatcher's stack, or the next values, one per field.
 template <typename T>
 T take(const StableIValue*& stack) {
   if constexpr (Fields<T>) {
     T value{};
-    value.fields([&](auto& field) { field = take<std::remove_reference_t<decltype(field)>>(stack); });
+    value.fields([&](auto&... field) { ((field = take<std::remove_reference_t<decltype(field)>>(stack)), ...); });
     return value;
   } else {
     return torch::stable::detail::to<T>(*stack++);
@@ -34,7 +39,7 @@ T take(const StableIValue*& stack) {
 template <typename T>
 void put(StableIValue*& stack, T& value) {
   if constexpr (Fields<T>)
-    value.fields([&](auto& field) { put(stack, field); });
+    value.fields([&](auto&... field) { (put(stack, field), ...); });
   else
     *stack++ = torch::stable::detail::from(value);
 }

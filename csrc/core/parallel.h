@@ -12,7 +12,6 @@ namespace fastloss {
 // Fixed blocks, whatever the number of threads: what is summed is the same, and so are its bits.
 constexpr int64_t kBlockElements = 16384;  // that a thread takes at a time
 constexpr int64_t kChunkElements = 2048;   // that a kernel gets at a time; its other operands then stay in the L1 cache
-constexpr int64_t kBlock = kBlockElements, kChunk = kChunkElements;  // their names in image/ and perceptual/
 
 // body(begin, end) for each block of `count` elements, over torch's threads.
 template <typename Body>

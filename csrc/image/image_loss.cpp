@@ -7,6 +7,7 @@
 // upstream gradient of the sums is no multiple of `sum_weights`, the backward makes the pass again with it.
 
 #include "image/image_loss.h"
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 
@@ -53,7 +54,7 @@ struct Pair {
   explicit Pair(const Inputs& x)
       : terms(x),
         bands(x.image_pred, x.guide, x.smoothness_weight, x.order,
-              terms.ssim ? kSsimRows * x.image_pred.size(x.image_pred.dim() - 1) : kBlock),
+              terms.ssim ? kSsimRows * x.image_pred.size(x.image_pred.dim() - 1) : kBlockElements),
         image(laid_out_as(x.image, bands.image)),
         axes(terms.step == Step::isotropic ? 1 : bands.spatial) {
     STD_TORCH_CHECK(x.image.scalar_type() == x.image_pred.scalar_type(), "image: the images differ in dtype");
@@ -98,10 +99,10 @@ struct Strip {
   bool second() const { return pair.terms.smoothness && to.image_pred != nullptr; }
 
   double pixel() const {
-    float buffer[kChunk];
+    float buffer[kChunkElements];
     double total = 0;
-    for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunk) {
-      const int64_t count = std::min(kChunk, end - i);
+    for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunkElements) {
+      const int64_t count = std::min(kChunkElements, end - i);
       const float* weight = pair.weight ? pair.weight->read(i, count, buffer) : nullptr;
       total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count},
                              pair.terms.parameter);
@@ -233,7 +234,8 @@ void pass(const Pair& pair, const float* up, const Targets<G>& to, double* parti
   const int64_t sums = pair.sums(), step = bands.layout.step, row = bands.layout.row;
   const auto kernels = pair.kernels<T, G>();
   const bool aligned = (reinterpret_cast<uintptr_t>(to.image) | reinterpret_cast<uintptr_t>(to.image_pred)) % 64 == 0;
-  const bool streamed = aligned && row % 16 == 0 && bands.image.numel() * static_cast<int64_t>(sizeof(G)) >= kStreamed;
+  const bool streamed =
+      aligned && row % 16 == 0 && bands.image.numel() * static_cast<int64_t>(sizeof(G)) >= kStreamedGradientBytes;
   std::vector<float> along;
   for (int64_t c = 0; up != nullptr && c < step; ++c) along.insert(along.end(), up + 1, up + 1 + pair.axes);
   bands.each<T>(to.needed(), [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
@@ -280,7 +282,7 @@ struct Kept {
 
 constexpr int64_t kKeepGradients = 8;  // of `keep`, beside 1 for the image's and 2 for the prediction's
 
-Output image_loss_fwd(const Inputs& x) {
+std::tuple<Tensor, Saved> image_loss_fwd(const Inputs& x) {
   const Pair pair(x);
   const int64_t sums = pair.sums(), slots = pair.bands.slots();
   const auto& weights = x.sum_weights;
@@ -340,7 +342,7 @@ Grads image_loss_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, co
     const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
     const auto write = [&](const float* values, T* result) {
       const bool streamed = reinterpret_cast<uintptr_t>(result) % 64 == 0 && total % 16 == 0 &&
-                            total * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+                            total * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
       for_blocks(total, [&](int64_t begin, int64_t end) {
         scale(values + begin, nullptr, by.value_or(1.0f), end - begin, result + begin, streamed);
       });

@@ -1,9 +1,11 @@
 // What the op of the image loss takes and gives, and what its kernels are handed.
 #pragma once
 
+#include "image/per_image.h"
 #include "image/pixel.h"
 #include "image/smoothness.h"
 #include "image/ssim.h"
+#include "core/op.h"
 
 namespace fastloss {
 namespace {
@@ -18,46 +20,15 @@ struct Inputs {
   SsimParameters ssim;  // with a window of 0: off
   int64_t keep;
   std::optional<Tensor> sum_weights;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred), f(pixel_weight), f(guide), f(smoothness_weight), f(ssim_weight);
-    f(pixel_kind), f(pixel_parameter), f(smoothness_kind), f(order), f(ssim), f(keep), f(sum_weights);
-  }
+  FASTLOSS_FIELDS(image, image_pred, pixel_weight, guide, smoothness_weight, ssim_weight, pixel_kind, pixel_parameter,
+                  smoothness_kind, order, ssim, keep, sum_weights)
 };
 struct Saved {
   Tensor gradients;  // what `keep` asks for; Python's Saved.kept
-
-  template <typename F>
-  void fields(const F& f) {
-    f(gradients);
-  }
+  FASTLOSS_FIELDS(gradients)
 };
-struct Output {
-  Tensor sums;
-  Saved saved;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(sums), f(saved);
-  }
-};
-struct Needs {
-  bool image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
-struct Grads {
-  Tensor image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
+using Grads = PerImage<Tensor>;
+using Needs = PerImage<bool>;
 
 // A row of the usual terms, and where its sums and its gradients go, each or null.
 template <typename T, typename G>

@@ -1,8 +1,10 @@
 // Pixel loss: distances of two images, their sum, and its gradients, in one pass over memory each.
 
 #include "image/pixel.h"
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
+#include "image/per_image.h"
 
 #define FASTLOSS_KERNELS "image/pixel_simd.h"
 #include "core/for_each_isa.h"
@@ -16,28 +18,10 @@ struct Inputs {
   std::string kind;
   double parameter;
   bool reduce;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred), f(weight), f(kind), f(parameter), f(reduce);
-  }
+  FASTLOSS_FIELDS(image, image_pred, weight, kind, parameter, reduce)
 };
-struct Needs {
-  bool image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
-struct Grads {
-  Tensor image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
+using Grads = PerImage<Tensor>;
+using Needs = PerImage<bool>;
 
 // The two images and the weight as the kernels read them: in the images' own memory order where they share one.
 struct Operands {
@@ -68,9 +52,9 @@ struct Operands {
   // body(stretch, position) for every chunk of elements begin .. end.
   template <typename T, typename Body>
   void chunks(int64_t begin, int64_t end, const Body& body) const {
-    float buffer[kChunk];
-    for (int64_t i = begin; i < end; i += kChunk) {
-      const int64_t n = std::min(kChunk, end - i);
+    float buffer[kChunkElements];
+    for (int64_t i = begin; i < end; i += kChunkElements) {
+      const int64_t n = std::min(kChunkElements, end - i);
       body(Stretch<T>{input<T>(image) + i, input<T>(image_pred) + i, weight ? weight->read(i, n, buffer) : nullptr, n},
            i);
     }
@@ -118,9 +102,9 @@ Grads pixel_bwd(const Tensor& grad, const Inputs& x, const Needs& needs) {
     T* first = image_grad ? output<T>(image_grad->written) : nullptr;
     T* second = pred_grad ? output<T>(pred_grad->written) : nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;
-    const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+    const bool streamed = aligned && count * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
     for_blocks(count, [&](int64_t begin, int64_t end) {
-      float buffer[kChunk];
+      float buffer[kChunkElements];
       in.chunks<T>(begin, end, [&](const Stretch<T>& s, int64_t i) {
         const Gradients<T> to{first ? first + i : nullptr, second ? second + i : nullptr, streamed};
         kernels.grad(s, x.parameter, {map ? map->read(i, s.n, buffer) : nullptr, scalar}, to);

@@ -31,10 +31,6 @@ struct PixelKernels {
   void (*grad)(const Stretch<T>&, double p, const Upstream&, const Gradients<T>&);
 };
 
-// Gradients of this many bytes are written past the caches: they would not stay
-// there, and the lines are not read first.
-constexpr int64_t kStreamed = int64_t{8} << 20;
-
 Kind kind_of(const std::string& name, double p) {
   if (name == "l1") return Kind::l1;
   if (name == "l2") return Kind::l2;

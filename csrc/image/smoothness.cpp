@@ -1,6 +1,7 @@
 // Smoothness loss: sums of the differences of neighbouring pixels, and their gradient, in one pass over memory each.
 
 #include "image/smoothness.h"
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 
@@ -11,26 +12,16 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
-
 struct Inputs {
   Tensor image_pred;
   std::optional<Tensor> guide, weight;
   std::string kind;
   int64_t order;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image_pred), f(guide), f(weight), f(kind), f(order);
-  }
+  FASTLOSS_FIELDS(image_pred, guide, weight, kind, order)
 };
 struct Grads {
   Tensor image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image_pred);
-  }
+  FASTLOSS_FIELDS(image_pred)
 };
 
 Tensor smoothness_fwd(const Inputs& x) {
@@ -72,7 +63,7 @@ Grads smoothness_bwd(const Tensor& grad, const Inputs& x) {
     const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
     T* to = output<T>(written);
     const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bands.layout.row % 16 == 0;
-    const bool streamed = aligned && x.image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradient;
+    const bool streamed = aligned && x.image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
     bands.each<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
       const int64_t channel = n * channels + plane * bands.layout.step;
       set_upstream(input<float>(upstream) + channel * axes, axes, bands.layout.step, memory);

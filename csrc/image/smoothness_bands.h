@@ -58,7 +58,7 @@ struct Bands {
   std::optional<Guide> guide;
 
   Bands(const Tensor& given, const std::optional<Tensor>& edges, const std::optional<Tensor>& map, int64_t order,
-        int64_t block = kBlock)
+        int64_t block = kBlockElements)
       : image(given), images(given.size(0)), channels(given.size(1)), spatial(given.dim() - 2), second(order == 2) {
     STD_TORCH_CHECK(spatial == 2 || spatial == 3, "smoothness: the kernel takes 4-D and 5-D tensors");
     const bool last = !is_dense(given, false) && is_dense(given, true);
@@ -86,7 +86,7 @@ struct Bands {
   void each(bool backward, const Body& body) const {
     const int64_t groups = guide ? 1 : layout.planes, planes = guide ? layout.planes : 1;
     const int64_t size = std::min(rows, layout.height) * layout.row * planes;
-    const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlock / size);
+    const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlockElements / size);
     over_threads(0, images * groups * parts(), grain, [&](int64_t from, int64_t to) {
       Scratch scratch(layout, backward);
       std::vector<float> edges(guide ? Edges::size(layout, rows) : 0), sums;

@@ -4,6 +4,7 @@
 #include "image/ssim.h"
 #include "core/isa.h"
 #include "core/op.h"
+#include "image/per_image.h"
 
 #define FASTLOSS_KERNELS "image/ssim_simd.h"
 #include "core/for_each_isa.h"
@@ -17,45 +18,14 @@ struct Inputs {
   SsimParameters parameters;
   bool structure_only;
   int64_t keep;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred), f(weight), f(parameters), f(structure_only), f(keep);
-  }
+  FASTLOSS_FIELDS(image, image_pred, weight, parameters, structure_only, keep)
 };
 struct Saved {
   Tensor gradients;  // what `keep` asks for; Python's Saved.kept
-
-  template <typename F>
-  void fields(const F& f) {
-    f(gradients);
-  }
+  FASTLOSS_FIELDS(gradients)
 };
-struct Output {
-  Tensor sums;  // [N, C]
-  Saved saved;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(sums), f(saved);
-  }
-};
-struct Needs {
-  bool image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
-struct Grads {
-  Tensor image, image_pred;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(image), f(image_pred);
-  }
-};
+using Grads = PerImage<Tensor>;
+using Needs = PerImage<bool>;
 
 // Every plane cut into tiles, the same whatever the number of threads.
 struct Tiles {
@@ -73,7 +43,7 @@ struct Tiles {
   // body(tile number, plane, tile, workspace) over torch's threads.
   template <typename Body>
   void each(size_t size, const Body& body) const {
-    const int64_t grain = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, std::min(height, rows) * columns));
+    const int64_t grain = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, std::min(height, rows) * columns));
     over_threads(0, count, grain, [&](int64_t first, int64_t last) {
       SsimWorkspace workspace(columns, size);
       for (int64_t i = first; i < last && going_on(); ++i) {
@@ -116,7 +86,7 @@ void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to,
   });
 }
 
-Output ssim_fwd(const Inputs& x) {
+std::tuple<Tensor, Saved> ssim_fwd(const Inputs& x) {
   const SsimCall call(x.image, x.image_pred, x.weight, x.parameters, x.structure_only);
   const Tiles tiles(call);
   const Kept kept(x.keep);
@@ -147,11 +117,11 @@ Tensor scaled(const float* from, const float* up, const Tensor& like) {
   if (!last && !is_dense(out, false))
     written = torch::stable::new_empty(like, {like.size(0), channels, like.size(2), like.size(3)});
   T* const to = output<T>(written);
-  const bool large = total * static_cast<int64_t>(sizeof(T)) >= kSsimStreamed && size % 16 == 0;
+  const bool large = total * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes && size % 16 == 0;
   const bool streamed = large && reinterpret_cast<uintptr_t>(to) % 64 == 0;
   // pieces of a plane, of one factor; or whole pixels of an image, with the factors of their channels in turn
   const int64_t run = last ? size * channels : size;
-  const int64_t piece = last ? channels * std::max<int64_t>(16, kBlock / channels / 16 * 16) : kBlock;
+  const int64_t piece = last ? channels * std::max<int64_t>(16, kBlockElements / channels / 16 * 16) : kBlockElements;
   const int64_t pieces = (run + piece - 1) / piece;
   over_threads(0, total / run * pieces, 2, [&](int64_t first, int64_t end) {
     std::vector<float> factors(last ? piece : 0);

@@ -1,6 +1,8 @@
 // What the SSIM kernels (ssim_simd.h) are given: an image pair, a tile of one plane, the window, weights, scratch.
 #pragma once
 
+#include "core/constants.h"
+#include "core/op.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 
@@ -31,11 +33,7 @@ struct SsimParameters {
   double sigma;
   bool same;
   double c1, c2, low;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(window), f(sigma), f(same), f(c1), f(c2), f(low);
-  }
+  FASTLOSS_FIELDS(window, sigma, same, c1, c2, low)
 };
 
 // The same for the kernels.
@@ -112,8 +110,6 @@ constexpr int64_t ssim_scratch(int64_t columns) {
 }
 
 namespace {
-
-constexpr int64_t kSsimStreamed = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
 
 // A plane's weights, for the kernels.
 struct SsimPlaneWeights {
@@ -192,7 +188,7 @@ struct SsimCall {
     lies(image, x, to.x, to.x_row, to.x_column);
     lies(image_pred, y, to.y, to.y_row, to.y_column);
     const bool aligned = (reinterpret_cast<uintptr_t>(to.x) | reinterpret_cast<uintptr_t>(to.y)) % 64 == 0;
-    const bool large = planes * size * 4 >= kSsimStreamed && width % 16 == 0;
+    const bool large = planes * size * 4 >= kStreamedGradientBytes && width % 16 == 0;
     to.streamed = large && aligned && to.x_column == 1 && to.y_column == 1;
     return to;
   }

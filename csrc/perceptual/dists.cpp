@@ -1,6 +1,7 @@
 // The statistics of DISTS: of every channel of a sample, with d = f - t, the means of f and d and the mean squares
 // about their means of f, t and d, for a list of layers; and the gradient, one pass over both.
 
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 #include "core/parallel.h"
@@ -39,39 +40,16 @@ namespace {
 
 struct Inputs {
   std::vector<Tensor> features, targets;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets);
-  }
+  FASTLOSS_FIELDS(features, targets)
 };
 struct Saved {
   Tensor rest;  // what rounding left of the means of f, t and d: [3, N, C]
-
-  template <typename F>
-  void fields(const F& f) {
-    f(rest);
-  }
-};
-struct Output {
-  Tensor stats;  // [5, N, C]
-  Saved saved;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(stats), f(saved);
-  }
+  FASTLOSS_FIELDS(rest)
 };
 struct Needs {
   bool features, targets;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets);
-  }
+  FASTLOSS_FIELDS(features, targets)
 };
-
-constexpr int64_t kStreamedPlane = int64_t{8} << 20;  // gradients of this many bytes are written past the caches
 
 struct PlaneLayer {
   Tensor f, t;  // contiguous
@@ -99,7 +77,7 @@ struct PlanePlan {
       const int64_t pixels = f.size(2) * f.size(3), planes = samples * f.size(1);
       layers.push_back({torch::stable::contiguous(f), torch::stable::contiguous(t), f.size(1), pixels, channels});
       channels += f.size(1);
-      const int64_t step = std::max<int64_t>(1, kBlock / std::max<int64_t>(1, pixels));
+      const int64_t step = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, pixels));
       for (int64_t p = 0; p < planes; p += step)
         blocks.push_back({static_cast<int64_t>(i), p, std::min(planes, p + step)});
     }
@@ -120,7 +98,7 @@ struct PlanePlan {
   }
 };
 
-Output dists_fwd(const Inputs& x) {
+std::tuple<Tensor, Saved> dists_fwd(const Inputs& x) {
   const PlanePlan plan(x.features, x.targets);
   const int64_t table = plan.samples * plan.channels;
   Tensor stats = torch::stable::new_empty(x.features[0], {5, plan.samples, plan.channels}, ScalarType::Float);
@@ -182,7 +160,7 @@ std::vector<Tensor> dists_bwd(const Tensor& grad, const Inputs& x, const Tensor&
       PlaneSides<T> sides{needs.features ? to[index] + plane * n : nullptr,
                           needs.targets ? to[second + index] + plane * n : nullptr, false};
       const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);
-      sides.streamed = low % 64 == 0 && layer.f.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedPlane;
+      sides.streamed = low % 64 == 0 && layer.f.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
       kernels.grad(input<T>(layer.f) + plane * n, input<T>(layer.t) + plane * n, n, slopes, sides);
     });
   });

@@ -1,6 +1,7 @@
 // Distance of two lists of deep features: one call forward and one backward for all layers. L1 keeps the signs of the
 // differences, two bits an element, and nothing else.
 
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 #include "core/parallel.h"
@@ -50,11 +51,7 @@ struct Inputs {
   std::string criterion;
   double parameter;
   std::string reduction;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets), f(weights), f(layout), f(dtype), f(criterion), f(parameter), f(reduction);
-  }
+  FASTLOSS_FIELDS(features, targets, weights, layout, dtype, criterion, parameter, reduction)
 };
 // What the backward of L1 takes of them.
 struct LayerInputs {
@@ -62,39 +59,16 @@ struct LayerInputs {
   std::vector<int64_t> layout;
   ScalarType dtype;
   std::string reduction;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(weights), f(layout), f(dtype), f(reduction);
-  }
+  FASTLOSS_FIELDS(weights, layout, dtype, reduction)
 };
 struct Saved {
   Tensor signs;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(signs);
-  }
-};
-struct Output {
-  Tensor out;
-  Saved saved;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(out), f(saved);
-  }
+  FASTLOSS_FIELDS(signs)
 };
 struct Needs {
   bool features, targets;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets);
-  }
+  FASTLOSS_FIELDS(features, targets)
 };
-
-constexpr int64_t kStreamed = int64_t{8} << 20;  // a gradient of this many bytes is written past the caches
 
 Criterion criterion_of(const std::string& name) {
   if (name == "l1") return Criterion::l1;
@@ -138,8 +112,8 @@ struct Plan {
       layer.scale = weights[layers.size()] / static_cast<double>(count);
       if (per_sample) rows = layer.rows;
       for (int64_t row = 0; row < layer.rows; ++row)
-        for (int64_t i = 0; i < layer.length; i += kBlock)
-          blocks.push_back({static_cast<int64_t>(layers.size()), row, i, std::min(layer.length, i + kBlock)});
+        for (int64_t i = 0; i < layer.length; i += kBlockElements)
+          blocks.push_back({static_cast<int64_t>(layers.size()), row, i, std::min(layer.length, i + kBlockElements)});
       layers.push_back(std::move(layer));
     }
     STD_TORCH_CHECK(layers.size() == weights.size(), "feature_distance: the layout does not fit");
@@ -244,14 +218,15 @@ std::vector<Tensor> gradients(const Tensor& grad, const std::vector<Tensor>& inc
                      needs.targets ? to[second + b.layer] + start : nullptr, false,
                      added.empty() ? nullptr : from_others[b.layer] + start};
       const auto low = reinterpret_cast<uintptr_t>(sides.feature) | reinterpret_cast<uintptr_t>(sides.target);
-      sides.streamed = low % 64 == 0 && layer.rows * layer.length * static_cast<int64_t>(sizeof(T)) >= kStreamed;
+      sides.streamed =
+          low % 64 == 0 && layer.rows * layer.length * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
       body(kernels, layer, b, start, static_cast<float>(g[b.row] * layer.scale), sides);
     });
   });
   return grads;
 }
 
-Output l1_fwd(const Inputs& x) {
+std::tuple<Tensor, Saved> l1_fwd(const Inputs& x) {
   const Plan plan(x.layout, x.weights, x.reduction);
   Tensor signs = torch::stable::new_empty(x.features[0], {plan.words}, ScalarType::Int);
   return {sum_layers(x, plan, Criterion::l1, output<uint32_t>(signs)), {signs}};

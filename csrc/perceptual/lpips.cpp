@@ -6,6 +6,7 @@
 //
 // The forward keeps |x|, |y| and both k of a pixel (Statistics), from which the backward is one pass over x and y.
 
+#include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 #include "core/parallel.h"
@@ -63,41 +64,19 @@ struct Inputs {
   std::vector<Tensor> features, targets, lin_weights;
   double eps;
   bool spatial;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets), f(lin_weights), f(eps), f(spatial);
-  }
+  FASTLOSS_FIELDS(features, targets, lin_weights, eps, spatial)
 };
 struct Saved {
   Tensor statistics;  // see Statistics: [4, pixels]
-
-  template <typename F>
-  void fields(const F& f) {
-    f(statistics);
-  }
-};
-struct Output {
-  Tensor out;
-  Saved saved;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(out), f(saved);
-  }
+  FASTLOSS_FIELDS(statistics)
 };
 struct Needs {
   bool features, targets;
-
-  template <typename F>
-  void fields(const F& f) {
-    f(features), f(targets);
-  }
+  FASTLOSS_FIELDS(features, targets)
 };
 
 constexpr int64_t kTile = 32768;  // elements of x, and of y, that a planar forward keeps in the L2 cache: 256 KiB
 constexpr int64_t kGradPixels = 512;
-constexpr int64_t kStreamedGradient = int64_t{8} << 20;  // as in pixel.cpp: what will not stay in the caches
 
 bool in_rows(const Tensor& t) {  // channels last, dense
   const int64_t c = t.size(1), strides[] = {t.size(2) * t.size(3) * c, 1, t.size(3) * c, c};
@@ -207,7 +186,7 @@ Statistics<F> statistics_in(F* rows, int64_t pixels) {
   return {rows, rows + pixels, rows + 2 * pixels, rows + 3 * pixels};
 }
 
-Output lpips_fwd(const Inputs& x) {
+std::tuple<Tensor, Saved> lpips_fwd(const Inputs& x) {
   const Plan plan(x, false);
   const int64_t images = x.features[0].size(0);
   Tensor out = torch::stable::new_empty(x.features[0], {x.spatial ? plan.pixels : images}, ScalarType::Float);
@@ -281,7 +260,7 @@ std::vector<Tensor> lpips_bwd(const Tensor& grad, const Saved& saved, const Inpu
           const auto low = reinterpret_cast<uintptr_t>(sides.x) | reinterpret_cast<uintptr_t>(sides.y);
           const int64_t row = pixels.stride * static_cast<int64_t>(sizeof(T));
           const int64_t bytes = layer.images * layer.channels * layer.pixels * static_cast<int64_t>(sizeof(T));
-          sides.streamed = low % 64 == 0 && row % 64 == 0 && bytes >= kStreamedGradient;
+          sides.streamed = low % 64 == 0 && row % 64 == 0 && bytes >= kStreamedGradientBytes;
           const auto kernel = layer.rows ? kernels.rows_grad : kernels.planar_grad;
           kernel(pixels, static_cast<float>(x.eps), all.at(pixel), up, sides, scratch);
         });
