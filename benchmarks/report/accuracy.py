@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from benchmarks.harness.results import ERROR_COLUMNS, RESULTS, read_all
 from benchmarks.report.explanations import why_inexact
-from benchmarks.report.tables import BASE, DEVICES, Group, shape_label, short
+from benchmarks.report.tables import BASE, DEVICES, Footnotes, Group, shape_label, short
 
 MEASURES = {"gradient": "gradient_error", "value": "value_error"}
 EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-7, "float16": 2.0**-10}
@@ -105,17 +105,16 @@ def behind_table(device: str) -> list[str]:
         return ["In no row is another more exact."]
     lines = ["| loss | inputs | dtype | what | against | ours | theirs | times | why |",
              "|---|---|---|---|---|--:|--:|--:|---|"]  # fmt: skip
-    said: list[str] = []
+    notes = Footnotes()
     for key, measure, name, theirs, ours in rows:
         text = why_inexact(device, key, measure)
-        said += [text] if text and text not in said else []
         times = f"{ours / theirs:.2f}" if theirs else "-"
-        reason = f"({said.index(text) + 1})" if text else UNKNOWN
+        reason = notes.mark(text) if text else UNKNOWN
         lines.append(
             f"| {label(key)} | {key[4]} | {key[3]} | {measure} | {name} | {percent(ours)} | {percent(theirs)} "
             f"| {times} | {reason} |"
         )
-    return [*lines, "", *(f"({i + 1}) {text}\n" for i, text in enumerate(said))]
+    return lines + notes.lines()
 
 
 def without_error(device: str) -> list[str]:

@@ -188,23 +188,37 @@ def unexplained() -> list[str]:
     ]
 
 
+class Footnotes:
+    """Texts that rows of a table share, each once under it and numbered as they come."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def mark(self, text: str) -> str:
+        if text not in self.texts:
+            self.texts.append(text)
+        return f"({self.texts.index(text) + 1})"
+
+    def lines(self) -> list[str]:
+        return ["", *(f"({i + 1}) {text}\n" for i, text in enumerate(self.texts))]
+
+
 def lost_table(device: str) -> list[str]:
     rows = lost(device)
     if not rows:
         return ["No row is lost."]
     lines = ["| loss, input | what | against | ours | theirs | times | why |", "|---|---|---|--:|--:|--:|---|"]
-    said: list[str] = []
+    notes = Footnotes()
     for mode, ours, theirs, times, text in rows:
         key = key_of(theirs)
         column, unit = ("peak_mib", "MiB") if mode == "memory" else ("p50_ms", "ms")
         if text not in ("", "level"):
-            said += [text] if text not in said else []
-            text = f"({said.index(text) + 1})"
+            text = notes.mark(text)
         lines.append(
             f"| {label(key)} | {mode} | {theirs['provider']} | {float(ours[column]):.3g} {unit} "
             f"| {float(theirs[column]):.3g} {unit} | {times:.2f} | {text or UNEXPLAINED} |"
         )
-    return [*lines, "", *(f"({i + 1}) {text}\n" for i, text in enumerate(said))]
+    return lines + notes.lines()
 
 
 def without_time(device: str) -> list[str]:

@@ -14,7 +14,10 @@ from ..core.checks import (
     check_same_shape,
     check_sequence,
     check_tensor,
+    is_sequence,
 )
+
+Targets = list[list[Tensor]]  # for each backbone the list of its features
 
 
 def check_weights(features: Sequence[Tensor], weights: Sequence[float]) -> list[float]:
@@ -48,3 +51,12 @@ def check_samples(features: Sequence[Tensor]) -> None:
                 f"features[{i}]: expected as many samples as features[0], {features[0].shape[0]}, "
                 f"got {feature.shape[0]} (shape {tuple(feature.shape)})"
             )
+
+
+def check_encoded(targets: Any, backbones: int) -> Targets:
+    """What PerceptualLoss.encode() gives, in the place of an image."""
+    if not is_sequence(targets) or not all(is_sequence(t) for t in targets):
+        raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
+    if len(targets) != backbones:
+        raise ValueError(f"image: expected the features of {backbones} backbones, as encode() does, got {len(targets)}")
+    return [list(features) for features in targets]

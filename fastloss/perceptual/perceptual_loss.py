@@ -26,6 +26,7 @@ from ..core.checks import (
 from ..core.inference import takes_inference_tensors
 from ..core.traced import at_most
 from .backbones import LPIPS_TAPS, Backbone
+from .checks import Targets, check_encoded
 from .criteria import CRITERIA, LpipsWeights, criterion_distance, gradient_counts, make_lins
 from .execution import Execution, in_pieces
 from .frozen import FrozenNetworks
@@ -33,7 +34,6 @@ from .scale import ScaleBack, ScaleUp, base_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Targets = list[list[Tensor]]  # for each backbone the list of its features
 
 
 class _Call(nn.Module):
@@ -210,7 +210,7 @@ class PerceptualLoss(FrozenNetworks):
             if not pairwise or image.shape[1:] != image_pred.shape[1:]:
                 check_same_shape("image", image, "image_pred", image_pred)
         else:
-            image = _check_targets(image, len(self.backbones))
+            image = check_encoded(image, len(self.backbones))
             self._check_image("image_pred", image_pred)
             check_same_device("image", image[0][0], "image_pred", image_pred)
         if pairwise:
@@ -390,12 +390,3 @@ def _affine(input_range: tuple[float, float], mean: Any, std: Any) -> tuple[list
         check_number(f"std[{i}]", value, 0, open_low=True)
     low, width = input_range[0], input_range[1] - input_range[0]
     return [low + width * m for m in means], [width * s for s in stds]
-
-
-def _check_targets(targets: Any, backbones: int) -> Targets:
-    good = is_sequence(targets) and all(is_sequence(t) for t in targets)
-    if not good:
-        raise TypeError(f"image: expected a tensor or what encode() returned, got {type(targets).__name__}")
-    if len(targets) != backbones:
-        raise ValueError(f"image: expected the features of {backbones} backbones, as encode() does, got {len(targets)}")
-    return [list(features) for features in targets]
