@@ -18,10 +18,11 @@ def _is_the_command() -> bool:
 
 
 if TYPE_CHECKING:
-    from . import attention, contrastive, diversity, fusion, image, perceptual
+    from . import attention, contrastive, distributed, diversity, fusion, image, perceptual
     from .attention import *  # noqa: F403
     from .contrastive import *  # noqa: F403
     from .core import explain, use_backend
+    from .distributed import *  # noqa: F403
     from .diversity import *  # noqa: F403
     from .fusion import *  # noqa: F403
     from .image import *  # noqa: F403
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     __all__ = ["__version__", "explain", "use_backend"]
     __all__ += attention.__all__
     __all__ += contrastive.__all__
+    __all__ += distributed.__all__
     __all__ += diversity.__all__
     __all__ += fusion.__all__
     __all__ += image.__all__
@@ -42,7 +44,7 @@ else:
         _loaded = True
         core = importlib.import_module(f"{__name__}.core")
         names = {"explain": core.explain, "use_backend": core.use_backend}
-        for family in ("attention", "contrastive", "diversity", "fusion", "image", "perceptual"):
+        for family in ("attention", "contrastive", "distributed", "diversity", "fusion", "image", "perceptual"):
             module = importlib.import_module(f"{__name__}.{family}")
             names |= {name: getattr(module, name) for name in module.__all__}
         globals().update(names, __all__=["__version__", *names])

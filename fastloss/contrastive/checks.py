@@ -14,6 +14,13 @@ from .options import ContrastiveOutput, NegativeSampling
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+def across_ranks() -> Any:
+    """The losses of a batch on several ranks. No family imports them but where a group is given."""
+    from ..distributed import losses
+
+    return losses
+
+
 def check_embeddings(
     name: str, value: Any, like: Tensor | None = None, like_name: str = "", rows: bool = False
 ) -> None:

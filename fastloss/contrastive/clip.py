@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from ..core import Loss, full_precision, result_dtype
+from ..core import Loss, result_dtype
 from ..core.inference import takes_inference_tensors
-from .checks import (
-    as_scalar,
-    check_embeddings,
-    check_flags,
-    check_integers,
-    check_shared,
-    counted,
-    dropped_rows,
-    reduce_output,
-)
+from .checks import across_ranks, as_scalar, check_embeddings, check_flags, check_integers, check_shared
 from .options import ContrastiveOutput, SoftmaxOptions
-from .query_key_losses import softmax_loss, softmax_rows
+from .query_key_losses import QueryKey, query_key_loss
 
 
 @takes_inference_tensors
@@ -35,6 +28,8 @@ def clip_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
+    group: Any = None,
+    exchange: Any = None,
 ) -> Tensor | ContrastiveOutput:
     r"""CLIP's symmetric softmax loss, in open_clip's convention.
 
@@ -57,6 +52,7 @@ def clip_loss(
             mean of its two directions.
         return_lse: return ``(loss, lse, top1)`` with [2, M] by-products, see :class:`ContrastiveOutput`.
         workspace_mib: as in :func:`info_nce`.
+        group, exchange: a batch whose rows lie on several ranks, as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
@@ -86,15 +82,8 @@ def clip_loss(
     bias = None if logit_bias is None else as_scalar("logit_bias", logit_bias, image, dtype, positive=False)
     form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
-    dropped = dropped_rows(weights)
-    image, text = counted(image, dropped), counted(text, dropped)
-    if not return_lse and ids[0] is None and not isinstance(bias, Tensor):
-        loss = softmax_loss(image, text, None, scale, None, weights, form, reduction, workspace_mib)
-        if loss is not None:
-            return loss
-    with full_precision(image):
-        out = softmax_rows(image, text, None, scale, bias, None, ids, form, workspace_mib, dropped)
-        return reduce_output(out, weights, reduction, return_lse)
+    x = QueryKey(image, text, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib)
+    return query_key_loss(x) if group is None else across_ranks().query_key_loss(x, "clip_loss", group, exchange)
 
 
 class ClipLoss(Loss):

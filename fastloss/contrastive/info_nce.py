@@ -6,10 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..core import Loss, full_precision, result_dtype
+from ..core import Loss, result_dtype
 from ..core.checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
 from ..core.inference import takes_inference_tensors
 from .checks import (
+    across_ranks,
     as_scalar,
     check_embeddings,
     check_flags,
@@ -18,14 +19,10 @@ from .checks import (
     check_sampling,
     check_shared,
     check_targets,
-    counted,
-    dropped_rows,
-    reduce_output,
     scale_of,
-    without,
 )
 from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
-from .query_key_losses import softmax_loss, softmax_rows
+from .query_key_losses import QueryKey, query_key_loss
 
 
 @takes_inference_tensors
@@ -49,6 +46,8 @@ def info_nce(
     workspace_mib: float = 256,
     targets: Tensor | None = None,
     sampling: NegativeSampling | None = None,
+    group: Any = None,
+    exchange: Any = None,
 ) -> Tensor | ContrastiveOutput:
     r"""InfoNCE: each query must pick its own key out of the candidates.
 
@@ -81,6 +80,9 @@ def info_nce(
         workspace_mib: bound of the kernels' workspace in MiB, > 0, for any M, N, K; the reference holds [M, N + K].
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
+        group: None, or a ProcessGroup or 1-D DeviceMesh whose ranks together have the batch: tensors are this rank's
+            share (`targets` index its own keys), the loss is that of the whole batch, on every rank.
+        exchange: how the ranks exchange their rows, see :class:`fastloss.Exchange`; without a group it does nothing.
 
     Returns:
         float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
@@ -105,39 +107,10 @@ def info_nce(
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
-    return _loss(
+    x = QueryKey(
         query, key, negatives, scale, offset, targets, ids, weights, form, reduction, return_lse, workspace_mib
     )
-
-
-def _loss(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    targets: Tensor | None,
-    ids: tuple[Tensor | None, Tensor | None],
-    weights: Tensor | None,
-    form: SoftmaxOptions,
-    reduction: str,
-    return_lse: bool,
-    workspace_mib: float,
-) -> Tensor | ContrastiveOutput:
-    """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
-    dropped = dropped_rows(weights)
-    # a symmetric loss has each query among its negatives
-    query = counted(query, dropped) if form.symmetric else without(query, dropped)
-    key = counted(key, dropped)
-    if negatives is not None and negatives.ndim == 2:
-        negatives = counted(negatives, dropped)
-    if not return_lse and all(t is None for t in ids) and not isinstance(bias, Tensor):
-        loss = softmax_loss(query, key, negatives, scale, targets, weights, form, reduction, workspace_mib)
-        if loss is not None:
-            return loss
-    with full_precision(query):
-        rows = softmax_rows(query, key, negatives, scale, bias, targets, ids, form, workspace_mib, dropped)
-        return reduce_output(rows, weights, reduction, return_lse)
+    return query_key_loss(x) if group is None else across_ranks().query_key_loss(x, "info_nce", group, exchange)
 
 
 def _candidates(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
 from .checks import (
+    across_ranks,
     check_embeddings,
     check_flags,
     check_integers,
@@ -20,7 +24,7 @@ from .checks import (
 )
 from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
+from .options import Columns, ContrastiveOutput, NegativeSampling, SoftmaxOptions
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -33,8 +37,12 @@ def nt_xent_rows(
     form: SoftmaxOptions,
     workspace_mib: float,
     dropped: Tensor | None,
+    gather: Callable[[Columns], Columns] | None = None,
 ) -> ContrastiveOutput:
-    """Row losses [2M]: each view of each sample against all the other views of the batch."""
+    """Row losses [2M]: each view of each sample against all the other views of the batch.
+
+    `gather` gives the views of all ranks, this rank's own first, from its own.
+    """
     dtype = result_dtype(view_a, view_b)
     rows = view_a.shape[0]
     views, norms = self_operands(torch.cat((view_a, view_b)), dtype, form.normalize)
@@ -46,9 +54,11 @@ def nt_xent_rows(
         positive = positive * norms.roll(rows)
     ceiling = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
+    own = Columns(views, norms, both)
+    columns = own if gather is None else gather(own)
     x = Inputs(
-        views, views, row_scale, norms, None, partner, both, both, ceiling, False, False, True, moments, False,
-        hardness, workspace_mib,
+        views, columns.embeddings, row_scale, columns.inverse_norms, None, partner, both, columns.ids, ceiling,
+        gather is not None, False, gather is None, moments, False, hardness, workspace_mib,
     )  # fmt: skip
     stats = softmax_statistics(x)
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
@@ -70,6 +80,8 @@ def nt_xent_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
+    group: Any = None,
+    exchange: Any = None,
 ) -> Tensor | ContrastiveOutput:
     r"""NT-Xent (SimCLR): every view must find the other view of its sample among all 2M - 1 other views.
 
@@ -90,6 +102,7 @@ def nt_xent_loss(
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
         return_lse: return ``(loss, lse, top1)`` with [2M] by-products, see :class:`ContrastiveOutput`.
         workspace_mib: as in :func:`info_nce`.
+        group, exchange: a batch whose samples lie on several ranks, as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 embeddings): a scalar, or [2M] for ``"none"``, view_a's rows first.
@@ -119,6 +132,9 @@ def nt_xent_loss(
     scale = scale_of(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxOptions(include_positive, False, normalize, label_smoothing, True, sampling)
     both = None if weights is None else weights.repeat(2)
+    if group is not None:
+        x = view_a, view_b, scale, ids, both, form, reduction, return_lse, workspace_mib
+        return across_ranks().nt_xent_loss(*x, group, exchange)
     dropped = dropped_rows(both)
     view_a, view_b = counted(view_a, dropped), counted(view_b, dropped)
     with full_precision(view_a):

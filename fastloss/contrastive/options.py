@@ -64,6 +64,14 @@ class ContrastiveOutput(NamedTuple):
     top1: Tensor
 
 
+class Columns(NamedTuple):
+    """What rows are compared with by NT-Xent and SupCon: themselves, or the rows of all ranks, their own first."""
+
+    embeddings: Tensor  # [N, D]
+    inverse_norms: Tensor | None  # [N], where the embeddings are not normalised yet
+    ids: Tensor | None  # [N]
+
+
 @dataclass(frozen=True)
 class SoftmaxOptions:
     """The options of the softmax losses that are no tensors."""

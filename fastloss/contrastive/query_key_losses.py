@@ -6,11 +6,13 @@ autograd has their exact gradients, in float32 whatever the kernels' products ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..core import check_not_empty, check_reduction, result_dtype, row_shares
-from .checks import without
+from ..core import check_not_empty, check_reduction, full_precision, result_dtype, row_shares
+from .checks import counted, dropped_rows, reduce_output, without
 from .embeddings import _inner, are_bfloat16, inverse_norm, scale_of_rows, upcast_on_cpu
 from .ops import softmax_loss as loss_op
 from .ops import softmax_loss_per_query as loss_per_query_op
@@ -19,6 +21,40 @@ from .ops.softmax_stats_per_query import per_query_statistics
 from .options import ContrastiveOutput, SoftmaxOptions
 from .row_losses import merged, row_losses
 from .save_plan import KEY, NEGATIVES, QUERY, SCALE, save_of_loss
+
+
+class QueryKey(NamedTuple):
+    """The checked arguments of :func:`query_key_loss`, as :func:`info_nce` has them."""
+
+    query: Tensor  # [M, D]
+    key: Tensor  # [N, D]
+    negatives: Tensor | None  # [K, D] or [M, K, D]
+    scale: Tensor | float
+    bias: Tensor | float | None
+    targets: Tensor | None  # [M]
+    ids: tuple[Tensor | None, Tensor | None]  # the queries' and the keys', both or neither
+    weights: Tensor | None  # [M]
+    form: SoftmaxOptions
+    reduction: str
+    return_lse: bool
+    workspace_mib: float
+
+
+def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
+    """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
+    dropped = dropped_rows(x.weights)
+    # a symmetric loss has each query among its negatives
+    query = counted(x.query, dropped) if x.form.symmetric else without(x.query, dropped)
+    key, negatives = counted(x.key, dropped), x.negatives
+    if negatives is not None and negatives.ndim == 2:
+        negatives = counted(negatives, dropped)
+    if not x.return_lse and all(t is None for t in x.ids) and not isinstance(x.bias, Tensor):
+        loss = softmax_loss(query, key, negatives, x.scale, x.targets, x.weights, x.form, x.reduction, x.workspace_mib)
+        if loss is not None:
+            return loss
+    with full_precision(query):
+        rows = softmax_rows(query, key, negatives, x.scale, x.bias, x.targets, x.ids, x.form, x.workspace_mib, dropped)
+        return reduce_output(rows, x.weights, x.reduction, x.return_lse)
 
 
 def _sampling(form: SoftmaxOptions) -> tuple[bool, float, float | None]:

@@ -19,7 +19,7 @@ are made so, with H rounded to bfloat16.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, r
 from ..core.inference import takes_inference_tensors
 from ..core.traced import filled
 from .checks import (
+    across_ranks,
     as_scalar,
     check_embeddings,
     check_flags,
@@ -151,6 +152,21 @@ def _ids(
     return (None, None) if one is None or two is None else (one.long(), two.long())
 
 
+class SigLip(NamedTuple):
+    """The checked arguments of :func:`siglip_loss`."""
+
+    image: Tensor  # [M, D]
+    text: Tensor  # [N, D]
+    scale: Tensor | float
+    bias: Tensor | float
+    ids: tuple[Tensor | None, Tensor | None]  # the images' and the texts', both or neither
+    weights: Tensor | None  # [M]
+    normalize: bool
+    negative_only: bool
+    reduction: str
+    workspace_mib: float
+
+
 @takes_inference_tensors
 def siglip_loss(
     image: Tensor,
@@ -165,6 +181,8 @@ def siglip_loss(
     negative_only: bool = False,
     reduction: str = "mean",
     workspace_mib: float = 256,
+    group: Any = None,
+    exchange: Any = None,
 ) -> Tensor:
     r"""SigLIP's pairwise sigmoid loss.
 
@@ -187,6 +205,7 @@ def siglip_loss(
         reduction: over images, each with the sum over its texts: ``"mean"`` (weighted as in :func:`info_nce`),
             ``"sum"`` or ``"none"``.
         workspace_mib: bound of the kernels' workspace in MiB, > 0. The reference is dense and holds [M, M].
+        group, exchange: a batch whose pairs lie on several ranks, as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 embeddings): a scalar, or [M] for ``"none"``.
@@ -211,23 +230,29 @@ def siglip_loss(
     scale = as_scalar("logit_scale", logit_scale, image, dtype, positive=True)
     bias = as_scalar("logit_bias", 0.0 if logit_bias is None else logit_bias, image, dtype, positive=False)
     check_reduction(reduction)
-    if reduction == "mean":
+    if reduction == "mean" and group is None:
         check_not_empty(image.shape[0])
-    dropped = dropped_rows(weights)
-    image, text = without(image, dropped), counted(text, dropped)
+    x = SigLip(image, text, scale, bias, ids, weights, normalize, negative_only, reduction, workspace_mib)
+    return checked_siglip_loss(x) if group is None else across_ranks().siglip_loss(x, group, exchange)
+
+
+def checked_siglip_loss(x: SigLip) -> Tensor:
+    dtype = result_dtype(x.image, x.text)
+    dropped = dropped_rows(x.weights)
+    image, text = without(x.image, dropped), counted(x.text, dropped)
     with full_precision(image):
-        row_weight = _row_weight(weights, reduction, image, dtype)
+        row_weight = _row_weight(x.weights, x.reduction, image, dtype)
         scale, bias = (
-            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device) for v in (scale, bias)
+            v.reshape(1) if isinstance(v, Tensor) else filled((1,), v, dtype, image.device) for v in (x.scale, x.bias)
         )
         needs = 0
         if torch.is_grad_enabled() and row_weight is not None:
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + SCALE_AND_BIAS * numbers
         out = siglip(
-            *Inputs(image, text, scale, bias, *ids, row_weight, normalize, negative_only, needs, workspace_mib)
+            *Inputs(image, text, scale, bias, *x.ids, row_weight, x.normalize, x.negative_only, needs, x.workspace_mib)
         )
-    return out if row_weight is not None else reduce_rows(out, weights, reduction)
+    return out if row_weight is not None else reduce_rows(out, x.weights, x.reduction)
 
 
 class SigLipLoss(Loss):

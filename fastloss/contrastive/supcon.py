@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from ..core import Loss, full_precision, result_dtype
 from ..core.inference import takes_inference_tensors
 from .checks import (
+    across_ranks,
     check_embeddings,
     check_flags,
     check_integers,
@@ -21,7 +24,7 @@ from .checks import (
 )
 from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput
+from .options import Columns, ContrastiveOutput
 from .query_key_losses import _left_out
 
 
@@ -37,6 +40,8 @@ def supcon_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
+    group: Any = None,
+    exchange: Any = None,
 ) -> Tensor | ContrastiveOutput:
     r"""Supervised contrastive loss: all other rows of a row's class are its positives.
 
@@ -58,6 +63,7 @@ def supcon_loss(
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
         workspace_mib: as in :func:`info_nce`.
+        group, exchange: a batch whose rows lie on several ranks, as in :func:`info_nce`.
 
     Returns:
         float32 (float64 for float64 features): a scalar, or [M] for ``"none"``.
@@ -81,6 +87,9 @@ def supcon_loss(
     )
     workspace_mib, _ = check_shared(features, weights, workspace_mib)
     scale = scale_of(temperature, features, result_dtype(features))
+    if group is not None:
+        x = features, labels, scale, weights, include_positive, normalize, reduction, return_lse, workspace_mib
+        return across_ranks().supcon_loss(*x, group, exchange)
     dropped = dropped_rows(weights)
     features = counted(features, dropped)
     with full_precision(features):
@@ -103,8 +112,11 @@ def supcon_rows(
     return_lse: bool,
     workspace_mib: float,
     dropped: Tensor | None,
+    gather: Callable[[Columns], Columns] | None = None,
 ) -> ContrastiveOutput:
     """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives.
+
+    `gather` gives the rows of all ranks, this rank's own first, from its own.
 
     The mean comes from the sum of each label's rows, in O(M D). `top1` is right with `return_lse` only: it takes the
     largest logit of the rows of other labels beside that of all, a second call of the op.
@@ -112,21 +124,25 @@ def supcon_rows(
     dtype = result_dtype(features)
     rows, norms = self_operands(features, dtype, normalize)
     row_scale = scale_of_rows(norms, scale, rows, dtype)
-    vectors = rows.to(dtype) if norms is None else rows * norms[:, None]
+    own = Columns(rows, norms, labels)
+    columns = own if gather is None else gather(own)
+    vectors = _vectors(own, dtype)
+    all_vectors = vectors if gather is None else _vectors(columns, dtype)
 
     def statistics_of(others: bool) -> tuple[Tensor, ...]:
-        ids = None if others else labels
+        ids = (None, None) if others else (labels, columns.ids)
         x = Inputs(
-            rows, rows, row_scale, norms, None, None, ids, ids, None, False, False, True, False, False, 0.0,
-            workspace_mib,
+            rows, columns.embeddings, row_scale, columns.inverse_norms, None, None, *ids, None, gather is not None,
+            False, gather is None, False, False, 0.0, workspace_mib,
         )  # fmt: skip
         return softmax_statistics(x)[0].unbind(0)
 
     lse, row_max = statistics_of(include_positive)
-    ordered = labels.sort().values
+    assert columns.ids is not None
+    ordered = columns.ids.sort().values
     group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
     count = (end - group - 1).to(dtype)
-    sums = _sums_of_groups(vectors, group)
+    sums = _sums_of_groups(all_vectors, group if gather is None else torch.searchsorted(ordered, columns.ids))
     mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
@@ -136,6 +152,10 @@ def supcon_rows(
             _, other_max = statistics_of(not include_positive)
         top1 = row_max > other_max if include_positive else other_max > row_max
     return ContrastiveOutput(loss, _left_out(dropped, lse), top1 if dropped is None else top1 & ~dropped)
+
+
+def _vectors(x: Columns, dtype: torch.dtype) -> Tensor:
+    return x.embeddings.to(dtype) if x.inverse_norms is None else x.embeddings * x.inverse_norms[:, None]
 
 
 def _sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:

@@ -1,0 +1,208 @@
+"""The exchange as ops: to autograd and torch.compile one node each, which takes the group by its name.
+
+    gather_rows      rows of all ranks, this rank's own first; its gradient: scatter_rows
+    scatter_rows     the sum over ranks of what each has for this rank's rows; its gradient: gather_rows
+    sum_over_ranks   forward * sum over ranks of x; its gradient: backward * sum over ranks of the upstream gradient
+    replicated       a tensor that is the same on all ranks, as it is; its gradient: the mean over ranks
+
+torch's own collectives with autograd differ from version to version, and some are refused by torch.compile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from .agreement import Call, agree
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.14
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Counts:
+    """How many rows of each kind each rank has: rank by rank, one kind after the other."""
+
+    def __init__(self, counts: Sequence[int], world: int) -> None:
+        self.counts, self.world = counts, world
+
+    def of(self, kind: int) -> list[int]:
+        return list(self.counts[kind * self.world : (kind + 1) * self.world])
+
+    def total(self, kind: int) -> int:
+        return sum(self.of(kind))
+
+
+@contextlib.contextmanager
+def named(operation: str, group: Any) -> Iterator[None]:
+    """Errors of the communication with the rank and the operation, which its library leaves out."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        raise RuntimeError(f"fastloss: {operation} failed on rank {rank} of {size}: {error}") from error
+
+
+def described(tensors: Iterable[Tensor]) -> str:
+    """What of tensors is to be the same on all ranks."""
+    return "; ".join([f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors])
+
+
+@torch.library.custom_op("fastloss::gather_rows", mutates_args=())
+def gather_rows(
+    tensors: list[Tensor],
+    kinds: list[int],
+    sizes: list[int],
+    counts: list[int],
+    round_to_bfloat16: bool,
+    fields: str,
+    numbers: str,
+    size_names: str,
+    rows: str,
+    group: str,
+) -> list[Tensor]:
+    """Each tensor with the rows of all ranks, those of this rank first, then of the next one, and so on around.
+
+    `kinds` says of which of the `sizes` the rows of a tensor are. Where `fields` is not empty, the ranks first compare
+    what they call: see :class:`Call`.
+    """
+    own = _resolve_process_group(group)
+    if fields:
+        with named("the comparison of the ranks' arguments", own):
+            agree(Call(f"{fields}; {described(tensors)}", numbers, size_names, sizes, rows), own)
+    known = Counts(counts, own.size())
+    with named("the gathering of rows", own):
+        return [_gathered(t, known.of(k), round_to_bfloat16, own) for t, k in zip(tensors, kinds, strict=True)]
+
+
+@gather_rows.register_fake
+def _(tensors, kinds, sizes, counts, round_to_bfloat16, fields, numbers, size_names, rows, group):  # type: ignore[no-untyped-def]
+    known = Counts(counts, _resolve_process_group(group).size())
+    return [t.new_empty(known.total(k), *t.shape[1:]) for t, k in zip(tensors, kinds, strict=True)]
+
+
+@torch.library.custom_op("fastloss::scatter_rows", mutates_args=())
+def scatter_rows(
+    gathered: list[Tensor], kinds: list[int], sizes: list[int], counts: list[int], group: str
+) -> list[Tensor]:
+    """Of each tensor in the order of :func:`gather_rows` the sum over ranks of this rank's rows. Half precision is
+    added up in float32 and rounded once."""
+    own = _resolve_process_group(group)
+    known = Counts(counts, own.size())
+    with named("the reduction of gradients", own):
+        return [_scattered(t, known.of(k), own) for t, k in zip(gathered, kinds, strict=True)]
+
+
+@scatter_rows.register_fake
+def _(gathered, kinds, sizes, counts, group):  # type: ignore[no-untyped-def]
+    return [t.new_empty(sizes[k], *t.shape[1:]) for t, k in zip(gathered, kinds, strict=True)]
+
+
+def _gathered(x: Tensor, counts: list[int], round_to_bfloat16: bool, group: Any) -> Tensor:
+    rank, world, most = group.rank(), group.size(), max(counts)
+    rounded = round_to_bfloat16 and x.ndim == 2 and x.is_floating_point() and x.element_size() > 2
+    sent = x.to(torch.bfloat16) if rounded else x
+    if x.shape[0] < most:
+        sent = torch.cat((sent, sent.new_zeros(most - x.shape[0], *x.shape[1:])))
+    everyone = sent.new_empty(world * most, *x.shape[1:])
+    all_gather(everyone, sent.contiguous(), group=group)
+    blocks = everyone.view(world, most, *x.shape[1:])
+    others = [(rank + hop) % world for hop in range(1, world)]
+    return torch.cat([x, *(blocks[other, : counts[other]].to(x.dtype) for other in others)])
+
+
+def _scattered(x: Tensor, counts: list[int], group: Any) -> Tensor:
+    rank, world, most = group.rank(), group.size(), max(counts)
+    order = [(rank + hop) % world for hop in range(world)]
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    blocks = x.new_zeros(world, most, *x.shape[1:], dtype=torch.float32 if half else x.dtype)
+    for other, block in zip(order, x.split([counts[other] for other in order]), strict=True):
+        blocks[other, : counts[other]] = block
+    mine = blocks.new_empty(most, *x.shape[1:])
+    reduce_scatter(mine, blocks.view(world * most, *x.shape[1:]), group=group)
+    return mine[: counts[rank]].to(x.dtype)
+
+
+def _setup_gather(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, ctx.kinds, ctx.sizes, ctx.counts, *_, ctx.group = inputs
+
+
+def _gather_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    return _given(grads, ctx, lambda given, kinds: scatter_rows(given, kinds, ctx.sizes, ctx.counts, ctx.group), 9)
+
+
+def _setup_scatter(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, ctx.kinds, ctx.sizes, ctx.counts, ctx.group = inputs
+
+
+def _scatter_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
+    def again(given: list[Tensor], kinds: list[int]) -> list[Tensor]:
+        return gather_rows(given, kinds, ctx.sizes, ctx.counts, False, "", "", "", "", ctx.group)
+
+    return _given(grads, ctx, again, 4)
+
+
+def _given(grads: list[Tensor | None], ctx: Any, op: Any, others: int) -> tuple:
+    """The op on those gradients that there are, and None for the others and for the arguments that are no tensors."""
+    there = [i for i, grad in enumerate(grads) if grad is not None and grad.is_floating_point()]
+    out: list[Tensor | None] = [None] * len(grads)
+    results = op([grads[i] for i in there], [ctx.kinds[i] for i in there]) if there else []
+    for i, result in zip(there, results, strict=True):
+        out[i] = result
+    return out, *[None] * others
+
+
+gather_rows.register_autograd(_gather_backward, setup_context=_setup_gather)
+scatter_rows.register_autograd(_scatter_backward, setup_context=_setup_scatter)
+
+
+@torch.library.custom_op("fastloss::sum_over_ranks", mutates_args=())
+def sum_over_ranks(x: Tensor, forward: float, backward: float, group: str) -> Tensor:
+    own = _resolve_process_group(group)
+    out = x.clone(memory_format=torch.contiguous_format)
+    with named("the sum over ranks", own):
+        dist.all_reduce(out, group=own)
+    return out * forward
+
+
+@sum_over_ranks.register_fake
+def _(x, forward, backward, group):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _setup_sum(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, ctx.forward_factor, ctx.backward_factor, ctx.group = inputs
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> tuple:
+    return sum_over_ranks(grad, ctx.backward_factor, ctx.forward_factor, ctx.group), None, None, None
+
+
+sum_over_ranks.register_autograd(_sum_backward, setup_context=_setup_sum)
+
+
+@torch.library.custom_op("fastloss::replicated", mutates_args=())
+def replicated(x: Tensor, group: str) -> Tensor:
+    return x.clone()
+
+
+@replicated.register_fake
+def _(x, group):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def _setup_replicated(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.group = inputs[1]
+
+
+def _replicated_backward(ctx: Any, grad: Tensor) -> tuple:
+    mean = 1.0 / _resolve_process_group(ctx.group).size()
+    return sum_over_ranks(grad, mean, mean, ctx.group), None
+
+
+replicated.register_autograd(_replicated_backward, setup_context=_setup_replicated)
