@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +11,9 @@ from ..core.inference import takes_inference_tensors
 from .checks import across_ranks, as_scalar, check_embeddings, check_flags, check_integers, check_shared
 from .options import ContrastiveOutput, SoftmaxOptions
 from .query_key_losses import QueryKey, query_key_loss
+
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
 
 
 @takes_inference_tensors
@@ -28,8 +31,8 @@ def clip_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
-    group: Any = None,
-    exchange: Any = None,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Tensor | ContrastiveOutput:
     r"""CLIP's symmetric softmax loss, in open_clip's convention.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -23,6 +23,9 @@ from .checks import (
 )
 from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
 from .query_key_losses import QueryKey, query_key_loss
+
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
 
 
 @takes_inference_tensors
@@ -46,8 +49,8 @@ def info_nce(
     workspace_mib: float = 256,
     targets: Tensor | None = None,
     sampling: NegativeSampling | None = None,
-    group: Any = None,
-    exchange: Any = None,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Tensor | ContrastiveOutput:
     r"""InfoNCE: each query must pick its own key out of the candidates.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import Columns, ContrastiveOutput, NegativeSampling, SoftmaxOptions
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
+
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
 
 
 def nt_xent_rows(
@@ -80,8 +83,8 @@ def nt_xent_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
-    group: Any = None,
-    exchange: Any = None,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Tensor | ContrastiveOutput:
     r"""NT-Xent (SimCLR): every view must find the other view of its sample among all 2M - 1 other views.
 

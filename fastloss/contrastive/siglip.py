@@ -19,7 +19,7 @@ are made so, with H rounded to bfloat16.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ from .checks import (
 )
 from .embeddings import embed
 from .save_plan import IMAGE, SCALE_AND_BIAS, TEXT
+
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
 
 
 class Inputs(NamedTuple):
@@ -181,8 +184,8 @@ def siglip_loss(
     negative_only: bool = False,
     reduction: str = "mean",
     workspace_mib: float = 256,
-    group: Any = None,
-    exchange: Any = None,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Tensor:
     r"""SigLIP's pairwise sigmoid loss.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import Columns, ContrastiveOutput
 from .query_key_losses import _left_out
 
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
+
 
 @takes_inference_tensors
 def supcon_loss(
@@ -40,8 +43,8 @@ def supcon_loss(
     reduction: str = "mean",
     return_lse: bool = False,
     workspace_mib: float = 256,
-    group: Any = None,
-    exchange: Any = None,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Tensor | ContrastiveOutput:
     r"""Supervised contrastive loss: all other rows of a row's class are its positives.
 
@@ -130,10 +133,10 @@ def supcon_rows(
     all_vectors = vectors if gather is None else _vectors(columns, dtype)
 
     def statistics_of(others: bool) -> tuple[Tensor, ...]:
-        ids = (None, None) if others else (labels, columns.ids)
+        row_ids, column_ids = (None, None) if others else (labels, columns.ids)
         x = Inputs(
-            rows, columns.embeddings, row_scale, columns.inverse_norms, None, None, *ids, None, gather is not None,
-            False, gather is None, False, False, 0.0, workspace_mib,
+            rows, columns.embeddings, row_scale, columns.inverse_norms, None, None, row_ids, column_ids, None,
+            gather is not None, False, gather is None, False, False, 0.0, workspace_mib,
         )  # fmt: skip
         return softmax_statistics(x)[0].unbind(0)
 

@@ -1,8 +1,8 @@
 """Registration of ops, and the choice of a backend for each call.
 
-Core knows no loss, and no other file touches `torch.library`. A loss file describes its op with NamedTuples and two
-typed functions that compute shapes only (they are the schema and the fake kernel at once); C++ and Triton add
-implementations to that schema; the eager reference serves every other case:
+Core knows no loss, and no other file touches `torch.library` but the one of what ranks exchange. A loss file describes
+its op with NamedTuples and two typed functions that compute shapes only (they are the schema and the fake kernel at
+once); C++ and Triton add implementations to that schema; the eager reference serves every other case:
 
     class Inputs(NamedTuple): ...           # what the op takes; Grads: of which inputs it gives gradients
 

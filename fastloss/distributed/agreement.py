@@ -7,14 +7,25 @@ ranks see all of these, all raise the same error.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 MOST_SIZES = 3  # queries, keys, negatives
+
+
+@contextlib.contextmanager
+def named(operation: str, group: Any) -> Iterator[None]:
+    """Errors of the communication with the rank and the operation, which its library leaves out."""
+    try:
+        yield
+    except RuntimeError as error:
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        raise RuntimeError(f"fastloss: {operation} failed on rank {rank} of {size}: {error}") from error
 
 
 class Call(NamedTuple):
@@ -35,7 +46,8 @@ def agree(call: Call, group: Any) -> list[list[int]]:
     """
     same = call.fields + "|" + call.size_names + "|" + call.rows
     mine = [_hash(same), _hash(call.numbers), *call.sizes, *[0] * (MOST_SIZES - len(call.sizes))]
-    everyone = _gathered(mine, group)
+    with named("the comparison of the ranks' arguments", group):
+        everyone = _gathered(mine, group)
     texts = {text for text, *_ in everyone}
     numbers = {number for _, number, *_ in everyone if number}
     if len(texts) > 1 or len(numbers) > 1:
@@ -67,10 +79,12 @@ def _difference(text: str, group: Any) -> str:
     dist.all_gather_object(texts, text, group=group)
     first = texts[0]
     other = next((rank for rank, theirs in enumerate(texts) if theirs != first), 0)
-    ours, theirs = ([part for part in t.replace("|", "; ").split("; ") if part] for t in (first, texts[other]))
-    one = ", ".join(part for part in ours if part not in theirs) or "none of that"
-    two = ", ".join(part for part in theirs if part not in ours) or "none of that"
-    return f"group: expected the same call on all ranks, got {one} on rank 0 and {two} on rank {other}"
+    one, two = ([part for part in t.replace("|", "; ").split("; ") if part] for t in (first, texts[other]))
+    one, two = [part for part in one if part not in two], [part for part in two if part not in one]
+    if one and one[0].startswith("loss="):  # all else differs too
+        one, two = one[:1], two[:1]
+    said = [", ".join(parts) or "nothing of that kind" for parts in (one, two)]
+    return f"group: expected the same call on all ranks, got {said[0]} on rank 0 and {said[1]} on rank {other}"
 
 
 def _check_rows(call: Call, sizes: list[list[int]]) -> None:

@@ -10,19 +10,25 @@ torch's own collectives with autograd differ from version to version, and some a
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.library import Library
 
-from .agreement import Call, agree
+from ..core.op import NAMESPACE
+from .agreement import Call, agree, named
+
+_LIB = Library(NAMESPACE, "FRAGMENT")
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.14
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+_group_named: Callable[..., Any] = _resolve_process_group  # torch's own registry, as its collectives for graphs use it
 
 
 class Counts:
@@ -38,28 +44,19 @@ class Counts:
         return sum(self.of(kind))
 
 
-@contextlib.contextmanager
-def named(operation: str, group: Any) -> Iterator[None]:
-    """Errors of the communication with the rank and the operation, which its library leaves out."""
-    try:
-        yield
-    except RuntimeError as error:
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
-        raise RuntimeError(f"fastloss: {operation} failed on rank {rank} of {size}: {error}") from error
+def described(names: Iterable[str], tensors: Iterable[Tensor]) -> str:
+    """What of tensors is to be the same on all ranks: all but the number of rows."""
+    shapes = [", ".join(["*", *map(str, t.shape[1:])]) for t in tensors]
+    return "; ".join([f"{n} [{s}] {t.dtype}" for n, s, t in zip(names, shapes, tensors, strict=True)])
 
 
-def described(tensors: Iterable[Tensor]) -> str:
-    """What of tensors is to be the same on all ranks."""
-    return "; ".join([f"{tuple(t.shape[1:])} {t.dtype}" for t in tensors])
-
-
-@torch.library.custom_op("fastloss::gather_rows", mutates_args=())
-def gather_rows(
+def _gather_rows(
     tensors: list[Tensor],
     kinds: list[int],
     sizes: list[int],
     counts: list[int],
     round_to_bfloat16: bool,
+    names: str,
     fields: str,
     numbers: str,
     size_names: str,
@@ -71,35 +68,33 @@ def gather_rows(
     `kinds` says of which of the `sizes` the rows of a tensor are. Where `fields` is not empty, the ranks first compare
     what they call: see :class:`Call`.
     """
-    own = _resolve_process_group(group)
+    own = _group_named(group)
     if fields:
-        with named("the comparison of the ranks' arguments", own):
-            agree(Call(f"{fields}; {described(tensors)}", numbers, size_names, sizes, rows), own)
+        agree(Call(f"{fields}; {described(names.split(','), tensors)}", numbers, size_names, sizes, rows), own)
     known = Counts(counts, own.size())
     with named("the gathering of rows", own):
         return [_gathered(t, known.of(k), round_to_bfloat16, own) for t, k in zip(tensors, kinds, strict=True)]
 
 
-@gather_rows.register_fake
-def _(tensors, kinds, sizes, counts, round_to_bfloat16, fields, numbers, size_names, rows, group):  # type: ignore[no-untyped-def]
-    known = Counts(counts, _resolve_process_group(group).size())
+def _gather_rows_fake(
+    tensors, kinds, sizes, counts, round_to_bfloat16, names, fields, numbers, size_names, rows, group
+):  # type: ignore[no-untyped-def]
+    known = Counts(counts, _group_named(group).size())
     return [t.new_empty(known.total(k), *t.shape[1:]) for t, k in zip(tensors, kinds, strict=True)]
 
 
-@torch.library.custom_op("fastloss::scatter_rows", mutates_args=())
-def scatter_rows(
+def _scatter_rows(
     gathered: list[Tensor], kinds: list[int], sizes: list[int], counts: list[int], group: str
 ) -> list[Tensor]:
     """Of each tensor in the order of :func:`gather_rows` the sum over ranks of this rank's rows. Half precision is
     added up in float32 and rounded once."""
-    own = _resolve_process_group(group)
+    own = _group_named(group)
     known = Counts(counts, own.size())
     with named("the reduction of gradients", own):
         return [_scattered(t, known.of(k), own) for t, k in zip(gathered, kinds, strict=True)]
 
 
-@scatter_rows.register_fake
-def _(gathered, kinds, sizes, counts, group):  # type: ignore[no-untyped-def]
+def _scatter_rows_fake(gathered, kinds, sizes, counts, group):  # type: ignore[no-untyped-def]
     return [t.new_empty(sizes[k], *t.shape[1:]) for t, k in zip(gathered, kinds, strict=True)]
 
 
@@ -133,7 +128,7 @@ def _setup_gather(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _gather_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
-    return _given(grads, ctx, lambda given, kinds: scatter_rows(given, kinds, ctx.sizes, ctx.counts, ctx.group), 9)
+    return _given(grads, ctx, lambda given, kinds: scatter_rows(given, kinds, ctx.sizes, ctx.counts, ctx.group), 10)
 
 
 def _setup_scatter(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -142,7 +137,7 @@ def _setup_scatter(ctx: Any, inputs: tuple, output: Any) -> None:
 
 def _scatter_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     def again(given: list[Tensor], kinds: list[int]) -> list[Tensor]:
-        return gather_rows(given, kinds, ctx.sizes, ctx.counts, False, "", "", "", "", ctx.group)
+        return gather_rows(given, kinds, ctx.sizes, ctx.counts, False, "", "", "", "", "", ctx.group)
 
     return _given(grads, ctx, again, 4)
 
@@ -157,21 +152,15 @@ def _given(grads: list[Tensor | None], ctx: Any, op: Any, others: int) -> tuple:
     return out, *[None] * others
 
 
-gather_rows.register_autograd(_gather_backward, setup_context=_setup_gather)
-scatter_rows.register_autograd(_scatter_backward, setup_context=_setup_scatter)
-
-
-@torch.library.custom_op("fastloss::sum_over_ranks", mutates_args=())
-def sum_over_ranks(x: Tensor, forward: float, backward: float, group: str) -> Tensor:
-    own = _resolve_process_group(group)
+def _sum_over_ranks(x: Tensor, forward: float, backward: float, group: str) -> Tensor:
+    own = _group_named(group)
     out = x.clone(memory_format=torch.contiguous_format)
     with named("the sum over ranks", own):
         dist.all_reduce(out, group=own)
     return out * forward
 
 
-@sum_over_ranks.register_fake
-def _(x, forward, backward, group):  # type: ignore[no-untyped-def]
+def _sum_over_ranks_fake(x, forward, backward, group):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -183,16 +172,11 @@ def _sum_backward(ctx: Any, grad: Tensor) -> tuple:
     return sum_over_ranks(grad, ctx.backward_factor, ctx.forward_factor, ctx.group), None, None, None
 
 
-sum_over_ranks.register_autograd(_sum_backward, setup_context=_setup_sum)
-
-
-@torch.library.custom_op("fastloss::replicated", mutates_args=())
-def replicated(x: Tensor, group: str) -> Tensor:
+def _replicated(x: Tensor, group: str) -> Tensor:
     return x.clone()
 
 
-@replicated.register_fake
-def _(x, group):  # type: ignore[no-untyped-def]
+def _replicated_fake(x, group):  # type: ignore[no-untyped-def]
     return torch.empty_like(x)
 
 
@@ -201,8 +185,20 @@ def _setup_replicated(ctx: Any, inputs: tuple, output: Any) -> None:
 
 
 def _replicated_backward(ctx: Any, grad: Tensor) -> tuple:
-    mean = 1.0 / _resolve_process_group(ctx.group).size()
+    mean = 1.0 / _group_named(ctx.group).size()
     return sum_over_ranks(grad, mean, mean, ctx.group), None
 
 
-replicated.register_autograd(_replicated_backward, setup_context=_setup_replicated)
+def _op(name: str, kernel: Callable, fake: Callable, backward: Callable, setup: Callable) -> Any:
+    """Not by `torch.library.custom_op`, which imports torch.compile at an op's first call: that takes seconds."""
+    _LIB.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIB)
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_LIB)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+gather_rows = _op("gather_rows", _gather_rows, _gather_rows_fake, _gather_backward, _setup_gather)
+scatter_rows = _op("scatter_rows", _scatter_rows, _scatter_rows_fake, _scatter_backward, _setup_scatter)
+sum_over_ranks = _op("sum_over_ranks", _sum_over_ranks, _sum_over_ranks_fake, _sum_backward, _setup_sum)
+replicated = _op("replicated", _replicated, _replicated_fake, _replicated_backward, _setup_replicated)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -48,7 +49,7 @@ class Exchange:
     """
 
     strategy: str = "auto"
-    rows: str | tuple[int, ...] = "equal"
+    rows: str | Sequence[int] = "equal"
     wire: torch.dtype | None = None
     gradients: str = "mean"
     negatives: str = "sharded"
@@ -62,6 +63,6 @@ class Exchange:
         if isinstance(self.rows, str):
             check_choice("rows", self.rows, ROWS)
             return
-        rows = check_sequence("rows", self.rows, "whole numbers, or 'equal' or 'uneven'")
-        rows = tuple(check_integer(f"rows[{i}]", count, 0) for i, count in enumerate(rows))
+        given = check_sequence("rows", self.rows, "whole numbers, or 'equal' or 'uneven'")
+        rows = tuple(check_integer(f"rows[{i}]", count, 0) for i, count in enumerate(given))
         object.__setattr__(self, "rows", rows)  # of a frozen dataclass

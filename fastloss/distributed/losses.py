@@ -36,7 +36,7 @@ def query_key_loss(x: QueryKey, loss: str, group: Any, exchange: Any) -> Tensor 
     if "negatives" in travels:
         sizes["negatives"] = travels["negatives"].shape[0]
     form = x.form
-    same = {
+    same: dict[str, Any] = {
         "loss": loss, "include_positive": form.include_positive, "symmetric": form.symmetric,
         "normalize": form.normalize, "in_batch": form.in_batch, "reduction": x.reduction, "return_lse": x.return_lse,
         "weights": x.weights is not None, "targets": x.targets is not None,
@@ -127,7 +127,7 @@ def siglip_loss(x: SigLip, group: Any, exchange: Any) -> Tensor:
     """Own images against the texts of all ranks: with positives against the own ones, without against the others."""
     ranks = Ranks.of(group, exchange)
     image_ids, text_ids = x.ids
-    same = {
+    same: dict[str, Any] = {
         "loss": "siglip_loss", "normalize": x.normalize, "negative_only": x.negative_only, "reduction": x.reduction,
         "weights": x.weights is not None,
         "gradients of": needs(image=x.image, text=x.text, scale=x.scale, bias=x.bias),
@@ -168,7 +168,7 @@ def nt_xent_loss(
     """Both views of this rank's samples against those of all ranks. `weights` are those of the 2M rows."""
     check_reduction(reduction)
     ranks = Ranks.of(group, exchange)
-    same = {
+    same: dict[str, Any] = {
         "loss": "nt_xent_loss", "include_positive": form.include_positive, "normalize": form.normalize,
         "reduction": reduction, "weights": weights is not None,
         "gradients of": needs(view_a=view_a, view_b=view_b, scale=scale),
@@ -213,7 +213,7 @@ def supcon_loss(
     """This rank's rows against those of all ranks; the labels travel beside them."""
     check_reduction(reduction)
     ranks = Ranks.of(group, exchange)
-    same = {
+    same: dict[str, Any] = {
         "loss": "supcon_loss", "include_positive": include_positive, "normalize": normalize, "reduction": reduction,
         "return_lse": return_lse, "weights": weights is not None,
         "gradients of": needs(features=features, scale=scale),

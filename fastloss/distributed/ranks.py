@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import check_not_empty, row_shares
 from .agreement import Call, agree
@@ -31,12 +32,12 @@ class Ranks:
             exchange = Exchange()
         elif not isinstance(exchange, Exchange):
             raise TypeError(f"exchange: expected a fastloss.Exchange, got {type(exchange).__name__}")
-        if hasattr(group, "get_group"):
+        if not isinstance(group, dist.ProcessGroup):
+            if not isinstance(group, DeviceMesh):
+                raise TypeError(f"group: expected a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}")
             if group.ndim != 1:
                 raise ValueError(f"group: expected a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['dp']")
             group = group.get_group()
-        if not isinstance(group, dist.ProcessGroup):
-            raise TypeError(f"group: expected a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}")
         size = group.size()
         if not isinstance(exchange.rows, str) and len(exchange.rows) != size:
             raise ValueError(f"rows: expected one number per rank, {size} of them, got {len(exchange.rows)}")
@@ -71,11 +72,13 @@ class Ranks:
             counts = [n for name in order for n in (own if name != "negatives" else [sizes[name]] * self.size)]
             rows = ",".join([str(n) for n in own])
         exchange = {name: getattr(self.exchange, name) for name in ("strategy", "wire", "gradients", "negatives")}
-        fields = _text(dict(same) | exchange | {"tensors": " and ".join(there)})
-        floats, names, to_compare = "", ",".join(order), fields
+        fields = _text(dict(same) | exchange)
+        floats, size_names, to_compare = "", ",".join(order), fields
         if not torch.compiler.is_compiling():
             floats = _text(numbers)
-            known = agree(Call(f"{fields}; {described(there.values())}", floats, names, given, rows), self.group)
+            known = agree(
+                Call(f"{fields}; {described(there, there.values())}", floats, size_names, given, rows), self.group
+            )
             to_compare = ""
             if rows == "uneven":
                 counts = [sizes_of_rank[kind] for kind in range(len(order)) for sizes_of_rank in known]
@@ -88,7 +91,17 @@ class Ranks:
         if there:
             wire = self.exchange.wire is not None
             everyone = gather_rows(
-                list(there.values()), kinds, given, counts, wire, to_compare, floats, names, rows, self.name
+                list(there.values()),
+                kinds,
+                given,
+                counts,
+                wire,
+                ",".join(there),
+                to_compare,
+                floats,
+                size_names,
+                rows,
+                self.name,
             )
         return dict(zip(there, everyone, strict=True)), Counts(counts, self.size)
 
@@ -98,7 +111,7 @@ class Ranks:
             return weights
         weights = weights.to(torch.promote_types(weights.dtype, dtype))
         own, of_ranks = [weights.shape[0]], counts.of(0)
-        (everyone,) = gather_rows([weights], [0], own, of_ranks, False, "", "", "", "", self.name)
+        (everyone,) = gather_rows([weights], [0], own, of_ranks, False, "", "", "", "", "", self.name)
         return row_shares(everyone, reduction, dtype)[: weights.shape[0]]
 
     def reduced(self, rows: Tensor, weights: Tensor | None, reduction: str, counts: Counts) -> Tensor:

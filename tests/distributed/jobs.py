@@ -1,16 +1,36 @@
-"""What the ranks do in the tests; each returns what the test then looks at."""
+"""What the ranks do in the tests; each part returns what the test of the same name then looks at."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
-from tests.distributed.cases import CASES, counts_of, exchange_of, result
+from fastloss import ClipLoss, Exchange, clip_loss, info_nce, nt_xent_loss, siglip_loss, supcon_loss
+from tests.distributed.cases import CASES, COUNTS, EQUAL, counts_of, data, embedded, exchange_of, parameters, result
 
 
-def averaged(grads: list[torch.Tensor], world: int, how: str) -> list[torch.Tensor]:
+def everything(rank: int, world: int) -> dict[str, Any]:
+    """All parts in one start of the processes, which takes longer than the parts."""
+    parts: dict[str, Callable] = {"losses": losses, "by_module": by_module, "mismatches": mismatches, "wire": wire}
+    parts["traffic"] = traffic
+    if world == 2:
+        parts["compiled"] = compiled
+    if importlib.util.find_spec("open_clip"):
+        parts["open_clip"] = open_clip
+    found = {name: part(rank, world) for name, part in parts.items()}
+    if world == 3:  # the last, for it leaves the group broken
+        found["death"] = death(rank, world)
+    return found
+
+
+def averaged(grads: list[Tensor], world: int, how: str = "mean") -> list[Tensor]:
     """As DDP averages the gradients of parameters, or as a training does that sums them."""
     for grad in grads:
         dist.all_reduce(grad)
@@ -28,3 +48,176 @@ def losses(rank: int, world: int) -> dict[str, Any]:
             got["grads"] = averaged(got["grads"], world, exchange.gradients)
             found[name, dtype] = got
     return found
+
+
+class Towers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text, self.column, self.log_scale, self.bias = map(nn.Parameter, parameters(torch.float64))
+
+    def forward(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        e = embedded(x, [self.image, self.text, self.column, self.log_scale, self.bias])
+        return e.a, e.b, e.scale
+
+
+def by_module(rank: int, world: int) -> dict[str, Tensor]:
+    """A module, a mesh and real DDP, whose buckets share the group with the loss; two steps."""
+    mesh, counts = init_device_mesh("cpu", (world,), mesh_dim_names=("dp",)), COUNTS[world]
+    towers = DistributedDataParallel(Towers(), find_unused_parameters=True)
+    loss_fn = ClipLoss(group=mesh["dp"], exchange=Exchange(rows="uneven"))
+    for _ in range(2):
+        towers.zero_grad()
+        image, text, scale = towers(data(counts).of(rank, counts))
+        loss = loss_fn(image, text, logit_scale=scale)
+        loss.backward()
+    grads = {n: p.grad for n, p in towers.module.named_parameters() if n in ("image", "text", "log_scale")}
+    return {"loss": loss.detach(), **grads}
+
+
+def open_clip(rank: int, world: int) -> dict[str, Any]:
+    """The averaged loss and gradients of theirs and of ours."""
+    (folder,) = importlib.util.find_spec("open_clip").submodule_search_locations
+    spec = importlib.util.spec_from_file_location("open_clip_loss", f"{folder}/loss.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # the package imports all models
+    theirs = module.ClipLoss(local_loss=True, gather_with_grad=True, cache_labels=True, rank=rank, world_size=world)
+
+    def ours(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+        return clip_loss(image, text, logit_scale=scale, group=dist.group.WORLD)
+
+    found, counts = {}, [EQUAL] * world
+    for name, loss_fn in (("theirs", theirs), ("ours", ours)):
+        of = parameters(torch.float64)
+        e = embedded(data(counts).of(rank, counts), of)
+        loss = loss_fn(e.a, e.b, e.scale)
+        grads = torch.autograd.grad(loss, [of[0], of[1], of[3]])
+        found[name] = averaged([loss.detach(), *grads], world)
+    return found
+
+
+def mismatches(rank: int, world: int) -> dict[str, str]:
+    """What each call says in which the last rank differs from the others; a right one in the end."""
+    last = rank == world - 1
+    plain = torch.randn(4, 8, generator=torch.Generator().manual_seed(rank))
+    narrow, double, fewer = plain[:, :6], plain.double(), plain[:3]
+    odd_width, odd_dtype, odd_rows = (each if last else plain for each in (narrow, double, fewer))
+    other = {
+        "width": lambda: clip_loss(odd_width, odd_width, **LEARNED),
+        "rows": lambda: clip_loss(odd_rows, odd_rows, **LEARNED),
+        "dtype": lambda: clip_loss(odd_dtype, odd_dtype, **LEARNED),
+        "option": lambda: clip_loss(plain, plain, normalize=last, **LEARNED),
+        "number": lambda: clip_loss(plain, plain, label_smoothing=0.2 if last else 0.1, **LEARNED),
+        "loss": lambda: (siglip_loss if last else clip_loss)(plain, plain, logit_bias=None, **LEARNED),
+        "gradient": lambda: clip_loss(plain.clone().requires_grad_(not last), plain, **LEARNED),
+        "weights": lambda: nt_xent_loss(plain, plain, weights=torch.ones(4) if last else None, group=dist.group.WORLD),
+        "ids": lambda: info_nce(plain, plain, query_ids=torch.ones(4).long() if last else None, group=dist.group.WORLD),
+        "negatives": lambda: info_nce(plain, plain, plain[: 1 + last], group=dist.group.WORLD),
+        "labels": lambda: supcon_loss(plain, torch.arange(4), include_positive=last, group=dist.group.WORLD),
+        "list": lambda: clip_loss(plain, plain, exchange=Exchange(rows=[4] * (world - 1) + [5]), **LEARNED),
+        "exchange": lambda: clip_loss(plain, plain, exchange=Exchange(gradients="sum" if last else "mean"), **LEARNED),
+        "right": lambda: clip_loss(plain, plain, **LEARNED),
+    }  # fmt: skip
+    said = {}
+    for name, call in other.items():
+        try:
+            said[name] = f"loss {call().item()}"
+        except ValueError as error:
+            said[name] = f"ValueError: {error}"
+    return said
+
+
+LEARNED: dict[str, Any] = {"logit_scale": 3.0, "group": dist.group.WORLD}
+
+
+def wire(rank: int, world: int) -> dict[str, Any]:
+    """Ours with rows rounded on their way, and the same by hand: each rank's rows against the others' rounded ones."""
+    counts = COUNTS[world]
+    x = data(counts).to(torch.float32)
+    of = parameters(torch.float32)
+    e = embedded(x.of(rank, counts), of)
+    exchange = Exchange(rows=counts, wire=torch.bfloat16)
+    loss = info_nce(e.a, e.b, temperature=1 / e.scale, normalize=False, group=dist.group.WORLD, exchange=exchange)
+    ours = [loss.detach(), *averaged(list(torch.autograd.grad(loss, [of[0], of[1], of[3]])), world)]
+    of = parameters(torch.float64)
+    whole, start, total = embedded(data(counts), of), 0, torch.zeros((), dtype=torch.float64)
+    for rows in counts:
+        mine = torch.arange(sum(counts))
+        own = ((mine >= start) & (mine < start + rows))[:, None]
+        rounded = whole.b + (whole.b.float().bfloat16().double() - whole.b).detach()
+        keys, targets = torch.where(own, whole.b, rounded), torch.arange(start, start + rows)
+        options = {"normalize": False, "targets": targets, "reduction": "sum"}
+        total = total + info_nce(whole.a[targets], keys, temperature=1 / whole.scale, **options)
+        start += rows
+    mean = total / sum(counts)
+    return {"ours": ours, "by hand": [mean.detach(), *torch.autograd.grad(mean, [of[0], of[1], of[3]])]}
+
+
+def traffic(rank: int, world: int) -> dict[str, list[int]]:
+    """Bytes that arrive in a step's large collectives, per rank, for bfloat16 and float32 embeddings."""
+    from fastloss.distributed import collectives
+
+    sizes: list[int] = []
+    gather, reduce = collectives.all_gather, collectives.reduce_scatter
+
+    def all_gather(out: Tensor, x: Tensor, **options: Any) -> Any:
+        sizes.append((world - 1) * x.nbytes)
+        return gather(out, x, **options)
+
+    def reduce_scatter(out: Tensor, x: Tensor, **options: Any) -> Any:
+        sizes.append((world - 1) * out.nbytes)
+        return reduce(out, x, **options)
+
+    collectives.all_gather, collectives.reduce_scatter = all_gather, reduce_scatter
+    found = {}
+    try:
+        for name, dtype, exchange in (
+            ("float32", torch.float32, None),
+            ("bfloat16", torch.bfloat16, None),
+            ("wire", torch.float32, Exchange(wire=torch.bfloat16)),
+        ):
+            query, key = (torch.randn(EQUAL, 8, dtype=dtype).requires_grad_() for _ in range(2))
+            info_nce(query, key, group=dist.group.WORLD, exchange=exchange).backward()
+            found[name] = sizes.copy()
+            sizes.clear()
+    finally:
+        collectives.all_gather, collectives.reduce_scatter = gather, reduce
+    return found
+
+
+def compiled(rank: int, world: int) -> dict[str, Any]:
+    """Each loss compiled without a graph break, and eager: (loss, gradient), at several sizes."""
+    group = dist.group.WORLD
+
+    def clip(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        return clip_loss(a, b, logit_scale=s.exp(), group=group)
+
+    def others(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
+        where: dict[str, Any] = {"group": group, "exchange": Exchange(rows=(5, 7))}
+        loss = info_nce(a, b, temperature=s.exp(), weights=a[:, 0].detach().abs(), **where)
+        loss = loss + siglip_loss(a, b, logit_scale=s.exp(), logit_bias=-1.0, **where)
+        loss = loss + nt_xent_loss(a, b, temperature=s.exp(), **where)
+        return loss + supcon_loss(a, torch.arange(len(a)) // 2, temperature=s.exp(), **where)
+
+    found = {}
+    for fn, several in ((clip, (4, 5, 7)), (others, ((5, 7)[rank],))):
+        fast = torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=fn is clip)
+        for rows in several:
+            g = torch.Generator().manual_seed(rank)
+            for kind, call in (("compiled", fast), ("eager", fn)):
+                a, b = (torch.randn(rows, 8, generator=g.manual_seed(rank)).requires_grad_() for _ in range(2))
+                s = torch.zeros(()).requires_grad_()
+                loss = call(a, b, s)
+                found[fn.__name__, rows, kind] = [loss.detach(), *torch.autograd.grad(loss, (a, b, s))]
+    return found
+
+
+def death(rank: int, world: int) -> str:
+    """What the others say when the last rank has left."""
+    if rank == world - 1:
+        return ""
+    x = torch.ones(4, 8).requires_grad_()
+    try:
+        clip_loss(x, x, **LEARNED)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"

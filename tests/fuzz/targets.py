@@ -138,7 +138,8 @@ def parameters(name: str, weighting: str = "", loss_fn: str = "") -> tuple[list[
         return ["image", "image_pred"], own | {"pairwise": False, "encoded": False}
     taken = inspect.signature(getattr(fastloss, name)).parameters
     keywords = {p.name: p.default for p in taken.values() if p.kind is inspect.Parameter.KEYWORD_ONLY}
-    return [p for p in taken if p not in keywords], keywords
+    of_ranks = ("group", "exchange")  # tests/distributed
+    return [p for p in taken if p not in keywords], {k: v for k, v in keywords.items() if k not in of_ranks}
 
 
 def all_parameters() -> set[str]:
