@@ -122,12 +122,13 @@ class Ranks:
         """
         if reduction == "none":
             return rows
+        if reduction == "mean":
+            check_not_empty(counts.total(0))
         part = rows.sum() if rows.ndim else rows
         back = 1.0 if self.exchange.gradients == "mean" else 1.0 / self.size
         total = sum_over_ranks(part, 1.0, back, self.name)
         if reduction == "sum" or weights is not None:
             return total
-        check_not_empty(counts.total(0))
         return total / counts.total(0)
 
 

@@ -32,18 +32,19 @@ class Data(NamedTuple):
     weights: Tensor  # [B]
     mask: Tensor  # [B], the rank of the first rows counts none of them
     upstream: Tensor  # [2 B], for losses of rows
-    targets: Tensor  # [B], within the rank
+    targets: Tensor  # [B], of the own rank's rows
     negatives: Tensor  # [K, 12]
     negatives_column: Tensor  # [K, 3]
     negatives_ids: Tensor  # [K]
+    bank: Tensor  # [NEGATIVES, 12], the same on all ranks
 
     def of(self, rank: int, counts: list[int]) -> Data:
         start, shared = sum(counts[:rank]), slice(NEGATIVES * rank, NEGATIVES * (rank + 1))
         mine, total = slice(start, start + counts[rank]), sum(counts)
         both = torch.cat((self.upstream[:total][mine], self.upstream[total:][mine]))
-        rows = {name: getattr(self, name)[mine] for name in Data._fields if not name.startswith("negatives")}
+        rows = {name: getattr(self, name)[mine] for name in Data._fields if not name.startswith(("negatives", "bank"))}
         shares = {name: getattr(self, name)[shared] for name in Data._fields if name.startswith("negatives")}
-        return Data(**(rows | shares | {"upstream": both}))
+        return Data(**(rows | shares | {"upstream": both, "targets": rows["targets"] - start, "bank": self.bank}))
 
     def to(self, dtype: torch.dtype) -> Data:
         return Data(*(t.to(dtype) if t.dtype == torch.float64 else t for t in self))
@@ -63,8 +64,9 @@ def data(counts: list[int]) -> Data:
         a=normal(rows, 12), b=normal(rows, 10), own=normal(rows, OWN, 12), column=normal(rows, 3),
         ids=integers(rows // 2, rows), labels=integers(4, rows), weights=normal(rows).abs() * (integers(4, rows) > 0),
         mask=torch.arange(rows) >= counts[0], upstream=normal(2 * rows),
-        targets=torch.cat([integers(n, n) for n in counts]), negatives=normal(shared, 12),
-        negatives_column=normal(shared, 3), negatives_ids=integers(rows // 2, shared),
+        targets=torch.cat([sum(counts[:i]) + integers(max(n, 1), n) for i, n in enumerate(counts)]),
+        negatives=normal(shared, 12), negatives_column=normal(shared, 3), negatives_ids=integers(rows // 2, shared),
+        bank=normal(NEGATIVES, 12),
     )  # fmt: skip
 
 
@@ -76,6 +78,9 @@ class Embedded(NamedTuple):
     key_bias: Tensor  # [B]
     all_bias: Tensor  # [B + K]
     all_ids: Tensor  # [B + K]
+    bank: Tensor
+    bank_bias: Tensor  # [B + NEGATIVES]
+    bank_ids: Tensor  # [B + NEGATIVES]
     scale: Tensor
     bias: Tensor
 
@@ -93,7 +98,9 @@ def embedded(x: Data, of: list[Tensor]) -> Embedded:
     return Embedded(
         a=x.a @ image, b=x.b @ text, own=x.own @ image, negatives=x.negatives @ image, key_bias=key_bias,
         all_bias=torch.cat((key_bias, x.negatives_column @ column)),
-        all_ids=torch.cat((x.ids, x.negatives_ids)), scale=(log_scale + 1.5).exp(), bias=bias,
+        all_ids=torch.cat((x.ids, x.negatives_ids)), bank=x.bank @ image,
+        bank_bias=torch.cat((key_bias, x.bank[:, :3] @ column)),
+        bank_ids=torch.cat((x.ids, torch.arange(NEGATIVES))), scale=(log_scale + 1.5).exp(), bias=bias,
     )  # fmt: skip
 
 
@@ -104,6 +111,7 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     exchange: dict[str, Any] = field(default_factory=dict)
     equal: bool = False  # all ranks have EQUAL rows
+    empty: bool = False  # the second rank has no rows
 
 
 def _info_nce(**given: str) -> Callable:
@@ -157,6 +165,7 @@ CASES: dict[str, Case] = {
     "clip, gradients summed": Case("clip_loss", _pairs(), {}, {"gradients": "sum"}),
     "info_nce": Case("info_nce", _info_nce()),
     "info_nce, equal": Case("info_nce", _info_nce(), {"normalize": False}, {"strategy": "gather"}, equal=True),
+    "info_nce, targets": Case("info_nce", _info_nce(targets="targets", query_ids="ids", key_ids="labels")),
     "info_nce, decoupled": Case("info_nce", _info_nce(weights="weights"), {"include_positive": False}),
     "info_nce, sampling": Case("info_nce", _info_nce(), {"sampling": SAMPLING, "return_lse": True}),
     "info_nce, bias": Case("info_nce", _info_nce(bias="bias"), {"return_lse": True, "reduction": "sum"}),
@@ -166,6 +175,15 @@ CASES: dict[str, Case] = {
         {"in_batch": True},
     ),
     "info_nce, shared negatives alone": Case("info_nce", _info_nce(negatives="negatives", bias="all_bias")),
+    "info_nce, a bank": Case("info_nce", _info_nce(negatives="bank"), {}, {"negatives": "replicated"}),
+    "info_nce, a bank and the batch, ids, bias": Case(
+        "info_nce",
+        _info_nce(negatives="bank", bias="bank_bias", query_ids="ids", key_ids="bank_ids"),
+        {"in_batch": True},
+        {"negatives": "replicated"},
+    ),
+    "clip, a rank without rows": Case("clip_loss", _pairs(weights="weights"), empty=True),
+    "supcon, a rank without rows": Case("supcon_loss", _labels(), empty=True),
     "info_nce, own negatives": Case("info_nce", _info_nce(negatives="own")),
     "info_nce, own negatives and the batch": Case("info_nce", _info_nce(negatives="own"), {"in_batch": True}),
     "info_nce, symmetric with all": Case(
@@ -194,6 +212,8 @@ CASES: dict[str, Case] = {
 
 
 def counts_of(case: Case, world: int) -> list[int]:
+    if case.empty:
+        return [4, 0, 5][:world]
     return [EQUAL] * world if case.equal else COUNTS[world]
 
 
