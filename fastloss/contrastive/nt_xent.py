@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
-from ..core.inference import takes_inference_tensors
 from .checks import (
     check_embeddings,
     check_flags,
@@ -20,7 +19,14 @@ from .checks import (
 )
 from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
+from .options import (
+    SAMPLING_HINTS,
+    TEMPERATURE_HINTS,
+    ContrastiveOutput,
+    NegativeSampling,
+    SoftmaxOptions,
+    may_return_lse,
+)
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -55,7 +61,7 @@ def nt_xent_rows(
     return out._replace(lse=_left_out(dropped, out.lse))
 
 
-@takes_inference_tensors
+@may_return_lse(hints=SAMPLING_HINTS | TEMPERATURE_HINTS)
 def nt_xent_loss(
     view_a: Tensor,
     view_b: Tensor,
