@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from benchmarks.harness.results import RESULTS
 from benchmarks.report import accuracy, tables
 from benchmarks.report.tables import DEVICES
@@ -25,9 +27,9 @@ def between(text: str, section: str, body: str) -> str:
     return f"{head}{begin}\n{body}\n{end}{rest.split(end)[1]}"
 
 
-def pictures(folder: str, *names: str) -> list[str]:
+def pictures(folder: str, *names: str, devices: Iterable[str] = DEVICES) -> list[str]:
     """Those pictures that there are, as Markdown; `folder` leads from the text to the results."""
-    found = [(device, name) for device in DEVICES for name in names if (RESULTS / device / f"{name}.svg").exists()]
+    found = [(device, name) for device in devices for name in names if (RESULTS / device / f"{name}.svg").exists()]
     return [f"![{name}, {DEVICES[device]}]({folder}/{device}/{name}.svg)\n" for device, name in found]
 
 
@@ -85,12 +87,12 @@ def results() -> str:
     if any(row["provider"] != "fastloss" and not row["version"] for _, row in shown):
         about += " A library without its version was measured before the suite kept versions."
     parts = [*lines, "", about]
-    for device, name in DEVICES.items():
+    devices = [device for device in DEVICES if any(where == device for where, _ in shown)]
+    for device in devices:
         here = [row for where, row in shown if where == device]
         seen = sorted({f"{row['device']}, {row['threads']} threads, torch {row['torch']}" for row in here})
-        if seen:
-            parts.append(f"{name} ({'; '.join(seen)}): {tables.standing(device)}.")
-    return "\n".join([*parts, "", *(p.strip() for p in pictures("benchmarks/results", "speed"))])
+        parts.append(f"{DEVICES[device]} ({'; '.join(seen)}): {tables.standing(device)}.")
+    return "\n".join([*parts, "", *(p.strip() for p in pictures("benchmarks/results", "speed", devices=devices))])
 
 
 SECTIONS = {

@@ -247,8 +247,9 @@ class ContrastiveLoss(Loss):
     fn = staticmethod(info_nce)
 
     def __init__(self, temp: float | Tensor = 0.1, **options: Any) -> None:
-        if "temperature" in options:
-            raise TypeError("ContrastiveLoss: the option is called temp here, got 'temperature'")
+        for name in ("temperature", "tau"):
+            if name in options:
+                raise TypeError(f"ContrastiveLoss: the option is called temp here, got {name!r}")
         check_no_graph(type(self).__name__, "temp", temp)
         if not isinstance(temp, Tensor):
             temp = check_number("temp", temp, 0, open_low=True)
