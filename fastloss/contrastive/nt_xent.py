@@ -50,10 +50,10 @@ def nt_xent_rows(
     positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
     if norms is not None:
         positive = positive * norms.roll(rows)
-    ceiling = None if margin is None else (positive + scale * margin).detach()
+    logit_limit = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     x = Inputs(
-        views, views, row_scale, norms, None, partner, both, both, ceiling, False, False, True, moments, False,
+        views, views, row_scale, norms, None, partner, both, both, logit_limit, False, False, True, moments, False,
         hardness, workspace_mib,
     )  # fmt: skip
     stats = softmax_statistics(x)
