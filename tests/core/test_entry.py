@@ -43,6 +43,12 @@ def test_torchs_names_of_other_losses():
     assert torch.equal(perceptual(input=PRED, target=IMAGE), perceptual(IMAGE, PRED))
 
 
+def test_distances_by_name():
+    assert torch.equal(fastloss.pixel_loss(IMAGE, PRED, p="mse"), fastloss.pixel_loss(IMAGE, PRED))
+    by_name = fastloss.image_loss(IMAGE, PRED, pixel=("mae", 1.0), smoothness=("l1", 0.1), ssim=0.2).total
+    assert torch.equal(by_name, fastloss.image_loss(IMAGE, PRED, pixel=(1, 1.0), smoothness=(1, 0.1), ssim=0.2).total)
+
+
 def test_clip_and_siglip_take_open_clips_calls():
     """The scale, and the bias, behind the embeddings; or all by open_clip's keywords."""
     clip, siglip = fastloss.ClipLoss(), fastloss.SigLipLoss()
