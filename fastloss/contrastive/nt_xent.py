@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
-from ..core.inference import takes_inference_tensors
 from .checks import (
     across_ranks,
     check_embeddings,
@@ -24,7 +23,15 @@ from .checks import (
 )
 from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import Columns, ContrastiveOutput, NegativeSampling, SoftmaxOptions
+from .options import (
+    SAMPLING_HINTS,
+    TEMPERATURE_HINTS,
+    Columns,
+    ContrastiveOutput,
+    NegativeSampling,
+    SoftmaxOptions,
+    may_return_lse,
+)
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -55,12 +62,12 @@ def nt_xent_rows(
     positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
     if norms is not None:
         positive = positive * norms.roll(rows)
-    ceiling = None if margin is None else (positive + scale * margin).detach()
+    logit_limit = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     own = Columns(views, norms, both)
     columns = own if gather is None else gather(own)
     x = Inputs(
-        views, columns.embeddings, row_scale, columns.inverse_norms, None, partner, both, columns.ids, ceiling,
+        views, columns.embeddings, row_scale, columns.inverse_norms, None, partner, both, columns.ids, logit_limit,
         gather is not None, False, gather is None, moments, False, hardness, workspace_mib,
     )  # fmt: skip
     stats = softmax_statistics(x)
@@ -68,7 +75,7 @@ def nt_xent_rows(
     return out._replace(lse=_left_out(dropped, out.lse))
 
 
-@takes_inference_tensors
+@may_return_lse(hints=SAMPLING_HINTS | TEMPERATURE_HINTS)
 def nt_xent_loss(
     view_a: Tensor,
     view_b: Tensor,

@@ -21,7 +21,7 @@ from ..contrastive.siglip import SigLip, checked_siglip_loss
 from ..contrastive.supcon import supcon_rows
 from ..core import check_reduction, full_precision, result_dtype
 from .collectives import Counts
-from .ranks import Ranks, needs
+from .ranks import Ranks, needs, process_group
 
 
 def query_key_loss(x: QueryKey, loss: str, group: Any, exchange: Any) -> Tensor | ContrastiveOutput:
@@ -207,6 +207,7 @@ def supcon_loss(
     reduction: str,
     return_lse: bool,
     workspace_mib: float,
+    known_labels: bool,
     group: Any,
     exchange: Any,
 ) -> Tensor | ContrastiveOutput:
@@ -215,7 +216,7 @@ def supcon_loss(
     ranks = Ranks.of(group, exchange)
     same: dict[str, Any] = {
         "loss": "supcon_loss", "include_positive": include_positive, "normalize": normalize, "reduction": reduction,
-        "return_lse": return_lse, "weights": weights is not None,
+        "return_lse": return_lse, "weights": weights is not None, "labels": known_labels,
         "gradients of": needs(features=features, scale=scale),
     }  # fmt: skip
     sizes = {"features": features.shape[0]}
@@ -233,6 +234,11 @@ def supcon_loss(
             dropped_rows(weights), gather if ranks.size > 1 else None,
         )  # fmt: skip
     return _of_rows(rows, weights, reduction, return_lse, ranks, met[0])
+
+
+def first_label(group: Any) -> int:
+    """Of the samples of this rank, where they have no labels: each sample of all ranks has one of its own."""
+    return process_group(group).rank() << 32
 
 
 def _of_rows(

@@ -17,6 +17,16 @@ from .collectives import Counts, described, gather_rows, replicated, sum_over_ra
 from .exchange import Exchange
 
 
+def process_group(group: Any) -> Any:
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if not isinstance(group, DeviceMesh):
+        raise TypeError(f"group: expected a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}")
+    if group.ndim != 1:
+        raise ValueError(f"group: expected a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['dp']")
+    return group.get_group()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """The ranks of a group as this one sees them."""
@@ -32,12 +42,7 @@ class Ranks:
             exchange = Exchange()
         elif not isinstance(exchange, Exchange):
             raise TypeError(f"exchange: expected a fastloss.Exchange, got {type(exchange).__name__}")
-        if not isinstance(group, dist.ProcessGroup):
-            if not isinstance(group, DeviceMesh):
-                raise TypeError(f"group: expected a ProcessGroup or a 1-D DeviceMesh, got {type(group).__name__}")
-            if group.ndim != 1:
-                raise ValueError(f"group: expected a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['dp']")
-            group = group.get_group()
+        group = process_group(group)
         size = group.size()
         if not isinstance(exchange.rows, str) and len(exchange.rows) != size:
             raise ValueError(f"rows: expected one number per rank, {size} of them, got {len(exchange.rows)}")

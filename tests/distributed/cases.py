@@ -150,6 +150,10 @@ def _labels(**given: str) -> Callable:
     return call
 
 
+def _without_labels(loss: Callable, e: Embedded, x: Data, options: dict) -> Any:
+    return loss(torch.stack((e.a, e.b), 1), temperature=1 / e.scale, **options)
+
+
 SAMPLING = NegativeSampling(hardness=0.5, margin=0.1, tau_plus=0.05)
 EVERY = {"symmetric": True, "return_lse": True, "label_smoothing": 0.1, "in_batch": True}
 CASES: dict[str, Case] = {
@@ -204,6 +208,7 @@ CASES: dict[str, Case] = {
     "nt_xent, decoupled": Case("nt_xent_loss", _views(), {"include_positive": False}),
     "supcon": Case("supcon_loss", _labels()),
     "supcon, equal": Case("supcon_loss", _labels(), {"normalize": False, "reduction": "sum"}, equal=True),
+    "supcon, views": Case("supcon_loss", _without_labels),
     "supcon, other labels": Case(
         "supcon_loss", _labels(weights="weights"), {"include_positive": False, "return_lse": True}
     ),
