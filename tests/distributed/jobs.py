@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fastloss import ClipLoss, Exchange, clip_loss, info_nce, nt_xent_loss, siglip_loss, supcon_loss
+from fastloss import ClipLoss, Exchange, cached_step, clip_loss, info_nce, nt_xent_loss, siglip_loss, supcon_loss
 from tests.distributed.cases import CASES, COUNTS, EQUAL, counts_of, data, embedded, exchange_of, parameters, result
+from tests.distributed.encoders import Encoder, data_of_ranks
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     parts: dict[str, Callable] = {"losses": losses, "by_module": by_module, "mismatches": mismatches, "wire": wire}
     parts["traffic"] = traffic
     if world == 2:
-        parts["compiled"] = compiled
+        parts |= {"compiled": compiled, "cached": cached}
     if importlib.util.find_spec("open_clip"):
         parts["open_clip"] = open_clip
     found = {name: part(rank, world) for name, part in parts.items()}
@@ -209,6 +210,41 @@ def compiled(rank: int, world: int) -> dict[str, Any]:
                 loss = call(a, b, s)
                 found[fn.__name__, rows, kind] = [loss.detach(), *torch.autograd.grad(loss, (a, b, s))]
     return found
+
+
+def cached(rank: int, world: int) -> dict[str, Any]:
+    """Two DDP models, 13 rows on one rank and 7 on the other: 3 pieces and 2; the scale is read beside the forward."""
+    x, y = data_of_ranks()
+    mine = slice(0, 13) if rank == 0 else slice(13, 20)
+    encoders = Encoder(12, scale=True), Encoder(10)
+    image, text = (DistributedDataParallel(e) for e in encoders)
+    counted, reduce = [], dist.all_reduce
+
+    def loss_fn(a: dict, b: Tensor) -> Tensor:
+        scale = encoders[0].log_scale.exp()
+        exchange = Exchange(rows="uneven")
+        return clip_loss(a["emb"], b, logit_scale=scale, normalize=True, group=dist.group.WORLD, exchange=exchange)
+
+    def all_reduce(tensor: Tensor, *args: Any, **options: Any) -> Any:
+        if tensor.numel() > 1:  # the loss's own are one number each
+            counted.append(sum(p.numel() for e in encoders for p in e.parameters() if p.grad is not None))
+        return reduce(tensor, *args, **options)
+
+    reductions = []
+    dist.all_reduce = all_reduce
+    try:
+        for quiet in (False, True):
+            for e in encoders:
+                e.zero_grad()
+            counted.clear()
+            with image.no_sync() if quiet else torch.enable_grad(), text.no_sync() if quiet else torch.enable_grad():
+                cached_step((image, text), (x[mine], y[mine]), loss_fn, chunk=5)
+            reductions += [len(counted) // 2, len(counted) - len(counted) // 2]
+            if not quiet:
+                grads = [p.grad.clone() for e in encoders for p in e.parameters()]
+    finally:
+        dist.all_reduce = reduce
+    return {"reductions": reductions, "grads": grads}
 
 
 def death(rank: int, world: int) -> str:

@@ -19,7 +19,7 @@ from fastloss.fusion.rules import WEIGHTINGS
 
 # Types whose objects other calls take or return: each is drawn with those.
 PARTS = {"ContrastiveOutput", "Exchange", "Execution", "ImageLosses", "LossAndGrads", "NegativeSampling", "__version__",
-         "explain", "use_backend"}  # fmt: skip
+         "cached_step", "explain", "use_backend"}  # fmt: skip
 
 
 class Network(nn.Module):
