@@ -12,7 +12,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from fastloss import ClipLoss, Exchange, cached_step, clip_loss, info_nce, nt_xent_loss, siglip_loss, supcon_loss
+from fastloss import (
+    ClipLoss,
+    Exchange,
+    MemoryBank,
+    cached_step,
+    clip_loss,
+    info_nce,
+    nt_xent_loss,
+    siglip_loss,
+    supcon_loss,
+)
 from tests.distributed.cases import CASES, COUNTS, EQUAL, counts_of, data, embedded, exchange_of, parameters, result
 from tests.distributed.encoders import Encoder, data_of_ranks
 
@@ -20,7 +30,7 @@ from tests.distributed.encoders import Encoder, data_of_ranks
 def everything(rank: int, world: int) -> dict[str, Any]:
     """All parts in one start of the processes, which takes longer than the parts."""
     parts: dict[str, Callable] = {"losses": losses, "by_module": by_module, "mismatches": mismatches, "wire": wire}
-    parts["traffic"] = traffic
+    parts |= {"traffic": traffic, "bank": bank}
     if world == 2:
         parts |= {"compiled": compiled, "cached": cached}
     if importlib.util.find_spec("open_clip"):
@@ -245,6 +255,18 @@ def cached(rank: int, world: int) -> dict[str, Any]:
     finally:
         dist.all_reduce = reduce
     return {"reductions": reductions, "grads": grads}
+
+
+def bank(rank: int, world: int) -> list[int]:
+    """Ids in the bank of a model under DDP, after pushes of rank + 1 rows a rank, with a forward between them."""
+    model = nn.Module()
+    model.memory, model.linear = MemoryBank(5, 2, group=dist.group.WORLD), nn.Linear(2, 2)
+    model.forward = lambda x: model.linear(x)
+    replicas = DistributedDataParallel(model)
+    for step in range(3):
+        ids = 100 * step + 10 * rank + torch.arange(rank + 1)
+        model.memory.push(replicas(torch.ones(1, 2)).expand(rank + 1, 2), ids)
+    return model.memory.stored()[1].tolist()
 
 
 def death(rank: int, world: int) -> str:

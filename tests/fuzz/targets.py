@@ -18,8 +18,8 @@ from fastloss.core import Loss
 from fastloss.fusion.rules import WEIGHTINGS
 
 # Types whose objects other calls take or return: each is drawn with those.
-PARTS = {"ContrastiveOutput", "Exchange", "Execution", "ImageLosses", "LossAndGrads", "NegativeSampling", "__version__",
-         "cached_step", "explain", "use_backend"}  # fmt: skip
+PARTS = {"ContrastiveOutput", "Exchange", "Execution", "ImageLosses", "LossAndGrads", "MemoryBank", "NegativeSampling",
+         "__version__", "cached_step", "explain", "use_backend"}  # fmt: skip
 
 
 class Network(nn.Module):

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from ... import (
     CompositeLoss,
+    MemoryBank,
     PerceptualLoss,
     attention_consistency_from_qk,
     core,
@@ -78,38 +79,6 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     """(B,) int64 that are equal for equal captions, in this run and any other."""
     digests = (hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions)
     return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
-
-
-class MemoryBank(nn.Module):
-    """The last `size` image embeddings and their caption ids: more negatives than a batch has."""
-
-    emb: Tensor
-    ids: Tensor
-
-    def __init__(self, size: int, emb_dim: int) -> None:
-        super().__init__()
-        self.size = size
-        self.register_buffer("emb", torch.zeros(size, emb_dim, dtype=torch.float32))
-        self.register_buffer("ids", torch.zeros(size, dtype=torch.int64))
-        self.pushed = 0
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"pushed": self.pushed}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.pushed = state["pushed"]
-
-    def stored(self) -> tuple[Tensor, Tensor]:
-        """Clones, since `push` writes in place while the backward still needs them."""
-        filled = min(self.pushed, self.size)
-        return self.emb[:filled].clone(), self.ids[:filled].clone()
-
-    @torch.no_grad()
-    def push(self, emb: Tensor, ids: Tensor) -> None:
-        emb, ids = emb[: self.size].float(), ids[: self.size]
-        at = (torch.arange(len(emb), device=emb.device) + self.pushed) % self.size
-        self.emb[at], self.ids[at] = emb, ids
-        self.pushed += len(emb)
 
 
 class ImagenLosses(nn.Module):
