@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from . import attention, contrastive, diversity, fusion, image, perceptual
     from .attention import *  # noqa: F403
     from .contrastive import *  # noqa: F403
-    from .core import explain, use_backend
+    from .core import explain, use_backend, warmup
     from .diversity import *  # noqa: F403
     from .fusion import *  # noqa: F403
     from .image import *  # noqa: F403
     from .perceptual import *  # noqa: F403
 
-    __all__ = ["__version__", "explain", "use_backend"]
+    __all__ = ["__version__", "explain", "use_backend", "warmup"]
     __all__ += attention.__all__
     __all__ += contrastive.__all__
     __all__ += diversity.__all__
@@ -41,7 +41,7 @@ else:
         global _loaded
         _loaded = True
         core = importlib.import_module(f"{__name__}.core")
-        names = {"explain": core.explain, "use_backend": core.use_backend}
+        names = {"explain": core.explain, "use_backend": core.use_backend, "warmup": core.warmup}
         for family in ("attention", "contrastive", "diversity", "fusion", "image", "perceptual"):
             module = importlib.import_module(f"{__name__}.{family}")
             names |= {name: getattr(module, name) for name in module.__all__}
