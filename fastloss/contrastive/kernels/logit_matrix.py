@@ -84,4 +84,4 @@ class LogitMatrix:
         row, end_row, column, end_column, _ = area
         block = workspace.memory.view(-1)[: (end_row - row) * workspace.pitch].view(-1, workspace.pitch)
         add_product(block[:, : end_column - column], self.query[row:end_row], self.key[column:end_column].T, True)
-        return Operands(workspace.memory, ProductsBlock(workspace.pitch, row, column, end_row))
+        return Operands(workspace.memory, ProductsBlock(workspace.pitch, row, column, end_row).odd())

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import Operands
-from .logit_tile import PRODUCTS, tile_logits
+from .arguments import area_in, sizes_in
+from .blocking import walk_in
+from .logit_tile import PRODUCTS, operands_in, tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
 # As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
@@ -202,13 +203,14 @@ def _softmax_stats_fwd_kernel(
     MOMENTS: tl.constexpr = FORM.moments
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
-    operands = Operands(query, key)
+    operands, sizes, walk = operands_in(query, key, TILE), sizes_in(sizes), walk_in(walk)
     group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
     stride = tl.cast(sizes.rows, tl.int64)
     row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
     column_slot = slots_ptr + (walk.splits + group).to(tl.int64) * STATES * stride
     first_row, first_column, end_row, end_column, earlier = 0, 0, sizes.rows, sizes.columns, False
     if OPERANDS == PRODUCTS:  # the states go on from those of the blocks above and to the left
+        area = area_in(area)
         first_row, first_column, end_row, end_column = area.row, area.column, area.end_row, area.end_column
         earlier = area.row > 0
     for row_tile in range(group, tl.cdiv(end_row - first_row, BM), walk.groups):
@@ -263,7 +265,7 @@ def _softmax_stats_fwd_kernel(
             tl.debug_barrier()  # the next row tile reads what other threads may have stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _softmax_stats_merge_kernel(
     slots_ptr,  # (splits + groups, states, M)
     stats_ptr,  # (directions, states, M)
@@ -277,6 +279,7 @@ def _softmax_stats_merge_kernel(
 ):
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    walk = walk_in(walk)
     direction = tl.program_id(1)
     stride = tl.cast(rows, tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -29,6 +29,7 @@ from .online_softmax import _softmax_stats_fwd_kernel, _softmax_stats_merge_kern
 from .tile_configs import Tile
 
 MERGE_BLOCK = 32  # rows per program of the merging kernel
+LEAST_SLOTS = 32  # that it is compiled for: fewer would save it nothing, and be compiled anew for smaller batches
 SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
 ZEROED_ELEMENTS = 2**16  # see new_exps
 
@@ -57,13 +58,13 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
                 area = Area(row, end_row, column, end_column, first_column)
                 operands = call.make_products(workspace, area)
             _softmax_stats_fwd_kernel[(walk.groups * walk.splits,)](
-                *operands, call.rows, call.columns, slots, saved, call.sizes, walk, area, call.beta, call.form,
-                tile.constants, **tile.options,
+                *operands, call.rows, call.columns, slots, saved, call.sizes.odd(), walk.odd(),
+                None if area is None else area.odd(), call.beta, call.form, tile.constants, **tile.options,
             )  # fmt: skip
     self_tile, slots_merged = (tile.constants, sum(walk)) if call.self_similarity else (None, max(walk))
     _softmax_stats_merge_kernel[(triton.cdiv(rows, MERGE_BLOCK), call.directions)](
-        slots, stats, rows, walk, call.beta, call.form.moments, self_tile, triton.next_power_of_2(slots_merged),
-        MERGE_BLOCK, **STREAM_OPTIONS,
+        slots, stats, rows, walk.odd(), call.beta, call.form.moments, self_tile,
+        max(LEAST_SLOTS, triton.next_power_of_2(slots_merged)), MERGE_BLOCK, **STREAM_OPTIONS,
     )  # fmt: skip
 
 
@@ -131,7 +132,7 @@ def make_block(
         recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
     operands = call.operands(recompute.rows)
     if has_products:
-        operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row))
+        operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row).odd())
     elif call.by_library:  # G, float32 too, takes the place of the products
         memory = inputs.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
         operands = call.make_products(Workspace(memory, pitch), area)
@@ -147,7 +148,7 @@ def make_block(
             pitch,
         )  # fmt: skip
         _softmax_stats_bwd_kernel[(block.row_tiles * block.column_tiles,)](
-            *operands, call.rows, call.columns, results, inputs, call.sizes, block, call.beta, call.form,
+            *operands, call.rows, call.columns, results, inputs, call.sizes.odd(), block.odd(), call.beta, call.form,
             tile.constants, tiles.value, **tile.options,
         )  # fmt: skip
     if grad_block is None:

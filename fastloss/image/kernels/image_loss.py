@@ -256,7 +256,7 @@ def _with_ssim(call: _Call, x: Inputs) -> tuple[Tensor, Saved]:
     out = pred.new_empty((call.parts.smoothness_sums + 2, columns * rows), dtype=torch.float32)
     with on_device(pred):
         image_ssim_fwd_kernel[sweep.programs](
-            call.target, call.pred, strided(x.ssim_weight), out, kept, sweep.grid, sweep.constants, sweep.form,
+            call.target, call.pred, strided(x.ssim_weight), out, kept, sweep.grid.odd(), sweep.constants, sweep.form,
             call.parts, call.wide, BLOCK, **OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
@@ -291,7 +291,7 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
         sweep = _sweep(pred, x, needs_x=needs.image, needs_y=needs.image_pred)
         with on_device(pred):
             image_ssim_bwd_kernel[sweep.programs](
-                grad, call.target, call.pred, first, second, saved.kept, sweep.grid, sweep.constants, sweep.form,
+                grad, call.target, call.pred, first, second, saved.kept, sweep.grid.odd(), sweep.constants, sweep.form,
                 call.parts, call.wide, BLOCK, **OPTIONS,
             )  # fmt: skip
     elif x.keep:

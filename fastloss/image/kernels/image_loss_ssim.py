@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...core.kernels.device_math import added, weighted, zeros
+from ...core.kernels.device_math import added, number_in, weighted, zeros
+from ...core.kernels.launch import odd_number
 from .pixel import distance, slope
 from .smoothness_terms import (
     Image,
@@ -23,7 +24,7 @@ from .smoothness_terms import (
     start_of,
     weight_at,
 )
-from .ssim_lanes import Plane, at_column, lane_of, map_lane_of
+from .ssim_lanes import Plane, at_column, lane_of, map_lane_of, strided_in
 from .ssim_sweep import (
     Moments,
     Partials,
@@ -67,6 +68,15 @@ class Grid(NamedTuple):
     lanes: int  # elements of a row of all planes
     map_lanes: int  # and of the map
     rows: int  # of the images, that a program takes
+
+    def odd(self) -> Grid:
+        """As a kernel takes it: see Strided of ssim_lanes.py."""
+        return Grid(self.channels, *map(odd_number, self[1:]))
+
+
+@triton.jit
+def grid_in(odd):
+    return Grid(odd.channels, number_in(odd.lanes), number_in(odd.map_lanes), number_in(odd.rows))
 
 
 @triton.jit
@@ -124,7 +134,7 @@ def _map_row(moments, rest, weight, w_ptr, partial_ptr, map_row, map_stride, in_
     """SSIM's part of a row of the map, weighted, whose partials are stored."""
     w, taken = (1.0,), moments
     if weight is not None:
-        row_ptr = w_ptr + tl.cast(map_row, tl.int64) * weight.row_stride
+        row_ptr = w_ptr + tl.cast(map_row, tl.int64) * number_in(weight.row_stride)
         w = (tl.load(row_ptr, mask=in_map, other=0.0).to(tl.float32),)
         taken = counted(moments, w)
     return tl.where(in_map, map_loss(taken, rest, w, partial_ptr, map_stride, in_map, constants, FORM), 0.0)
@@ -151,16 +161,18 @@ def image_ssim_fwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size = pred.size
+    size, grid = pred.size, grid_in(grid)
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        ptr, w = at_column(target.weight, image, channel, column), target.weight
+        w = strided_in(target.weight)
+        ptr = at_column(w, image, channel, column)
         target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
     if pred.weight.ptr is not None:
-        ptr, w = at_column(pred.weight, image, channel, column), pred.weight
+        w = strided_in(pred.weight)
+        ptr = at_column(w, image, channel, column)
         pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
@@ -170,7 +182,7 @@ def image_ssim_fwd_kernel(
     in_map = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     map_lane = map_lane_of(lane, width, WINDOW)
     map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * grid.map_lanes
-    w_ptr = None if map_weight is None else at_column(map_weight, image, channel, column - MARGIN)
+    w_ptr = None if map_weight is None else at_column(strided_in(map_weight), image, channel, column - MARGIN)
     none = nothing(WINDOW, BLOCK)
     moving = Moments(none, none, none, none)
     pixel_sum, ssim_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -244,16 +256,18 @@ def image_ssim_bwd_kernel(
     AXES: tl.constexpr = PARTS.axes
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size = pred.size
+    size, grid = pred.size, grid_in(grid)
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        ptr, w = at_column(target.weight, image, channel, column), target.weight
+        w = strided_in(target.weight)
+        ptr = at_column(w, image, channel, column)
         target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
     if pred.weight.ptr is not None:
-        ptr, w = at_column(pred.weight, image, channel, column), pred.weight
+        w = strided_in(pred.weight)
+        ptr = at_column(w, image, channel, column)
         pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
