@@ -105,11 +105,11 @@ def siglip(image: Tensor, text: Tensor) -> Tensor:
 
 
 def of_layers(loss: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[[Shape], Step]:
-    """VGG16's five layers, a quarter as wide, of images of a size."""
+    """VGG16's five layers of images of a size."""
 
     def step(shape: Shape) -> Step:
         images, height, width = shape
-        sizes = [(images, 16 << min(i, 3), max(height >> i, 1), max(width >> i, 1)) for i in range(5)]
+        sizes = [(images, 64 << min(i, 3), max(height >> i, 1), max(width >> i, 1)) for i in range(5)]
         features, targets = [leaf(*size) for size in sizes], [torch.rand(size) for size in sizes]
         return lambda: loss(features, targets), features
 
@@ -127,11 +127,11 @@ class Steps(NamedTuple):
 
 BATCHES = {"first": (2048, 64), "last batch of 1999": (1999, 64), "of 1537": (1537, 64), "of 1536": (1536, 64)}
 SMALL = {"first": (512, 64), "last batch of 401": (401, 64), "of 400": (400, 64), "of 17": (17, 64)}
-IMAGES = {"first": (8, 3, 64, 64), "last batch of 5": (5, 3, 64, 64), "96x80": (8, 3, 96, 80)}
-IMAGES |= {"100x100": (8, 3, 100, 100), "256x256": (8, 3, 256, 256)}
-IMAGES |= {"of 1": (1, 3, 64, 64), "odd, 65x33": (8, 3, 65, 33)}
-LAYERS = {"first": (4, 64, 64), "last batch of 3": (3, 64, 64), "96x80": (4, 96, 80), "100x100": (4, 100, 100)}
-LAYERS |= {"256x256": (4, 256, 256), "of 1": (1, 64, 64), "odd, 65x33": (4, 65, 33)}
+IMAGES = {"first": (2, 3, 256, 256), "last batch of 1": (1, 3, 256, 256), "224x320": (2, 3, 224, 320)}
+IMAGES |= {"200x300": (2, 3, 200, 300), "512x512": (1, 3, 512, 512), "96x80": (2, 3, 96, 80), "28x28": (2, 3, 28, 28)}
+IMAGES |= {"odd, 255x321": (2, 3, 255, 321)}
+LAYERS = {"first": (4, 128, 128), "last batch of 3": (3, 128, 128), "192x320": (2, 192, 320), "224x224": (1, 224, 224)}
+LAYERS |= {"100x100": (2, 100, 100), "96x80": (2, 96, 80), "last of 1": (1, 96, 80), "odd, 65x33": (2, 65, 33)}
 LOSSES = {
     "pixel_loss": Steps(of_images(fastloss.pixel_loss), IMAGES),
     "pixel_loss, weight": Steps(of_images(lambda x, y: fastloss.pixel_loss(x, y, weight=x[:, :1])), IMAGES),

@@ -40,15 +40,21 @@ class Sizes(NamedTuple):
     rows: int  # M
     columns: int  # N
     dim: int  # D, padded to a multiple of 16
+    plain_columns: int | None = None  # N as it is, and `columns` is None: for kernels that have not a register left
 
-    def odd(self) -> Sizes:
+    def odd(self, columns: bool = True) -> Sizes:
         """As a kernel takes it, where :func:`sizes_in` reads it; so with all such pairs here."""
-        return Sizes(odd_number(self.rows), odd_number(self.columns), self.dim)
+        if columns:
+            return Sizes(odd_number(self.rows), odd_number(self.columns), self.dim)
+        return Sizes(odd_number(self.rows), None, self.dim, self.columns)  # type: ignore[arg-type]
 
 
 @triton.jit
 def sizes_in(odd):
-    return Sizes(number_in(odd.rows), number_in(odd.columns), odd.dim)
+    if odd.plain_columns is None:
+        return Sizes(number_in(odd.rows), number_in(odd.columns), odd.dim, None)
+    else:
+        return Sizes(number_in(odd.rows), odd.plain_columns, odd.dim, None)
 
 
 class Operands(NamedTuple):
@@ -132,8 +138,8 @@ class Block(NamedTuple):
     pitch: int  # elements from one row of the block to the next
 
     def odd(self) -> Block:
-        sizes = (odd_number(n) for n in (self.end_row, self.row_tiles, self.column_tiles))
-        return Block(self.row, self.column, *sizes, self.pitch)
+        tiles = {"row_tiles": odd_number(self.row_tiles), "column_tiles": odd_number(self.column_tiles)}
+        return self._replace(end_row=odd_number(self.end_row), **tiles)
 
 
 @triton.jit

@@ -45,7 +45,12 @@ class LogitMatrix:
         self.sizes = Sizes(query.shape[0], key.shape[0], self.query.shape[1])
         self.products = products_kind(query.dtype)
         self.tile, self.programs = best_tile(
-            query.device, self.products, *self.sizes, self._register_pressure(saves_exps)
+            query.device,
+            self.products,
+            self.sizes.rows,
+            self.sizes.columns,
+            self.sizes.dim,
+            self._register_pressure(saves_exps),
         )
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
         # the triangle's tiles have a mask, float16's backward a scale more, and sm_80 keeps products in registers

@@ -27,6 +27,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 SPREAD = tl.constexpr(100.0)
 
 
+class Slots(NamedTuple):
+    """Memory of the states."""
+
+    states: Any  # (splits + groups, states, pitch) float32; without columns' statistics (splits, states, pitch)
+    pitch: int  # M, rounded up to whole vectors
+
+
 class State(NamedTuple):
     """What is known of rows or columns from the tiles so far, one number each."""
 
@@ -187,7 +194,7 @@ def _softmax_stats_fwd_kernel(
     key,
     rows,  # Rows
     columns,  # Columns
-    slots_ptr,  # (splits + groups, states, M); without columns' statistics (splits, states, M)
+    slots,  # Slots
     saved,  # SavedExps: where exponentials go
     sizes,  # Sizes
     walk,  # Walk
@@ -205,9 +212,9 @@ def _softmax_stats_fwd_kernel(
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
     operands, sizes, walk = operands_in(query, key, TILE), sizes_in(sizes), walk_in(walk)
     group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
-    stride = tl.cast(sizes.rows, tl.int64)
-    row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
-    column_slot = slots_ptr + (walk.splits + group).to(tl.int64) * STATES * stride
+    stride = tl.cast(slots.pitch, tl.int64)
+    row_slot = slots.states + split.to(tl.int64) * STATES * stride
+    column_slot = slots.states + (walk.splits + group).to(tl.int64) * STATES * stride
     first_row, first_column, end_row, end_column, earlier = 0, 0, sizes.rows, sizes.columns, False
     if OPERANDS == PRODUCTS:  # the states go on from those of the blocks above and to the left
         area = area_in(area)
@@ -267,7 +274,7 @@ def _softmax_stats_fwd_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def _softmax_stats_merge_kernel(
-    slots_ptr,  # (splits + groups, states, M)
+    slots,  # Slots
     stats_ptr,  # (directions, states, M)
     rows,
     walk,  # Walk
@@ -281,7 +288,7 @@ def _softmax_stats_merge_kernel(
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
     walk = walk_in(walk)
     direction = tl.program_id(1)
-    stride = tl.cast(rows, tl.int64)
+    slot_stride, stride = tl.cast(slots.pitch, tl.int64), tl.cast(rows, tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.arange(0, SLOTS)
     if SELF_TILE is None:
@@ -291,10 +298,10 @@ def _softmax_stats_merge_kernel(
         BN: tl.constexpr = SELF_TILE.columns
         above = index[None, :] // BN >= _first_above((slot - walk.splits) * BM, BN)[:, None]
         used = (slot < walk.splits)[:, None] | ((slot < walk.splits + walk.groups)[:, None] & above)
-    mask = used & (index < rows)[None, :]
-    offset = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
-    slots_ptr += direction * walk.splits * STATES * stride
-    parts = _load_state(slots_ptr, offset, stride, mask, MOMENTS, HARD)
+    mask = used & (index < slots.pitch)[None, :]  # rows that are not there give anything
+    offset = (slot.to(tl.int64) * STATES * slot_stride)[:, None] + index[None, :]
+    slot = slots.states + direction * walk.splits * STATES * slot_stride
+    parts = _load_state(slot, offset, slot_stride, mask, MOMENTS, HARD)
     s_max = tl.max(parts.max, 0)
     sum_exp = tl.sum(parts.sum_exp * _rescale(parts.max, s_max[None, :], _exponent(parts.max)), 0)
     stats_ptr += direction * STATES * stride + index

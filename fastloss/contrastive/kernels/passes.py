@@ -25,9 +25,10 @@ from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
 from .logit_gradients import FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
-from .online_softmax import _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
+from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
 
+SLOT_ROWS = 16  # the slots have a multiple of so many rows, so that they are read in whole vectors
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 LEAST_SLOTS = 32  # that it is compiled for: fewer would save it nothing, and be compiled anew for smaller batches
 SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
@@ -40,14 +41,17 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
     `workspace` holds all products of the call, if a library makes them and the caller needs them after. Without it the
     library's products go block by block to memory of their own.
     """
-    (rows, columns, _), tile = call.sizes, call.tile
+    rows, columns, tile = call.sizes.rows, call.sizes.columns, call.tile
     block_rows, block_columns = rows, columns
     if call.by_library and workspace is None:
         block_rows, block_columns = call.products_plan()
     walk = walk_plan(triton.cdiv(block_rows, tile.rows), triton.cdiv(block_columns, tile.columns), call.programs)
-    slots = stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, rows))
+    pitch = triton.cdiv(rows, SLOT_ROWS) * SLOT_ROWS
+    slots = Slots(stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, pitch)), pitch)
     if workspace is None and call.by_library:
         workspace = Workspace(stats.new_empty(block_rows * block_columns), block_columns)
+    # of float16 the forward with exponentials of one direction has no register left for odd numbers of columns
+    sizes = call.sizes.odd(call.both_sides or saved.exps is None or call.query.dtype != torch.float16)
     for row in range(0, rows, block_rows):
         first_column = row // tile.columns * tile.columns if call.self_similarity else 0
         for column in range(first_column, columns, block_columns):
@@ -58,7 +62,7 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
                 area = Area(row, end_row, column, end_column, first_column)
                 operands = call.make_products(workspace, area)
             _softmax_stats_fwd_kernel[(walk.groups * walk.splits,)](
-                *operands, call.rows, call.columns, slots, saved, call.sizes.odd(), walk.odd(),
+                *operands, call.rows, call.columns, slots, saved, sizes, walk.odd(),
                 None if area is None else area.odd(), call.beta, call.form, tile.constants, **tile.options,
             )  # fmt: skip
     self_tile, slots_merged = (tile.constants, sum(walk)) if call.self_similarity else (None, max(walk))
@@ -165,7 +169,8 @@ def make_gradients(
     bias_grad: Tensor,
 ) -> None:
     """Fill the gradients block by block."""
-    (m, n, _), (block_rows, block_columns), tile = call.sizes, block_size, call.tile
+    (block_rows, block_columns), tile = block_size, call.tile
+    m, n = call.sizes.rows, call.sizes.columns
     starts = [
         (row, row // tile.columns * tile.columns if call.self_similarity else 0) for row in range(0, m, block_rows)
     ]

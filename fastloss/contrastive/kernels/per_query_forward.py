@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import odd_number
 from .online_softmax import State
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -37,6 +38,13 @@ class PerQuerySizes(NamedTuple):
     row_stride: int  # of the negatives, like the next
     negative_stride: int
     splits: int  # programs that share a row, as an odd_number
+
+
+def per_query_sizes(negatives: Tensor, splits: int) -> PerQuerySizes:
+    rows, count, dim = negatives.shape
+    return PerQuerySizes(
+        odd_number(rows), count, dim, negatives.stride(0), negatives.stride(1), odd_number(splits)
+    )  # fmt: skip
 
 
 class Partials(NamedTuple):

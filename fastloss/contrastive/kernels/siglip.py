@@ -66,8 +66,8 @@ class PairBlock(NamedTuple):
     pitch: int  # elements from one row of H to the next
 
     def odd(self) -> PairBlock:
-        sizes = (odd_number(n) for n in (self.end_row, self.row_tiles, self.column_tiles, self.slot_rows))
-        return PairBlock(self.row, self.column, *sizes, self.pitch)
+        names = ("end_row", "row_tiles", "column_tiles", "slot_rows")
+        return self._replace(**{name: odd_number(getattr(self, name)) for name in names})
 
 
 @triton.jit
@@ -220,7 +220,7 @@ def _fill(
     dim = sums.image.shape[1]
     if call.rows.row_ids is not None:  # 64-bit ids of a large tile's columns spill on sm_80
         call.tile = best_tile(call.query.device, call.products, 1, 1, dim)[0]
-    (m, n, _), tile = call.sizes, call.tile
+    m, n, tile = call.sizes.rows, call.sizes.columns, call.tile
     # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills, and two programs of
     # half tiles overlap; told that it has all registers, ptxas hoists more of float16's than there are
     tile = replace(tile, registers=None)

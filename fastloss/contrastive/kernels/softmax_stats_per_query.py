@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.device_math import number_in
-from ...core.kernels.launch import AotCase, odd_number, on_device, warp_size
+from ...core.kernels.launch import AotCase, on_device, warp_size
 from ...core.kernels.memory_order import needs_int64
 from ..ops.softmax_stats_per_query import Grads, Inputs, Needs, Saved
 from .per_query_forward import (
@@ -34,12 +34,12 @@ from .per_query_forward import (
     Partials,
     PerQueryForm,
     PerQueryInputs,
-    PerQuerySizes,
     PerQueryTile,
     SavedLogits,
     below_one,
     per_query_fwd_kernel,
     per_query_merge_kernel,
+    per_query_sizes,
 )
 
 TILE_BYTES = 16384  # bytes of negatives that a program of the backward has at a time
@@ -232,7 +232,7 @@ def softmax_stats_per_query_fwd(x: Inputs) -> Saved:
     if rows == 0:
         return Saved(stats, weighted_keys, logits, inverse_norms)
     tile = PerQueryTile(tile_rows, tiles, pieces, span, dim == pieces * span, AHEAD, needs_int64(negatives))
-    sizes = PerQuerySizes(odd_number(rows), count, dim, *negatives.stride()[:2], odd_number(splits))
+    sizes = per_query_sizes(negatives, splits)
     inputs = PerQueryInputs(query, negatives, row_scale, None if x.ceiling is None else x.ceiling.contiguous())
     saved = SavedLogits(logits, inverse_norms) if saved_rows else SavedLogits(None, None)
     with on_device(query):
@@ -263,7 +263,7 @@ def softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Ne
     if negatives_grad.numel():
         tiles = triton.cdiv(count, tile_rows)
         inputs = NegativesGradInputs(grad, saved.stats, query, negatives, row_scale, saved.logits, saved.inverse_norms)
-        sizes = PerQuerySizes(odd_number(rows), count, dim, *negatives.stride()[:2], odd_number(tiles))
+        sizes = per_query_sizes(negatives, tiles)
         tile = NegativesTile(tile_rows, padded_dim, needs_int64(negatives, negatives_grad))
         with on_device(query):
             _negatives_grad_kernel[(rows * tiles,)](inputs, negatives_grad, sizes, x.hardness, form, tile, **OPTIONS)

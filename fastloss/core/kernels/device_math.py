@@ -62,4 +62,4 @@ def added(sums, terms):
 @triton.jit
 def number_in(odd):
     """The size that launch.odd_number made an odd number of."""
-    return (odd - 3) >> 1
+    return odd >> 1

@@ -60,9 +60,9 @@ def address_in(number: int) -> int | None:
 
 
 def odd_number(number: int) -> int:
-    """A size among the numbers of a named tuple: never 1 and never a multiple of 16, for which Triton compiles kernels
-    apart (of arguments by themselves it can be told not to). In the kernel: device_math.number_in."""
-    return 2 * number + 3
+    """A size among the numbers of a named tuple: not 1 and no multiple of 16, for which Triton compiles kernels apart
+    (of arguments by themselves it can be told not to). In the kernel: device_math.number_in. Of 0 it is 1."""
+    return 2 * number + 1
 
 
 def registers(most: int) -> dict[str, int]:

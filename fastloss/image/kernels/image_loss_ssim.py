@@ -14,16 +14,8 @@ import triton.language as tl
 from ...core.kernels.device_math import added, number_in, weighted, zeros
 from ...core.kernels.launch import odd_number
 from .pixel import distance, slope
-from .smoothness_terms import (
-    Image,
-    Pixels,
-    Weight,
-    pixel_stride,
-    smoothness_grad,
-    smoothness_terms,
-    start_of,
-    weight_at,
-)
+from .smoothness_arguments import Image, Weight, guide_in, size_in
+from .smoothness_terms import Pixels, pixel_stride, smoothness_grad, smoothness_terms, start_of, weight_at
 from .ssim_lanes import Plane, at_column, lane_of, map_lane_of, strided_in
 from .ssim_sweep import (
     Moments,
@@ -47,7 +39,7 @@ class Target(NamedTuple):
     """What the pixel loss takes beside the prediction."""
 
     ptr: Any  # the target, (images, planes, pixels, pixel_stride), in memory as the prediction
-    weight: Any  # Weight of smoothness_terms.py, or in sweeps Strided of ssim_lanes.py
+    weight: Any  # Weight of smoothness_arguments.py, or in sweeps Strided of ssim_lanes.py
     parameter: float
 
 
@@ -143,7 +135,7 @@ def _map_row(moments, rest, weight, w_ptr, partial_ptr, map_row, map_stride, in_
 @triton.jit
 def image_ssim_fwd_kernel(
     target,  # Target, whose weight is Strided
-    pred,  # smoothness_terms.Image, whose weight is Strided
+    pred,  # smoothness_arguments.Image, whose weight is Strided
     map_weight,  # Strided: (images, channels, height - 2 margin, width - 2 margin); or None
     out_ptr,  # (sums, programs) float32: pixel, smoothness along z, y and x (or one number), SSIM
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
@@ -161,7 +153,9 @@ def image_ssim_fwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size, grid = pred.size, grid_in(grid)
+    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
+    size, grid = size_in(pred.size, UNIT), grid_in(grid)
+    pred = Image(pred.ptr, guide_in(pred.guide, UNIT), pred.weight, size)
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
@@ -169,11 +163,13 @@ def image_ssim_fwd_kernel(
     if target.weight.ptr is not None:
         w = strided_in(target.weight)
         ptr = at_column(w, image, channel, column)
-        target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
+        target = Target(
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), target.parameter
+        )
     if pred.weight.ptr is not None:
         w = strided_in(pred.weight)
         ptr = at_column(w, image, channel, column)
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
+        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), size)
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     rest = shift
@@ -256,7 +252,9 @@ def image_ssim_bwd_kernel(
     AXES: tl.constexpr = PARTS.axes
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size, grid = pred.size, grid_in(grid)
+    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
+    size, grid = size_in(pred.size, UNIT), grid_in(grid)
+    pred = Image(pred.ptr, guide_in(pred.guide, UNIT), pred.weight, size)
     width, height = size.width, size.height
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
@@ -264,11 +262,13 @@ def image_ssim_bwd_kernel(
     if target.weight.ptr is not None:
         w = strided_in(target.weight)
         ptr = at_column(w, image, channel, column)
-        target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
+        target = Target(
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), target.parameter
+        )
     if pred.weight.ptr is not None:
         w = strided_in(pred.weight)
         ptr = at_column(w, image, channel, column)
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
+        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), size)
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * grid.map_lanes

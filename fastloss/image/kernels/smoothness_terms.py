@@ -1,8 +1,5 @@
 """What a difference of neighbouring pixels adds to the smoothness loss, and its gradient: for kernels that walk over an
-image in any way. The formulas stand in smoothness.py.
-
-An image is contiguous or channels_last. A plane is what the kernels walk over at a time: a channel of a contiguous
-image; of a channels_last one all the channels of an image, side by side.
+image in any way. The formulas stand in smoothness.py, the named tuples in smoothness_arguments.py.
 """
 
 from __future__ import annotations
@@ -13,51 +10,6 @@ import triton
 import triton.language as tl
 
 from ...core.kernels.device_math import sign, weighted
-
-
-class Size(NamedTuple):
-    """Of a plane, in pixels."""
-
-    width: int
-    height: int
-    depth: int  # 1 of images, which have no third dimension
-    planes: int  # of each image: its channels; 1 if channels_last
-    pixel_stride: int | None  # elements from a pixel to the next, the channels; None if contiguous: 1
-
-
-class Guide(NamedTuple):
-    """An image in order, contiguous or channels_last; of no guide all fields are None. (Triton 3.6 cannot ask whether a
-    named tuple with None in it is None.)"""
-
-    ptr: Any = None  # (images, channels, ...)
-    channels: int | None = None
-    image_stride: int | None = None
-    channel_stride: int | None = None
-    pixel_stride: int | None = None
-
-
-class Weight(NamedTuple):
-    """A weight of each element of an image, of any strides, hence of any broadcast.
-
-    Where `image_stride` is None, `ptr` are pointers to the first pixels of columns, and the strides of rows and columns
-    are all that there is. Of no weight all fields are None.
-    """
-
-    ptr: Any = None  # (images, channels, ...)
-    image_stride: int | None = None
-    channel_stride: int | None = None
-    z_stride: int | None = None
-    y_stride: int | None = None
-    x_stride: int | None = None
-
-
-class Image(NamedTuple):
-    """What the smoothness is computed of."""
-
-    ptr: Any  # (images, planes, pixels, pixel_stride)
-    guide: Guide
-    weight: Weight
-    size: Size
 
 
 class Pixels(NamedTuple):

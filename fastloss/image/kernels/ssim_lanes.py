@@ -27,8 +27,8 @@ class Strided(NamedTuple):
     def odd(self) -> Strided:
         """As a kernel takes it: strides that change with the size of an image go as odd numbers, so that another size
         compiles nothing. A lane reads one number at a time, so that it does not matter what they are multiples of."""
-        strides = (None if n is None else odd_number(n) for n in self[1:4])
-        return Strided(self.ptr, *strides, self.column_stride)
+        names = ("image_stride", "channel_stride", "row_stride")
+        return self._replace(**{name: odd_number(getattr(self, name)) for name in names})
 
 
 @triton.jit
