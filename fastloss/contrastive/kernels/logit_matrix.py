@@ -80,7 +80,7 @@ class LogitMatrix:
 
     def products_plan(self) -> tuple[int, int]:
         """(rows, columns) of the blocks of products that the workspace holds: whole tiles, or all rows."""
-        rows, columns, _ = self.sizes
+        rows, columns = self.sizes.rows, self.sizes.columns
         block_rows, block_columns = block_plan(rows, columns, self.elements, self.tile, self.self_similarity)
         return block_rows if block_rows == rows else max(block_rows, self.tile.rows), block_columns
 
