@@ -1,9 +1,10 @@
 """How many Triton kernels a first step of each loss compiles, and which a change of shape adds, as JSON.
 
-    python -m tests.triton.compilations [--compile] [loss ...]        in the environment of stub_driver.build
+    python -m tests.triton.compilations [--compile] [loss ...] | --warmup     in the environment of stub_driver.build
 
 What is counted are the kernels that Triton has no compiled form of, forward and backward together, in the order of the
 steps of a loss. Without --compile none is compiled: the count is that of Triton's own keys, and it takes seconds.
+With --warmup: what fastloss.warmup compiles, really, and what is left for the step after it.
 """
 
 from __future__ import annotations
@@ -177,7 +178,18 @@ def kernels_of_ours() -> list[Any]:
     return list({id(f): f for m in modules for f in vars(m).values() if isinstance(f, JITFunction)}.values())
 
 
+def warmup_report() -> dict[str, int]:
+    """What warmup says, what was compiled meanwhile, and what by a step and a warmup after it."""
+    image, pred = torch.rand(2, 3, 32, 32), leaf(2, 3, 32, 32)
+    counts = {"reported": fastloss.warmup(fastloss.pixel_loss, image, pred).kernels, "loaded": len(found)}
+    found.clear()
+    fastloss.pixel_loss(image, pred).backward()
+    counts |= {"step after": len(found), "again": fastloss.warmup(fastloss.pixel_loss, image, pred).kernels}
+    return counts
+
+
 if __name__ == "__main__":
     options = sys.argv[1:]
-    count_compilations("--compile" in options)
-    print(json.dumps({"triton": triton.__version__} | report([o for o in options if o != "--compile"])))
+    count_compilations("--compile" in options or "--warmup" in options)
+    names = [option for option in options if not option.startswith("--")]
+    print(json.dumps(warmup_report() if "--warmup" in options else {"triton": triton.__version__} | report(names)))
