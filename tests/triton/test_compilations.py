@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from tests.triton import stub_driver
 from tests.triton.test_aot import needs_triton, python
 from tests.triton.test_plans import needs_compiler
@@ -44,6 +46,7 @@ def report(folder, *options: str) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_compiler
 def test_shapes_that_change_compile_nothing_anew(tmp_path):
@@ -57,6 +60,7 @@ def test_shapes_that_change_compile_nothing_anew(tmp_path):
         assert {change: n for change, n in counts.items() if n > others.get(change, 0)} == {}, (name, steps)
 
 
+@pytest.mark.slow
 @needs_triton
 @needs_compiler
 def test_warmup_compiles_what_a_first_step_needs(tmp_path):
