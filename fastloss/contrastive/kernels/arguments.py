@@ -40,21 +40,15 @@ class Sizes(NamedTuple):
     rows: int  # M
     columns: int  # N
     dim: int  # D, padded to a multiple of 16
-    plain_columns: int | None = None  # N as it is, and `columns` is None: for kernels that have not a register left
 
-    def odd(self, columns: bool = True) -> Sizes:
+    def odd(self) -> Sizes:
         """As a kernel takes it, where :func:`sizes_in` reads it; so with all such pairs here."""
-        if columns:
-            return Sizes(odd_number(self.rows), odd_number(self.columns), self.dim)
-        return Sizes(odd_number(self.rows), None, self.dim, self.columns)  # type: ignore[arg-type]
+        return Sizes(odd_number(self.rows), odd_number(self.columns), self.dim)
 
 
 @triton.jit
 def sizes_in(odd):
-    if odd.plain_columns is None:
-        return Sizes(number_in(odd.rows), number_in(odd.columns), odd.dim, None)
-    else:
-        return Sizes(number_in(odd.rows), odd.plain_columns, odd.dim, None)
+    return Sizes(number_in(odd.rows), number_in(odd.columns), odd.dim)
 
 
 class Operands(NamedTuple):

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from . import tile_configs
-from .arguments import Operands, products_block_in
 
 DESCRIPTORS, PRODUCTS = tl.constexpr(tile_configs.DESCRIPTORS), tl.constexpr(tile_configs.PRODUCTS)
 GROUP = tl.constexpr(8)  # rows of tiles that programs walk together
@@ -26,15 +25,6 @@ def tile_of_program(block):
     group_tiles = tl.minimum(block.row_tiles - first, GROUP)
     rest = program % (GROUP * block.column_tiles)
     return first + rest % group_tiles, rest // group_tiles
-
-
-@triton.jit
-def operands_in(query, key, TILE: tl.constexpr):
-    """The operands of a kernel, which takes them one by one: Triton 3.6 takes no tensor descriptors in a tuple."""
-    OPERANDS: tl.constexpr = TILE.operands
-    if OPERANDS == PRODUCTS:
-        key = products_block_in(key)
-    return Operands(query, key)
 
 
 @triton.jit

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import area_in, sizes_in
+from .arguments import Operands, area_in, products_block_in, sizes_in
 from .blocking import walk_in
-from .logit_tile import PRODUCTS, operands_in, tile_logits
+from .logit_tile import PRODUCTS, tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
 # As float32 it is too small by 1.3e-8 of itself, which times s = 2000 changes e^s by 3e-5. So s always meets a maximum
@@ -189,6 +189,28 @@ def _first_above(row0, BN: tl.constexpr):
 
 
 @triton.jit
+def _sizes_in(sizes, saved, BOTH_SIDES: tl.constexpr):
+    """See passes.make_statistics: where float16's exponentials of one direction are saved, sizes come as they are."""
+    if BOTH_SIDES or saved.exps is None:
+        return sizes_in(sizes)
+    elif saved.exps.dtype.element_ty != tl.float16:
+        return sizes_in(sizes)
+    else:
+        return sizes
+
+
+@triton.jit
+def _walk_in(walk, saved, BOTH_SIDES: tl.constexpr):
+    """Likewise."""
+    if BOTH_SIDES or saved.exps is None:
+        return walk_in(walk)
+    elif saved.exps.dtype.element_ty != tl.float16:
+        return walk_in(walk)
+    else:
+        return walk
+
+
+@triton.jit
 def _softmax_stats_fwd_kernel(
     query,  # see Operands; Triton 3.6 takes no tensor descriptors in a tuple
     key,
@@ -210,7 +232,10 @@ def _softmax_stats_fwd_kernel(
     MOMENTS: tl.constexpr = FORM.moments
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
-    operands, sizes, walk = operands_in(query, key, TILE), sizes_in(sizes), walk_in(walk)
+    if OPERANDS == PRODUCTS:
+        key = products_block_in(key)
+    operands = Operands(query, key)
+    sizes, walk = _sizes_in(sizes, saved, BOTH_SIDES), _walk_in(walk, saved, BOTH_SIDES)
     group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
     stride = tl.cast(slots.pitch, tl.int64)
     row_slot = slots.states + split.to(tl.int64) * STATES * stride

@@ -30,11 +30,11 @@ from ...core.kernels.matmul import add_product, embeddings
 from ..options import Form
 from ..save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 from ..siglip import Grads, Inputs, Needs, Saved
-from .arguments import Area, Columns, Rows, sizes_in
+from .arguments import Area, Columns, Operands, Rows, products_block_in, sizes_in
 from .blocking import block_plan
 from .embedding_gradients import gradients_from_sums, scaled
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
-from .logit_tile import operands_in, products, tile_of_program
+from .logit_tile import PRODUCTS, products, tile_of_program
 from .norms import Prepared, prepare
 from .tile_configs import DESCRIPTORS, best_tile
 
@@ -116,12 +116,15 @@ def _siglip_kernel(
 ):
     BM: tl.constexpr = TILE.rows
     BN: tl.constexpr = TILE.columns
+    OPERANDS: tl.constexpr = TILE.operands
+    if OPERANDS == PRODUCTS:
+        text = products_block_in(text)
     sizes, block = sizes_in(sizes), pair_block_in(block)
     row_tile, column_tile = tile_of_program(block)
     row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
     row_inside, column_inside = row < block.end_row, column < sizes.columns
-    acc = products(operands_in(image, text, TILE), row0, column0, sizes, TILE)
+    acc = products(Operands(image, text), row0, column0, sizes, TILE)
     scale = tl.load(rows.row_scale + row, mask=row_inside, other=0.0)
     if columns.column_scale is not None:
         column_scale = tl.load(columns.column_scale + column, mask=column_inside, other=0.0)

@@ -35,7 +35,7 @@ from ..image_loss import Grads, Inputs, Needs, Saved
 from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
-from .smoothness_arguments import Image, image_in, odd_weight, weight_in
+from .smoothness_arguments import Image, odd_weight
 from .smoothness_terms import smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
 from .ssim import size_of as map_size_of
@@ -79,9 +79,7 @@ def _image_loss_fwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    pred = image_in(pred)
-    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
-    pixel_weight, size = weight_in(pixel_weight, UNIT), pred.size
+    size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, tiles_per_row, TILE)
@@ -136,9 +134,7 @@ def _image_loss_bwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    pred = image_in(pred)
-    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
-    pixel_weight, size = weight_in(pixel_weight, UNIT), pred.size
+    size = pred.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
     first, column = tile_at(program % splits, tiles_per_row, TILE)

@@ -14,7 +14,7 @@ import triton.language as tl
 from ...core.kernels.device_math import added, number_in, weighted, zeros
 from ...core.kernels.launch import odd_number
 from .pixel import distance, slope
-from .smoothness_arguments import Image, Weight, guide_in, size_in
+from .smoothness_arguments import Image, Weight, height_of, width_of
 from .smoothness_terms import Pixels, pixel_stride, smoothness_grad, smoothness_terms, start_of, weight_at
 from .ssim_lanes import Plane, at_column, lane_of, map_lane_of, strided_in
 from .ssim_sweep import (
@@ -96,7 +96,7 @@ def _plane_of(image, channel, column, size, channels, WIDE: tl.constexpr):
 @triton.jit
 def _pixels_of_row(column, row, start, size):
     """The pixels of a row, as smoothness_terms.py has them; the channel is known from the plane or from `start`."""
-    return Pixels(row * (size.width * pixel_stride(size)) + start, row * size.width + column, column, row, 0, 0)
+    return Pixels(row * (width_of(size) * pixel_stride(size)) + start, row * width_of(size) + column, column, row, 0, 0)
 
 
 @triton.jit
@@ -104,9 +104,9 @@ def _shift(x_ptr, y_ptr, start, column, size, inside, c2, WINDOW: tl.constexpr):
     """The shift of a plane, whose pixels begin where column 0 does."""
     STRIDE: tl.constexpr = WINDOW.pixel_stride
     first = tl.where(inside, start - column * STRIDE, 0)
-    x = Plane(x_ptr + first, size.width * STRIDE, STRIDE)
-    y = Plane(y_ptr + first, size.width * STRIDE, STRIDE)
-    return shift_of(x, y, size.height, size.width, inside, c2)
+    x = Plane(x_ptr + first, width_of(size) * STRIDE, STRIDE)
+    y = Plane(y_ptr + first, width_of(size) * STRIDE, STRIDE)
+    return shift_of(x, y, height_of(size), width_of(size), inside, c2)
 
 
 @triton.jit
@@ -153,23 +153,23 @@ def image_ssim_fwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
-    size, grid = size_in(pred.size, UNIT), grid_in(grid)
-    pred = Image(pred.ptr, guide_in(pred.guide, UNIT), pred.weight, size)
-    width, height = size.width, size.height
+    size, grid = pred.size, grid_in(grid)
+    width, height = width_of(size), height_of(size)
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        w = strided_in(target.weight)
-        ptr = at_column(w, image, channel, column)
+        w = target.weight  # whose strides stay odd, as in a Weight
+        ptr = at_column(strided_in(w), image, channel, column)
         target = Target(
-            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), target.parameter
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), target.parameter
         )
     if pred.weight.ptr is not None:
-        w = strided_in(pred.weight)
-        ptr = at_column(w, image, channel, column)
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), size)
+        w = pred.weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        pred = Image(
+            pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), size
+        )
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     rest = shift
@@ -252,23 +252,23 @@ def image_ssim_bwd_kernel(
     AXES: tl.constexpr = PARTS.axes
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    UNIT: tl.constexpr = 128 // pred.ptr.dtype.element_ty.primitive_bitwidth
-    size, grid = size_in(pred.size, UNIT), grid_in(grid)
-    pred = Image(pred.ptr, guide_in(pred.guide, UNIT), pred.weight, size)
-    width, height = size.width, size.height
+    size, grid = pred.size, grid_in(grid)
+    width, height = width_of(size), height_of(size)
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        w = strided_in(target.weight)
-        ptr = at_column(w, image, channel, column)
+        w = target.weight  # whose strides stay odd, as in a Weight
+        ptr = at_column(strided_in(w), image, channel, column)
         target = Target(
-            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), target.parameter
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), target.parameter
         )
     if pred.weight.ptr is not None:
-        w = strided_in(pred.weight)
-        ptr = at_column(w, image, channel, column)
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None), size)
+        w = pred.weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        pred = Image(
+            pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), size
+        )
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * grid.map_lanes

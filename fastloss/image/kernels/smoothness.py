@@ -40,7 +40,7 @@ from ...core.kernels.launch import (
 from ...core.kernels.memory_order import needs_int64
 from ...core.kernels.scaled_sum import total_of
 from ..smoothness import Grads, Inputs
-from .smoothness_arguments import Guide, Image, Size, Weight, image_in
+from .smoothness_arguments import Guide, Image, Size, Weight
 from .smoothness_terms import edges_of, pixel_stride, smoothness_grad, smoothness_terms, start_of, tile_of
 
 KINDS = ("l1", "l2", "isotropic")
@@ -86,7 +86,6 @@ def _smoothness_fwd_kernel(
     SHARED: tl.constexpr,  # a program has a tile of all the channels of an image, which share the guide's factors
 ):
     ROWS: tl.constexpr = BLOCK.rows
-    image = image_in(image)
     size = image.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
@@ -162,7 +161,6 @@ def _smoothness_bwd_kernel(
     SHARED: tl.constexpr,  # as in the forward
 ):
     ROWS: tl.constexpr = BLOCK.rows
-    image = image_in(image)
     size = image.size
     program = tl.program_id(0)
     plane = (program.to(tl.int64) if WIDE else program) // splits
