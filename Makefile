@@ -4,18 +4,22 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch torchvision
 ARGS ?=
-WORKERS ?= 2
+WORKERS ?= 3
 BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: train test fuzz sanitize lint bench bench-check rivals gpu triton36 clean
+.PHONY: train test interpret fuzz sanitize lint bench bench-check rivals gpu triton36 clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
 
 test: $(VENV)/.test
 	FASTLOSS_TRITON36=$(wildcard $(VENV)/triton36) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+# Every conformance test on interpreted Triton kernels; `make test` has every other one.
+interpret: $(VENV)/.test
+	FASTLOSS_INTERPRET=all $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton/test_aot.py -k interpreted $(ARGS)
 
 # Drawn calls of the whole public API against the float64 reference: ARGS="--calls 100000 --loss clip_loss --replay ...".
 fuzz: $(VENV)/.test

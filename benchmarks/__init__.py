@@ -7,7 +7,7 @@ scaling.py          how cost grows with size
 train_steps.py      whole training steps
 perceptual_step.py  loss and gradient of images through a network
 gpu.py              all that needs a GPU, in parts
-plot.py             README's table, REPORT.md and the pictures
+plot.py             README's figures, REPORT.md and the pictures
 test_suite.py       the headline rows under pytest-benchmark
 workloads/          what is timed
 harness/            how it is timed, checked and written

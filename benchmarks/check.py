@@ -1,7 +1,9 @@
 """A guard against regressions: `python -m benchmarks.check` (`make bench-check`).
 
 Runs the headline rows again and compares ratios, fastloss to eager and to torch.compile, with those of the committed
-results: another machine or a busy one changes times, hardly their ratio. A row got worse if its ratio to every baseline
+results: a busy machine changes times, hardly their ratio. Another processor changes the ratios too, and that is said
+first; there, measure the older commit with `python -m benchmarks.run --headline --out FOLDER` and compare with it:
+`--before FOLDER`. A row got worse if its ratio to every baseline
 grew by more than 15 %: where only one did, that baseline became faster (eager was seen at half its time of another
 run). What got worse is measured a second time, each loss in a process of its own, for what ran before may slow all
 that comes after; a row that is worse again is named, and the exit code is then 1.
@@ -40,6 +42,17 @@ def ratios(rows: Iterable[dict[str, str]]) -> Ratios:
     return found
 
 
+def other_processor(rows: Iterable[dict[str, str]], device: str) -> str:
+    """A warning where the committed rows are of another processor than this one, else nothing."""
+    committed, here = {row["device"] for row in rows} - {""}, measure.device_label(device)
+    if committed <= {here}:
+        return ""
+    return (
+        f"warning: the results are of {', '.join(sorted(committed))}, this is {here}: ratios differ between "
+        "processors; --before FOLDER compares with results of an older commit on this one"
+    )
+
+
 def growth(before: Ratios, now: Ratios) -> dict[Key, dict[str, float]]:
     """row -> baseline -> by how much the ratio grew, for what is in both."""
     common = {key: before[key].keys() & now[key].keys() for key in before if key in now}
@@ -66,14 +79,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("losses", nargs="*", metavar="LOSS", help="default: all that have committed results")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--minutes", type=float, default=9, help="of the first round; the second takes less")
+    parser.add_argument("--before", type=pathlib.Path, default=RESULTS, help="folder of the results to compare with")
     args = parser.parse_args(argv)
-    folder = measure.device_folder(args.device)
-    committed = ratios(read_all(RESULTS / folder))
+    folder = args.before / measure.device_folder(args.device)
+    rows = read_all(folder)
+    committed = ratios(rows)
     losses = [n for n in named() if n in {key[0] for key in committed} and n in (args.losses or named())]
     before = {key: found for key, found in committed.items() if key[0] in losses}
     if not before:
-        print(f"no committed results of these losses in {RESULTS / folder}: nothing to compare with")
+        print(f"no committed results of these losses in {folder}: nothing to compare with")
         return 2
+    if warning := other_processor(rows, args.device):
+        print(warning, flush=True)
     grown = growth(before, measured(losses, args.device, args.minutes))
     for key, baseline in ((key, baseline) for key, found in before.items() for baseline in found):
         if baseline not in grown.get(key, ()):

@@ -1,6 +1,6 @@
-"""Tables and pictures from the result files: `python -m benchmarks.plot` (`--check` only compares the tables).
+"""Tables and pictures from the result files: `python -m benchmarks.plot` (`--check` only compares the texts).
 
-Writes the table in README.md, benchmarks/REPORT.md, and where matplotlib is installed the pictures in
+Writes the figures of README.md, benchmarks/REPORT.md, and where matplotlib is installed the pictures in
 benchmarks/results/<device>/.
 """
 
@@ -12,13 +12,11 @@ import sys
 from benchmarks.harness.measure import ROOT
 from benchmarks.report import pages, tables
 
-FILES = {"README.md": pages.readme_body, "benchmarks/REPORT.md": pages.report}
-
 
 def outdated() -> list[str]:
     """The files whose tables are not what the result files say."""
-    texts = {name: (ROOT / name).read_text(encoding="utf8") for name in FILES}
-    return [name for name, body in FILES.items() if pages.between(texts[name], body()) != texts[name]]
+    texts = {name: (ROOT / name).read_text(encoding="utf8") for name in pages.SECTIONS}
+    return [name for name, text in texts.items() if pages.written(name, text) != text]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
 
         for drawn in pictures.draw_all():
             print(f"drew {drawn.relative_to(ROOT)}")
-    for name, body in FILES.items():  # after the pictures, which they show
+    for name in pages.SECTIONS:  # after the pictures, which they show
         path = ROOT / name
-        path.write_text(pages.between(path.read_text(encoding="utf8"), body()), encoding="utf8")
+        path.write_text(pages.written(name, path.read_text(encoding="utf8")), encoding="utf8")
     for line in tables.unexplained():
         print(f"lost and not explained in benchmarks/report/explanations.py: {line}")
     return 0

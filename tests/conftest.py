@@ -1,4 +1,4 @@
-"""Device selection, and NaN-filled scratch memory so that reading what was never written shows."""
+"""Device selection, a seed per test, and NaN-filled scratch memory so that reading what was never written shows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # and the processes that tests start
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or deterministic mode refuses matrix products
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    torch.manual_seed(0)  # a test draws the same numbers, whatever ran before it
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

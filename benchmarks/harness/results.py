@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 COLUMNS = (
     "loss,options,shape,dtype,mode,provider,p20_ms,p50_ms,p80_ms,cost,rate,unit,share,ceiling,peak_mib,error,note,"
-    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches,host_ms"
+    "device,threads,commit,torch,triton,headline,checked,saved_mib,launches,host_ms,"
+    "version"  # of the library that the provider is; empty in files from before it was kept
 ).split(",")
 
 

@@ -16,7 +16,7 @@ from benchmarks.harness import measure
 from benchmarks.harness.memory import Child
 from benchmarks.harness.progress import Progress
 from benchmarks.workloads.items import MODES, Item, passes
-from benchmarks.workloads.providers import Function, absent, providers
+from benchmarks.workloads.providers import Function, absent, providers, version_of
 from tests.conformance.tools import cast, cast_options, to_device
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1, torch.float16: 0.02}  # tf32 passes
@@ -172,7 +172,7 @@ def _measured_rows(item: Item, session: Session, left_out: dict[str, str]) -> li
     for name, candidate in found.items():
         peak = device_peak(candidate) if session.device == "cuda" else peaks.result().get(name, "")
         for mode in MODES if name in times else MODES[-1:]:
-            row = {"mode": mode, "provider": name, "note": candidate.note}
+            row = {"mode": mode, "provider": name, "version": version_of(name), "note": candidate.note}
             row |= {"error": candidate.error, "checked": candidate.checked}
             if name in times:
                 row |= figures(item, mode, times[name], top)

@@ -93,7 +93,7 @@ def _best_library(found: Group, ours: float) -> str:
     if not known:
         return "-"
     name = min(known, key=known.__getitem__)
-    return f"{name} {_versus(found[name], ours)}"
+    return " ".join(filter(None, (name, found[name]["version"], _versus(found[name], ours))))
 
 
 def _main_rows(groups: dict[Key, Group]) -> dict[Key, Group]:
@@ -112,8 +112,8 @@ def _size(key: Key) -> int:
     return math.prod(int(n) for n in key[2].split("+")[0].split("x"))
 
 
-def table(full: bool = False) -> str:
-    """Forward plus backward, or a whole step: a line per loss, options, shape and dtype, or one per loss."""
+def table() -> str:
+    """Forward plus backward, or a whole step: a line per loss, options, shape and dtype."""
     lines = [
         "| loss, input | device | fastloss ms | eager ms | torch.compile ms | best library ms | of the ceiling "
         "| peak MiB (eager) |",
@@ -121,7 +121,7 @@ def table(full: bool = False) -> str:
     ]
     for device, name in DEVICES.items():
         groups = grouped(rows_of(device, "both", "step"))
-        for key, found in (groups if full else _main_rows(groups)).items():
+        for key, found in groups.items():
             row = found["fastloss"]
             ours = time_of(row) or 0.0
             roof = "copy" if row["unit"] == "GB/s" else "matmul"
@@ -136,6 +136,34 @@ def table(full: bool = False) -> str:
             lost = "all" if not _read(device) else ", ".join(f"`{loss}`" for loss in missing)
             lines.append(f"| {lost} | {name} | not measured | | | | | |")
     return "\n".join(lines)
+
+
+def short_table(rows: Iterable[tuple[str, str]]) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """The main row of each (device, loss) as a line; (device, row) of fastloss and of the libraries in it.
+
+    A loss that the device has no results of is a line "not measured".
+    """
+    lines = [
+        "| loss, input | device | fastloss ms | eager ms | torch.compile ms | best library ms |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    shown: list[tuple[str, dict[str, str]]] = []
+    for device, loss in rows:
+        groups = main_row(device, loss)
+        if not groups:
+            lines.append(f"| `{loss}` | {DEVICES[device]} | not measured | | | |")
+        for key, found in groups.items():
+            ours = time_of(found["fastloss"]) or 0.0
+            others = [_versus(found.get(name), ours) for name in ("eager", "torch.compile")]
+            cells = (label(key), DEVICES[device], _ms(ours), *others, _best_library(found, ours))
+            lines.append(f"| {' | '.join(cells)} |")
+            shown += [(device, row) for name, row in found.items() if name not in BASE and row["p50_ms"]]
+    return lines, shown
+
+
+def main_row(device: str, loss: str) -> dict[Key, Group]:
+    """The loss's row of the first options at the largest shape; nothing where there are no results."""
+    return _main_rows(grouped(row for row in rows_of(device, "both") if row["loss"] == loss))
 
 
 def notes() -> str:

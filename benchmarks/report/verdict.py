@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.report.tables import LEVEL, key_of, label
-from benchmarks.workloads.providers import INSTALL
+from benchmarks.workloads.providers import version_of
 
 BUSY = 0.25  # load per core from which on times are said to be off
 LEAST_LOAD = 0.5
@@ -74,10 +73,7 @@ def _against(ours: Row, theirs: Row) -> str:
 
 def with_version(provider: str) -> str:
     """A library with its version."""
-    try:
-        return f"{provider} {importlib.metadata.version(INSTALL[provider])}" if provider in INSTALL else provider
-    except importlib.metadata.PackageNotFoundError:
-        return provider
+    return f"{provider} {version_of(provider)}".strip()
 
 
 def _time(row: Row | None) -> float:

@@ -7,6 +7,7 @@ inputs, or None where the library has nothing of the kind. Imports are inside, s
 
 from __future__ import annotations
 
+import importlib.metadata
 import math
 from collections.abc import Callable
 
@@ -64,6 +65,14 @@ def providers(
 
 def absent(name: str, error: Exception) -> str:
     return f"absent: {error}; pip install {INSTALL.get(name, name)}"
+
+
+def version_of(provider: str) -> str:
+    """The installed version of the library that a provider is; empty for what is none, or is not installed."""
+    try:
+        return importlib.metadata.version(INSTALL[provider]) if provider in INSTALL else ""
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _made(name: str, adapter: Callable[[dict], Function | None], options: dict) -> Function | str | None:

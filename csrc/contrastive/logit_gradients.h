@@ -151,7 +151,7 @@ class LogitGradients {
 
   // Where all log-sum-exps are within e^(+-50) of each other, e^(s - exponent) serves both directions of all pairs.
   void find_common_exponent() {
-    if (!p_.symmetric || p_.two_ceilings || p_.has_hardness()) return;
+    if (!p_.symmetric || p_.two_limits || p_.has_hardness()) return;
     float lowest = std::numeric_limits<float>::infinity(), highest = -lowest;
     for (int64_t i = 0; i < p_.rows; ++i) {
       const float row = rows_.lse[0][i], column = columns_.lse[0][i];
@@ -196,7 +196,7 @@ class LogitGradients {
     if (p_.moments) kernels_.grad_sum(s, n, rows_.grad_sum[i], nullptr, g);
     if (p_.symmetric && (!has_common_exponent_ || p_.moments)) {
       const Upstream& up = columns_;
-      if (p_.two_ceilings) p_.logits(kernels_, raw, i, first, n, true, s);
+      if (p_.two_limits) p_.logits(kernels_, raw, i, first, n, true, s);
       if (!has_common_exponent_) kernels_.grad_columns(s, n, &up.lse[0][first], &up.grad_lse[0][first], g);
       if (p_.has_hardness())
         kernels_.grad_hardness_columns(s, n, p_.hardness(), {&up.max[first], &up.lse[1][first], &up.lse[2][first]},

@@ -35,13 +35,13 @@ struct Form {
 
 // What makes logits of the raw products of one row, and what of a stretch of columns.
 struct RowOperands {
-  float scale, ceiling;
+  float scale, logit_limit;
   int64_t id;
 };
 struct ColumnOperands {
   const float *scale, *bias;
-  const int64_t* ids;    // null: none
-  const float* ceiling;  // null: the row's ceiling holds
+  const int64_t* ids;        // null: none
+  const float* logit_limit;  // null: the row's limit holds
 };
 struct SumAndCount {
   double sum, count;
@@ -124,12 +124,12 @@ struct LogitMatrix {
   std::vector<Tensor> query_pieces, key_pieces;     // kTerms columns each: of `current_rows` of query, of all of key
   std::pair<int64_t, int64_t> current_rows{-1, 0};  // the first, and how many
   int64_t rows, columns, dim, padded_columns;
-  bool diagonal, moments, self_similarity, symmetric, two_ceilings = false;
+  bool diagonal, moments, self_similarity, symmetric, two_limits = false;
   bool each_key_once = false;  // no key is needed for a second product: their pieces are not kept in key_pieces
   // There is one log-sum-exp, log sum e^(power s), for each power: for 1 and, with hardness, for 1 + hardness and for
   // hardness. The last two are of s - max.
   std::vector<float> powers{1.0f};
-  std::vector<float> row_scale, column_scale, bias, ceiling, column_ceiling;
+  std::vector<float> row_scale, column_scale, bias, logit_limit, column_limit;
   std::vector<int64_t> targets, row_ids, column_ids;  // targets: -1 where there is none
 
   // `query_name`, `key_name`: what the op's arguments are called.
@@ -162,7 +162,7 @@ struct LogitMatrix {
     }
     if (hardness > 0) powers = {1.0f, static_cast<float>(1 + hardness), static_cast<float>(hardness)};
     bias.assign(padded_columns, 0.0f);
-    ceiling.assign(rows, std::numeric_limits<float>::infinity());
+    logit_limit.assign(rows, std::numeric_limits<float>::infinity());
     targets.assign(rows, -1);
     row_ids.assign(rows, 0);
   }
@@ -204,23 +204,23 @@ struct LogitMatrix {
     row_ids = row_operand<int64_t>("row_ids", of_rows, 0);
     column_ids = column_operand<int64_t>("column_ids", of_columns, 0);
   }
-  // Logits above a row's ceiling are left out; of the transposed matrix those above the column's.
-  void set_ceiling(const OptionalTensor& of_rows) {
+  // Logits above a row's limit are left out; of the transposed matrix those above the column's.
+  void set_logit_limit(const OptionalTensor& of_rows) {
     if (!of_rows.has_value()) return;
     const float none = std::numeric_limits<float>::infinity();
-    ceiling = row_operand("ceiling", of_rows, none);
-    two_ceilings = symmetric;
-    if (symmetric) column_ceiling = column_operand("ceiling", of_rows, none);
+    logit_limit = row_operand("logit_limit", of_rows, none);
+    two_limits = symmetric;
+    if (symmetric) column_limit = column_operand("logit_limit", of_rows, none);
   }
 
   // Logits of row i, columns first .. first + n; what is no negative becomes -inf. `transposed` makes a difference
-  // with two ceilings only.
+  // with two limits only.
   void logits(const ContrastiveKernels& kernels, const float* raw, int64_t i, int64_t first, int64_t n, bool transposed,
               float* to) const {
-    const RowOperands row{row_scale[i], ceiling[i], row_ids[i]};
+    const RowOperands row{row_scale[i], logit_limit[i], row_ids[i]};
     const ColumnOperands of_columns{&column_scale[first], &bias[first],
                                     column_ids.empty() ? nullptr : &column_ids[first],
-                                    transposed && two_ceilings ? &column_ceiling[first] : nullptr};
+                                    transposed && two_limits ? &column_limit[first] : nullptr};
     kernels.logits(raw, n, row, of_columns, to);
     const auto leave_out = [&](int64_t j) {
       if (j >= first && j < first + n) to[j - first] = -std::numeric_limits<float>::infinity();

@@ -97,7 +97,7 @@ class Statistics {
     float* sum = p_.moments && p_.symmetric ? &columns.sum[part] : nullptr;
     float* count = sum ? &columns.count[part] : nullptr;
     float* max = p_.symmetric ? &columns.max[part] : nullptr;
-    const bool same_logits = !p_.two_ceilings;  // for both directions
+    const bool same_logits = !p_.two_limits;  // for both directions
     make_logits(false);
     for (int64_t r = 0; r < rows; ++r) {
       const float* s = &logits[r * kTileColumns];

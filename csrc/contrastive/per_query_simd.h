@@ -74,9 +74,9 @@ static void per_query_read(const T* rows, int64_t stride, int64_t count, const Q
       c[r] = !q.normalize ? 1.0f : square[r] <= kTinySquare ? 0.0f : 1.0f / __builtin_sqrtf(square[r]);
       if (q.normalize && square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // the norm is not known, and not 0
       s[r] = q.scale * (c[r] * dot[r]);
-      if (to.logits) to.logits[k + r] = s[r] > q.ceiling ? -__builtin_inff() : s[r];
+      if (to.logits) to.logits[k + r] = s[r] > q.logit_limit ? -__builtin_inff() : s[r];
       if (to.logits) to.inverse_norms[k + r] = c[r];
-      if (s[r] > q.ceiling) {
+      if (s[r] > q.logit_limit) {
         s[r] = -__builtin_inff();
       } else {
         max = s[r] > max ? s[r] : max;

@@ -13,8 +13,8 @@ static void softmax_logits(const float* raw, int64_t n, const RowOperands& row, 
   for (int64_t i = 0; i < n; i += W) {
     const vf x = n - i < W ? load_some(raw + i, n - i) : load(raw + i);
     const vf similar = x * load(columns.scale + i) * row.scale;
-    const vf ceiling = columns.ceiling ? load(columns.ceiling + i) : all(row.ceiling);
-    vf s = similar > ceiling ? none : similar + load(columns.bias + i);
+    const vf logit_limit = columns.logit_limit ? load(columns.logit_limit + i) : all(row.logit_limit);
+    vf s = similar > logit_limit ? none : similar + load(columns.bias + i);
     if (columns.ids) {
       const vl same = (vl)(load_bits<vl>(columns.ids + i) == (vl{} + (uint64_t)row.id));
       s = __builtin_convertvector(same, vu) ? none : s;

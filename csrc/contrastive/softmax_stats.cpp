@@ -15,11 +15,11 @@ constexpr char kOp[] = "softmax_stats";
 
 struct Inputs {
   Tensor query, key, row_scale;
-  OptionalTensor column_scale, bias, targets, row_ids, column_ids, ceiling;
+  OptionalTensor column_scale, bias, targets, row_ids, column_ids, logit_limit;
   Form form;
   double hardness, workspace_mib;
   std::string save;
-  FASTLOSS_FIELDS(query, key, row_scale, column_scale, bias, targets, row_ids, column_ids, ceiling, form, hardness,
+  FASTLOSS_FIELDS(query, key, row_scale, column_scale, bias, targets, row_ids, column_ids, logit_limit, form, hardness,
                   workspace_mib, save)
   Save saves() const { return save_of(kOp, save, {Save::kNothing, Save::kWeightedKeys, Save::kLogits}); }
 };
@@ -40,7 +40,7 @@ LogitMatrix logit_matrix(const Inputs& x) {
   p.set_scales(x.row_scale, x.column_scale, x.bias);
   p.set_targets(x.targets);
   p.set_ids(x.row_ids, x.column_ids);
-  p.set_ceiling(x.ceiling);
+  p.set_logit_limit(x.logit_limit);
   return p;
 }
 

@@ -27,7 +27,7 @@ constexpr float kTinySquare = static_cast<float>(kTinyNorm * kTinyNorm);
 struct QueryRow {
   const float* query;  // whole_vectors(dim) floats, the last ones 0
   int64_t dim;
-  float scale, ceiling;
+  float scale, logit_limit;
   bool normalize, moments;
   int powers;
   float power[kMaxPowers];
@@ -70,7 +70,7 @@ using torch::stable::new_empty;
 
 // The call's sizes and options, and its negatives with rows that are contiguous in themselves.
 struct PerQuery {
-  const Tensor query, negatives, scale, ceiling;
+  const Tensor query, negatives, scale, logit_limit;
   const Operand query_operand;
   const int64_t rows, count, dim, pieces, piece_length;
   const bool normalize, moments;
@@ -81,7 +81,7 @@ struct PerQuery {
       : query(matrix(x.query)),
         negatives(rows_contiguous(x.negatives)),
         scale(as_contiguous(x.row_scale)),
-        ceiling(x.ceiling.has_value() ? as_contiguous(*x.ceiling) : scale),
+        logit_limit(x.logit_limit.has_value() ? as_contiguous(*x.logit_limit) : scale),
         query_operand(query, {0, 1}),
         rows(query.size(0)),
         count(negatives.size(1)),
@@ -94,11 +94,11 @@ struct PerQuery {
         powers(hardness > 0 ? 3 : 1),
         sums(powers + moments),
         stats_count(2 + 2 * moments + powers - 1),
-        has_ceiling_(x.ceiling.has_value()) {
+        has_limit_(x.logit_limit.has_value()) {
     STD_TORCH_CHECK(negatives.size(0) == rows && negatives.size(2) == dim, kOp, ": negatives: expected [", rows,
                     ", K, ", dim, "]");
     check_rows("row_scale", scale);
-    check_rows("ceiling", ceiling);
+    check_rows("logit_limit", logit_limit);
   }
 
   template <typename T>
@@ -111,8 +111,8 @@ struct PerQuery {
     memory.assign(whole_vectors(dim), 0.0f);
     const float* found = query_operand.read(i * dim, dim, memory.data());
     if (found != memory.data()) std::copy_n(found, dim, memory.data());
-    const float row_ceiling = has_ceiling_ ? input<float>(ceiling)[i] : std::numeric_limits<float>::infinity();
-    return {memory.data(), dim,    input<float>(scale)[i],        row_ceiling, normalize,
+    const float row_limit = has_limit_ ? input<float>(logit_limit)[i] : std::numeric_limits<float>::infinity();
+    return {memory.data(), dim,    input<float>(scale)[i],        row_limit, normalize,
             moments,       powers, {power(0), power(1), power(2)}};
   }
 
@@ -164,7 +164,7 @@ struct PerQuery {
                     rows, "]");
   }
 
-  const bool has_ceiling_;
+  const bool has_limit_;
 };
 
 // Joins one row's pieces, in order: its statistics, and its weighted keys (null where they are not wanted).

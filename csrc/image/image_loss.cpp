@@ -238,7 +238,7 @@ void pass(const Pair& pair, const float* up, const Targets<G>& to, double* parti
       aligned && row % 16 == 0 && bands.image.numel() * static_cast<int64_t>(sizeof(G)) >= kStreamedGradientBytes;
   std::vector<float> along;
   for (int64_t c = 0; up != nullptr && c < step; ++c) along.insert(along.end(), up + 1, up + 1 + pair.axes);
-  bands.each<T>(to.needed(), [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+  bands.for_each_band<T>(to.needed(), [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
     Strip<T, G> strip{pair, kernels, up, to, streamed, n, plane, band, memory};
     double* const sum = partial == nullptr ? nullptr : partial + bands.slot(n, plane, band.z, band.begin) * sums;
     std::optional<SsimStrip<T>> ssim;

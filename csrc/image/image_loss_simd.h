@@ -19,9 +19,9 @@ static void image_row(const Stretch<T>& s, double p, float scale, const float* l
       if (s.weight) g = weighted(g, load_up_to(s.weight + i, n));
     }
     if (to.image_pred) {
-      vf own = line ? g + load_up_to(line + i, n) : g;
-      if (more.image_pred) own += load_up_to(more.image_pred + i, n);
-      put(to.image_pred + i, own, n, to.streamed);
+      vf grad = line ? g + load_up_to(line + i, n) : g;
+      if (more.image_pred) grad += load_up_to(more.image_pred + i, n);
+      put(to.image_pred + i, grad, n, to.streamed);
     }
     if (to.image) put(to.image + i, more.image ? load_up_to(more.image + i, n) - g : -g, n, to.streamed);
   };

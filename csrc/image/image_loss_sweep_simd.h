@@ -22,19 +22,19 @@ struct SweepSums {
 // W elements from x on. Not `inside`: some of them, or of their neighbours, lie outside the row.
 template <Kind kind, Step step, bool sums, bool grads, bool inside, typename T, typename G>
 FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, int64_t x, SweepSums& to) {
-  const auto at = [&](const T* from, int64_t i) __attribute__((always_inline)) {
+  const auto pixels = [&](const T* from, int64_t i) __attribute__((always_inline)) {
     return inside ? load(from + i) : load_inside(from, i, r.first, r.last);
   };
   const int64_t n = inside ? W : r.size - x;
-  const vf c = at(r.image_pred, x), d = c - at(r.image, x);
-  vf right = at(r.image_pred, x + r.step) - c;
+  const vf c = pixels(r.image_pred, x), d = c - pixels(r.image, x);
+  vf right = pixels(r.image_pred, x + r.step) - c;
   if (!inside) right = where(between(x, 0, r.size - r.step), right);
-  const vf down = at(r.image_pred, x + r.below) - c;
+  const vf down = pixels(r.image_pred, x + r.below) - c;
   const vf weight = r.weight ? load_up_to(r.weight + x, n) : vf{};
   const auto counted = [&](vf x) __attribute__((always_inline)) { return r.weight ? weighted(x, weight) : x; };
   if constexpr (sums) {
-    const vf own = counted(distance<kind>(d, p)), below = step_length<step>(down);
-    to.pixel += inside ? own : where(between(x, 0, r.size), own);
+    const vf distances = counted(distance<kind>(d, p)), below = step_length<step>(down);
+    to.pixel += inside ? distances : where(between(x, 0, r.size), distances);
     to.down += inside ? below : where(between(x, 0, r.size), below);
     to.right += step_length<step>(right);
   }
@@ -42,7 +42,7 @@ FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, int64_t x, 
     vf g = counted(slope<kind>(d, p) * r.scale);
     if (r.to.image) put(r.to.image + x, r.more.image ? load_up_to(r.more.image + x, n) - g : -g, n, r.to.streamed);
     if (!r.to.image_pred) return;
-    vf left = c - at(r.image_pred, x - r.step);
+    vf left = c - pixels(r.image_pred, x - r.step);
     if (!inside) left = where(between(x, r.step, r.size), left);
     const vf slope_down = step_slope<step>(down);
     g += r.along_y * (load((const float*)r.above + x) - slope_down);
@@ -68,8 +68,8 @@ __attribute__((noinline)) static void sweep_edge(const SweepRow<T, G>& r, double
 }
 
 template <Kind kind, Step step, bool sums, bool grads, typename T, typename G>
-static void sweep_row(const SweepRow<T, G>& given, double p) {
-  const SweepRow<T, G> r = given;
+static void sweep_row(const SweepRow<T, G>& row, double p) {
+  const SweepRow<T, G> r = row;
   int64_t x = (r.step + W - 1) / W * W;
   sweep_edge<kind, step, sums, grads>(r, p, 0, x < r.size ? x : r.size);
   while (x + W + r.step <= r.size) {

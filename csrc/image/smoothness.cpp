@@ -33,7 +33,7 @@ Tensor smoothness_fwd(const Inputs& x) {
   for_dtype(x.image_pred.scalar_type(), "smoothness", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
-    bands.each<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+    bands.for_each_band<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
       kernels.sum(band, memory);
       add_totals(memory, axes, bands.layout.step, partial.data() + bands.slot(n, plane, band.z, band.begin) * axes);
     });
@@ -64,7 +64,7 @@ Grads smoothness_bwd(const Tensor& grad, const Inputs& x) {
     T* to = output<T>(written);
     const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bands.layout.row % 16 == 0;
     const bool streamed = aligned && x.image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;
-    bands.each<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
+    bands.for_each_band<T>(true, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
       const int64_t channel = n * channels + plane * bands.layout.step;
       set_upstream(input<float>(upstream) + channel * axes, axes, bands.layout.step, memory);
       kernels.grad(band, memory, to + band.position, streamed);

@@ -33,12 +33,12 @@ struct Band {
 // Rows of factors of a band and its neighbours: kAxes rows each for slices z - 1 .. z + 1 (an image: z only) and rows
 // begin - 1 .. end.
 struct Edges {
-  static int64_t pitch(const Layout& at) { return at.row + 16; }
-  static int64_t size(const Layout& at, int64_t rows) {
-    return (at.depth > 1 ? 3 : 1) * (rows + 2) * kAxes * pitch(at);
+  static int64_t pitch(const Layout& layout) { return layout.row + 16; }
+  static int64_t size(const Layout& layout, int64_t rows) {
+    return (layout.depth > 1 ? 3 : 1) * (rows + 2) * kAxes * pitch(layout);
   }
-  static int64_t offset(const Layout& at, int64_t rows, int64_t slice, int64_t row) {
-    return (((at.depth > 1 ? slice + 1 : 0) * (rows + 2)) + row + 1) * kAxes * pitch(at);
+  static int64_t offset(const Layout& layout, int64_t rows, int64_t slice, int64_t row) {
+    return (((layout.depth > 1 ? slice + 1 : 0) * (rows + 2)) + row + 1) * kAxes * pitch(layout);
   }
 };
 
@@ -62,12 +62,12 @@ struct Scratch {
   std::vector<float> floats;
   std::vector<double> doubles;
 
-  Scratch(const Layout& at, bool backward) {
-    const int64_t period = period_of(at.step), pad = (at.step + 15) / 16 * 16 + 16;
-    const int64_t pitch = (at.row + 15) / 16 * 16 + 2 * pad;
-    floats.resize(at.row + pitch + 2 * kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
+  Scratch(const Layout& layout, bool backward) {
+    const int64_t period = period_of(layout.step), pad = (layout.step + 15) / 16 * 16 + 16;
+    const int64_t pitch = (layout.row + 15) / 16 * 16 + 2 * pad;
+    floats.resize(layout.row + pitch + 2 * kAxes * period + (backward ? (5 * kAxes + 1) * pitch : 0));
     doubles.resize(kAxes * period);
-    float *const line = floats.data() + at.row, *const sums = line + pitch, *const up = sums + kAxes * period;
+    float *const line = floats.data() + layout.row, *const sums = line + pitch, *const up = sums + kAxes * period;
     memory = {period, pad, pitch, floats.data(), line, sums, up, up + kAxes * period, doubles.data()};
   }
 };
@@ -83,9 +83,9 @@ template <typename T>
 using SmoothnessRows = void (*)(const Band<T>&, const Memory&, EachRow row, const void* context);
 // A row of a guide: `groups` planes with `each` channels side by side, of `width` pixels.
 struct GuideRow {
-  const void* at;
-  int64_t first, last;  // what may be read of the guide, from `at` on
-  int64_t groups, plane, each, width;
+  const void* pixels;
+  int64_t first, last;  // what may be read of the guide, from `pixels` on
+  int64_t groups, plane, group_channels, width;
   int64_t away[kAxes];
   bool has[kAxes];
   bool second;

@@ -4,10 +4,10 @@
 namespace fastloss {
 namespace {
 
-// A guide's rows: `groups` planes of an image with `each` channels side by side.
+// A guide's rows: `groups` planes of an image with `group_channels` channels side by side.
 struct Guide {
   Tensor tensor;
-  int64_t channels, groups, each, depth, height, width, bytes = 0;
+  int64_t channels, groups, group_channels, depth, height, width, bytes = 0;
   const char* data = nullptr;
   EdgeKernel kernel = nullptr;
 
@@ -15,7 +15,7 @@ struct Guide {
       : tensor(is_dense(t, true) ? t : torch::stable::contiguous(t)),
         channels(t.size(1)),
         groups(is_dense(t, true) ? 1 : channels),
-        each(channels / std::max<int64_t>(1, groups)),
+        group_channels(channels / std::max<int64_t>(1, groups)),
         depth(t.dim() == 5 ? t.size(2) : 1),
         height(t.size(t.dim() - 2)),
         width(t.size(t.dim() - 1)) {
@@ -30,18 +30,18 @@ struct Guide {
   // The factors of a row of an image whose pixels have `step` elements.
   void row(int64_t image, int64_t z, int64_t y, bool second, int64_t step, int64_t pitch, std::vector<float>& sums,
            float* to) const {
-    sums.resize(width * each + 16);
-    const int64_t line = width * each, slice = height * line, plane = depth * slice;
-    const int64_t at = image * groups * plane + z * slice + y * line;
+    sums.resize(width * group_channels + 16);
+    const int64_t line = width * group_channels, slice = height * line, plane = depth * slice;
+    const int64_t offset = image * groups * plane + z * slice + y * line;
     const auto has = [&](int64_t i, int64_t n) { return i + 1 < n && (i > 0 || !second); };
-    kernel({data + at * bytes,
-            -at,
-            tensor.numel() - at,
+    kernel({data + offset * bytes,
+            -offset,
+            tensor.numel() - offset,
             groups,
             plane,
-            each,
+            group_channels,
             width,
-            {slice, line, each},
+            {slice, line, group_channels},
             {has(z, depth), has(y, height), width > (second ? 2 : 1)},
             second},
            step, pitch, sums.data(), to);
@@ -57,14 +57,15 @@ struct Bands {
   std::optional<Operand> weight;
   std::optional<Guide> guide;
 
-  Bands(const Tensor& given, const std::optional<Tensor>& edges, const std::optional<Tensor>& map, int64_t order,
+  Bands(const Tensor& tensor, const std::optional<Tensor>& edges, const std::optional<Tensor>& map, int64_t order,
         int64_t block = kBlockElements)
-      : image(given), images(given.size(0)), channels(given.size(1)), spatial(given.dim() - 2), second(order == 2) {
+      : image(tensor), images(tensor.size(0)), channels(tensor.size(1)), spatial(tensor.dim() - 2), second(order == 2) {
     STD_TORCH_CHECK(spatial == 2 || spatial == 3, "smoothness: the kernel takes 4-D and 5-D tensors");
-    const bool last = !is_dense(given, false) && is_dense(given, true);
-    if (!last) image = torch::stable::contiguous(given);
-    const int64_t step = last ? channels : 1, width = given.size(given.dim() - 1);
-    layout = {last ? 1 : channels, step, spatial == 3 ? given.size(2) : 1, given.size(given.dim() - 2), width * step};
+    const bool last = !is_dense(tensor, false) && is_dense(tensor, true);
+    if (!last) image = torch::stable::contiguous(tensor);
+    const int64_t step = last ? channels : 1, width = tensor.size(tensor.dim() - 1);
+    layout = {last ? 1 : channels, step, spatial == 3 ? tensor.size(2) : 1, tensor.size(tensor.dim() - 2),
+              width * step};
     if (map) weight.emplace(*map, *memory_order(image));
     if (edges) guide.emplace(*edges);
     const int64_t together = guide ? layout.planes * layout.row : layout.row;
@@ -83,7 +84,7 @@ struct Bands {
 
   // body(image, plane, band, scratch) over torch's threads.
   template <typename T, typename Body>
-  void each(bool backward, const Body& body) const {
+  void for_each_band(bool backward, const Body& body) const {
     const int64_t groups = guide ? 1 : layout.planes, planes = guide ? layout.planes : 1;
     const int64_t size = std::min(rows, layout.height) * layout.row * planes;
     const int64_t grain = size == 0 ? 1 : std::max<int64_t>(1, 2 * kBlockElements / size);
@@ -95,10 +96,10 @@ struct Bands {
         const int64_t n = item / parts() / groups, end = std::min(layout.height, begin + rows);
         if (guide) fill(n, z, begin, end, backward, sums, edges.data());
         for (int64_t p = 0; p < planes; ++p) {
-          const int64_t plane = item / parts() % groups + p, at = (n * layout.planes + plane) * layout.size();
+          const int64_t plane = item / parts() % groups + p, offset = (n * layout.planes + plane) * layout.size();
           body(n, plane,
-               Band<T>{input<T>(image) + at, -at, image.numel() - at, layout, z, begin, end, second,
-                       weight ? &*weight : nullptr, at, guide ? edges.data() : nullptr},
+               Band<T>{input<T>(image) + offset, -offset, image.numel() - offset, layout, z, begin, end, second,
+                       weight ? &*weight : nullptr, offset, guide ? edges.data() : nullptr},
                scratch.memory);
         }
       }
@@ -109,10 +110,10 @@ struct Bands {
   // The factors of the rows that a band reads.
   void fill(int64_t n, int64_t z, int64_t begin, int64_t end, bool backward, std::vector<float>& sums,
             float* edges) const {
-    const auto row = [&](int64_t at, int64_t y) {
-      if (at < 0 || at >= layout.depth || y < 0 || y >= layout.height) return;
-      guide->row(n, at, y, second, layout.step, Edges::pitch(layout), sums,
-                 edges + Edges::offset(layout, end - begin, at - z, y - begin));
+    const auto row = [&](int64_t slice, int64_t y) {
+      if (slice < 0 || slice >= layout.depth || y < 0 || y >= layout.height) return;
+      guide->row(n, slice, y, second, layout.step, Edges::pitch(layout), sums,
+                 edges + Edges::offset(layout, end - begin, slice - z, y - begin));
     };
     for (int64_t y = begin - backward; y < end + (backward && second); ++y) row(z, y);
     for (int64_t y = begin; backward && y < end; ++y) {

@@ -28,8 +28,8 @@ FASTLOSS_INLINE vf load_inside(const T* row, int64_t x, int64_t first, int64_t l
 // `plain`: first differences without guide and weight, known at compile time.
 template <bool plain, typename T>
 struct Row {
-  const T* at;
-  int64_t first, last;  // what may be read of the tensor, from `at` on
+  const T* pixels;
+  int64_t first, last;  // what may be read of the tensor, from `pixels` on
   int64_t size, step;
   int64_t away[2];  // z, y: from the row to the next one
   bool has[kAxes];  // whether pixels of the row have a difference along z, y, x
@@ -44,28 +44,28 @@ struct Row {
 
 template <bool plain, typename T>
 FASTLOSS_INLINE Row<plain, T> row_of(const Band<T>& band, int64_t z, int64_t y, float* buffer) {
-  const Layout& at = band.layout;
-  const int64_t slice = at.height * at.row, from = z * slice + y * at.row, rows = band.end - band.begin;
+  const Layout& layout = band.layout;
+  const int64_t slice = layout.height * layout.row, from = z * slice + y * layout.row, rows = band.end - band.begin;
   const auto has = [&](int64_t i, int64_t n) { return i + 1 < n && (i > 0 || !band.second); };
   Row<plain, T> r{band.plane + from,
                   band.first - from,
                   band.last - from,
-                  at.row,
-                  at.step,
-                  {slice, at.row},
-                  {has(z, at.depth), has(y, at.height), at.row > (band.second ? 2 : 1) * at.step},
+                  layout.row,
+                  layout.step,
+                  {slice, layout.row},
+                  {has(z, layout.depth), has(y, layout.height), layout.row > (band.second ? 2 : 1) * layout.step},
                   band.second,
                   nullptr,
                   nullptr,
-                  Edges::pitch(at)};
-  if (!plain && band.edges) r.edges = band.edges + Edges::offset(at, rows, z - band.z, y - band.begin);
-  if (!plain && band.weight) r.weights = band.weight->read(band.position + from, at.row, buffer);
+                  Edges::pitch(layout)};
+  if (!plain && band.edges) r.edges = band.edges + Edges::offset(layout, rows, z - band.z, y - band.begin);
+  if (!plain && band.weight) r.weights = band.weight->read(band.position + from, layout.row, buffer);
   return r;
 }
 
 template <bool inside, bool plain, typename T>
 FASTLOSS_INLINE vf pixels(const Row<plain, T>& r, int64_t x) {
-  return inside ? load(r.at + x) : load_inside(r.at, x, r.first, r.last);
+  return inside ? load(r.pixels + x) : load_inside(r.pixels, x, r.first, r.last);
 }
 
 // The differences along axis k of W pixels from x on. 0 where one would leave the image.
@@ -203,8 +203,8 @@ struct GradDifferences {
 template <bool plain>
 FASTLOSS_INLINE vf gather(const GradDifferences& p, int64_t x) {
   const auto along = [&](int k) __attribute__((always_inline)) {
-    const vf own = load(p.here[k] + x), g = load(p.before[k] + x) - own;
-    return !plain && p.second ? g - (own - load(p.after[k] + x)) : g;
+    const vf here = load(p.here[k] + x), g = load(p.before[k] + x) - here;
+    return !plain && p.second ? g - (here - load(p.after[k] + x)) : g;
   };
   const vf g = along(1) + along(2);
   return p.volume ? g + along(0) : g;
@@ -229,10 +229,10 @@ FASTLOSS_INLINE void band_grad_differences(const Band<T>& band, const Memory& me
   for (int64_t y = band.begin; y < band.end; ++y) {
     const int64_t next = band.second ? y + 1 : y;
     if (next < band.layout.height) grad_difference(band.z, next, next < band.end ? all_axes : 2, of(next));
-    const float* own = of(y);
-    GradDifferences p{{none, y > 0 ? of(y - 1) + pitch : none, own + 2 * pitch - band.layout.step},
-                      {own, own + pitch, own + 2 * pitch},
-                      {none, next < band.layout.height ? of(next) + pitch : none, own + 2 * pitch + band.layout.step},
+    const float* here = of(y);
+    GradDifferences p{{none, y > 0 ? of(y - 1) + pitch : none, here + 2 * pitch - band.layout.step},
+                      {here, here + pitch, here + 2 * pitch},
+                      {none, next < band.layout.height ? of(next) + pitch : none, here + 2 * pitch + band.layout.step},
                       volume,
                       band.second};
     if (volume && band.z > 0) {
@@ -249,12 +249,12 @@ FASTLOSS_INLINE void band_grad_differences(const Band<T>& band, const Memory& me
 
 template <Step step, bool plain, typename T>
 static void smoothness_grad(const Band<T>& band, const Memory& memory, T* plane, bool streamed) {
-  const Layout& at = band.layout;
+  const Layout& layout = band.layout;
   band_grad_differences<step, plain>(band, memory,
                                      [&](int64_t y, const GradDifferences& p) __attribute__((always_inline)) {
-                                       T* to = plane + (band.z * at.height + y) * at.row;
-                                       for (int64_t x = 0; x < at.row; x += W)
-                                         put(to + x, gather<plain>(p, x), at.row - x, streamed);
+                                       T* to = plane + (band.z * layout.height + y) * layout.row;
+                                       for (int64_t x = 0; x < layout.row; x += W)
+                                         put(to + x, gather<plain>(p, x), layout.row - x, streamed);
                                      });
   if (streamed) fence();
 }
@@ -264,12 +264,12 @@ template <bool inside, typename T>
 FASTLOSS_INLINE vf guide_steps(const GuideRow& g, int64_t from, int64_t to, int64_t x) {
   vf sum{};
   for (int64_t i = 0; i < g.groups; ++i) {
-    const T* at = (const T*)g.at + i * g.plane;
+    const T* channel = (const T*)g.pixels + i * g.plane;
     if constexpr (inside)
-      sum += abs(load(at + to + x) - load(at + from + x));
+      sum += abs(load(channel + to + x) - load(channel + from + x));
     else
-      sum += abs(load_inside(at, to + x, g.first - i * g.plane, g.last - i * g.plane) -
-                 load_inside(at, from + x, g.first - i * g.plane, g.last - i * g.plane));
+      sum += abs(load_inside(channel, to + x, g.first - i * g.plane, g.last - i * g.plane) -
+                 load_inside(channel, from + x, g.first - i * g.plane, g.last - i * g.plane));
   }
   return sum;
 }
@@ -282,11 +282,11 @@ FASTLOSS_INLINE int64_t edge_sweep(const GuideRow& g, float scale, float* along_
   int64_t x = 0;
   for (; x + 1 + W <= g.width; x += W) {
     vf down{}, right{};
-    const T* at = (const T*)g.at + x;
-    for (int64_t i = 0; i < groups; ++i, at += plane) {
-      const vf c = load(at);
-      down += abs(load(at + below) - c);
-      right += abs(load(at + 1) - c);
+    const T* channel = (const T*)g.pixels + x;
+    for (int64_t i = 0; i < groups; ++i, channel += plane) {
+      const vf c = load(channel);
+      down += abs(load(channel + below) - c);
+      right += abs(load(channel + 1) - c);
     }
     store(along_x + x, exp(right * scale));
     if (along_y != nullptr) store(along_y + x, exp(down * scale));
@@ -297,31 +297,32 @@ FASTLOSS_INLINE int64_t edge_sweep(const GuideRow& g, float scale, float* along_
 // The factors exp(-mean) of a row's differences along each axis that has some,
 // 0 where there is none, `step` times each.
 template <typename T>
-static void edge_row(const GuideRow& given, int64_t step, int64_t pitch, float* sums, float* to) {
-  const GuideRow g = given;
-  const float scale = -1.0f / (float)(g.groups * g.each);
+static void edge_row(const GuideRow& row, int64_t step, int64_t pitch, float* sums, float* to) {
+  const GuideRow g = row;
+  const float scale = -1.0f / (float)(g.groups * g.group_channels);
   int64_t begin = 0;
-  if (g.each == 1 && step == 1 && g.has[2] && !g.has[0] && !g.second)
+  if (g.group_channels == 1 && step == 1 && g.has[2] && !g.has[0] && !g.second)
     begin = edge_sweep<T>(g, scale, g.has[1] ? to + pitch : nullptr, to + 2 * pitch);
   for (int k = 0; k < kAxes; ++k) {
     if (!g.has[k]) continue;
     const int64_t before = g.second ? -g.away[k] : 0, after = g.away[k];
     const int64_t first = k == 2 && g.second ? 1 : 0, last = k == 2 ? g.width - 1 : g.width;
     float* const line = to + k * pitch;
-    if (g.each > 1) {
-      for (int64_t x = 0; x < g.width * g.each; x += W) store(sums + x, guide_steps<false, T>(g, before, after, x));
+    if (g.group_channels > 1) {
+      for (int64_t x = 0; x < g.width * g.group_channels; x += W)
+        store(sums + x, guide_steps<false, T>(g, before, after, x));
       for (int64_t x = 0; x < g.width; ++x) {
         float s = 0;
-        for (int64_t c = 0; c < g.each; ++c) s += sums[x * g.each + c];
+        for (int64_t c = 0; c < g.group_channels; ++c) s += sums[x * g.group_channels + c];
         sums[x] = s;
       }
     }
     float* const out = step == 1 ? line : sums;
     for (int64_t x = begin; x < g.width; x += W) {
       const bool inside = x + before >= g.first && x + after + W <= g.width;
-      const vf s = g.each > 1 ? load((const float*)sums + x)
-                   : inside   ? guide_steps<true, T>(g, before, after, x)
-                              : guide_steps<false, T>(g, before, after, x);
+      const vf s = g.group_channels > 1 ? load((const float*)sums + x)
+                   : inside             ? guide_steps<true, T>(g, before, after, x)
+                                        : guide_steps<false, T>(g, before, after, x);
       const vf factor = exp(s * scale);
       store(out + x, x >= first && x + W <= last ? factor : where(between(x, first, last), factor));
     }

@@ -42,7 +42,7 @@ struct Tiles {
 
   // body(tile number, plane, tile, workspace) over torch's threads.
   template <typename Body>
-  void each(size_t size, const Body& body) const {
+  void for_each_tile(size_t size, const Body& body) const {
     const int64_t grain = std::max<int64_t>(1, kBlockElements / std::max<int64_t>(1, std::min(height, rows) * columns));
     over_threads(0, count, grain, [&](int64_t first, int64_t last) {
       SsimWorkspace workspace(columns, size);
@@ -74,7 +74,7 @@ template <typename T>
 void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to, double* partial) {
   const SsimKernels<T> kernels = FASTLOSS_PICK(ssim_kernels<T>());
   float* const second = to + (kept.image ? call.image.numel() : 0);
-  tiles.each(kernels.size, [&](int64_t i, int64_t plane, const SsimTile& tile, SsimWorkspace& workspace) {
+  tiles.for_each_tile(kernels.size, [&](int64_t i, int64_t plane, const SsimTile& tile, SsimWorkspace& workspace) {
     const SsimPlaneWeights weights = call.weights_of(plane);
     const SsimWeights reader{weights.weights == nullptr ? nullptr : SsimPlaneWeights::read, &weights};
     const auto gradients = call.gradients(kept.image ? to : nullptr, kept.image_pred ? second : nullptr, plane);

@@ -171,8 +171,14 @@ struct SsimCall {
 
   template <typename T>
   SsimPlanes<T> plane(int64_t index) const {
-    return {at<const T>(image, index), at<const T>(image_pred, index), image.stride(2), image.stride(3),
-            image_pred.stride(2),      image_pred.stride(3),           height,          width};
+    return {plane_data<const T>(image, index),
+            plane_data<const T>(image_pred, index),
+            image.stride(2),
+            image.stride(3),
+            image_pred.stride(2),
+            image_pred.stride(3),
+            height,
+            width};
   }
 
   // Where the gradients of a plane go, from the first: in the order of its image's memory if
@@ -200,7 +206,7 @@ struct SsimCall {
 
  private:
   template <typename T>
-  T* at(const Tensor& t, int64_t plane) const {
+  T* plane_data(const Tensor& t, int64_t plane) const {
     auto* data = static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
     return data + plane / channels * t.stride(0) + plane % channels * t.stride(1);
   }

@@ -47,7 +47,7 @@ struct SsimWalk {
   SsimSteps steps;
   SsimMap map;
   int64_t n, step;                     // columns; floats of a row of scratch
-  int64_t next, at, row;               // the next rows to filter along x, to emit, of the map
+  int64_t next, emit_row, row;         // the next rows to filter along x, to emit, of the map
   int64_t top, bottom, left, right;    // the part of the map to make: what is in the tile, or what the tile sees
   float *a, *d, *w, *x_line, *y_line;  // kRows rows each
   SsimRing moments, filtered;
@@ -59,8 +59,8 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
                        const SsimWeights& weights, float scale, bool x, bool y, float* scratch) {
   const int64_t n = t.x1 - t.x0, step = ssim_step(n), reach = x || y ? o.radius : 0, bound = o.margin;
   const int64_t count = 2 * o.radius + 2 * kRows, all_rows = kRows * step;
-  const auto from = [&](int64_t at) { return at > bound ? at : bound; };
-  const auto to = [&](int64_t at, int64_t size) { return at < size - bound ? at : size - bound; };
+  const auto from = [&](int64_t i) { return i > bound ? i : bound; };
+  const auto to = [&](int64_t i, int64_t size) { return i < size - bound ? i : size - bound; };
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
   const SsimShift shift = ssim_shift(p, t, o);
   k = {p,
@@ -137,7 +137,7 @@ static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
     }
     k.map.weights = k.w;
   }
-  const auto row = [&](int64_t at) { return (int)(at < y ? 0 : at - y < last ? at - y : last); };
+  const auto row = [&](int64_t i) { return (int)(i < y ? 0 : i - y < last ? i - y : last); };
   k.map.top = row(k.tile.y0);
   k.map.bottom = row(k.tile.y1);
   SsimRing::windows(k.moments, y, k.o.radius, rows);
@@ -186,42 +186,43 @@ static void ssim_finite(float* a, float* d, int64_t n) {
   }
 }
 
-// Writes the gradients of rows at .. at + count from the filtered partials around them.
+// Writes the gradients of rows emit_row .. emit_row + count from the filtered partials around them.
 template <typename T>
 static void ssim_emit(SsimWalk<T>& k, int64_t count, const SsimGradients& to) {
   const float* rows[2 * kSsimRadius + kRows];
   const int64_t x0 = k.tile.x0;
   for (int64_t b = 0; b < count; ++b) {
     float *const a = k.a + b * k.step + kSsimPad, *const d = k.d + b * k.step + kSsimPad;
-    ssim_read(k.p, k.shift, k.at + b, x0, k.n, a, d);
+    ssim_read(k.p, k.shift, k.emit_row + b, x0, k.n, a, d);
     if (k.weights.read != nullptr) ssim_finite(a, d, k.n);
   }
-  SsimRing::windows(k.filtered, k.at, k.o.radius, rows);
-  const int64_t apart = to.x ? to.x_row : to.y_row;
+  SsimRing::windows(k.filtered, k.emit_row, k.o.radius, rows);
+  const int64_t row_stride = to.x ? to.x_row : to.y_row;
   const bool vectors = k.n % W == 0 && count == kRows && !to.streamed && (!to.x || !to.y || to.x_row == to.y_row);
   if (vectors && (!to.x || to.x_column == 1) && (!to.y || to.y_column == 1)) {  // straight to where they go
-    const int64_t at = k.at * apart + x0 - kSsimPad;
-    k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? to.x + at : nullptr, to.y ? to.y + at : nullptr, apart);
+    const int64_t offset = k.emit_row * row_stride + x0 - kSsimPad;
+    k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? to.x + offset : nullptr, to.y ? to.y + offset : nullptr,
+                     row_stride);
     return;
   }
   k.steps.gradient(k.o, rows, k.n, k.a, k.d, k.step, to.x ? k.x_line : nullptr, to.y ? k.y_line : nullptr, k.step);
   for (int64_t b = 0; b < count; ++b) {
-    const int64_t from = b * k.step + kSsimPad, y = k.at + b;
+    const int64_t from = b * k.step + kSsimPad, y = k.emit_row + b;
     if (to.x) ssim_write(k.x_line + from, k.n, to.x + y * to.x_row + x0 * to.x_column, to.x_column, to.streamed);
     if (to.y) ssim_write(k.y_line + from, k.n, to.y + y * to.y_row + x0 * to.y_column, to.y_column, to.streamed);
   }
   if (to.streamed) fence();
 }
 
-// Goes on from row `at` of the tile to row `end`, a multiple of 4 rows on or the tile's last: the (weighted) sum of the
-// rows of the map made on the way and, if asked for at the start, the gradients of the rows passed.
+// Goes on from row `emit_row` of the tile to row `end`, a multiple of 4 rows on or the tile's last: the (weighted) sum
+// of the rows of the map made on the way and, if asked for at the start, the gradients of the rows passed.
 template <typename T>
 static double ssim_advance(void* walk, int64_t end, const SsimGradients& to) {
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
   const int maps = 2 + k.map.needs_x + k.map.needs_y;
   const int64_t reach = maps == 2 ? 0 : k.o.radius;
   double total = 0;
-  while (k.at < end) {
+  while (k.emit_row < end) {
     for (; k.row < k.top; ++k.row)  // blocks of rows begin where the map does
       if (maps > 2) SsimRing::clear(k.filtered, k.row);
     if (k.row < k.bottom && k.left < k.right) {
@@ -229,8 +230,8 @@ static double ssim_advance(void* walk, int64_t end, const SsimGradients& to) {
     } else if (maps > 2) {
       for (int64_t b = 0; b < kRows; ++b) SsimRing::clear(k.filtered, k.row + b);
     }
-    for (; k.at < end && k.at + reach <= k.row; k.at += kRows)
-      if (maps > 2) ssim_emit(k, k.tile.y1 - k.at < kRows ? k.tile.y1 - k.at : kRows, to);
+    for (; k.emit_row < end && k.emit_row + reach <= k.row; k.emit_row += kRows)
+      if (maps > 2) ssim_emit(k, k.tile.y1 - k.emit_row < kRows ? k.tile.y1 - k.emit_row : kRows, to);
     k.row += kRows;
   }
   return total;

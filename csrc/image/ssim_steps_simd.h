@@ -59,17 +59,18 @@ static void ssim_read(const SsimPlanes<T>& p, const SsimShift& shift, int64_t y,
   int64_t i = left;
   const vf by_a = all(shift.a), by_d = all(shift.d);  // once: what is stored might be the shift, for all GCC knows
   const float outside_a = 0 - shift.rest_a, outside_d = 0 - shift.rest_d;
-  const auto keep = [&](vf u, vf v) __attribute__((always_inline)) {
+  const auto store_pair = [&](vf u, vf v) __attribute__((always_inline)) {
     store(a + i, (u - by_a) + v);  // exact where both are near half the shift
     store(d + i, (u - v) - by_d);
   };
   if (p.x_column == 1 && p.y_column == 1) {
-    for (; i + W <= end; i += W) keep(load(x + i), load(z + i));
-    if (i < end) keep(load_some(x + i, end - i), load_some(z + i, end - i));
+    for (; i + W <= end; i += W) store_pair(load(x + i), load(z + i));
+    if (i < end) store_pair(load_some(x + i, end - i), load_some(z + i, end - i));
   } else {
     for (; i < end; i += W) {
       const int64_t count = end - i < W ? end - i : W;
-      keep(ssim_gather(x + i * p.x_column, p.x_column, count), ssim_gather(z + i * p.y_column, p.y_column, count));
+      store_pair(ssim_gather(x + i * p.x_column, p.x_column, count),
+                 ssim_gather(z + i * p.y_column, p.y_column, count));
     }
   }
   const auto outside = [&](int64_t k) { a[k] = outside_a, d[k] = outside_d; };
@@ -85,24 +86,25 @@ FASTLOSS_INLINE vf in_register(vf x) {
   return x;
 }
 
-// The vector K elements after that at `at`, which is aligned.
+// The vector K elements after that at `pixel`, which is aligned.
 template <int K>
-FASTLOSS_INLINE vf ssim_shifted(const float* at) {
+FASTLOSS_INLINE vf ssim_shifted(const float* pixel) {
 #if defined(__x86_64__) && FASTLOSS_BYTES == 64  // every load off the alignment would touch two cache lines
-  if constexpr (K > 0) return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(at + W), (__m512i)load(at), K);
-  if constexpr (K < 0) return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(at), (__m512i)load(at - W), W + K);
+  if constexpr (K > 0) return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(pixel + W), (__m512i)load(pixel), K);
+  if constexpr (K < 0)
+    return (vf)_mm512_maskz_alignr_epi32(0xffff, (__m512i)load(pixel), (__m512i)load(pixel - W), W + K);
 #endif
-  return in_register(load(at + K));
+  return in_register(load(pixel + K));
 }
 
-// add(k, before, after) for the pairs of vectors k elements before and after that at `at`. R < 0: the radius is `r`.
+// add(k, before, after) for the pairs of vectors k elements before and after that at `pixel`. R < 0: the radius is `r`.
 template <int R, int K = 1, typename Add>
-FASTLOSS_INLINE void ssim_pairs(int r, const float* at, const Add& add) {
+FASTLOSS_INLINE void ssim_pairs(int r, const float* pixel, const Add& add) {
   if constexpr (R < 0) {
-    for (int k = 1; k <= r; ++k) add(k, load(at - k), load(at + k));
+    for (int k = 1; k <= r; ++k) add(k, load(pixel - k), load(pixel + k));
   } else if constexpr (K <= R) {
-    add(K, ssim_shifted<-K>(at), ssim_shifted<K>(at));
-    ssim_pairs<R, K + 1>(r, at, add);
+    add(K, ssim_shifted<-K>(pixel), ssim_shifted<K>(pixel));
+    ssim_pairs<R, K + 1>(r, pixel, add);
   }
 }
 
@@ -133,10 +135,10 @@ static void ssim_moments(const SsimOptions& o, const float* a, const float* d, i
     __builtin_prefetch(ahead.y + j * ahead.y_column);
 #pragma GCC unroll 2
     for (int m = 0; m < 2; ++m) {
-      const float* at = (m == 0 ? a : d) + j;
-      const vf c = load(at);
+      const float* pixel = (m == 0 ? a : d) + j;
+      const vf c = load(pixel);
       vf mean = taps.of[0] * c, square = taps.of[0] * (c * c);
-      ssim_pairs<R>(r, at, [&](int k, vf before, vf after) __attribute__((always_inline)) {
+      ssim_pairs<R>(r, pixel, [&](int k, vf before, vf after) __attribute__((always_inline)) {
         mean += taps.of[k] * (before + after);
         square += taps.of[k] * (before * before + after * after);
       });
@@ -153,9 +155,9 @@ static void ssim_filter(const SsimOptions& o, const float* from, int64_t step, i
   const int r = o.radius;
   for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
     for (int m = 0; m < M; ++m) {
-      const float* at = from + m * step + j;
-      vf total = taps.of[0] * load(at);
-      ssim_pairs<R>(r, at, [&](int k, vf before, vf after) __attribute__((always_inline)) {
+      const float* pixel = from + m * step + j;
+      vf total = taps.of[0] * load(pixel);
+      ssim_pairs<R>(r, pixel, [&](int k, vf before, vf after) __attribute__((always_inline)) {
         total += taps.of[k] * (before + after);
       });
       store(to + M * j + m * W, total);
@@ -163,19 +165,19 @@ static void ssim_filter(const SsimOptions& o, const float* from, int64_t step, i
   }
 }
 
-// The filter along y of kRows rows: of the vectors at `at` in the rows of their windows.
+// The filter along y of kRows rows: of the vectors at `column` in the rows of their windows.
 template <int R>
-FASTLOSS_INLINE void ssim_along_y(const SsimTaps& taps, int radius, const float* const* rows, int64_t at, vf* to) {
+FASTLOSS_INLINE void ssim_along_y(const SsimTaps& taps, int radius, const float* const* rows, int64_t column, vf* to) {
   if constexpr (R < 0) {
     for (int b = 0; b < kRows; ++b) {
-      to[b] = taps.of[0] * load(rows[b + radius] + at);
+      to[b] = taps.of[0] * load(rows[b + radius] + column);
       for (int k = 1; k <= radius; ++k)
-        to[b] += taps.of[k] * (load(rows[b + radius - k] + at) + load(rows[b + radius + k] + at));
+        to[b] += taps.of[k] * (load(rows[b + radius - k] + column) + load(rows[b + radius + k] + column));
     }
   } else {
     vf in[2 * R + kRows];
 #pragma GCC unroll 18
-    for (int i = 0; i < 2 * R + kRows; ++i) in[i] = load(rows[i] + at);
+    for (int i = 0; i < 2 * R + kRows; ++i) in[i] = load(rows[i] + column);
 #pragma GCC unroll 8
     for (int b = 0; b < kRows; ++b) {
       vf total = taps.of[0] * in[b + R];
@@ -205,8 +207,8 @@ struct SsimMap {
 // l / 2 and s / 2 come without a multiplication by 2 in the denominators, and
 // the partials are doubled for the same end.
 template <int R, bool grad, bool plain>
-static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* const* rows) {
-  const SsimMap map = given;
+static double ssim_map(const SsimOptions& o, const SsimMap& tile_map, const float* const* rows) {
+  const SsimMap map = tile_map;
   const SsimTaps taps = ssim_taps(o);
   const vf c1 = all(2 * o.c1), c2 = all(2 * o.c2), scale = all(4 * map.scale);
   const vf rest_a = all(map.shift.rest_a), rest_d = all(map.shift.rest_d);
@@ -277,10 +279,10 @@ static double ssim_map(const SsimOptions& o, const SsimMap& given, const float* 
   return 2 * sum(total + __builtin_convertvector(part, vd));
 }
 
-// The gradients of kRows rows, `apart`, from the filtered partials and their own pixels, whose rows are `step` apart.
+// The gradients of kRows rows, `row_stride` apart, from the filtered partials and the rows' pixels, `step` apart.
 template <int R, int M>
 static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_t n, const float* a, const float* d,
-                          int64_t step, float* first, float* second, int64_t apart) {
+                          int64_t step, float* first, float* second, int64_t row_stride) {
   const SsimTaps taps = ssim_taps(o);
   const int r = o.radius;
   for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
@@ -288,8 +290,8 @@ static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) ssim_along_y<R>(taps, r, rows, M * j + m * W, filtered[m]);
     for (int b = 0; b < kRows; ++b) {
-      const int64_t at = b * step + j, to = b * apart + j;
-      const vf of_a = load(a + at) * filtered[0][b], of_d = load(d + at) * filtered[1][b];
+      const int64_t offset = b * step + j, to = b * row_stride + j;
+      const vf of_a = load(a + offset) * filtered[0][b], of_d = load(d + offset) * filtered[1][b];
       if (M == 4 || first != nullptr) store(first + to, filtered[2][b] - of_a + of_d);
       if (M == 4 || first == nullptr) store(second + to, filtered[M - 1][b] - of_a - of_d);
     }

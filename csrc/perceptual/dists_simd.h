@@ -51,8 +51,8 @@ FASTLOSS_INLINE Squares add_squares(const T* f, const T* t, int64_t n, float abo
     vi lane{};
     for (int k = 0; k < W; ++k) lane[k] = k;
     const vi inside = lane < (int32_t)count;
-    const auto keep = [&](vf v) __attribute__((always_inline)) { return (vf)((vi)v & inside); };
-    add(0, keep(x - about_f), keep(y - about_t), keep((x - y) - about_d));
+    const auto masked = [&](vf v) __attribute__((always_inline)) { return (vf)((vi)v & inside); };
+    add(0, masked(x - about_f), masked(y - about_t), masked((x - y) - about_d));
   }
   const auto total = [](const vf* v) __attribute__((always_inline)) {
     return sum(__builtin_convertvector(v[0], vd) + __builtin_convertvector(v[1], vd));
@@ -60,31 +60,31 @@ FASTLOSS_INLINE Squares add_squares(const T* f, const T* t, int64_t n, float abo
   return {total(ff), total(tt), total(dd)};
 }
 
-// Mean and sum of squares about it, so far; `at` elements of them.
+// Mean and sum of squares about it, of the elements so far.
 struct Running {
   double mean, square;
 };
-// Merges `count` elements of which the mean, and the squares about a number
-// close to it, are given (Chan, Golub, LeVeque).
-FASTLOSS_INLINE void merge(Running& r, int64_t at, int64_t count, double mean, float about, double square_about) {
-  const double off = mean - about, step = mean - r.mean, share = (double)count / (double)(at + count);
-  r.square += square_about - (double)count * off * off + step * step * (double)at * share;
-  r.mean += step * share;
+// Adds `count` elements to the `before` ones of `r`; their mean is given, and their squares about a number close to it
+// (Chan, Golub, LeVeque).
+FASTLOSS_INLINE void merge(Running& r, int64_t before, int64_t count, double mean, float about, double square_about) {
+  const double off = mean - about, step = mean - r.mean, part = (double)count / (double)(before + count);
+  r.square += square_about - (double)count * off * off + step * step * (double)before * part;
+  r.mean += step * part;
 }
 
 // A piece is summed for its means, then about them.
 template <typename T>
 static Moments plane_moments(const T* f, const T* t, int64_t n) {
   Running of_f{}, of_t{}, of_d{};
-  for (int64_t at = 0; at < n; at += kPiece) {
-    const int64_t count = n - at < kPiece ? n - at : kPiece;
-    const Sums sums = add_up(f + at, t + at, count);
+  for (int64_t start = 0; start < n; start += kPiece) {
+    const int64_t count = n - start < kPiece ? n - start : kPiece;
+    const Sums sums = add_up(f + start, t + start, count);
     const double mean_f = sums.f / count, mean_t = sums.t / count, mean_d = sums.d / count;
     const float about_f = (float)mean_f, about_t = (float)mean_t, about_d = (float)mean_d;
-    const Squares p = add_squares(f + at, t + at, count, about_f, about_t, about_d);
-    merge(of_f, at, count, mean_f, about_f, p.f);
-    merge(of_t, at, count, mean_t, about_t, p.t);
-    merge(of_d, at, count, mean_d, about_d, p.d);
+    const Squares p = add_squares(f + start, t + start, count, about_f, about_t, about_d);
+    merge(of_f, start, count, mean_f, about_f, p.f);
+    merge(of_t, start, count, mean_t, about_t, p.t);
+    merge(of_d, start, count, mean_d, about_d, p.d);
   }
   return {of_f.mean, of_t.mean, of_d.mean, of_f.square, of_t.square, of_d.square};
 }

@@ -36,7 +36,7 @@ struct LpipsSides {
   bool streamed;
 };
 struct Upstream {
-  const float* each;  // a number of each pixel, or null
+  const float* per_pixel;  // or null: all have the same
   float scale;
 };
 template <typename T>
@@ -102,8 +102,8 @@ struct Plan {
   int64_t pixels = 0;
   ScalarType dtype;
 
-  Plan(const Inputs& given, bool backward) {
-    const std::vector<Tensor>&features = given.features, &targets = given.targets, &lins = given.lin_weights;
+  Plan(const Inputs& inputs, bool backward) {
+    const std::vector<Tensor>&features = inputs.features, &targets = inputs.targets, &lins = inputs.lin_weights;
     STD_TORCH_CHECK(!features.empty() && features.size() == targets.size(), "lpips: the lists differ in length");
     STD_TORCH_CHECK(lins.empty() || lins.size() == features.size(), "lpips: expected one lin weight a layer, or none");
     dtype = features[0].scalar_type();

@@ -202,7 +202,7 @@ static void lpips_planar_grad(const Pixels<T>& s, float eps, const Statistics<co
   float *of_x = scratch, *of_y = scratch + 4 * width;
   for (int64_t p = 0; p < s.count; p += W) {
     const int64_t n = s.count - p;
-    const vf g = up.each ? up.scale * load_up_to(up.each + p, n) : all(up.scale);
+    const vf g = up.per_pixel ? up.scale * load_up_to(up.per_pixel + p, n) : all(up.scale);
     put_factors(of_x + p, lpips_factors(load_up_to(kept.norm_x + p, n), load_up_to(kept.k_x + p, n), eps, g));
     put_factors(of_y + p, lpips_factors(load_up_to(kept.norm_y + p, n), load_up_to(kept.k_y + p, n), eps, g));
   }
@@ -230,7 +230,7 @@ static void lpips_rows_grad(const Pixels<T>& s, float eps, const Statistics<cons
                             const LpipsSides<T>& to, float*) {
   for (int64_t p = 0; p < s.count; ++p) {
     const int64_t row = p * s.stride;
-    const vf g = all(up.each ? up.scale * up.each[p] : up.scale);
+    const vf g = all(up.per_pixel ? up.scale * up.per_pixel[p] : up.scale);
     const LpipsFactors of_x = lpips_factors(all(kept.norm_x[p]), all(kept.k_x[p]), eps, g);
     const LpipsFactors of_y = lpips_factors(all(kept.norm_y[p]), all(kept.k_y[p]), eps, g);
     each_channel(s.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {

@@ -21,7 +21,7 @@ from ..core.checks import (
     check_tensor,
     is_sequence,
 )
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 
 INPUTS = ("probs", "logits")
 METRICS = ("js", "kl", "sym_kl", "mse", "l1")
@@ -154,7 +154,7 @@ def _check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
         raise ValueError(f"mask: expected a shape that broadcasts to {tuple(shape)}, got {tuple(mask.shape)}")
 
 
-@takes_inference_tensors
+@public_function
 def attention_consistency_loss(
     a: Tensor | Sequence[Tensor],
     b: Tensor | Sequence[Tensor],
@@ -245,7 +245,7 @@ def _one_map(
     return _reduce_rows(values, rows, reduction)
 
 
-@takes_inference_tensors
+@public_function
 def attention_consistency_from_qk(
     q1: Tensor,
     k1: Tensor,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
-from ..core.inference import takes_inference_tensors
 from .checks import (
     as_scalar,
     check_embeddings,
@@ -16,11 +15,11 @@ from .checks import (
     dropped_rows,
     reduce_output,
 )
-from .options import ContrastiveOutput, SoftmaxOptions
+from .options import OPEN_CLIP_NAMES, SCALE_HINTS, ContrastiveOutput, SoftmaxOptions, may_return_lse
 from .query_key_losses import softmax_loss, softmax_rows
 
 
-@takes_inference_tensors
+@may_return_lse(others=OPEN_CLIP_NAMES, hints=SCALE_HINTS)
 def clip_loss(
     image: Tensor,
     text: Tensor,
@@ -42,8 +41,8 @@ def clip_loss(
     ``cross_entropy(s.T, arange(M))``.
 
     Args:
-        image: embeddings [M, D], float16, bfloat16, float32 or float64.
-        text: embeddings [M, D]; row i is the positive of image i.
+        image: embeddings [M, D], float16, bfloat16, float32 or float64. As a keyword also `image_features`.
+        text: embeddings [M, D]; row i is the positive of image i. As a keyword also `text_features`.
         logit_scale: factor of the similarities, > 0, already exponentiated (``log_scale.exp()``): a number, or a
             one-element tensor, whose gradient is exact.
         logit_bias: added to every logit, a number or a one-element tensor; it cancels in this loss.
@@ -98,6 +97,10 @@ def clip_loss(
 
 
 class ClipLoss(Loss):
-    """Module form of :func:`clip_loss`; `logit_scale` is given here or at each call."""
+    """Module form of :func:`clip_loss`; `logit_scale` is given here or, as in open_clip, at each call.
+
+    ``ClipLoss()(image, text, logit_scale, logit_bias=None)`` or ``ClipLoss(logit_scale=100.0)(image, text)``.
+    """
 
     fn = staticmethod(clip_loss)
+    at_call = ("logit_scale", "logit_bias")

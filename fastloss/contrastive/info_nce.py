@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
 from ..core.checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
-from ..core.inference import takes_inference_tensors
 from .checks import (
     as_scalar,
     check_embeddings,
@@ -24,11 +23,18 @@ from .checks import (
     scale_of,
     without,
 )
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
+from .options import (
+    SAMPLING_HINTS,
+    TEMPERATURE_HINTS,
+    ContrastiveOutput,
+    NegativeSampling,
+    SoftmaxOptions,
+    may_return_lse,
+)
 from .query_key_losses import softmax_loss, softmax_rows
 
 
-@takes_inference_tensors
+@may_return_lse(others={"positive_key": "key", "negative_keys": "negatives"}, hints=SAMPLING_HINTS | TEMPERATURE_HINTS)
 def info_nce(
     query: Tensor,
     key: Tensor,
@@ -52,6 +58,9 @@ def info_nce(
 ) -> Tensor | ContrastiveOutput:
     r"""InfoNCE: each query must pick its own key out of the candidates.
 
+    `negatives` that are given **replace** the in-batch ones; ``in_batch=True`` has both. Without them the other keys of
+    the batch are the negatives.
+
     With :math:`s_{ij} = \mathrm{sim}(q_i, k_j) / \tau + b_j`, the positive :math:`p` and the negatives :math:`A_i`::
 
         include_positive=True    -log( exp(s_ip) / (exp(s_ip) + sum_{j in A_i} exp(s_ij)) )
@@ -62,8 +71,7 @@ def info_nce(
     Args:
         query: embeddings [M, D], float16, bfloat16, float32 or float64.
         key: embeddings [N, D]; row i is the positive of query i, or row ``targets[i]``.
-        negatives: None: the other keys are the negatives. [K, D] shared by all rows or [M, K, D] per row: those alone,
-            and the other keys too with ``in_batch=True``. Gradients flow to all three.
+        negatives: [K, D], shared by all rows, or [M, K, D], per row; see above. Gradients flow to all three.
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above; False is the decoupled form, the sum over negatives only.
         symmetric: mean of the loss above and that of the keys against the queries; M = N, in-batch, no `targets`.
@@ -225,7 +233,8 @@ class ContrastiveLoss(Loss):
     r"""The contrastive loss of a text-to-image training loop: :func:`info_nce` of texts against images.
 
     ``ContrastiveLoss(temp=0.1)(text_emb, image_emb, negative_embs=None)`` with text_emb and image_emb [M, D] and
-    negative_embs [K, D] (shared) or [M, K, D] (per text); None: the other images of the batch.
+    negative_embs [K, D] (shared) or [M, K, D] (per text), which **replace** the other images of the batch as negatives
+    (``in_batch=True``: both); None: the other images are the negatives.
 
     Args:
         temp: temperature, a number > 0 or a one-element tensor; a Parameter is learned.
@@ -238,8 +247,9 @@ class ContrastiveLoss(Loss):
     fn = staticmethod(info_nce)
 
     def __init__(self, temp: float | Tensor = 0.1, **options: Any) -> None:
-        if "temperature" in options:
-            raise TypeError("ContrastiveLoss: the option is called temp here, got 'temperature'")
+        for name in ("temperature", "tau"):
+            if name in options:
+                raise TypeError(f"ContrastiveLoss: the option is called temp here, got {name!r}")
         check_no_graph(type(self).__name__, "temp", temp)
         if not isinstance(temp, Tensor):
             temp = check_number("temp", temp, 0, open_low=True)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
-from ..core.inference import takes_inference_tensors
 from .checks import (
     check_embeddings,
     check_flags,
@@ -20,7 +19,14 @@ from .checks import (
 )
 from .embeddings import _inner, scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput, NegativeSampling, SoftmaxOptions
+from .options import (
+    SAMPLING_HINTS,
+    TEMPERATURE_HINTS,
+    ContrastiveOutput,
+    NegativeSampling,
+    SoftmaxOptions,
+    may_return_lse,
+)
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -44,10 +50,10 @@ def nt_xent_rows(
     positive = _inner(views[:rows], views[rows:], dtype).repeat(2) * row_scale
     if norms is not None:
         positive = positive * norms.roll(rows)
-    ceiling = None if margin is None else (positive + scale * margin).detach()
+    logit_limit = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
     x = Inputs(
-        views, views, row_scale, norms, None, partner, both, both, ceiling, False, False, True, moments, False,
+        views, views, row_scale, norms, None, partner, both, both, logit_limit, False, False, True, moments, False,
         hardness, workspace_mib,
     )  # fmt: skip
     stats = softmax_statistics(x)
@@ -55,7 +61,7 @@ def nt_xent_rows(
     return out._replace(lse=_left_out(dropped, out.lse))
 
 
-@takes_inference_tensors
+@may_return_lse(hints=SAMPLING_HINTS | TEMPERATURE_HINTS)
 def nt_xent_loss(
     view_a: Tensor,
     view_b: Tensor,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, ParamSpec, Protocol, overload
 
 from torch import Tensor
 
 from ..core.checks import check_number
+from ..core.entry import public_function
+
+P = ParamSpec("P")
 
 
 class Form(NamedTuple):
@@ -62,6 +66,42 @@ class ContrastiveOutput(NamedTuple):
     loss: Tensor
     lse: Tensor
     top1: Tensor
+
+
+# What to pass instead of an option that a loss has under another name, or that belongs to an object it takes.
+SAMPLING_HINTS = {field.name: f"sampling=NegativeSampling({field.name}=...)" for field in fields(NegativeSampling)}
+TEMPERATURE_HINTS = dict.fromkeys(("tau", "temp"), "temperature=...") | {"logit_scale": "temperature = 1 / logit_scale"}
+OPEN_CLIP_NAMES = {"image_features": "image", "text_features": "text"}
+SCALE_HINTS = dict.fromkeys(("temperature", "temp", "tau"), "logit_scale = 1 / temperature")
+
+
+class MayReturnLse(Protocol[P]):
+    """A loss whose result depends on `return_lse`, to type checkers; the other options are the function's own."""
+
+    __name__: str
+
+    @overload  # the first that fits counts, and so the last one is for calls without return_lse
+    def __call__(  # type: ignore[overload-overlap]
+        self, *args: Any, return_lse: Literal[True], **options: Any
+    ) -> ContrastiveOutput: ...
+
+    @overload
+    def __call__(self, *args: Any, return_lse: Literal[False], **options: Any) -> Tensor: ...
+
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, *args: Any, return_lse: bool, **options: Any
+    ) -> Tensor | ContrastiveOutput: ...
+
+    @overload
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> Tensor: ...
+
+
+def may_return_lse(
+    *, others: Mapping[str, str] | None = None, hints: Mapping[str, str] | None = None
+) -> Callable[[Callable[P, Tensor | ContrastiveOutput]], MayReturnLse[P]]:
+    """:func:`public_function` of such a loss."""
+    return public_function(others=others, hints=hints)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

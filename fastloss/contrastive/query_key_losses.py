@@ -117,7 +117,7 @@ def softmax_rows(
     positive = row_scale * _inner(query, paired, dtype)
     if form.normalize:
         positive = positive * (inverse_norm(paired, dtype) if key_scale is None else key_scale[target])
-    ceiling = None if margin is None else (positive + scale * margin).detach()
+    logit_limit = None if margin is None else (positive + scale * margin).detach()
     if columns is not None:
         positive = positive + columns[target]
     stats = None
@@ -125,10 +125,11 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            ceiling, targets is None, form.symmetric, False, moments, bfloat16, hardness, workspace_mib,
+            logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, workspace_mib,
         )))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
-        extra = _left_out(dropped, per_query_statistics(query, negatives, row_scale, form, ceiling, moments, dropped))
+        found = per_query_statistics(query, negatives, row_scale, form, logit_limit, moments, dropped)
+        extra = _left_out(dropped, found)
         union = extra if stats is None else merged(stats[0], extra, moments, hardness)
         stats = torch.stack([union] if stats is None else [union, *stats[1:]])
     elif negatives is not None:
@@ -137,7 +138,7 @@ def softmax_rows(
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
         extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_norm(negatives, dtype) if form.normalize else None,
-            None if columns is None else columns[keys:], None, row_ids, column_ids, ceiling,
+            None if columns is None else columns[keys:], None, row_ids, column_ids, logit_limit,
             False, False, False, moments, bfloat16_negatives, hardness, workspace_mib,
         )))  # fmt: skip
         if stats is not None:

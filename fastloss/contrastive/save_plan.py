@@ -54,18 +54,18 @@ def exponentials(rows: int, columns: int, itemsize: int) -> Exponentials:
 
 
 def _exps_serve(
-    query: Tensor, key: Tensor, form: Form, ceiling: Tensor | None, hardness: float, workspace_mib: float
+    query: Tensor, key: Tensor, form: Form, logit_limit: Tensor | None, hardness: float, workspace_mib: float
 ) -> bool:
     """Whether the Triton kernels save exponentials.
 
-    Not those of float32, whose logits are products of a library; not with moments, with hardness, or with a ceiling of
-    two directions, as their gradients need the logits themselves; not those of float16 with two directions, since it
+    Not those of float32, whose logits are products of a library; not with moments, with hardness, or with a logit limit
+    of two directions, as their gradients need the logits themselves; not those of float16 with two directions, since it
     has too few powers of two for one exponential to serve both its row and its column.
     """
     directions = form.symmetric or form.self_similarity
     if form.moments or hardness > 0 or query.dtype == torch.float32:
         return False
-    if directions and (ceiling is not None or query.dtype == torch.float16):
+    if directions and (logit_limit is not None or query.dtype == torch.float16):
         return False
     size = query.element_size()
     return exponentials(query.shape[0], key.shape[0], size).elements * size <= EXPS_SHARE * workspace_mib * MIB
@@ -77,7 +77,7 @@ def save_of_stats(
     key: Tensor,
     form: Form,
     targets: Tensor | None,
-    ceiling: Tensor | None,
+    logit_limit: Tensor | None,
     hardness: float,
     workspace_mib: float,
     needs_columns: bool,
@@ -91,7 +91,7 @@ def save_of_stats(
             return "weighted_keys"
     if backend == "cpp":
         return "logits" if query.shape[0] * key.shape[0] * 4 <= min(workspace_mib, LOGITS_MIB) * MIB else ""
-    return "exps" if _exps_serve(query, key, form, ceiling, hardness, workspace_mib) else ""
+    return "exps" if _exps_serve(query, key, form, logit_limit, hardness, workspace_mib) else ""
 
 
 def save_of_loss(

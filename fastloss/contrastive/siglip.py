@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, full_precision, reduce_rows, result_dtype, row_shares
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from ..core.traced import filled
 from .checks import (
     as_scalar,
@@ -39,6 +39,7 @@ from .checks import (
     without,
 )
 from .embeddings import embed
+from .options import OPEN_CLIP_NAMES, SCALE_HINTS
 from .save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 
 
@@ -151,7 +152,7 @@ def _ids(
     return (None, None) if one is None or two is None else (one.long(), two.long())
 
 
-@takes_inference_tensors
+@public_function(others=OPEN_CLIP_NAMES, hints=SCALE_HINTS)
 def siglip_loss(
     image: Tensor,
     text: Tensor,
@@ -172,8 +173,8 @@ def siglip_loss(
     :math:`-\frac{1}{M} \sum_{ij} \log \sigma(z_{ij} s_{ij})`.
 
     Args:
-        image: embeddings [M, D], float16, bfloat16, float32 or float64.
-        text: embeddings [M, D]; row i is the positive of image i.
+        image: embeddings [M, D], float16, bfloat16, float32 or float64. As a keyword also `image_features`.
+        text: embeddings [M, D]; row i is the positive of image i. As a keyword also `text_features`.
         logit_scale: factor of the similarities, > 0, already exponentiated: a number, or a one-element tensor, whose
             gradient is exact.
         logit_bias: added to every logit: a number, a one-element tensor with gradient, or None for 0.
@@ -231,6 +232,10 @@ def siglip_loss(
 
 
 class SigLipLoss(Loss):
-    """Module form of :func:`siglip_loss`; `logit_scale` and `logit_bias` are given here or at each call."""
+    """Module form of :func:`siglip_loss`; `logit_scale` and `logit_bias` are given here or at each call.
+
+    ``SigLipLoss()(image, text, logit_scale, logit_bias)`` as in open_clip.
+    """
 
     fn = staticmethod(siglip_loss)
+    at_call = ("logit_scale", "logit_bias")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype
-from ..core.inference import takes_inference_tensors
+from ..core.checks import check_dense, check_tensor
 from .checks import (
     check_embeddings,
     check_flags,
@@ -21,14 +21,14 @@ from .checks import (
 )
 from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import ContrastiveOutput
+from .options import TEMPERATURE_HINTS, ContrastiveOutput, may_return_lse
 from .query_key_losses import _left_out
 
 
-@takes_inference_tensors
+@may_return_lse(hints=TEMPERATURE_HINTS)
 def supcon_loss(
     features: Tensor,
-    labels: Tensor,
+    labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
     include_positive: bool = True,
@@ -49,33 +49,35 @@ def supcon_loss(
 
     Args:
         features: embeddings [M, D], float16, bfloat16, float32 or float64; several views of a sample are several rows.
-        labels: integers [M], any values.
+            Or [B, V, D], SupContrast's layout: V views of each of B samples, which share its label.
+        labels: integers [M], or [B] for views, any values. None, for views only: each sample is a class of its own,
+            which is SimCLR's loss.
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above.
         normalize: cosine similarity; zero vectors have similarity 0 and gradient 0. False: plain dot products.
-        weights: one weight >= 0 per row [M], or a bool mask, as in :func:`info_nce`; a row of weight 0 remains a
-            positive or negative of the others.
+        weights: one weight >= 0 per row [M], or per sample [B] for all its views, or a bool mask, as in
+            :func:`info_nce`; a row of weight 0 remains a positive or negative of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over rows.
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`; top1: a positive is the nearest row.
         workspace_mib: as in :func:`info_nce`.
 
     Returns:
-        float32 (float64 for float64 features): a scalar, or [M] for ``"none"``.
+        float32 (float64 for float64 features): a scalar, or [M] for ``"none"``, [B, V] for views.
 
     Raises:
         TypeError: an argument of the wrong type. ValueError: shapes, devices or options do not fit, temperature <= 0 or
             not finite, ``"mean"`` of an empty batch.
 
     Source: Khosla et al., "Supervised contrastive learning", 2020, its L_out without the factor temperature /
-    base_temperature; pytorch-metric-learning's ``SupConLoss`` (which averages over rows of non-zero loss only).
+    base_temperature, and their ``SupContrast``; pytorch-metric-learning's ``SupConLoss``, which averages over rows of
+    non-zero loss only.
 
     Example:
         >>> loss = supcon_loss(torch.ones(4, 2), torch.tensor([0, 0, 1, 1]))
         >>> round(loss.item(), 4)  # log 3
         1.0986
     """
-    check_embeddings("features", features)
-    labels = check_integers("labels", labels, (features.shape[0],), features)
+    views, features, labels, weights = _as_rows(features, labels, weights)
     include_positive, normalize, return_lse = check_flags(
         include_positive=include_positive, normalize=normalize, return_lse=return_lse
     )
@@ -85,7 +87,39 @@ def supcon_loss(
     features = counted(features, dropped)
     with full_precision(features):
         out = supcon_rows(features, labels, scale, include_positive, normalize, return_lse, workspace_mib, dropped)
-    return reduce_output(out, weights, reduction, return_lse)
+    found = reduce_output(out, weights, reduction, return_lse)
+    return found if views is None else _per_view(found, views)
+
+
+def _as_rows(
+    features: Tensor, labels: Tensor | None, weights: Tensor | None
+) -> tuple[tuple[int, int] | None, Tensor, Tensor, Tensor | None]:
+    """(B, V) where views came, else None; the embeddings [M, D], and their labels and weights [M], M = B V."""
+    check_tensor("features", features, (2, 3))
+    if features.ndim == 2:
+        check_embeddings("features", features)
+        if labels is None:
+            raise TypeError("labels: expected integers [M]; only views, features [B, V, D], may come without")
+        return None, features, check_integers("labels", labels, (features.shape[0],), features), weights
+    samples, count, dim = features.shape
+    if count == 0 or dim == 0:
+        raise ValueError(f"features: expected [B, V, D] with V and D >= 1, got shape {tuple(features.shape)}")
+    if labels is None:
+        labels = torch.arange(samples, device=features.device)
+    labels = check_integers("labels", labels, (samples,), features).repeat_interleave(count)
+    if isinstance(weights, Tensor):  # else check_shared() refuses it
+        check_dense("weights", weights)
+        if weights.shape != (samples,):
+            raise ValueError(f"weights: expected one per sample, shape ({samples},), got {tuple(weights.shape)}")
+        weights = weights.repeat_interleave(count)
+    return (samples, count), features.flatten(0, 1), labels, weights
+
+
+def _per_view(found: Tensor | ContrastiveOutput, views: tuple[int, int]) -> Tensor | ContrastiveOutput:
+    """What there is of each row as [B, V]."""
+    if isinstance(found, Tensor):
+        return found.unflatten(0, views) if found.ndim else found
+    return ContrastiveOutput(*(t.unflatten(0, views) if t.ndim else t for t in found))
 
 
 class SupConLoss(Loss):

@@ -13,6 +13,7 @@ warming.py     what a loss needs, compiled before training
 scaled_sum.py  a loss's mean as one op: an op's sums, times factors, added up in one more launch
 module.py      the module form of a loss
 traced.py      floats that change from call to call of a compiled function
+entry.py       what every public function does first: other libraries' names for its arguments
 inference.py   tensors made under torch.inference_mode, as arguments
 kernels/       what the Triton kernels of the families share
 """

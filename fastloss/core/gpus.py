@@ -1,6 +1,6 @@
 """Which GPUs the Triton kernels serve, and what is known of each kind.
 
-One table, KINDS: `fastloss info`, the table of the README and the fallback of backends.py are made from it.
+One table, KINDS: `fastloss info`, the table of docs/install.md and the fallback of backends.py are made from it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def described(properties: Any) -> str:
 
 
 def table() -> str:
-    """The table of the README, in Markdown."""
+    """The table of docs/install.md, in Markdown."""
     rows = [(f"{name}: {kind.models}", kind.state, kind.note) for name, kind in KINDS.items()]
     lines = [f"| {gpus} | {state} | {note or '-'} |" for gpus, state, note in (*rows, *OTHERS)]
     return "\n".join(["| GPU | fastloss is | |", "|---|---|---|", *lines])

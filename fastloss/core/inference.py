@@ -7,31 +7,22 @@ Under `torch.compile` torch itself refuses them: pass `tensor.clone()`.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checks import is_sequence
 
-F = TypeVar("F", bound=Callable[..., Any])
 _PLAIN = frozenset((type(None), bool, int, float, str))
 
 
-def takes_inference_tensors(fn: F) -> F:
-    """`fn`, which gets copies of inference tensors where it records a graph, those in lists and dictionaries too."""
-
-    @functools.wraps(fn)
-    def entry(*args: Any, **options: Any) -> Any:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            given = (*args, *options.values())
-            if _some(given, Tensor.is_inference) and _some(given, _needs_gradient):
-                return fn(*map(_copied, args), **_copied(options))
-        return fn(*args, **options)
-
-    return entry  # type: ignore[return-value]
+def copies_for_graph(args: tuple, options: dict[str, Any]) -> tuple[list, dict[str, Any]] | None:
+    """The arguments with copies of inference tensors, those in lists and dictionaries too; None: it needs no copies."""
+    given = (*args, *options.values())
+    if _some(given, Tensor.is_inference) and _some(given, _needs_gradient):
+        return [_copied(arg) for arg in args], _copied(options)
+    return None
 
 
 def _needs_gradient(tensor: Tensor) -> bool:

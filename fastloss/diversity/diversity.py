@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..core import Loss, check_reduction, full_precision, reduce, result_dtype
 from ..core.checks import check_choice, check_number, check_same_device, check_tensor, check_workspace
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 
 MODES = ("nearest", "softmin", "mean")
 METRICS = ("l1", "l2", "cosine")
@@ -78,7 +78,7 @@ def diversity_reference(
     return least[:, 0] - temperature * powers.mean(1).log()
 
 
-@takes_inference_tensors
+@public_function
 def diversity_loss(
     generated: Tensor,
     bank: Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..core import Loss, check_not_empty, result_dtype
 from ..core.checks import check_number, check_same_device, check_same_shape, check_tensor
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 
 
 def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, eps: float) -> Tensor:
@@ -20,7 +20,7 @@ def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b:
     return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + eps))
 
 
-@takes_inference_tensors
+@public_function
 def mode_seeking_loss(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, *, eps: float = 1e-5) -> Tensor:
     r"""Mode-seeking regulariser: two images of one caption must differ as much as their noises do.
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core import result_dtype
 from ..core.checks import check_choice, check_no_graph, check_number, check_same_device, check_tensor
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function, unknown_option
 from ..core.traced import filled
 from .rules import WEIGHTINGS, Rule
 
@@ -94,12 +94,12 @@ class CompositeLoss(nn.Module):
         allowed += ["reference"] if weighting == "vqgan" else []
         for name in options:
             if name not in allowed:
-                raise TypeError(f"CompositeLoss: unknown option {name!r}; the options of {weighting!r} are {allowed}")
+                raise unknown_option("CompositeLoss", name, allowed, of=f" of {weighting!r}")
         if weighting == "vqgan" and "reference" not in options:
             raise ValueError(f"reference: weighting 'vqgan' expects the name of a part, one of {active}, got none")
         self.rule = kind(active, [self.weights[name] for name in active], **options)
 
-    @takes_inference_tensors
+    @public_function
     def forward(
         self, parts: Mapping[str, Part] | None = None, /, *, last_layer: Tensor | None = None, **named: Part
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, result_dtype
 from ..core.checks import check_number, check_same_shape, check_tensor, check_weight, is_sequence
-from ..core.inference import takes_inference_tensors
+from ..core.entry import takes_input_and_target, unknown_option
 from ..core.traced import changes, filled
 from .map_weights import over_weights, weight_sum
 from .pixel import Inputs as PixelInputs
@@ -35,6 +35,11 @@ _OPTIONS = {
     "pixel_options": ("weight", "eps", "delta"),
     "smoothness_options": ("order", "guide", "weight"),
     "ssim_options": ("window", "sigma", "data_range", "padding", "k1", "k2", "weight"),
+}
+_HINTS = {key: f"{name}={{{key!r}: ...}}" for name, keys in _OPTIONS.items() for key in keys if key != "weight"}
+_HINTS |= {
+    "p": "pixel=(p, w) or smoothness=(p, w)",
+    "weight": "it in pixel_options, smoothness_options or ssim_options",
 }
 
 
@@ -151,7 +156,7 @@ class ImageLosses(NamedTuple):
     parts: dict[str, Tensor]
 
 
-@takes_inference_tensors
+@takes_input_and_target(hints=_HINTS)
 def image_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -173,7 +178,7 @@ def image_loss(
 
     Args:
         image: target ``[N, C, H, W]``, any floating-point dtype (other ranks where only the pixel part is on).
-        image_pred: prediction of the same shape. Both may need gradients.
+        image_pred: prediction of the same shape. Both may need gradients. As keywords also `target` and `input`.
         pixel: ``(p, w)``, the distance of :func:`pixel_loss` and the weight of the part, >= 0; None: off.
         smoothness: ``(p, w)``, the distance of :func:`smoothness_loss` and the weight; None (the default): off.
         ssim: the weight of :func:`ssim_loss`; None (the default): off. At least one part must be on.
@@ -361,7 +366,7 @@ def _options(name: str, options: Any, on: bool) -> dict[str, Any]:
         raise TypeError(f"{name}: expected a dict of options, got {type(options).__name__}")
     unknown = [key for key in options if key not in allowed]
     if unknown:
-        raise TypeError(f"{name}: unknown option {unknown[0]!r}; the options are {list(allowed)}")
+        raise unknown_option(name, unknown[0], allowed)
     if not on:
         raise ValueError(f"{name}: the part it is for is off; pass {name.removesuffix('_options')} too")
     return dict(options)

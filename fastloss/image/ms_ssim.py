@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..core import Loss, check_not_empty, check_reduction, reduce, result_dtype
 from ..core.checks import check_numbers
-from ..core.inference import takes_inference_tensors
+from ..core.entry import takes_input_and_target
 from ..core.traced import number
 from .ssim import _no_sums, _sums
-from .ssim_checks import NegativeImages, check_pair, check_ssim_options, check_window_fits
+from .ssim_checks import SSIM_HINTS, NegativeImages, check_pair, check_ssim_options, check_window_fits
 
 LEVEL_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
@@ -25,7 +25,7 @@ def _power(base: Tensor, exponent: float) -> Tensor:
     return torch.where(low, torch.zeros_like(base), powers)
 
 
-@takes_inference_tensors
+@takes_input_and_target(hints=SSIM_HINTS)
 def ms_ssim_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -47,8 +47,8 @@ def ms_ssim_loss(
         loss = 1 - mean_c prod_l max(cs_l, 0)^w_l * max(ssim_last, 0)^w_last
 
     Args:
-        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
-        image_pred: prediction of the same shape. Both may need gradients.
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`. As a keyword also `target`.
+        image_pred: prediction of the same shape. Both may need gradients. As a keyword also `input`, torch's name.
         window, sigma, data_range, k1, k2: as in :func:`ssim_loss`, at every level. Images far from 0 (from 100 times
             their range on) need (low, high), which is subtracted before the levels are made: means of 2x2 pixels in
             float32 lose digits that no level can find again.

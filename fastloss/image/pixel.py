@@ -9,12 +9,13 @@ from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..core.checks import check_number, check_same_shape, check_tensor, check_weight
-from ..core.inference import takes_inference_tensors
+from ..core.entry import takes_input_and_target
 from ..core.scaled_sum import ScaledSum
 from ..core.traced import filled, number
 from .map_weights import over_weights, weight_sum
 
 LARGEST_EPS = 1e18  # its square fits float32
+P_OF = {"l1": 1, "mae": 1, "l2": 2, "mse": 2}
 
 
 class Inputs(NamedTuple):
@@ -98,13 +99,15 @@ def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[s
     delta = check_number("delta", delta, 0, open_low=True)
     if isinstance(p, str) and p in ("charbonnier", "huber"):
         return p, eps if p == "charbonnier" else delta
-    if isinstance(p, str):
-        raise ValueError(f"p: expected a number >= 1, 'charbonnier' or 'huber', got {p!r}")
-    p = check_number("p", p, 1)
+    if isinstance(p, str) and p not in P_OF:
+        raise ValueError(
+            f"p: expected a number >= 1, {', '.join(map(repr, P_OF))}, 'charbonnier' or 'huber', got {p!r}"
+        )
+    p = check_number("p", P_OF[p] if isinstance(p, str) else p, 1)
     return "l1" if p == 1 else "l2" if p == 2 else "lp", p
 
 
-@takes_inference_tensors
+@takes_input_and_target()
 def pixel_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -119,13 +122,13 @@ def pixel_loss(
 
     With :math:`d = \hat x - x`, element by element::
 
-        p >= 1          |d|^p               (p=1: MAE, p=2: MSE, the default)
+        p >= 1          |d|^p               (1, "l1" or "mae"; 2, "l2" or "mse", the default)
         "charbonnier"   sqrt(d^2 + eps^2)
         "huber"         d^2 / 2 if |d| <= delta, else delta (|d| - delta / 2)
 
     Args:
-        image: target, any shape, float16, bfloat16, float32 or float64; any value range.
-        image_pred: prediction of the same shape. Both may need gradients.
+        image: target, any shape, float16, bfloat16, float32 or float64; any value range. As a keyword also `target`.
+        image_pred: prediction of the same shape. Both may need gradients. As a keyword also `input`, torch's name.
         p: the distance, see above.
         weight: non-negative weights, or a mask (bool, True counts 1), broadcastable to `image` (``[N,1,H,W]`` counts
             once per channel), no gradient. A weight of 0 excludes its elements: even NaN there has no effect, on the

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype
 from ..core.checks import check_choice, check_same_device, check_tensor, check_weight
-from ..core.inference import takes_inference_tensors
+from ..core.entry import takes_input_and_target
 from ..core.scaled_sum import ScaledSum
 from .map_weights import over_weights
 
 DISTANCES = (1, 2, "isotropic", "norm")
+P_OF = {"l1": 1, "l2": 2}
 
 # By convention and reduction: over which dimensions (0: N, 1: C) the op's [N, C] sums are added up, and whether each
 # direction is then divided by its number of differences. What sums over C alone is a value per image, [N], on which the
@@ -149,7 +150,7 @@ def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list
     return [total.expand(image.shape[:2]) for total in sums]
 
 
-@takes_inference_tensors
+@takes_input_and_target()
 def smoothness_loss(
     image_pred: Tensor,
     *,
@@ -164,15 +165,16 @@ def smoothness_loss(
 
     With :math:`d_y, d_x` the differences along each spatial dimension, per channel::
 
-        1               mean |d_y|  + mean |d_x|      (the default)
-        2               mean d_y^2  + mean d_x^2
+        1 or "l1"       mean |d_y|  + mean |d_x|      (the default)
+        2 or "l2"       mean d_y^2  + mean d_x^2
         "isotropic"     mean sqrt(d_y^2 + d_x^2) over all pixels; a difference that would leave the image is 0
         "norm"          sqrt(mean d_y^2 + mean d_x^2): one root per value
 
     Each direction has its own mean. A direction without differences (an image one pixel wide) contributes 0.
 
     Args:
-        image_pred: ``[N, C, H, W]`` or ``[N, C, D, H, W]``, any floating-point dtype, any value range.
+        image_pred: ``[N, C, H, W]`` or ``[N, C, D, H, W]``, any floating-point dtype, any value range. As a keyword
+            also `input`.
         p: the distance, see above.
         order: 1, ``x[i+1] - x[i]``; 2, ``x[i+1] - 2 x[i] + x[i-1]`` (no mixed terms), which leaves ramps alone.
         guide: image of the same batch and size, any number of channels, no gradient. Edge-aware: each difference
@@ -234,7 +236,8 @@ def _factors(image: Tensor, kind: str, order: int, mean: bool, reduction: str) -
 
 
 def check_distance(p: Any, order: Any) -> tuple[int | str, int]:
-    return check_choice("p", p, DISTANCES), check_choice("order", order, (1, 2))
+    p = check_choice("p", p, (*DISTANCES, *P_OF))
+    return P_OF.get(p, p), check_choice("order", order, (1, 2))
 
 
 def smoothness_kind(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype, transformed
 from ..core.checks import check_weight
-from ..core.inference import takes_inference_tensors
+from ..core.entry import takes_input_and_target
 from .map_weights import over_weights
-from .ssim_checks import NegativeImages, check_pair, check_ssim_options, check_window_fits
+from .ssim_checks import SSIM_HINTS, NegativeImages, check_pair, check_ssim_options, check_window_fits
 from .ssim_reference import Inputs, ssim_reference
 
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
@@ -107,7 +107,7 @@ def map_weight(weight: Tensor, image: Tensor, cut: int) -> Tensor:
     return weight * torch.where(largest < LARGE_WEIGHT, 1.0, 1 / largest)
 
 
-@takes_inference_tensors
+@takes_input_and_target(hints=SSIM_HINTS)
 def ssim_loss(
     image: Tensor,
     image_pred: Tensor,
@@ -123,13 +123,17 @@ def ssim_loss(
 ) -> Tensor:
     r"""One minus the mean structural similarity (SSIM) of a target image and a predicted one.
 
+    Where the window leaves the image it sees zeros, ``padding="same"``, as in fused-ssim and the first SSIM losses for
+    PyTorch. Other libraries have other defaults: pytorch-msssim takes whole windows only (here ``padding="valid"``),
+    kornia and torchmetrics reflect the image (not offered here).
+
     With Gaussian-weighted local means, variances and covariance, :math:`C_i = (k_i \cdot range)^2`::
 
         SSIM = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),    loss = 1 - mean SSIM
 
     Args:
-        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`.
-        image_pred: prediction of the same shape. Both may need gradients.
+        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`. As a keyword also `target`.
+        image_pred: prediction of the same shape. Both may need gradients. As a keyword also `input`, torch's name.
         window: side of the Gaussian window in pixels, odd, at most 65535. Above 11 the reference runs instead of the
             kernels. Of a window of one pixel (1, or a `sigma` below 0.166) only the luminance term is left.
         sigma: its standard deviation in pixels, > 0.
@@ -137,8 +141,8 @@ def ssim_loss(
             minus `low`, in a range of high - low. Or a number > 0, for images from 0 up to it. **Images in [-1, 1]
             need** ``data_range=(-1, 1)``: with 2 an image and its negative would count as nearly alike, since SSIM
             takes the means of images for positive. (The first call on the CPU looks, and warns of values below 0.)
-        padding: ``"same"`` pads with zeros, SSIM at every pixel (as fused-ssim); ``"valid"`` takes whole windows only
-            (as pytorch-msssim), at least one must fit. With (low, high) it pads with `low`.
+        padding: ``"same"`` pads with zeros, with (low, high) with `low`: SSIM at every pixel. ``"valid"`` takes whole
+            windows only, at least one must fit.
         k1, k2: stabilisers, > 0. (k range)^2 must lie between 1e-36 and 1e36 (1e-289 and 1e289 in float64).
         weight: non-negative weights of the SSIM map, or a mask (bool, True counts 1), broadcastable to `image`
             (``"valid"`` uses its centre), no gradient. Means become weighted sum / sum of weights, 0 if that is 0. A

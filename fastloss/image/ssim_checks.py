@@ -27,6 +27,14 @@ LARGEST = 65535  # of windows
 BOUNDS = {torch.float32: (2.0**-120, 2.0**120), torch.float64: (2.0**-960, 2.0**960)}
 
 
+# What to pass instead of other libraries' options.
+SSIM_HINTS = dict.fromkeys(("window_size", "win_size", "kernel_size"), "window=...") | {
+    "win_sigma": "sigma=...",
+    "max_val": "data_range=...",
+    "size_average": "reduction='mean' or 'none'",
+}
+
+
 class SsimNumbers(NamedTuple):
     """The window, whether the padding is "same", the two stabilising constants, and the value that images begin at."""
 

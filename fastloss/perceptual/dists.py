@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Loss, Op, result_dtype
 from ..core.checks import check_number, check_same_device, check_same_length, check_sequence, check_tensor
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from .checks import check_layers, check_samples
 
 
@@ -73,7 +73,7 @@ _dists = Op(
 )
 
 
-@takes_inference_tensors
+@public_function
 def dists_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

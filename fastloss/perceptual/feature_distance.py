@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, result_dtype
 from ..core.checks import check_choice, check_number
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from ..core.traced import changes, filled
 from .checks import check_layers, check_samples, check_weights
 from .layer_layout import layers_of, layout_of, rows_of, sign_count
@@ -197,7 +197,7 @@ def distance_call(
     return op, Inputs(features, targets, numbers, layout, dtype, criterion, parameter, reduction)
 
 
-@takes_inference_tensors
+@public_function
 def feature_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

@@ -20,7 +20,7 @@ from ..core.checks import (
     check_sequence,
     check_tensor,
 )
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from .checks import check_layers, check_samples
 
 MOST_EPS = 1e18  # of the kernels
@@ -105,7 +105,7 @@ _lpips = Op(
 )
 
 
-@takes_inference_tensors
+@public_function
 def lpips_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

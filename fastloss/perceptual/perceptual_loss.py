@@ -23,7 +23,7 @@ from ..core.checks import (
     check_tensor,
     is_sequence,
 )
-from ..core.inference import takes_inference_tensors
+from ..core.entry import TORCH_NAMES, public_function
 from ..core.traced import at_most
 from .backbones import LPIPS_TAPS, Backbone
 from .checks import Targets, check_encoded
@@ -199,7 +199,7 @@ class PerceptualLoss(FrozenNetworks):
             return found[0]
         return [[torch.cat(layer) for layer in zip(*lists, strict=True)] for lists in zip(*found, strict=True)]
 
-    @takes_inference_tensors
+    @public_function(others=TORCH_NAMES)
     def forward(self, image: Tensor | Targets, image_pred: Tensor, *, pairwise: bool = False) -> Tensor:
         """The loss; `image` is the target, or what :meth:`encode` made of it."""
         pairwise = check_flag("pairwise", pairwise)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core import Loss, full_precision, result_dtype, transformed
 from ..core.checks import check_choice, check_tensor
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from .checks import check_layers, check_samples
 from .feature_distance import feature_distance
 
@@ -55,7 +55,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b)
 
 
-@takes_inference_tensors
+@public_function
 def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
     r"""Products of the channels of a feature map with one another, :math:`G_{ab} = \sum_p f_a(p) f_b(p) / Z`.
 
@@ -88,7 +88,7 @@ def gram_matrix(features: Tensor, *, normalization: str = "chw") -> Tensor:
         return _Gram.apply(x, normalization)
 
 
-@takes_inference_tensors
+@public_function
 def style_distance(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op, full_precision
-from ..core.inference import takes_inference_tensors
+from ..core.entry import public_function
 from ..core.traced import changes
 from .feature_distance import Inputs, LayerInputs, feature_distance_call
 
@@ -47,7 +47,7 @@ class _Tap(torch.autograd.Function):
         return of_feature, made[-1] if needs_target else None, None, None
 
 
-@takes_inference_tensors
+@public_function
 def tap(
     feature: Tensor,
     target: Tensor,

@@ -213,6 +213,7 @@ def test_what_got_worse_is_named_if_it_is_worse_again(monkeypatch, capsys):
     again = once | {key["noisy"]: {"eager": 0.5, "torch.compile": 0.7}, key["same"]: {"eager": 9.0}}
     again[key["eager is fast"]] = {"eager": 0.8, "torch.compile": 0.8}
     answers = [once, again]
+    monkeypatch.setattr(check, "read_all", lambda folder: [])
     monkeypatch.setattr(check, "ratios", lambda rows: before)
     monkeypatch.setattr(check, "measured", lambda losses, device, minutes: answers.pop(0))
     assert check.main(["pixel_loss", "--device", "cpu"]) == 1 and not answers
@@ -224,6 +225,13 @@ def test_what_got_worse_is_named_if_it_is_worse_again(monkeypatch, capsys):
         "4 rows compared, 1 worse by more than 15% in both of two runs",
     ]
     assert check.main(["no_such_loss"]) == 2
+
+
+def test_results_of_another_processor_are_called_so():
+    here = {"device": check.measure.device_label("cpu")}
+    assert check.other_processor([here, {"device": ""}], "cpu") == ""
+    warning = check.other_processor([here, {"device": "Abacus 3"}], "cpu")
+    assert warning.startswith("warning: the results are of ") and "Abacus 3" in warning and here["device"] in warning
 
 
 def test_ratios_are_of_rows_that_both_have():

@@ -19,7 +19,7 @@ pytestmark = [
 # MiB of workspace, rows: one block, blocks of the least size, of several tiles
 SIZES = {256.0: (1, 2, 15, 67, 1025, 2300), 0.003: (1, 2, 15, 67), 1.0: (1025, 2300)}
 INTERPRETED = {256.0: (1, 2, 17, 50), 0.003: (33, 50)}
-OPTIONS = ["", "ids", "moments", "ceiling", "hardness"]
+OPTIONS = ["", "ids", "moments", "logit_limit", "hardness"]
 SELF, SQUARE = Form(self_similarity=True), Form(diagonal=True)
 BACKEND = "triton" if INTERPRETING else "cpp"
 
@@ -32,10 +32,10 @@ def values(op, dtype, rows, option, form, workspace_mib, scale=6.0, draw=0):
     scale = torch.tensor(scale, dtype=dtype, requires_grad=True)
     partner = torch.arange(rows).roll(rows // 2) if rows % 2 == 0 else None
     ids = torch.arange(rows) % max(rows // 3, 1) if option == "ids" else None
-    ceiling = (scale.detach() * (draws[1] - 0.5)).to(dtype) if option == "ceiling" else None
+    logit_limit = (scale.detach() * (draws[1] - 0.5)).to(dtype) if option == "logit_limit" else None
     form, hardness = form._replace(moments=option == "moments"), 0.5 * (option == "hardness")
-    given = (x, x, scale.expand(rows), None, None, partner, ids, ids, ceiling, *form, hardness, workspace_mib)
-    save = save_of_stats(BACKEND, x, x, form, partner, ceiling, hardness, workspace_mib, True)
+    given = (x, x, scale.expand(rows), None, None, partner, ids, ids, logit_limit, *form, hardness, workspace_mib)
+    save = save_of_stats(BACKEND, x, x, form, partner, logit_limit, hardness, workspace_mib, True)
     stats = op(*Inputs(*given, save))
     upstream = torch.linspace(-1, 2, stats.numel()).reshape(stats.shape).to(dtype)
     upstream[:, 1] = 0  # the maximum has no gradient, neither has the count

@@ -30,16 +30,16 @@ def inputs(rows: int, count: int, width: int, dtype=torch.float32, device="cpu")
 
 
 def run(
-    backend: str, args: list[Tensor], moments=False, hardness=0.0, normalize=True, ceiling=None, frozen=False
+    backend: str, args: list[Tensor], moments=False, hardness=0.0, normalize=True, logit_limit=None, frozen=False
 ) -> list[Tensor]:
     """Statistics, and the gradients of query, negatives (unless frozen) and scale."""
     double = args[0].dtype == torch.float64
     args = [t.detach().to(torch.float64 if double else t.dtype) for t in args]
     leaves = [t.requires_grad_() for i, t in enumerate(args) if not (frozen and i == 1)]
-    ceiling = ceiling.double() if double and ceiling is not None else ceiling
+    logit_limit = logit_limit.double() if double and logit_limit is not None else logit_limit
     with core.use_backend(backend):
         stats = softmax_stats_per_query(
-            *args, ceiling, normalize, moments, hardness, "weighted_keys" if frozen else "logits"
+            *args, logit_limit, normalize, moments, hardness, "weighted_keys" if frozen else "logits"
         )
         upstream = torch.linspace(0.5, 1.5, stats.numel(), device=stats.device).reshape(stats.shape)
         upstream = upstream.masked_fill(stats.isinf(), 0.0).to(stats.dtype)
@@ -88,8 +88,8 @@ def test_rows_in_pieces(place, moments, hardness):
 def test_masks_and_rows_without_negatives(place, moments, hardness):
     args = inputs(4, 20, 12, device=place[0])
     args[1][0, 0] = 0
-    ceiling = torch.tensor([0.1, -1e9, float("nan"), 0.3], device=place[0])
-    stats, query, negatives, _ = judge(place, args, moments=moments, hardness=hardness, ceiling=ceiling)
+    logit_limit = torch.tensor([0.1, -1e9, float("nan"), 0.3], device=place[0])
+    stats, query, negatives, _ = judge(place, args, moments=moments, hardness=hardness, logit_limit=logit_limit)
     assert stats[0, 1] == -torch.inf and stats[1, 1] == -torch.inf and not query[1].any() and not negatives[1].any()
     assert not negatives[0, 0].any()
     with core.use_backend(place[1]):

@@ -1,7 +1,8 @@
 """Triton without a GPU: the conformance tests on interpreted kernels, and launches compiled ahead of time.
 
 Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import. Some launches of
-each file are compiled here; `python -m tests.triton.aot` compiles all of them.
+each file are compiled here; `python -m tests.triton.aot` compiles all of them. Of the conformance tests on interpreted
+kernels every other one runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
 `make triton36` puts Triton 3.6 beside the installed one; FASTLOSS_TRITON36 names its directory.
 """
 
@@ -52,6 +53,7 @@ def test_every_launch_compiles_ahead_of_time(path):
         assert output.startswith("triton 3.6.")
 
 
+EVERY_OTHER = () if os.environ.get("FASTLOSS_INTERPRET") == "all" else ("-p", "tests.deal", "--deal", "0/2")
 KERNELS = kernel_files()
 CONTRASTIVE = [name for name in KERNELS if name.startswith("tests/contrastive/")]
 IMAGE = [name for name in KERNELS if name.startswith("tests/image/")]
@@ -74,5 +76,7 @@ PARTS = {  # parts for workers beside each other: the interpreter takes a minute
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted_kernels(part):
     plugins = ["-p", "tests.triton.interpreter", "-p", "no:cacheprovider"]
-    output = python("-m", "pytest", "-q", *plugins, *PARTS[part], TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
+    share = EVERY_OTHER if PARTS[part][0].startswith("tests/conformance/") else ()
+    options = (*plugins, *share, *PARTS[part])
+    output = python("-m", "pytest", "-q", *options, TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
     assert " passed" in output

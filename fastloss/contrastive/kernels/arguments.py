@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     row_scale: Tensor  # [M] float32
     targets: Tensor | None  # [M] int64: a column that is no negative of the row
     row_ids: Tensor | None  # [M] int64: columns of the same id are no negatives
-    ceiling: Tensor | None  # [M] float32: logits above it, before the bias, are no negatives
+    logit_limit: Tensor | None  # [M] float32: logits above it, before the bias, are no negatives
 
     def part(self, part: slice) -> Rows:
         return Rows(*[None if v is None else v[part] for v in self])  # type: ignore[arg-type]

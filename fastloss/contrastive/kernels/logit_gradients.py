@@ -91,7 +91,7 @@ def _recomputed_grad_logits(
     stats, grad = inputs.stats, inputs.stats_grad
     if not BOTH_SIDES:
         grad_logits = _grad_logits(s, stats, grad, row, stride, row < sizes.rows, beta, 1, MOMENTS)
-    elif MOMENTS or beta is not None or rows.ceiling is not None:
+    elif MOMENTS or beta is not None or rows.logit_limit is not None:
         grad_logits = _grad_logits(s, stats, grad, row, stride, row < sizes.rows, beta, 1, MOMENTS)
         inside = column < sizes.columns
         stats, grad = stats + direction, grad + direction

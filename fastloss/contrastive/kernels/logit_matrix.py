@@ -63,7 +63,7 @@ class LogitMatrix:
     def _register_pressure(self, saves_exps: bool) -> int:
         """How much the options of this call hold in registers, see `best_tile`."""
         rows, hardness = self.rows, self.beta is not None
-        options = (rows.row_ids is not None) + (rows.ceiling is not None) + (self.columns.bias is not None)
+        options = (rows.row_ids is not None) + (rows.logit_limit is not None) + (self.columns.bias is not None)
         options += self.form.moments
         targets = saves_exps and not self.both_sides and rows.targets is not None
         if hardness or options + targets > (0 if self.both_sides else 2):

@@ -66,9 +66,9 @@ def _has_target(targets, column0, BN: tl.constexpr):
 
 @triton.jit
 def _masked(
-    s, similar, row, column, rows, columns, sizes, FORM: tl.constexpr, COLUMN_CEILING: tl.constexpr = False
+    s, similar, row, column, rows, columns, sizes, FORM: tl.constexpr, COLUMN_LIMIT: tl.constexpr = False
 ):  # fmt: skip
-    """Logits with -inf at what is no negative. COLUMN_CEILING: the ceiling is the column's, not the row's."""
+    """Logits with -inf at what is no negative. COLUMN_LIMIT: the limit is the column's, not the row's."""
     DIAGONAL: tl.constexpr = FORM.diagonal
     SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
     allowed = (row[:, None] < sizes.rows) & (column[None, :] < sizes.columns)
@@ -83,12 +83,12 @@ def _masked(
         row_id = tl.load(rows.row_ids + row, mask=row < sizes.rows, other=0)
         column_id = tl.load(columns.column_ids + column, mask=column < sizes.columns, other=0)
         allowed &= row_id[:, None] != column_id[None, :]
-    if rows.ceiling is not None:
-        if COLUMN_CEILING:
-            ceiling = tl.load(rows.ceiling + column, mask=column < sizes.columns, other=0.0)[None, :]
+    if rows.logit_limit is not None:
+        if COLUMN_LIMIT:
+            logit_limit = tl.load(rows.logit_limit + column, mask=column < sizes.columns, other=0.0)[None, :]
         else:
-            ceiling = tl.load(rows.ceiling + row, mask=row < sizes.rows, other=0.0)[:, None]
-        allowed &= (similar > ceiling) == 0
+            logit_limit = tl.load(rows.logit_limit + row, mask=row < sizes.rows, other=0.0)[:, None]
+        allowed &= (similar > logit_limit) == 0
     return tl.where(allowed, s, float("-inf"))
 
 
@@ -111,7 +111,7 @@ def tile_logits(
     operands, row0, column0, rows, columns, sizes, FORM: tl.constexpr, TILE: tl.constexpr,
     VOLATILE: tl.constexpr = False,
 ):  # fmt: skip
-    """(logits as the tile's rows have them, as its columns have them); they differ by the ceiling only, and only where
+    """(logits as the tile's rows have them, as its columns have them); they differ by the limit only, and only where
     the form has statistics of columns. VOLATILE: the vectors are read from memory again, not kept in registers."""
     BM: tl.constexpr = TILE.rows
     BN: tl.constexpr = TILE.columns
@@ -122,7 +122,7 @@ def tile_logits(
     acc = products(operands, row0, column0, sizes, TILE)
     s, similar = _scaled(acc, row, column, rows, columns, sizes, VOLATILE)
     column_view = s
-    if rows.ceiling is not None:
+    if rows.logit_limit is not None:
         if BOTH_SIDES:
             column_view = _masked(s, similar, row, column, rows, columns, sizes, FORM, True)
         s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
@@ -138,6 +138,6 @@ def tile_logits(
             special |= _has_target(tl.load(rows.targets + row, mask=row < sizes.rows, other=-1), column0, BN)
         if special:
             s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
-    if rows.ceiling is None:
+    if rows.logit_limit is None:
         column_view = s
     return s, column_view

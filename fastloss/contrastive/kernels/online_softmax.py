@@ -266,7 +266,7 @@ def _softmax_stats_fwd_kernel(
             state = _merge(state, seen, exponent, beta, MOMENTS, HARD)
             if saved.exps is not None and not BOTH_SIDES:
                 _save_exps(saved, e, exponent, row0, column0, sizes)
-            if BOTH_SIDES and rows.ceiling is None and (TILE.shares or saved.exps is not None):
+            if BOTH_SIDES and rows.logit_limit is None and (TILE.shares or saved.exps is not None):
                 max_exponent, min_max = tl.max(exponent, 0), column_max
                 if FORM.self_similarity or saved.exps is not None:  # columns without entries do not count
                     min_max = tl.where(column_max == float("-inf"), float("inf"), column_max)

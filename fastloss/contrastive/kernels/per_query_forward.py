@@ -28,7 +28,7 @@ class PerQueryInputs(NamedTuple):
     query: Tensor  # [M, D]
     negatives: Tensor  # [M, K, D], strides `row_stride`, `negative_stride`, 1
     row_scale: Tensor  # [M] float32
-    ceiling: Tensor | None  # [M] float32
+    logit_limit: Tensor | None  # [M] float32
 
 
 class PerQuerySizes(NamedTuple):
@@ -174,7 +174,7 @@ def _inverse_root(x):
 
 
 @triton.jit
-def _scores(tiles, query, scale, ceiling, left, NORMALIZE: tl.constexpr, ROWS: tl.constexpr):
+def _scores(tiles, query, scale, logit_limit, left, NORMALIZE: tl.constexpr, ROWS: tl.constexpr):
     """Logits of tiles, -inf where they are left out; which are in; the inverse norms."""
     scores, allowed, inverse_norms = (), (), ()
     rows = tl.arange(0, ROWS)
@@ -185,8 +185,8 @@ def _scores(tiles, query, scale, ceiling, left, NORMALIZE: tl.constexpr, ROWS: t
             inverse_norm = _inverse_root(_dot(tiles[u], tiles[u]))
         score = scale * (inverse_norm * product)
         there = rows < left - u * ROWS
-        if ceiling is not None:
-            there = there & ((score > ceiling) == 0)  # NaN stays in
+        if logit_limit is not None:
+            there = there & ((score > logit_limit) == 0)  # NaN stays in
         scores = scores + (tl.where(there, score, float("-inf")),)  # type: ignore[assignment]
         allowed, inverse_norms = allowed + (there,), inverse_norms + (inverse_norm,)  # type: ignore[assignment]
     return scores, allowed, inverse_norms
@@ -275,7 +275,7 @@ def per_query_fwd_kernel(
     columns = tl.arange(0, SPAN)[None, :]
     query = _read(inputs.query + row * dim + columns, columns, columns < dim, dim, PIECES, SPAN, False)
     scale = tl.load(inputs.row_scale + row)
-    ceiling = None if inputs.ceiling is None else tl.load(inputs.ceiling + row)
+    logit_limit = None if inputs.logit_limit is None else tl.load(inputs.logit_limit + row)
     negatives_ptr = inputs.negatives + row * sizes.row_stride
     zero = tl.zeros((ROWS,), tl.float32)
     row_max, number, logit_sum, sum_exp, sum_exp_1p_beta, sum_exp_beta = zero + LOWEST, zero, zero, zero, zero, zero
@@ -298,7 +298,7 @@ def per_query_fwd_kernel(
         else:
             tiles = _read_tiles(ptr, stride, columns, left, dim, TILE)
             ptr += splits * TILES * stride
-        scores, allowed, inverse_norms = _scores(tiles, query, scale, ceiling, left, NORMALIZE, ROWS)
+        scores, allowed, inverse_norms = _scores(tiles, query, scale, logit_limit, left, NORMALIZE, ROWS)
         old_max = row_max
         for u in tl.static_range(TILES):
             if saved.logits is not None:

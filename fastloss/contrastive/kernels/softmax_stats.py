@@ -29,7 +29,8 @@ _EMPTY = float("-inf")
 
 
 def _call(x: Inputs, backward: bool) -> LogitMatrix:
-    rows, columns = Rows(x.row_scale, x.targets, x.row_ids, x.ceiling), Columns(x.column_scale, x.bias, x.column_ids)
+    rows = Rows(x.row_scale, x.targets, x.row_ids, x.logit_limit)
+    columns = Columns(x.column_scale, x.bias, x.column_ids)
     saves_exps = x.save == "exps"
     return LogitMatrix(x.query, x.key, rows, columns, x.form, x.hardness, backward, saves_exps, x.workspace_mib)
 
@@ -64,7 +65,7 @@ def _with_weighted_keys(x: Inputs) -> Saved:
     ones = torch.ones_like(stats)
     one_each = ones[0, 0]  # [M]
     targets = torch.arange(m, device=query.device) if x.diagonal else x.targets  # a chunk of rows knows no diagonal
-    rows = Rows(x.row_scale, targets, x.row_ids, x.ceiling)
+    rows = Rows(x.row_scale, targets, x.row_ids, x.logit_limit)
     if query.dtype == torch.float32:  # the sums are those before the rows' own scale, for which products have no place
         query, rows = query * x.row_scale[:, None], rows._replace(row_scale=one_each)
     chunk = chunk_plan(m, n, query.element_size(), x.workspace_mib)
@@ -138,7 +139,7 @@ def _aot_call(
     query, key = (torch.empty((size, dim), dtype=dtype, device=meta) for size in (rows, columns))
     vectors: dict[str, Any] = {
         name: torch.empty(size, device=meta) if name in options else None
-        for name, size in {"column_scale": columns, "bias": columns, "ceiling": rows}.items()
+        for name, size in {"column_scale": columns, "bias": columns, "logit_limit": rows}.items()
     }
     vectors |= {
         name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in options else None
@@ -172,11 +173,11 @@ def aot_cases() -> Iterator[AotCase]:
         (fp32, small, clip, "", scales, 0.0),
         (bf16, (2**20, 2**20, 768), Form(), "", bank, 0.0),
         (bf16, (4096, 65536, 768), diagonal._replace(moments=True), "", ("column_scale", "targets"), 0.5),
-        (fp16, square, clip, "", ("ceiling", "bias"), 0.0),
+        (fp16, square, clip, "", ("logit_limit", "bias"), 0.0),
         (bf16, square, clip._replace(moments=True), "", ("column_scale", "ids"), 0.5),
-        (fp32, square, clip._replace(moments=True), "", ("column_scale", "ceiling"), 0.5),
+        (fp32, square, clip._replace(moments=True), "", ("column_scale", "logit_limit"), 0.5),
         (bf16, square, clip, "", ("column_scale", "bias", "ids"), 0.0),
-        (fp32, square, diagonal._replace(moments=True), "", ("bias", "ids", "ceiling"), 0.0),
+        (fp32, square, diagonal._replace(moments=True), "", ("bias", "ids", "logit_limit"), 0.0),
         (bf16, square, clip, "exps", scales, 0.0),
         (bf16, small, clip, "exps", scales, 0.0),
         (fp16, square, diagonal, "exps", scales, 0.0),
@@ -185,7 +186,7 @@ def aot_cases() -> Iterator[AotCase]:
         (bf16, square, own, "exps", targets, 0.0),
         (bf16, square, own, "", targets, 0.0),
         (fp32, (4099, 4099, 77), own, "", ("targets", "ids"), 0.0),
-        (fp16, square, own._replace(moments=True), "", ("targets", "ids", "ceiling"), 0.5),
+        (fp16, square, own._replace(moments=True), "", ("targets", "ids", "logit_limit"), 0.5),
     ]
     for dtype, shape, form, save, options, hardness in calls:
         forward, backward = _aot_call(dtype, shape, form, save, options, hardness)

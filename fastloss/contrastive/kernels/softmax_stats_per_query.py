@@ -233,7 +233,7 @@ def softmax_stats_per_query_fwd(x: Inputs) -> Saved:
         return Saved(stats, weighted_keys, logits, inverse_norms)
     tile = PerQueryTile(tile_rows, tiles, pieces, span, dim == pieces * span, AHEAD, needs_int64(negatives))
     sizes = per_query_sizes(negatives, splits)
-    inputs = PerQueryInputs(query, negatives, row_scale, None if x.ceiling is None else x.ceiling.contiguous())
+    inputs = PerQueryInputs(query, negatives, row_scale, None if x.logit_limit is None else x.logit_limit.contiguous())
     saved = SavedLogits(logits, inverse_norms) if saved_rows else SavedLogits(None, None)
     with on_device(query):
         per_query_fwd_kernel[(rows * splits,)](
@@ -284,17 +284,17 @@ def aot_cases() -> Iterator[AotCase]:
         negatives = torch.empty(rows, count, dim, dtype=dtype, device="meta")
         scale = torch.empty(rows, device="meta")
         label = f"{'moments ' * moments}{str(dtype).removeprefix('torch.')} {size}".strip()
-        ceiling = scale if moments else None
+        logit_limit = scale if moments else None
         streams = not moments and size != "odd"
         for save in ("", "logits") if not moments else ("logits",):
-            x = Inputs(query, negatives, scale, ceiling, True, moments, hardness, save)
+            x = Inputs(query, negatives, scale, logit_limit, True, moments, hardness, save)
             vector = ("per_query_fwd_kernel",) if streams and not save else ()
             yield AotCase(f"forward {save} {label}", softmax_stats_per_query_fwd, (x,), vector)
         sums = (3 if hardness else 1) + moments
         shapes = ((6, rows), (sums, rows, dim), (rows, count), (rows, count))
         saved = Saved(*[scale.new_empty(shape) for shape in shapes])
         for normalize in (True, False) if size == "" and not moments else (True,):
-            x = Inputs(query, negatives, scale, ceiling, normalize, moments, hardness, "logits")
+            x = Inputs(query, negatives, scale, logit_limit, normalize, moments, hardness, "logits")
             bwd = (saved.stats, x, saved, Needs(True, True, True))
             yield AotCase(
                 f"backward {normalize} {label}", softmax_stats_per_query_bwd, bwd,

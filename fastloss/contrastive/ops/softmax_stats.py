@@ -2,7 +2,7 @@
 
     s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j     query [M, D], key [N, D]; the rest [M] or [N]
     A_i, the negatives of row i: all j but, with `diagonal`, j == i and, where given, j == targets_i,
-         column_ids_j == row_ids_i and s_ij - bias_j > ceiling_i
+         column_ids_j == row_ids_i and s_ij - bias_j > logit_limit_i
     stats [directions, S, M] in float32: lse_A(s), max_A(s), -inf where A is empty; `moments`: sum_A(s), |A|;
          hardness beta > 0: lse_A((1 + beta) (s - max_A)), lse_A(beta (s - max_A))
 
@@ -34,7 +34,7 @@ class Inputs(NamedTuple):
     targets: Tensor | None  # [M]
     row_ids: Tensor | None  # [M]
     column_ids: Tensor | None  # [N]
-    ceiling: Tensor | None  # [M]
+    logit_limit: Tensor | None  # [M]
     diagonal: bool
     symmetric: bool  # the columns' statistics too: a second direction
     self_similarity: bool  # query and key are the same rows: no row is its own negative, one direction
@@ -93,9 +93,9 @@ def softmax_stats_reference(x: Inputs) -> Tensor:
     if x.self_similarity:
         allowed, similar, logits = allowed | allowed.T, *(t.triu(1) + t.triu(1).T for t in (similar, logits))
     of_rows = of_columns = allowed
-    if x.ceiling is not None:
-        of_rows = allowed & ~(similar.detach() > x.ceiling[:, None])
-        of_columns = allowed & ~(similar.detach() > x.ceiling) if x.symmetric else allowed
+    if x.logit_limit is not None:
+        of_rows = allowed & ~(similar.detach() > x.logit_limit[:, None])
+        of_columns = allowed & ~(similar.detach() > x.logit_limit) if x.symmetric else allowed
     sides = [statistics(logits, of_rows, x.moments, x.hardness)]
     if x.symmetric:
         sides.append(statistics(logits.T, of_columns.T, x.moments, x.hardness))
@@ -148,7 +148,7 @@ def softmax_statistics(x: Inputs) -> Tensor:
     )
     if backend != "reference" and (needs_rows or needs_columns):
         save = save_of_stats(
-            backend, x.query, x.key, x.form, x.targets, x.ceiling, x.hardness, x.workspace_mib, needs_columns
+            backend, x.query, x.key, x.form, x.targets, x.logit_limit, x.hardness, x.workspace_mib, needs_columns
         )
         x = x._replace(save=save)
     return softmax_stats(*x, backend=backend)

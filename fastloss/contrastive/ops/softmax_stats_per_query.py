@@ -1,7 +1,7 @@
 """The op of per-sample negatives: statistics of each row's logits with negatives [M, K, D] of its own, read once.
 
     s_ik = row_scale_i c_ik <query_i, n_ik>     c_ik = 1 / |n_ik| with `normalize` (0 for zero vectors), else 1
-    A_i  = {k: not s_ik > ceiling_i}            all of them without `ceiling`
+    A_i  = {k: not s_ik > logit_limit_i}            all of them without `logit_limit`
 
 The statistics [S, M] are those of softmax_stats.py, without its directions: log-sum-exp, maximum, with `moments` sum
 and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [M, D]
     negatives: Tensor  # [M, K, D]
     row_scale: Tensor  # [M]
-    ceiling: Tensor | None  # [M]
+    logit_limit: Tensor | None  # [M]
     normalize: bool
     moments: bool
     hardness: float
@@ -72,8 +72,8 @@ def softmax_stats_per_query_reference(x: Inputs) -> Tensor:
     vectors = embed(x.negatives, dtype, x.normalize)
     logits = x.row_scale[:, None] * torch.bmm(vectors, x.query.to(dtype)[:, :, None]).squeeze(2)
     allowed = torch.ones_like(logits, dtype=torch.bool)
-    if x.ceiling is not None:
-        allowed = ~(logits.detach() > x.ceiling[:, None])
+    if x.logit_limit is not None:
+        allowed = ~(logits.detach() > x.logit_limit[:, None])
     return statistics(logits, allowed, x.moments, x.hardness)
 
 
@@ -122,13 +122,13 @@ def per_query_statistics(
     negatives: Tensor,
     row_scale: Tensor,
     form: SoftmaxOptions,
-    ceiling: Tensor | None,
+    logit_limit: Tensor | None,
     moments: bool,
     dropped: Tensor | None,
 ) -> Tensor:
     """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`softmax_stats`.
 
-    `row_scale` [M] is the scale over the query's norm (with `form.normalize`, else the scale); `ceiling` [M] is in
+    `row_scale` [M] is the scale over the query's norm (with `form.normalize`, else the scale); `logit_limit` [M] is in
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
     `form` has a hardness. Negatives of `dropped` rows [M] get no gradient, whatever they hold.
     """
@@ -143,5 +143,5 @@ def per_query_statistics(
         row_scale = row_scale.masked_fill(dropped, 0.0)
         if backend == "reference":  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    x = Inputs(query, negatives, row_scale, ceiling, form.normalize, moments, float(hardness), save)
+    x = Inputs(query, negatives, row_scale, logit_limit, form.normalize, moments, float(hardness), save)
     return softmax_stats_per_query(*x, backend=backend)

@@ -88,9 +88,9 @@ def curves_figure(curves: dict[str, list[float]], path: Path, weights: dict[str,
 
 def _training_panel(axis: Any, curves: dict[str, list[float]], name: str, part: float | None) -> None:
     exact = name == "learning_rate"
-    axis.plot(curves["step"], curves[name], linewidth=0.5, alpha=1 if exact else 0.4, color=TRAIN)
     if not exact:
-        axis.plot(curves["step"], _smooth(curves[name]), linewidth=1.2, color=TRAIN)
+        axis.plot(curves["step"], curves[name], linewidth=0.5, alpha=0.4, color=TRAIN)
+    axis.plot(curves["step"], curves[name] if exact else _smooth(curves[name]), linewidth=1.2, color=TRAIN)
     title = {"loss": "training loss, lower is better", "learning_rate": "learning rate"}.get(
         name, f"training {name.replace('_', ' ')}, lower is better"
     )

@@ -196,7 +196,7 @@ def _chart(path: Path, trials: list[Trial], importances: dict[str, float]) -> No
     )
     scores.xaxis.get_major_locator().set_params(integer=True)
     scores.grid(alpha=0.3)
-    scores.legend(fontsize=8)
+    scores.legend(fontsize=8, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # hides no mark
     if importances:
         names = list(importances)[::-1]
         parts.barh(names, [importances[name] for name in names])

@@ -208,7 +208,7 @@ IMAGE_CASES = [
         bad=[
             ("rank", with_argument(0, lambda t: t[0]), ValueError, "image_pred: expected a 4-D or 5-D tensor"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
-            ("p", with_options(p=3), ValueError, "p: expected one of (1, 2, 'isotropic', 'norm'), got 3"),
+            ("p", with_options(p=3), ValueError, "p: expected one of (1, 2, 'isotropic', 'norm', 'l1', 'l2'), got 3"),
             ("order", with_options(order=3), ValueError, "order: expected one of (1, 2), got 3"),
             ("convention", with_options(convention="tf"), ValueError, "convention: expected one of ('fastloss'"),
             ("none", with_options(convention="kornia", reduction="none"), ValueError, "'kornia' has 'mean' and 'sum'"),
