@@ -143,5 +143,5 @@ def test_the_table_is_what_is_compiled_and_what_the_documents_say():
     assert {kind.state for kind in gpus.KINDS.values()} == {gpus.MEASURED, gpus.COMPILED}
     if (ROOT / "docs" / "install.md").is_file():
         assert gpus.table() in (ROOT / "docs" / "install.md").read_text()
-        measured, compiled = (ROOT / "README.md").read_text().split("**Compiled only**")
+        _, compiled = (ROOT / "README.md").read_text().split("**Compiled only**")
         assert all(name in compiled for name, kind in gpus.KINDS.items() if kind.state == gpus.COMPILED)
