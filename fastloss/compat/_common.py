@@ -78,7 +78,7 @@ def _say_once(name: str, why: str) -> None:
     if torch.compiler.is_compiling() or key in _said:
         return
     _said.add(key)
-    warnings.warn(f"{name} is computed by the library itself, not by fastloss: {why}", stacklevel=4)
+    warnings.warn(f"{name} is computed by the library itself, not by fastloss: {why}", stacklevel=3)
 
 
 def check_plain(*tensors: Any) -> None:

@@ -9,7 +9,18 @@ import sys
 from types import ModuleType
 from typing import Any, NamedTuple
 
-LIBRARIES = ("info_nce", "open_clip", "pytorch_msssim")
+LIBRARIES = (
+    "basicsr",
+    "info_nce",
+    "kornia",
+    "lightly",
+    "lpips",
+    "open_clip",
+    "piq",
+    "pytorch_metric_learning",
+    "pytorch_msssim",
+    "torchmetrics",
+)
 
 
 class _Place(NamedTuple):

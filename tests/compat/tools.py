@@ -93,5 +93,5 @@ def _run(
     values = [v for v in tree_flatten(fn(*copies, **options))[0] if isinstance(v, Tensor)]
     upstream = torch.Generator().manual_seed(1)
     total = sum((v.double() * torch.randn(v.shape, generator=upstream)).sum() for v in values)
-    gradients = torch.autograd.grad(total, wrt, allow_unused=True)
+    gradients = torch.autograd.grad(total, wrt, allow_unused=True) if wrt else ()
     return values, [torch.zeros_like(t) if g is None else g for t, g in zip(wrt, gradients, strict=True)]
