@@ -39,7 +39,8 @@ class NTXentLoss(_Base):
 
     @hands_on("lightly.NTXentLoss", None if _theirs is None else _theirs.NTXentLoss.forward)
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        bank, *_ = self.size if isinstance(self.size, (tuple, list)) else (self.size,)
+        size = getattr(self, "memory_bank", self).size  # in older versions the loss itself is the memory bank
+        bank, *_ = size if isinstance(size, (tuple, list)) else (size,)
         if bank > 0:
             raise NotServed("memory_bank_size: a memory bank")
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -51,6 +52,6 @@ class NTXentLoss(_Base):
 
 SWAPS = {"lightly.loss.NTXentLoss": NTXentLoss}
 LEFT = {
-    "lightly.loss.DCLLoss": "not written yet",
-    "lightly.loss.DCLWLoss": "not written yet",
+    "lightly.loss.DCLLoss": "no drop-in yet",
+    "lightly.loss.DCLWLoss": "no drop-in yet",
 }

@@ -55,3 +55,11 @@ def test_attributes_and_errors():
         with pytest.raises(ValueError) as wanted:
             theirs.info_nce(*args)
         assert str(found.value) == str(wanted.value)
+
+
+def test_compiled_whole():
+    """What fastloss computes, and what goes on to info_nce, in one graph each."""
+    q, k = torch.randn(4, 8), torch.randn(4, 8)
+    for options in ({"temperature": 0.2}, {"temperature": torch.full((4, 1), 0.2)}):
+        compiled = torch.compile(ours.InfoNCE(**options), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(q, k), theirs.InfoNCE(**options)(q, k))

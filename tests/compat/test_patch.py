@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import sys
 import types
 
@@ -9,6 +11,7 @@ import pytest
 
 import fastloss
 from fastloss.compat import LIBRARIES, patching
+from tests import ROOT
 
 open_clip = pytest.importorskip("open_clip")
 from fastloss.compat import open_clip as ours  # noqa: E402
@@ -102,6 +105,29 @@ def test_a_class_that_calls_super_by_its_name_keeps_it_at_home(monkeypatch):
 
 
 def test_every_library_has_its_table():
+    """And prints with what can be swapped of it here."""
     found = repr(fastloss.patch())
     for name in LIBRARIES:
         assert f"  {name}: " in found
+    assert "  pytorch_msssim: ssim, ms_ssim, SSIM, MS_SSIM\n" in found
+
+
+def test_the_migration_table_has_every_name():
+    text = (ROOT / "docs" / "migration.md").read_text()
+    for library in LIBRARIES:
+        table = importlib.import_module(f"fastloss.compat.{library}")
+        for path in table.SWAPS:
+            assert f"`{path.rpartition('.')[2]}`" in text, f"docs/migration.md has no {path}"
+        for path in table.LEFT:
+            assert f"`{path}`" in text, f"docs/migration.md does not say that {path} is left"
+
+
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if importlib.util.find_spec(name) is not None])
+def test_the_tables_name_what_the_libraries_have(library):
+    table = importlib.import_module(f"fastloss.compat.{library}")
+    before = {path: patching._found(path) for path in (*table.SWAPS, *table.LEFT)}
+    assert None not in before.values(), before
+    with fastloss.patch(library) as swapped:
+        assert swapped.left == table.LEFT and set(swapped.swapped) == set(table.SWAPS)
+        assert all(patching._found(path) is ours for path, ours in table.SWAPS.items())
+    assert {path: patching._found(path) for path in before} == before
