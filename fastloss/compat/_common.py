@@ -74,11 +74,12 @@ def hands_on(name: str, theirs: Callable[..., Any] | None) -> Callable[[Fn], Fn]
 
 def _say_once(name: str, why: str) -> None:
     """A warning for each kind of reason: what stands before its first colon, the argument in an error of a loss."""
-    key = name, why.split(":")[0]
-    if torch.compiler.is_compiling() or key in _said:
+    if torch.compiler.is_compiling():
         return
-    _said.add(key)
-    warnings.warn(f"{name} is computed by the library itself, not by fastloss: {why}", stacklevel=3)
+    key = name, why.split(":")[0]
+    if key not in _said:
+        _said.add(key)
+        warnings.warn(f"{name} is computed by the library itself, not by fastloss: {why}", stacklevel=3)
 
 
 def check_plain(*tensors: Any) -> None:

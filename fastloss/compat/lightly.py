@@ -39,8 +39,8 @@ class NTXentLoss(_Base):
 
     @hands_on("lightly.NTXentLoss", None if _theirs is None else _theirs.NTXentLoss.forward)
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        size = getattr(self, "memory_bank", self).size  # in older versions the loss itself is the memory bank
-        bank, *_ = size if isinstance(size, (tuple, list)) else (size,)
+        memory: Any = getattr(self, "memory_bank", self)  # in older versions the loss itself is the memory bank
+        bank, *_ = memory.size if isinstance(memory.size, (tuple, list)) else (memory.size,)
         if bank > 0:
             raise NotServed("memory_bank_size: a memory bank")
         several = torch.distributed.is_available() and torch.distributed.is_initialized()
