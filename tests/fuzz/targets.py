@@ -19,7 +19,7 @@ from fastloss.fusion.rules import WEIGHTINGS
 
 # Types whose objects other calls take or return: each is drawn with those.
 PARTS = {"ContrastiveOutput", "Execution", "ImageLosses", "LossAndGrads", "NegativeSampling", "__version__", "explain",
-         "use_backend", "warmup"}  # fmt: skip
+         "patch", "use_backend", "warmup"}  # fmt: skip
 
 
 class Network(nn.Module):
