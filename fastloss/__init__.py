@@ -20,15 +20,16 @@ def _is_the_command() -> bool:
 if TYPE_CHECKING:
     from . import attention, contrastive, distributed, diversity, fusion, image, perceptual
     from .attention import *  # noqa: F403
+    from .compat import patch
     from .contrastive import *  # noqa: F403
-    from .core import explain, use_backend
+    from .core import explain, use_backend, warmup
     from .distributed import *  # noqa: F403
     from .diversity import *  # noqa: F403
     from .fusion import *  # noqa: F403
     from .image import *  # noqa: F403
     from .perceptual import *  # noqa: F403
 
-    __all__ = ["__version__", "explain", "use_backend"]
+    __all__ = ["__version__", "explain", "patch", "use_backend", "warmup"]
     __all__ += attention.__all__
     __all__ += contrastive.__all__
     __all__ += distributed.__all__
@@ -43,7 +44,8 @@ else:
         global _loaded
         _loaded = True
         core = importlib.import_module(f"{__name__}.core")
-        names = {"explain": core.explain, "use_backend": core.use_backend}
+        compat = importlib.import_module(f"{__name__}.compat")
+        names = {"explain": core.explain, "patch": compat.patch, "use_backend": core.use_backend, "warmup": core.warmup}
         for family in ("attention", "contrastive", "distributed", "diversity", "fusion", "image", "perceptual"):
             module = importlib.import_module(f"{__name__}.{family}")
             names |= {name: getattr(module, name) for name in module.__all__}

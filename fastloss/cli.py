@@ -94,7 +94,10 @@ def info_lines() -> list[str]:
     for i in range(count):
         properties = torch.cuda.get_device_properties(i)
         memory = properties.total_memory / 2**30
-        lines.append(f"cuda:{i}: {properties.name}, {memory:.0f} GiB, capability {properties.major}.{properties.minor}")
+        lines.append(
+            f"cuda:{i}: {properties.name}, {memory:.0f} GiB, {core.gpus.name_of(properties)}, "
+            f"{core.gpus.described(properties)}"
+        )
     lines += [] if count else ["cuda: none visible to torch"]
     return lines + [f"backend {name}: {state}" for name, state in core.backend_report().items()]
 

@@ -3,8 +3,10 @@
 conformance/   every loss through every check, and the rows (cases) that describe the losses
 triton/        Triton without a GPU: the interpreter, ahead-of-time compilation
 core/, contrastive/, image/, perceptual/, diversity/, attention/, fusion/, recipes/   what the rows cannot say of each
+compat/        drop-ins beside the libraries they stand for
 benchmarks/    the benchmarks' own arithmetic
 fuzz/          drawn calls of the whole public API
+peers.py       other libraries' own tests, with their classes and with ours
 sanitize.py    the C++ kernels under the sanitizers
 conftest.py    devices, and memory that shows what was never written
 """

@@ -43,6 +43,11 @@ class Exponentials(NamedTuple):
     pitch: int  # elements from one row to the next
 
 
+def aligned(elements: int) -> int:
+    """So many float32, rounded up to 16 bytes: for pointers to what lies behind others Triton compiles kernels anew."""
+    return -(-elements // 4) * 4
+
+
 def exponentials(rows: int, columns: int, itemsize: int) -> Exponentials:
     pitch = -(-columns // WIDEST_TILE) * WIDEST_TILE
     return Exponentials(rows * pitch + rows * pitch // NARROWEST_TILE * (4 // itemsize), pitch)

@@ -12,6 +12,8 @@ from contextvars import ContextVar
 
 import torch
 
+from . import gpus
+
 BACKENDS = ("reference", "cpp", "triton", "cuda")
 _UNSET = "unset"
 _INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton too reads it once, at import
@@ -59,7 +61,8 @@ class State:
         }
         self.traced: str | None = _UNSET  # what a use_backend inside a compiled function forces
         self.latest: str | None = None  # of any thread, for a torch.compile that cannot read context variables
-        self.said_cpp_is_missing = False
+        self.gpus: dict[int, gpus.Unsupported | None] = {}  # by index: see `unsupported`
+        self.said: set[str] = set()  # kinds of devices whose missing kernels a warning has named
 
     @property
     def forced(self) -> str | None:
@@ -130,32 +133,53 @@ def backend_report() -> dict[str, str]:
     return {name: why or "available" for name, why in state.missing.items()}
 
 
-def why_not(name: str, device: str, has_kernel: bool, op: str) -> str | None:
+def why_not(name: str, device: torch.device, has_kernel: bool, op: str) -> str | None:
     """Why a backend cannot serve an op's call on a device; None when it can."""
     why = state.missing[name]
     if why is None and name not in fitting(device):
-        why = f"it does not run on {device} tensors"
+        found = unsupported(device) if name == "triton" else None
+        why = found.why if found else f"it does not run on {device.type} tensors"
     if why is None and not has_kernel:
         why = f"it has no kernel for {op} yet"
     return why
 
 
-def fitting(device: str) -> tuple[str, ...]:
+def fitting(device: torch.device) -> tuple[str, ...]:
     """The backends with kernels for tensors of a device."""
-    if device == "cpu":
+    if device.type == "cpu":
         return ("triton",) if _INTERPRETING else ("cpp",)
-    return ("triton",) if device == "cuda" else ()
+    if device.type != "cuda":
+        return ()
+    known = state.gpus.get(device.index, _UNSET) is None  # and good: every call of a loss passes here
+    return ("triton",) if known or unsupported(device) is None else ()
 
 
-def say_cpp_is_missing(device: str) -> None:
-    """Warn, once in a process, at a call on the CPU that the C++ kernels would have served."""
-    if torch.compiler.is_compiling() or device != "cpu" or _INTERPRETING or state.said_cpp_is_missing:
+def unsupported(device: torch.device) -> gpus.Unsupported | None:
+    """Why the Triton kernels do not run on a GPU, which is asked once; None where they do, and for other devices."""
+    if device.type != "cuda" or _INTERPRETING or state.missing["triton"] is not None:
+        return None
+    index = device.index
+    if index not in state.gpus:
+        state.gpus[index] = gpus.unsupported(index)
+    return state.gpus[index]
+
+
+def say_kernels_are_missing(device: torch.device) -> None:
+    """Warn, once in a process for each kind of device, at a call that kernels would have served."""
+    if torch.compiler.is_compiling() or _INTERPRETING:
         return  # a traced call cannot warn without breaking the graph
-    if state.missing["cpp"] is None:  # the op has no C++ kernel
+    kind, where, why = device.type, "the CPU", state.missing["cpp"]
+    if device.type == "cuda":
+        found = unsupported(device)
+        where, why = str(device), found.why if found else state.missing["triton"]
+        kind = found.kind if found else kind
+    elif device.type != "cpu":
         return
-    state.said_cpp_is_missing = True
+    if why is None or kind in state.said:  # None: the op has no kernel
+        return
+    state.said.add(kind)
     warnings.warn(
-        f"fastloss runs on PyTorch operators on the CPU, slower and in more memory: {state.missing['cpp']}. To keep it "
-        "so without this warning: FASTLOSS_BACKEND=reference, or fastloss.core.use_backend('reference')",
+        f"fastloss runs on PyTorch operators on {where}, slower and in more memory: {why}. To keep it so without this "
+        "warning: FASTLOSS_BACKEND=reference, or fastloss.core.use_backend('reference')",
         stacklevel=4,
     )

@@ -93,7 +93,9 @@ def _reason(op: Any, args: tuple, name: str) -> str:
     device = next(t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]) if isinstance(t, Tensor)).device
     if name != "reference":
         return f"the fastest there is for {device.type} tensors"
-    fitting = backends.fitting(device.type)
+    if (found := backends.unsupported(device)) is not None:
+        return found.why
+    fitting = backends.fitting(device)
     if not fitting:
         return f"no backend has kernels for {device.type} tensors"
-    return "; ".join(str(backends.why_not(one, device.type, op.kernels[one], op.name)) for one in fitting)
+    return "; ".join(str(backends.why_not(one, device, op.kernels[one], op.name)) for one in fitting)

@@ -196,7 +196,7 @@ class Op(Differentiable):
                 first = tensor if first is None else first
                 double = double or tensor.dtype == torch.float64
         assert first is not None
-        device = first.device.type
+        device = first.device
         if double or transformed() or (self.declines is not _takes_all and self.declines(*args) is not None):
             pass
         elif (forced := backends.state.forced) is not None:
@@ -210,7 +210,7 @@ class Op(Differentiable):
                     name = one
                     break
             else:
-                backends.say_cpp_is_missing(device)
+                backends.say_kernels_are_missing(device)
         if explanation.depth:
             explanation.note(self, args, name)
         return name

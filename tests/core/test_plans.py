@@ -6,11 +6,13 @@ plan launches on a device is compared in tests/triton/test_plans.py.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastloss import clip_loss, feature_distance, info_nce, lpips_distance, pixel_loss, smoothness_loss, ssim_loss
@@ -108,6 +110,39 @@ def test_a_plan_recorded_with_one_tensor_twice_serves_two():
     y = torch.rand(3, 29)
     assert planned(x, y) is not None
     torch.testing.assert_close(call(x, y), (x - y).square().mean())
+
+
+@interpreted
+def test_an_address_that_comes_back_with_other_values_and_as_another_dtype():
+    """As memory does that is freed and given out again."""
+    memory = torch.empty(2, 4096, dtype=torch.uint8)
+    for i in range(12):
+        size, dtype = ((16, 64), torch.float32) if i % 3 else ((32, 64), torch.bfloat16)
+        x, y = (m.view(dtype).view(size).copy_(torch.rand(size)) for m in memory)
+        torch.testing.assert_close(call(x, y), (x.double() - y.double()).square().mean().float())
+    assert planned(x, y) is not None
+
+
+def test_a_replay_runs_on_the_device_of_its_tensors(monkeypatch):
+    """Two devices are made up, and the tensor is a fake one on the second."""
+    pytest.importorskip("triton")
+    from fastloss.core.kernels import c_launch
+
+    entered, current = [], [0]
+
+    class Device(contextlib.nullcontext):
+        def __enter__(self):
+            entered.append(self.enter_result)
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current[0], raising=False)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+    replay = c_launch.on_its_device(lambda x: "replayed", (x,))
+    assert replay(x) == "replayed" and entered == [1]
+    current[0] = 1
+    assert replay(x) == "replayed" and entered == [1]
 
 
 @interpreted

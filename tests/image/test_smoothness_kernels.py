@@ -247,9 +247,10 @@ def test_nan_in_a_guide_counts_where_its_difference_does(place):
 @pytest.mark.parametrize("place", [p for p in PLACES if "triton" in str(p)])
 def test_elements_of_a_plane_are_counted_in_64_bits(place):
     """Where the plane alone has more than 2**31, no product on the way is one of 32 bits."""
-    from fastloss.image.kernels.smoothness_terms import Size
+    from fastloss.core.kernels.launch import odd_number
+    from fastloss.image.kernels.smoothness_arguments import Size
     from tests.triton.element_count_kernel import counts_kernel
 
     out = torch.zeros(2, dtype=torch.int64, device=place[0])
-    counts_kernel[(1,)](out, Size(32768, 65536, 1, 1, 3))
+    counts_kernel[(1,)](out, Size(odd_number(32768), odd_number(65536), 1, 1, 3))
     assert out.tolist() == [3 * 2**31, 9 * 2**31]

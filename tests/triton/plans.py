@@ -4,7 +4,8 @@
 
 Of each loss, forward and backward together: `calls`, Python functions called, and `launches`, without plans and with
 them; `same`, whether a replay launches what the launcher does: kernels, grids, numbers, and the same memory for the
-same purpose. `us` is the least host time of a thread; the first entry is eager's mse_loss on 64 elements.
+same purpose, and `streams`, those of the launches of a replay while another is current. `us` is the least host time
+of a thread; the first entry is eager's mse_loss on 64 elements.
 """
 
 from __future__ import annotations
@@ -97,12 +98,14 @@ def microseconds(fns: list[Callable[[], Any]], rounds: int = 20, each: int = 4) 
 
 
 FOREVER: list[Any] = []
+OTHER_STREAM = 77
 
 
 class Spy:
     """Stands before the C launcher and writes down what it is called with."""
 
     seen: list[tuple] = []
+    streams: set[int] = set()
     maps: dict[int, tuple] = {}  # of tensor maps by id
     kept: list[Any] = []  # so that no memory serves twice while calls are compared
 
@@ -113,6 +116,7 @@ class Spy:
         newer = triton.__version__.startswith("3.8.")
         given = args[15] if newer else args[13:]
         Spy.kept.append(given)
+        Spy.streams.add(args[3])
         Spy.seen.append((args[:3], args[4], args[7] if newer else args[9], plain(given)))
         return self.launch(*args)
 
@@ -213,6 +217,11 @@ def report(names: list[str], compare: bool) -> dict[str, Any]:
             row[f"{key} us"], row["eager us"] = microseconds([both, eager])
         if compare:
             row["launches"], row["same"] = len(seen[0]), seen[0] == seen[1]
+            Spy.streams.clear()
+            stub_driver.current["stream"] = OTHER_STREAM
+            both()
+            stub_driver.current["stream"] = 0
+            row["streams"] = sorted(Spy.streams)
             if seen[0] != seen[1]:
                 row["differ"] = next((repr(pair) for pair in zip(*seen, strict=False) if pair[0] != pair[1]), "length")
         found[name] = row

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 from typing import Any
 
+current = {"stream": 0}  # what torch's current stream is taken to be
 SOURCE = pathlib.Path(__file__).with_name("stub_libcuda.c")
 
 
@@ -47,10 +48,10 @@ def install() -> ctypes.CDLL:
 
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.current_device = lambda: 0
-    torch._C._cuda_getCurrentRawStream = lambda device: 0
+    torch._C._cuda_getCurrentRawStream = lambda device: current["stream"]
     stub: Any = CudaDriver()
     stub.get_current_device = lambda: 0
-    stub.get_current_stream = lambda device: 0
+    stub.get_current_stream = lambda device: current["stream"]
     stub.get_device_capability = lambda device=0: (9, 0)
     driver.set_active(stub)
 

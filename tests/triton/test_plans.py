@@ -44,6 +44,7 @@ def test_a_replay_launches_what_the_launcher_does(tmp_path, triton, losses, leas
     assert len(found) >= least
     for name, row in found.items():
         assert row["launches"] > 0 and row["same"], (name, row.get("differ"))
+        assert row["streams"] == [77], name  # the one that was current then, with plans recorded on another
 
 
 @pytest.mark.slow

@@ -1,13 +1,19 @@
 """What the kernels over tiles of logits are given, by name: M rows (queries), N columns (keys), D numbers each.
 
-A field that is None costs nothing: the kernels are compiled without it.
+A field that is None costs nothing: the kernels are compiled without it. Sizes that change with a batch go as odd
+numbers, so that another batch compiles nothing; what is a multiple of 16 in every call goes as it is, and so do all
+pointers: to the second of two vectors in one piece of memory only where :func:`aligned` has made it one of 16 bytes.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import triton
 from torch import Tensor
+
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import odd_number
 
 
 class Rows(NamedTuple):
@@ -35,6 +41,15 @@ class Sizes(NamedTuple):
     columns: int  # N
     dim: int  # D, padded to a multiple of 16
 
+    def odd(self) -> Sizes:
+        """As a kernel takes it, where :func:`sizes_in` reads it; so with all such pairs here."""
+        return Sizes(odd_number(self.rows), odd_number(self.columns), self.dim)
+
+
+@triton.jit
+def sizes_in(odd):
+    return Sizes(number_in(odd.rows), number_in(odd.columns), odd.dim)
+
 
 class Operands(NamedTuple):
     """What makes the products <query_i, key_j> of a tile: embeddings, or a block of products made by a library."""
@@ -51,6 +66,14 @@ class ProductsBlock(NamedTuple):
     column: int  # the first
     end_row: int
 
+    def odd(self) -> ProductsBlock:
+        return self._replace(end_row=odd_number(self.end_row))
+
+
+@triton.jit
+def products_block_in(odd):
+    return ProductsBlock(odd.pitch, odd.row, odd.column, number_in(odd.end_row))
+
 
 class Area(NamedTuple):
     """A block of the logits: rows `row` to `end_row`, columns `column` to `end_column`."""
@@ -60,6 +83,14 @@ class Area(NamedTuple):
     column: int
     end_column: int
     first_column: int = 0  # of these rows' first block, for the forward, which goes on from block to block
+
+    def odd(self) -> Area:
+        return self._replace(end_row=odd_number(self.end_row), end_column=odd_number(self.end_column))
+
+
+@triton.jit
+def area_in(odd):
+    return Area(odd.row, number_in(odd.end_row), odd.column, number_in(odd.end_column), odd.first_column)
 
 
 class SavedExps(NamedTuple):
@@ -99,6 +130,17 @@ class Block(NamedTuple):
     row_tiles: int
     column_tiles: int
     pitch: int  # elements from one row of the block to the next
+
+    def odd(self) -> Block:
+        tiles = {"row_tiles": odd_number(self.row_tiles), "column_tiles": odd_number(self.column_tiles)}
+        return self._replace(end_row=odd_number(self.end_row), **tiles)
+
+
+@triton.jit
+def block_in(odd):
+    return Block(
+        odd.row, odd.column, number_in(odd.end_row), number_in(odd.row_tiles), number_in(odd.column_tiles), odd.pitch
+    )
 
 
 class TileConstants(NamedTuple):

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import triton
 
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import odd_number
 from ..save_plan import exponentials
 from .tile_configs import Tile
 
@@ -30,6 +32,14 @@ class Walk(NamedTuple):
 
     groups: int
     splits: int
+
+    def odd(self) -> Walk:
+        return Walk(odd_number(self.groups), odd_number(self.splits))
+
+
+@triton.jit
+def walk_in(odd):
+    return Walk(number_in(odd.groups), number_in(odd.splits))
 
 
 def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> Chunk:

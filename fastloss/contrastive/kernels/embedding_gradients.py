@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import STREAM_BLOCK, STREAM_OPTIONS, odd_number
 
 SUM_ROWS, SUM_DIM = 8, 256  # embeddings of a program, numbers of each at a time
 
 
 class SumSizes(NamedTuple):
-    rows: int
+    rows: int  # an odd_number
     dim: int
     pitch: int  # elements from one embedding to the next
 
@@ -34,7 +35,7 @@ def _gradients_from_sums_kernel(
     DIM: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = row < sizes.rows
+    inside = row < number_in(sizes.rows)
     line = row.to(tl.int64)[:, None]
     dot = tl.zeros((ROWS,), tl.float32)
     inverse_scale = 1.0
@@ -91,8 +92,8 @@ def gradients_from_sums(
     """
     rows, dim = sums.shape
     _gradients_from_sums_kernel[(triton.cdiv(rows, SUM_ROWS),)](
-        sums, x, grad, scale, dot, fp16_scale, SumSizes(rows, dim, x.stride(0)), normalize, SUM_ROWS, SUM_DIM,
-        **STREAM_OPTIONS,
+        sums, x, grad, scale, dot, fp16_scale, SumSizes(odd_number(rows), dim, x.stride(0)), normalize, SUM_ROWS,
+        SUM_DIM, **STREAM_OPTIONS,
     )  # fmt: skip
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .arguments import Operands
-from .logit_tile import tile_logits, tile_of_program
+from .arguments import Operands, block_in, products_block_in, sizes_in
+from .logit_tile import PRODUCTS, tile_logits, tile_of_program
 from .online_softmax import LOG2E, _exp_scaled, _exponent, _log2_scaled
 
 # An exponential divided by the power of two of its row serves the columns whose exponents are at most this much lower.
@@ -176,7 +176,10 @@ def _softmax_stats_bwd_kernel(
     SELF_SIMILARITY: tl.constexpr = FORM.self_similarity
     MOMENTS: tl.constexpr = FORM.moments
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if beta is not None else 0)
-    operands = Operands(query, key)
+    OPERANDS: tl.constexpr = TILE.operands
+    if OPERANDS == PRODUCTS:
+        key = products_block_in(key)
+    operands, sizes, block = Operands(query, key), sizes_in(sizes), block_in(block)
     row_tile, column_tile = tile_of_program(block)
     row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)

@@ -45,7 +45,12 @@ class LogitMatrix:
         self.sizes = Sizes(query.shape[0], key.shape[0], self.query.shape[1])
         self.products = products_kind(query.dtype)
         self.tile, self.programs = best_tile(
-            query.device, self.products, *self.sizes, self._register_pressure(saves_exps)
+            query.device,
+            self.products,
+            self.sizes.rows,
+            self.sizes.columns,
+            self.sizes.dim,
+            self._register_pressure(saves_exps),
         )
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
         # the triangle's tiles have a mask, float16's backward a scale more, and sm_80 keeps products in registers
@@ -75,7 +80,7 @@ class LogitMatrix:
 
     def products_plan(self) -> tuple[int, int]:
         """(rows, columns) of the blocks of products that the workspace holds: whole tiles, or all rows."""
-        rows, columns, _ = self.sizes
+        rows, columns = self.sizes.rows, self.sizes.columns
         block_rows, block_columns = block_plan(rows, columns, self.elements, self.tile, self.self_similarity)
         return block_rows if block_rows == rows else max(block_rows, self.tile.rows), block_columns
 
@@ -84,4 +89,4 @@ class LogitMatrix:
         row, end_row, column, end_column, _ = area
         block = workspace.memory.view(-1)[: (end_row - row) * workspace.pitch].view(-1, workspace.pitch)
         add_product(block[:, : end_column - column], self.query[row:end_row], self.key[column:end_column].T, True)
-        return Operands(workspace.memory, ProductsBlock(workspace.pitch, row, column, end_row))
+        return Operands(workspace.memory, ProductsBlock(workspace.pitch, row, column, end_row).odd())

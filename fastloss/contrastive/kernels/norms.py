@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS
-from .arguments import Sizes
+from .arguments import Sizes, sizes_in
 
 PREPARE_ROWS, PREPARE_DIM = 8, 256  # embeddings of a program, numbers of each at a time
 
@@ -42,6 +42,7 @@ def _prepare_kernel(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
+    sizes = sizes_in(sizes)
     index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row, column = index < sizes.rows, index < sizes.columns
     target, has_target = index, column
@@ -80,6 +81,6 @@ def prepare(
     """Fill `out`."""
     m, n = query.shape[0], key.shape[0]
     _prepare_kernel[(triton.cdiv(max(m, n), PREPARE_ROWS),)](
-        query, key, scale, targets, out, Sizes(m, n, query.shape[1]), fixed_scale, PREPARE_ROWS, PREPARE_DIM,
+        query, key, scale, targets, out, Sizes(m, n, query.shape[1]).odd(), fixed_scale, PREPARE_ROWS, PREPARE_DIM,
         **STREAM_OPTIONS,
     )  # fmt: skip

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .arguments import Operands
+from .arguments import Operands, area_in, products_block_in, sizes_in
+from .blocking import walk_in
 from .logit_tile import PRODUCTS, tile_logits
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -24,6 +25,13 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # anew. Float32 sums keep what is within 2^-25 of their largest term, and 100 + 25 powers below an exponent are still
 # above 2^-126, the least normal number.
 SPREAD = tl.constexpr(100.0)
+
+
+class Slots(NamedTuple):
+    """Memory of the states."""
+
+    states: Any  # (splits + groups, states, pitch) float32; without columns' statistics (splits, states, pitch)
+    pitch: int  # M, rounded up to whole vectors
 
 
 class State(NamedTuple):
@@ -181,12 +189,34 @@ def _first_above(row0, BN: tl.constexpr):
 
 
 @triton.jit
+def _sizes_in(sizes, saved, BOTH_SIDES: tl.constexpr):
+    """See passes.make_statistics: where float16's exponentials of one direction are saved, sizes come as they are."""
+    if BOTH_SIDES or saved.exps is None:
+        return sizes_in(sizes)
+    elif saved.exps.dtype.element_ty != tl.float16:
+        return sizes_in(sizes)
+    else:
+        return sizes
+
+
+@triton.jit
+def _walk_in(walk, saved, BOTH_SIDES: tl.constexpr):
+    """Likewise."""
+    if BOTH_SIDES or saved.exps is None:
+        return walk_in(walk)
+    elif saved.exps.dtype.element_ty != tl.float16:
+        return walk_in(walk)
+    else:
+        return walk
+
+
+@triton.jit
 def _softmax_stats_fwd_kernel(
     query,  # see Operands; Triton 3.6 takes no tensor descriptors in a tuple
     key,
     rows,  # Rows
     columns,  # Columns
-    slots_ptr,  # (splits + groups, states, M); without columns' statistics (splits, states, M)
+    slots,  # Slots
     saved,  # SavedExps: where exponentials go
     sizes,  # Sizes
     walk,  # Walk
@@ -202,13 +232,17 @@ def _softmax_stats_fwd_kernel(
     MOMENTS: tl.constexpr = FORM.moments
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    if OPERANDS == PRODUCTS:
+        key = products_block_in(key)
     operands = Operands(query, key)
+    sizes, walk = _sizes_in(sizes, saved, BOTH_SIDES), _walk_in(walk, saved, BOTH_SIDES)
     group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
-    stride = tl.cast(sizes.rows, tl.int64)
-    row_slot = slots_ptr + split.to(tl.int64) * STATES * stride
-    column_slot = slots_ptr + (walk.splits + group).to(tl.int64) * STATES * stride
+    stride = tl.cast(slots.pitch, tl.int64)
+    row_slot = slots.states + split.to(tl.int64) * STATES * stride
+    column_slot = slots.states + (walk.splits + group).to(tl.int64) * STATES * stride
     first_row, first_column, end_row, end_column, earlier = 0, 0, sizes.rows, sizes.columns, False
     if OPERANDS == PRODUCTS:  # the states go on from those of the blocks above and to the left
+        area = area_in(area)
         first_row, first_column, end_row, end_column = area.row, area.column, area.end_row, area.end_column
         earlier = area.row > 0
     for row_tile in range(group, tl.cdiv(end_row - first_row, BM), walk.groups):
@@ -263,9 +297,9 @@ def _softmax_stats_fwd_kernel(
             tl.debug_barrier()  # the next row tile reads what other threads may have stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _softmax_stats_merge_kernel(
-    slots_ptr,  # (splits + groups, states, M)
+    slots,  # Slots
     stats_ptr,  # (directions, states, M)
     rows,
     walk,  # Walk
@@ -277,8 +311,9 @@ def _softmax_stats_merge_kernel(
 ):
     HARD: tl.constexpr = beta is not None
     STATES: tl.constexpr = 2 + (2 if MOMENTS else 0) + (2 if HARD else 0)
+    walk = walk_in(walk)
     direction = tl.program_id(1)
-    stride = tl.cast(rows, tl.int64)
+    slot_stride, stride = tl.cast(slots.pitch, tl.int64), tl.cast(rows, tl.int64)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.arange(0, SLOTS)
     if SELF_TILE is None:
@@ -288,10 +323,10 @@ def _softmax_stats_merge_kernel(
         BN: tl.constexpr = SELF_TILE.columns
         above = index[None, :] // BN >= _first_above((slot - walk.splits) * BM, BN)[:, None]
         used = (slot < walk.splits)[:, None] | ((slot < walk.splits + walk.groups)[:, None] & above)
-    mask = used & (index < rows)[None, :]
-    offset = (slot.to(tl.int64) * STATES * stride)[:, None] + index[None, :]
-    slots_ptr += direction * walk.splits * STATES * stride
-    parts = _load_state(slots_ptr, offset, stride, mask, MOMENTS, HARD)
+    mask = used & (index < slots.pitch)[None, :]  # rows that are not there give anything
+    offset = (slot.to(tl.int64) * STATES * slot_stride)[:, None] + index[None, :]
+    slot = slots.states + direction * walk.splits * STATES * slot_stride
+    parts = _load_state(slot, offset, slot_stride, mask, MOMENTS, HARD)
     s_max = tl.max(parts.max, 0)
     sum_exp = tl.sum(parts.sum_exp * _rescale(parts.max, s_max[None, :], _exponent(parts.max)), 0)
     stats_ptr += direction * STATES * stride + index

@@ -25,10 +25,12 @@ from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
 from .logit_gradients import FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
-from .online_softmax import _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
+from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
 
+SLOT_ROWS = 16  # the slots have a multiple of so many rows, so that they are read in whole vectors
 MERGE_BLOCK = 32  # rows per program of the merging kernel
+LEAST_SLOTS = 32  # that it is compiled for: fewer would save it nothing, and be compiled anew for smaller batches
 SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
 ZEROED_ELEMENTS = 2**16  # see new_exps
 
@@ -39,14 +41,18 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
     `workspace` holds all products of the call, if a library makes them and the caller needs them after. Without it the
     library's products go block by block to memory of their own.
     """
-    (rows, columns, _), tile = call.sizes, call.tile
+    rows, columns, tile = call.sizes.rows, call.sizes.columns, call.tile
     block_rows, block_columns = rows, columns
     if call.by_library and workspace is None:
         block_rows, block_columns = call.products_plan()
     walk = walk_plan(triton.cdiv(block_rows, tile.rows), triton.cdiv(block_columns, tile.columns), call.programs)
-    slots = stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, rows))
+    pitch = triton.cdiv(rows, SLOT_ROWS) * SLOT_ROWS
+    slots = Slots(stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, pitch)), pitch)
     if workspace is None and call.by_library:
         workspace = Workspace(stats.new_empty(block_rows * block_columns), block_columns)
+    sizes, walked = call.sizes.odd(), walk.odd()
+    if saved.exps is not None and not call.both_sides and call.query.dtype == torch.float16:
+        sizes, walked = call.sizes, walk  # this kernel alone has no register left to make numbers of odd ones
     for row in range(0, rows, block_rows):
         first_column = row // tile.columns * tile.columns if call.self_similarity else 0
         for column in range(first_column, columns, block_columns):
@@ -57,13 +63,13 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
                 area = Area(row, end_row, column, end_column, first_column)
                 operands = call.make_products(workspace, area)
             _softmax_stats_fwd_kernel[(walk.groups * walk.splits,)](
-                *operands, call.rows, call.columns, slots, saved, call.sizes, walk, area, call.beta, call.form,
-                tile.constants, **tile.options,
+                *operands, call.rows, call.columns, slots, saved, sizes, walked,
+                None if area is None else area.odd(), call.beta, call.form, tile.constants, **tile.options,
             )  # fmt: skip
     self_tile, slots_merged = (tile.constants, sum(walk)) if call.self_similarity else (None, max(walk))
     _softmax_stats_merge_kernel[(triton.cdiv(rows, MERGE_BLOCK), call.directions)](
-        slots, stats, rows, walk, call.beta, call.form.moments, self_tile, triton.next_power_of_2(slots_merged),
-        MERGE_BLOCK, **STREAM_OPTIONS,
+        slots, stats, rows, walk.odd(), call.beta, call.form.moments, self_tile,
+        max(LEAST_SLOTS, triton.next_power_of_2(slots_merged)), MERGE_BLOCK, **STREAM_OPTIONS,
     )  # fmt: skip
 
 
@@ -131,7 +137,7 @@ def make_block(
         recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
     operands = call.operands(recompute.rows)
     if has_products:
-        operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row))
+        operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row).odd())
     elif call.by_library:  # G, float32 too, takes the place of the products
         memory = inputs.stats.new_empty((end_row - row) * pitch) if grad_block is None else grad_block
         operands = call.make_products(Workspace(memory, pitch), area)
@@ -147,7 +153,7 @@ def make_block(
             pitch,
         )  # fmt: skip
         _softmax_stats_bwd_kernel[(block.row_tiles * block.column_tiles,)](
-            *operands, call.rows, call.columns, results, inputs, call.sizes, block, call.beta, call.form,
+            *operands, call.rows, call.columns, results, inputs, call.sizes.odd(), block.odd(), call.beta, call.form,
             tile.constants, tiles.value, **tile.options,
         )  # fmt: skip
     if grad_block is None:
@@ -164,7 +170,8 @@ def make_gradients(
     bias_grad: Tensor,
 ) -> None:
     """Fill the gradients block by block."""
-    (m, n, _), (block_rows, block_columns), tile = call.sizes, block_size, call.tile
+    (block_rows, block_columns), tile = block_size, call.tile
+    m, n = call.sizes.rows, call.sizes.columns
     starts = [
         (row, row // tile.columns * tile.columns if call.self_similarity else 0) for row in range(0, m, block_rows)
     ]

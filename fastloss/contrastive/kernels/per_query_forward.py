@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import odd_number
 from .online_softmax import State
 
 LN2 = tl.constexpr(0.6931471805599453)
@@ -30,12 +32,19 @@ class PerQueryInputs(NamedTuple):
 
 
 class PerQuerySizes(NamedTuple):
-    rows: int  # M
+    rows: int  # M, as an odd_number
     negatives: int  # K
     dim: int  # D
     row_stride: int  # of the negatives, like the next
     negative_stride: int
-    splits: int  # programs that share a row
+    splits: int  # programs that share a row, as an odd_number
+
+
+def per_query_sizes(negatives: Tensor, splits: int) -> PerQuerySizes:
+    rows, count, dim = negatives.shape
+    return PerQuerySizes(
+        odd_number(rows), count, dim, negatives.stride(0), negatives.stride(1), odd_number(splits)
+    )  # fmt: skip
 
 
 class Partials(NamedTuple):
@@ -260,9 +269,9 @@ def per_query_fwd_kernel(
     SPAN: tl.constexpr = TILE.span
     AHEAD: tl.constexpr = TILE.ahead
     INT64: tl.constexpr = TILE.int64
-    dim = sizes.dim
+    dim, splits = sizes.dim, number_in(sizes.splits)
     program = tl.program_id(0).to(tl.int64)
-    row = program // sizes.splits
+    row = program // splits
     columns = tl.arange(0, SPAN)[None, :]
     query = _read(inputs.query + row * dim + columns, columns, columns < dim, dim, PIECES, SPAN, False)
     scale = tl.load(inputs.row_scale + row)
@@ -272,8 +281,8 @@ def per_query_fwd_kernel(
     row_max, number, logit_sum, sum_exp, sum_exp_1p_beta, sum_exp_beta = zero + LOWEST, zero, zero, zero, zero, zero
     none = _no_vectors(ROWS, PIECES, SPAN)
     vectors, vectors_1p_beta, vectors_beta, vectors_of_sum = none, none, none, none
-    step = sizes.splits * (ROWS * TILES)
-    first = (program % sizes.splits).to(tl.int32) * (ROWS * TILES)
+    step = splits * (ROWS * TILES)
+    first = (program % splits).to(tl.int32) * (ROWS * TILES)
     rows = tl.arange(0, ROWS)
     offsets = (first + rows).to(tl.int64) * sizes.negative_stride if INT64 else (first + rows) * sizes.negative_stride
     ptr = negatives_ptr + offsets[:, None] + columns
@@ -284,11 +293,11 @@ def per_query_fwd_kernel(
         left = sizes.negatives - start
         if AHEAD:  # the next tiles are on their way while these are worked on
             tiles = following
-            ptr += sizes.splits * TILES * stride
+            ptr += splits * TILES * stride
             following = _read_tiles(ptr, stride, columns, left - step, dim, TILE)
         else:
             tiles = _read_tiles(ptr, stride, columns, left, dim, TILE)
-            ptr += sizes.splits * TILES * stride
+            ptr += splits * TILES * stride
         scores, allowed, inverse_norms = _scores(tiles, query, scale, logit_limit, left, NORMALIZE, ROWS)
         old_max = row_max
         for u in tl.static_range(TILES):
@@ -336,7 +345,7 @@ def per_query_merge_kernel(
     MOMENTS: tl.constexpr = FORM.moments
     POWERS: tl.constexpr = FORM.powers
     WEIGHTED_KEYS: tl.constexpr = FORM.weighted_keys
-    rows, dim, splits = sizes.rows, sizes.dim, sizes.splits
+    rows, dim, splits = number_in(sizes.rows), sizes.dim, number_in(sizes.splits)
     row = tl.program_id(0).to(tl.int64)
     split = tl.arange(0, SPLITS)
     exists = split < splits

@@ -22,14 +22,15 @@ class LossForm(NamedTuple):
     unreduced: bool  # the loss is returned row by row, and so is its upstream gradient
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _row_losses_kernel(
     stats_ptr,  # (directions, 2, M): log-sum-exps and maxima
     positive_ptr,  # (M,)
     row_weight_ptr,  # (M,) or None
     grad_ptr,  # upstream: (M,) if unreduced, else (1,); None: 1
     loss_ptr,  # (M,) or None: row_weight_i loss_i
-    stats_grad_ptr,  # (2 directions + 1, M) or None: gradients of stats, then those of the positives
+    stats_grad_ptr,  # (2 directions, M) or None: gradients of stats
+    positive_grad_ptr,  # (M,) or None: of the positives
     rows,
     part,  # what each row's loss counts in the result
     FORM: tl.constexpr,  # LossForm
@@ -63,17 +64,28 @@ def _row_losses_kernel(
             tl.store(stats_grad_ptr + 2 * direction * rows + index, grad_lse, inside)
     if loss_ptr is not None:
         tl.store(loss_ptr + index, loss_sum * weight, inside)
-    if stats_grad_ptr is not None:
-        tl.store(stats_grad_ptr + 2 * DIRECTIONS * rows + index, -grad_sum, inside)
+    if positive_grad_ptr is not None:
+        tl.store(positive_grad_ptr + index, -grad_sum, inside)
 
 
 def row_losses(
     stats: Tensor, positive: Tensor, row_weight: Tensor | None, form: LossForm, part: float,
-    loss: Tensor | None, stats_grad: Tensor | None, grad: Tensor | None = None,
+    loss: Tensor | None, stats_grad: Tensor | None, grad: Tensor | None = None, positive_grad: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fill `loss`, of rows from their log-sum-exps and positives, and `stats_grad`, the gradients of both for the
-    upstream `grad` (None: 1) of the reduced loss, in which each row's loss counts by `part`."""
+    """Fill `loss`, of rows from their log-sum-exps and positives, and `stats_grad` and `positive_grad`, the gradients
+    of both for the upstream `grad` (None: 1) of the reduced loss, in which each row's loss counts by `part`."""
     rows = positive.shape[0]
     _row_losses_kernel[(triton.cdiv(rows, LOSS_BLOCK),)](
-        stats, positive, row_weight, grad, loss, stats_grad, rows, part, form, LOSS_BLOCK, **STREAM_OPTIONS
+        stats,
+        positive,
+        row_weight,
+        grad,
+        loss,
+        stats_grad,
+        positive_grad,
+        rows,
+        part,
+        form,
+        LOSS_BLOCK,
+        **STREAM_OPTIONS,
     )

@@ -24,17 +24,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.device_math import _softplus
-from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.device_math import _softplus, number_in
+from ...core.kernels.launch import AotCase, odd_number, on_device
 from ...core.kernels.matmul import add_product, embeddings
 from ..options import Form
 from ..save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 from ..siglip import Grads, Inputs, Needs, Saved
-from .arguments import Area, Columns, Operands, Rows
+from .arguments import Area, Columns, Operands, Rows, products_block_in, sizes_in
 from .blocking import block_plan
 from .embedding_gradients import gradients_from_sums, scaled
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
-from .logit_tile import products, tile_of_program
+from .logit_tile import PRODUCTS, products, tile_of_program
 from .norms import Prepared, prepare
 from .tile_configs import DESCRIPTORS, best_tile
 
@@ -64,6 +64,18 @@ class PairBlock(NamedTuple):
     column_tiles: int
     slot_rows: int  # elements from the row sums of one column of tiles to those of the next
     pitch: int  # elements from one row of H to the next
+
+    def odd(self) -> PairBlock:
+        names = ("end_row", "row_tiles", "column_tiles", "slot_rows")
+        return self._replace(**{name: odd_number(getattr(self, name)) for name in names})
+
+
+@triton.jit
+def pair_block_in(odd):
+    return PairBlock(
+        odd.row, odd.column, number_in(odd.end_row), number_in(odd.row_tiles), number_in(odd.column_tiles),
+        number_in(odd.slot_rows), odd.pitch,
+    )  # fmt: skip
 
 
 class Sums(NamedTuple):
@@ -104,6 +116,10 @@ def _siglip_kernel(
 ):
     BM: tl.constexpr = TILE.rows
     BN: tl.constexpr = TILE.columns
+    OPERANDS: tl.constexpr = TILE.operands
+    if OPERANDS == PRODUCTS:
+        text = products_block_in(text)
+    sizes, block = sizes_in(sizes), pair_block_in(block)
     row_tile, column_tile = tile_of_program(block)
     row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
     row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
@@ -207,7 +223,7 @@ def _fill(
     dim = sums.image.shape[1]
     if call.rows.row_ids is not None:  # 64-bit ids of a large tile's columns spill on sm_80
         call.tile = best_tile(call.query.device, call.products, 1, 1, dim)[0]
-    (m, n, _), tile = call.sizes, call.tile
+    m, n, tile = call.sizes.rows, call.sizes.columns, call.tile
     # loss and slope are alive at once: four warps hold half of a 128 x 128 tile's without spills, and two programs of
     # half tiles overlap; told that it has all registers, ptxas hoists more of float16's than there are
     tile = replace(tile, registers=None)
@@ -228,8 +244,8 @@ def _fill(
         if call.by_library:
             operands = call.make_products(Workspace(memory, block_columns), area)
         _siglip_kernel[(block.row_tiles * block.column_tiles,)](
-            *operands, rows, columns, bias, fp16_scale, slots, grad_block, call.sizes, block, positives, tile.constants,
-            **tile.options,
+            *operands, rows, columns, bias, fp16_scale, slots, grad_block, call.sizes.odd(), block.odd(), positives,
+            tile.constants, **tile.options,
         )  # fmt: skip
         _add_row_sums(sums.rows[: 2 if needs else 1], slots, block)
         if grad_block is None:

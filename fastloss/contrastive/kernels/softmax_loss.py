@@ -21,7 +21,7 @@ from ...core.kernels.launch import AotCase, on_device
 from ...core.kernels.matmul import add_product, embeddings
 from ..ops.softmax_loss import Grads, Inputs, Needs, Saved
 from ..options import Form
-from ..save_plan import KEY, QUERY, SCALE, exponentials, save_of_loss
+from ..save_plan import KEY, QUERY, SCALE, aligned, exponentials, save_of_loss
 from .arguments import Area, BackwardInputs, BackwardResults, Columns, Rows
 from .blocking import block_plan, chunk_plan
 from .embedding_gradients import EmbeddingGradient, gradients_from_sums, scaled
@@ -46,7 +46,7 @@ class SoftmaxLoss:
         self.loss_form = LossForm(x.include_positive, self.directions, x.reduction == "none")
         self.part = 1.0 / self.m if x.reduction == "mean" and self.m else 1.0  # of each row in the loss
         self.row_scale, self.positive = scales[: self.m], positive
-        self.column_scale = scales[self.m :] if x.normalize else None
+        self.column_scale = scales[aligned(self.m) :] if x.normalize else None
 
     def prepare(self, scale: Tensor | None, fixed_scale: float) -> None:
         out = Prepared(self.row_scale, self.column_scale, self.positive)
@@ -61,12 +61,13 @@ class SoftmaxLoss:
         return LogitMatrix(self.query[part], self.key, rows, columns, form, 0.0, backward, saves_exps, workspace_mib)
 
     def losses(
-        self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, stats_grad: Tensor | None
-    ) -> None:
-        """Losses of these rows and, where `stats_grad` is given, what the kernel of G takes."""
+        self, part: slice, stats: Tensor, grad: Tensor | None, loss: Tensor | None, stats_grad: Tensor | None = None,
+        positive_grad: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        """Losses of these rows and, where they are given, the gradients that the kernel of G takes."""
         row_losses(
             stats, self.positive[part], None if self.row_weight is None else self.row_weight[part], self.loss_form,
-            self.part, None if loss is None else loss[part], stats_grad, grad,
+            self.part, None if loss is None else loss[part], stats_grad, grad, positive_grad,
         )  # fmt: skip
 
 
@@ -89,10 +90,11 @@ def _make_grads(problem: SoftmaxLoss, loss: Tensor, grads: Grads, workspace_mib:
         count = part.stop - start
         call = problem.call(part, form, targets, False, True)
         saved, grad_block, products = chunk_memory(call, memory, count, chunk.pitch)
-        stats, stats_grad = loss.new_empty((1, 2, count)), loss.new_empty((3, count))
+        stats, stats_grad = (loss.new_empty((1, 2, count)) for _ in range(2))
+        positive_grad = loss.new_empty(count)
         make_statistics(call, stats, saved, products)
-        problem.losses(part, stats, None, loss, stats_grad)
-        inputs = BackwardInputs(stats, stats_grad, fp16_scale, *saved, stats_grad[2])
+        problem.losses(part, stats, None, loss, stats_grad, positive_grad)
+        inputs = BackwardInputs(stats, stats_grad, fp16_scale, *saved, positive_grad)
         results, area = BackwardResults(grad_block, None), Area(0, count, 0, n)
         block = make_block(call, results, inputs, area, chunk.pitch, products is not None)
         if grads.query.shape[0] or grads.scale.shape[0]:
@@ -113,7 +115,11 @@ def softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         new_float32 = x.query.new_empty(0, dtype=torch.float32).new_empty
         makes_grads, saves = x.save == "grads", x.save == "exps"
         loss, stats = new_float32(m), new_float32((2 * (1 + x.symmetric) + 1, m))
-        scales = new_float32(m + n * x.normalize)
+        start = aligned(m) if x.normalize else m
+        scales = new_float32(start + n * x.normalize)
+        if saves and start > m:  # never written, but saved, and torch's opcheck compares whole results
+            scales[m:start].zero_()
+        positive = stats[-1] if saves else new_float32(m)  # stats[-1] of one direction may be unaligned
         grads = Grads(
             query=new_float32((m if makes_grads and x.needs & QUERY else 0, dim)),
             key=new_float32((n if makes_grads and x.needs & KEY else 0, dim)),
@@ -125,7 +131,7 @@ def softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         else:
             pitch, logits = 0, new_float32((x.saved_rows, n))
         if m and n:
-            problem = SoftmaxLoss(x, scales, stats[-1])
+            problem = SoftmaxLoss(x, scales, positive)
             problem.prepare(x.scale, x.fixed_scale)
             if makes_grads:
                 _make_grads(problem, loss, grads, x.workspace_mib)
@@ -133,7 +139,7 @@ def softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
                 saves_exps = saves and x.saved_rows > 0
                 call = problem.call(problem.whole, problem.form, problem.targets, False, saves_exps, x.workspace_mib)
                 make_statistics(call, stats[:-1].view(1 + x.symmetric, 2, m), saved_exps(logits, m, pitch))
-                problem.losses(problem.whole, stats, None, loss, None)
+                problem.losses(problem.whole, stats, None, loss)
         else:
             for t in (loss, *grads):
                 t.zero_()
@@ -171,12 +177,12 @@ def _grads_from_stats(problem: SoftmaxLoss, grad: Tensor, saved: Saved, workspac
     stats, logits = saved.stats[:-1], saved.logits
     m, n, query = problem.m, problem.n, problem.query
     call = problem.call(problem.whole, problem.form, problem.targets, True, logits.numel() > 0)
-    stats_grad = stats.new_empty((stats.shape[0] + 1, m))
-    problem.losses(problem.whole, stats, grad, None, stats_grad)
+    stats_grad, positive_grad = torch.empty_like(stats), stats.new_empty(m)
+    problem.losses(problem.whole, stats, grad, None, stats_grad, positive_grad)
     elements = int(workspace_mib * 2**20) // query.element_size() - logits.numel()
     block_size = block_plan(m, n, elements, call.tile)
     block_rows, block_columns = block_size
-    by_direction = stats_grad[:-1].view(problem.directions, 2, m)
+    by_direction = stats_grad.view(problem.directions, 2, m)
     fp16_scale = fp16_scale_of(by_direction, call) if query.dtype == torch.float16 else None
     q = EmbeddingGradient(
         query, problem.dim, None, (needs.query, needs.scale), min(block_rows, m), block_columns >= n, fp16_scale,
@@ -186,7 +192,7 @@ def _grads_from_stats(problem: SoftmaxLoss, grad: Tensor, saved: Saved, workspac
         problem.key, problem.dim, None, (needs.key, False), n, block_rows >= m, fp16_scale, problem.normalize
     )
     exps = saved_exps(logits, m, exponentials(m, n, query.element_size()).pitch)
-    inputs = BackwardInputs(stats, by_direction, fp16_scale, *exps, stats_grad[-1])
+    inputs = BackwardInputs(stats, by_direction, fp16_scale, *exps, positive_grad)
     make_gradients(call, inputs, block_size, q, k, stats.new_empty(0))
     return Grads(q.grad, k.grad, q.dot)
 

@@ -81,13 +81,12 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     query, key, (rows, dim) = x.query.contiguous(), x.key.contiguous(), x.query.shape
     row_weight = None if x.row_weight is None else x.row_weight.contiguous()
     new_float32 = query.new_empty(0, dtype=torch.float32).new_empty
-    stats, loss = new_float32((4, rows)), new_float32(rows)
+    loss, positive, row_scale = (new_float32(rows) for _ in range(3))
     grads = (
         new_float32((rows if x.needs & QUERY else 0, dim)),
         new_float32((rows if x.needs & KEY else 0, dim)),
         new_float32(rows if x.needs & SCALE else 0),
     )
-    positive, row_scale = stats[2], stats[3]
     with on_device(query):
         if rows:
             key_norms = new_float32(rows) if x.normalize else None
@@ -95,9 +94,8 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
         save = "logits" if x.needs & NEGATIVES else "weighted_keys" if x.needs else ""
         inputs = stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, False, 0.0, save)
         of_negatives = softmax_stats_per_query_fwd(inputs)
-        stats[:2] = of_negatives.stats
         if rows:
-            stats_grad = new_float32((3, rows)) if x.needs & (QUERY | KEY | SCALE) else None
+            stats_grad = new_float32((2, rows)) if x.needs & (QUERY | KEY | SCALE) else None
             row_losses(of_negatives.stats, positive, row_weight, *_loss_form(x), loss, stats_grad)
             if stats_grad is not None:
                 padded_dim = triton.next_power_of_2(dim)
@@ -107,7 +105,9 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
                     enable_fp_fusion=True, num_warps=max(1, min(16, padded_dim // 512)),
                 )  # fmt: skip
         out = loss if x.reduction == "none" else getattr(loss, x.reduction)()
-    stats = stats[:, : rows if x.needs & NEGATIVES else 0].contiguous()
+    stats = new_float32((4, 0))
+    if x.needs & NEGATIVES:
+        stats = torch.cat((of_negatives.stats, positive[None], row_scale[None]))
     return out, Saved(stats, of_negatives.logits, of_negatives.inverse_norms, *grads)
 
 
@@ -128,7 +128,7 @@ def _negatives_grad(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
     """The negatives' gradient, from their logits and the gradients of their log-sum-exps."""
     stats, rows = saved.stats, x.query.shape[0]
     positive, row_scale = stats[2], stats[3]
-    stats_grad = grad.new_zeros((3, rows))
+    stats_grad = grad.new_zeros((2, rows))
     if rows:
         row_weight = None if x.row_weight is None else x.row_weight.contiguous()
         row_losses(stats, positive, row_weight, *_loss_form(x), None, stats_grad, grad.contiguous())
@@ -136,7 +136,7 @@ def _negatives_grad(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
     inputs = stats_op.Inputs(x.query, x.negatives, row_scale, None, x.normalize, False, 0.0, "logits")
     of_negatives = stats_op.Saved(stats, grad.new_empty(0), saved.logits, saved.inverse_norms)
     needs = stats_op.Needs(query=False, negatives=True, row_scale=False)
-    return softmax_stats_per_query_bwd(stats_grad[:2], inputs, of_negatives, needs).negatives
+    return softmax_stats_per_query_bwd(stats_grad, inputs, of_negatives, needs).negatives
 
 
 def _both_ways(x: Inputs) -> None:

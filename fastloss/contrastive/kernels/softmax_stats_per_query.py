@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...core.kernels.device_math import number_in
 from ...core.kernels.launch import AotCase, on_device, warp_size
 from ...core.kernels.memory_order import needs_int64
 from ..ops.softmax_stats_per_query import Grads, Inputs, Needs, Saved
@@ -33,12 +34,12 @@ from .per_query_forward import (
     Partials,
     PerQueryForm,
     PerQueryInputs,
-    PerQuerySizes,
     PerQueryTile,
     SavedLogits,
     below_one,
     per_query_fwd_kernel,
     per_query_merge_kernel,
+    per_query_sizes,
 )
 
 TILE_BYTES = 16384  # bytes of negatives that a program of the backward has at a time
@@ -74,7 +75,7 @@ class NegativesTile(NamedTuple):
     int64: bool  # for their offsets in memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _per_query_grad_kernel(
     stats_grad_ptr,  # (statistics, rows) float32
     weighted_keys_ptr,  # (POWERS + MOMENTS, rows, D) float32
@@ -132,10 +133,11 @@ def _negatives_grad_kernel(
     ROWS: tl.constexpr = TILE.rows
     DIM: tl.constexpr = TILE.dim
     INT64: tl.constexpr = TILE.int64
-    grad_ptr, rows, dim = inputs.stats_grad, sizes.rows, sizes.dim
+    grad_ptr, rows, dim = inputs.stats_grad, number_in(sizes.rows), sizes.dim
+    splits = number_in(sizes.splits)
     program = tl.program_id(0).to(tl.int64)
-    row = program // sizes.splits
-    k = (program % sizes.splits).to(tl.int32) * ROWS + tl.arange(0, ROWS)
+    row = program // splits
+    k = (program % splits).to(tl.int32) * ROWS + tl.arange(0, ROWS)
     there = k < sizes.negatives
     columns = tl.arange(0, DIM)
     inside = columns < dim
@@ -230,7 +232,7 @@ def softmax_stats_per_query_fwd(x: Inputs) -> Saved:
     if rows == 0:
         return Saved(stats, weighted_keys, logits, inverse_norms)
     tile = PerQueryTile(tile_rows, tiles, pieces, span, dim == pieces * span, AHEAD, needs_int64(negatives))
-    sizes = PerQuerySizes(rows, count, dim, negatives.stride(0), negatives.stride(1), splits)
+    sizes = per_query_sizes(negatives, splits)
     inputs = PerQueryInputs(query, negatives, row_scale, None if x.logit_limit is None else x.logit_limit.contiguous())
     saved = SavedLogits(logits, inverse_norms) if saved_rows else SavedLogits(None, None)
     with on_device(query):
@@ -261,7 +263,7 @@ def softmax_stats_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Ne
     if negatives_grad.numel():
         tiles = triton.cdiv(count, tile_rows)
         inputs = NegativesGradInputs(grad, saved.stats, query, negatives, row_scale, saved.logits, saved.inverse_norms)
-        sizes = PerQuerySizes(rows, count, dim, negatives.stride(0), negatives.stride(1), tiles)
+        sizes = per_query_sizes(negatives, tiles)
         tile = NegativesTile(tile_rows, padded_dim, needs_int64(negatives, negatives_grad))
         with on_device(query):
             _negatives_grad_kernel[(rows * tiles,)](inputs, negatives_grad, sizes, x.hardness, form, tile, **OPTIONS)

@@ -22,7 +22,7 @@ from ...core import Op, reduce, result_dtype
 from ..embeddings import embed
 from ..options import SoftmaxOptions
 from ..row_losses import row_losses, statistics
-from ..save_plan import KEY, QUERY, SCALE, exponentials
+from ..save_plan import KEY, QUERY, SCALE, aligned, exponentials
 
 
 class Inputs(NamedTuple):
@@ -49,7 +49,8 @@ class Saved(NamedTuple):
 
     # "logits": p, n and, if symmetric, the columns' n [2 + symmetric, M]; "exps": [2 (1 + symmetric) + 1, M]
     stats: Tensor
-    inverse_norms: Tensor  # "logits": c of queries and keys [M + N]; "exps": the row scales, and c of the keys
+    # "logits": c of queries and keys [M + N]; "exps": the row scales; normalized, from aligned(M) on c of keys
+    inverse_norms: Tensor
     logits: Tensor  # "logits": products <query_i, key_j> [saved_rows, N]; "exps": exponentials, see save_plan.py
     query_grad: Tensor  # [M, D], of out ("grads") or of each loss_i ("row_grads")
     key_grad: Tensor  # [N, D]
@@ -93,7 +94,7 @@ def _softmax_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     grads, logits, exps = x.save in ("row_grads", "grads"), x.save == "logits", x.save == "exps"
     if exps:
         elements = exponentials(x.saved_rows, columns, x.query.element_size()).elements
-        stats, norms = 2 * (1 + x.symmetric) + 1, rows + columns * x.normalize
+        stats, norms = 2 * (1 + x.symmetric) + 1, aligned(rows) + columns if x.normalize else rows
     else:
         elements, stats = 0, 2 + x.symmetric if logits else 0
         norms = rows + columns if logits and x.normalize else 0

@@ -57,3 +57,9 @@ def added(sums, terms):
     for i in tl.static_range(len(sums)):
         new = new + (sums[i] + terms[i],)  # type: ignore[assignment]
     return new
+
+
+@triton.jit
+def number_in(odd):
+    """The size that launch.odd_number made an odd number of."""
+    return odd >> 1

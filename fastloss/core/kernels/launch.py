@@ -59,6 +59,12 @@ def address_in(number: int) -> int | None:
     return (number - ODD) >> 1 if number >= ODD and number % 2 else None
 
 
+def odd_number(number: int) -> int:
+    """A size among the numbers of a named tuple: not 1 and no multiple of 16, for which Triton compiles kernels apart
+    (of arguments by themselves it can be told not to). In the kernel: device_math.number_in. Of 0 it is 1."""
+    return 2 * number + 1
+
+
 def registers(most: int) -> dict[str, int]:
     """The option that lets ptxas use this many: by itself it may spill a little at round numbers of its own choice."""
     if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":

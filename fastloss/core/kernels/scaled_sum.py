@@ -21,7 +21,7 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}
 MOST = 64 * BLOCK  # more partials than this go through a sum of torch's first, which many programs make
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs", "stride_sum"])
 def _total_kernel(
     partials_ptr,  # (sums, programs) float32, any strides
     total_ptr,  # one float32

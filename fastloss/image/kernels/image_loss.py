@@ -35,7 +35,8 @@ from ..image_loss import Grads, Inputs, Needs, Saved
 from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
 from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
-from .smoothness_terms import Image, smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
+from .smoothness_arguments import Image, odd_weight
+from .smoothness_terms import smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
 from .ssim import size_of as map_size_of
 from .ssim_lanes import Strided, Window
@@ -56,12 +57,12 @@ def radix_of(ORDER: tl.constexpr):
     return 8 if ORDER == 1 else 9
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_row"], do_not_specialize_on_alignment=["steps"])
 def _image_loss_fwd_kernel(
     target_ptr,  # (planes, count)
-    pixel_weight,  # Weight, see smoothness_terms.py
+    pixel_weight,  # Weight, see smoothness_arguments.py
     parameter,  # of the pixel loss
-    pred,  # Image, see smoothness_terms.py
+    pred,  # Image, see smoothness_arguments.py
     out_ptr,  # (sums, programs) float32
     signs_ptr,  # (planes, count) uint8, or None
     splits,  # programs of a plane
@@ -112,13 +113,13 @@ def _image_loss_fwd_kernel(
     tl.store(out_ptr + (OUTS + 1) * programs, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_row"])
 def _image_loss_bwd_kernel(
     grad_ptr,  # (sums,) float32
     target_ptr,  # (planes, count)
-    pixel_weight,  # Weight, see smoothness_terms.py
+    pixel_weight,  # Weight, see smoothness_arguments.py
     parameter,  # of the pixel loss
-    pred,  # Image, see smoothness_terms.py
+    pred,  # Image, see smoothness_arguments.py
     image_grad_ptr,  # (planes, count) or None
     pred_grad_ptr,  # (planes, count) or None
     splits,  # tiles of a plane
@@ -207,8 +208,9 @@ def _call(x: Inputs) -> _Call:
     axes = pred.ndim - 2
     parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
     weight: Any = _strided if x.window else weight_args
+    unit = 16 // pred.element_size()
     return _Call(
-        Target(laid_out_as(x.image, pred), weight(x.pixel_weight), x.pixel_parameter),
+        Target(laid_out_as(x.image, pred), odd_weight(weight(x.pixel_weight), unit), x.pixel_parameter),
         Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
         parts, needs_int64(pred, x.pixel_weight, x.guide, x.smoothness_weight),
     )  # fmt: skip
@@ -256,8 +258,8 @@ def _with_ssim(call: _Call, x: Inputs) -> tuple[Tensor, Saved]:
     out = pred.new_empty((call.parts.smoothness_sums + 2, columns * rows), dtype=torch.float32)
     with on_device(pred):
         image_ssim_fwd_kernel[sweep.programs](
-            call.target, call.pred, strided(x.ssim_weight), out, kept, sweep.grid, sweep.constants, sweep.form,
-            call.parts, call.wide, BLOCK, **OPTIONS,
+            call.target, call.pred.odd(False), strided(x.ssim_weight), out, kept, sweep.grid.odd(), sweep.constants,
+            sweep.form, call.parts, call.wide, BLOCK, **OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
 
@@ -274,8 +276,8 @@ def image_loss_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     out = pred.new_empty((call.parts.smoothness_sums + 2, call.planes * splits), dtype=torch.float32)
     with on_device(pred):
         _image_loss_fwd_kernel[(call.planes * splits,)](
-            *call.target, call.pred, out, kept if signs else None, splits, tiles.per_row, steps, call.parts, call.wide,
-            tiles.block, **STREAM_OPTIONS,
+            *call.target, call.pred.odd(), out, kept if signs else None, splits, tiles.per_row, steps, call.parts,
+            call.wide, tiles.block, **STREAM_OPTIONS,
         )  # fmt: skip
     return out.sum(1), Saved(kept)
 
@@ -291,8 +293,8 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
         sweep = _sweep(pred, x, needs_x=needs.image, needs_y=needs.image_pred)
         with on_device(pred):
             image_ssim_bwd_kernel[sweep.programs](
-                grad, call.target, call.pred, first, second, saved.kept, sweep.grid, sweep.constants, sweep.form,
-                call.parts, call.wide, BLOCK, **OPTIONS,
+                grad, call.target, call.pred.odd(False), first, second, saved.kept, sweep.grid.odd(), sweep.constants,
+                sweep.form, call.parts, call.wide, BLOCK, **OPTIONS,
             )  # fmt: skip
     elif x.keep:
         with on_device(pred):
@@ -305,8 +307,8 @@ def image_loss_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads
         splits = tiles.per_row * tiles.per_column
         with on_device(pred):
             _image_loss_bwd_kernel[(call.planes * splits,)](
-                grad, *call.target, call.pred, first, second, splits, tiles.per_row, call.parts, call.wide, tiles.block,
-                **STREAM_OPTIONS,
+                grad, *call.target, call.pred.odd(), first, second, splits, tiles.per_row, call.parts, call.wide,
+                tiles.block, **STREAM_OPTIONS,
             )  # fmt: skip
     none = x.image.new_empty(0)
     return Grads(

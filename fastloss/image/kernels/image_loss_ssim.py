@@ -11,19 +11,12 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...core.kernels.device_math import added, weighted, zeros
+from ...core.kernels.device_math import added, number_in, weighted, zeros
+from ...core.kernels.launch import odd_number
 from .pixel import distance, slope
-from .smoothness_terms import (
-    Image,
-    Pixels,
-    Weight,
-    pixel_stride,
-    smoothness_grad,
-    smoothness_terms,
-    start_of,
-    weight_at,
-)
-from .ssim_lanes import Plane, at_column, lane_of, map_lane_of
+from .smoothness_arguments import Image, Weight, height_of, width_of
+from .smoothness_terms import Pixels, pixel_stride, smoothness_grad, smoothness_terms, start_of, weight_at
+from .ssim_lanes import Plane, at_column, lane_of, map_lane_of, strided_in
 from .ssim_sweep import (
     Moments,
     Partials,
@@ -46,7 +39,7 @@ class Target(NamedTuple):
     """What the pixel loss takes beside the prediction."""
 
     ptr: Any  # the target, (images, planes, pixels, pixel_stride), in memory as the prediction
-    weight: Any  # Weight of smoothness_terms.py, or in sweeps Strided of ssim_lanes.py
+    weight: Any  # Weight of smoothness_arguments.py, or in sweeps Strided of ssim_lanes.py
     parameter: float
 
 
@@ -67,6 +60,15 @@ class Grid(NamedTuple):
     lanes: int  # elements of a row of all planes
     map_lanes: int  # and of the map
     rows: int  # of the images, that a program takes
+
+    def odd(self) -> Grid:
+        """As a kernel takes it: see Strided of ssim_lanes.py."""
+        return Grid(self.channels, *map(odd_number, self[1:]))
+
+
+@triton.jit
+def grid_in(odd):
+    return Grid(odd.channels, number_in(odd.lanes), number_in(odd.map_lanes), number_in(odd.rows))
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def _plane_of(image, channel, column, size, channels, WIDE: tl.constexpr):
 @triton.jit
 def _pixels_of_row(column, row, start, size):
     """The pixels of a row, as smoothness_terms.py has them; the channel is known from the plane or from `start`."""
-    return Pixels(row * (size.width * pixel_stride(size)) + start, row * size.width + column, column, row, 0, 0)
+    return Pixels(row * (width_of(size) * pixel_stride(size)) + start, row * width_of(size) + column, column, row, 0, 0)
 
 
 @triton.jit
@@ -102,9 +104,9 @@ def _shift(x_ptr, y_ptr, start, column, size, inside, c2, WINDOW: tl.constexpr):
     """The shift of a plane, whose pixels begin where column 0 does."""
     STRIDE: tl.constexpr = WINDOW.pixel_stride
     first = tl.where(inside, start - column * STRIDE, 0)
-    x = Plane(x_ptr + first, size.width * STRIDE, STRIDE)
-    y = Plane(y_ptr + first, size.width * STRIDE, STRIDE)
-    return shift_of(x, y, size.height, size.width, inside, c2)
+    x = Plane(x_ptr + first, width_of(size) * STRIDE, STRIDE)
+    y = Plane(y_ptr + first, width_of(size) * STRIDE, STRIDE)
+    return shift_of(x, y, height_of(size), width_of(size), inside, c2)
 
 
 @triton.jit
@@ -124,7 +126,7 @@ def _map_row(moments, rest, weight, w_ptr, partial_ptr, map_row, map_stride, in_
     """SSIM's part of a row of the map, weighted, whose partials are stored."""
     w, taken = (1.0,), moments
     if weight is not None:
-        row_ptr = w_ptr + tl.cast(map_row, tl.int64) * weight.row_stride
+        row_ptr = w_ptr + tl.cast(map_row, tl.int64) * number_in(weight.row_stride)
         w = (tl.load(row_ptr, mask=in_map, other=0.0).to(tl.float32),)
         taken = counted(moments, w)
     return tl.where(in_map, map_loss(taken, rest, w, partial_ptr, map_stride, in_map, constants, FORM), 0.0)
@@ -133,7 +135,7 @@ def _map_row(moments, rest, weight, w_ptr, partial_ptr, map_row, map_stride, in_
 @triton.jit
 def image_ssim_fwd_kernel(
     target,  # Target, whose weight is Strided
-    pred,  # smoothness_terms.Image, whose weight is Strided
+    pred,  # smoothness_arguments.Image, whose weight is Strided
     map_weight,  # Strided: (images, channels, height - 2 margin, width - 2 margin); or None
     out_ptr,  # (sums, programs) float32: pixel, smoothness along z, y and x (or one number), SSIM
     partials_ptr,  # (maps, height - 2 margin, lanes of the map) float32, see ssim.py
@@ -151,17 +153,23 @@ def image_ssim_fwd_kernel(
     OUTS: tl.constexpr = PARTS.smoothness_sums
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size = pred.size
-    width, height = size.width, size.height
+    size, grid = pred.size, grid_in(grid)
+    width, height = width_of(size), height_of(size)
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        ptr, w = at_column(target.weight, image, channel, column), target.weight
-        target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
+        w = target.weight  # whose strides stay odd, as in a Weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        target = Target(
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), target.parameter
+        )
     if pred.weight.ptr is not None:
-        ptr, w = at_column(pred.weight, image, channel, column), pred.weight
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
+        w = pred.weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        pred = Image(
+            pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), size
+        )
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     rest = shift
@@ -170,7 +178,7 @@ def image_ssim_fwd_kernel(
     in_map = (column - MARGIN).to(tl.uint32) < tl.cast(width - 2 * MARGIN, tl.uint32)
     map_lane = map_lane_of(lane, width, WINDOW)
     map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * grid.map_lanes
-    w_ptr = None if map_weight is None else at_column(map_weight, image, channel, column - MARGIN)
+    w_ptr = None if map_weight is None else at_column(strided_in(map_weight), image, channel, column - MARGIN)
     none = nothing(WINDOW, BLOCK)
     moving = Moments(none, none, none, none)
     pixel_sum, ssim_sum = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -244,17 +252,23 @@ def image_ssim_bwd_kernel(
     AXES: tl.constexpr = PARTS.axes
     PIXEL: tl.constexpr = PARTS.pixel
     SMOOTHNESS: tl.constexpr = PARTS.smoothness
-    size = pred.size
-    width, height = size.width, size.height
+    size, grid = pred.size, grid_in(grid)
+    width, height = width_of(size), height_of(size)
     lane, image, channel, column = lane_of(grid.channels, width, grid.lanes, WINDOW, WIDE, BLOCK)
     plane, start = _plane_of(image, channel, column, size, grid.channels, WIDE)
     x_ptr, y_ptr = target.ptr + start_of(plane, size), pred.ptr + start_of(plane, size)
     if target.weight.ptr is not None:
-        ptr, w = at_column(target.weight, image, channel, column), target.weight
-        target = Target(target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride), target.parameter)
+        w = target.weight  # whose strides stay odd, as in a Weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        target = Target(
+            target.ptr, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), target.parameter
+        )
     if pred.weight.ptr is not None:
-        ptr, w = at_column(pred.weight, image, channel, column), pred.weight
-        pred = Image(pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride), size)
+        w = pred.weight
+        ptr = at_column(strided_in(w), image, channel, column)
+        pred = Image(
+            pred.ptr, pred.guide, Weight(ptr, None, None, None, w.row_stride, w.column_stride, None, None), size
+        )
     inside = column < width
     shift = _shift(x_ptr, y_ptr, start, column, size, inside, constants.c2, WINDOW)
     map_stride = tl.cast(height - 2 * MARGIN, tl.int64) * grid.map_lanes

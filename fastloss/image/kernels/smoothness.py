@@ -40,21 +40,12 @@ from ...core.kernels.launch import (
 from ...core.kernels.memory_order import needs_int64
 from ...core.kernels.scaled_sum import total_of
 from ..smoothness import Grads, Inputs
-from .smoothness_terms import (
-    Guide,
-    Image,
-    Size,
-    Weight,
-    edges_of,
-    pixel_stride,
-    smoothness_grad,
-    smoothness_terms,
-    start_of,
-    tile_of,
-)
+from .smoothness_arguments import Guide, Image, Size, Weight
+from .smoothness_terms import edges_of, pixel_stride, smoothness_grad, smoothness_terms, start_of, tile_of
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+ABOUT_THE_BEST = 1.15  # times the cost of the best: see tiles_of
 MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
 
 
@@ -80,7 +71,7 @@ def tile_at(tile, tiles_per_row, BLOCK: tl.constexpr):
     return tile // tiles_per_row * BLOCK.rows, tile % tiles_per_row * COLUMNS + tl.arange(0, COLUMNS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_row"], do_not_specialize_on_alignment=["steps"])
 def _smoothness_fwd_kernel(
     image,  # see Image
     out_ptr,  # (planes, splits, pixel_stride, AXES, or 1 if isotropic) float32
@@ -154,7 +145,7 @@ def _write_gradient(
     tl.store(to_ptr, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "tiles_per_row"])
 def _smoothness_bwd_kernel(
     grad_ptr,  # (planes, pixel_stride, AXES, or 1 if isotropic) float32; or one element if there are factors
     factors,  # None, or of the sum along each axis, z first
@@ -214,11 +205,13 @@ def in_order(image: Tensor) -> Tensor:
 def tiles_of(size: Size, elements: int) -> Tiles:
     """How a plane is cut into tiles of so many elements.
 
-    Narrow tiles have more neighbours around them, wide ones more columns that are not there.
+    Narrow tiles have more neighbours around them, wide ones more columns that are not there. The widest of about the
+    best are taken, so that images of many sizes have the same kernels: wider than 192, those of 128 columns.
     """
     columns, rows = size.width * (size.pixel_stride or 1), size.height * size.depth
-    widths = (width for width in (256, 128, 64, 32, 16) if width <= max(128, elements // 8))
-    block_columns = min(widths, key=lambda width: triton.cdiv(columns, width) * (width + 8))
+    widths = [width for width in (256, 128, 64, 32, 16) if width <= max(128, elements // 8)]
+    costs = [triton.cdiv(columns, width) * (width + 8) for width in widths]
+    block_columns = next(w for w, cost in zip(widths, costs, strict=True) if cost <= ABOUT_THE_BEST * min(costs))
     block_rows = elements // block_columns
     return Tiles(Block(block_rows, block_columns), triton.cdiv(columns, block_columns), triton.cdiv(rows, block_rows))
 
@@ -276,7 +269,7 @@ def _first_stage(x: Inputs) -> Tensor:
     out = pred.new_empty((images, size.planes, splits, size.pixel_stride or 1, outs), dtype=torch.float32)
     with on_device(pred):
         _smoothness_fwd_kernel[(images * splits if shared else planes * splits,)](
-            image, out, splits, tiles.per_row, steps, x.kind, x.order, axes, needs_int64(pred, x.weight, x.guide),
+            image.odd(), out, splits, tiles.per_row, steps, x.kind, x.order, axes, needs_int64(pred, x.weight, x.guide),
             tiles.block, shared, **(STREAM_OPTIONS | {"num_warps": 8 if elements == 4096 else 4}),
         )  # fmt: skip
     return out
@@ -315,7 +308,7 @@ def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None) -> Ten
     options = STREAM_OPTIONS | (registers(255) if x.guide is not None and x.order == 2 else {})  # else it spills at 168
     with on_device(pred):
         _smoothness_bwd_kernel[(planes * splits,)](
-            grad.contiguous(), factors, image, written, splits, tiles.per_row, x.kind, x.order, pred.ndim - 2,
+            grad.contiguous(), factors, image.odd(), written, splits, tiles.per_row, x.kind, x.order, pred.ndim - 2,
             needs_int64(pred, x.weight, x.guide), tiles.block, shared, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)

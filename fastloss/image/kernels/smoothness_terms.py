@@ -1,8 +1,5 @@
 """What a difference of neighbouring pixels adds to the smoothness loss, and its gradient: for kernels that walk over an
-image in any way. The formulas stand in smoothness.py.
-
-An image is contiguous or channels_last. A plane is what the kernels walk over at a time: a channel of a contiguous
-image; of a channels_last one all the channels of an image, side by side.
+image in any way. The formulas stand in smoothness.py, the named tuples in smoothness_arguments.py.
 """
 
 from __future__ import annotations
@@ -13,51 +10,7 @@ import triton
 import triton.language as tl
 
 from ...core.kernels.device_math import sign, weighted
-
-
-class Size(NamedTuple):
-    """Of a plane, in pixels."""
-
-    width: int
-    height: int
-    depth: int  # 1 of images, which have no third dimension
-    planes: int  # of each image: its channels; 1 if channels_last
-    pixel_stride: int | None  # elements from a pixel to the next, the channels; None if contiguous: 1
-
-
-class Guide(NamedTuple):
-    """An image in order, contiguous or channels_last; of no guide all fields are None. (Triton 3.6 cannot ask whether a
-    named tuple with None in it is None.)"""
-
-    ptr: Any = None  # (images, channels, ...)
-    channels: int | None = None
-    image_stride: int | None = None
-    channel_stride: int | None = None
-    pixel_stride: int | None = None
-
-
-class Weight(NamedTuple):
-    """A weight of each element of an image, of any strides, hence of any broadcast.
-
-    Where `image_stride` is None, `ptr` are pointers to the first pixels of columns, and the strides of rows and columns
-    are all that there is. Of no weight all fields are None.
-    """
-
-    ptr: Any = None  # (images, channels, ...)
-    image_stride: int | None = None
-    channel_stride: int | None = None
-    z_stride: int | None = None
-    y_stride: int | None = None
-    x_stride: int | None = None
-
-
-class Image(NamedTuple):
-    """What the smoothness is computed of."""
-
-    ptr: Any  # (images, planes, pixels, pixel_stride)
-    guide: Guide
-    weight: Weight
-    size: Size
+from .smoothness_arguments import height_of, multiple_in, width_of
 
 
 class Pixels(NamedTuple):
@@ -83,7 +36,7 @@ def pixel_stride(size):
 @triton.jit
 def start_of(plane, size):
     """Where a plane begins; factor by factor, for the elements of a plane alone may not fit 32 bits."""
-    return plane * size.width * size.height * size.depth * pixel_stride(size)
+    return plane * width_of(size) * height_of(size) * size.depth * pixel_stride(size)
 
 
 @triton.jit
@@ -94,18 +47,18 @@ def tile_of(plane, row, column, size, AXES: tl.constexpr, WIDE: tl.constexpr):
     Only rows and columns are divided, never each element; what depends on one of them is made once for all the others.
     """
     row, column = row[:, None], column[None, :]
-    inside = (row < size.height * size.depth) & (column < size.width * pixel_stride(size))
+    inside = (row < height_of(size) * size.depth) & (column < width_of(size) * pixel_stride(size))
     if WIDE:
         row, column = row.to(tl.int64), column.to(tl.int64)
     x, y, z = column // pixel_stride(size), row, 0
     if AXES == 3:
-        y, z = row % size.height, row // size.height
+        y, z = row % height_of(size), row // height_of(size)
     if size.pixel_stride is None:
         channel = plane % size.planes
     else:
         channel = column % size.pixel_stride
-    offset = row * (size.width * pixel_stride(size)) + column
-    return Pixels(offset, row * size.width + x, x, y, z, channel), inside
+    offset = row * (width_of(size) * pixel_stride(size)) + column
+    return Pixels(offset, row * width_of(size) + x, x, y, z, channel), inside
 
 
 @triton.jit
@@ -114,9 +67,9 @@ def _pixels_to_next(size, AXIS: tl.constexpr):
     if AXIS == 0:
         return 1
     elif AXIS == 1:
-        return size.width
+        return width_of(size)
     else:
-        return size.width * size.height
+        return width_of(size) * height_of(size)
 
 
 @triton.jit
@@ -132,9 +85,9 @@ def _coordinate(pixels, AXIS: tl.constexpr):
 @triton.jit
 def _length(size, AXIS: tl.constexpr):
     if AXIS == 0:
-        return size.width
+        return width_of(size)
     elif AXIS == 1:
-        return size.height
+        return height_of(size)
     else:
         return size.depth
 
@@ -144,9 +97,9 @@ def _stride(weight, AXIS: tl.constexpr):
     if AXIS == 0:
         return weight.x_stride
     elif AXIS == 1:
-        return weight.y_stride
+        return multiple_in(weight.y_stride, weight)
     else:
-        return weight.z_stride
+        return multiple_in(weight.z_stride, weight)
 
 
 @triton.jit
@@ -163,7 +116,8 @@ def _edge(guide, image, pixel, step, mask, ORDER: tl.constexpr):
     total = tl.zeros(pixel.shape, tl.float32)
     start = pixel - step if ORDER == 2 else pixel
     for c in range(guide.channels):
-        ptr = guide.ptr + image * guide.image_stride + c * guide.channel_stride
+        ptr = guide.ptr + image * multiple_in(guide.image_stride, guide)
+        ptr += c * multiple_in(guide.channel_stride, guide)
         end = tl.load(ptr + (pixel + step) * guide.pixel_stride, mask=mask, other=0.0).to(tl.float32)
         total += tl.abs(end - tl.load(ptr + start * guide.pixel_stride, mask=mask, other=0.0).to(tl.float32))
     return tl.exp(total / -guide.channels)
@@ -242,11 +196,11 @@ def _difference(
 def weight_at(weight, plane, pixels, size, mask, AXIS: tl.constexpr, SHIFT: tl.constexpr):
     """Weights of the pixels SHIFT steps along an axis, as float32."""
     if weight.image_stride is None:
-        ptr = weight.ptr + pixels.y * weight.y_stride
+        ptr = weight.ptr + pixels.y * _stride(weight, 1)
     else:
-        ptr = weight.ptr + plane // size.planes * weight.image_stride + pixels.channel * weight.channel_stride
-        ptr += pixels.z * weight.z_stride
-        ptr += pixels.y * weight.y_stride + pixels.x * weight.x_stride
+        ptr = weight.ptr + plane // size.planes * multiple_in(weight.image_stride, weight)
+        ptr += pixels.channel * multiple_in(weight.channel_stride, weight) + pixels.z * _stride(weight, 2)
+        ptr += pixels.y * _stride(weight, 1) + pixels.x * weight.x_stride
     return tl.load(ptr + SHIFT * _stride(weight, AXIS), mask=mask, other=0.0).to(tl.float32)
 
 

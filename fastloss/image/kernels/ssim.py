@@ -30,10 +30,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import AotCase, odd_number, on_device
 from ..ssim import Grads, Needs, Saved
 from ..ssim_reference import Inputs
-from .ssim_lanes import Plane, Strided, Window, at_column, lane_of, load_lane, map_lane_of, store_lane
+from .ssim_lanes import Plane, Strided, Window, at_column, lane_of, load_lane, map_lane_of, store_lane, strided_in
 from .ssim_sweep import (
     Constants,
     Form,
@@ -72,8 +73,18 @@ class Size(NamedTuple):
     lanes: int  # elements of a row of all planes
     map_lanes: int  # and of the map
 
+    def odd(self) -> Size:
+        """As a kernel takes it: see :class:`Strided`."""
+        return Size(self.channels, *map(odd_number, self[1:]))
+
 
 @triton.jit
+def size_in(odd):
+    height, width = number_in(odd.height), number_in(odd.width)
+    return Size(odd.channels, height, width, number_in(odd.lanes), number_in(odd.map_lanes))
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _ssim_fwd_kernel(
     x,  # Strided
     y,  # Strided
@@ -93,6 +104,9 @@ def _ssim_fwd_kernel(
     COLUMNS: tl.constexpr = WINDOW.columns
     X_STEP: tl.constexpr = FORM.x_step
     Y_STEP: tl.constexpr = FORM.y_step
+    x, y, size = strided_in(x), strided_in(y), size_in(size)
+    if weight is not None:
+        weight = strided_in(weight)
     height, width, lanes = size.height, size.width, size.map_lanes
     low = constants.low
     lane, image, channel, column = lane_of(size.channels, width - 2 * MARGIN, lanes, WINDOW, WIDE, BLOCK)
@@ -142,7 +156,7 @@ def _ssim_fwd_kernel(
     tl.store(sums_ptr + tl.program_id(1).to(tl.int64) * lanes + lane, tl.where(inside, total, 0.0), mask=lane < lanes)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _ssim_bwd_kernel(
     upstream_ptr,  # (images, channels) float32
     x,  # Strided
@@ -161,6 +175,7 @@ def _ssim_bwd_kernel(
     RADIUS: tl.constexpr = WINDOW.radius
     MARGIN: tl.constexpr = WINDOW.margin
     COLUMNS: tl.constexpr = WINDOW.columns
+    x, y, size = strided_in(x), strided_in(y), size_in(size)
     height, width, map_lanes = size.height, size.width, size.map_lanes
     lane, image, channel, column = lane_of(size.channels, width, size.lanes, WINDOW, WIDE, BLOCK)
     inside = column.to(tl.uint32) < tl.cast(width, tl.uint32)
@@ -201,10 +216,12 @@ def _ssim_bwd_kernel(
                 x_grads = x_grads + (upstream * (filtered.x[j] + by_a + by_d),)  # type: ignore[assignment]
                 y_grads = y_grads + (upstream * (filtered.y[j] + by_a - by_d),)  # type: ignore[assignment]
             if x_grad is not None:
-                x_grad_ptr = at_column(x_grad, image, channel, column) + done * x_grad.row_stride
+                to = strided_in(x_grad)
+                x_grad_ptr = at_column(to, image, channel, column) + done * to.row_stride
                 store_lane(x_grad_ptr, x_grads, inside, COLUMNS)
             if y_grad is not None:
-                y_grad_ptr = at_column(y_grad, image, channel, column) + done * y_grad.row_stride
+                to = strided_in(y_grad)
+                y_grad_ptr = at_column(to, image, channel, column) + done * to.row_stride
                 store_lane(y_grad_ptr, y_grads, inside, COLUMNS)
 
 
@@ -222,7 +239,7 @@ def one_pixel(taps: tuple[float, ...]) -> bool:
 
 
 def strided(tensor: Tensor | None) -> Strided | None:
-    return None if tensor is None else Strided(tensor, *tensor.stride())
+    return None if tensor is None else Strided(tensor, *tensor.stride()).odd()
 
 
 def columns_of(*tensors: Tensor | None) -> int:
@@ -277,7 +294,7 @@ def ssim_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     form = _form(x, columns, structure_only=x.structure_only, one_pixel=one_pixel(taps), **steps)
     with on_device(image):
         _ssim_fwd_kernel[(triton.cdiv(lanes, PAIRS), stretches)](
-            strided(image), strided(x.image_pred), strided(x.weight), sums, partials, size, rows,
+            strided(image), strided(x.image_pred), strided(x.weight), sums, partials, size.odd(), rows,
             Constants(taps, x.c1, x.c2, x.low or None), form, size.map_lanes >= WIDE_LANES, PAIRS, **SWEEP,
         )  # fmt: skip
     if form.window.pixel_stride > 1:
@@ -300,7 +317,7 @@ def ssim_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> Grads:
         with on_device(x.image):
             _ssim_bwd_kernel[(triton.cdiv(lanes, PAIRS), triton.cdiv(size.height, rows))](
                 grad.contiguous(), strided(x.image), strided(x.image_pred), strided(x_grad), strided(y_grad),
-                saved.kept, size, rows, Constants(taps_of(x.window, x.sigma), x.c1, x.c2, None), form,
+                saved.kept, size.odd(), rows, Constants(taps_of(x.window, x.sigma), x.c1, x.c2, None), form,
                 size.lanes >= WIDE_LANES, PAIRS, **SWEEP,
             )  # fmt: skip
     none = x.image.new_empty(0)

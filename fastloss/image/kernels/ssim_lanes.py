@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...core.kernels.device_math import number_in
+from ...core.kernels.launch import odd_number
+
 
 class Strided(NamedTuple):
     """A tensor of any strides."""
@@ -20,6 +23,19 @@ class Strided(NamedTuple):
     channel_stride: int | None
     row_stride: int | None
     column_stride: int | None
+
+    def odd(self) -> Strided:
+        """As a kernel takes it: strides that change with the size of an image go as odd numbers, so that another size
+        compiles nothing. A lane reads one number at a time, so that it does not matter what they are multiples of."""
+        names = ("image_stride", "channel_stride", "row_stride")
+        return self._replace(**{name: odd_number(getattr(self, name)) for name in names})
+
+
+@triton.jit
+def strided_in(odd):
+    """What :meth:`Strided.odd` was made of."""
+    image_stride, channel_stride = number_in(odd.image_stride), number_in(odd.channel_stride)
+    return Strided(odd.ptr, image_stride, channel_stride, number_in(odd.row_stride), odd.column_stride)
 
 
 class Plane(NamedTuple):

@@ -50,7 +50,7 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # the default of enable_fp
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@triton.jit(do_not_specialize=["tiles", "all_tiles", "first_tile"])
+@triton.jit(do_not_specialize=["total", "tiles", "all_tiles", "first_tile"])
 def _lpips_fwd_kernel(
     columns,  # Pointers
     layers,  # Layers
@@ -87,7 +87,7 @@ def _lpips_fwd_kernel(
                 tl.store(out_ptr + image * all_tiles + first_tile + tile, tl.sum(value) / count)
 
 
-@triton.jit(do_not_specialize=["tiles"])
+@triton.jit(do_not_specialize=["total", "tiles"])
 def _lpips_bwd_kernel(
     columns,  # Pointers
     layers,  # Layers
@@ -135,32 +135,31 @@ def _in_rows(t: Tensor) -> bool:
     return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
 
 
-def _describe(x: Tensor, rows: bool, before: int, backward: bool) -> Tile:
-    """A layer's tile. A backward takes the channels in two halves: it holds more of each."""
+def _describe(x: Tensor, rows: bool, backward: bool) -> Tile:
+    """A layer's tile. A backward takes the channels in two halves: it holds more of each. What is `whole` is decided
+    for all layers of a launch at once, so that there are two sorts of kernels and not one for each size of images."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(max(channels, 1)), MOST_CHANNELS)
     tile = min(TILE // block, triton.next_power_of_2(max(pixels, 1)))
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0 or channels == 0, channels > block
-    even = (pixels | before) % 16 == 0
+    even = pixels % PIXELS == 0
     return Tile(block, tile, rows, wide, even, pixels % tile == 0, ragged, more, channels, PIXELS)
 
 
-def _shared(
-    xs: Sequence[Tensor], rows: Sequence[bool], befores: Sequence[int], backward: bool
-) -> tuple[list[Tile], list[int]]:
+def _shared(xs: Sequence[Tensor], rows: Sequence[bool], backward: bool) -> tuple[list[Tile], list[int]]:
     """The tiles of a list with a table, each for all layers that have it, and which of them each layer has."""
     keys = [(max(SHARED_CHANNELS, min(triton.next_power_of_2(x.shape[1]), MOST_CHANNELS)), row)
             for x, row in zip(xs, rows, strict=True)]  # fmt: skip
     wide = any((x.shape[1] + MOST_CHANNELS) * (x.shape[2] * x.shape[3] + TILE) >= 2**31 for x in xs)
     kinds, tiles = sorted(set(keys)), []
     for key in kinds:
-        own = [(x.shape[1], x.shape[2] * x.shape[3] | n) for x, n, k in zip(xs, befores, keys, strict=True) if k == key]
+        own = [(x.shape[1], x.shape[2] * x.shape[3]) for x, k in zip(xs, keys, strict=True) if k == key]
         block, row = key
         part = block // 2 if backward else block
         more, channels = any(c > part for c, _ in own), all(c % 16 == 0 for c, _ in own)
-        even = all(p % 16 == 0 for _, p in own)
+        even = all(p % PIXELS == 0 for _, p in own)
         tiles.append(Tile(part, TILE // block, row, wide, even, False, True, more, channels, PIXELS))
     return tiles, [kinds.index(key) for key in keys]
 
@@ -202,11 +201,13 @@ class _Launches:
         self.tiles = 0
         for low in range(0, len(x.features), MOST):
             part = slice(low, low + MOST)
-            xs, rows, first_pixels = self.xs[part], self.rows[part], self.first_pixels[part]
+            xs, rows = self.xs[part], self.rows[part]
             if len(xs) > DIRECT:
-                tiles, kinds = _shared(xs, rows, first_pixels, backward)
+                tiles, kinds = _shared(xs, rows, backward)
             else:
-                tiles = [_describe(*one, backward) for one in zip(xs, rows, first_pixels, strict=True)]
+                tiles = [_describe(*one, backward) for one in zip(xs, rows, strict=True)]
+                whole = all(tile.whole for tile in tiles)
+                tiles = [tile._replace(whole=whole) for tile in tiles]
                 kinds = list(range(len(tiles)))
             counts = [triton.cdiv(n, tiles[kind].pixels) for n, kind in zip(self.pixels[part], kinds, strict=True)]
             *starts, count = itertools.accumulate(counts, initial=0)

@@ -21,8 +21,8 @@ class Tile(NamedTuple):
     pixels: int
     in_rows: bool  # the channels of a pixel lie side by side, else its plane's pixels
     wide: bool  # offsets need 64 bits
-    even: bool  # the layer's pixels, and those before it, are a multiple of 16
-    whole: bool  # the layer's pixels are a multiple of the tile's
+    even: bool  # the layer's pixels are a multiple of `together`
+    whole: bool  # in all layers of the launch the pixels are a multiple of the tile's
     ragged: bool  # the layer's channels are no multiple of the tile's
     more: bool  # they are more than those
     layer_channels: int  # how many they are; with a table, whether they are multiples of 16
@@ -222,8 +222,8 @@ def place(tile, image, layer, layers, INDEX: tl.constexpr, LAYERS: tl.constexpr,
         if LAYERS.layer_channels[INDEX]:
             width = width // 16 * 16
     if LAYERS.even[INDEX]:
-        count = count // 16 * 16  # the same, and now the compiler knows it
-        first = first // 16 * 16
+        together: tl.constexpr = LAYERS.together[INDEX]
+        count = count // together * together  # the same, and now the compiler knows it
     pixel = nth * LAYERS.pixels[INDEX] + tl.arange(0, LAYERS.pixels[INDEX])
     return width, count, pixel, image * width * count, first.to(tl.int64) + image * count
 

@@ -1,0 +1,215 @@
+"""open_clip's losses: ClipLoss, CoCaLoss, DistillClipLoss and SigLipLoss (open_clip 2.20 to 3.3).
+
+Where open_clip is installed they are subclasses of its classes, with its constructors and methods; else they stand
+alone. In one process :func:`fastloss.clip_loss` and :func:`fastloss.siglip_loss` compute them, without the logits;
+with ``world_size > 1`` open_clip's own code does. Distillation is a loss of the logits themselves, which exist there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..contrastive import clip_loss, siglip_loss
+from ._common import NotServed, as_theirs, check_not_overridden, check_plain, hands_on, library
+
+_theirs = library("open_clip.loss")
+
+
+class _ClipAlone(nn.Module):
+    """What the losses of softmax have of open_clip's where it is not installed: the arguments, and the logits."""
+
+    def __init__(
+        self,
+        local_loss: bool = False,
+        gather_with_grad: bool = False,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        use_horovod: bool = False,
+    ) -> None:
+        super().__init__()
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.use_horovod = use_horovod
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        return torch.arange(num_logits, device=device)
+
+    def get_logits(
+        self, image_features: Tensor, text_features: Tensor, logit_scale: Any, logit_bias: Any = None
+    ) -> tuple[Tensor, Tensor]:
+        logits = logit_scale * image_features @ text_features.T
+        logits = logits if logit_bias is None else logits + logit_bias
+        return logits, logits.T
+
+
+class _CoCaAlone(_ClipAlone):
+    def __init__(self, caption_loss_weight: float, clip_loss_weight: float, pad_id: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.clip_loss_weight = clip_loss_weight
+        self.caption_loss_weight = caption_loss_weight
+        self.caption_loss = nn.CrossEntropyLoss(ignore_index=pad_id)
+
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        logit_scale: Any,
+        output_dict: bool = False,
+    ) -> Any:
+        clip = torch.tensor(0, device=logits.device)
+        if self.clip_loss_weight:  # super(): the drop-in of ClipLoss, which comes next among CoCaLoss's classes
+            clip = self.clip_loss_weight * super().forward(image_features, text_features, logit_scale)
+        caption = self.caption_loss_weight * self.caption_loss(logits.mT, labels)
+        return {"contrastive_loss": clip, "caption_loss": caption} if output_dict else (clip, caption)
+
+
+class _DistillAlone(_ClipAlone):
+    def dist_loss(self, teacher_logits: Tensor, student_logits: Tensor) -> Tensor:
+        return F.cross_entropy(student_logits, teacher_logits.softmax(1))
+
+
+class _SigLipAlone(nn.Module):
+    _loss: Callable[..., Tensor]
+
+    def __init__(
+        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+    ) -> None:
+        super().__init__()
+        self.cache_labels = cache_labels
+        self.rank = rank
+        self.world_size = world_size
+        self.dist_impl = dist_impl or "bidir"
+        assert self.dist_impl in ("bidir", "shift", "reduce", "gather")  # the error that open_clip has
+        self.prev_num_logits = 0
+        self.labels: dict[torch.device, Tensor] = {}
+
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Any,
+        logit_bias: Any,
+        output_dict: bool = False,
+    ) -> Any:
+        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+_Clip: Any = _ClipAlone if _theirs is None else _theirs.ClipLoss
+_CoCa: Any = _CoCaAlone if _theirs is None else _theirs.CoCaLoss
+_Distill: Any = _DistillAlone if _theirs is None else _theirs.DistillClipLoss
+_SigLip: Any = _SigLipAlone if _theirs is None else _theirs.SigLipLoss
+
+
+def _check_one_process(loss: Any) -> None:
+    if loss.world_size > 1:
+        raise NotServed("world_size > 1")
+
+
+def _scalar(name: str, value: Any) -> Any:
+    """A number or a one-element tensor; scales and biases of other shapes are open_clip's."""
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise NotServed(f"{name}: {tuple(value.shape)} numbers, not one")
+    return value
+
+
+class ClipLoss(_Clip):
+    """open_clip's ``ClipLoss``, by :func:`fastloss.clip_loss`: the mean cross entropy of both directions.
+
+    The labels are the rows' own numbers: nothing is cached. A `logit_bias` cancels, and gets a gradient of exactly 0.
+    """
+
+    @hands_on("open_clip.ClipLoss", None if _theirs is None else _theirs.ClipLoss.forward)
+    def forward(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Any,
+        logit_bias: Any = None,
+        output_dict: bool = False,
+    ) -> Any:
+        loss = _contrastive(self, image_features, text_features, logit_scale, logit_bias)
+        return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _contrastive(loss: Any, image: Tensor, text: Tensor, logit_scale: Any, logit_bias: Any = None) -> Tensor:
+    _check_one_process(loss)
+    check_not_overridden(loss, _Clip, "get_logits", "get_ground_truth")
+    check_plain(image, text)
+    value = clip_loss(image, text, logit_scale=_scalar("logit_scale", logit_scale))
+    if isinstance(_scalar("logit_bias", logit_bias), Tensor):
+        value = value + 0.0 * logit_bias.sum()
+    return as_theirs(value, image, text)
+
+
+class CoCaLoss(_CoCa, ClipLoss):
+    """open_clip's ``CoCaLoss``: the contrastive part by :func:`fastloss.clip_loss`, the caption's as it is there."""
+
+
+class DistillClipLoss(_Distill, ClipLoss):
+    """open_clip's ``DistillClipLoss``: the contrastive part by :func:`fastloss.clip_loss`.
+
+    The distillation compares the logits of student and teacher, which are made for it, [M, M] each.
+    """
+
+    @hands_on("open_clip.DistillClipLoss", None if _theirs is None else _theirs.DistillClipLoss.forward)
+    def forward(  # type: ignore[override]
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Any,
+        dist_image_features: Tensor,
+        dist_text_features: Tensor,
+        dist_logit_scale: Any,
+        output_dict: bool = False,
+    ) -> Any:
+        contrastive = _contrastive(self, image_features, text_features, logit_scale)
+        student = self.get_logits(image_features, text_features, logit_scale)
+        teacher = self.get_logits(dist_image_features, dist_text_features, dist_logit_scale)
+        distill = sum(self.dist_loss(t, s) for t, s in zip(teacher, student, strict=True)) / 2
+        return {"contrastive_loss": contrastive, "distill_loss": distill} if output_dict else (contrastive, distill)
+
+
+class SigLipLoss(_SigLip):
+    """open_clip's ``SigLipLoss``, by :func:`fastloss.siglip_loss`."""
+
+    @hands_on("open_clip.SigLipLoss", None if _theirs is None else _theirs.SigLipLoss._loss)
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Any,
+        logit_bias: Any = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        _check_one_process(self)
+        if _theirs is not None:
+            check_not_overridden(self, _SigLip, "get_logits", "get_ground_truth")
+        check_plain(image_features, text_features)
+        scale, bias = _scalar("logit_scale", logit_scale), _scalar("logit_bias", logit_bias)
+        value = siglip_loss(
+            image_features, text_features, logit_scale=scale, logit_bias=bias, negative_only=negative_only
+        )
+        return as_theirs(value, image_features, text_features)
+
+
+SWAPS = {
+    "open_clip.loss.ClipLoss": ClipLoss,
+    "open_clip.loss.CoCaLoss": CoCaLoss,
+    "open_clip.loss.DistillClipLoss": DistillClipLoss,
+    "open_clip.loss.SigLipLoss": SigLipLoss,
+}
+LEFT: dict[str, str] = {}

@@ -1,0 +1,8 @@
+"""Drop-ins beside the libraries themselves: values, gradients, dtypes, attributes and errors, on drawn calls.
+
+tools.py        a drawn call of both, judged by the one tolerance rule
+test_patch.py   swapping and back, and that docs/migration.md has every name
+test_alone.py   in a process without the libraries
+test_peers.py   the command that runs a library's own tests
+test_<library>.py
+"""

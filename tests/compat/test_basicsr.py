@@ -1,0 +1,100 @@
+"""BasicSR's losses, which are not installed here, as its code defines them in eager torch."""
+
+from __future__ import annotations
+
+import functools
+import sys
+import types
+
+import pytest
+import torch
+
+import fastloss
+from fastloss.compat import basicsr as ours
+from tests.compat.tools import Draws
+
+DISTANCES = {
+    "L1Loss": lambda pred, target: (pred - target).abs(),
+    "MSELoss": lambda pred, target: (pred - target) ** 2,
+    "CharbonnierLoss": lambda pred, target: ((pred - target) ** 2 + 1e-4) ** 0.5,
+}
+
+
+def reduced(values, weight, reduction, loss_weight):
+    if weight is not None:
+        values = values * weight
+    if reduction == "none":
+        return loss_weight * values
+    if reduction == "sum":
+        return loss_weight * values.sum()
+    if weight is None:
+        return loss_weight * values.mean()
+    return loss_weight * values.sum() / (weight.sum() * (values.shape[1] // weight.shape[1]))
+
+
+def drawn_weight(draw, shape):
+    """None, or weights of each pixel, of one channel or all, of one image or all."""
+    shape = draw.one_of(None, shape, (shape[0], 1, *shape[2:]), (1, *shape[1:]))
+    return None if shape is None else 0.1 + draw.uniform(*shape)
+
+
+def weighted(loss, tensors, weight):
+    return loss(*tensors) if weight is None else loss(*tensors, weight=weight.to(tensors[0].dtype))
+
+
+@pytest.mark.parametrize("name", list(DISTANCES))
+def test_pixel_losses(name):
+    for draw in Draws(32):
+        shape = draw.size(1, 3), draw.size(1, 3), draw.size(1, 12), draw.size(1, 12)
+        weight, reduction = drawn_weight(draw, shape), draw.one_of("mean", "sum", "none")
+        more = {"eps": 1e-4} if name == "CharbonnierLoss" else {}
+        loss = getattr(ours, name)(loss_weight=0.5, reduction=reduction, **more)
+
+        def eager(pred, target, weight=None, reduction=reduction):
+            return reduced(DISTANCES[name](pred, target), weight, reduction, 0.5)
+
+        pair = [lambda *t, f=f, w=weight: weighted(f, t, w) for f in (loss, eager)]
+        draw.compare(*pair, [draw.normal(*shape), draw.normal(*shape)])
+
+
+def test_weighted_tv_loss():
+    def eager(pred, weight=None, reduction="mean"):
+        rows = reduced((pred[:, :, 1:] - pred[:, :, :-1]).abs(), None if weight is None else weight[:, :, :-1],
+                       reduction, 0.5)  # fmt: skip
+        columns = reduced((pred[..., 1:] - pred[..., :-1]).abs(), None if weight is None else weight[..., :-1],
+                          reduction, 0.5)  # fmt: skip
+        return rows + columns
+
+    for draw in Draws(32):
+        shape = draw.size(1, 3), draw.size(1, 3), draw.size(2, 12), draw.size(2, 12)
+        weight, reduction = drawn_weight(draw, shape), draw.one_of("mean", "sum")
+        loss = ours.WeightedTVLoss(loss_weight=0.5, reduction=reduction)
+        fns = loss, functools.partial(eager, reduction=reduction)
+        draw.compare(*(lambda *t, f=f, w=weight: weighted(f, t, w) for f in fns), [draw.normal(*shape)])
+
+
+def test_attributes_and_errors():
+    loss = ours.CharbonnierLoss(2.0, "sum")
+    assert (loss.loss_weight, loss.reduction, loss.eps) == (2.0, "sum", 1e-12) and loss.state_dict() == {}
+    assert isinstance(ours.WeightedTVLoss(), ours.L1Loss)
+    image = torch.rand(1, 3, 4, 4)
+    assert loss(image, image, name="ignored").item() == pytest.approx(2 * 48 * 1e-6)
+    for wrong in (lambda: ours.L1Loss(reduction="median"), lambda: ours.WeightedTVLoss(reduction="none")):
+        with pytest.raises(ValueError, match="reduction: expected one of"):
+            wrong()
+    with pytest.raises(AssertionError):
+        loss(image, image, weight=torch.ones(1, 2, 4, 4))
+
+
+def test_patched(monkeypatch):
+    """Its module in a stand-in of BasicSR, of which the registry is left."""
+    for name in ("basicsr", "basicsr.losses", "basicsr.losses.basic_loss"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["basicsr"].__spec__ = types.SimpleNamespace()
+    for name in ("L1Loss", "MSELoss"):
+        setattr(sys.modules["basicsr.losses.basic_loss"], name, type(name, (torch.nn.Module,), {}))
+    with fastloss.patch("basicsr") as swapped:
+        assert sys.modules["basicsr.losses.basic_loss"].L1Loss is ours.L1Loss
+    assert sys.modules["basicsr.losses.basic_loss"].L1Loss is not ours.L1Loss
+    assert swapped.left["basicsr.losses.basic_loss.CharbonnierLoss"] == "not in the installed version"
+    assert "basicsr.utils.registry.LOSS_REGISTRY" in swapped.left

@@ -1,0 +1,97 @@
+"""A drawn call of a drop-in and of the library itself: values, gradients and dtypes by the one tolerance rule."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from fastloss.compat import _common
+from tests.conformance.tools import Errors
+
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16)
+
+
+class Draws:
+    """Drawn calls: `for draw in Draws(40): draw.compare(ours, theirs, tensors)`, and the rule over all of them."""
+
+    def __init__(self, count: int, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
+        self.count, self.dtypes = count, dtypes
+        self.errors: dict[torch.dtype, Errors] = {}
+
+    def __iter__(self) -> Iterator[Draw]:
+        for seed in range(self.count):
+            yield Draw(seed, self.dtypes[seed % len(self.dtypes)], self.errors)
+        for errors in self.errors.values():
+            errors.check()
+
+
+class Draw:
+    def __init__(self, seed: int, dtype: torch.dtype, errors: dict[torch.dtype, Errors]) -> None:
+        self.random, self.generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.dtype, self.errors = dtype, errors.setdefault(dtype, Errors(dtype))
+
+    def one_of(self, *choices: Any) -> Any:
+        return self.random.choice(choices)
+
+    def size(self, low: int, high: int) -> int:
+        return self.random.randint(low, high)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator).to(self.dtype)
+
+    def integers(self, high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=self.generator)
+
+    def number(self, *choices: float) -> Tensor:
+        return torch.tensor(self.one_of(*choices), dtype=self.dtype)
+
+    def compare(
+        self,
+        ours: Callable[..., Any],
+        theirs: Callable[..., Any],
+        tensors: list[Tensor],
+        exact: Callable[..., Any] | None = None,
+        frozen: int = 0,
+        quiet: bool = True,
+        **options: Any,
+    ) -> None:
+        """Both with the same arguments in the draw's dtype, and theirs (or `exact`) in float64.
+
+        The last `frozen` tensors get no gradient. `quiet`: fastloss itself must have computed ours, so that no warning
+        says that theirs did.
+        """
+        _common._said.clear()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            mine = _run(ours, tensors, self.dtype, frozen, options)
+        handed = [str(w.message) for w in said if "is computed by the library itself" in str(w.message)]
+        assert bool(handed) != quiet, handed
+        other = _run(theirs, tensors, self.dtype, frozen, options)
+        wanted = _run(exact or theirs, tensors, torch.float64, frozen, options)
+        for kind, got, eager, true in zip(("value", "gradient"), mine, other, wanted, strict=True):
+            assert len(got) == len(eager) == len(true)
+            for i, (g, e, t) in enumerate(zip(got, eager, true, strict=True)):
+                assert g.shape == e.shape and g.dtype == e.dtype, (kind, i, g.shape, e.shape, g.dtype, e.dtype)
+                self.errors.add(f"{kind} {i}", g, e, t, f"shapes {[tuple(x.shape) for x in tensors]}")
+
+
+def _run(
+    fn: Callable[..., Any], tensors: list[Tensor], dtype: torch.dtype, frozen: int, options: dict[str, Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(values, gradients of the floating-point tensors) of a call with copies of the tensors in `dtype`."""
+    copies = [t.detach().clone().to(dtype) if t.is_floating_point() else t for t in tensors]
+    wrt = [t.requires_grad_() for t in copies[: len(copies) - frozen] if t.is_floating_point()]
+    values = [v for v in tree_flatten(fn(*copies, **options))[0] if isinstance(v, Tensor)]
+    upstream = torch.Generator().manual_seed(1)
+    total = sum((v.double() * torch.randn(v.shape, generator=upstream)).sum() for v in values)
+    gradients = torch.autograd.grad(total, wrt, allow_unused=True) if wrt else ()
+    return values, [torch.zeros_like(t) if g is None else g for t, g in zip(wrt, gradients, strict=True)]
