@@ -59,13 +59,15 @@ $(VENV)/triton36: | $(VENV)/.torch
 	$(BIN)/pip install -q --no-deps --target $@.new triton==3.6.0 && mv $@.new $@
 
 $(VENV)/.torch:
+	@echo "downloading torch; with its CUDA libraries it takes 5 GB on disk"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q --upgrade pip "setuptools>=77" ninja
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
 $(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install -q --no-build-isolation -e ".[train,$*]"
+	@echo "installing, and compiling the C++ kernels: some minutes without output"
+	$(BIN)/pip install -q --no-build-isolation -e "$(if $(filter train,$*),.[train],.[train,$*])"
 	touch $@
 
 clean:

@@ -22,6 +22,7 @@ from benchmarks.harness.results import write
 from benchmarks.harness.session import Session, measured
 from benchmarks.report.verdict import busy, table_of, verdict
 from benchmarks.workloads.items import items, named
+from benchmarks.workloads.providers import known
 from tests.conformance.tools import ops_of
 
 
@@ -42,6 +43,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     unknown = sorted(set(args.losses) - set(named()))
     if unknown:
         parser.error(f"no benchmark row for {', '.join(unknown)}; there are {', '.join(named())}")
+    unknown = sorted(set(args.providers or ()) - set(known()))
+    if unknown:
+        parser.error(f"--providers: no {', '.join(unknown)}; with spaces between them, of {', '.join(known())}")
     args.losses = args.losses or named()
     args.dtype = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
     args.minutes = args.minutes or (9.0 if args.headline else 0.0)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-EXTRA = 'pip install "fastloss[train]"'
+EXTRA = 'pip install --no-build-isolation ".[train]", in its checkout'
 HELP = "Fused losses for PyTorch: the reference text-to-image training, its samples, benchmarks, what is installed."
 
 

@@ -64,14 +64,14 @@ def promise() -> str:
     for device, where in (("h200", "an H200"), ("cpu", "two CPU cores")):
         found = next(iter(tables.main_row(device, "clip_loss").values()), {})
         if found.get("eager", {}).get("p50_ms"):
-            ours, eager = (
-                f"{float(row['p50_ms']):.3g} ms and {float(row['peak_mib']):,.0f} MiB"
-                for row in (found["fastloss"], found["eager"])
+            ours, eager, compiled = (
+                f"{float(row['p50_ms']):.3g} ms and {float(row['peak_mib']):,.0f} MiB" if row.get("p50_ms") else ""
+                for row in (found["fastloss"], found["eager"], found.get("torch.compile", {}))
             )
             pairs, dtype = int(found["fastloss"]["shape"].split("x")[0]), found["fastloss"]["dtype"]
             return (
                 f"{words}:\non {where}, CLIP's loss of {pairs:,} pairs and its gradients take {ours} in {dtype}; eager "
-                f"PyTorch takes {eager}."
+                f"PyTorch takes {eager}{', torch.compile ' * bool(compiled)}{compiled}."
             )
     return f"{words}."
 

@@ -293,10 +293,18 @@ def _gain(by_threads: dict[int, list[dict[str, str]]]) -> str:
 
 
 def standing(device: str) -> str:
-    """In how many rows of forward + backward or whole steps fastloss is the fastest, level with it, or slower."""
-    keys = grouped(rows_of(device, "both", "step"))
-    behind = [(key_of(theirs), text) for mode, _, theirs, _, text in lost(device) if mode in ("both", "step")]
-    slower = {key for key, text in behind if text != "level"}
-    level = {key for key, _ in behind} - slower
-    fastest = len(keys) - len(slower) - len(level)
-    return f"of {len(keys)} rows {fastest} fastest, {len(level)} level with the fastest, {len(slower)} slower"
+    """In how many rows of forward + backward or whole steps fastloss is faster than all others, level, or slower.
+
+    Level: the medians are within 5 %, whichever is less. A row that only fastloss has counts in none of them.
+    """
+    gains = []  # the time of the fastest other over fastloss's, row by row
+    for group in grouped(rows_of(device, "both", "step")).values():
+        others = [time for name, row in group.items() if name != "fastloss" and (time := time_of(row))]
+        ours = time_of(group["fastloss"])
+        if others and ours:
+            gains.append(min(others) / ours)
+    faster, slower = sum(gain > 1 + LEVEL for gain in gains), sum(gain < 1 / (1 + LEVEL) for gain in gains)
+    return (
+        f"of {len(gains)} rows with another to compare with, fastloss is faster than all by more than {LEVEL:.0%} in "
+        f"{faster}, within {LEVEL:.0%} of the fastest in {len(gains) - faster - slower}, slower in {slower}"
+    )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.harness.results import RENAMED
-from tests.conformance.cases import Case
+from tests.conformance.cases import CASES, Case
 
 Function = Callable[..., torch.Tensor]
 AUTOTUNE = "torch.compile max-autotune"
@@ -36,6 +36,13 @@ INSTALL = {
     "pytorch-msssim": "pytorch-msssim",
 }
 ADAPTERS: dict[str, list[tuple[str, bool, Callable[[dict], Function | None]]]] = {}
+
+
+def known() -> list[str]:
+    """The names of all providers, of whatever loss."""
+    rivals = {name for case in CASES for name in case.extra.get("rivals", {})}
+    adapters = {name for of_loss in ADAPTERS.values() for name, *_ in of_loss}
+    return ["fastloss", "eager", "torch.compile", AUTOTUNE, *sorted(rivals | adapters)]
 
 
 def providers(

@@ -231,6 +231,9 @@ class ContrastiveLoss(Loss):
             temp = check_number("temp", temp, 0, open_low=True)
         super().__init__(temperature=temp, **options)
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().replace("temperature=", "temp=", 1)
+
     @property
     def temp(self) -> float | Tensor:
         return self.temperature

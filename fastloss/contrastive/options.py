@@ -79,8 +79,16 @@ class Columns(NamedTuple):
 # What to pass instead of an option that a loss has under another name, or that belongs to an object it takes.
 SAMPLING_HINTS = {field.name: f"sampling=NegativeSampling({field.name}=...)" for field in fields(NegativeSampling)}
 TEMPERATURE_HINTS = dict.fromkeys(("tau", "temp"), "temperature=...") | {"logit_scale": "temperature = 1 / logit_scale"}
+_OF_OPEN_CLIP = "it to fastloss.compat.open_clip, whose classes have open_clip's own arguments"
+OPEN_CLIP_HINTS = dict.fromkeys(("local_loss", "gather_with_grad", "cache_labels", "output_dict"), _OF_OPEN_CLIP)
+OPEN_CLIP_HINTS |= dict.fromkeys(("rank", "world_size"), "group=..., a process group, for the batch of all its ranks")
 OPEN_CLIP_NAMES = {"image_features": "image", "text_features": "text"}
-SCALE_HINTS = dict.fromkeys(("temperature", "temp", "tau"), "logit_scale = 1 / temperature")
+SCALE_HINTS = dict.fromkeys(("temperature", "temp", "tau"), "logit_scale = 1 / temperature") | OPEN_CLIP_HINTS
+SUPCONTRAST_HINTS = {
+    "base_temperature": "temperature alone, and multiply the loss by temperature / base_temperature",
+    "contrast_mode": "weights=..., 0 for rows that are to be no anchors",
+    "mask": "labels=..., equal ones for positives",
+}
 
 
 class MayReturnLse(Protocol[P]):

@@ -24,14 +24,14 @@ from .checks import (
 )
 from .embeddings import scale_of_rows, self_operands
 from .ops.softmax_stats import Inputs, softmax_statistics
-from .options import TEMPERATURE_HINTS, Columns, ContrastiveOutput, may_return_lse
+from .options import SUPCONTRAST_HINTS, TEMPERATURE_HINTS, Columns, ContrastiveOutput, may_return_lse
 from .query_key_losses import _left_out
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Exchange, Group
 
 
-@may_return_lse(hints=TEMPERATURE_HINTS)
+@may_return_lse(hints=TEMPERATURE_HINTS | SUPCONTRAST_HINTS)
 def supcon_loss(
     features: Tensor,
     labels: Tensor | None = None,

@@ -57,7 +57,7 @@ class State:
             "reference": None,
             "cpp": _load_extension(),
             "triton": _why_no_triton(),
-            "cuda": "no op is faster in CUDA C++ than in Triton yet, so none is shipped",
+            "cuda": "there is none yet; the GPU is served by the backend triton",
         }
         self.traced: str | None = _UNSET  # what a use_backend inside a compiled function forces
         self.latest: str | None = None  # of any thread, for a torch.compile that cannot read context variables
@@ -180,6 +180,6 @@ def say_kernels_are_missing(device: torch.device) -> None:
     state.said.add(kind)
     warnings.warn(
         f"fastloss runs on PyTorch operators on {where}, slower and in more memory: {why}. To keep it so without this "
-        "warning: FASTLOSS_BACKEND=reference, or fastloss.core.use_backend('reference')",
+        "warning: FASTLOSS_BACKEND=reference, or fastloss.use_backend('reference')",
         stacklevel=4,
     )

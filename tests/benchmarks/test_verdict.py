@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import run
 from benchmarks.harness import measure, results
-from benchmarks.report import verdict
+from benchmarks.report import tables, verdict
 from tests.benchmarks.test_benchmarks import SMALL, small  # noqa: F401
 
 
@@ -28,6 +28,24 @@ def rows(**times):
             p20, p50, p80 = (f"{share * time * f:.4f}" for f in (0.9, 1.0, 1.1))
             found.append(row | dict(p20_ms=p20, p50_ms=p50, p80_ms=p80, error="1e-07", peak_mib="3.0"))
     return found
+
+
+def test_standing_counts_rows_that_have_another(monkeypatch):
+    """One row faster by more than 5 %, one level from each side, one slower, one with nobody else."""
+    cases = [(5.0, 6.0), (5.0, 5.1), (5.1, 5.0), (6.0, 5.0)]
+    found = [row | {"shape": str(i)} for i, (ours, other) in enumerate(cases) for row in rows(fastloss=ours, piq=other)]
+    found += [row | {"shape": "alone"} for row in rows(fastloss=5.0)]
+    monkeypatch.setattr(tables, "rows_of", lambda device, *modes: [row for row in found if row["mode"] in modes])
+    assert tables.standing("cpu") == (
+        "of 4 rows with another to compare with, fastloss is faster than all by more than 5% in 1, within 5% of the "
+        "fastest in 2, slower in 1"
+    )
+
+
+def test_an_unknown_provider_is_named(capsys):
+    with pytest.raises(SystemExit):
+        run.parse(["pixel_loss", "--providers", "fastloss,eager"])
+    assert "--providers: no fastloss,eager; with spaces between them, of fastloss, eager" in capsys.readouterr().err
 
 
 def test_a_verdict_is_a_sentence():
