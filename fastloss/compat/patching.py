@@ -26,6 +26,7 @@ LIBRARIES = (
 class _Place(NamedTuple):
     """Where a class or function is found by its name."""
 
+    home: str  # the module's name
     module: ModuleType
     name: str
 
@@ -80,7 +81,7 @@ class patch:
 
     @property
     def swapped(self) -> dict[str, list[str]]:
-        return {swap.path: sorted(place.module.__name__ for place in swap.places) for swap in self._swaps}
+        return {swap.path: sorted(place.home for place in swap.places) for swap in self._swaps}
 
     def _swap(self, library: str) -> None:
         _check_installed(library)
@@ -102,8 +103,8 @@ class patch:
         """Puts the originals back where this call took them away, and wherever their library has ours by now."""
         for path, theirs, ours, places in reversed(self._swaps):
             library = path.split(".")[0]
-            own = [place for place in _places(ours) if place.module.__name__.split(".")[0] == library]
-            for module, name in (*places, *own):
+            own = [place for place in _places(ours) if place.home.split(".")[0] == library]
+            for _, module, name in (*places, *own):
                 if vars(module).get(name) is ours:
                     setattr(module, name, theirs)
         self._swaps = []
@@ -152,10 +153,9 @@ def _found(path: str) -> Any:
 def _places(wanted: Any, but: str | None = None) -> list[_Place]:
     """Where an object is an attribute of an imported module: everywhere but in fastloss and the module called `but`."""
     found = []
-    for module in list(sys.modules.values()):
-        if not isinstance(module, ModuleType) or module.__name__ == but or module.__name__.split(".")[0] == "fastloss":
-            continue
-        found += [_Place(module, name) for name, value in list(vars(module).items()) if value is wanted]
+    for home, module in list(sys.modules.items()):
+        if isinstance(module, ModuleType) and home != but and home.split(".")[0] != "fastloss":
+            found += [_Place(home, module, name) for name, value in list(vars(module).items()) if value is wanted]
     return found
 
 
