@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-EXTRA = 'pip install --no-build-isolation ".[train]", in its checkout'
+EXTRA = 'pip install ".[train]" in its checkout, as its README has it'
 HELP = "Fused losses for PyTorch: the reference text-to-image training, its samples, benchmarks, what is installed."
 
 

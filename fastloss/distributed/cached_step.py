@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..core.checks import check_flag, check_integer
+from ..core.entry import public_function
 
 
+@public_function
 def cached_step(
     encoders: Sequence[Callable[..., Any]],
     inputs: Sequence[Any],

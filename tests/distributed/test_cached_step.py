@@ -4,38 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections import UserDict
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from fastloss import cached_step, clip_loss, info_nce
-from tests.distributed.encoders import Encoder, data_of_ranks
-from tests.distributed.test_losses import started
-
-CHUNK = 6
-
-
-def loss_of(a: Any, b: Tensor) -> Tensor:
-    if isinstance(a, dict):
-        return clip_loss(a["emb"], b, logit_scale=a["logit_scale"], normalize=True)
-    return info_nce(a, b, temperature=0.3)
-
-
-def with_graphs(encoders: tuple, inputs: tuple, loss_fn: Any = loss_of, chunk: int = CHUNK) -> Tensor:
-    """What cached_step is to equal."""
-    outputs = []
-    for encoder, x in zip(encoders, inputs, strict=True):
-        pieces = [encoder(piece) for piece in x.split(chunk)]
-        if isinstance(pieces[0], dict):
-            rows = torch.cat([p["emb"] for p in pieces])
-            outputs.append({"emb": rows, "logit_scale": pieces[-1]["logit_scale"]})
-        else:
-            outputs.append(torch.cat(pieces))
-    loss = loss_fn(*outputs)
-    loss.backward()
-    return loss.detach()
+from tests.distributed.encoders import CHUNK, Encoder, loss_of, with_graphs
 
 
 def check_same(ours: Tensor, theirs: Tensor, encoders: tuple, others: tuple, atol: float = 1e-6) -> None:
@@ -151,14 +126,3 @@ def test_buffers_and_generators_are_as_before_when_an_encoder_fails():
     with pytest.raises(KeyboardInterrupt):
         cached_step((encoder,), (torch.randn(5, 12),), torch.sum, chunk=2, embed=fails)
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
-
-
-def test_ddp_of_two_ranks_reduces_once():
-    x, y = data_of_ranks()
-    encoders = Encoder(12, scale=True), Encoder(10)
-    with_graphs(encoders, (x, y), chunk=32)
-    for rank in started(2):
-        got = rank["cached"]
-        assert got["reductions"] == [1, 1, 0, 0], "one a model and step, none inside no_sync()"
-        for one, two in zip(got["grads"], [p.grad for e in encoders for p in e.parameters()], strict=True):
-            torch.testing.assert_close(one, two, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The memory bank: what it keeps, what a state_dict restores, and that it is the same on all ranks, under DDP too."""
+"""The memory bank: what it keeps, what a state_dict restores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fastloss import MemoryBank
-from tests.distributed.test_losses import started
 
 
 def rows(first: int, last: int) -> torch.Tensor:
@@ -66,12 +65,3 @@ def test_what_is_stored_is_a_copy_in_the_banks_dtype_without_a_graph():
 def test_what_it_refuses(call, error, said):
     with pytest.raises(error, match=said):
         call()
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_it_is_the_same_on_all_ranks_and_ddp_changes_nothing(world):
-    everyone = [rank["bank"] for rank in started(world)]
-    for ids in everyone:
-        assert ids == everyone[0]
-    pushed = [100 * step + 10 * rank + i for step in range(3) for rank in range(world) for i in range(rank + 1)]
-    assert sorted(everyone[0]) == sorted(pushed[-5:])

@@ -1,0 +1,158 @@
+"""What the tests look at in what the ranks returned (jobs.py), part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastloss import clip_loss, core
+from tests.conformance.tools import Errors
+from tests.distributed.cases import CASES, COUNTS, EQUAL, Case, counts_of, data, embedded, parameters, result
+from tests.distributed.encoders import Encoder, data_of_ranks, with_graphs
+
+
+def of_all_ranks(parts: list[Tensor], case: Case) -> Tensor:
+    """Losses of rows, or what is one a row, in the order of one process: of NT-Xent view_a's rows come first."""
+    if case.loss != "nt_xent_loss":
+        return torch.cat(parts, -1)
+    return torch.cat([half for view in range(2) for half in (p.chunk(2)[view] for p in parts)])
+
+
+def expected(case: Case, dtype: torch.dtype, counts: list[int]) -> list[Tensor]:
+    """Loss, by-products and gradients of one process."""
+    with core.use_backend("reference"):
+        one = result(case, dtype, counts, None)
+    if case.options.get("reduction") == "none":  # the mean over ranks of what each makes of its rows
+        one["grads"] = [grad / len(counts) for grad in one["grads"]]
+    return [one["loss"], *one["by-products"], *one["grads"]]
+
+
+def found(case: Case, ranks: list[dict]) -> list[list[Tensor]]:
+    """The same as each rank has it, rows put together."""
+    extra = [of_all_ranks(list(parts), case) for parts in zip(*(r["by-products"] for r in ranks), strict=True)]
+    losses = [r["loss"] for r in ranks]
+    if losses[0].ndim:
+        losses = [of_all_ranks(losses, case)] * len(ranks)
+    return [[loss, *extra, *r["grads"]] for loss, r in zip(losses, ranks, strict=True)]
+
+
+def check_losses(world: int, ranks: list[Any]) -> None:
+    """Value and averaged gradients are those of one process."""
+    ranks = [rank["losses"] for rank in ranks]
+    errors = {loss: Errors(torch.float32) for loss in {case.loss for case in CASES.values()}}
+    for name, case in CASES.items():
+        counts = counts_of(case, world)
+        exact, eager = (expected(case, dtype, counts) for dtype in (torch.float64, torch.float32))
+        for ours in found(case, [rank[name, torch.float64] for rank in ranks]):
+            for i, (value, want) in enumerate(zip(ours, exact, strict=True)):
+                torch.testing.assert_close(value, want, rtol=0, atol=1e-10, msg=f"{name}: {i} {value} {want}")
+        for ours in found(case, [rank[name, torch.float32] for rank in ranks]):
+            for i, (value, their, want) in enumerate(zip(ours, eager, exact, strict=True)):
+                kind = "loss" if i == 0 else "gradient" if i >= len(exact) - 5 else "by-product"
+                errors[case.loss].add(kind, value, their, want, name)
+    for each in errors.values():
+        each.check()
+
+
+def check_module(world: int, ranks: list[Any]) -> None:
+    """With real DDP, a module and a mesh."""
+    of = parameters(torch.float64)
+    e = embedded(data(COUNTS[world]), of)
+    loss = clip_loss(e.a, e.b, logit_scale=e.scale)
+    wanted = [loss.detach(), *torch.autograd.grad(loss, [of[0], of[1], of[3]])]
+    for rank in ranks:
+        torch.testing.assert_close(list(rank["by_module"].values()), wanted, rtol=0, atol=1e-10)
+
+
+def check_open_clip(world: int, ranks: list[Any]) -> None:
+    """open_clip has the same averages."""
+    for rank in ranks:
+        torch.testing.assert_close(rank["open_clip"]["ours"], rank["open_clip"]["theirs"], rtol=0, atol=1e-10)
+
+
+def check_mismatches(world: int, ranks: list[Any]) -> None:
+    """A rank that differs is named on all ranks."""
+    named = {
+        "width": ("query [*, 8] torch.float32", "query [*, 6] torch.float32"),
+        "rows": ("4 on rank 0", f"3 on rank {world - 1}", "Exchange(rows='uneven')"),
+        "dtype": ("key [*, 8] torch.float32", "key [*, 8] torch.float64"),
+        "option": ("normalize=False", "normalize=True"),
+        "number": ("label_smoothing=0.1", "label_smoothing=0.2"),
+        "loss": ("loss=clip_loss", "loss=siglip_loss"),
+        "gradient": ("gradients of=query", "gradients of=none"),
+        "weights": ("weights=False", "weights=True"),
+        "ids": ("nothing of that kind on rank 0", "key ids [*] torch.int64"),
+        "negatives": ("1 on rank 0", f"2 on rank {world - 1}"),
+        "labels": ("include_positive=False", "include_positive=True"),
+        "list": (f"5 rows on rank {world - 1}", "got 4"),
+        "exchange": ("gradients=mean", "gradients=sum"),
+    }
+    everyone = [rank["mismatches"] for rank in ranks]
+    assert all(said == everyone[0] for said in everyone), everyone
+    for name, words in named.items():
+        said = everyone[0][name]
+        assert said.startswith("ValueError: ") and f"rank {world - 1}" in said, f"{name}: {said}"
+        assert all(word in said for word in words), f"{name}: {said}"
+        assert name == "list" or "rank 0" in said, f"{name}: {said}"
+    assert everyone[0]["right"].startswith("loss "), everyone[0]["right"]
+
+
+def check_wire(world: int, ranks: list[Any]) -> None:
+    """Rows that travel in bfloat16 arrive rounded, own rows stay."""
+    for rank in ranks:
+        for ours, wanted in zip(rank["wire"]["ours"], rank["wire"]["by hand"], strict=True):
+            torch.testing.assert_close(ours.double(), wanted, rtol=2e-5, atol=2e-5)
+
+
+def check_traffic(world: int, ranks: list[Any]) -> None:
+    """(W - 1) b D (e + e_g): keys in their own dtype or the wire's, their gradients in float32."""
+    rows = (world - 1) * EQUAL * 8
+    for rank in ranks:
+        assert rank["traffic"] == {
+            "float32": [4 * rows, 4 * rows], "bfloat16": [2 * rows, 4 * rows], "wire": [2 * rows, 4 * rows],
+        }  # fmt: skip
+
+
+def check_compiled(world: int, ranks: list[Any]) -> None:
+    """Compiled without a graph break is as eager."""
+    for rank in ranks:
+        for name, rows, kind in rank["compiled"]:
+            got, eager = (rank["compiled"][name, rows, k] for k in (kind, "eager"))
+            torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_death(world: int, ranks: list[Any]) -> None:
+    """A rank that is gone is an error with rank and operation on the others."""
+    for rank, said in enumerate(ranks[:-1]):
+        assert said["death"].startswith("fastloss: "), said["death"]
+        assert f"failed on rank {rank} of {world}" in said["death"], said["death"]
+
+
+def check_cached(world: int, ranks: list[Any]) -> None:
+    """cached_step under DDP of two ranks: the gradients of one process, one reduction a model."""
+    x, y = data_of_ranks()
+    encoders = Encoder(12, scale=True), Encoder(10)
+    with_graphs(encoders, (x, y), chunk=32)
+    for rank in ranks:
+        got = rank["cached"]
+        assert got["reductions"] == [1, 1, 0, 0], "one a model and step, none inside no_sync()"
+        for one, two in zip(got["grads"], [p.grad for e in encoders for p in e.parameters()], strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def check_bank(world: int, ranks: list[Any]) -> None:
+    """A memory bank is the same on all ranks, and DDP changes nothing."""
+    everyone = [rank["bank"] for rank in ranks]
+    for ids in everyone:
+        assert ids == everyone[0]
+    pushed = [100 * step + 10 * rank + i for step in range(3) for rank in range(world) for i in range(rank + 1)]
+    assert sorted(everyone[0]) == sorted(pushed[-5:])
+
+
+CHECKS = {
+    "losses": check_losses, "by_module": check_module, "open_clip": check_open_clip, "mismatches": check_mismatches,
+    "wire": check_wire, "traffic": check_traffic, "compiled": check_compiled, "cached": check_cached,
+    "bank": check_bank, "death": check_death,
+}  # fmt: skip
