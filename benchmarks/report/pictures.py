@@ -33,8 +33,9 @@ def draw_all() -> Iterator[pathlib.Path]:
         folder = RESULTS / device
         with plt.rc_context(look.STYLE):
             if groups:
-                sample = next(iter(groups.values()))["fastloss"]
-                where = f"{sample['device']}, {sample['threads']} threads" if device == "cpu" else name
+                rows = [group["fastloss"] for group in groups.values()]
+                processors = " and ".join(dict.fromkeys(row["device"] for row in rows))
+                where = f"{processors}, {rows[0]['threads']} threads" if device == "cpu" else name
                 yield from _of_headlines(groups, folder, where)
             errors = accuracy.rows_of(device)
             if errors:
