@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastloss.compat import _common
-from tests.compat.tools import Draws
+from tests.compat.tools import Draws, check_errors
 
 theirs = pytest.importorskip("piq")
 from fastloss.compat import piq as ours  # noqa: E402
@@ -146,10 +145,4 @@ def test_errors():
         lambda m: m.ContentLoss(network(), layers=["0"], weights=[1.0, 2.0]),
         lambda m: m.ContentLoss(network(), ["1"])(image, image[0]),
     ]
-    _common._said.clear()
-    for call in wrong:
-        with pytest.raises(Exception) as wanted:
-            call(theirs)
-        with pytest.raises(type(wanted.value)) as found:
-            call(ours)
-        assert str(found.value) == str(wanted.value)
+    check_errors(wrong, ours, theirs)

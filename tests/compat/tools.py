@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
@@ -29,6 +30,16 @@ class Draws:
             yield Draw(seed, self.dtypes[seed % len(self.dtypes)], self.errors)
         for errors in self.errors.values():
             errors.check()
+
+
+def check_errors(calls: Iterable[Callable[[Any], Any]], ours: Any, theirs: Any) -> None:
+    """Each call of a wrong argument raises the library's own error, with its words."""
+    for call in calls:
+        with pytest.raises(Exception) as wanted:
+            call(theirs)
+        with pytest.raises(type(wanted.value)) as found:
+            call(ours)
+        assert str(found.value) == str(wanted.value)
 
 
 class Draw:
