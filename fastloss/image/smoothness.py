@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,6 +43,12 @@ class Inputs(NamedTuple):
     weight: Tensor | None  # [N, C, ...], of any strides
     kind: str  # "l1", "l2" or "isotropic"
     order: int  # of the differences, 1 or 2
+
+
+class Saved(NamedTuple):
+    """Of the weighted mean: what each direction's sum is multiplied by, ``[directions]``."""
+
+    scales: Tensor
 
 
 class Grads(NamedTuple):
@@ -137,12 +144,45 @@ _smoothness_total = ScaledSum(
 )
 
 
+def _smoothness_mean_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    directions = 1 if x.kind == "isotropic" else x.image_pred.ndim - 2
+    empty = functools.partial(x.image_pred.new_empty, dtype=torch.float32)
+    return empty(()), Saved(empty(directions))
+
+
+def _smoothness_mean_bwd(grad: Tensor, x: Inputs, saved: Saved) -> Grads:
+    return Grads(torch.empty_like(x.image_pred))
+
+
+def _smoothness_mean_reference(x: Inputs) -> Tensor:
+    """The means by weight over all images and channels, added up over the directions."""
+    return _value(smoothness_reference(x), _counts(x.image_pred, x.weight, x.kind, x.order), (0, 1), 1)
+
+
+# With weights, for Triton alone: the sums of the weights come from the kernels that make the others.
+_smoothness_mean = Op(
+    "smoothness_mean",
+    fwd=_smoothness_mean_fwd,
+    bwd=_smoothness_mean_bwd,
+    reference=_smoothness_mean_reference,
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
+    triton="image.kernels.smoothness",
+)
+
+
 def _counts(image: Tensor, weight: Tensor | None, kind: str, order: int) -> list[Tensor] | list[int]:
     """How many differences each direction of an image's channel has, or how much weight: then ``[N, C]`` each."""
+    if weight is not None:
+        return weight_counts(image, weight, kind, order)
     dims = range(2, image.ndim) if kind != "isotropic" else (None,)
-    if weight is None:
-        sizes = ([max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape)] for dim in dims)
-        return [math.prod(size[2:]) for size in sizes]
+    sizes = ([max(size - order, 0) if i == dim else size for i, size in enumerate(image.shape)] for dim in dims)
+    return [math.prod(size[2:]) for size in sizes]
+
+
+def weight_counts(image: Tensor, weight: Tensor, kind: str, order: int) -> list[Tensor]:
+    """How much weight the differences of each direction of an image's channel have, ``[N, C]`` each."""
+    dims = range(2, image.ndim) if kind != "isotropic" else (None,)
     for dim in (0, 1):  # what is broadcast along images or channels is added up once
         weight = weight.narrow(dim, 0, min(weight.shape[dim], 1)) if weight.stride(dim) == 0 else weight
     here = (weight if dim is None else _weight_at(weight, dim, order) for dim in dims)
@@ -220,6 +260,8 @@ def smoothness_loss(
     over, mean = _CONVENTIONS[convention][reduction]
     x = Inputs(image_pred, guide, weight, kind, order)
     backend = _smoothness.backend(*x)
+    if backend == "triton" and p != "norm" and weight is not None and mean and over == (0, 1):
+        return _smoothness_mean(*x, backend=backend)
     if over and reduction != "none" and weight is None and p != "norm" and backend == "triton":
         return _smoothness_total(*x, _factors(image_pred, kind, order, mean, reduction), backend=backend)
     sums = _smoothness(*x, backend=backend)

@@ -45,6 +45,38 @@ def _total_kernel(
     tl.store(total_ptr, total)
 
 
+@triton.jit(do_not_specialize=["programs", "weight_programs", "stride_sum", "stride_weight_sum"])
+def _weighted_total_kernel(
+    partials_ptr,  # (sums, programs) float32, any strides
+    weights_ptr,  # (sums, weight_programs) float32, any strides
+    total_ptr,  # one float32
+    scales_ptr,  # (sums,) float32
+    programs,
+    weight_programs,
+    stride_sum,
+    stride_weight_sum,
+    stride_program,
+    stride_weight_program,
+    SUMS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    total = 0.0
+    for k in tl.static_range(SUMS):
+        sums, weights = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, programs, BLOCK):
+            lanes = start + tl.arange(0, BLOCK)
+            sums += tl.load(partials_ptr + k * stride_sum + lanes * stride_program, mask=lanes < programs, other=0.0)
+        for start in range(0, weight_programs, BLOCK):
+            lanes = start + tl.arange(0, BLOCK)
+            weight_ptr = weights_ptr + k * stride_weight_sum + lanes * stride_weight_program
+            weights += tl.load(weight_ptr, mask=lanes < weight_programs, other=0.0)
+        weight = tl.sum(weights)
+        scale = tl.where(weight == float("inf"), float("nan"), tl.div_rn(1.0, tl.where(weight == 0, 1.0, weight)))
+        total += tl.sum(sums) * scale
+        tl.store(scales_ptr + k, scale)
+    tl.store(total_ptr, total)
+
+
 def total_of(partials: Tensor, factors: list[float]) -> Tensor:
     """From the partial sums ``[sums, programs]``."""
     if partials.shape[1] > MOST:
@@ -55,7 +87,26 @@ def total_of(partials: Tensor, factors: list[float]) -> Tensor:
     return out
 
 
+def weighted_total_of(partials: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """sum_k sums[k] / weights[k] from partial sums of both, ``[sums, programs]``, and the 1 / weights[k].
+
+    Of weights that are 0 the quotient is 1 / 1, for then the sum is 0; of infinite ones NaN, never a wrong number.
+    """
+    if max(partials.shape[1], weights.shape[1]) > MOST:
+        partials, weights = partials.sum(1, keepdim=True), weights.sum(1, keepdim=True)
+    out, scales = partials.new_empty(()), partials.new_empty(partials.shape[0])
+    strides = (partials.stride(0), weights.stride(0), partials.stride(1), weights.stride(1))
+    with on_device(partials):
+        _weighted_total_kernel[(1,)](
+            partials, weights, out, scales, partials.shape[1], weights.shape[1], *strides, partials.shape[0], BLOCK,
+            **OPTIONS,
+        )  # fmt: skip
+    return out, scales
+
+
 def aot_cases() -> Iterator[AotCase]:
     for sums in (1, 2, 3):
         partials = torch.empty((1056, sums), device="meta").T
         yield AotCase(f"{sums} sums", total_of, (partials, [0.5] * sums))
+        both = torch.empty((1056, 2 * sums), device="meta").T
+        yield AotCase(f"{sums} weighted sums", weighted_total_of, tuple(both.chunk(2)))

@@ -38,9 +38,10 @@ from ...core.kernels.launch import (
     vector_block,
 )
 from ...core.kernels.memory_order import needs_int64
-from ...core.kernels.scaled_sum import total_of
-from ..smoothness import Grads, Inputs
+from ...core.kernels.scaled_sum import total_of, weighted_total_of
+from ..smoothness import Grads, Inputs, Saved, weight_counts
 from .smoothness_arguments import Guide, Image, Size, Weight
+from .smoothness_march import march_gradient, march_sums, marches
 from .smoothness_terms import edges_of, pixel_stride, smoothness_grad, smoothness_terms, start_of, tile_of
 
 KINDS = ("l1", "l2", "isotropic")
@@ -116,10 +117,12 @@ def _smoothness_fwd_kernel(
 
 
 @triton.jit
-def _upstream(grad_ptr, factors, plane, pixels, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
+def _upstream(grad_ptr, factors, scales_ptr, plane, pixels, size, AXIS: tl.constexpr, OUTS: tl.constexpr, inside):
     """The gradient of an axis's sum: one number, or one per channel; or of a scaled sum, times the axis's factor."""
     if factors is not None:
         return tl.load(grad_ptr) * factors[OUTS - 1 - AXIS]
+    if scales_ptr is not None:
+        return tl.load(grad_ptr) * tl.load(scales_ptr + OUTS - 1 - AXIS)
     grad_ptr += plane * pixel_stride(size) * OUTS + OUTS - 1 - AXIS
     if size.pixel_stride is None:
         return tl.load(grad_ptr)
@@ -129,7 +132,7 @@ def _upstream(grad_ptr, factors, plane, pixels, size, AXIS: tl.constexpr, OUTS: 
 
 @triton.jit
 def _write_gradient(
-    grad_ptr, factors, image, image_grad_ptr, plane, pixels, inside,
+    grad_ptr, factors, scales_ptr, image, image_grad_ptr, plane, pixels, inside,
     KIND: tl.constexpr, ORDER: tl.constexpr, AXES: tl.constexpr, edges=None,
 ):  # fmt: skip
     outs: tl.constexpr = 1 if KIND == "isotropic" else AXES
@@ -137,10 +140,10 @@ def _write_gradient(
     for axis in tl.static_range(AXES):
         grad = smoothness_grad(image, plane, pixels, inside, axis, KIND, ORDER, AXES, edges)
         if KIND != "isotropic":
-            grad *= _upstream(grad_ptr, factors, plane, pixels, image.size, axis, outs, inside)
+            grad *= _upstream(grad_ptr, factors, scales_ptr, plane, pixels, image.size, axis, outs, inside)
         total += grad
     if KIND == "isotropic":
-        total *= _upstream(grad_ptr, factors, plane, pixels, image.size, 0, outs, inside)
+        total *= _upstream(grad_ptr, factors, scales_ptr, plane, pixels, image.size, 0, outs, inside)
     to_ptr = image_grad_ptr + start_of(plane, image.size) + pixels.offset
     tl.store(to_ptr, total.to(image_grad_ptr.dtype.element_ty), mask=inside)
 
@@ -149,6 +152,7 @@ def _write_gradient(
 def _smoothness_bwd_kernel(
     grad_ptr,  # (planes, pixel_stride, AXES, or 1 if isotropic) float32; or one element if there are factors
     factors,  # None, or of the sum along each axis, z first
+    scales_ptr,  # None, or the same in memory
     image,  # see Image
     image_grad_ptr,  # (images, planes, pixels, pixel_stride), as the image
     splits,  # tiles of a plane
@@ -173,11 +177,12 @@ def _smoothness_bwd_kernel(
         for channel in range(size.planes):
             pixels, inside = tile_of(plane + channel, row, column, size, AXES, WIDE)
             _write_gradient(
-                grad_ptr, factors, image, image_grad_ptr, plane + channel, pixels, inside, KIND, ORDER, AXES, edges
-            )
+                grad_ptr, factors, scales_ptr, image, image_grad_ptr, plane + channel, pixels, inside,
+                KIND, ORDER, AXES, edges,
+            )  # fmt: skip
     else:
         pixels, inside = tile_of(plane, row, column, size, AXES, WIDE)
-        _write_gradient(grad_ptr, factors, image, image_grad_ptr, plane, pixels, inside, KIND, ORDER, AXES)
+        _write_gradient(grad_ptr, factors, scales_ptr, image, image_grad_ptr, plane, pixels, inside, KIND, ORDER, AXES)
 
 
 def block_of(
@@ -276,13 +281,39 @@ def _first_stage(x: Inputs) -> Tensor:
 
 
 def smoothness_fwd(x: Inputs) -> Tensor:
+    if x.image_pred.numel() and marches(x):
+        image = _image(in_order(x.image_pred), x)
+        images, channels = x.image_pred.shape[:2]
+        out = march_sums(image, x, by_channel=True)
+        together = channels if x.guide is not None else 1
+        by_unit = out.reshape(images * channels // together, -1, out.shape[1])
+        return by_unit.sum(1).reshape(images, channels, out.shape[1] // together)
     out = _first_stage(x)
     by_plane = out.sum(2) if out.shape[2] > 1 else out[:, :, 0]
     return by_plane.reshape(*x.image_pred.shape[:2], out.shape[4])
 
 
 def smoothness_total_fwd(x: Inputs, factors: list[float]) -> Tensor:
-    return total_of(_first_stage(x).flatten(0, 3).T, factors)
+    return total_of(_totals(x), factors)
+
+
+def smoothness_mean_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    assert x.weight is not None
+    if x.image_pred.numel() and marches(x):
+        both = march_sums(_image(in_order(x.image_pred), x), x, by_channel=False, weights=True).T
+        sums, weights = both.chunk(2)
+    else:
+        counts = [count.sum() for count in weight_counts(x.image_pred, x.weight, x.kind, x.order)]
+        sums, weights = _totals(x), torch.stack(counts)[:, None]
+    out, scales = weighted_total_of(sums, weights)
+    return out, Saved(scales)
+
+
+def _totals(x: Inputs) -> Tensor:
+    """Sums of each program over all channels: ``[directions, programs]``."""
+    if x.image_pred.numel() and marches(x):
+        return march_sums(_image(in_order(x.image_pred), x), x, by_channel=False).T
+    return _first_stage(x).flatten(0, 3).T
 
 
 def smoothness_bwd(grad: Tensor, x: Inputs) -> Grads:
@@ -293,14 +324,21 @@ def smoothness_total_bwd(grad: Tensor, x: Inputs, factors: list[float]) -> Grads
     return Grads(_gradient(grad, x, tuple(factors)))
 
 
-def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None) -> Tensor:
-    """Of the sums, or with `factors` of the scaled sum."""
+def smoothness_mean_bwd(grad: Tensor, x: Inputs, saved: Saved) -> Grads:
+    return Grads(_gradient(grad, x, None, saved.scales))
+
+
+def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None, scales: Tensor | None = None) -> Tensor:
+    """Of the sums; with `factors` of the scaled sum, with `scales` the same, factors in memory."""
     out = torch.empty_like(x.image_pred)
     if out.numel() == 0:
         return out
     pred = in_order(x.image_pred)
     written = out if out.stride() == pred.stride() else torch.empty_like(pred)
     image = _image(pred, x)
+    if marches(x):
+        march_gradient(grad.contiguous(), image, x, written, factors, scales)
+        return out if written is out else out.copy_(written)
     shared = shares_edges(x.guide, x.kind, image.size)
     planes = pred.shape[0] if shared else pred.shape[0] * image.size.planes
     tiles = tiles_of(image.size, block_of(x.guide, x.weight, x.kind, x.order, False, pred.element_size()))
@@ -308,8 +346,8 @@ def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None) -> Ten
     options = STREAM_OPTIONS | (registers(255) if x.guide is not None and x.order == 2 else {})  # else it spills at 168
     with on_device(pred):
         _smoothness_bwd_kernel[(planes * splits,)](
-            grad.contiguous(), factors, image.odd(), written, splits, tiles.per_row, x.kind, x.order, pred.ndim - 2,
-            needs_int64(pred, x.weight, x.guide), tiles.block, shared, **options,
+            grad.contiguous(), factors, scales, image.odd(), written, splits, tiles.per_row, x.kind, x.order,
+            pred.ndim - 2, needs_int64(pred, x.weight, x.guide), tiles.block, shared, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 

@@ -1,0 +1,275 @@
+"""Triton kernels for the smoothness loss of contiguous images by first differences: they march down the rows.
+
+A program has a stretch of rows of some columns, and carries the row it has read as the next row's own in registers: of
+the image, and of the guide; a backward also the gradients by the differences along y, of which each belongs to two
+rows. So all is read once but for a row per stretch, and every difference and factor is made once, but for the left
+neighbour's of each lane in the backward. With a guide a program goes over all the channels of an image.
+
+Formulas: smoothness.py. Bytes per element of size s: forward s, backward 2 s, and those of guide and weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.kernels.device_math import added, number_in, zeros
+from ...core.kernels.launch import odd_number, on_device, warp_size
+from ...core.kernels.memory_order import needs_int64
+from ..smoothness import Inputs
+from .smoothness_arguments import Image, Size, height_of, width_of
+from .smoothness_rows import (
+    Form,
+    guide_strips,
+    image_strips,
+    row_edges,
+    row_slopes,
+    row_terms,
+    row_weights,
+    strip_for,
+    weight_strips,
+    write_strip,
+)
+from .smoothness_terms import start_of
+
+# To be tuned; launchers read them anew, but launch plans do not (FASTLOSS_PLANS=0).
+WARPS = 1  # of a program
+WARPS_IN_FLIGHT = 4224  # that the rows are cut for: 32 on each of 132 multiprocessors
+LEAST_ROWS = 8  # of a stretch: each reads one row more
+VECTOR_BYTES = 16  # of the image in a lane; with a guide half as much of 16-bit images, which takes fewer registers
+LEAST_WIDTH = 64  # narrower images leave most lanes idle: they go in tiles
+MOST_CHANNELS = 4  # of an image and of a guide: a lane holds them all
+
+
+class Stretches(NamedTuple):
+    """How planes are cut for programs."""
+
+    rows: int  # of a stretch
+    per_column: int
+    per_row: int
+
+    def odd(self) -> Stretches:
+        """As a kernel takes them: see launch.odd_number."""
+        return Stretches(*map(odd_number, self))
+
+
+@triton.jit
+def _place(program, stretches, FORM: tl.constexpr, WIDE: tl.constexpr):
+    """A program's image or plane, its first row, and the first column of each lane."""
+    per_row, per_column = number_in(stretches.per_row), number_in(stretches.per_column)
+    first = (program % per_row * FORM.lanes + tl.arange(0, FORM.lanes)) * FORM.span
+    stretch = program // per_row
+    unit, top = stretch // per_column, stretch % per_column * number_in(stretches.rows)
+    if WIDE:
+        unit, first = unit.to(tl.int64), first.to(tl.int64)
+    return unit, top, first
+
+
+@triton.jit
+def _row(y, WIDE: tl.constexpr):
+    """The number of a row that offsets are made of."""
+    if WIDE:
+        return tl.cast(y, tl.int64)
+    else:
+        return tl.cast(y, tl.int32)
+
+
+@triton.jit
+def _march_fwd_kernel(
+    image,  # see Image
+    out_ptr,  # (programs, see COUNTS) float32
+    stretches,  # see Stretches
+    FORM: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,  # sums of each channel, else of all
+    WEIGHTS: tl.constexpr,  # after the sums, those of the weights
+    WIDE: tl.constexpr,
+):
+    outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
+    parts: tl.constexpr = FORM.channels if BY_CHANNEL else 1
+    size = image.size
+    unit, top, first = _place(tl.program_id(0), stretches, FORM, WIDE)
+    height = height_of(size)
+    strips = image_strips(image, unit, _row(top, WIDE), first, FORM)
+    guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
+    sums = zeros(parts * outs, FORM.lanes)
+    weight_sums = zeros(outs if WEIGHTS else 0, FORM.lanes)
+    for y in range(top, tl.minimum(top + number_in(stretches.rows), height)):
+        more = y + 1 < height
+        next_row = _row(tl.minimum(y + 1, height - 1), WIDE)
+        below = image_strips(image, unit, next_row, first, FORM)
+        guides_below = guide_strips(image, unit, next_row, first, FORM)
+        weights = weight_strips(image, unit, _row(y, WIDE), first, FORM)
+        edges = row_edges(guides, guides_below, FORM)
+        new = ()
+        total = zeros(outs, FORM.lanes)
+        for c in tl.static_range(FORM.channels):
+            terms = row_terms(strips[c], below[c], edges, strip_for(weights, c), more, first, size, FORM)
+            new = new + terms
+            total = added(total, terms)
+        sums = added(sums, new if BY_CHANNEL else total)
+        if WEIGHTS:
+            for c in tl.static_range(len(weights)):
+                weight_sums = added(weight_sums, row_weights(weights[c], more, first, size, FORM))
+        strips, guides = below, guides_below
+    out_ptr += tl.program_id(0).to(tl.int64) * (len(sums) + len(weight_sums))
+    for k in tl.static_range(len(sums)):
+        tl.store(out_ptr + k, tl.sum(sums[k]))
+    for k in tl.static_range(len(weight_sums)):
+        times = FORM.channels if image.weight.channel_stride is None else 1
+        tl.store(out_ptr + len(sums) + k, tl.sum(weight_sums[k]) * times)
+
+
+@triton.jit
+def _upstream(grad_ptr, factors, scales_ptr, plane, FORM: tl.constexpr):
+    """The gradients of a plane's sums along y and x; the same one twice if isotropic."""
+    outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
+    if factors is not None:
+        return tl.load(grad_ptr) * factors[0], tl.load(grad_ptr) * factors[outs - 1]
+    elif scales_ptr is not None:
+        return tl.load(grad_ptr) * tl.load(scales_ptr), tl.load(grad_ptr) * tl.load(scales_ptr + outs - 1)
+    else:
+        return tl.load(grad_ptr + plane * outs), tl.load(grad_ptr + plane * outs + outs - 1)
+
+
+@triton.jit
+def _march_bwd_kernel(
+    grad_ptr,  # (planes, 2, or 1 if isotropic) float32; or one element if there are factors or scales
+    factors,  # None, or of the sum along each axis, y first
+    scales_ptr,  # None, or the same in memory
+    image,  # see Image
+    image_grad_ptr,  # (planes, height, width)
+    stretches,  # see Stretches
+    FORM: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    size = image.size
+    # the last rows of a forward are those that the L2 cache still has
+    unit, top, first = _place(tl.num_programs(0) - 1 - tl.program_id(0), stretches, FORM, WIDE)
+    height = height_of(size)
+    row = _row(tl.maximum(top - 1, 0), WIDE)
+    strips = image_strips(image, unit, _row(top, WIDE), first, FORM)
+    guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
+    before = image_strips(image, unit, row, first, FORM)
+    edges = row_edges(guide_strips(image, unit, row, first, FORM), guides, FORM)
+    weights = weight_strips(image, unit, row, first, FORM)
+    above = ()
+    for c in tl.static_range(FORM.channels):
+        up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
+        along_y, _ = row_slopes(before[c], strips[c], edges, strip_for(weights, c), top > 0, up, first, size, FORM)
+        above = above + (along_y,)  # type: ignore[assignment]
+    for y in range(top, tl.minimum(top + number_in(stretches.rows), height)):
+        more = y + 1 < height
+        next_row = _row(tl.minimum(y + 1, height - 1), WIDE)
+        below = image_strips(image, unit, next_row, first, FORM)
+        guides_below = guide_strips(image, unit, next_row, first, FORM)
+        weights = weight_strips(image, unit, _row(y, WIDE), first, FORM)
+        edges = row_edges(guides, guides_below, FORM)
+        row_ptr = image_grad_ptr + start_of(unit * FORM.channels, size) + _row(y, WIDE) * width_of(size)
+        slopes = ()
+        for c in tl.static_range(FORM.channels):
+            up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
+            weight = strip_for(weights, c)
+            along_y, along_x = row_slopes(strips[c], below[c], edges, weight, more, up, first, size, FORM)
+            slopes = slopes + (along_y,)  # type: ignore[assignment]
+            gradient = ()
+            for k in tl.static_range(FORM.span):
+                here = (along_x[k] - along_x[k + 1]) + (above[c][k + 1] - along_y[k + 1])
+                gradient = gradient + (here,)  # type: ignore[assignment]
+            write_strip(row_ptr, gradient, first, size, FORM)
+            row_ptr += tl.cast(height, first.dtype) * width_of(size)
+        strips, guides, above = below, guides_below, slopes
+
+
+def marches(x: Inputs) -> bool:
+    """Whether these kernels compute a call; the others go in tiles, see smoothness.py."""
+    image, guide = x.image_pred, x.guide
+    if image.ndim != 4 or x.order != 1 or image.shape[3] < LEAST_WIDTH or not _walks_rows(image):
+        return False
+    return guide is None or max(image.shape[1], guide.shape[1]) <= MOST_CHANNELS
+
+
+def _walks_rows(image: Tensor) -> bool:
+    """Whether `in_order` gives contiguous images."""
+    return image.is_contiguous() or not image.is_contiguous(memory_format=torch.channels_last)
+
+
+def _form(image: Image, kind: str, backward: bool) -> Form:
+    ptr, guide = image.ptr, image.guide
+    span = VECTOR_BYTES // ptr.element_size() if guide.ptr is None else 4
+    channels = image.size.planes if guide.ptr is not None else 1
+    return Form(kind, channels, guide.channels or 0, span, WARPS * warp_size(), backward)
+
+
+def _stretches(size: Size, units: int, form: Form) -> Stretches:
+    per_row = triton.cdiv(size.width, form.lanes * form.span)
+    rows = max(LEAST_ROWS, size.height * units * per_row * WARPS // WARPS_IN_FLIGHT)
+    per_column = triton.cdiv(size.height, rows)
+    return Stretches(triton.cdiv(size.height, per_column), per_column, per_row)
+
+
+def _argument(image: Image, shared: bool) -> Image:
+    """The kernels' argument. What has no vectors along a row is marked so; of weights that all channels of a program
+    share there is no stride of channels."""
+    image = image.odd()
+    guide, weight = image.guide, image.weight
+    if guide.ptr is not None and guide.pixel_stride != 1:
+        guide = guide._replace(fours=None, eights=None)
+    if weight.ptr is not None:
+        if weight.x_stride != 1:
+            weight = weight._replace(fours=None, eights=None)
+        if shared and weight.ptr.stride(1) == 0:
+            weight = weight._replace(channel_stride=None)
+    return image._replace(guide=guide, weight=weight)
+
+
+class _Call(NamedTuple):
+    """What both directions need."""
+
+    image: Image
+    stretches: Stretches
+    form: Form
+    wide: bool
+    programs: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": WARPS, "enable_fp_fusion": True}
+
+
+def _call(image: Image, x: Inputs, backward: bool) -> _Call:
+    """`image`: as smoothness.py makes it, of the prediction in order."""
+    form = _form(image, x.kind, backward)
+    units = x.image_pred.shape[0] * image.size.planes // form.channels
+    stretches = _stretches(image.size, units, form)
+    wide = needs_int64(image.ptr, x.weight, x.guide)
+    programs = units * stretches.per_column * stretches.per_row
+    return _Call(_argument(image, form.channels > 1), stretches, form, wide, programs)
+
+
+def march_sums(image: Image, x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:
+    """Sums of each program: ``[images, programs of an image, channels (or 1: of all), directions]`` by channel; else
+    ``[programs, directions]``, or twice as many if `weights`, whose sums come then."""
+    call = _call(image, x, False)
+    outs = 1 if x.kind == "isotropic" else 2
+    count = outs * (call.form.channels if by_channel else 1) + weights * outs
+    out = image.ptr.new_empty((call.programs, count), dtype=torch.float32)
+    with on_device(out):
+        _march_fwd_kernel[(call.programs,)](
+            call.image, out, call.stretches.odd(), call.form, by_channel, weights, call.wide, **call.options
+        )
+    return out
+
+
+def march_gradient(
+    grad: Tensor, image: Image, x: Inputs, written: Tensor, factors: tuple[float, ...] | None, scales: Tensor | None
+) -> None:
+    """Write the gradient of the sums; with `factors` that of the scaled sum, with `scales` the same from memory."""
+    call = _call(image, x, True)
+    with on_device(written):
+        _march_bwd_kernel[(call.programs,)](
+            grad, factors, scales, call.image, written, call.stretches.odd(), call.form, call.wide, **call.options
+        )
