@@ -60,8 +60,9 @@ class Stretches(NamedTuple):
 @triton.jit
 def _place(program, stretches, FORM: tl.constexpr, WIDE: tl.constexpr):
     """A program's image or plane, its first row, and the first column of each lane."""
+    LANES: tl.constexpr = FORM.lanes
     per_row, per_column = number_in(stretches.per_row), number_in(stretches.per_column)
-    first = (program % per_row * FORM.lanes + tl.arange(0, FORM.lanes)) * FORM.span
+    first = (program % per_row * LANES + tl.arange(0, LANES)) * FORM.span
     stretch = program // per_row
     unit, top = stretch // per_column, stretch % per_column * number_in(stretches.rows)
     if WIDE:
@@ -89,14 +90,16 @@ def _march_fwd_kernel(
     WIDE: tl.constexpr,
 ):
     outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
-    parts: tl.constexpr = FORM.channels if BY_CHANNEL else 1
+    CHANNELS: tl.constexpr = FORM.channels
+    LANES: tl.constexpr = FORM.lanes
+    parts: tl.constexpr = CHANNELS if BY_CHANNEL else 1
     size = image.size
     unit, top, first = _place(tl.program_id(0), stretches, FORM, WIDE)
     height = height_of(size)
     strips = image_strips(image, unit, _row(top, WIDE), first, FORM)
     guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
-    sums = zeros(parts * outs, FORM.lanes)
-    weight_sums = zeros(outs if WEIGHTS else 0, FORM.lanes)
+    sums = zeros(parts * outs, LANES)
+    weight_sums = zeros(outs if WEIGHTS else 0, LANES)
     for y in range(top, tl.minimum(top + number_in(stretches.rows), height)):
         more = y + 1 < height
         next_row = _row(tl.minimum(y + 1, height - 1), WIDE)
@@ -105,8 +108,8 @@ def _march_fwd_kernel(
         weights = weight_strips(image, unit, _row(y, WIDE), first, FORM)
         edges = row_edges(guides, guides_below, FORM)
         new = ()
-        total = zeros(outs, FORM.lanes)
-        for c in tl.static_range(FORM.channels):
+        total = zeros(outs, LANES)
+        for c in tl.static_range(CHANNELS):
             terms = row_terms(strips[c], below[c], edges, strip_for(weights, c), more, first, size, FORM)
             new = new + terms
             total = added(total, terms)
@@ -146,6 +149,8 @@ def _march_bwd_kernel(
     FORM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
+    CHANNELS: tl.constexpr = FORM.channels
+    SPAN: tl.constexpr = FORM.span
     size = image.size
     # the last rows of a forward are those that the L2 cache still has
     unit, top, first = _place(tl.num_programs(0) - 1 - tl.program_id(0), stretches, FORM, WIDE)
@@ -157,7 +162,7 @@ def _march_bwd_kernel(
     edges = row_edges(guide_strips(image, unit, row, first, FORM), guides, FORM)
     weights = weight_strips(image, unit, row, first, FORM)
     above = ()
-    for c in tl.static_range(FORM.channels):
+    for c in tl.static_range(CHANNELS):
         up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
         along_y, _ = row_slopes(before[c], strips[c], edges, strip_for(weights, c), top > 0, up, first, size, FORM)
         above = above + (along_y,)  # type: ignore[assignment]
@@ -170,13 +175,13 @@ def _march_bwd_kernel(
         edges = row_edges(guides, guides_below, FORM)
         row_ptr = image_grad_ptr + start_of(unit * FORM.channels, size) + _row(y, WIDE) * width_of(size)
         slopes = ()
-        for c in tl.static_range(FORM.channels):
+        for c in tl.static_range(CHANNELS):
             up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
             weight = strip_for(weights, c)
             along_y, along_x = row_slopes(strips[c], below[c], edges, weight, more, up, first, size, FORM)
             slopes = slopes + (along_y,)  # type: ignore[assignment]
             gradient = ()
-            for k in tl.static_range(FORM.span):
+            for k in tl.static_range(SPAN):
                 here = (along_x[k] - along_x[k + 1]) + (above[c][k + 1] - along_y[k + 1])
                 gradient = gradient + (here,)  # type: ignore[assignment]
             write_strip(row_ptr, gradient, first, size, FORM)
@@ -198,10 +203,14 @@ def _walks_rows(image: Tensor) -> bool:
 
 
 def _form(image: Image, kind: str, backward: bool) -> Form:
-    ptr, guide = image.ptr, image.guide
-    span = VECTOR_BYTES // ptr.element_size() if guide.ptr is None else 4
-    channels = image.size.planes if guide.ptr is not None else 1
-    return Form(kind, channels, guide.channels or 0, span, WARPS * warp_size(), backward)
+    """`image`: the kernels' argument."""
+    guide, weight, planes = image.guide, image.weight, image.size.planes
+    span = VECTOR_BYTES // image.ptr.element_size() if guide.ptr is None else 4
+    whole, whole_guide, whole_weight = (bool(of.fours or of.eights) for of in (image.size, guide, weight))
+    return Form(
+        kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward,
+        whole, whole_guide and guide.pixel_stride == 1, whole_weight and weight.x_stride == 1,
+    )  # fmt: skip
 
 
 def _stretches(size: Size, units: int, form: Form) -> Stretches:
@@ -209,21 +218,6 @@ def _stretches(size: Size, units: int, form: Form) -> Stretches:
     rows = max(LEAST_ROWS, size.height * units * per_row * WARPS // WARPS_IN_FLIGHT)
     per_column = triton.cdiv(size.height, rows)
     return Stretches(triton.cdiv(size.height, per_column), per_column, per_row)
-
-
-def _argument(image: Image, shared: bool) -> Image:
-    """The kernels' argument. What has no vectors along a row is marked so; of weights that all channels of a program
-    share there is no stride of channels."""
-    image = image.odd()
-    guide, weight = image.guide, image.weight
-    if guide.ptr is not None and guide.pixel_stride != 1:
-        guide = guide._replace(fours=None, eights=None)
-    if weight.ptr is not None:
-        if weight.x_stride != 1:
-            weight = weight._replace(fours=None, eights=None)
-        if shared and weight.ptr.stride(1) == 0:
-            weight = weight._replace(channel_stride=None)
-    return image._replace(guide=guide, weight=weight)
 
 
 class _Call(NamedTuple):
@@ -242,12 +236,14 @@ class _Call(NamedTuple):
 
 def _call(image: Image, x: Inputs, backward: bool) -> _Call:
     """`image`: as smoothness.py makes it, of the prediction in order."""
-    form = _form(image, x.kind, backward)
-    units = x.image_pred.shape[0] * image.size.planes // form.channels
-    stretches = _stretches(image.size, units, form)
-    wide = needs_int64(image.ptr, x.weight, x.guide)
+    size, argument = image.size, image.odd()
+    form = _form(argument, x.kind, backward)
+    if form.channels > 1 and x.weight is not None and x.weight.stride(1) == 0:  # shared
+        argument = argument._replace(weight=argument.weight._replace(channel_stride=None))
+    units = x.image_pred.shape[0] * size.planes // form.channels
+    stretches = _stretches(size, units, form)
     programs = units * stretches.per_column * stretches.per_row
-    return _Call(_argument(image, form.channels > 1), stretches, form, wide, programs)
+    return _Call(argument, stretches, form, needs_int64(image.ptr, x.weight, x.guide), programs)
 
 
 def march_sums(image: Image, x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:

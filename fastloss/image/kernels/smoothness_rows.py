@@ -27,6 +27,16 @@ class Form(NamedTuple):
     span: int  # columns of a lane, 4 or 8
     lanes: int
     left: bool  # whether strips begin with the left neighbour
+    whole: bool  # whether a lane's columns of the image are one vector, all there or none
+    whole_guide: bool
+    whole_weight: bool
+
+
+@triton.jit
+def _none(FORM: tl.constexpr):
+    """A sum of each lane that nothing has been added to."""
+    LANES: tl.constexpr = FORM.lanes
+    return tl.zeros((LANES,), tl.float32)
 
 
 @triton.jit
@@ -66,14 +76,8 @@ def _joined(x, LANES: tl.constexpr, SPAN: tl.constexpr):
 
 
 @triton.jit
-def in_vectors(whole):
-    """Whether rows are whole vectors, of a size, a guide or a weight: see smoothness_arguments.py."""
-    return whole.fours is not None or whole.eights is not None
-
-
-@triton.jit
 def _strip(row_ptr, stride, first, width, WHOLE: tl.constexpr, RIGHT: tl.constexpr, FORM: tl.constexpr):
-    """The strip of a row; 0 where there is no column. WHOLE: a lane's columns are a vector, all there or none."""
+    """The strip of a row; 0 where there is no column. WHOLE: see Form."""
     SPAN: tl.constexpr = FORM.span
     LANES: tl.constexpr = FORM.lanes
     ptr = row_ptr + first * stride
@@ -97,9 +101,10 @@ def image_strips(image, unit, y, first, FORM: tl.constexpr):
     """Of row `y`, a strip for each channel of a program's unit: an image, or a plane."""
     size = image.size
     row_ptr = image.ptr + start_of(unit * FORM.channels, size) + y * width_of(size)
+    CHANNELS: tl.constexpr = FORM.channels
     strips = ()
-    for _ in tl.static_range(FORM.channels):
-        strips = strips + (_strip(row_ptr, 1, first, width_of(size), in_vectors(size), True, FORM),)  # type: ignore[assignment]
+    for _ in tl.static_range(CHANNELS):
+        strips = strips + (_strip(row_ptr, 1, first, width_of(size), FORM.whole, True, FORM),)  # type: ignore[assignment]
         row_ptr += tl.cast(height_of(size), y.dtype) * width_of(size)
     return strips
 
@@ -108,11 +113,12 @@ def image_strips(image, unit, y, first, FORM: tl.constexpr):
 def guide_strips(image, unit, y, first, FORM: tl.constexpr):
     """Of row `y`, a strip for each channel of the guide."""
     guide, width = image.guide, width_of(image.size)
+    GUIDES: tl.constexpr = FORM.guides
     strips = ()
-    if FORM.guides != 0:
+    if GUIDES != 0:
         row_ptr = guide.ptr + unit * multiple_in(guide.image_stride, guide) + y * width * guide.pixel_stride
-        for _ in tl.static_range(FORM.guides):
-            strips = strips + (_strip(row_ptr, guide.pixel_stride, first, width, in_vectors(guide), True, FORM),)  # type: ignore[assignment]
+        for _ in tl.static_range(GUIDES):
+            strips = strips + (_strip(row_ptr, guide.pixel_stride, first, width, FORM.whole_guide, True, FORM),)  # type: ignore[assignment]
             row_ptr += multiple_in(guide.channel_stride, guide)
     return strips
 
@@ -126,13 +132,13 @@ def weight_strips(image, unit, y, first, FORM: tl.constexpr):
     if weight.ptr is not None:
         row_ptr = weight.ptr + y * multiple_in(weight.y_stride, weight)
         row_ptr += unit * FORM.channels // planes * multiple_in(weight.image_stride, weight)
-        whole: tl.constexpr = in_vectors(weight)
         if weight.channel_stride is None:
-            strips = (_strip(row_ptr, weight.x_stride, first, width, whole, False, FORM),)
+            strips = (_strip(row_ptr, weight.x_stride, first, width, FORM.whole_weight, False, FORM),)
         else:
             row_ptr += unit * FORM.channels % planes * multiple_in(weight.channel_stride, weight)
-            for _ in tl.static_range(FORM.channels):
-                strips = strips + (_strip(row_ptr, weight.x_stride, first, width, whole, False, FORM),)  # type: ignore[assignment]
+            CHANNELS: tl.constexpr = FORM.channels
+            for _ in tl.static_range(CHANNELS):
+                strips = strips + (_strip(row_ptr, weight.x_stride, first, width, FORM.whole_weight, False, FORM),)  # type: ignore[assignment]
                 row_ptr += multiple_in(weight.channel_stride, weight)
     return strips
 
@@ -151,16 +157,17 @@ def strip_for(strips, channel: tl.constexpr):
 @triton.jit
 def row_edges(guides, below, FORM: tl.constexpr):
     """The guide's factors of the pixels' differences along y and along x, of each pixel; of no guide nothing."""
+    PIXELS: tl.constexpr = FORM.span + FORM.left
+    GUIDES: tl.constexpr = FORM.guides
     along_y, along_x = (), ()
-    if FORM.guides != 0:
-        for j in tl.static_range(FORM.span + FORM.left):
-            to_below = tl.zeros((FORM.lanes,), tl.float32)
-            to_right = tl.zeros((FORM.lanes,), tl.float32)
-            for c in tl.static_range(FORM.guides):
+    if GUIDES != 0:
+        for j in tl.static_range(PIXELS):
+            to_below, to_right = _none(FORM), _none(FORM)
+            for c in tl.static_range(GUIDES):
                 to_below += tl.abs(below[c][j] - guides[c][j])
                 to_right += tl.abs(guides[c][j + 1] - guides[c][j])
-            along_y = along_y + (tl.exp2(to_below * (-1.4426950408889634 / FORM.guides)),)  # type: ignore[assignment]
-            along_x = along_x + (tl.exp2(to_right * (-1.4426950408889634 / FORM.guides)),)  # type: ignore[assignment]
+            along_y = along_y + (tl.exp2(to_below * (-1.4426950408889634 / GUIDES)),)  # type: ignore[assignment]
+            along_x = along_x + (tl.exp2(to_right * (-1.4426950408889634 / GUIDES)),)  # type: ignore[assignment]
     return along_y, along_x
 
 
@@ -168,10 +175,11 @@ def row_edges(guides, below, FORM: tl.constexpr):
 def _has_right(first, j: tl.constexpr, size, FORM: tl.constexpr):
     """Whether a lane's pixel j has a neighbour to its right. Within whole vectors it has: lanes without columns hold
     zeros, whose differences are 0, and write nothing."""
+    LANES: tl.constexpr = FORM.lanes
     if FORM.left and j == 0:
         return first > 0
-    elif in_vectors(size) and j + 1 < FORM.span + FORM.left:
-        return tl.full((FORM.lanes,), 1, tl.int1)
+    elif FORM.whole and j + 1 < FORM.span + FORM.left:
+        return tl.full((LANES,), 1, tl.int1)
     else:
         return first + (j + 1 - FORM.left) < width_of(size)
 
@@ -200,9 +208,10 @@ def row_terms(strip, below, edges, weights, more, first, size, FORM: tl.constexp
 
     `edges`: of row_edges. `weights`: a strip or nothing. `more`: whether there is a row below.
     """
-    sum_y, sum_x = tl.zeros((FORM.lanes,), tl.float32), tl.zeros((FORM.lanes,), tl.float32)
+    SPAN: tl.constexpr = FORM.span
+    sum_y, sum_x = _none(FORM), _none(FORM)
     along_y, along_x = edges
-    for j in tl.static_range(FORM.span):
+    for j in tl.static_range(SPAN):
         d_y, d_x = below[j] - strip[j], strip[j + 1] - strip[j]
         has_right = _has_right(first, j, size, FORM)
         if FORM.kind == "isotropic":
@@ -221,8 +230,9 @@ def row_terms(strip, below, edges, weights, more, first, size, FORM: tl.constexp
 @triton.jit
 def row_weights(weights, more, first, size, FORM: tl.constexpr):
     """The weights of a lane's differences along y and along x, or of its pixels if isotropic, added up."""
-    sum_y, sum_x = tl.zeros((FORM.lanes,), tl.float32), tl.zeros((FORM.lanes,), tl.float32)
-    for j in tl.static_range(FORM.span):
+    SPAN: tl.constexpr = FORM.span
+    sum_y, sum_x = _none(FORM), _none(FORM)
+    for j in tl.static_range(SPAN):
         sum_y += weights[j]
         sum_x += tl.where(_has_right(first, j, size, FORM), weights[j], 0.0)
     return (sum_y,) if FORM.kind == "isotropic" else (tl.where(more, sum_y, 0.0), sum_x)
@@ -238,10 +248,10 @@ def _signed(factor, d):
 
 
 @triton.jit
-def _slope(factor, d, counted, KIND: tl.constexpr):
+def _slope(factor, d, counted, FORM: tl.constexpr):
     """The gradient by a difference."""
-    if KIND == "l1":
-        return _signed(tl.where(counted, factor, 0.0) + tl.zeros(d.shape, tl.float32), d)
+    if FORM.kind == "l1":
+        return _signed(tl.where(counted, factor, 0.0) + _none(FORM), d)
     else:
         return tl.where(counted, 2.0 * factor * d, 0.0)
 
@@ -254,8 +264,9 @@ def row_slopes(strip, below, edges, weights, more, upstream, first, size, FORM: 
     """
     along_y, along_x = edges
     up_y, up_x = upstream
+    PIXELS: tl.constexpr = FORM.span + 1
     slopes_y, slopes_x = (), ()
-    for j in tl.static_range(FORM.span + 1):
+    for j in tl.static_range(PIXELS):
         d_y, d_x = below[j] - strip[j], strip[j + 1] - strip[j]
         has_right = _has_right(first, j, size, FORM)
         if FORM.kind == "isotropic":
@@ -269,8 +280,8 @@ def row_slopes(strip, below, edges, weights, more, upstream, first, size, FORM: 
         else:
             factor_y = _times(_times(up_y, weights, j), along_y, j)
             factor_x = _times(_times(up_x, weights, j), along_x, j)
-            slope_y = _slope(factor_y, d_y, _counted(more, weights, j), FORM.kind)
-            slope_x = _slope(factor_x, d_x, _counted(has_right, weights, j), FORM.kind)
+            slope_y = _slope(factor_y, d_y, _counted(more, weights, j), FORM)
+            slope_x = _slope(factor_x, d_x, _counted(has_right, weights, j), FORM)
         slopes_y, slopes_x = slopes_y + (slope_y,), slopes_x + (slope_x,)  # type: ignore[assignment]
     return slopes_y, slopes_x
 
@@ -278,11 +289,12 @@ def row_slopes(strip, below, edges, weights, more, upstream, first, size, FORM: 
 @triton.jit
 def write_strip(row_ptr, values, first, size, FORM: tl.constexpr):
     """Write the columns of a lane."""
+    LANES: tl.constexpr = FORM.lanes
     SPAN: tl.constexpr = FORM.span
-    ptr, element = row_ptr + first, row_ptr.dtype.element_ty
-    if in_vectors(size):
-        vector = _joined(values, FORM.lanes, SPAN).to(element)
+    ptr = row_ptr + first
+    if FORM.whole:
+        vector = _joined(values, LANES, SPAN).to(row_ptr.dtype.element_ty)
         tl.store(ptr[:, None] + tl.arange(0, SPAN)[None, :], vector, mask=(first < width_of(size))[:, None])
     else:
         for k in tl.static_range(SPAN):
-            tl.store(ptr + k, values[k].to(element), mask=first + k < width_of(size))
+            tl.store(ptr + k, values[k].to(row_ptr.dtype.element_ty), mask=first + k < width_of(size))
