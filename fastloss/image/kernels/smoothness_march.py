@@ -39,6 +39,8 @@ from .smoothness_terms import start_of
 # To be tuned; launchers read them anew, but launch plans do not (FASTLOSS_PLANS=0).
 WARPS = 1  # of a program
 WARPS_IN_FLIGHT = 4224  # that the rows are cut for: 32 on each of 132 multiprocessors
+ROWS_AT_ONCE = 2  # of a turn of the loop
+READ_AHEAD = False  # read the row of the next turn before this one's is computed
 LEAST_ROWS = 8  # of a stretch: each reads one row more
 VECTOR_BYTES = 16  # of the image in a lane; with a guide half as much of 16-bit images, which takes fewer registers
 LEAST_WIDTH = 64  # narrower images leave most lanes idle: they go in tiles
@@ -80,6 +82,16 @@ def _row(y, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _read(image, unit, y, first, FORM: tl.constexpr, WIDE: tl.constexpr):
+    """What row `y` adds to what is known: the strips below it, of the image and of the guide, and its weights."""
+    last = height_of(image.size) - 1
+    row, next_row = _row(tl.minimum(y, last), WIDE), _row(tl.minimum(y + 1, last), WIDE)
+    below = image_strips(image, unit, next_row, first, FORM)
+    guides_below = guide_strips(image, unit, next_row, first, FORM)
+    return below, guides_below, weight_strips(image, unit, row, first, FORM)
+
+
+@triton.jit
 def _march_fwd_kernel(
     image,  # see Image
     out_ptr,  # (programs, see COUNTS) float32
@@ -91,6 +103,8 @@ def _march_fwd_kernel(
 ):
     outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
     CHANNELS: tl.constexpr = FORM.channels
+    UNROLL: tl.constexpr = FORM.unroll
+    AHEAD: tl.constexpr = FORM.ahead
     LANES: tl.constexpr = FORM.lanes
     parts: tl.constexpr = CHANNELS if BY_CHANNEL else 1
     size = image.size
@@ -100,12 +114,14 @@ def _march_fwd_kernel(
     guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
     sums = zeros(parts * outs, LANES)
     weight_sums = zeros(outs if WEIGHTS else 0, LANES)
-    for y in range(top, tl.minimum(top + number_in(stretches.rows), height)):
+    coming = ()
+    if AHEAD:
+        coming = _read(image, unit, top, first, FORM, WIDE)
+    for y in tl.range(top, tl.minimum(top + number_in(stretches.rows), height), loop_unroll_factor=UNROLL):
+        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming
+        if AHEAD:
+            coming = _read(image, unit, y + 1, first, FORM, WIDE)
         more = y + 1 < height
-        next_row = _row(tl.minimum(y + 1, height - 1), WIDE)
-        below = image_strips(image, unit, next_row, first, FORM)
-        guides_below = guide_strips(image, unit, next_row, first, FORM)
-        weights = weight_strips(image, unit, _row(y, WIDE), first, FORM)
         edges = row_edges(guides, guides_below, FORM)
         new = ()
         total = zeros(outs, LANES)
@@ -150,6 +166,8 @@ def _march_bwd_kernel(
     WIDE: tl.constexpr,
 ):
     CHANNELS: tl.constexpr = FORM.channels
+    UNROLL: tl.constexpr = FORM.unroll
+    AHEAD: tl.constexpr = FORM.ahead
     SPAN: tl.constexpr = FORM.span
     size = image.size
     # the last rows of a forward are those that the L2 cache still has
@@ -161,24 +179,25 @@ def _march_bwd_kernel(
     before = image_strips(image, unit, row, first, FORM)
     edges = row_edges(guide_strips(image, unit, row, first, FORM), guides, FORM)
     weights = weight_strips(image, unit, row, first, FORM)
-    above = ()
+    ups, above = (), ()
     for c in tl.static_range(CHANNELS):
-        up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
+        up = _upstream(grad_ptr, factors, scales_ptr, unit * CHANNELS + c, FORM)
         along_y, _ = row_slopes(before[c], strips[c], edges, strip_for(weights, c), top > 0, up, first, size, FORM)
-        above = above + (along_y,)  # type: ignore[assignment]
-    for y in range(top, tl.minimum(top + number_in(stretches.rows), height)):
+        ups, above = ups + (up,), above + (along_y,)  # type: ignore[assignment]
+    coming = ()
+    if AHEAD:
+        coming = _read(image, unit, top, first, FORM, WIDE)
+    for y in tl.range(top, tl.minimum(top + number_in(stretches.rows), height), loop_unroll_factor=UNROLL):
+        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming
+        if AHEAD:
+            coming = _read(image, unit, y + 1, first, FORM, WIDE)
         more = y + 1 < height
-        next_row = _row(tl.minimum(y + 1, height - 1), WIDE)
-        below = image_strips(image, unit, next_row, first, FORM)
-        guides_below = guide_strips(image, unit, next_row, first, FORM)
-        weights = weight_strips(image, unit, _row(y, WIDE), first, FORM)
         edges = row_edges(guides, guides_below, FORM)
         row_ptr = image_grad_ptr + start_of(unit * FORM.channels, size) + _row(y, WIDE) * width_of(size)
         slopes = ()
         for c in tl.static_range(CHANNELS):
-            up = _upstream(grad_ptr, factors, scales_ptr, unit * FORM.channels + c, FORM)
             weight = strip_for(weights, c)
-            along_y, along_x = row_slopes(strips[c], below[c], edges, weight, more, up, first, size, FORM)
+            along_y, along_x = row_slopes(strips[c], below[c], edges, weight, more, ups[c], first, size, FORM)
             slopes = slopes + (along_y,)  # type: ignore[assignment]
             gradient = ()
             for k in tl.static_range(SPAN):
@@ -208,7 +227,7 @@ def _form(image: Image, kind: str, backward: bool) -> Form:
     span = VECTOR_BYTES // image.ptr.element_size() if guide.ptr is None else 4
     whole, whole_guide, whole_weight = (bool(of.fours or of.eights) for of in (image.size, guide, weight))
     return Form(
-        kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward,
+        kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward, ROWS_AT_ONCE, READ_AHEAD,
         whole, whole_guide and guide.pixel_stride == 1, whole_weight and weight.x_stride == 1,
     )  # fmt: skip
 

@@ -27,6 +27,8 @@ class Form(NamedTuple):
     span: int  # columns of a lane, 4 or 8
     lanes: int
     left: bool  # whether strips begin with the left neighbour
+    unroll: int  # rows of a turn of the loop
+    ahead: bool  # whether a row is read while the one before is computed
     whole: bool  # whether a lane's columns of the image are one vector, all there or none
     whole_guide: bool
     whole_weight: bool
