@@ -228,7 +228,7 @@ def _form(image: Image, kind: str, backward: bool) -> Form:
     whole, whole_guide, whole_weight = (bool(of.fours or of.eights) for of in (image.size, guide, weight))
     return Form(
         kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward, ROWS_AT_ONCE, READ_AHEAD,
-        whole, whole_guide and guide.pixel_stride == 1, whole_weight and weight.x_stride == 1,
+        whole, whole and whole_guide and guide.pixel_stride == 1, whole and whole_weight and weight.x_stride == 1,
     )  # fmt: skip
 
 
