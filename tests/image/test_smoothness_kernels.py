@@ -69,7 +69,8 @@ def test_sizes_around_a_vector(place, kind, dtype):
 @each_place
 @each_kind
 def test_planes_of_several_bands(place, kind):
-    for shape in ((1, 2, 130, 333), (2, 1, 3, 9001), (1, 1, 5000, 2), (20, 3, 2, 3)):
+    large = ((1, 2, 30, 333), (2, 1, 3, 1001)) if INTERPRETING else ((1, 2, 130, 333), (2, 1, 3, 9001))
+    for shape in (*large, (1, 1, 5000, 2), (20, 3, 2, 3)):
         check(place, random(*shape, device=place[0]), kind, str(shape))
 
 
