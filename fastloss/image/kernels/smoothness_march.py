@@ -24,15 +24,17 @@ from ..smoothness import Inputs
 from .smoothness_arguments import Image, Size, height_of, width_of
 from .smoothness_rows import (
     Form,
+    columns_of,
+    differences,
     guide_strips,
     image_strips,
+    own_mask,
     row_edges,
     row_slopes,
     row_terms,
     row_weights,
-    strip_for,
     weight_strips,
-    write_strip,
+    weights_for,
 )
 from .smoothness_terms import start_of
 
@@ -40,6 +42,7 @@ from .smoothness_terms import start_of
 WARPS = 1  # of a program
 WARPS_IN_FLIGHT = 4224  # that the rows are cut for: 32 on each of 132 multiprocessors
 ROWS_AT_ONCE = 2  # of a turn of the loop
+ROWS_AT_ONCE_WITH_GUIDE = 1  # compiled in 5 s, two rows in 20
 READ_AHEAD = False  # read the row of the next turn before this one's is computed
 LEAST_ROWS = 8  # of a stretch: each reads one row more
 VECTOR_BYTES = 16  # of the image in a lane; with a guide half as much of 16-bit images, which takes fewer registers
@@ -94,64 +97,65 @@ def _read(image, unit, y, first, FORM: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _march_fwd_kernel(
     image,  # see Image
-    out_ptr,  # (programs, see COUNTS) float32
+    out_ptr,  # (programs, sums) float32
     stretches,  # see Stretches
     FORM: tl.constexpr,
     BY_CHANNEL: tl.constexpr,  # sums of each channel, else of all
     WEIGHTS: tl.constexpr,  # after the sums, those of the weights
     WIDE: tl.constexpr,
 ):
-    outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
+    OUTS: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
     CHANNELS: tl.constexpr = FORM.channels
+    LANES: tl.constexpr = FORM.lanes
+    SPAN: tl.constexpr = FORM.span
     UNROLL: tl.constexpr = FORM.unroll
     AHEAD: tl.constexpr = FORM.ahead
-    LANES: tl.constexpr = FORM.lanes
-    parts: tl.constexpr = CHANNELS if BY_CHANNEL else 1
-    size = image.size
+    size, height = image.size, height_of(image.size)
     unit, top, first = _place(tl.program_id(0), stretches, FORM, WIDE)
-    height = height_of(size)
     strips = image_strips(image, unit, _row(top, WIDE), first, FORM)
     guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
-    sums = zeros(parts * outs, LANES)
-    weight_sums = zeros(outs if WEIGHTS else 0, LANES)
+    sums = zeros((CHANNELS if BY_CHANNEL else 1) * OUTS, LANES, SPAN)
+    weight_sums = zeros(OUTS if WEIGHTS else 0, LANES, SPAN)
     coming = ()
     if AHEAD:
         coming = _read(image, unit, top, first, FORM, WIDE)
     for y in tl.range(top, tl.minimum(top + number_in(stretches.rows), height), loop_unroll_factor=UNROLL):
-        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming
+        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming  # type: ignore[misc]
         if AHEAD:
             coming = _read(image, unit, y + 1, first, FORM, WIDE)
         more = y + 1 < height
-        edges = row_edges(guides, guides_below, FORM)
-        new = ()
-        total = zeros(outs, LANES)
+        edge_y, edge_x, _, _ = row_edges(guides, guides_below, FORM)
+        each, total = (), zeros(OUTS, LANES, SPAN)
         for c in tl.static_range(CHANNELS):
-            terms = row_terms(strips[c], below[c], edges, strip_for(weights, c), more, first, size, FORM)
-            new = new + terms
-            total = added(total, terms)
-        sums = added(sums, new if BY_CHANNEL else total)
+            d_y, d_x, _, _ = differences(strips[c], below[c], FORM)
+            w, _ = weights_for(weights, c)
+            terms = row_terms(d_y, d_x, edge_y, edge_x, w, more, first, size, FORM)
+            each, total = each + terms, added(total, terms)
+        sums = added(sums, each if BY_CHANNEL else total)
         if WEIGHTS:
             for c in tl.static_range(len(weights)):
-                weight_sums = added(weight_sums, row_weights(weights[c], more, first, size, FORM))
+                w, _ = weights_for(weights, c)
+                weight_sums = added(weight_sums, row_weights(w, more, first, size, FORM))
         strips, guides = below, guides_below
     out_ptr += tl.program_id(0).to(tl.int64) * (len(sums) + len(weight_sums))
     for k in tl.static_range(len(sums)):
         tl.store(out_ptr + k, tl.sum(sums[k]))
     for k in tl.static_range(len(weight_sums)):
-        times = FORM.channels if image.weight.channel_stride is None else 1
+        times = CHANNELS if image.weight.channel_stride is None else 1
         tl.store(out_ptr + len(sums) + k, tl.sum(weight_sums[k]) * times)
 
 
 @triton.jit
 def _upstream(grad_ptr, factors, scales_ptr, plane, FORM: tl.constexpr):
     """The gradients of a plane's sums along y and x; the same one twice if isotropic."""
-    outs: tl.constexpr = 1 if FORM.kind == "isotropic" else 2
+    last: tl.constexpr = 0 if FORM.kind == "isotropic" else 1
     if factors is not None:
-        return tl.load(grad_ptr) * factors[0], tl.load(grad_ptr) * factors[outs - 1]
+        return tl.load(grad_ptr) * factors[0], tl.load(grad_ptr) * factors[last]
     elif scales_ptr is not None:
-        return tl.load(grad_ptr) * tl.load(scales_ptr), tl.load(grad_ptr) * tl.load(scales_ptr + outs - 1)
+        return tl.load(grad_ptr) * tl.load(scales_ptr), tl.load(grad_ptr) * tl.load(scales_ptr + last)
     else:
-        return tl.load(grad_ptr + plane * outs), tl.load(grad_ptr + plane * outs + outs - 1)
+        grad_ptr += plane * (last + 1)
+        return tl.load(grad_ptr), tl.load(grad_ptr + last)
 
 
 @triton.jit
@@ -166,45 +170,39 @@ def _march_bwd_kernel(
     WIDE: tl.constexpr,
 ):
     CHANNELS: tl.constexpr = FORM.channels
+    LANES: tl.constexpr = FORM.lanes
+    SPAN: tl.constexpr = FORM.span
     UNROLL: tl.constexpr = FORM.unroll
     AHEAD: tl.constexpr = FORM.ahead
-    SPAN: tl.constexpr = FORM.span
-    size = image.size
+    size, height = image.size, height_of(image.size)
     # the last rows of a forward are those that the L2 cache still has
     unit, top, first = _place(tl.num_programs(0) - 1 - tl.program_id(0), stretches, FORM, WIDE)
-    height = height_of(size)
-    row = _row(tl.maximum(top - 1, 0), WIDE)
-    strips = image_strips(image, unit, _row(top, WIDE), first, FORM)
-    guides = guide_strips(image, unit, _row(top, WIDE), first, FORM)
-    before = image_strips(image, unit, row, first, FORM)
-    edges = row_edges(guide_strips(image, unit, row, first, FORM), guides, FORM)
-    weights = weight_strips(image, unit, row, first, FORM)
-    ups, above = (), ()
+    # the row above comes first: it has no gradient written, but gradients by differences along y that go on
+    above_top = tl.maximum(top - 1, 0)
+    strips = image_strips(image, unit, _row(above_top, WIDE), first, FORM)
+    guides = guide_strips(image, unit, _row(above_top, WIDE), first, FORM)
+    ups, above = (), zeros(CHANNELS, LANES, SPAN)
     for c in tl.static_range(CHANNELS):
-        up = _upstream(grad_ptr, factors, scales_ptr, unit * CHANNELS + c, FORM)
-        along_y, _ = row_slopes(before[c], strips[c], edges, strip_for(weights, c), top > 0, up, first, size, FORM)
-        ups, above = ups + (up,), above + (along_y,)  # type: ignore[assignment]
+        ups = ups + (_upstream(grad_ptr, factors, scales_ptr, unit * CHANNELS + c, FORM),)  # type: ignore[assignment]
     coming = ()
     if AHEAD:
-        coming = _read(image, unit, top, first, FORM, WIDE)
-    for y in tl.range(top, tl.minimum(top + number_in(stretches.rows), height), loop_unroll_factor=UNROLL):
-        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming
+        coming = _read(image, unit, above_top, first, FORM, WIDE)
+    for y in tl.range(above_top, tl.minimum(top + number_in(stretches.rows), height), loop_unroll_factor=UNROLL):
+        below, guides_below, weights = _read(image, unit, y, first, FORM, WIDE) if not AHEAD else coming  # type: ignore[misc]
         if AHEAD:
             coming = _read(image, unit, y + 1, first, FORM, WIDE)
         more = y + 1 < height
         edges = row_edges(guides, guides_below, FORM)
-        row_ptr = image_grad_ptr + start_of(unit * FORM.channels, size) + _row(y, WIDE) * width_of(size)
+        to_ptr = image_grad_ptr + start_of(unit * CHANNELS, size) + _row(y, WIDE) * width_of(size)
         slopes = ()
         for c in tl.static_range(CHANNELS):
-            weight = strip_for(weights, c)
-            along_y, along_x = row_slopes(strips[c], below[c], edges, weight, more, ups[c], first, size, FORM)
+            d = differences(strips[c], below[c], FORM)
+            along_y, along_x = row_slopes(d, edges, weights_for(weights, c), more, ups[c], first, size, FORM)
+            gradient = (along_x + (above[c] - along_y)).to(image_grad_ptr.dtype.element_ty)
+            mask = own_mask(first, width_of(size), FORM.whole, FORM) & (y >= top)
+            tl.store(to_ptr + columns_of(first, FORM), gradient, mask=mask)
+            to_ptr += tl.cast(height, first.dtype) * width_of(size)
             slopes = slopes + (along_y,)  # type: ignore[assignment]
-            gradient = ()
-            for k in tl.static_range(SPAN):
-                here = (along_x[k] - along_x[k + 1]) + (above[c][k + 1] - along_y[k + 1])
-                gradient = gradient + (here,)  # type: ignore[assignment]
-            write_strip(row_ptr, gradient, first, size, FORM)
-            row_ptr += tl.cast(height, first.dtype) * width_of(size)
         strips, guides, above = below, guides_below, slopes
 
 
@@ -226,9 +224,11 @@ def _form(image: Image, kind: str, backward: bool) -> Form:
     guide, weight, planes = image.guide, image.weight, image.size.planes
     span = VECTOR_BYTES // image.ptr.element_size() if guide.ptr is None else 4
     whole, whole_guide, whole_weight = (bool(of.fours or of.eights) for of in (image.size, guide, weight))
+    rows_at_once = ROWS_AT_ONCE if guide.ptr is None else ROWS_AT_ONCE_WITH_GUIDE
     return Form(
-        kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward, ROWS_AT_ONCE, READ_AHEAD,
-        whole, whole and whole_guide and guide.pixel_stride == 1, whole and whole_weight and weight.x_stride == 1,
+        kind, 1 if guide.ptr is None else planes, guide.channels or 0, span, WARPS * warp_size(), backward,
+        rows_at_once, READ_AHEAD, whole, whole and whole_guide and guide.pixel_stride == 1,
+        whole and whole_weight and weight.x_stride == 1,
     )  # fmt: skip
 
 
