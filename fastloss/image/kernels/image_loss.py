@@ -34,8 +34,8 @@ from ...core.kernels.memory_order import laid_out_as, needs_int64
 from ..image_loss import Grads, Inputs, Needs, Saved
 from .image_loss_ssim import Grid, Parts, Target, image_ssim_bwd_kernel, image_ssim_fwd_kernel
 from .pixel import distance, slope
-from .smoothness import block_of, guide_args, in_order, size_of, steps_of, tile_at, tiles_of, weight_args
-from .smoothness_arguments import Image, odd_weight
+from .smoothness import block_of, steps_of, tile_at, tiles_of
+from .smoothness_arguments import Image, guide_args, in_order, odd_weight, size_of, weight_args
 from .smoothness_terms import smoothness_grad, smoothness_terms, start_of, tile_of, weight_at
 from .ssim import BLOCK, OPTIONS, one_pixel, pixel_stride, strided, taps_of
 from .ssim import size_of as map_size_of

@@ -19,6 +19,7 @@ an image, which a program takes in turn; with channels_last, or if isotropic, fo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -40,14 +41,13 @@ from ...core.kernels.launch import (
 from ...core.kernels.memory_order import needs_int64
 from ...core.kernels.scaled_sum import total_of, weighted_total_of
 from ..smoothness import Grads, Inputs, Saved, weight_counts
-from .smoothness_arguments import Guide, Image, Size, Weight
+from .smoothness_arguments import Size, image_args, in_order
 from .smoothness_march import march_gradient, march_sums, marches
 from .smoothness_terms import edges_of, pixel_stride, smoothness_grad, smoothness_terms, start_of, tile_of
 
 KINDS = ("l1", "l2", "isotropic")
 HALF_AND_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
 ABOUT_THE_BEST = 1.15  # times the cost of the best: see tiles_of
-MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
 
 
 class Block(NamedTuple):
@@ -199,14 +199,6 @@ def block_of(
     return 256
 
 
-def in_order(image: Tensor) -> Tensor:
-    """`image` itself where it is contiguous or channels_last, else a contiguous copy."""
-    last = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
-    if not image.is_contiguous() and image.shape[1] <= MAX_CHANNELS_LAST and image.is_contiguous(memory_format=last):
-        return image
-    return image.contiguous()
-
-
 def tiles_of(size: Size, elements: int) -> Tiles:
     """How a plane is cut into tiles of so many elements.
 
@@ -232,32 +224,6 @@ def shares_edges(guide: Tensor | None, kind: str, size: Size) -> bool:
     return guide is not None and kind != "isotropic" and size.planes > 1
 
 
-def weight_args(weight: Tensor | None) -> Weight:
-    if weight is None:
-        return Weight()
-    *by_image, rows, columns = weight.stride()
-    return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)  # type: ignore[call-arg]
-
-
-def size_of(image: Tensor) -> Size:
-    """Of an image in order."""
-    channels, (*depth, height, width) = image.shape[1], image.shape[2:]
-    planes, stride = (channels, None) if image.is_contiguous() else (1, channels)
-    return Size(width, height, depth[0] if depth else 1, planes, stride)
-
-
-def guide_args(guide: Tensor | None) -> Guide:
-    if guide is None:
-        return Guide()
-    guide = in_order(guide)
-    return Guide(guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1))
-
-
-def _image(image: Tensor, x: Inputs) -> Image:
-    """The kernels' argument; `image` is the prediction in order."""
-    return Image(image, guide_args(x.guide), weight_args(x.weight), size_of(image))
-
-
 def _first_stage(x: Inputs) -> Tensor:
     """Sums of each program: ``[N, planes of an image, programs of a plane, channels of a pixel, directions]``."""
     images, channels, axes = *x.image_pred.shape[:2], x.image_pred.ndim - 2
@@ -265,7 +231,7 @@ def _first_stage(x: Inputs) -> Tensor:
     if x.image_pred.numel() == 0:
         return x.image_pred.new_zeros((images, channels, 1, 1, outs), dtype=torch.float32)
     pred = in_order(x.image_pred)
-    image = _image(pred, x)
+    image = image_args(pred, x)
     size, planes = image.size, images * image.size.planes
     elements = block_of(x.guide, x.weight, x.kind, x.order, True, pred.element_size())
     tiles, shared = tiles_of(size, elements), shares_edges(x.guide, x.kind, size)
@@ -281,13 +247,13 @@ def _first_stage(x: Inputs) -> Tensor:
 
 
 def smoothness_fwd(x: Inputs) -> Tensor:
-    if x.image_pred.numel() and marches(x):
-        image = _image(in_order(x.image_pred), x)
+    if marches(x):
         images, channels = x.image_pred.shape[:2]
-        out = march_sums(image, x, by_channel=True)
+        out = march_sums(x, by_channel=True)
         together = channels if x.guide is not None else 1
         by_unit = out.reshape(images * channels // together, -1, out.shape[1])
-        return by_unit.sum(1).reshape(images, channels, out.shape[1] // together)
+        by_unit = by_unit.sum(1) if by_unit.shape[1] > 1 else by_unit[:, 0]
+        return by_unit.reshape(images, channels, out.shape[1] // together)
     out = _first_stage(x)
     by_plane = out.sum(2) if out.shape[2] > 1 else out[:, :, 0]
     return by_plane.reshape(*x.image_pred.shape[:2], out.shape[4])
@@ -299,8 +265,8 @@ def smoothness_total_fwd(x: Inputs, factors: list[float]) -> Tensor:
 
 def smoothness_mean_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     assert x.weight is not None
-    if x.image_pred.numel() and marches(x):
-        both = march_sums(_image(in_order(x.image_pred), x), x, by_channel=False, weights=True).T
+    if marches(x):
+        both = march_sums(x, by_channel=False, weights=True).T
         sums, weights = both.chunk(2)
     else:
         counts = [count.sum() for count in weight_counts(x.image_pred, x.weight, x.kind, x.order)]
@@ -311,8 +277,8 @@ def smoothness_mean_fwd(x: Inputs) -> tuple[Tensor, Saved]:
 
 def _totals(x: Inputs) -> Tensor:
     """Sums of each program over all channels: ``[directions, programs]``."""
-    if x.image_pred.numel() and marches(x):
-        return march_sums(_image(in_order(x.image_pred), x), x, by_channel=False).T
+    if marches(x):
+        return march_sums(x, by_channel=False).T
     return _first_stage(x).flatten(0, 3).T
 
 
@@ -335,10 +301,10 @@ def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None, scales
         return out
     pred = in_order(x.image_pred)
     written = out if out.stride() == pred.stride() else torch.empty_like(pred)
-    image = _image(pred, x)
     if marches(x):
-        march_gradient(grad.contiguous(), image, x, written, factors, scales)
+        march_gradient(grad.contiguous(), x, written, factors, scales)
         return out if written is out else out.copy_(written)
+    image = image_args(pred, x)
     shared = shares_edges(x.guide, x.kind, image.size)
     planes = pred.shape[0] if shared else pred.shape[0] * image.size.planes
     tiles = tiles_of(image.size, block_of(x.guide, x.weight, x.kind, x.order, False, pred.element_size()))
@@ -370,6 +336,13 @@ def aot_cases() -> Iterator[AotCase]:
         x = Inputs(torch.empty(image, device="meta"), None, None, kind, 1)
         yield AotCase(f"forward {kind} total", smoothness_total_fwd, (x, factors))
         yield AotCase(f"backward {kind} total", smoothness_total_bwd, (torch.empty((), device="meta"), x, factors))
+    for kind, dtype in itertools.product(KINDS, (torch.float32, torch.bfloat16)):
+        pred, weight = torch.empty(image, dtype=dtype, device="meta"), torch.empty((2, 1, 64, 64), device="meta")
+        x = Inputs(pred, pred, weight.expand(image), kind, 1)
+        label = f"mean {kind} {str(dtype).removeprefix('torch.')}"
+        yield AotCase(f"forward {label}", smoothness_mean_fwd, (x,))
+        scales = Saved(torch.empty(1 if kind == "isotropic" else 2, device="meta"))
+        yield AotCase(f"backward {label}", smoothness_mean_bwd, (torch.empty((), device="meta"), x, scales))
     yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 

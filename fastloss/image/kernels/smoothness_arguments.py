@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
+from torch import Tensor
 
 from ...core.kernels.device_math import number_in
 from ...core.kernels.launch import odd_number
+from ..smoothness import Inputs
+
+MAX_CHANNELS_LAST = 31  # a program adds up each channel by itself; more are copied to be contiguous
 
 
 class Size(NamedTuple):
@@ -89,6 +94,40 @@ def odd_weight(weight: Any, unit: int) -> Any:
     if not isinstance(weight, Weight) or weight.ptr is None:
         return weight
     return _odd(weight, ("image_stride", "channel_stride", "z_stride", "y_stride"), unit)
+
+
+def in_order(image: Tensor) -> Tensor:
+    """`image` itself where it is contiguous or channels_last, else a contiguous copy."""
+    last = torch.channels_last if image.ndim == 4 else torch.channels_last_3d
+    if not image.is_contiguous() and image.shape[1] <= MAX_CHANNELS_LAST and image.is_contiguous(memory_format=last):
+        return image
+    return image.contiguous()
+
+
+def weight_args(weight: Tensor | None) -> Weight:
+    if weight is None:
+        return Weight()
+    *by_image, rows, columns = weight.stride()
+    return Weight(weight, *by_image, *[0] * (weight.ndim == 4), rows, columns)  # type: ignore[call-arg]
+
+
+def size_of(image: Tensor) -> Size:
+    """Of an image in order."""
+    channels, (*depth, height, width) = image.shape[1], image.shape[2:]
+    planes, stride = (channels, None) if image.is_contiguous() else (1, channels)
+    return Size(width, height, depth[0] if depth else 1, planes, stride)
+
+
+def guide_args(guide: Tensor | None) -> Guide:
+    if guide is None:
+        return Guide()
+    guide = in_order(guide)
+    return Guide(guide, guide.shape[1], guide.stride(0), guide.stride(1), guide.stride(-1))
+
+
+def image_args(image: Tensor, x: Inputs) -> Image:
+    """The kernels' argument; `image` is the prediction in order."""
+    return Image(image, guide_args(x.guide), weight_args(x.weight), size_of(image))
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from ...core.kernels.device_math import added, number_in, zeros
 from ...core.kernels.launch import odd_number, on_device, warp_size
 from ...core.kernels.memory_order import needs_int64
 from ..smoothness import Inputs
-from .smoothness_arguments import Image, Size, height_of, width_of
+from .smoothness_arguments import Image, Size, height_of, image_args, in_order, width_of
 from .smoothness_rows import (
     Form,
     columns_of,
@@ -209,7 +209,9 @@ def _march_bwd_kernel(
 def marches(x: Inputs) -> bool:
     """Whether these kernels compute a call; the others go in tiles, see smoothness.py."""
     image, guide = x.image_pred, x.guide
-    if image.ndim != 4 or x.order != 1 or image.shape[3] < LEAST_WIDTH or not _walks_rows(image):
+    if image.ndim != 4 or x.order != 1 or image.shape[3] < LEAST_WIDTH or image.numel() == 0:
+        return False
+    if not _walks_rows(image):
         return False
     return guide is None or max(image.shape[1], guide.shape[1]) <= MOST_CHANNELS
 
@@ -253,8 +255,8 @@ class _Call(NamedTuple):
         return {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
-def _call(image: Image, x: Inputs, backward: bool) -> _Call:
-    """`image`: as smoothness.py makes it, of the prediction in order."""
+def _call(x: Inputs, backward: bool) -> _Call:
+    image = image_args(in_order(x.image_pred), x)
     size, argument = image.size, image.odd()
     form = _form(argument, x.kind, backward)
     if form.channels > 1 and x.weight is not None and x.weight.stride(1) == 0:  # shared
@@ -265,13 +267,13 @@ def _call(image: Image, x: Inputs, backward: bool) -> _Call:
     return _Call(argument, stretches, form, needs_int64(image.ptr, x.weight, x.guide), programs)
 
 
-def march_sums(image: Image, x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:
+def march_sums(x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:
     """Sums of each program: ``[images, programs of an image, channels (or 1: of all), directions]`` by channel; else
     ``[programs, directions]``, or twice as many if `weights`, whose sums come then."""
-    call = _call(image, x, False)
+    call = _call(x, False)
     outs = 1 if x.kind == "isotropic" else 2
     count = outs * (call.form.channels if by_channel else 1) + weights * outs
-    out = image.ptr.new_empty((call.programs, count), dtype=torch.float32)
+    out = x.image_pred.new_empty((call.programs, count), dtype=torch.float32)
     with on_device(out):
         _march_fwd_kernel[(call.programs,)](
             call.image, out, call.stretches.odd(), call.form, by_channel, weights, call.wide, **call.options
@@ -280,10 +282,10 @@ def march_sums(image: Image, x: Inputs, by_channel: bool, weights: bool = False)
 
 
 def march_gradient(
-    grad: Tensor, image: Image, x: Inputs, written: Tensor, factors: tuple[float, ...] | None, scales: Tensor | None
+    grad: Tensor, x: Inputs, written: Tensor, factors: tuple[float, ...] | None, scales: Tensor | None
 ) -> None:
     """Write the gradient of the sums; with `factors` that of the scaled sum, with `scales` the same from memory."""
-    call = _call(image, x, True)
+    call = _call(x, True)
     with on_device(written):
         _march_bwd_kernel[(call.programs,)](
             grad, factors, scales, call.image, written, call.stretches.odd(), call.form, call.wide, **call.options
