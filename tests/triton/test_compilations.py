@@ -20,7 +20,7 @@ MOST = {
     "pixel_loss": (3, {"odd, 255x321": 2}),
     "pixel_loss, weight": (2, {"odd, 255x321": 2}),
     "smoothness_loss": (3, {"28x28": 2, "odd, 255x321": 2}),
-    "smoothness_loss, guide and weight": (2, {"28x28": 2, "odd, 255x321": 2}),
+    "smoothness_loss, guide and weight": (3, {"28x28": 2, "odd, 255x321": 2}),
     "ssim_loss": (2, {"odd, 255x321": 2}),
     "image_loss": (2, {"28x28": 1, "odd, 255x321": 2}),
     "image_loss, ssim": (2, {}),

@@ -15,6 +15,8 @@ The backward gathers: a pixel's gradient is, summed over the axes, g[i-1] - g[i]
 second differences. So it is written once, without atomics. Bytes per element of size s: forward s, backward 2 s, and
 those of guide and weight; the neighbours come from the caches. The factors of a guide are made once for all channels of
 an image, which a program takes in turn; with channels_last, or if isotropic, for each, and the guide from the caches.
+
+The kernels here go in tiles. Contiguous images by first differences have others: smoothness_march.py.
 """
 
 from __future__ import annotations
