@@ -304,7 +304,7 @@ def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None, scales
     pred = in_order(x.image_pred)
     written = out if out.stride() == pred.stride() else torch.empty_like(pred)
     if marches(x):
-        march_gradient(grad.contiguous(), x, written, factors, scales)
+        march_gradient(grad.contiguous(), x._replace(image_pred=pred), written, factors, scales)
         return out if written is out else out.copy_(written)
     image = image_args(pred, x)
     shared = shares_edges(x.guide, x.kind, image.size)

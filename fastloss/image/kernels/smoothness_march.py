@@ -211,14 +211,9 @@ def marches(x: Inputs) -> bool:
     image, guide = x.image_pred, x.guide
     if image.ndim != 4 or x.order != 1 or image.shape[3] < LEAST_WIDTH or image.numel() == 0:
         return False
-    if not _walks_rows(image):
+    if not image.is_contiguous() and image.is_contiguous(memory_format=torch.channels_last):
         return False
     return guide is None or max(image.shape[1], guide.shape[1]) <= MOST_CHANNELS
-
-
-def _walks_rows(image: Tensor) -> bool:
-    """Whether `in_order` gives contiguous images."""
-    return image.is_contiguous() or not image.is_contiguous(memory_format=torch.channels_last)
 
 
 def _form(image: Image, kind: str, backward: bool) -> Form:
@@ -236,7 +231,7 @@ def _form(image: Image, kind: str, backward: bool) -> Form:
 
 def _stretches(size: Size, units: int, form: Form) -> Stretches:
     per_row = triton.cdiv(size.width, form.lanes * form.span)
-    rows = max(LEAST_ROWS, size.height * units * per_row * WARPS // WARPS_IN_FLIGHT)
+    rows = max(LEAST_ROWS, triton.cdiv(size.height * units * per_row * WARPS, WARPS_IN_FLIGHT))
     per_column = triton.cdiv(size.height, rows)
     return Stretches(triton.cdiv(size.height, per_column), per_column, per_row)
 
@@ -268,8 +263,8 @@ def _call(x: Inputs, backward: bool) -> _Call:
 
 
 def march_sums(x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:
-    """Sums of each program: ``[images, programs of an image, channels (or 1: of all), directions]`` by channel; else
-    ``[programs, directions]``, or twice as many if `weights`, whose sums come then."""
+    """Sums of each program: ``[programs, channels that it goes over, directions]`` by channel, its last two as one;
+    else ``[programs, directions]``, or with `weights`, whose sums come after, twice as many."""
     call = _call(x, False)
     outs = 1 if x.kind == "isotropic" else 2
     count = outs * (call.form.channels if by_channel else 1) + weights * outs
