@@ -42,7 +42,7 @@ from .smoothness_terms import start_of
 WARPS = 1  # of a program
 WARPS_IN_FLIGHT = 4224  # that the rows are cut for: 32 on each of 132 multiprocessors
 ROWS_AT_ONCE = 2  # of a turn of the loop
-ROWS_AT_ONCE_WITH_GUIDE = 1  # compiled in 5 s, two rows in 20
+ROWS_AT_ONCE_WITH_GUIDE = 1  # a backward is compiled in 3 s, of two rows in 13
 READ_AHEAD = False  # read the row of the next turn before this one's is computed
 LEAST_ROWS = 8  # of a stretch: each reads one row more
 VECTOR_BYTES = 16  # of the image in a lane; with a guide half as much of 16-bit images, which takes fewer registers
