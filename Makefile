@@ -47,9 +47,9 @@ bench-check: $(VENV)/.bench
 rivals: $(VENV)/.bench
 	for name in $(RIVALS); do $(BIN)/pip install -q $$name || echo "$$name: not installed"; done
 
-# Device tests, then every headline row, in parts of at most 9 minutes; what has finished for this commit is skipped.
-# Needs no network and no installed project: any python with torch, triton, numpy, pytest and hypothesis; with
-# pytest-xdist the tests run in several workers.
+# All that a GPU is needed for, in parts of at most 9 minutes; what has finished for this commit is skipped. For a machine
+# that is lent for minutes: ARGS="--minutes 9.5 --archive OUT.tar.gz". Needs no network and no installed project: any
+# python with torch, triton, numpy, pytest and hypothesis; with pytest-xdist the tests run in several workers.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 

@@ -50,14 +50,17 @@ def work(device: str, batches: Sequence[int]) -> Iterator[tuple[str, str, str]]:
         yield "clip_step", f"{rows}x{WIDTH}", dtype
 
 
-def names_of(step: str, device: str) -> list[str]:
+def names_of(step: str, device: str, asked: Sequence[str] | None = None) -> list[str]:
     if step == "imagen_step":
         return ["eager", "fastloss"]
-    return list(providers(next(c for c in CASES if c.name == "clip_loss"), CLIP_OPTIONS, device))
+    return list(providers(next(c for c in CASES if c.name == "clip_loss"), CLIP_OPTIONS, device, list(asked or ())))
 
 
-def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float, child: Child | None) -> list[dict]:
-    """The rows of one step, one per provider."""
+def measure_step(
+    loss: str, shape: str, dtype: str, device: str, seconds: float, child: Child | None,
+    asked: Sequence[str] | None = None,
+) -> list[dict]:  # fmt: skip
+    """The rows of one step, one per provider, or per provider asked for."""
     make = functools.partial(STEPS[loss], shape)
     true = None
     try:
@@ -71,7 +74,7 @@ def measure_step(loss: str, shape: str, dtype: str, device: str, seconds: float,
     errors: dict[str, str] = {}
     facts: dict[str, dict[str, str]] = {}
     calls: dict[str, measure.Pass] = {}
-    for name in names_of(loss, device):
+    for name in names_of(loss, device, asked):
         notes[name], errors[name], facts[name] = "", "", {}
         try:
             step = make(dtype, device, name)
@@ -112,11 +115,14 @@ def step_of(row: dict) -> tuple[str, str, str]:
     return row["loss"], row["shape"], row["dtype"]
 
 
-def run(device: str, batches: Sequence[int], out: pathlib.Path, seconds: float, minutes: float = 0.0) -> None:
+def run(
+    device: str, batches: Sequence[int], out: pathlib.Path, seconds: float, minutes: float = 0.0,
+    asked: Sequence[str] | None = None,
+) -> None:  # fmt: skip
     """Measures the steps; of the file's rows those of other batches stay, each with its own commit."""
     common = measure.common_columns(device)
     path = out / measure.device_folder(device) / "train_step.csv"
-    todo = list(work(device, batches))
+    todo = [row for row in work(device, batches) if not asked or row[0] == "clip_step"]
     written: list[dict] = read(path) if path.exists() else []
     end = time.monotonic() + 60 * minutes if minutes else math.inf
     with Child() as child, Progress(len(todo)) as progress:
@@ -128,7 +134,7 @@ def run(device: str, batches: Sequence[int], out: pathlib.Path, seconds: float, 
             try:
                 # what does not fit is an exception, not the end of this process; the child needs memory as well
                 with measure.address_limit(0.6 * measure.free_mib() if device == "cpu" else 0):
-                    rows = measure_step(loss, shape, dtype, device, seconds, child)
+                    rows = measure_step(loss, shape, dtype, device, seconds, child, asked)
             except Exception as error:
                 rows = [
                     dict(
@@ -158,9 +164,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", nargs="+", type=int, help="of clip_step; default: 256 to 4096, on CUDA to 65536")
     parser.add_argument("--seconds", type=float, default=4.0, help="time to spend on each step and batch")
     parser.add_argument("--minutes", type=float, default=0.0, help="after which no other step is begun")
+    parser.add_argument("--providers", nargs="+", help="of clip_step, which alone is measured then; default: all")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args(argv)
-    run(args.device, args.batches or BATCHES[args.device], args.out, args.seconds, args.minutes)
+    run(args.device, args.batches or BATCHES[args.device], args.out, args.seconds, args.minutes, args.providers)
     return 0
 
 

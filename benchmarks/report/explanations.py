@@ -59,6 +59,13 @@ EXPLANATIONS = (
     ("h200", "smoothness_loss", "*isotropic*", "*", "backward", "torch.compile",
      "Two derivatives, a root and a division for each of three pixels that pull at one; its "
      "forward, which keeps 24 MiB more, takes twice as long as ours. Compare both."),
+    ("h200", "feature_distance", "*", "*", "memory", "torch.compile",
+     "Two bits an element from the forward, 8 MiB, for which it need not keep the target's features; it does."),
+    ("h200", "image_loss", "*", "*", "memory", "torch.compile",
+     "Two bits an element from the forward, 6 MiB; torch.compile reads both images again."),
+    ("h200", "ms_ssim_loss", "*", "*", "memory", "torch.compile",
+     "The derivatives of each level are kept in float32, and of a bfloat16 prediction the float32 copy that avg_pool2d "
+     "keeps, 24 MiB; torch.compile makes them again."),
     ("h200", "info_nce bank", "*", "*", "*", "torch.compile",
      "The lengths of the bank are a pass of their own (38 of 310 us), and some seventy small launches stand around the "
      "op, which torch.compile fuses. It keeps 113 MiB for the backward, ours 2."),

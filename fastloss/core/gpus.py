@@ -42,8 +42,11 @@ OTHERS = (
 
 def name_of(properties: Any) -> str:
     """The kind, e.g. "sm_90" or "gfx942", of what `torch.cuda.get_device_properties` returns."""
-    if architecture := getattr(properties, "gcnArchName", ""):  # "gfx942:sramecc+:xnack-"; NVIDIA's have none
-        return str(architecture).split(":")[0]
+    architecture = str(
+        getattr(properties, "gcnArchName", "")
+    )  # "gfx942:sramecc+:xnack-"; of NVIDIA's the model or none
+    if architecture.startswith("gfx"):
+        return architecture.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastloss
-from benchmarks import check, gpu, perceptual_step, plot, run, scaling, train_steps
+from benchmarks import check, perceptual_step, plot, run, scaling, train_steps
 from benchmarks.harness import measure, memory, results, session
 from benchmarks.harness.progress import Progress
 from benchmarks.report import explanations, pages, tables
@@ -322,22 +322,6 @@ def test_the_memory_child_measures_and_keeps_its_limit(monkeypatch):
         assert why == "" and 2.5 < float(peak) < 40  # at least the gradient's 3 MiB
         peak, why = child.peak(columns | {"shape": "16x3x1024x1024"}, "eager")
         assert peak == "" and why.startswith("out of memory")
-
-
-def test_gpu_parts_are_skipped_once_finished(tmp_path, monkeypatch, capsys):
-    parts = gpu.parts("cuda", tmp_path)
-    names, words = [p.name for p in parts], [word for p in parts for word in p.command]
-    assert len(set(names)) == len(names) and {"tests-1", "bench-planes", "steps", "scaling"} <= set(names)
-    assert all(words.count(loss) == 1 for loss in items.named())  # each is measured once
-    done = []
-    monkeypatch.setattr(gpu, "do", lambda part, minutes: (done.append(part.name), (part.name != "steps", "last"))[1])
-    monkeypatch.setattr(measure, "commit", lambda: "abc")
-    call = ["steps", "tests-1", "--device", "cpu", "--out", str(tmp_path)]
-    assert gpu.main(call) == 1 and done == ["tests-1", "steps"]
-    assert gpu.main(call) == 1 and done == ["tests-1", "steps", "steps"]  # what failed is tried again
-    monkeypatch.setattr(measure, "commit", lambda: "def")
-    assert gpu.main(["tests-1", *call[2:]]) == 0 and done[-1] == "tests-1"
-    assert "failed: steps: last" in capsys.readouterr().out
 
 
 def test_adapters_take_what_they_know_and_no_more():

@@ -20,7 +20,7 @@ KIB = 1024
 
 def nvidia(major: int, minor: int, shared_kib: int = 227, name: str = "made up"):
     return types.SimpleNamespace(
-        major=major, minor=minor, name=name, gcnArchName="", shared_memory_per_block_optin=shared_kib * KIB,
+        major=major, minor=minor, name=name, gcnArchName=name, shared_memory_per_block_optin=shared_kib * KIB,
         total_memory=80 * 2**30,
     )  # fmt: skip
 

@@ -221,4 +221,6 @@ def test_masks_of_any_layout_are_weights(place):
         for reduction in ("mean", "none"):
             got, expected = (values(place[1], image, image_pred, weight=w, reduction=reduction)
                              for w in (mask, mask.float()))  # fmt: skip
-            assert all(map(torch.equal, got, expected)), (name, shape)
+            # a GPU gives a thread other elements of bytes than of floats, and so adds them up in another order
+            torch.testing.assert_close(got[0], expected[0], rtol=2**-22 if place[0] == "cuda" else 0, atol=0)
+            assert all(map(torch.equal, got[1:], expected[1:])), (name, shape)

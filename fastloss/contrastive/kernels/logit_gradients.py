@@ -13,6 +13,9 @@ from .online_softmax import LOG2E, _exp_scaled, _exponent, _log2_scaled
 SPREAD_BACKWARD = tl.constexpr(96.0)
 # Which tiles a launch makes: all from recomputed logits; those whose saved exponentials serve; the others, recomputed.
 RECOMPUTE, FROM_EXPS, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# Column tiles that a program of FLAGGED looks at, all at once: hardly ever is one of them to be made, and a program a
+# tile took a third as long as making all tiles from their exponentials.
+CHECKED = tl.constexpr(16)
 
 
 @triton.jit
@@ -157,6 +160,45 @@ def _store_grad_logits(
 
 
 @triton.jit
+def _exponents(inputs, row, column0, sizes, BN: tl.constexpr):
+    """The exponents that the saved exponentials of a tile's rows were divided by."""
+    line = inputs.exponents + (column0 // BN) * tl.cast(sizes.rows, tl.int64)
+    return tl.load(line + row, mask=row < sizes.rows, other=-float("inf"))
+
+
+@triton.jit
+def _is_flagged(exponents):
+    """Whether the forward has found that a tile's exponentials do not serve its columns."""
+    return tl.max(exponents, 0) == float("inf")
+
+
+@triton.jit
+def _make_tile(
+    operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction, beta,
+    FORM: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """G r c of a tile; none where TILES is FROM_EXPS and the tile is flagged."""
+    BM: tl.constexpr = TILE.rows
+    BN: tl.constexpr = TILE.columns
+    row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
+    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
+    if TILES == RECOMPUTE:
+        grad_logits = _recomputed_grad_logits(
+            operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
+        )
+        _store_grad_logits(
+            grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+        )
+    else:
+        exponent = _exponents(inputs, row, column0, sizes, BN)
+        if _is_flagged(exponent) == 0:
+            grad_logits = _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM)
+            _store_grad_logits(
+                grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
+            )
+
+
+@triton.jit
 def _softmax_stats_bwd_kernel(
     query,  # see Operands; G may take the place of the products
     key,
@@ -180,33 +222,21 @@ def _softmax_stats_bwd_kernel(
     if OPERANDS == PRODUCTS:
         key = products_block_in(key)
     operands, sizes, block = Operands(query, key), sizes_in(sizes), block_in(block)
-    row_tile, column_tile = tile_of_program(block)
-    row0, column0 = block.row + row_tile * BM, block.column + column_tile * BN
-    row, column = row0 + tl.arange(0, BM), column0 + tl.arange(0, BN)
-    stride = tl.cast(sizes.rows, tl.int64)
     # from a row's statistics to those of a column, which are a row's where rows and columns are the same
-    direction = (0 if SELF_SIMILARITY else STATES) * stride
-    if TILES == RECOMPUTE:
-        grad_logits = _recomputed_grad_logits(
-            operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
-        )
-        _store_grad_logits(
-            grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
-        )
+    direction = (0 if SELF_SIMILARITY else STATES) * tl.cast(sizes.rows, tl.int64)
+    if TILES == FLAGGED:
+        row_tile = tl.program_id(0) % block.row_tiles
+        first = tl.program_id(0) // block.row_tiles * CHECKED
+        row = block.row + row_tile * BM + tl.arange(0, BM)
+        tiles = block.column // BN + first + tl.arange(0, CHECKED)
+        there = (tiles < block.column // BN + block.column_tiles)[:, None] & (row < sizes.rows)[None, :]
+        lines = inputs.exponents + tiles.to(tl.int64)[:, None] * sizes.rows
+        if tl.max(tl.max(tl.load(lines + row[None, :], mask=there, other=-float("inf")), 1), 0) == float("inf"):
+            for column_tile in range(first, tl.minimum(first + CHECKED, block.column_tiles)):
+                if _is_flagged(_exponents(inputs, row, block.column + column_tile * BN, sizes, BN)):
+                    _make_tile(operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction,
+                               beta, FORM, TILE, RECOMPUTE)  # fmt: skip
     else:
-        exponents = inputs.exponents + (column0 // BN) * stride
-        exponent = tl.load(exponents + row, mask=row < sizes.rows, other=-float("inf"))
-        flagged = tl.max(exponent, 0) == float("inf")
-        if TILES == FLAGGED:
-            if flagged:
-                grad_logits = _recomputed_grad_logits(
-                    operands, row0, column0, rows, columns, sizes, inputs, direction, beta, FORM, TILE
-                )
-                _store_grad_logits(
-                    grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
-                )
-        elif flagged == 0:
-            grad_logits = _grad_logits_from_exps(exponent, inputs, row0, column0, row, column, sizes, direction, FORM)
-            _store_grad_logits(
-                grad_logits, row_tile, column_tile, row0, column0, rows, columns, results, inputs, sizes, block
-            )
+        row_tile, column_tile = tile_of_program(block)
+        _make_tile(operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction, beta, FORM,
+                   TILE, TILES)  # fmt: skip

@@ -23,7 +23,7 @@ from .arguments import (
 )
 from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
-from .logit_gradients import FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
+from .logit_gradients import CHECKED, FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
@@ -152,7 +152,8 @@ def make_block(
             row, column, end_row, triton.cdiv(end_row - row, tile.rows), triton.cdiv(end_column - column, tile.columns),
             pitch,
         )  # fmt: skip
-        _softmax_stats_bwd_kernel[(block.row_tiles * block.column_tiles,)](
+        tiles_each = CHECKED.value if tiles is FLAGGED else 1
+        _softmax_stats_bwd_kernel[(block.row_tiles * triton.cdiv(block.column_tiles, tiles_each),)](
             *operands, call.rows, call.columns, results, inputs, call.sizes.odd(), block.odd(), call.beta, call.form,
             tile.constants, tiles.value, **tile.options,
         )  # fmt: skip

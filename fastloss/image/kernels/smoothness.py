@@ -123,12 +123,12 @@ def _upstream(grad_ptr, factors, scales_ptr, plane, pixels, size, AXIS: tl.const
     """The gradient of an axis's sum: one number, or one per channel; or of a scaled sum, times the axis's factor."""
     if factors is not None:
         return tl.load(grad_ptr) * factors[OUTS - 1 - AXIS]
-    if scales_ptr is not None:
+    elif scales_ptr is not None:
         return tl.load(grad_ptr) * tl.load(scales_ptr + OUTS - 1 - AXIS)
-    grad_ptr += plane * pixel_stride(size) * OUTS + OUTS - 1 - AXIS
-    if size.pixel_stride is None:
-        return tl.load(grad_ptr)
+    elif size.pixel_stride is None:  # no branch after a return: triton 3.6 would give both one type
+        return tl.load(grad_ptr + plane * OUTS + OUTS - 1 - AXIS)
     else:
+        grad_ptr += plane * pixel_stride(size) * OUTS + OUTS - 1 - AXIS
         return tl.load(grad_ptr + pixels.channel * OUTS, mask=inside, other=0.0)
 
 

@@ -140,7 +140,9 @@ def _describe(x: Tensor, rows: bool, backward: bool) -> Tile:
     for all layers of a launch at once, so that there are two sorts of kernels and not one for each size of images."""
     channels, pixels = x.shape[1], x.shape[2] * x.shape[3]
     block = min(triton.next_power_of_2(max(channels, 1)), MOST_CHANNELS)
-    tile = min(TILE // block, triton.next_power_of_2(max(pixels, 1)))
+    tile = min(
+        TILE // block, triton.next_power_of_2(max(pixels, PIXELS))
+    )  # triton 3.6 fails at some columns of one pixel
     wide = (channels + block) * (pixels + tile) >= 2**31
     block = max(block // 2, 1) if backward else block
     ragged, more = channels % block != 0 or channels == 0, channels > block

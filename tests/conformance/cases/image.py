@@ -131,14 +131,6 @@ def guided_smoothness(image_pred, guide, weight, **options):
     return fastloss.smoothness_loss(image_pred, guide=guide, weight=weight, **options)
 
 
-def kornia_smoothness(image_pred, p=1, **_):
-    from kornia.losses import total_variation
-
-    if p != 1:
-        raise ValueError("kornia has the distance p=1 only")
-    return total_variation(image_pred, reduction="mean").mean()
-
-
 def unit_pair(draw, shape):
     """Images within [0, 1], which piq insists on."""
     return tuple(t.clamp(0, 1) for t in image_pair(draw, shape))
@@ -232,7 +224,7 @@ IMAGE_CASES = [
             headline=3,
         ),
         module=fastloss.SmoothnessLoss,
-        extra={"rivals": rivals(kornia=kornia_smoothness), "reach": 1},
+        extra={"reach": 1},
     ),
     Case(
         "smoothness_loss with guide and weight",
