@@ -36,8 +36,10 @@ def launches(monkeypatch, stem, run, shape):
     target = SimpleNamespace(backend="cuda", warp_size=32)  # in place of a device's
     active = SimpleNamespace(get_current_target=lambda: target)
     monkeypatch.setattr("fastloss.core.kernels.launch.driver", SimpleNamespace(active=active))
-    for name in [n for n in vars(module) if n.endswith("_kernel")]:
-        monkeypatch.setattr(module, name, Recorded(getattr(module, name), calls))
+    march = [importlib.import_module("fastloss.image.kernels.smoothness_march")] if stem == "smoothness" else []
+    for launcher in (module, *march):
+        for name in [n for n in vars(launcher) if n.endswith("_kernel")]:
+            monkeypatch.setattr(launcher, name, Recorded(getattr(launcher, name), calls))
     image = torch.empty(shape, dtype=torch.bfloat16, device="meta")
     run(module, image.contiguous(memory_format=torch.channels_last) if shape == LAST else image)
     return calls
