@@ -45,7 +45,12 @@ def _total_kernel(
     tl.store(total_ptr, total)
 
 
-@triton.jit(do_not_specialize=["programs", "weight_programs", "stride_sum", "stride_weight_sum"])
+@triton.jit(
+    do_not_specialize=[
+        "programs", "weight_programs", "stride_sum", "stride_weight_sum", "stride_program", "stride_weight_program",
+    ],
+    do_not_specialize_on_alignment=["partials_ptr", "weights_ptr"],
+)  # fmt: skip
 def _weighted_total_kernel(
     partials_ptr,  # (sums, programs) float32, any strides
     weights_ptr,  # (sums, weight_programs) float32, any strides
