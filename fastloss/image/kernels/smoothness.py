@@ -343,8 +343,10 @@ def aot_cases() -> Iterator[AotCase]:
         x = Inputs(pred, pred, weight.expand(image), kind, 1)
         label = f"mean {kind} {str(dtype).removeprefix('torch.')}"
         yield AotCase(f"forward {label}", smoothness_mean_fwd, (x,))
-        scales = Saved(torch.empty(1 if kind == "isotropic" else 2, device="meta"))
-        yield AotCase(f"backward {label}", smoothness_mean_bwd, (torch.empty((), device="meta"), x, scales))
+        one, scales = torch.empty((), device="meta"), Saved(torch.empty(1 if kind == "isotropic" else 2, device="meta"))
+        yield AotCase(f"backward {label}", smoothness_mean_bwd, (one, x, scales))
+        last = x._replace(image_pred=pred.contiguous(memory_format=torch.channels_last))
+        yield AotCase(f"backward {label}, channels_last", smoothness_mean_bwd, (one, last, scales))
     yield from _aot_calls("int64", (1, 1, 65536, 32768), torch.bfloat16, "l1", vector=True)
 
 
