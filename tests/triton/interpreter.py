@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastloss.perceptual.kernels.layer_table import MOST
 
@@ -168,6 +169,8 @@ _extents: list[tuple[int, int]] | None = None  # first and last byte of the tens
 def _tensors(arg: Any) -> Iterator[torch.Tensor]:
     if isinstance(arg, torch.Tensor):
         yield arg
+    elif isinstance(arg, TensorDescriptor):
+        yield arg.base
     elif isinstance(arg, tuple):
         for part in arg:
             yield from _tensors(part)
@@ -193,7 +196,7 @@ def _launch_within(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
 def _check(ptrs: TensorHandle, mask: TensorHandle) -> None:
     if _extents is None:
         return
-    read = mask.data.astype(bool)
+    read = np.asarray(mask.data).astype(bool)  # of a descriptor it is an array, not a handle
     addresses = ptrs.data if read.all() else ptrs.data[np.broadcast_to(read, ptrs.data.shape)]
     if not addresses.size:
         return
@@ -208,16 +211,18 @@ def _check(ptrs: TensorHandle, mask: TensorHandle) -> None:
         raise IndexError(f"{(~inside).sum()} of {inside.size} addresses lie in no tensor of the launch")
 
 
-def _load_within(self: InterpreterBuilder, ptrs: TensorHandle, mask: TensorHandle, *rest: Any) -> TensorHandle:
+def _load_within(
+    self: InterpreterBuilder, ptrs: TensorHandle, mask: TensorHandle, *rest: Any, **more: Any
+) -> TensorHandle:
     _check(ptrs, mask)
-    return _load(self, ptrs, mask, *rest)
+    return _load(self, ptrs, mask, *rest, **more)
 
 
 def _store_within(
-    self: InterpreterBuilder, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any
+    self: InterpreterBuilder, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *rest: Any, **more: Any
 ) -> None:
     _check(ptrs, mask)
-    _store(self, ptrs, value, mask, *rest)
+    _store(self, ptrs, value, mask, *rest, **more)
 
 
 def _patch() -> None:
