@@ -1,4 +1,5 @@
-"""Device selection, a seed per test, and NaN-filled scratch memory so that reading what was never written shows."""
+"""Device selection, a seed per test, slow tests first, and NaN-filled scratch memory: reading what nothing has written
+shows."""
 
 from __future__ import annotations
 
