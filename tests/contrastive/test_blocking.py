@@ -75,7 +75,12 @@ def test_plans_cover_the_blocks_within_their_bounds():
 def test_chunks_are_of_alike_sizes():
     from fastloss.contrastive.kernels.blocking import CHUNK, chunk_plan
 
-    for rows, columns, workspace_mib in ((32768, 32768, 256.0), (65536, 65536, 256.0), (300, 2**20, 64.0), (50, 9, 1.0)):
+    for rows, columns, workspace_mib in (
+        (32768, 32768, 256.0),
+        (65536, 65536, 256.0),
+        (300, 2**20, 64.0),
+        (50, 9, 1.0),
+    ):
         chunk = chunk_plan(rows, columns, 2, workspace_mib)
         *whole, last = [min(chunk.rows, rows - start) for start in range(0, rows, chunk.rows)]
         assert chunk.elements * 2 <= workspace_mib * 2**20 and set(whole) <= {chunk.rows}
