@@ -76,6 +76,9 @@ def _weighted_keys_kernel(
     BN: tl.constexpr = TILE.columns
     DIM: tl.constexpr = TILE.dim
     OPERANDS: tl.constexpr = TILE.operands
+    # Of a product that another one takes, Triton gives each warp rows of its own; eight warps would make 64 rows twice.
+    # It does not see through a branch that the other one takes it.
+    FEW_ROWS: tl.constexpr = BM == 64
     sizes, splits = sizes_in(sizes), number_in(splits)
     row_tile, split = tl.program_id(0) // splits, tl.program_id(0) % splits
     row0 = row_tile * BM
@@ -97,7 +100,12 @@ def _weighted_keys_kernel(
         else:
             k_ptr = key + column.to(tl.int64)[:, None] * sizes.dim + inner[None, :]
             k = tl.load(k_ptr, mask=there[:, None] & (inner < sizes.dim)[None, :], other=0.0)
-        s = tl.dot(q, k.T) * row_scale[:, None]
+        s = tl.dot(q, k.T)
+        if FEW_ROWS:
+            if sizes.columns > 0:  # always, which the compiler does not know
+                s *= row_scale[:, None]
+        else:
+            s *= row_scale[:, None]
         if column_scale_ptr is not None:
             column_scale = tl.load(column_scale_ptr + column, mask=there, other=0.0)
             s *= column_scale[None, :]
