@@ -44,7 +44,7 @@ class QueryKey(NamedTuple):
 
 def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
     """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
-    plain = not x.return_lse and all(t is None for t in x.ids) and not isinstance(x.bias, Tensor)
+    plain = not x.return_lse and not isinstance(x.bias, Tensor)
     if plain and (loss := shared_negatives_loss(x)) is not None:
         return loss
     dropped = dropped_rows(x.weights)
@@ -53,7 +53,7 @@ def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
     key, negatives = counted(x.key, dropped), x.negatives
     if negatives is not None and negatives.ndim == 2:
         negatives = counted(negatives, dropped)
-    if plain:
+    if plain and all(t is None for t in x.ids):
         loss = softmax_loss(query, key, negatives, x.scale, x.targets, x.weights, x.form, x.reduction, x.workspace_mib)
         if loss is not None:
             return loss
@@ -131,9 +131,12 @@ def shared_negatives_loss(x: QueryKey) -> Tensor | None:
     learned = x.scale if isinstance(x.scale, Tensor) else None
     fixed_scale = x.scale if isinstance(x.scale, float) else 1.0
     needs = _needs((QUERY, x.query), (KEY, x.key), (SCALE, learned))
+    query_ids, key_ids = x.ids
+    covered = key_ids is not None and key_ids.shape[0] > x.key.shape[0]  # else they are the keys' alone
+    row_ids, column_ids = (query_ids, key_ids[x.key.shape[0] :]) if covered else (None, None)  # type: ignore[index]
     inputs = loss_shared_op.Inputs(
-        x.query, x.key, negatives, learned, row_weight, fixed_scale, form.include_positive, form.normalize, reduction,
-        needs, x.workspace_mib,
+        x.query, x.key, negatives, learned, row_weight, row_ids, column_ids, fixed_scale, form.include_positive,
+        form.normalize, reduction, needs, x.workspace_mib,
     )  # fmt: skip
     return op(*inputs, backend="triton")
 

@@ -50,7 +50,7 @@ def run(backend: str | None, args: list[Tensor], needs: int, **options) -> list[
 def judge(place: tuple, samples: list[list[Tensor]], needs: int, **options) -> list[Tensor]:
     """The one rule over all the samples; what the last of them gave."""
     errors = Errors(samples[0][0].dtype)
-    double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    double = {k: v.double() if k == "weights" else v for k, v in options.items()}
     for args in samples:
         with recorded() as calls:
             ours = run(place[1], args, needs, **options)
@@ -98,6 +98,24 @@ def test_weights(place, reduction):
 
 
 @each_place
+def test_ids(place):
+    """A row whose id all negatives have is left without any; ids of the keys alone leave out nothing."""
+    for dtype in (torch.bfloat16, torch.float16):
+        samples = [inputs(5, 40, 20, dtype, place[0], seed) for seed in range(2)]
+        query_ids = torch.tensor([3, 1, 7, 2, 3], device=place[0])
+        key_ids = torch.cat((query_ids, torch.arange(40, device=place[0]) % 4))
+        judge(place, samples, QUERY + KEY, query_ids=query_ids, key_ids=key_ids)
+        loss, query_grad, _ = run(
+            place[1], samples[0], QUERY + KEY, reduction="none", query_ids=query_ids,
+            key_ids=torch.cat((query_ids, torch.full((40,), 3, device=place[0]))),
+        )  # fmt: skip
+        assert (loss == 0).tolist() == [True, False, False, False, True] and not query_grad[0].any()
+    plain = run(place[1], samples[0], QUERY + KEY)
+    own = run(place[1], samples[0], QUERY + KEY, query_ids=query_ids, key_ids=query_ids)
+    assert all(torch.equal(a, b) for a, b in zip(plain, own, strict=True))
+
+
+@each_place
 def test_zero_vectors_none_and_no_rows(place):
     for dtype in (torch.bfloat16, torch.float16):
         args = inputs(4, 20, 12, dtype, place[0])
@@ -131,7 +149,9 @@ def test_layouts_and_saved_tensors(place):
             got = torch.autograd.grad(0.5 * info_nce(*leaves, bank, temperature=0.07), leaves)
         assert all(torch.equal(a, b) for a, b in zip(got, expected[1:], strict=True))
     for needs in (0, QUERY, QUERY + KEY + SCALE) if place[1] == "triton" else ():
-        got = softmax_loss_shared.fwd(query, key, negatives, None, None, 1.0, True, True, "mean", needs, 256.0)
+        got = softmax_loss_shared.fwd(
+            query, key, negatives, None, None, None, None, 1.0, True, True, "mean", needs, 256.0
+        )
         sizes = [24 * bool(needs & QUERY), 24 * bool(needs & KEY), 3 * bool(needs & SCALE)]
         assert [t.numel() for t in got] == [1, *sizes]
 

@@ -26,6 +26,7 @@ from ..ops import softmax_stats as stats_op
 from ..ops.softmax_loss_shared import Grads, Inputs, Needs, Saved
 from ..options import Form
 from ..save_plan import KEY, QUERY, SCALE
+from .arguments import Columns, Rows
 from .embedding_gradients import scaled_by_torch
 from .norms import Prepared, prepare
 from .online_softmax import _exponent, _log, _rescale
@@ -120,12 +121,11 @@ def _finish(
 
 
 def _by_statistics(
-    x: Inputs, inputs: RowInputs, negative_scale: Tensor | None, loss: Tensor, out: PairGradients, part: float
+    x: Inputs, inputs: RowInputs, rows: Rows, columns: Columns, loss: Tensor, out: PairGradients, part: float
 ) -> None:
     """The same from the statistics of the rows and, where something is differentiated, their weighted keys."""
     given = stats_op.Inputs(
-        query=x.query, key=x.negatives, row_scale=inputs.row_scale, column_scale=negative_scale, bias=None,
-        targets=None, row_ids=None, column_ids=None, logit_limit=None, **Form()._asdict(), hardness=0.0,
+        query=x.query, key=x.negatives, **rows._asdict(), **columns._asdict(), **Form()._asdict(), hardness=0.0,
         workspace_mib=x.workspace_mib, save="weighted_keys" if x.needs else "",
     )  # fmt: skip
     stats, _, keys = softmax_stats_fwd(given)
@@ -151,15 +151,18 @@ def softmax_loss_shared_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             key_scale, negative_scale = (new_float32(size) if x.normalize else None for size in (m, n))
             prepared = Prepared(row_scale, key_scale, positive, negative_scale)
             prepare(query, key, x.scale, x.fixed_scale, None, prepared, negatives if x.normalize else None)
-            row_weight = None if x.row_weight is None else x.row_weight.contiguous()
+            part = 1.0 / m if x.reduction == "mean" else 1.0
+            row_weight, row_ids, column_ids = (
+                None if v is None else v.contiguous() for v in (x.row_weight, x.row_ids, x.column_ids)
+            )
+            rows, columns = Rows(row_scale, None, row_ids, None), Columns(negative_scale, None, column_ids)
             inputs = RowInputs(x.query.contiguous(), x.key.contiguous(), row_scale, positive, row_weight)
             out = PairGradients(*(grad if grad.shape[0] else None for grad in grads))
-            part = 1.0 / m if x.reduction == "mean" else 1.0
             if x.needs and (found := tile_of(query, query.shape[1])) is not None:
-                partials = weighted_keys(query, negatives, row_scale, negative_scale, *found, x.workspace_mib)
+                partials = weighted_keys(query, negatives, rows, columns, *found, x.workspace_mib)
                 _finish(x, partials, inputs, loss, out, part)
             else:
-                _by_statistics(x, inputs, negative_scale, loss, out, part)
+                _by_statistics(x, inputs, rows, columns, loss, out, part)
         else:
             for t in (loss, *grads):
                 t.zero_()
@@ -183,17 +186,26 @@ def _both_ways(x: Inputs) -> None:
 
 
 def aot_cases() -> Iterator[AotCase]:
-    """Every tile, cosine or not; what has no tile has the kernels of softmax_stats."""
+    """Every tile, cosine or not, some with ids; what has no tile has the kernels of softmax_stats."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
-    sizes = [(bf16, (256, 65536, dim)) for dim in (512, 256, 128, 16)]
-    sizes += [(bf16, (300, 5001, 200)), (bf16, (64, 4096, 1024)), (fp16, (256, 65536, 512)), (fp32, (64, 4096, 77))]
-    for (dtype, (rows, count, dim)), normalize in itertools.product(sizes, (True, False)):
+    sizes = [(bf16, (256, 65536, dim), False) for dim in (512, 256, 128, 16)]
+    sizes += [(bf16, (256, 65536, 512), True), (bf16, (300, 5001, 200), True), (bf16, (64, 4096, 1024), False)]
+    sizes += [(fp16, (256, 65536, 512), False), (fp32, (64, 4096, 77), False)]
+    for (dtype, (rows, count, dim), has_ids), normalize in itertools.product(sizes, (True, False)):
         query, key = (torch.empty(rows, dim, dtype=dtype, device="meta") for _ in range(2))
         scale, row_weight = torch.empty(1, device="meta"), torch.empty(rows, device="meta") if normalize else None
+        row_ids, column_ids = (
+            torch.empty(size, dtype=torch.int64, device="meta") if has_ids else None for size in (rows, count)
+        )
         x = Inputs(
-            query, key, query.new_empty(count, dim), scale, row_weight, 1.0, True, normalize,
+            query, key, query.new_empty(count, dim), scale, row_weight, row_ids, column_ids, 1.0, True, normalize,
             "sum" if normalize else "none", QUERY + KEY + SCALE, 256.0,
         )  # fmt: skip
         matrix = ("_weighted_keys_kernel", "_softmax_stats_fwd_kernel") if dtype != fp32 else ()
-        label = " ".join(map(str, (str(dtype).removeprefix("torch."), (rows, count, dim), *["cosine"] * normalize)))
+        label = " ".join(
+            map(
+                str,
+                (str(dtype).removeprefix("torch."), (rows, count, dim), *["cosine"] * normalize, *["ids"] * has_ids),
+            )
+        )
         yield AotCase(label, _both_ways, (x,), (), matrix, SPILLED if dtype == fp16 else 0)

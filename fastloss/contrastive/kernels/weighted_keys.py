@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...core.kernels.device_math import number_in
 from ...core.kernels.launch import odd_number
 from . import tile_configs
-from .arguments import Operands, Sizes, sizes_in
+from .arguments import Columns, Operands, Rows, Sizes, sizes_in
 from .logit_tile import DESCRIPTORS
 from .online_softmax import State, _exp_scaled, _exponent, _no_state, _rescale, _store_state
 from .passes import SLOT_ROWS
@@ -67,6 +67,8 @@ def _weighted_keys_kernel(
     key,  # (N, D)
     row_scale_ptr,  # (M,)
     column_scale_ptr,  # (N,) or None
+    row_ids_ptr,  # (M,) int64 or None: keys of the same id are left out
+    column_ids_ptr,  # (N,) int64 or None
     partials,  # Partials
     sizes,  # Sizes
     splits,  # an odd_number
@@ -109,7 +111,11 @@ def _weighted_keys_kernel(
         if column_scale_ptr is not None:
             column_scale = tl.load(column_scale_ptr + column, mask=there, other=0.0)
             s *= column_scale[None, :]
-        s = tl.where(there[None, :], s, float("-inf"))
+        allowed = there[None, :]
+        if column_ids_ptr is not None:
+            row_id = tl.load(row_ids_ptr + row, mask=row < sizes.rows, other=0)
+            allowed &= row_id[:, None] != tl.load(column_ids_ptr + column, mask=there, other=0)[None, :]
+        s = tl.where(allowed, s, float("-inf"))
         row_max = tl.maximum(state.max, tl.max(s, 1))
         exponent = _exponent(row_max)
         e = _exp_scaled(s, exponent[:, None])
@@ -153,21 +159,21 @@ def splits_of(row_tiles: int, column_tiles: int, programs: int, most: int) -> in
 
 
 def weighted_keys(
-    query: Tensor, key: Tensor, row_scale: Tensor, column_scale: Tensor | None, tile: Tile, programs: int,
-    workspace_mib: float,
+    query: Tensor, key: Tensor, rows: Rows, columns: Columns, tile: Tile, programs: int, workspace_mib: float
 ) -> Partials:  # fmt: skip
-    """The states and sums of each split of the keys, of padded embeddings."""
+    """The states and sums of each split of the keys, of padded embeddings; of the vectors the scales and ids count."""
     (m, dim), n = query.shape, key.shape[0]
     row_tiles, column_tiles = triton.cdiv(m, tile.rows), triton.cdiv(n, tile.columns)
     splits = splits_of(row_tiles, column_tiles, programs, int(workspace_mib * 2**18) // (m * dim))
     pitch = triton.cdiv(m, SLOT_ROWS) * SLOT_ROWS
-    partials = Partials(row_scale.new_empty((splits, 2, pitch)), row_scale.new_empty((splits, m, dim)), pitch)
+    new_float32 = rows.row_scale.new_empty
+    partials = Partials(new_float32((splits, 2, pitch)), new_float32((splits, m, dim)), pitch)
     operands = Operands(query, key)
     if tile.operands == tile_configs.DESCRIPTORS:
         pairs = ((query, tile.rows), (key, tile.columns))
-        operands = Operands(*[TensorDescriptor.from_tensor(x, [rows, tile.dim]) for x, rows in pairs])
+        operands = Operands(*[TensorDescriptor.from_tensor(x, [block, tile.dim]) for x, block in pairs])
     _weighted_keys_kernel[(row_tiles * splits,)](
-        *operands, row_scale, column_scale, partials, Sizes(m, n, dim).odd(), odd_number(splits), tile.constants,
-        **tile.options,
+        *operands, rows.row_scale, columns.column_scale, rows.row_ids, columns.column_ids, partials,
+        Sizes(m, n, dim).odd(), odd_number(splits), tile.constants, **tile.options,
     )  # fmt: skip
     return partials

@@ -3,7 +3,7 @@
     s_ij   = scale fixed_scale c(query_i) c(n_j) <query_i, n_j>      c(x) = 1 / |x| with `normalize` (0 for zero
                                                                      vectors), else 1; no `scale`: 1
     p_i    = scale fixed_scale c(query_i) c(key_i) <query_i, key_i>  the positive
-    n_i    = log sum_j e^s_ij over the negatives j
+    n_i    = log sum_j e^s_ij over the negatives j, without those of column_ids_j == row_ids_i, where ids are given
     loss_i = softplus(n_i - p_i)                             without `include_positive`: n_i - p_i; no negatives: 0
     out    = row_weight_i loss_i [M], their sum or mean      by `reduction`: "none", "sum", "mean"; no `row_weight`: 1
              rows of weight 0 are left out: nothing of them is multiplied, be it NaN
@@ -35,6 +35,8 @@ class Inputs(NamedTuple):
     negatives: Tensor  # [K, D]
     scale: Tensor | None  # one element
     row_weight: Tensor | None  # [M]
+    row_ids: Tensor | None  # [M] int64, both or neither
+    column_ids: Tensor | None  # [K] int64
     fixed_scale: float
     include_positive: bool
     normalize: bool
@@ -74,7 +76,10 @@ def softmax_loss_shared_reference(x: Inputs) -> Tensor:
         anchor = anchor * x.scale.reshape(())
     positive = (anchor * embed(key, dtype, x.normalize)).sum(1)
     logits = anchor @ embed(x.negatives, dtype, x.normalize).T
-    stats = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
+    allowed = torch.ones_like(logits, dtype=torch.bool)
+    if x.row_ids is not None and x.column_ids is not None:
+        allowed = x.row_ids[:, None] != x.column_ids
+    stats = statistics(logits, allowed, False, 0.0)
     loss = row_losses(positive, stats, x.fixed_scale, SoftmaxOptions(x.include_positive)).loss
     return reduce(loss if x.row_weight is None else loss * x.row_weight, x.reduction)
 
