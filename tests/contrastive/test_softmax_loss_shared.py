@@ -78,7 +78,7 @@ def test_every_gradient(place, dtype, shape):
 @each_place
 @pytest.mark.parametrize("workspace_mib", [0.001, 0.01])
 def test_small_workspaces(place, workspace_mib):
-    """Of few splits, and of one; the blocks of exponentials of few rows."""
+    """Of few splits, or of none that holds the sums; blocks of exponentials of few rows."""
     for dtype in (torch.bfloat16, torch.float16):
         judge(place, [inputs(19, 60, 20, dtype, place[0], seed) for seed in range(2)], 7, workspace_mib=workspace_mib)
 

@@ -158,7 +158,8 @@ def softmax_loss_shared_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             rows, columns = Rows(row_scale, None, row_ids, None), Columns(negative_scale, None, column_ids)
             inputs = RowInputs(x.query.contiguous(), x.key.contiguous(), row_scale, positive, row_weight)
             out = PairGradients(*(grad if grad.shape[0] else None for grad in grads))
-            if x.needs and (found := tile_of(query, query.shape[1])) is not None:
+            found = tile_of(query, int(x.workspace_mib * 2**18)) if x.needs else None
+            if found is not None:
                 partials = weighted_keys(query, negatives, rows, columns, *found, x.workspace_mib)
                 _finish(x, partials, inputs, loss, out, part)
             else:

@@ -132,19 +132,21 @@ def _weighted_keys_kernel(
     tl.store(corner + offset, sums, mask=inside)
 
 
-def tile_of(query: Tensor, dim: int) -> tuple[Tile, int] | None:
-    """The tile for embeddings of `dim` numbers, and the number of programs; None: another way must be taken.
+def tile_of(query: Tensor, elements: int) -> tuple[Tile, int] | None:
+    """The tile for padded embeddings, and the number of programs; None: another way must be taken.
 
-    Only bfloat16 has the range of float32, which the product of exponentials and inverse norms needs.
+    Only bfloat16 has the range of float32, which the product of exponentials and inverse norms needs. The workspace, of
+    so many float32 `elements`, must hold the sums of all rows at least once.
     """
-    if query.dtype != torch.bfloat16:
+    dim = query.shape[1]
+    if query.dtype != torch.bfloat16 or query.numel() > elements:
         return None
     line = tile_configs.architecture(query.device)
     if line == "sm_90" and (arch := driver.active.get_current_target().arch) >= 100:
         line = "sm_100" if arch < 120 else "sm_120"
     programs, tiles = TABLE.get(line, (0, ()))
     tile = next((tile for limit, tile in tiles if dim <= limit), None)
-    return None if tile is None else (replace(tile, dim=max(triton.next_power_of_2(dim), 16)), programs)
+    return None if tile is None else (replace(tile, dim=triton.next_power_of_2(dim)), programs)
 
 
 @functools.lru_cache(maxsize=256)
