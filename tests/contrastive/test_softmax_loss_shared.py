@@ -173,8 +173,10 @@ def test_options_that_need_statistics(place):
 
 @pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1; tests/triton runs it so")
 def test_splits():
-    from fastloss.contrastive.kernels.weighted_keys import splits_of
+    from fastloss.contrastive.kernels.softmax_loss_shared import SLOTS
+    from fastloss.contrastive.kernels.weighted_keys import TABLE, splits_of
 
+    assert max(programs for programs, _ in TABLE.values()) <= SLOTS
     assert splits_of(4, 1024, 132, 10**6) == 32
     assert splits_of(4, 1024, 132, 5) == 5 and splits_of(4, 1024, 132, 0) == 1
     assert splits_of(500, 1024, 132, 10**6) <= 5 and splits_of(1, 3, 132, 10**6) <= 3

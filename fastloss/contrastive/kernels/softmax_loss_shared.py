@@ -37,7 +37,7 @@ from .tile_configs import SPILLED
 from .weighted_keys import Partials, tile_of, weighted_keys
 
 SPLITS = 8  # whose sums are read at a time
-LEAST_SLOTS = 32  # that the kernel is compiled for: fewer would save it nothing
+SLOTS = 256  # that the kernel is compiled for, whatever the batch: as many splits as programs, at most
 
 
 class RowInputs(NamedTuple):
@@ -55,7 +55,6 @@ class RowForm(NamedTuple):
 
     include_positive: bool
     normalize: bool
-    slots: int  # a power of two, at least the number of splits
     dim: int  # D, padded to a power of two
 
 
@@ -70,11 +69,11 @@ def _finish_kernel(
     sum_pitch,  # D of the sums
     part,  # what each row's loss counts in the result
     FORM: tl.constexpr,  # RowForm
+    SLOTS: tl.constexpr,  # a power of two, at least the number of splits
     SPLITS: tl.constexpr,
 ):
     INCLUDE_POSITIVE: tl.constexpr = FORM.include_positive
     NORMALIZE: tl.constexpr = FORM.normalize
-    SLOTS: tl.constexpr = FORM.slots
     DIM: tl.constexpr = FORM.dim
     row, splits, stride = tl.program_id(0), number_in(splits), 2 * tl.cast(partials.pitch, tl.int64)
     rows = tl.num_programs(0).to(tl.int64)
@@ -112,10 +111,9 @@ def _finish(
     x: Inputs, partials: Partials, inputs: RowInputs, loss: Tensor, out: PairGradients, part: float
 ) -> None:  # fmt: skip
     (rows, dim), splits = x.query.shape, partials.sums.shape[0]
-    slots = max(LEAST_SLOTS, triton.next_power_of_2(splits))
-    form = RowForm(x.include_positive, x.normalize, slots, triton.next_power_of_2(dim))
+    form = RowForm(x.include_positive, x.normalize, triton.next_power_of_2(dim))
     _finish_kernel[(rows,)](
-        partials, inputs, loss, out, odd_number(splits), dim, partials.sums.shape[2], part, form, SPLITS,
+        partials, inputs, loss, out, odd_number(splits), dim, partials.sums.shape[2], part, form, SLOTS, SPLITS,
         enable_fp_fusion=True, num_warps=4,
     )  # fmt: skip
 
