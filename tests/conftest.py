@@ -1,4 +1,5 @@
-"""Device selection, a seed per test, and NaN-filled scratch memory so that reading what was never written shows."""
+"""Device selection, a seed per test, slow tests first, and NaN-filled scratch memory: reading what nothing has written
+shows."""
 
 from __future__ import annotations
 
@@ -20,10 +21,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)  # a test draws the same numbers, whatever ran before it
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a device, gpu tests are left out of a plain run, and shown as skipped under `-m gpu`."""
-    if torch.cuda.is_available():
-        return
     gpu = [item for item in items if item.get_closest_marker("gpu")]
     if config.option.markexpr:
         for item in gpu:
@@ -31,6 +30,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     else:
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """The tests in an order that lets each worker begin with its share of the slow ones: xdist hands out equal parts of
+    the list, and moves short tests, but no long one that has begun, to workers with nothing left to do."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    ordered: list[pytest.Item] = []
+    for worker in range(workers):
+        part = (len(items) - len(ordered)) // (workers - worker)
+        ordered += slow[worker::workers]
+        fill = max(0, part - len(slow[worker::workers]))
+        ordered += others[:fill]
+        others = others[fill:]
+    return ordered
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        leave_out_gpu(config, items)
+    if hasattr(config, "workerinput"):
+        items[:] = slow_first(items, config.workerinput["workercount"])
 
 
 @pytest.fixture

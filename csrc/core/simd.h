@@ -247,6 +247,23 @@ FASTLOSS_INLINE void put(T* to, vf v, int64_t n, bool streamed) {
     store_up_to(to, v, n);
 }
 
+// The lanes at least `from` and less than `to` of W elements that start at x.
+FASTLOSS_INLINE vi between(int64_t x, int64_t from, int64_t to) {
+  const int64_t low = from - x, high = to - x;
+  return (lanes() >= (int)(low < 0 ? 0 : low > W ? W : low)) & (lanes() < (int)(high < 0 ? 0 : high > W ? W : high));
+}
+
+// W elements from row[x] on, those in first .. last; the other lanes read 0.
+template <typename T>
+FASTLOSS_INLINE vf load_inside(const T* row, int64_t x, int64_t first, int64_t last) {
+  if (x >= first && x + W <= last) return load(row + x);
+  const int64_t from = x < first ? first : x, to = x + W < last ? x + W : last;
+  if (from >= to) return vf{};
+  alignas(FASTLOSS_BYTES) unsigned char bytes[W * sizeof(T)] = {};
+  __builtin_memcpy(bytes + (from - x) * sizeof(T), (const void*)(row + from), (to - from) * sizeof(T));
+  return load((const T*)bytes);
+}
+
 // e^x for x <= 88, two ulp; 0 below the smallest normal number, NaN for NaN.
 FASTLOSS_INLINE vf exp(vf x) {
   const vf lowest = all(-87.33f);

@@ -7,6 +7,7 @@
 // upstream gradient of the sums is no multiple of `sum_weights`, the backward makes the pass again with it.
 
 #include "image/image_loss.h"
+#include "image/smoothness_bands.h"
 #include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
@@ -15,7 +16,6 @@
 
 #define FASTLOSS_KERNELS "image/image_loss_simd.h"
 #include "core/for_each_isa.h"
-#include "image/smoothness_bands.h"
 
 namespace fastloss {
 namespace {
@@ -66,8 +66,10 @@ struct Pair {
   int64_t sums() const { return axes + 2; }
 
   template <typename T, typename G>
-  auto kernels() const {
-    auto found = FASTLOSS_PICK(image_kernels<T, G>(terms.pixel, terms.kind, terms.step, bands.plain()));
+  ImageKernels<T, G> kernels() const {
+    const bool plain = bands.plain();
+    ImageKernels<T, G> found{FASTLOSS_PICK(image_row_kernels<T, G>(terms.pixel, terms.kind, terms.step, plain)),
+                             pixel_kernels<T>(terms.kind), smoothness_kernels<T>(terms.step, plain), ssim_kernels<T>()};
     if (!terms.smoothness || bands.layout.depth > 1) found.sweep = {};
     return found;
   }
@@ -104,14 +106,14 @@ struct Strip {
     for (int64_t i = at(band.begin), end = at(band.end); i < end; i += kChunkElements) {
       const int64_t count = std::min(kChunkElements, end - i);
       const float* weight = pair.weight ? pair.weight->read(i, count, buffer) : nullptr;
-      total += kernels.pixel({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count},
-                             pair.terms.parameter);
+      total += kernels.pixel.sum({input<T>(pair.image) + i, input<T>(pair.bands.image) + i, weight, count},
+                                 pair.terms.parameter);
     }
     return total;
   }
 
   void smoothness(double* to_axes) const {
-    kernels.smoothness(band, memory);
+    kernels.smoothness.sum(band, memory);
     std::vector<double> totals(band.layout.step * pair.axes);
     add_totals(memory, pair.axes, band.layout.step, totals.data());
     for (size_t i = 0; i < totals.size(); ++i) to_axes[i % pair.axes] += totals[i];
@@ -149,7 +151,7 @@ struct Strip {
     std::vector<float> buffer(pair.weight ? row_size() : 0);
     const Rows rows{*this, buffer.data(), more};
     if (second()) {
-      kernels.rows(band, memory, Rows::row, &rows);
+      kernels.smoothness.rows(band, memory, Rows::row, &rows);
     } else {
       for (int64_t y = band.begin; y < band.end; ++y) Rows::row(&rows, y, nullptr);
     }
@@ -339,7 +341,7 @@ Grads image_loss_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, co
       pass<T, float>(pair, up, made->at, nullptr);
     }
     const float* from = input<float>(made ? made->gradients : saved.gradients);
-    const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
+    const auto scale = ssim_kernels<T>().scale;
     const auto write = [&](const float* values, T* result) {
       const bool streamed = reinterpret_cast<uintptr_t>(result) % 64 == 0 && total % 16 == 0 &&
                             total * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;

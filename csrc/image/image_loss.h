@@ -50,16 +50,19 @@ struct Sweep {
   void (*above)(const T* row, int64_t below, int64_t size, float* above);
 };
 
+// The kernels of the image loss alone.
 template <typename T, typename G>
-struct ImageKernels {
-  double (*pixel)(const Stretch<T>&, double p);
+struct ImageRowKernels {
   void (*row)(const Stretch<T>&, double p, float scale, const float* line, const Gradients<const float>& more,
               const Gradients<G>&);
-  void (*smoothness)(const Band<T>&, const Memory&);
-  SmoothnessRows<T> rows;
-  void (*fence)();  // after the last streamed row of a band
-  SsimKernels<T> ssim;
+  void (*fence)();    // after the last streamed row of a band
   Sweep<T, G> sweep;  // of nothing: the terms one after the other
+};
+template <typename T, typename G>
+struct ImageKernels : ImageRowKernels<T, G> {
+  PixelKernels<T> pixel;
+  SmoothnessKernels<T> smoothness;
+  SsimKernels<T> ssim;
 };
 
 }  // namespace

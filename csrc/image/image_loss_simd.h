@@ -1,8 +1,6 @@
 // The losses of an image pair over a band of rows; included by for_each_isa.h.
 
-#include "image/pixel_simd.h"
-#include "image/smoothness_simd.h"
-#include "image/ssim_simd.h"
+#include "image/pixel_distance_simd.h"
 #include "image/image_loss_sweep_simd.h"
 
 namespace fastloss {
@@ -32,32 +30,10 @@ static void image_row(const Stretch<T>& s, double p, float scale, const float* l
 
 static void image_fence() { fence(); }
 
-template <Step step, bool plain, typename T>
-static void image_smoothness(const Band<T>& band, const Memory& memory, EachRow row, const void* context) {
-  const int64_t size = band.layout.row;
-  band_grad_differences<step, plain>(band, memory,
-                                     [&](int64_t y, const GradDifferences& p) __attribute__((always_inline)) {
-                                       for (int64_t x = 0; x < size; x += W)
-                                         store(memory.line + x, gather<plain>(p, x));
-                                       row(context, y, memory.line);
-                                     });
-}
-
-template <Step step, typename T>
-static SmoothnessRows<T> smoothness_rows_of(bool plain) {
-  return plain ? image_smoothness<step, true, T> : image_smoothness<step, false, T>;
-}
-
 // G: the type of the gradients.
 template <typename T, typename G>
-static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool plain) {
-  ImageKernels<T, G> found{pixel_kernels<T>(kind).sum,
-                           image_row<Kind::l2, false, T, G>,
-                           smoothness_kernels<T>(step, plain).sum,
-                           nullptr,
-                           image_fence,
-                           ssim_kernels<T>(),
-                           {}};
+static ImageRowKernels<T, G> image_row_kernels(bool pixel, Kind kind, Step step, bool plain) {
+  ImageRowKernels<T, G> found{image_row<Kind::l2, false, T, G>, image_fence, {}};
   if (pixel && plain && step == Step::l1) found.sweep = sweep_of<Step::l1, T, G>(kind);
   if (pixel && plain && step == Step::l2) found.sweep = sweep_of<Step::l2, T, G>(kind);
 #define FASTLOSS_KIND(k) \
@@ -73,11 +49,6 @@ static ImageKernels<T, G> image_kernels(bool pixel, Kind kind, Step step, bool p
       FASTLOSS_KIND(huber)
     }
 #undef FASTLOSS_KIND
-  switch (step) {
-    case Step::l1: found.rows = smoothness_rows_of<Step::l1, T>(plain); break;
-    case Step::l2: found.rows = smoothness_rows_of<Step::l2, T>(plain); break;
-    case Step::isotropic: found.rows = smoothness_rows_of<Step::isotropic, T>(plain); break;
-  }
   return found;
 }
 

@@ -20,8 +20,8 @@ struct SweepSums {
 };
 
 // W elements from x on. Not `inside`: some of them, or of their neighbours, lie outside the row.
-template <Kind kind, Step step, bool sums, bool grads, bool inside, typename T, typename G>
-FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, int64_t x, SweepSums& to) {
+template <Kind kind, Step step, bool inside, typename T, typename G>
+FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, bool sums, bool grads, int64_t x, SweepSums& to) {
   const auto pixels = [&](const T* from, int64_t i) __attribute__((always_inline)) {
     return inside ? load(from + i) : load_inside(from, i, r.first, r.last);
   };
@@ -32,13 +32,13 @@ FASTLOSS_INLINE void sweep_pixels(const SweepRow<T, G>& r, double p, int64_t x, 
   const vf down = pixels(r.image_pred, x + r.below) - c;
   const vf weight = r.weight ? load_up_to(r.weight + x, n) : vf{};
   const auto counted = [&](vf x) __attribute__((always_inline)) { return r.weight ? weighted(x, weight) : x; };
-  if constexpr (sums) {
+  if (sums) {
     const vf distances = counted(distance<kind>(d, p)), below = step_length<step>(down);
     to.pixel += inside ? distances : where(between(x, 0, r.size), distances);
     to.down += inside ? below : where(between(x, 0, r.size), below);
     to.right += step_length<step>(right);
   }
-  if constexpr (grads) {
+  if (grads) {
     vf g = counted(slope<kind>(d, p) * r.scale);
     if (r.to.image) put(r.to.image + x, r.more.image ? load_up_to(r.more.image + x, n) - g : -g, n, r.to.streamed);
     if (!r.to.image_pred) return;
@@ -59,11 +59,12 @@ FASTLOSS_INLINE void add_sums(const SweepSums& from, double* to) {
     store_bits(to + 16 * i, load_bits<vd>(to + 16 * i) + __builtin_convertvector(sums[i], vd));
 }
 
-// Vectors from x up to `end`: few are not inside.
-template <Kind kind, Step step, bool sums, bool grads, typename T, typename G>
-__attribute__((noinline)) static void sweep_edge(const SweepRow<T, G>& r, double p, int64_t x, int64_t end) {
+// Vectors from x up to `end`: few are not inside, so that one function does for sums, gradients and both.
+template <Kind kind, Step step, typename T, typename G>
+__attribute__((noinline)) static void sweep_edge(const SweepRow<T, G>& r, double p, bool sums, bool grads, int64_t x,
+                                                 int64_t end) {
   SweepSums to{};
-  for (; x < end; x += W) sweep_pixels<kind, step, sums, grads, false>(r, p, x, to);
+  for (; x < end; x += W) sweep_pixels<kind, step, false>(r, p, sums, grads, x, to);
   if (sums) add_sums(to, r.sums);
 }
 
@@ -71,24 +72,26 @@ template <Kind kind, Step step, bool sums, bool grads, typename T, typename G>
 static void sweep_row(const SweepRow<T, G>& row, double p) {
   const SweepRow<T, G> r = row;
   int64_t x = (r.step + W - 1) / W * W;
-  sweep_edge<kind, step, sums, grads>(r, p, 0, x < r.size ? x : r.size);
+  sweep_edge<kind, step>(r, p, sums, grads, 0, x < r.size ? x : r.size);
   while (x + W + r.step <= r.size) {
     SweepSums to{};  // of 32 vectors, before they move to double: the error does not grow with the image
     for (int k = 0; k < 32 && x + W + r.step <= r.size; ++k, x += W) {
       __builtin_prefetch(r.image + x + kSweepAhead);
       __builtin_prefetch(r.image_pred + r.below + x + kSweepAhead);
-      sweep_pixels<kind, step, sums, grads, true>(r, p, x, to);
+      sweep_pixels<kind, step, true>(r, p, sums, grads, x, to);
     }
     if (sums) add_sums(to, r.sums);
   }
-  sweep_edge<kind, step, sums, grads>(r, p, x, r.size);
+  sweep_edge<kind, step>(r, p, sums, grads, x, r.size);
 }
 
 template <Kind kind, Step step, typename T, typename G>
 static void image_sweep(const SweepRow<T, G>& r, double p) {
-  const bool grads = r.to.image != nullptr || r.to.image_pred != nullptr;
   if (r.sums == nullptr) return sweep_row<kind, step, false, true>(r, p);
-  return grads ? sweep_row<kind, step, true, true>(r, p) : sweep_row<kind, step, true, false>(r, p);
+  if constexpr (sizeof(G) == sizeof(float)) {  // as the forward has it, which makes the sums
+    const bool grads = r.to.image != nullptr || r.to.image_pred != nullptr;
+    return grads ? sweep_row<kind, step, true, true>(r, p) : sweep_row<kind, step, true, false>(r, p);
+  }
 }
 
 // The slopes of a row down to the next one, `below` further on: what the sweep of that one finds in `above`.

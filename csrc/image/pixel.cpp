@@ -10,6 +10,15 @@
 #include "core/for_each_isa.h"
 
 namespace fastloss {
+
+template <typename T>
+PixelKernels<T> pixel_kernels(Kind kind) {
+  return FASTLOSS_PICK(pixel_kernels<T>(kind));
+}
+template PixelKernels<float> pixel_kernels(Kind);
+template PixelKernels<BFloat16> pixel_kernels(Kind);
+template PixelKernels<Half> pixel_kernels(Kind);
+
 namespace {
 
 struct Inputs {
@@ -70,7 +79,7 @@ Tensor pixel_fwd(const Inputs& x) {
   float* to = output<float>(out);
   for_dtype(x.image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(x.kind, x.parameter)));
+    const auto kernels = pixel_kernels<T>(kind_of(x.kind, x.parameter));
     if (x.reduce) {
       *to = static_cast<float>(sum_blocks(count, [&](int64_t begin, int64_t end) {
         double total = 0;
@@ -98,7 +107,7 @@ Grads pixel_bwd(const Tensor& grad, const Inputs& x, const Needs& needs) {
   if (needs.image_pred) pred_grad.emplace(x.image_pred, x.image.scalar_type(), in.image_pred);
   for_dtype(x.image.scalar_type(), "pixel", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(pixel_kernels<T>(kind_of(x.kind, x.parameter)));
+    const auto kernels = pixel_kernels<T>(kind_of(x.kind, x.parameter));
     T* first = image_grad ? output<T>(image_grad->written) : nullptr;
     T* second = pred_grad ? output<T>(pred_grad->written) : nullptr;
     const bool aligned = (reinterpret_cast<uintptr_t>(first) | reinterpret_cast<uintptr_t>(second)) % 64 == 0;

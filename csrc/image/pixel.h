@@ -1,11 +1,10 @@
-// What the pixel kernels are handed, shared by the pixel loss and the image loss.
+// The pixel kernels and what they are handed, shared by the pixel loss and the image loss.
 #pragma once
 
 #include "core/parallel.h"
 #include "core/tensors.h"
 
 namespace fastloss {
-namespace {
 
 enum class Kind { l1, l2, l1_5, l3, l4, lp, charbonnier, huber };
 
@@ -15,7 +14,7 @@ struct Stretch {
   const float* weight;  // or null
   int64_t n;
 };
-struct Upstream {
+struct PixelUpstream {
   const float* map;  // or null: scalar
   float scalar;
 };
@@ -28,10 +27,13 @@ template <typename T>
 struct PixelKernels {
   double (*sum)(const Stretch<T>&, double p);
   void (*map)(const Stretch<T>&, double p, float* out);
-  void (*grad)(const Stretch<T>&, double p, const Upstream&, const Gradients<T>&);
+  void (*grad)(const Stretch<T>&, double p, const PixelUpstream&, const Gradients<T>&);
 };
+// Of the CPU at hand; pixel.cpp has them for each type that for_dtype() knows.
+template <typename T>
+PixelKernels<T> pixel_kernels(Kind kind);
 
-Kind kind_of(const std::string& name, double p) {
+inline Kind kind_of(const std::string& name, double p) {
   if (name == "l1") return Kind::l1;
   if (name == "l2") return Kind::l2;
   if (name == "charbonnier") return Kind::charbonnier;
@@ -53,5 +55,4 @@ struct Result {
   }
 };
 
-}  // namespace
 }  // namespace fastloss

@@ -1,15 +1,31 @@
 // Smoothness loss: sums of the differences of neighbouring pixels, and their gradient, in one pass over memory each.
 
-#include "image/smoothness.h"
+#include "image/smoothness_bands.h"
 #include "core/constants.h"
 #include "core/isa.h"
 #include "core/op.h"
 
 #define FASTLOSS_KERNELS "image/smoothness_simd.h"
 #include "core/for_each_isa.h"
-#include "image/smoothness_bands.h"
 
 namespace fastloss {
+
+template <typename T>
+SmoothnessKernels<T> smoothness_kernels(Step step, bool plain) {
+  return FASTLOSS_PICK(smoothness_kernels<T>(step, plain));
+}
+template SmoothnessKernels<float> smoothness_kernels(Step, bool);
+template SmoothnessKernels<BFloat16> smoothness_kernels(Step, bool);
+template SmoothnessKernels<Half> smoothness_kernels(Step, bool);
+
+template <typename T>
+EdgeKernel edge_kernel() {
+  return FASTLOSS_PICK(edge_kernel<T>());
+}
+template EdgeKernel edge_kernel<float>();
+template EdgeKernel edge_kernel<BFloat16>();
+template EdgeKernel edge_kernel<Half>();
+
 namespace {
 
 struct Inputs {
@@ -32,7 +48,7 @@ Tensor smoothness_fwd(const Inputs& x) {
   std::vector<double> partial(bands.slots() * axes);
   for_dtype(x.image_pred.scalar_type(), "smoothness", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
+    const auto kernels = smoothness_kernels<T>(step, bands.plain());
     bands.for_each_band<T>(false, [&](int64_t n, int64_t plane, const Band<T>& band, const Memory& memory) {
       kernels.sum(band, memory);
       add_totals(memory, axes, bands.layout.step, partial.data() + bands.slot(n, plane, band.z, band.begin) * axes);
@@ -60,7 +76,7 @@ Grads smoothness_bwd(const Tensor& grad, const Inputs& x) {
   Tensor written = same_strides(out, bands.image) ? out : empty_like(bands.image, x.image_pred.scalar_type());
   for_dtype(x.image_pred.scalar_type(), "smoothness", [&](auto element) {
     using T = decltype(element);
-    const auto kernels = FASTLOSS_PICK(smoothness_kernels<T>(step, bands.plain()));
+    const auto kernels = smoothness_kernels<T>(step, bands.plain());
     T* to = output<T>(written);
     const bool aligned = reinterpret_cast<uintptr_t>(to) % 64 == 0 && bands.layout.row % 16 == 0;
     const bool streamed = aligned && x.image_pred.numel() * static_cast<int64_t>(sizeof(T)) >= kStreamedGradientBytes;

@@ -1,11 +1,10 @@
-// What the smoothness kernels are handed, shared by the smoothness loss and the image loss.
+// The smoothness kernels and what they are handed, shared by the smoothness loss and the image loss.
 #pragma once
 
 #include "core/parallel.h"
 #include "core/tensors.h"
 
 namespace fastloss {
-namespace {
 
 enum class Step { l1, l2, isotropic };
 constexpr int kAxes = 3;  // z, y, x; z is unused in an image
@@ -72,15 +71,14 @@ struct Scratch {
   }
 };
 
+using EachRow = void (*)(const void* context, int64_t y, const float* line);
 template <typename T>
 struct SmoothnessKernels {
   void (*sum)(const Band<T>&, const Memory&);
   void (*grad)(const Band<T>&, const Memory&, T* plane, bool streamed);
+  // The gradient row by row, in float: row(context, y, line).
+  void (*rows)(const Band<T>&, const Memory&, EachRow row, const void* context);
 };
-// The gradient of a band row by row, in float: row(context, y, line).
-using EachRow = void (*)(const void* context, int64_t y, const float* line);
-template <typename T>
-using SmoothnessRows = void (*)(const Band<T>&, const Memory&, EachRow row, const void* context);
 // A row of a guide: `groups` planes with `each` channels side by side, of `width` pixels.
 struct GuideRow {
   const void* pixels;
@@ -92,12 +90,17 @@ struct GuideRow {
 };
 using EdgeKernel = void (*)(const GuideRow&, int64_t step, int64_t pitch, float* sums, float* to);
 
-Step step_of(const std::string& name) {
+// Of the CPU at hand; smoothness.cpp has them for each type that for_dtype() knows.
+template <typename T>
+SmoothnessKernels<T> smoothness_kernels(Step step, bool plain);
+template <typename T>
+EdgeKernel edge_kernel();
+
+inline Step step_of(const std::string& name) {
   if (name == "l1") return Step::l1;
   if (name == "l2") return Step::l2;
   STD_TORCH_CHECK(name == "isotropic", "smoothness: unknown kind ", name);
   return Step::isotropic;
 }
 
-}  // namespace
 }  // namespace fastloss

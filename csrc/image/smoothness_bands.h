@@ -1,5 +1,8 @@
-// How the smoothness kernels are walked over an image; included after for_each_isa.h.
+// How the smoothness kernels are walked over an image.
 #pragma once
+
+#include "image/smoothness.h"
+#include "core/constants.h"
 
 namespace fastloss {
 namespace {
@@ -23,7 +26,7 @@ struct Guide {
       using T = decltype(element);
       data = static_cast<const char*>(tensor.const_data_ptr());
       bytes = sizeof(T);
-      kernel = FASTLOSS_PICK(edge_kernel<T>());
+      kernel = edge_kernel<T>();
     });
   }
 

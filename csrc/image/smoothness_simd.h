@@ -8,23 +8,6 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// The lanes at least `from` and less than `to` of W elements that start at x.
-FASTLOSS_INLINE vi between(int64_t x, int64_t from, int64_t to) {
-  const int64_t low = from - x, high = to - x;
-  return (lanes() >= (int)(low < 0 ? 0 : low > W ? W : low)) & (lanes() < (int)(high < 0 ? 0 : high > W ? W : high));
-}
-
-// W elements from row[x] on, those in first .. last; the other lanes read 0.
-template <typename T>
-FASTLOSS_INLINE vf load_inside(const T* row, int64_t x, int64_t first, int64_t last) {
-  if (x >= first && x + W <= last) return load(row + x);
-  const int64_t from = x < first ? first : x, to = x + W < last ? x + W : last;
-  if (from >= to) return vf{};
-  alignas(FASTLOSS_BYTES) unsigned char bytes[W * sizeof(T)] = {};
-  __builtin_memcpy(bytes + (from - x) * sizeof(T), (const void*)(row + from), (to - from) * sizeof(T));
-  return load((const T*)bytes);
-}
-
 // `plain`: first differences without guide and weight, known at compile time.
 template <bool plain, typename T>
 struct Row {
@@ -259,6 +242,17 @@ static void smoothness_grad(const Band<T>& band, const Memory& memory, T* plane,
   if (streamed) fence();
 }
 
+template <Step step, bool plain, typename T>
+static void smoothness_rows(const Band<T>& band, const Memory& memory, EachRow row, const void* context) {
+  const int64_t size = band.layout.row;
+  band_grad_differences<step, plain>(band, memory,
+                                     [&](int64_t y, const GradDifferences& p) __attribute__((always_inline)) {
+                                       for (int64_t x = 0; x < size; x += W)
+                                         store(memory.line + x, gather<plain>(p, x));
+                                       row(context, y, memory.line);
+                                     });
+}
+
 // The sums over a guide's channels of its differences along axis k, at W elements of a row from x on.
 template <bool inside, typename T>
 FASTLOSS_INLINE vf guide_steps(const GuideRow& g, int64_t from, int64_t to, int64_t x) {
@@ -334,8 +328,8 @@ static void edge_row(const GuideRow& row, int64_t step, int64_t pitch, float* su
 
 template <Step step, typename T>
 static SmoothnessKernels<T> smoothness_kernels_of(bool plain) {
-  if (plain) return {smoothness_sum<step, true, T>, smoothness_grad<step, true, T>};
-  return {smoothness_sum<step, false, T>, smoothness_grad<step, false, T>};
+  if (plain) return {smoothness_sum<step, true, T>, smoothness_grad<step, true, T>, smoothness_rows<step, true, T>};
+  return {smoothness_sum<step, false, T>, smoothness_grad<step, false, T>, smoothness_rows<step, false, T>};
 }
 template <typename T>
 static SmoothnessKernels<T> smoothness_kernels(Step step, bool plain) {

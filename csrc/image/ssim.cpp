@@ -10,6 +10,15 @@
 #include "core/for_each_isa.h"
 
 namespace fastloss {
+
+template <typename T>
+SsimKernels<T> ssim_kernels() {
+  return FASTLOSS_PICK(ssim_kernels<T>());
+}
+template SsimKernels<float> ssim_kernels();
+template SsimKernels<BFloat16> ssim_kernels();
+template SsimKernels<Half> ssim_kernels();
+
 namespace {
 
 struct Inputs {
@@ -72,7 +81,7 @@ struct Kept {
 // The sums of every tile, into `partial`, and what is to be kept.
 template <typename T>
 void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to, double* partial) {
-  const SsimKernels<T> kernels = FASTLOSS_PICK(ssim_kernels<T>());
+  const SsimKernels<T> kernels = ssim_kernels<T>();
   float* const second = to + (kept.image ? call.image.numel() : 0);
   tiles.for_each_tile(kernels.size, [&](int64_t i, int64_t plane, const SsimTile& tile, SsimWorkspace& workspace) {
     const SsimPlaneWeights weights = call.weights_of(plane);
@@ -109,7 +118,7 @@ std::tuple<Tensor, Saved> ssim_fwd(const Inputs& x) {
 // A kept gradient times the upstream gradients of the planes, in the type and layout of `like`.
 template <typename T>
 Tensor scaled(const float* from, const float* up, const Tensor& like) {
-  const auto scale = FASTLOSS_PICK(ssim_kernels<T>()).scale;
+  const auto scale = ssim_kernels<T>().scale;
   const int64_t channels = like.size(1), size = like.size(2) * like.size(3), total = like.numel();
   const bool last = channels_last(like);
   const Tensor out = empty_like(like, like.scalar_type());

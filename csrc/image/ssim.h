@@ -1,4 +1,5 @@
-// What the SSIM kernels (ssim_simd.h) are given: an image pair, a tile of one plane, the window, weights, scratch.
+// The SSIM kernels (ssim_simd.h) and what they are given: an image pair, a tile of one plane, the window, weights,
+// scratch.
 #pragma once
 
 #include "core/constants.h"
@@ -94,6 +95,9 @@ struct SsimKernels {
   double (*advance)(void* walk, int64_t end, const SsimGradients&);
   void (*scale)(const float* from, const float* factors, float factor, int64_t n, T* to, bool streamed);
 };
+// Of the CPU at hand; ssim.cpp has them for each type that for_dtype() knows.
+template <typename T>
+SsimKernels<T> ssim_kernels();
 
 // The largest tile: what a walk keeps of it, 36 rows of four maps, stays in the L2 cache.
 constexpr int64_t kSsimRows = 256, kSsimColumns = 512;

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..core import check_not_empty, check_reduction, full_precision, result_dtype, row_shares
+from ..core.backends import fitting
 from .checks import counted, dropped_rows, reduce_output, without
 from .embeddings import _inner, are_bfloat16, inverse_norm, scale_of_rows, upcast_on_cpu
 from .ops import softmax_loss as loss_op
 from .ops import softmax_loss_per_query as loss_per_query_op
+from .ops import softmax_loss_shared as loss_shared_op
 from .ops import softmax_stats as stats_op
 from .ops.softmax_stats_per_query import per_query_statistics
 from .options import ContrastiveOutput, SoftmaxOptions
@@ -42,13 +44,16 @@ class QueryKey(NamedTuple):
 
 def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
     """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
+    plain = not x.return_lse and not isinstance(x.bias, Tensor)
+    if plain and (loss := shared_negatives_loss(x)) is not None:
+        return loss
     dropped = dropped_rows(x.weights)
     # a symmetric loss has each query among its negatives
     query = counted(x.query, dropped) if x.form.symmetric else without(x.query, dropped)
     key, negatives = counted(x.key, dropped), x.negatives
     if negatives is not None and negatives.ndim == 2:
         negatives = counted(negatives, dropped)
-    if not x.return_lse and all(t is None for t in x.ids) and not isinstance(x.bias, Tensor):
+    if plain and all(t is None for t in x.ids):
         loss = softmax_loss(query, key, negatives, x.scale, x.targets, x.weights, x.form, x.reduction, x.workspace_mib)
         if loss is not None:
             return loss
@@ -90,21 +95,9 @@ def softmax_loss(
     op = loss_per_query_op.softmax_loss_per_query if per_query else loss_op.softmax_loss
     if (backend := op.backend(*embeddings)) == "reference":
         return None
-    check_reduction(reduction)
-    rows, dtype = query.shape[0], result_dtype(*embeddings)
-    if reduction == "mean":
-        check_not_empty(rows)
-    row_weight = None if weights is None else row_shares(weights, reduction, dtype)
-    if row_weight is not None and reduction == "mean":
-        reduction = "sum"
+    row_weight, reduction = _shares(query, weights, reduction, result_dtype(*embeddings))
     learned = scale if isinstance(scale, Tensor) else None
-    needs = 0
-    if torch.is_grad_enabled():
-        needs = sum(
-            bit
-            for bit, x in ((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
-            if x is not None and x.requires_grad
-        )
+    needs = _needs((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
     fixed_scale = scale if isinstance(scale, float) else 1.0
     if negatives is not None:
         x = loss_per_query_op.Inputs(
@@ -120,6 +113,49 @@ def softmax_loss(
         ),
         backend=backend,
     )  # fmt: skip
+
+
+def shared_negatives_loss(x: QueryKey) -> Tensor | None:
+    """The reduced loss of plain arguments whose negatives are shared and frozen (see :mod:`softmax_loss_shared`); None
+    where that op does not serve."""
+    negatives, form, op = x.negatives, x.form, loss_shared_op.softmax_loss_shared
+    if negatives is None or negatives.ndim != 2 or form.in_batch or x.targets is not None:
+        return None
+    if form.sampling is not None or form.label_smoothing != 0 or (negatives.requires_grad and torch.is_grad_enabled()):
+        return None
+    if x.key.shape != x.query.shape or not x.query.dtype == x.key.dtype == negatives.dtype:
+        return None
+    if "triton" not in fitting(x.query.device) or op.backend(x.query, x.key, negatives) != "triton":
+        return None
+    row_weight, reduction = _shares(x.query, x.weights, x.reduction, result_dtype(x.query))
+    learned = x.scale if isinstance(x.scale, Tensor) else None
+    fixed_scale = x.scale if isinstance(x.scale, float) else 1.0
+    needs = _needs((QUERY, x.query), (KEY, x.key), (SCALE, learned))
+    query_ids, key_ids = x.ids
+    covered = key_ids is not None and key_ids.shape[0] > x.key.shape[0]  # else they are the keys' alone
+    row_ids, column_ids = (query_ids, key_ids[x.key.shape[0] :]) if covered else (None, None)  # type: ignore[index]
+    inputs = loss_shared_op.Inputs(
+        x.query, x.key, negatives, learned, row_weight, row_ids, column_ids, fixed_scale, form.include_positive,
+        form.normalize, reduction, needs, x.workspace_mib,
+    )  # fmt: skip
+    return op(*inputs, backend="triton")
+
+
+def _shares(query: Tensor, weights: Tensor | None, reduction: str, dtype: torch.dtype) -> tuple[Tensor | None, str]:
+    """What each row counts, None for all alike, and the reduction that is left."""
+    check_reduction(reduction)
+    if reduction == "mean":
+        check_not_empty(query.shape[0])
+    if weights is None:
+        return None, reduction
+    return row_shares(weights, reduction, dtype), "sum" if reduction == "mean" else reduction
+
+
+def _needs(*inputs: tuple[int, Tensor | None]) -> int:
+    """The bits of what will be differentiated."""
+    if not torch.is_grad_enabled():
+        return 0
+    return sum(bit for bit, x in inputs if x is not None and x.requires_grad)
 
 
 def softmax_rows(

@@ -11,6 +11,7 @@ test_softmax_stats.py            the op of that name, and the same for the files
 test_softmax_stats_per_query.py  negatives of each query's own
 test_softmax_loss.py             the plain loss in one call
 test_softmax_loss_per_query.py   the plain loss of each query's own negatives
+test_softmax_loss_shared.py      the plain loss of frozen negatives that all queries share
 test_self_similarity.py          rows compared with one another: only the pairs above the diagonal
 test_blocking.py                 how the Triton kernels cut the logits
 test_siglip.py                   the sigmoid loss

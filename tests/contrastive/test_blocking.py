@@ -71,6 +71,23 @@ def test_plans_cover_the_blocks_within_their_bounds():
     assert walk_plan(64, 64, 264) == (16, 16)
 
 
+@triton_only
+def test_chunks_are_of_alike_sizes():
+    from fastloss.contrastive.kernels.blocking import CHUNK, chunk_plan
+
+    for rows, columns, workspace_mib in (
+        (32768, 32768, 256.0),
+        (65536, 65536, 256.0),
+        (300, 2**20, 64.0),
+        (50, 9, 1.0),
+    ):
+        chunk = chunk_plan(rows, columns, 2, workspace_mib)
+        *whole, last = [min(chunk.rows, rows - start) for start in range(0, rows, chunk.rows)]
+        assert chunk.elements * 2 <= workspace_mib * 2**20 and set(whole) <= {chunk.rows}
+        assert chunk.rows - last < CHUNK * len(whole) or chunk.rows < CHUNK
+    assert chunk_plan(32768, 32768, 2, 256.0).rows == 3328  # ten chunks, the last of 2816; not of 3584, the last of 512
+
+
 def plain_values(op, dtype, needs, symmetric, options, workspace_mib, rows=19, keys=33, width=20):
     """The loss and the gradients of what `needs` says."""
     random = torch.Generator().manual_seed(0)

@@ -50,6 +50,7 @@ def losses() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     image, pred = torch.rand(2, 3, 32, 32), leaf(2, 3, 32, 32)
     guide, weight = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32)
     query, key = (leaf(128, 64, dtype=torch.bfloat16) for _ in range(2))
+    bank = leaf(4096, 64, dtype=torch.bfloat16).detach()
     scale, bias = torch.tensor(10.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
     shapes = ((2, 16, 16, 16), (2, 32, 8, 8), (2, 64, 4, 4), (2, 64, 2, 2), (2, 64, 2, 2))
     features, targets = [leaf(*shape) for shape in shapes], [torch.rand(shape) for shape in shapes]
@@ -65,6 +66,7 @@ def losses() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
         "clip, learned scale": (
             lambda: clip_loss(query, key, logit_scale=scale, normalize=True), [query, key, scale]),
         "info_nce": (lambda: info_nce(query, key), [query, key]),
+        "info_nce, bank": (lambda: info_nce(query, key, bank), [query, key]),
         "siglip": (lambda: siglip_loss(query, key, logit_scale=scale, logit_bias=bias), [query, key, scale, bias]),
         "feature_distance": (lambda: feature_distance(features, targets), features),
         "feature_distance, ten layers": (lambda: feature_distance(many, others, criterion="l2"), many),

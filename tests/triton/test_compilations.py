@@ -31,7 +31,7 @@ MOST = {
     "clip_loss, small": (7, {}),
     "clip_loss, learned scale, cosine": (9, {}),
     "info_nce": (7, {}),
-    "info_nce, bank": (3, {"of 17": 1}),
+    "info_nce, bank": (3, {}),
     "info_nce, own negatives": (6, {}),
     "siglip_loss": (2, {}),
     "supcon_loss": (5, {}),

@@ -31,30 +31,25 @@ def report(folder: pathlib.Path, triton: str, *options: str) -> dict:
 @needs_triton
 @needs_compiler
 @pytest.mark.parametrize(
-    ("triton", "losses", "least"),
+    ("triton", "losses", "least", "most_calls"),
     [
-        pytest.param("", [], 12, id="installed"),
-        pytest.param(OLDER, ["pixel", "clip", "feature_distance"], 3, id="3.6", marks=needs_older),
+        pytest.param("", [], 13, MOST_CALLS, id="installed"),
+        pytest.param(OLDER, ["pixel", "clip", "feature_distance"], 3, {}, id="3.6", marks=needs_older),
     ],
 )
-def test_a_replay_launches_what_the_launcher_does(tmp_path, triton, losses, least):
-    """On an older Triton for some losses: the record is the same there, the C launcher is another."""
+def test_a_replay_launches_what_the_launcher_does_in_fewer_calls(tmp_path, triton, losses, least, most_calls):
+    """On an older Triton for some losses: the record is the same there, the C launcher is another. Two processes, as
+    what compares would be counted too; the second finds the kernels that the first has compiled."""
     found = report(tmp_path, triton, "--compare", *losses)
     print(found.pop("triton"))
     assert len(found) >= least
     for name, row in found.items():
         assert row["launches"] > 0 and row["same"], (name, row.get("differ"))
         assert row["streams"] == [77], name  # the one that was current then, with plans recorded on another
-
-
-@pytest.mark.slow
-@needs_triton
-@needs_compiler
-def test_a_planned_loss_makes_few_calls(tmp_path):
-    found = report(tmp_path, "", *MOST_CALLS)
-    print(found)
-    for name, most in MOST_CALLS.items():
-        row = found[name]
+    counted = report(tmp_path, triton, *most_calls) if most_calls else {}
+    print(counted)
+    for name, most in most_calls.items():
+        row = counted[name]
         assert row["after calls"] <= most < row["before calls"], name
         assert row["after launches"] == row["before launches"], name
         assert row["after us"] < row["before us"], name

@@ -43,10 +43,11 @@ def walk_in(odd):
 
 
 def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> Chunk:
-    """As many rows as the workspace holds exponentials of, but one at least."""
+    """As many rows as the workspace holds exponentials of, but one at least; chunks of alike sizes: a short last one
+    would leave most of a device idle."""
     one_row = exponentials(1, columns, itemsize)
     fit = int(workspace_mib * 2**20) // (one_row.elements * itemsize)
-    chunk_rows = min(rows, max(fit // CHUNK * CHUNK or fit, 1))
+    chunk_rows = min(rows, max(fit, 1) if fit < CHUNK else _even(rows, fit // CHUNK * CHUNK, CHUNK))
     return Chunk(chunk_rows, *exponentials(chunk_rows, columns, itemsize))
 
 

@@ -66,19 +66,39 @@ def _gradients_from_sums_kernel(
         tl.store(dot_ptr + row, dot, mask=inside)
 
 
+class Scaled(NamedTuple):
+    """A gradient to be multiplied."""
+
+    x: Tensor  # [count] float32
+    out: Tensor  # [count]
+    size: int  # as it is: a multiple of 16 is read and written in vectors
+
+
+@triton.jit
+def _multiply_part(part, factor, program, BLOCK: tl.constexpr):
+    start = program.to(tl.int64) * BLOCK
+    index = tl.arange(0, BLOCK)
+    inside = index < part.size - start
+    x = tl.load(part.x + start + index, mask=inside)
+    tl.store(part.out + start + index, (x * factor).to(part.out.dtype.element_ty), mask=inside)
+
+
 @triton.jit
 def _multiply_kernel(
-    x_ptr,  # (count,) float32
+    first,  # Scaled
+    second,  # Scaled or None
     factor_ptr,  # (1,)
-    out_ptr,  # (count,)
-    count,
     BLOCK: tl.constexpr,
 ):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    index = tl.arange(0, BLOCK)
-    inside = index < count - start
-    x = tl.load(x_ptr + start + index, mask=inside)
-    tl.store(out_ptr + start + index, (x * tl.load(factor_ptr)).to(out_ptr.dtype.element_ty), mask=inside)
+    program, factor = tl.program_id(0), tl.load(factor_ptr)
+    if second is None:
+        _multiply_part(first, factor, program, BLOCK)
+    else:
+        blocks = tl.cdiv(first.size, BLOCK)
+        if program < blocks:
+            _multiply_part(first, factor, program, BLOCK)
+        else:
+            _multiply_part(second, factor, program - blocks, BLOCK)
 
 
 def gradients_from_sums(
@@ -99,14 +119,34 @@ def gradients_from_sums(
 
 def scaled(saved_grad: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
     """A gradient that the forward has made in float32, times the upstream one, in the dtype of `like`."""
-    if not needed:
-        return like.new_empty(0)
+    if not needed or grad.numel() != 1 or saved_grad.numel() < STREAM_BLOCK:
+        return scaled_by_torch(saved_grad, grad, like, needed)
     out = like.new_empty(like.shape)
-    if grad.numel() != 1 or saved_grad.numel() < STREAM_BLOCK:
-        return torch.mul(saved_grad, grad, out=out)
-    count = saved_grad.numel()
-    _multiply_kernel[(triton.cdiv(count, STREAM_BLOCK),)](saved_grad, grad, out, count, STREAM_BLOCK, **STREAM_OPTIONS)
+    _multiply(Scaled(saved_grad, out, saved_grad.numel()), None, grad)
     return out
+
+
+def scaled_by_torch(saved_grad: Tensor, grad: Tensor, like: Tensor, needed: bool) -> Tensor:
+    """The same where there are few numbers: no kernel has to be compiled for it."""
+    return torch.mul(saved_grad, grad, out=like.new_empty(like.shape)) if needed else like.new_empty(0)
+
+
+def scaled_pair(
+    saved: tuple[Tensor, Tensor], grad: Tensor, like: tuple[Tensor, Tensor], needed: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The same of queries and keys, where both are needed in one launch; an upstream [M] is row by row."""
+    if grad.ndim or not all(needed) or not all(s.numel() for s in saved):
+        row_grad = grad[:, None] if grad.ndim else grad
+        query, key = (scaled(s, row_grad, x, n) for s, x, n in zip(saved, like, needed, strict=True))
+        return query, key
+    first, second = (Scaled(s, x.new_empty(x.shape), s.numel()) for s, x in zip(saved, like, strict=True))
+    _multiply(first, second, grad)
+    return first.out, second.out
+
+
+def _multiply(first: Scaled, second: Scaled | None, factor: Tensor) -> None:
+    blocks = sum(triton.cdiv(part.size, STREAM_BLOCK) for part in (first, second) if part is not None)
+    _multiply_kernel[(blocks,)](first, second, factor, STREAM_BLOCK, **STREAM_OPTIONS)
 
 
 class EmbeddingGradient:

@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.kernels.matmul import add_product, embeddings
 from ..options import Form
-from .arguments import Area, Columns, Operands, ProductsBlock, Rows, Sizes
+from .arguments import Area, Columns, Operands, ProductsBlock, Rows, SavedExps, Sizes
 from .blocking import block_plan
 from .tile_configs import DESCRIPTORS, PRODUCTS, best_tile, products_kind
 
@@ -77,6 +77,13 @@ class LogitMatrix:
         blocks = (rows or self.tile.rows, self.tile.columns)
         pairs = zip((self.query, self.key), blocks, strict=True)
         return Operands(*[TensorDescriptor.from_tensor(x, [block, self.tile.dim]) for x, block in pairs])
+
+    def descriptor_of(self, saved: SavedExps) -> TensorDescriptor | None:
+        """The saved exponentials as kernels write them with tensor descriptors."""
+        if saved.exps is None or saved.pitch is None or self.tile.operands != DESCRIPTORS:
+            return None
+        exps = saved.exps.view(-1, saved.pitch)
+        return TensorDescriptor.from_tensor(exps, [self.tile.rows, self.tile.columns])
 
     def products_plan(self) -> tuple[int, int]:
         """(rows, columns) of the blocks of products that the workspace holds: whole tiles, or all rows."""

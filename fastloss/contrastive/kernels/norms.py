@@ -20,6 +20,7 @@ class Prepared(NamedTuple):
     row_scale: Tensor  # [M]: scale fixed_scale c(query), c(x) = 1 / |x| (0 for zero vectors), not normalised 1
     column_scale: Tensor | None  # [N]: c(key); None: not normalised
     positive: Tensor | None  # [M]: the positives' logits
+    negative_scale: Tensor | None = None  # [K]: c(negative), where negatives are given
 
 
 @triton.jit
@@ -31,19 +32,11 @@ def inverse_norm(square):
 
 
 @triton.jit
-def _prepare_kernel(
-    query_ptr,  # (M, D)
-    key_ptr,  # (N, D)
-    scale_ptr,  # (1,) or None
-    targets_ptr,  # (M,) or None: the diagonal
-    out,  # Prepared
-    sizes,  # Sizes
-    fixed_scale,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    sizes = sizes_in(sizes)
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+def _prepare_rows(
+    query_ptr, key_ptr, scale_ptr, targets_ptr, out, program, sizes, fixed_scale, ROWS: tl.constexpr, DIM: tl.constexpr
+):  # fmt: skip
+    """What stands in Prepared of the queries and keys of a program."""
+    index = program * ROWS + tl.arange(0, ROWS)
     row, column = index < sizes.rows, index < sizes.columns
     target, has_target = index, column
     if targets_ptr is not None:
@@ -75,12 +68,52 @@ def _prepare_kernel(
         tl.store(out.positive + index, scale * dot, row)
 
 
+@triton.jit
+def _prepare_negatives(negatives_ptr, out, program, count, dim, ROWS: tl.constexpr, DIM: tl.constexpr):
+    """The inverse norms of a program's negatives."""
+    index = program * ROWS + tl.arange(0, ROWS)
+    there = index < count
+    squares = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, dim, DIM):
+        inner = start + tl.arange(0, DIM)
+        offset = index.to(tl.int64)[:, None] * dim + inner[None, :]
+        x = tl.load(negatives_ptr + offset, mask=there[:, None] & (inner < dim)[None, :], other=0.0).to(tl.float32)
+        squares += tl.sum(x * x, 1)
+    tl.store(out.negative_scale + index, inverse_norm(squares), there)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _prepare_kernel(
+    query_ptr,  # (M, D)
+    key_ptr,  # (N, D)
+    negatives_ptr,  # (K, D) or None: their norms too
+    scale_ptr,  # (1,) or None
+    targets_ptr,  # (M,) or None: the diagonal
+    out,  # Prepared
+    sizes,  # Sizes
+    count,  # K
+    fixed_scale,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    sizes, program = sizes_in(sizes), tl.program_id(0)
+    if negatives_ptr is None:
+        _prepare_rows(query_ptr, key_ptr, scale_ptr, targets_ptr, out, program, sizes, fixed_scale, ROWS, DIM)
+    else:
+        first = tl.cdiv(tl.maximum(sizes.rows, sizes.columns), ROWS)  # program of the negatives
+        if program < first:
+            _prepare_rows(query_ptr, key_ptr, scale_ptr, targets_ptr, out, program, sizes, fixed_scale, ROWS, DIM)
+        else:
+            _prepare_negatives(negatives_ptr, out, program - first, count, sizes.dim, ROWS, DIM)
+
+
 def prepare(
-    query: Tensor, key: Tensor, scale: Tensor | None, fixed_scale: float, targets: Tensor | None, out: Prepared
-) -> None:
-    """Fill `out`."""
-    m, n = query.shape[0], key.shape[0]
-    _prepare_kernel[(triton.cdiv(max(m, n), PREPARE_ROWS),)](
-        query, key, scale, targets, out, Sizes(m, n, query.shape[1]).odd(), fixed_scale, PREPARE_ROWS, PREPARE_DIM,
-        **STREAM_OPTIONS,
+    query: Tensor, key: Tensor, scale: Tensor | None, fixed_scale: float, targets: Tensor | None, out: Prepared,
+    negatives: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill `out`; `negatives` are given where `out` has a place for their norms."""
+    m, n, count = query.shape[0], key.shape[0], 0 if negatives is None else negatives.shape[0]
+    _prepare_kernel[(triton.cdiv(max(m, n), PREPARE_ROWS) + triton.cdiv(count, PREPARE_ROWS),)](
+        query, key, negatives, scale, targets, out, Sizes(m, n, query.shape[1]).odd(), count, fixed_scale, PREPARE_ROWS,
+        PREPARE_DIM, **STREAM_OPTIONS,
     )  # fmt: skip

@@ -172,13 +172,16 @@ def _save_exponents(saved, exponent, row0, column0, sizes, BN: tl.constexpr):
 
 
 @triton.jit
-def _save_exps(saved, e, exponent, row0, column0, sizes):
+def _save_exps(saved, exps, e, exponent, row0, column0, sizes):
     """Store a tile's exponentials and their exponents, infinite where they do not serve the columns."""
-    row, column = tl.arange(0, e.shape[0]), tl.arange(0, e.shape[1])
-    inside = row < sizes.rows - row0
-    corner = saved.exps + tl.cast(row0, tl.int64) * saved.pitch + column0
-    to = corner + (row[:, None] * saved.pitch + column[None, :])
-    tl.store(to, e.to(saved.exps.dtype.element_ty), mask=inside[:, None])
+    if exps is not None:  # through the copy engine: addresses of their own would spill
+        exps.store([row0, column0], e.to(exps.dtype))
+    else:
+        row, column = tl.arange(0, e.shape[0]), tl.arange(0, e.shape[1])
+        inside = row < sizes.rows - row0
+        corner = saved.exps + tl.cast(row0, tl.int64) * saved.pitch + column0
+        to = corner + (row[:, None] * saved.pitch + column[None, :])
+        tl.store(to, e.to(saved.exps.dtype.element_ty), mask=inside[:, None])
     _save_exponents(saved, exponent, row0, column0, sizes, e.shape[1])
 
 
@@ -189,31 +192,10 @@ def _first_above(row0, BN: tl.constexpr):
 
 
 @triton.jit
-def _sizes_in(sizes, saved, BOTH_SIDES: tl.constexpr):
-    """See passes.make_statistics: where float16's exponentials of one direction are saved, sizes come as they are."""
-    if BOTH_SIDES or saved.exps is None:
-        return sizes_in(sizes)
-    elif saved.exps.dtype.element_ty != tl.float16:
-        return sizes_in(sizes)
-    else:
-        return sizes
-
-
-@triton.jit
-def _walk_in(walk, saved, BOTH_SIDES: tl.constexpr):
-    """Likewise."""
-    if BOTH_SIDES or saved.exps is None:
-        return walk_in(walk)
-    elif saved.exps.dtype.element_ty != tl.float16:
-        return walk_in(walk)
-    else:
-        return walk
-
-
-@triton.jit
 def _softmax_stats_fwd_kernel(
     query,  # see Operands; Triton 3.6 takes no tensor descriptors in a tuple
     key,
+    exps,  # saved.exps as a descriptor, where the operands are; else None
     rows,  # Rows
     columns,  # Columns
     slots,  # Slots
@@ -235,7 +217,7 @@ def _softmax_stats_fwd_kernel(
     if OPERANDS == PRODUCTS:
         key = products_block_in(key)
     operands = Operands(query, key)
-    sizes, walk = _sizes_in(sizes, saved, BOTH_SIDES), _walk_in(walk, saved, BOTH_SIDES)
+    sizes, walk = sizes_in(sizes), walk_in(walk)
     group, split = tl.program_id(0) % walk.groups, tl.program_id(0) // walk.groups
     stride = tl.cast(slots.pitch, tl.int64)
     row_slot = slots.states + split.to(tl.int64) * STATES * stride
@@ -256,7 +238,7 @@ def _softmax_stats_fwd_kernel(
         if FORM.self_similarity:  # the first of the split's tiles that has columns above the diagonal
             above = _first_above(row0, BN) - first_column // BN
             first += tl.cdiv(tl.maximum(above - split, 0), walk.splits) * walk.splits
-        for column_tile in range(first, tl.cdiv(end_column - first_column, BN), walk.splits):
+        for column_tile in tl.range(first, tl.cdiv(end_column - first_column, BN), walk.splits, num_stages=1):
             column0 = first_column + column_tile * BN
             s, column_view = tile_logits(operands, row0, column0, rows, columns, sizes, FORM, TILE)
             row_max, column_max = tl.max(s, 1), tl.max(column_view, 0)
@@ -265,7 +247,7 @@ def _softmax_stats_fwd_kernel(
             seen = _tile_state(s, row_max, tl.sum(e, 1), beta, 1, MOMENTS, HARD)
             state = _merge(state, seen, exponent, beta, MOMENTS, HARD)
             if saved.exps is not None and not BOTH_SIDES:
-                _save_exps(saved, e, exponent, row0, column0, sizes)
+                _save_exps(saved, exps, e, exponent, row0, column0, sizes)
             if BOTH_SIDES and rows.logit_limit is None and (TILE.shares or saved.exps is not None):
                 max_exponent, min_max = tl.max(exponent, 0), column_max
                 if FORM.self_similarity or saved.exps is not None:  # columns without entries do not count
@@ -278,9 +260,9 @@ def _softmax_stats_fwd_kernel(
                     if saved.exps is not None:  # the backward makes these again too
                         _save_exponents(saved, tl.zeros((BM,), tl.float32) + float("inf"), row0, column0, sizes, BN)
                 else:
-                    column_sum_exp = tl.sum(e * tl.exp2(exponent - max_exponent)[:, None], 0)
                     if saved.exps is not None:
-                        _save_exps(saved, e, exponent, row0, column0, sizes)
+                        _save_exps(saved, exps, e, exponent, row0, column0, sizes)
+                    column_sum_exp = tl.sum(e * tl.exp2(exponent - max_exponent)[:, None], 0)
                 exponent = tl.where(too_wide, _exponent(column_max), max_exponent)
             else:
                 exponent = _exponent(column_max)

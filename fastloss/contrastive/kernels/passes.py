@@ -50,9 +50,7 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
     slots = Slots(stats.new_empty((walk.splits + walk.groups * call.both_sides, call.states, pitch)), pitch)
     if workspace is None and call.by_library:
         workspace = Workspace(stats.new_empty(block_rows * block_columns), block_columns)
-    sizes, walked = call.sizes.odd(), walk.odd()
-    if saved.exps is not None and not call.both_sides and call.query.dtype == torch.float16:
-        sizes, walked = call.sizes, walk  # this kernel alone has no register left to make numbers of odd ones
+    sizes, walked, exps = call.sizes.odd(), walk.odd(), call.descriptor_of(saved)
     for row in range(0, rows, block_rows):
         first_column = row // tile.columns * tile.columns if call.self_similarity else 0
         for column in range(first_column, columns, block_columns):
@@ -63,7 +61,7 @@ def make_statistics(call: LogitMatrix, stats: Tensor, saved: SavedExps, workspac
                 area = Area(row, end_row, column, end_column, first_column)
                 operands = call.make_products(workspace, area)
             _softmax_stats_fwd_kernel[(walk.groups * walk.splits,)](
-                *operands, call.rows, call.columns, slots, saved, sizes, walked,
+                *operands, exps, call.rows, call.columns, slots, saved, sizes, walked,
                 None if area is None else area.odd(), call.beta, call.form, tile.constants, **tile.options,
             )  # fmt: skip
     self_tile, slots_merged = (tile.constants, sum(walk)) if call.self_similarity else (None, max(walk))

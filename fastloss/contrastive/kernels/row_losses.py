@@ -22,6 +22,17 @@ class LossForm(NamedTuple):
     unreduced: bool  # the loss is returned row by row, and so is its upstream gradient
 
 
+@triton.jit
+def loss_and_slope(lse, positive, counts, INCLUDE_POSITIVE: tl.constexpr):
+    """Losses of one direction and their derivatives by lse - positive, both 0 where the row does not count."""
+    x = tl.where(counts, lse, 0.0) - positive
+    loss, slope = x, tl.zeros_like(x) + 1.0
+    if INCLUDE_POSITIVE:
+        loss, slope = _softplus(x)
+    slope = tl.where(x == float("inf"), float("nan"), slope)  # of an infinite loss: no loss scaler may step on it
+    return tl.where(counts, loss, 0.0), tl.where(counts, slope, 0.0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _row_losses_kernel(
     stats_ptr,  # (directions, 2, M): log-sum-exps and maxima
@@ -52,12 +63,8 @@ def _row_losses_kernel(
     for direction in tl.static_range(DIRECTIONS):
         lse = tl.load(stats_ptr + 2 * direction * rows + index, mask=inside, other=0.0)
         counts = (lse != float("-inf")) & (weight != 0.0)  # what is left out may be NaN
-        x = tl.where(counts, lse, 0.0) - positive
-        loss, slope = x, tl.zeros((BLOCK,), tl.float32) + 1.0
-        if INCLUDE_POSITIVE:
-            loss, slope = _softplus(x)
-        slope = tl.where(x == float("inf"), float("nan"), slope)  # of an infinite loss: no loss scaler may step on it
-        loss_sum += tl.where(counts, loss, 0.0)
+        loss, slope = loss_and_slope(lse, positive, counts, INCLUDE_POSITIVE)
+        loss_sum += loss
         grad_lse = tl.where(counts, slope * grad, 0.0)
         grad_sum += grad_lse
         if stats_grad_ptr is not None:

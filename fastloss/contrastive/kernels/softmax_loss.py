@@ -24,7 +24,7 @@ from ..options import Form
 from ..save_plan import KEY, QUERY, SCALE, aligned, exponentials, save_of_loss
 from .arguments import Area, BackwardInputs, BackwardResults, Columns, Rows
 from .blocking import block_plan, chunk_plan
-from .embedding_gradients import EmbeddingGradient, gradients_from_sums, scaled
+from .embedding_gradients import EmbeddingGradient, gradients_from_sums, scaled_pair
 from .logit_matrix import LogitMatrix
 from .norms import Prepared, prepare
 from .passes import chunk_memory, fp16_scale_of, make_block, make_gradients, make_statistics, new_exps, saved_exps
@@ -160,9 +160,8 @@ def softmax_loss_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
                 scale=torch.zeros_like(x.scale) if needs.scale and x.scale is not None else none,
             )
         if x.save == "grads":
-            row_grad = grad[:, None] if x.reduction == "none" else grad
-            query_grad = scaled(saved.query_grad, row_grad, x.query, needs.query)
-            key_grad = scaled(saved.key_grad, grad, x.key, needs.key)
+            saved_grads, embedded = (saved.query_grad, saved.key_grad), (x.query, x.key)
+            query_grad, key_grad = scaled_pair(saved_grads, grad, embedded, (needs.query, needs.key))
             dot = saved.scale_grad * grad if needs.scale else none
         else:
             problem = SoftmaxLoss(x, saved.inverse_norms, saved.stats[-1])

@@ -1,12 +1,8 @@
 """Triton kernels of the plain loss with negatives [M, K, D] of each query's own (see ops/softmax_loss_per_query.py).
 
 The negatives are read once by the kernels of softmax_stats_per_query, the losses and the slopes g_i = d out / d n_i
-come from those of softmax_loss; one more kernel reads a row's t, query and key and makes what is one vector per row:
-
-    u       = g (t - c(key) key)
-    d query = r (u - c(query)^2 <query, u> query)                 the last terms of both with NORMALIZE alone
-    d key   = -g r c(key) (query - c(key)^2 <query, key> key)
-    dot     = r <query, u>                                        the gradient of the scale times it, by rows
+come from those of softmax_loss; one more kernel (pair_gradients.py) reads a row's t, query and key and makes what is
+one vector per row: their gradients.
 
 Bytes: the negatives once, at s each; their gradient costs 2 s more (s where nothing is normalised), as there.
 """
@@ -17,58 +13,17 @@ import itertools
 from collections.abc import Iterator
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device
 from ..ops import softmax_stats_per_query as stats_op
 from ..ops.softmax_loss_per_query import Grads, Inputs, Needs, Saved
 from ..save_plan import KEY, NEGATIVES, QUERY, SCALE
-from .embedding_gradients import scaled
-from .norms import Prepared, inverse_norm, prepare
+from .embedding_gradients import scaled_pair
+from .norms import Prepared, prepare
+from .pair_gradients import PairGradients, pair_gradients
 from .row_losses import LossForm, row_losses
 from .softmax_stats_per_query import HALF_AND_SINGLE, softmax_stats_per_query_bwd, softmax_stats_per_query_fwd
-
-
-@triton.jit
-def _query_and_key_grad_kernel(
-    grad_lse_ptr,  # (M,): g
-    weighted_keys_ptr,  # (M, D) float32: t
-    query_ptr,  # (M, D)
-    key_ptr,  # (M, D)
-    scale_ptr,  # (M,): r
-    query_grad_ptr,  # (M, D) float32, or None
-    key_grad_ptr,  # (M, D) float32, or None
-    dot_ptr,  # (M,), or None
-    dim,
-    NORMALIZE: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, DIM)
-    inside = columns < dim
-    offset = row * dim + columns
-    grad_lse, scale = tl.load(grad_lse_ptr + row), tl.load(scale_ptr + row)
-    there = inside & (tl.zeros((DIM,), tl.float32) + grad_lse != 0.0)  # what is left out may be NaN
-    query = tl.load(query_ptr + offset, mask=there, other=0.0).to(tl.float32)
-    key = tl.load(key_ptr + offset, mask=there, other=0.0).to(tl.float32)
-    query_inverse_norm, key_inverse_norm = 1.0, 1.0
-    if NORMALIZE:
-        query_inverse_norm, key_inverse_norm = inverse_norm(tl.sum(query * query)), inverse_norm(tl.sum(key * key))
-    u = grad_lse * (tl.load(weighted_keys_ptr + offset, mask=there, other=0.0) - key_inverse_norm * key)
-    along = tl.sum(query * u)
-    if dot_ptr is not None:
-        tl.store(dot_ptr + row, scale * along)
-    if query_grad_ptr is not None:
-        if NORMALIZE:
-            u -= query_inverse_norm * query_inverse_norm * along * query
-        tl.store(query_grad_ptr + offset, scale * u, mask=inside)
-    if key_grad_ptr is not None:
-        v = query
-        if NORMALIZE:
-            v -= key_inverse_norm * key_inverse_norm * tl.sum(query * key) * key
-        tl.store(key_grad_ptr + offset, -grad_lse * scale * key_inverse_norm * v, mask=inside)
 
 
 def _loss_form(x: Inputs) -> tuple[LossForm, float]:
@@ -98,12 +53,8 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             stats_grad = new_float32((2, rows)) if x.needs & (QUERY | KEY | SCALE) else None
             row_losses(of_negatives.stats, positive, row_weight, *_loss_form(x), loss, stats_grad)
             if stats_grad is not None:
-                padded_dim = triton.next_power_of_2(dim)
-                _query_and_key_grad_kernel[(rows,)](
-                    stats_grad, of_negatives.weighted_keys, query, key, row_scale,
-                    *(grad if grad.shape[0] else None for grad in grads), dim, x.normalize, padded_dim,
-                    enable_fp_fusion=True, num_warps=max(1, min(16, padded_dim // 512)),
-                )  # fmt: skip
+                needed = PairGradients(*(grad if grad.shape[0] else None for grad in grads))
+                pair_gradients(stats_grad, of_negatives.weighted_keys, query, key, row_scale, needed, x.normalize)
         out = loss if x.reduction == "none" else getattr(loss, x.reduction)()
     stats = new_float32((4, 0))
     if x.needs & NEGATIVES:
@@ -114,10 +65,11 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
 def softmax_loss_per_query_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
     none = grad.new_empty(0)
     with on_device(x.query):
-        row_grad = grad[:, None] if x.reduction == "none" else grad
+        saved_grads, embedded = (saved.query_grad, saved.key_grad), (x.query, x.key)
+        query_grad, key_grad = scaled_pair(saved_grads, grad, embedded, (needs.query, needs.key))
         return Grads(
-            query=scaled(saved.query_grad, row_grad, x.query, needs.query),
-            key=scaled(saved.key_grad, row_grad, x.key, needs.key),
+            query=query_grad,
+            key=key_grad,
             negatives=_negatives_grad(grad, x, saved) if needs.negatives else x.negatives.new_empty(0),
             scale=none if not needs.scale or x.scale is None
             else ((saved.scale_grad * grad).sum() / x.scale).reshape(x.scale.shape),
@@ -155,7 +107,7 @@ def aot_cases() -> Iterator[AotCase]:
         frozen = Inputs(query, key, negatives, scale, row_weight, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
         yield AotCase(
             f"frozen {normalize} {label}", softmax_loss_per_query_fwd, (frozen,),
-            ("_query_and_key_grad_kernel",) if dim % 8 == 0 else (),
+            ("_pair_gradients_kernel",) if dim % 8 == 0 else (),
         )  # fmt: skip
         x = frozen._replace(needs=QUERY + KEY + SCALE + NEGATIVES)
         yield AotCase(f"both {normalize} {label}", _both_ways, (x,))

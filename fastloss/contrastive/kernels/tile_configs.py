@@ -44,9 +44,9 @@ class Tile:
 # has made: without matrix instructions `tl.dot` reaches a tenth of its rate, and with tf32's three products no digits.
 POINTERS, DESCRIPTORS, PRODUCTS = 0, 1, 2
 HALF, FULL = "half", "full"
-# Bytes that triton 3.6 has on the stack in the symmetric forward that saves exponentials: on an H200 it takes 266 us at
-# 8192 x 8192 x 768, a tile half as wide without any 334.
-SPILLED = 40
+# Bytes that ptxas has on the stack in the symmetric forward that saves exponentials, at most (8 with triton 3.6):
+# scalars that it reads again once a tile. A tile half as wide has none and takes a quarter longer on an H200.
+SPILLED = 24
 # programs; per kind of product the tiles by largest D they serve, last the tile where M and N are small
 _FULL = ((1 << 30, Tile(32, 128, 16, PRODUCTS, True, 4, 1)), (0, Tile(32, 64, 16, PRODUCTS, True, 4, 1)))
 TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {

@@ -4,4 +4,5 @@ softmax_stats.py            statistics of each row's negatives (log-sum-exp, max
 softmax_stats_per_query.py  the same of negatives that are each query's own
 softmax_loss.py             the plain loss (no such options) in one call, of shared keys: CLIP's above all
 softmax_loss_per_query.py   the same of negatives that are each query's own
+softmax_loss_shared.py      the same of a bank: frozen negatives that all queries share, none of the batch
 """
