@@ -104,6 +104,7 @@ def parts(device: str, out: pathlib.Path, results: pathlib.Path) -> list[Part]:
         *rows_of(named(), device, out, results),
         Part("profile", run("profile_kernels"), 60, chapter=3),
         Part("million", million, 120, chapter=4),
+        Part("tune", run("tune"), 240),
         *rest,
         Part("steps", run("train_steps", *more), 240, True),
         Part("perceptual-step", run("perceptual_step", *more), 90),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks import compile_ahead, gpu, profile_kernels
+from benchmarks import compile_ahead, gpu, profile_kernels, tune
 from benchmarks.harness import measure
 from benchmarks.workloads import gpu_parts, items
 from tests import device_calls
@@ -147,3 +147,15 @@ def test_ncus_pages_become_a_table():
 def test_every_op_is_called_for_the_sanitizers(capsys):
     assert device_calls.main(["--device", "cpu", "--loss", "pixel_loss"]) == 0
     assert capsys.readouterr().out.splitlines() == ["pixel_loss", "2 calls"]
+
+
+def test_settings_name_what_is_there(capsys):
+    march = pytest.importorskip("fastloss.image.kernels.smoothness_march")
+    from fastloss.contrastive.kernels.tile_configs import Tile
+
+    assert {name for setting in tune.STRETCHES.values() for name in setting} <= set(vars(march))
+    assert {name for setting in tune.TILES.values() for name in setting} <= {*Tile.__dataclass_fields__, "programs"}
+    assert not next(iter(tune.TILES.values())) and not next(iter(tune.STRETCHES.values()))  # first what is shipped
+    with pytest.raises(SystemExit):
+        tune.main(["no such family"])
+    assert "there are softmax_stats, exps, weighted_keys, smoothness" in capsys.readouterr().err
