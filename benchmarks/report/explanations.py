@@ -55,7 +55,8 @@ EXPLANATIONS = (
      "20 B per element."),
     ("h200", "smoothness_loss with guide and weight", "*", "*", "*", "torch.compile",
      "Its graph has the weighted means in it, ours had twenty launches for them, two thirds of the forward's time; and "
-     "both of ours were bound by instructions, by ncu. Since: means in the op, a third of the instructions, not measured."),
+     "both of ours were bound by instructions, by ncu. Since: means in the op, a quarter of the instructions, not "
+     "measured."),
     ("h200", "smoothness_loss", "*isotropic*", "*", "backward", "torch.compile",
      "Two derivatives, a root and a division for each of three pixels that pull at one; its "
      "forward, which keeps 24 MiB more, takes twice as long as ours. Compare both."),
@@ -68,7 +69,8 @@ EXPLANATIONS = (
      "keeps, 24 MiB; torch.compile makes them again."),
     ("h200", "info_nce bank", "*", "*", "*", "torch.compile",
      "The lengths of the bank are a pass of their own (38 of 310 us), and some seventy small launches stand around the "
-     "op, which torch.compile fuses. It keeps 113 MiB for the backward, ours 2. Since: one op, six launches, not measured."),
+     "op, which torch.compile fuses. It keeps 113 MiB for the backward, ours 2. Since: one op, six launches, not "
+     "measured."),
     ("h200", "info_nce", "*", "32768x768", "both", "torch.compile",
      "Chunks of rows, each with products of its own, in 446 MiB; torch.compile holds 5.1 GiB of logits."),
     ("h200", "info_nce", "*", "*", "forward", "*",
