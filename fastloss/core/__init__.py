@@ -11,6 +11,7 @@ reduction.py   reductions, with weights of rows or without, and the dtype of a l
 explanation.py which backend computes a call, and why
 warming.py     what a loss needs, compiled before training
 scaled_sum.py  a loss's mean as one op: an op's sums, times factors, added up in one more launch
+weighted_sum.py  a weighted sum of numbers on a GPU as one op
 module.py      the module form of a loss
 traced.py      floats that change from call to call of a compiled function
 entry.py       what every public function does first: other libraries' names for its arguments

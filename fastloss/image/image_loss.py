@@ -13,6 +13,7 @@ from ..core import Loss, Op, check_not_empty, result_dtype
 from ..core.checks import check_number, check_same_shape, check_tensor, check_weight, is_sequence
 from ..core.entry import takes_input_and_target, unknown_option
 from ..core.traced import changes, filled
+from ..core.weighted_sum import weighted_sum
 from .map_weights import over_weights, weight_sum
 from .pixel import Inputs as PixelInputs
 from .pixel import pixel_kind, pixel_loss, pixel_reference
@@ -221,7 +222,13 @@ def image_loss(
         weights["ssim"] = check_number("ssim", ssim, 0)
     if not weights:
         raise ValueError("pixel, smoothness, ssim: expected at least one part that is not None")
-    values = (_in_one_pass if len(weights) > 1 else _part_by_part)(image, image_pred, distances, more, weights)
+    found = _in_one_pass(image, image_pred, distances, more, weights) if len(weights) > 1 else None
+    if found is None:
+        found = _of_parts(_part_by_part(image, image_pred, distances, more, weights), weights)
+    return found
+
+
+def _of_parts(values: dict[str, Tensor], weights: dict[str, float]) -> ImageLosses:
     total = torch.stack([weights[name] * value for name, value in values.items()]).sum()
     return ImageLosses(total, {name: value.detach() for name, value in values.items()})
 
@@ -241,8 +248,8 @@ def _part_by_part(
 
 def _in_one_pass(
     image: Tensor, image_pred: Tensor, distances: dict, more: dict, weights: dict[str, float]
-) -> dict[str, Tensor]:
-    """The same values from one op, which returns the sum of every part, where a kernel takes it."""
+) -> ImageLosses | None:
+    """From one op, which returns the sum of every part; None where no kernel takes them all."""
     guide = more["smoothness"].get("guide")
     dtype, returned = torch.promote_types(image.dtype, image_pred.dtype), result_dtype(image, image_pred)
     fields: dict[str, Any] = {"image": image.to(dtype), "image_pred": image_pred.to(dtype), "guide": guide}
@@ -267,14 +274,17 @@ def _in_one_pass(
     # On the CPU a sweep would subtract the pixels of a side without differences from themselves, NaN too.
     narrow = backend == "cpp" and "smoothness" in distances and min(image.shape[2:]) <= order
     if backend == "reference" or narrow or (backend == "triton" and _is_heavy(x)):
-        return _part_by_part(image, image_pred, distances, more, weights)
+        return None
     keep, sum_weights = 0, None
     if backend == "triton":
         keep = _keep(x)
     elif "ssim" in weights and p != "norm" and torch.is_grad_enabled():  # the root's weight depends on the sums
         keep = int(image.requires_grad) + 2 * int(image_pred.requires_grad)
         keep, sum_weights = (keep + KEEP_GRADIENTS, _sum_weights(weights, counts, image_pred)) if keep else (0, None)
-    sums = _image_loss(*x._replace(keep=keep, sum_weights=sum_weights), backend=backend)
+    sums, total = _image_loss(*x._replace(keep=keep, sum_weights=sum_weights), backend=backend), None
+    whole = not any(isinstance(count, Tensor) for of_part in counts.values() for count in of_part)
+    if backend == "triton" and p != "norm" and whole:  # two launches for some twenty
+        total, sums = weighted_sum(sums, _factors(weights, counts), backend=backend), sums.detach()
     values: dict[str, Tensor] = {}
     if "pixel" in distances:
         values["pixel"] = _mean(sums[0], counts["pixel"][0])
@@ -282,7 +292,7 @@ def _in_one_pass(
         values["smoothness"] = smoothness_mean(sums[1:-1], counts["smoothness"], p)
     if "ssim" in weights:
         values["ssim"] = _mean(sums[-1], counts["ssim"][0])
-    return values
+    return _of_parts(values, weights) if total is None else ImageLosses(total, values)
 
 
 def _is_heavy(x: Inputs) -> bool:
@@ -315,13 +325,18 @@ def _mean(total: Tensor, count: Tensor | int) -> Tensor:
     return over_weights(total, count) if isinstance(count, Tensor) else total / count
 
 
-def _sum_weights(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
-    """The weight of each sum in the total."""
-    found = [
+def _factors(weights: dict[str, float], counts: dict[str, list[Tensor | int]]) -> list[Any]:
+    """The weight of each sum in the total; tensors where the counts are."""
+    return [
         over_weights(filled((), weights.get(name, 0.0), torch.float32, c.device), c.float())
         if isinstance(c, Tensor) else weights.get(name, 0.0) / max(c, 1)
         for name, of_part in counts.items() for c in of_part
     ]  # fmt: skip
+
+
+def _sum_weights(weights: dict[str, float], counts: dict[str, list[Tensor | int]], like: Tensor) -> Tensor:
+    """The same on the images' device."""
+    found = _factors(weights, counts)
     if not any(isinstance(weight, Tensor) or changes(weight) for weight in found):
         return torch.tensor(found, dtype=torch.float32, device=like.device)
     tensors = (w if isinstance(w, Tensor) else filled((), w, torch.float32, like.device) for w in found)

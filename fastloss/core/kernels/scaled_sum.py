@@ -1,4 +1,5 @@
-"""The second stage of the sums of a loss, with the factors of a mean: one tiny launch (core/scaled_sum.py is its op).
+"""The second stage of the sums of a loss, with the factors of a mean: one tiny launch (core/scaled_sum.py is its op),
+and the weighted sum of numbers that are there already (core/weighted_sum.py).
 
 The first stage leaves a partial sum of each kind per program. One program adds them up in a fixed order, hence
 deterministically: total = sum_k factors[k] * sums[k].
@@ -13,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..weighted_sum import Grads, Inputs
 from .device_math import zeros
 from .launch import AotCase, on_device
 
@@ -82,6 +84,14 @@ def _weighted_total_kernel(
     tl.store(total_ptr, total)
 
 
+@triton.jit
+def _weights_kernel(grad_ptr, weights, out_ptr):
+    """out[k] = grad * weights[k]"""
+    grad = tl.load(grad_ptr)
+    for k in tl.static_range(len(weights)):
+        tl.store(out_ptr + k, grad * weights[k])
+
+
 def total_of(partials: Tensor, factors: list[float]) -> Tensor:
     """From the partial sums ``[sums, programs]``."""
     if partials.shape[1] > MOST:
@@ -109,9 +119,22 @@ def weighted_total_of(partials: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     return out, scales
 
 
+def weighted_sum_fwd(x: Inputs) -> Tensor:
+    return total_of(x.values[:, None], x.weights)
+
+
+def weighted_sum_bwd(grad: Tensor, x: Inputs) -> Grads:
+    out = grad.new_empty(len(x.weights))
+    with on_device(grad):
+        _weights_kernel[(1,)](grad, tuple(x.weights), out, num_warps=1)
+    return Grads(out)
+
+
 def aot_cases() -> Iterator[AotCase]:
     for sums in (1, 2, 3):
         partials = torch.empty((1056, sums), device="meta").T
         yield AotCase(f"{sums} sums", total_of, (partials, [0.5] * sums))
         both = torch.empty((1056, 2 * sums), device="meta").T
         yield AotCase(f"{sums} weighted sums", weighted_total_of, tuple(both.chunk(2)))
+    x = Inputs(torch.empty(4, device="meta"), [0.5, 0.25, 0.25, 1.0])
+    yield AotCase("4 numbers, backward", weighted_sum_bwd, (torch.empty((), device="meta"), x))
