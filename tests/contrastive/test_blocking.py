@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -181,3 +183,32 @@ def test_frozen_keys_leave_a_backward_without_products(dtype, workspace_mib):
 
 def eager(x):
     return softmax_stats.reference(*x)
+
+
+@pytest.mark.parametrize("line", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_forward_and_backward_have_tiles_of_one_width_where_exponentials_are_saved(monkeypatch, line, dtype):
+    from fastloss.contrastive.kernels import logit_matrix, tile_configs
+    from fastloss.contrastive.kernels.arguments import Columns, Rows
+
+    monkeypatch.setattr(tile_configs, "architecture", lambda device: line)
+    for form, rows, dim, ids in itertools.product((ONE, BOTH, SELF), (200, 4096), (16, 32, 77, 512), (False, True)):
+        query = torch.empty(rows, dim, dtype=dtype, device="meta")
+        vector = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None
+        of_rows = Rows(torch.empty(rows, device="meta"), None, vector, None)
+        widths = {
+            logit_matrix.LogitMatrix(
+                query, query, of_rows, Columns(None, None, vector), form, 0.0, backward, True
+            ).tile.columns
+            for backward in (False, True)
+        }  # fmt: skip
+        assert len(widths) == 1, (form, rows, dim, ids)
+
+
+def test_one_row_of_any_stride_is_given_to_the_copy_engine_densely():
+    from fastloss.core.kernels.matmul import embeddings
+
+    big = torch.arange(84.0).reshape(4, 21)
+    for one in (big[:1, :16], torch.zeros(16, 1).T, big[1:2, 5:21]):
+        dense = embeddings(one)
+        assert dense.stride() == (16, 1) and dense.data_ptr() % 16 == 0 and torch.equal(dense, one)

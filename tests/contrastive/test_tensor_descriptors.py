@@ -53,3 +53,23 @@ def test_descriptors_give_what_pointers_give(monkeypatch, name, dtype):
             patch.setattr(logit_matrix, "best_tile", with_descriptors)
             got = results(LOSSES[name], rows, dtype)
         assert used and all(map(torch.equal, got, expected)), rows
+
+
+@pytest.mark.parametrize("width", [16, 48])
+def test_exponentials_are_found_where_wide_tiles_have_put_them(monkeypatch, width):
+    """Tiles as wide as a device's: what the forward saves by its tiles' columns, the backward reads by its own."""
+    from fastloss.contrastive.kernels import logit_matrix, tile_configs
+
+    monkeypatch.setattr(plans, "ENABLED", False)
+    wide = tile_configs.Tile(128, 128, 16, tile_configs.DESCRIPTORS, True, 4, 3)
+    monkeypatch.setattr(logit_matrix, "best_tile", lambda *args, **options: (wide, 4))
+    generator = torch.Generator().manual_seed(0)
+    pair = [F.normalize(torch.randn(256, width, generator=generator), dim=1).bfloat16() for _ in range(2)]
+    gradients = []
+    for backend in ("triton", "reference"):
+        given = [t.clone().requires_grad_() for t in pair]
+        with core.use_backend(backend):
+            gradients.append(torch.autograd.grad(clip_loss(*given, logit_scale=20.0), given))
+    for got, expected in zip(*gradients, strict=True):
+        error = (got.float() - expected.float()).norm() / expected.float().norm()
+        assert error < 4 * torch.finfo(torch.bfloat16).eps

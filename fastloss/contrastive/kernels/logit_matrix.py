@@ -53,10 +53,11 @@ class LogitMatrix:
             self._register_pressure(saves_exps),
         )
         self.by_library, self.elements = self.tile.operands == PRODUCTS, int(workspace_mib * 2**18)
-        # the triangle's tiles have a mask, float16's backward a scale more, and sm_80 keeps products in registers
+        # the triangle's tiles have a mask, float16's backward a scale more, and sm_80 keeps products in registers;
+        # saved exponents are found by the columns of a tile, so forward and backward have as many
         held_there = saves_exps and self.tile.operands != DESCRIPTORS
-        fp16 = query.dtype == torch.float16
-        narrow = self.self_similarity or held_there or (backward and (fp16 or self.sizes.dim <= 32))
+        held = query.dtype == torch.float16 or self.sizes.dim <= 32
+        narrow = self.self_similarity or held_there or (held and (backward or saves_exps))
         if narrow and self.both_sides and self.tile.columns > HALF_TILE:
             self.tile = replace(self.tile, columns=HALF_TILE, stages=self.tile.stages + 1)
 

@@ -181,6 +181,7 @@ def aot_cases() -> Iterator[AotCase]:
         (fp32, square, diagonal._replace(moments=True), "", ("bias", "ids", "logit_limit"), 0.0),
         (bf16, square, clip, "exps", scales, 0.0),
         (bf16, square, clip, "exps", (), 0.0),
+        (bf16, (4096, 4096, 16), clip, "exps", (), 0.0),
         (bf16, small, clip, "exps", scales, 0.0),
         (fp16, square, diagonal, "exps", scales, 0.0),
         (bf16, (256, 65536, 512), Form(), "exps", bank, 0.0),

@@ -8,11 +8,15 @@ from torch import Tensor
 
 
 def embeddings(x: Tensor) -> Tensor:
-    """`x` contiguous, aligned, and its rows padded with zeros to a multiple of 16 elements."""
+    """`x` contiguous, aligned, and its rows padded with zeros to a multiple of 16 elements.
+
+    One row of any stride is contiguous to torch; the copy engine wants that stride to be a multiple of 16 bytes too.
+    """
     if x.shape[1] % 16:
         return F.pad(x, (0, -x.shape[1] % 16))
     x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
+    dense = x.data_ptr() % 16 == 0 and x.stride() == (x.shape[1], 1)
+    return x if dense else x.clone(memory_format=torch.contiguous_format)
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
