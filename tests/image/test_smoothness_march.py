@@ -146,3 +146,20 @@ def test_weighted_means_are_differentiable_twice(march, place):
             first = torch.autograd.grad(loss, pred, create_graph=True)[0]
             second.append(torch.autograd.grad((first * first).sum(), pred)[0])
     torch.testing.assert_close(*second)
+
+
+@each_place
+def test_means_by_the_smallest_weights(march, place):
+    """Their sum is a number, one over it is none."""
+    image, weight = random(1, 1, 3, 5).to(place[0]), torch.full((1, 1, 3, 5), 1e-41, device=place[0])
+    got, expected = (mean(backend, image, weight=weight)[0] for backend in (place[1], "reference"))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)  # such weights have some 13 bits
+
+
+@each_place
+def test_flat_pixels_have_no_isotropic_gradient_whatever_comes(march, place):
+    image = torch.zeros(1, 1, 3, 5, device=place[0])
+    image[..., 1, 2] = 1.0
+    weight = torch.full_like(image, float("inf"))
+    got, expected = (values(backend, image, "isotropic", weight=weight)[1] for backend in (place[1], "reference"))
+    assert torch.equal(got == 0, expected == 0) and (got == 0).sum() == 8

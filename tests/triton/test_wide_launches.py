@@ -95,6 +95,25 @@ def test_offsets_are_64_bit_where_they_must_be(monkeypatch, name, shape):
         assert all(0 < n < limit for n, limit in zip(grid, (2**31, 65536), strict=False))
 
 
+def guided(module, image):
+    guide = image.new_empty(1, 3, *image.shape[2:]).expand(image.shape[0], -1, -1, -1)
+    module.smoothness_fwd(module.Inputs(image, guide, None, "l1", 1))
+    grad = image.new_empty((*image.shape[:2], 2), dtype=torch.float32)
+    module.smoothness_bwd(grad, module.Inputs(image, guide, None, "l1", 2))  # the kernels in tiles
+
+
+def guided_image(module, image):
+    guide = image.new_empty(1, 3, *image.shape[2:]).expand(image.shape[0], -1, -1, -1)
+    module.image_loss_fwd(module.Inputs(image, image, guide=guide, pixel_kind="l1", smoothness_kind="l1"))
+
+
+@pytest.mark.parametrize("stem", ["smoothness", "image_loss"])
+def test_a_guide_of_one_image_is_copied_for_all(monkeypatch, stem):
+    """The copy may pass 2**31 elements where neither the image nor what was given does."""
+    calls = launches(monkeypatch, stem, guided if stem == "smoothness" else guided_image, (48, 1, 4096, 4096))
+    assert calls and all(told["WIDE"] for _, told in calls)
+
+
 @pytest.mark.parametrize("shape", [SMALL, IMAGE, (65536, 1, 1, 32768)], ids=str)
 def test_lanes_of_ssim_are_64_bit_where_they_must_be(monkeypatch, shape):
     """Its rows always are; the lanes, a column of each plane, seldom need to be."""

@@ -138,10 +138,15 @@ def hooked() -> bool:
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
+def device_of(args: tuple) -> torch.device | None:
+    """The device of the first tensor."""
+    flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
+    return next((t.device for t in flat if isinstance(t, Tensor)), None)
+
+
 def on_its_device(replay: Callable[..., Any], args: tuple) -> Callable[..., Any]:
     """`replay`, which launches on the current device, for tensors of theirs."""
-    flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else [a]))
-    device = next((t.device for t in flat if isinstance(t, Tensor)), None)
+    device = device_of(args)
     if device is None or device.type != "cuda" or torch.cuda.device_count() == 1:
         return replay
     current, index = torch._C._cuda_getDevice, device.index

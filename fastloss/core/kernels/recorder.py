@@ -230,8 +230,9 @@ def record(launcher: Callable[..., Any], args: tuple, plan: Plan) -> Any:
             plan.refused = str(reason)
             return out
         if any("(stream" in line or ", stream," in line for line, _ in writer.lines):
-            device = driver.active.get_current_device()
-            unpacked.append(f"stream = current_stream({device})")
+            there = c_launch.device_of(args)  # by now another device than the launcher's may be the current one
+            index = there.index if there is not None and there.type == "cuda" else driver.active.get_current_device()
+            unpacked.append(f"stream = current_stream({index})")
             writer.names["current_stream"] = driver.active.get_current_stream
         plan.source = writer.source(", ".join(f"a{i}" for i in range(len(args))), unpacked, kept)
         known_names = writer.names | {

@@ -78,9 +78,9 @@ def _weighted_total_kernel(
             weight_ptr = weights_ptr + k * stride_weight_sum + lanes * stride_weight_program
             weights += tl.load(weight_ptr, mask=lanes < weight_programs, other=0.0)
         weight = tl.sum(weights)
-        scale = tl.where(weight == float("inf"), float("nan"), tl.div_rn(1.0, tl.where(weight == 0, 1.0, weight)))
-        total += tl.sum(sums) * scale
-        tl.store(scales_ptr + k, scale)
+        divisor = tl.where(weight == float("inf"), float("nan"), tl.where(weight == 0, 1.0, weight))
+        total += tl.div_rn(tl.sum(sums), divisor)  # one over a small weight may be too large a number
+        tl.store(scales_ptr + k, tl.div_rn(1.0, divisor))
     tl.store(total_ptr, total)
 
 

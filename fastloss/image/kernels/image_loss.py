@@ -208,11 +208,11 @@ def _call(x: Inputs) -> _Call:
     axes = pred.ndim - 2
     parts = Parts(x.pixel_kind, x.smoothness_kind, x.order, axes, 1 if x.smoothness_kind == "isotropic" else axes)
     weight: Any = _strided if x.window else weight_args
-    unit = 16 // pred.element_size()
+    unit, guide = 16 // pred.element_size(), guide_args(x.guide)
     return _Call(
         Target(laid_out_as(x.image, pred), odd_weight(weight(x.pixel_weight), unit), x.pixel_parameter),
-        Image(pred, guide_args(x.guide), weight(x.smoothness_weight), size_of(pred)),
-        parts, needs_int64(pred, x.pixel_weight, x.guide, x.smoothness_weight),
+        Image(pred, guide, weight(x.smoothness_weight), size_of(pred)),
+        parts, needs_int64(pred, x.pixel_weight, guide.ptr, x.smoothness_weight),
     )  # fmt: skip
 
 

@@ -242,8 +242,9 @@ def _first_stage(x: Inputs) -> Tensor:
     out = pred.new_empty((images, size.planes, splits, size.pixel_stride or 1, outs), dtype=torch.float32)
     with on_device(pred):
         _smoothness_fwd_kernel[(images * splits if shared else planes * splits,)](
-            image.odd(), out, splits, tiles.per_row, steps, x.kind, x.order, axes, needs_int64(pred, x.weight, x.guide),
-            tiles.block, shared, **(STREAM_OPTIONS | {"num_warps": 8 if elements == 4096 else 4}),
+            image.odd(), out, splits, tiles.per_row, steps, x.kind, x.order, axes,
+            needs_int64(pred, x.weight, image.guide.ptr), tiles.block, shared,
+            **(STREAM_OPTIONS | {"num_warps": 8 if elements == 4096 else 4}),
         )  # fmt: skip
     return out
 
@@ -315,7 +316,7 @@ def _gradient(grad: Tensor, x: Inputs, factors: tuple[float, ...] | None, scales
     with on_device(pred):
         _smoothness_bwd_kernel[(planes * splits,)](
             grad.contiguous(), factors, scales, image.odd(), written, splits, tiles.per_row, x.kind, x.order,
-            pred.ndim - 2, needs_int64(pred, x.weight, x.guide), tiles.block, shared, **options,
+            pred.ndim - 2, needs_int64(pred, x.weight, image.guide.ptr), tiles.block, shared, **options,
         )  # fmt: skip
     return out if written is out else out.copy_(written)
 

@@ -44,7 +44,7 @@ WARPS_IN_FLIGHT = 4224  # that the rows are cut for: 32 on each of 132 multiproc
 ROWS_AT_ONCE = 2  # of a turn of the loop
 ROWS_AT_ONCE_WITH_GUIDE = 1  # a backward is compiled in 3 s, of two rows in 13
 READ_AHEAD = False  # read the row of the next turn before this one's is computed
-LEAST_ROWS = 8  # of a stretch: each reads one row more
+LEAST_ROWS, MOST_ROWS = 8, 256  # of a stretch: each reads one row more; a float32 sum of more rows loses digits
 VECTOR_BYTES = 16  # of the image in a lane; with a guide half as much of 16-bit images, which takes fewer registers
 LEAST_WIDTH = 64  # narrower images leave most lanes idle: they go in tiles
 MOST_CHANNELS = 4  # of an image and of a guide: a lane holds them all
@@ -231,7 +231,8 @@ def _form(image: Image, kind: str, backward: bool) -> Form:
 
 def _stretches(size: Size, units: int, form: Form) -> Stretches:
     per_row = triton.cdiv(size.width, form.lanes * form.span)
-    rows = max(LEAST_ROWS, triton.cdiv(size.height * units * per_row * WARPS, WARPS_IN_FLIGHT))
+    rows = triton.cdiv(size.height * units * per_row * WARPS, WARPS_IN_FLIGHT)
+    rows = min(max(rows, LEAST_ROWS), MOST_ROWS)
     per_column = triton.cdiv(size.height, rows)
     return Stretches(triton.cdiv(size.height, per_column), per_column, per_row)
 
@@ -259,7 +260,7 @@ def _call(x: Inputs, backward: bool) -> _Call:
     units = x.image_pred.shape[0] * size.planes // form.channels
     stretches = _stretches(size, units, form)
     programs = units * stretches.per_column * stretches.per_row
-    return _Call(argument, stretches, form, needs_int64(image.ptr, x.weight, x.guide), programs)
+    return _Call(argument, stretches, form, needs_int64(image.ptr, x.weight, image.guide.ptr), programs)
 
 
 def march_sums(x: Inputs, by_channel: bool, weights: bool = False) -> Tensor:

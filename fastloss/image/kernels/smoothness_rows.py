@@ -254,8 +254,8 @@ def _slopes(d_y, d_x, edge_y, edge_x, w, more, has_right, up_y, up_x, FORM: tl.c
     if FORM.kind == "isotropic":
         a, b = tl.where(more, d_y * edge_y, 0.0), tl.where(has_right, d_x * edge_x, 0.0)
         squares = a * a + b * b
-        inverse = tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares))  # rsqrt takes subnormals for 0
-        inverse *= up_y * w
+        # rsqrt takes subnormals for 0; a flat pixel has no gradient, whatever the upstream one
+        inverse = tl.where(squares < 1.1754944e-38, 0.0, tl.rsqrt(squares) * (up_y * w))
         return tl.where(counted_y, a * inverse * edge_y, 0.0), tl.where(counted_x, b * inverse * edge_x, 0.0)
     else:
         factor_y, factor_x = up_y * w * edge_y, up_x * w * edge_x
