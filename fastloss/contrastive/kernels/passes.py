@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS
 from ...core.kernels.matmul import add_product
+from . import tile_configs
 from .arguments import (
     NOTHING_SAVED,
     Area,
@@ -23,7 +24,7 @@ from .arguments import (
 )
 from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
-from .logit_gradients import CHECKED, FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
+from .logit_gradients import CHECKED, FLAGGED, FLAGGED_EACH, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
 from .tile_configs import Tile
@@ -144,7 +145,8 @@ def make_block(
         inputs.exps is not None
     ):  # launches of their own: the registers of both ways in one kernel would leave few programs at a time
         rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
-        launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (FLAGGED, recompute)][: 1 + call.both_sides]
+        flagged = FLAGGED_EACH if tile_configs.architecture(call.query.device) == "gfx942" else FLAGGED
+        launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (flagged, recompute)][: 1 + call.both_sides]
     for tiles, tile in launches:
         block = Block(
             row, column, end_row, triton.cdiv(end_row - row, tile.rows), triton.cdiv(end_column - column, tile.columns),
