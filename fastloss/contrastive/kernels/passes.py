@@ -145,7 +145,9 @@ def make_block(
         inputs.exps is not None
     ):  # launches of their own: the registers of both ways in one kernel would leave few programs at a time
         rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
-        flagged = FLAGGED_EACH if tile_configs.architecture(call.query.device) == "gfx942" else FLAGGED
+        flagged = FLAGGED
+        if tile_configs.architecture(call.query.device) == "gfx942":  # hardly any are made: registers before speed
+            flagged, recompute = FLAGGED_EACH, replace(recompute, stages=1)
         launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (flagged, recompute)][: 1 + call.both_sides]
     for tiles, tile in launches:
         block = Block(
