@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: train test interpret fuzz sanitize lint bench bench-check rivals gpu triton36 clean
+.PHONY: train test interpret aot fuzz sanitize lint bench bench-check rivals gpu triton36 clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
@@ -20,6 +20,12 @@ test: $(VENV)/.test
 # Every conformance test on interpreted Triton kernels; `make test` has every other one.
 interpret: $(VENV)/.test
 	FASTLOSS_INTERPRET=all $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton/test_aot.py -k interpreted $(ARGS)
+
+# Every launch of every kernel compiled for GPUs that are not here, on the installed Triton and on 3.6; `make test` has
+# each kernel once or twice. Hours on two cores: ARGS="softmax_loss --targets sm_90" chooses.
+aot: $(VENV)/.test $(VENV)/triton36
+	$(BIN)/python -m tests.triton.aot --all $(ARGS)
+	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m tests.triton.aot --all $(ARGS)
 
 # Drawn calls of the whole public API against the float64 reference: ARGS="--calls 100000 --loss clip_loss --replay ...".
 fuzz: $(VENV)/.test

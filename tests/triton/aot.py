@@ -1,10 +1,11 @@
 """Compile every Triton kernel, as its launchers launch it, for GPUs that are not here, and check what came out.
 
-    python -m tests.triton.aot [stem ...] [--all | --most N] [--targets sm_90 ...] [-v]
+    python -m tests.triton.aot [stem ...] [--all | --each N] [--targets sm_90 ...] [-v]
 
 The launchers of each file <stem>.py of a family's kernels run on the calls its `aot_cases()` lists, under a driver
-without a device. Every call is compiled for the first target, sm_90; the others (sm_80, sm_86, sm_89, sm_100, sm_120,
-gfx942) get a sample of the calls of each kernel (all with --all). Prints a table; the exit code is 1 where an
+without a device. Every call is compiled for the first target, sm_90, and for the others (sm_80, sm_86, sm_89, sm_100,
+sm_120, gfx942) some calls of each kernel (all with --all). With --each N a call is compiled only where a kernel needs
+it to be compiled N times for the first target, once for the others. Prints a table; the exit code is 1 where an
 expectation fails: no spills, shared memory within the device's, 128-bit accesses and matrix instructions where the
 case names them. AMD's scalar registers (masks, one per element of a lane) may go to lanes of vector registers, which
 the column "lanes" counts, as long as no vector register is spilled and no scratch memory is used.
@@ -23,7 +24,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ MODULES = {  # of the kernels, by stem
     path.stem: f"fastloss.{path.parts[-3]}.kernels.{path.stem}" for path in sorted(PACKAGE.glob("*/kernels/[!_]*.py"))
 }
 NVIDIA_BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
-SAMPLE = {"sm_80": 4, "gfx942": 4}  # calls of each kernel compiled for the targets after the first; others: 1
+MORE = {"sm_80": 4, "gfx942": 4}  # calls of each kernel for these targets, where nothing else is asked for; others: 1
 # Share of the bytes of global loads and stores, counted in the code, that move in 128-bit instructions.
 VECTOR_SHARE = 0.5
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
@@ -150,42 +151,61 @@ def compile_case(job: tuple[str, int, str]) -> list[Row]:
     return rows
 
 
-def sample(rows: Iterable[Row], most: int) -> list[tuple[str, int]]:
-    """Some calls of every kernel, the same ones each time."""
-    calls = collections.defaultdict(set)
-    for row in rows:
-        calls[row.stem, row.kernel].add(row.index)
-    chosen = {
-        (stem, index)
-        for (stem, _), indices in sorted(calls.items())
-        for index in random.Random(0).sample(sorted(indices), min(most, len(indices)))
-    }
-    return sorted(chosen)
+class _NotCompiled:
+    """What a launch returns while kernels are only listed."""
+
+    def __getattr__(self, name: str) -> _NotCompiled:
+        return self
 
 
-def some_of(stem: str, most: int | None) -> list[tuple[str, int]]:
-    """The calls of a stem, or `most` of them: always the same ones."""
-    indices = range(len(cases_of(stem)))
-    if most is not None and most < len(indices):
-        indices = sorted(random.Random(stem).sample(indices, most))
-    return [(stem, index) for index in indices]
+def kernels_of(stem: str) -> list[set[str]]:
+    """The kernels that each call of a file launches."""
+    run, found = JITFunction.run, []
+    try:
+        for case in cases_of(stem):
+            found.append(set())
+            JITFunction.run = lambda kernel, *args, **kwargs: found[-1].add(kernel.fn.__name__) or _NotCompiled()
+            try:
+                case.launch(*case.args)
+            except Exception:  # what is wrong is found again, and told, where this call is compiled
+                found[-1].add(case.label)
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def calls_with_each(stem: str, kernels: list[set[str]], times: int) -> list[tuple[str, int]]:
+    """Few calls of a file that together launch each of its kernels `times`, or as often as there are calls for it."""
+    order = random.Random(stem).sample(range(len(kernels)), len(kernels))  # always the same
+    counts = collections.Counter(name for names in kernels for name in names)
+    missing = {name: min(times, count) for name, count in counts.items()}
+    chosen: list[int] = []
+    while any(missing.values()):
+        rest = (index for index in order if index not in chosen)
+        chosen.append(max(rest, key=lambda index: sum(missing[name] > 0 for name in kernels[index])))
+        missing |= {name: max(missing[name] - 1, 0) for name in kernels[chosen[-1]]}
+    return [(stem, index) for index in sorted(chosen)]
 
 
 def check(
-    names: list[str], everything: bool, jobs: int, most: int | None = None, targets: Sequence[str] = ()
+    names: list[str], everything: bool, jobs: int, each: int | None = None, targets: Sequence[str] = ()
 ) -> list[Row]:
-    calls = [call for stem in names for call in some_of(stem, most)]
     first, *others = targets or fake_driver.TARGETS
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
-        rows = [row for found in pool.map(compile_case, [(*c, first) for c in calls], chunksize=4) for row in found]
-        again = [
-            (*call, target)
-            for target in others
-            for call in (calls if everything else sample(rows, SAMPLE.get(target, 1)))
-        ]
-        rows += [row for found in pool.map(compile_case, again, chunksize=4) for row in found]
-    return rows
+        launched = dict(zip(names, pool.map(kernels_of, names), strict=True))
+
+        def calls(times: int | None) -> list[tuple[str, int]]:
+            if times is None:
+                return [(stem, index) for stem, kernels in launched.items() for index in range(len(kernels))]
+            return [call for stem, kernels in launched.items() for call in calls_with_each(stem, kernels, times)]
+
+        def times(target: str) -> int | None:
+            return None if everything else MORE.get(target, 1) if each is None else 1
+
+        chosen = [(*call, first) for call in calls(each)]
+        chosen += [(*call, target) for target in others for call in calls(times(target))]
+        return [row for rows in pool.map(compile_case, chosen) for row in rows]
 
 
 def table(rows: list[Row]) -> str:
@@ -210,7 +230,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.triton.aot", description=__doc__.split("\n")[0])
     parser.add_argument("stems", nargs="*", help="files of kernels, without .py; default: all")
     parser.add_argument("--all", action="store_true", help="compile every call for every target")
-    parser.add_argument("--most", type=int, help="calls of each file to compile, drawn at random; default: all")
+    parser.add_argument("--each", type=int, help="compile each kernel this often, not all calls")
     parser.add_argument("--targets", nargs="+", choices=list(fake_driver.TARGETS), help="these alone; default: all")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("-v", "--verbose", action="store_true", help="one line per compiled kernel")
@@ -219,7 +239,7 @@ def main() -> int:
         parser.error("unset TRITON_INTERPRET: the kernels would be interpreted functions, which nothing compiles")
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        rows = check(options.stems or stems(), options.all, options.jobs, options.most, options.targets or ())
+        rows = check(options.stems or stems(), options.all, options.jobs, options.each, options.targets or ())
     if options.verbose:
         for row in rows:
             print(f"{row.stem} {row.label} [{row.target}] {row.kernel} {row.stats}")
