@@ -7,9 +7,11 @@ ARGS ?=
 WORKERS ?= 3
 BIN := $(VENV)/bin
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
+NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 \
+	nvidia-cuda-runtime==13.0.96
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml
 
-.PHONY: train test interpret aot fuzz sanitize lint bench bench-check rivals gpu triton36 clean
+.PHONY: train test interpret aot fuzz sanitize lint bench bench-check rivals gpu triton36 cuda clean
 
 train: $(VENV)/.train
 	$(BIN)/fastloss train $(ARGS)
@@ -63,6 +65,15 @@ gpu:
 triton36: $(VENV)/triton36
 $(VENV)/triton36: | $(VENV)/.torch
 	$(BIN)/pip install -q --no-deps --target $@.new triton==3.6.0 && mv $@.new $@
+
+# The kernels in CUDA C++ (csrc/*/*.cu), for sm_90a: compiled, linked and loaded, which needs no GPU. The compiler is
+# that of pip's packages, 270 MB, of the CUDA version that torch is built with.
+cuda: $(VENV)/.test $(VENV)/cuda
+	CUDA_HOME=$(abspath $(VENV))/cuda/nvidia/cu13 FASTLOSS_CUDA=only $(BIN)/python setup.py -q build_ext --inplace
+	FASTLOSS_CUDA=1 $(BIN)/python -m pytest -q tests/core/test_cuda_library.py
+
+$(VENV)/cuda: | $(VENV)/.torch
+	$(BIN)/pip install -q --no-deps --target $@.new $(NVCC) && mv $@.new $@
 
 $(VENV)/.torch:
 	@echo "downloading torch; with its CUDA libraries it takes 5 GB on disk"

@@ -41,6 +41,19 @@ def _load_extension() -> str | None:
     return None
 
 
+def _load_cuda_library() -> str:
+    """Load the library of kernels in CUDA C++ where there is one; what `fastloss info` says of it."""
+    served = "no loss has a kernel in CUDA C++ yet, the GPU is served by the backend triton"
+    found = sorted(pathlib.Path(__file__).parents[1].glob("_cuda*.so"))
+    if is_interpreting() or torch.version.cuda is None or not found:
+        return f"{served} (the library is not built: `make cuda`)"
+    try:
+        torch.ops.load_library(str(found[0]))
+    except OSError as error:
+        return f"{served} ({found[0]} does not load: {error})"
+    return f"{served} (the library is loaded, for sm_90a)"
+
+
 def _why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (it comes with torch's CUDA build on Linux)"
@@ -57,7 +70,7 @@ class State:
             "reference": None,
             "cpp": _load_extension(),
             "triton": _why_no_triton(),
-            "cuda": "there is none yet; the GPU is served by the backend triton",
+            "cuda": _load_cuda_library(),
         }
         self.traced: str | None = _UNSET  # what a use_backend inside a compiled function forces
         self.latest: str | None = None  # of any thread, for a torch.compile that cannot read context variables
