@@ -6,6 +6,7 @@ TORCH ?= torch torchvision
 ARGS ?=
 WORKERS ?= 3
 BIN := $(VENV)/bin
+comma := ,
 RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 \
 	nvidia-cuda-runtime==13.0.96
@@ -82,9 +83,14 @@ $(VENV)/.torch:
 	$(BIN)/pip install -q $(TORCH)
 	touch $@
 
-$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.torch $(SOURCES)
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 	@echo "installing, and compiling the C++ kernels: some minutes without output"
-	$(BIN)/pip install -q --no-build-isolation -e "$(if $(filter train,$*),.[train],.[train,$*])"
+	$(BIN)/pip install -q --no-build-isolation -e .
+	touch $@
+
+# fastloss is there: of "fastloss[test]" pip installs what the extra names, and compiles nothing again.
+$(VENV)/.train $(VENV)/.test $(VENV)/.bench $(VENV)/.dev: $(VENV)/.%: $(VENV)/.installed
+	$(BIN)/pip install -q "fastloss[$(if $(filter train,$*),train,train$(comma)$*)]"
 	touch $@
 
 clean:
