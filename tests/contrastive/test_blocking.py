@@ -185,7 +185,7 @@ def eager(x):
     return softmax_stats.reference(*x)
 
 
-@pytest.mark.parametrize("line", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("line", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_forward_and_backward_have_tiles_of_one_width_where_exponentials_are_saved(monkeypatch, line, dtype):
     from fastloss.contrastive.kernels import logit_matrix, tile_configs

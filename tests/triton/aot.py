@@ -100,6 +100,9 @@ def problems(found: dict[str, float], case: AotCase, kernel: str, target: str) -
     wrong = [f"spills {found['spills']} bytes"] if found["spills"] > case.spills else []
     if found["shared"] > limit:
         wrong.append(f"{found['shared']} bytes of shared memory, {limit} there")
+    threads = found["warps"] * fake_driver.TARGETS[target].warp_size
+    if target.startswith("sm_") and found["regs"] * threads > 65536:
+        wrong.append(f"{found['regs']} registers for each of {threads} threads, 65536 there")
     if kernel in case.vector and found["vector"] < VECTOR_SHARE:
         wrong.append(f"{found['vector']:.0%} of the bytes move in 128-bit accesses, expected {VECTOR_SHARE:.0%}")
     if kernel in case.matrix and not found["matrix"]:

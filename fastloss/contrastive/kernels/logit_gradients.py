@@ -12,8 +12,7 @@ from .online_softmax import LOG2E, _exp_scaled, _exponent, _log2_scaled
 # An exponential divided by the power of two of its row serves the columns whose exponents are at most this much lower.
 SPREAD_BACKWARD = tl.constexpr(96.0)
 # Which tiles a launch makes: all from recomputed logits; those whose saved exponentials serve; the others, recomputed.
-# FLAGGED_EACH: the others by a program each, where a loop over tiles has no registers (AMD, triton 3.6).
-RECOMPUTE, FROM_EXPS, FLAGGED, FLAGGED_EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+RECOMPUTE, FROM_EXPS, FLAGGED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 # Column tiles that a program of FLAGGED looks at, all at once: hardly ever is one of them to be made, and a program a
 # tile took a third as long as making all tiles from their exponentials.
 CHECKED = tl.constexpr(16)
@@ -212,7 +211,7 @@ def _softmax_stats_bwd_kernel(
     beta,
     FORM: tl.constexpr,  # Form
     TILE: tl.constexpr,  # TileConstants
-    TILES: tl.constexpr,  # RECOMPUTE, FROM_EXPS, FLAGGED or FLAGGED_EACH
+    TILES: tl.constexpr,  # RECOMPUTE, FROM_EXPS or FLAGGED
 ):
     BM: tl.constexpr = TILE.rows
     BN: tl.constexpr = TILE.columns
@@ -237,12 +236,6 @@ def _softmax_stats_bwd_kernel(
                 if _is_flagged(_exponents(inputs, row, block.column + column_tile * BN, sizes, BN)):
                     _make_tile(operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction,
                                beta, FORM, TILE, RECOMPUTE)  # fmt: skip
-    elif TILES == FLAGGED_EACH:
-        row_tile, column_tile = tile_of_program(block)
-        row = block.row + row_tile * BM + tl.arange(0, BM)
-        if _is_flagged(_exponents(inputs, row, block.column + column_tile * BN, sizes, BN)):
-            _make_tile(operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction, beta,
-                       FORM, TILE, RECOMPUTE)  # fmt: skip
     else:
         row_tile, column_tile = tile_of_program(block)
         _make_tile(operands, row_tile, column_tile, rows, columns, results, inputs, sizes, block, direction, beta, FORM,

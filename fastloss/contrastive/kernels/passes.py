@@ -24,14 +24,17 @@ from .arguments import (
 )
 from .blocking import walk_plan
 from .embedding_gradients import EmbeddingGradient
-from .logit_gradients import CHECKED, FLAGGED, FLAGGED_EACH, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
+from .logit_gradients import CHECKED, FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
-from .tile_configs import Tile
+from .tile_configs import Tile, with_all_registers
 
 SLOT_ROWS = 16  # the slots have a multiple of so many rows, so that they are read in whole vectors
 MERGE_BLOCK = 32  # rows per program of the merging kernel
 LEAST_SLOTS = 32  # that it is compiled for: fewer would save it nothing, and be compiled anew for smaller batches
+# Warps of the kernel that recomputes flagged tiles, which holds most: a lane of AMD has 512 registers with four; on
+# sm_100 a lane has a whole row of the products' columns with four, and a part of them with more.
+FLAGGED_WARPS = {"gfx942": 4, "sm_100": 16}
 SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
 ZEROED_ELEMENTS = 2**16  # see new_exps
 
@@ -134,6 +137,10 @@ def make_block(
     grad_block, recompute = results.grad_block, call.tile
     if inputs.exps is not None:
         recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
+        warps = FLAGGED_WARPS.get(tile_configs.architecture(call.query.device), recompute.warps)
+        recompute = replace(recompute, warps=warps)
+        if tile.registers is not None:
+            recompute = with_all_registers(recompute)
     operands = call.operands(recompute.rows)
     if has_products:
         operands = Operands(grad_block, ProductsBlock(pitch, row, column, end_row).odd())
@@ -145,10 +152,7 @@ def make_block(
         inputs.exps is not None
     ):  # launches of their own: the registers of both ways in one kernel would leave few programs at a time
         rows = min(SAVED_ROWS, tile.rows) if results.column_sums is None else tile.rows
-        flagged = FLAGGED
-        if tile_configs.architecture(call.query.device) == "gfx942":  # hardly any are made: registers before speed
-            flagged, recompute = FLAGGED_EACH, replace(recompute, stages=1)
-        launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (flagged, recompute)][: 1 + call.both_sides]
+        launches = [(FROM_EXPS, replace(tile, rows=rows, warps=4)), (FLAGGED, recompute)][: 1 + call.both_sides]
     for tiles, tile in launches:
         block = Block(
             row, column, end_row, triton.cdiv(end_row - row, tile.rows), triton.cdiv(end_column - column, tile.columns),

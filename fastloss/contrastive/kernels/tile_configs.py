@@ -58,6 +58,14 @@ TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
         (32, Tile(128, 128, 32, DESCRIPTORS, True, 4, 3)),
         (1 << 30, Tile(128, 128, 64, DESCRIPTORS, True, 4, 3)), (0, Tile(64, 64, 64, DESCRIPTORS, True, 4, 4)),
     )}),
+    "sm_100": (148, {FULL: _FULL, HALF: (
+        (32, Tile(128, 64, 32, DESCRIPTORS, True, 16, 4)),
+        (1 << 30, Tile(128, 64, 64, DESCRIPTORS, True, 16, 4)), (0, Tile(64, 64, 64, DESCRIPTORS, True, 4, 4)),
+    )}),
+    "sm_120": (340, {FULL: _FULL, HALF: (
+        (32, Tile(128, 64, 32, POINTERS, False, 8, 3)),
+        (1 << 30, Tile(128, 64, 64, POINTERS, False, 8, 3)), (0, Tile(64, 64, 32, POINTERS, False, 4, 3)),
+    )}),
     "gfx942": (608, {FULL: _FULL, HALF: (
         (1 << 30, Tile(128, 64, 32, POINTERS, False, 8, 2)), (0, Tile(64, 64, 32, POINTERS, False, 4, 2)),
     )}),
@@ -75,11 +83,16 @@ def architecture(device: torch.device) -> str:
     target = driver.active.get_current_target()
     if target.backend == "hip":
         return "gfx942"
-    return "sm_90" if target.arch >= 90 else "sm_80"
+    return next(f"sm_{least}" for least in (120, 100, 90, 80) if target.arch >= least)
 
 
 def products_kind(dtype: torch.dtype) -> str:
     return FULL if dtype == torch.float32 else HALF
+
+
+def with_all_registers(tile: Tile) -> Tile:
+    """ptxas spills a little at round numbers of its own choice unless it is told how many a thread may have."""
+    return replace(tile, registers=min(255, 65536 // (32 * tile.warps)))
 
 
 def best_tile(
@@ -93,17 +106,17 @@ def best_tile(
     line = architecture(device)
     programs, kinds = TABLE[line]
     *tiles, (_, small) = kinds[kind]
-    if line.startswith("sm_") and (kind == HALF or register_pressure == 3):
-        # ptxas spills a little at round numbers unless it is told it has all
-        small, tiles = replace(small, registers=255), [(limit, replace(t, registers=255)) for limit, t in tiles]
     tile = next(tile for limit, tile in tiles if dim <= limit)
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
-    if register_pressure == 3:
-        if line == "gfx942":
-            return replace(small, rows=32, columns=32), programs
-        return replace(small, columns=32, warps=8, stages=2), programs
-    if register_pressure == 2:
-        return replace(small, warps=8), programs
-    if few:
-        return small, programs
-    return (replace(tile, warps=8) if register_pressure else tile), programs
+    if register_pressure == 3 and line == "gfx942":
+        tile = replace(small, rows=32, columns=32)
+    elif register_pressure == 3:
+        tile = replace(small, columns=32, warps=8, stages=2)
+    elif register_pressure == 2:
+        tile = replace(small, warps=8)
+    elif few:
+        tile = small
+    elif register_pressure == 1:
+        tile = replace(tile, warps=max(tile.warps, 8))
+    told = line.startswith("sm_") and (kind == HALF or register_pressure == 3)
+    return (with_all_registers(tile) if told else tile), programs

@@ -18,7 +18,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.kernels.device_math import number_in
@@ -141,10 +140,7 @@ def tile_of(query: Tensor, elements: int) -> tuple[Tile, int] | None:
     dim = query.shape[1]
     if query.dtype != torch.bfloat16 or query.numel() > elements:
         return None
-    line = tile_configs.architecture(query.device)
-    if line == "sm_90" and (arch := driver.active.get_current_target().arch) >= 100:
-        line = "sm_100" if arch < 120 else "sm_120"
-    programs, tiles = TABLE.get(line, (0, ()))
+    programs, tiles = TABLE.get(tile_configs.architecture(query.device), (0, ()))
     tile = next((tile for limit, tile in tiles if dim <= limit), None)
     return None if tile is None else (replace(tile, dim=triton.next_power_of_2(dim)), programs)
 
