@@ -1,6 +1,7 @@
 """What a training loop needs, whatever it trains.
 
 world.py       the ranks of a run, and what they decide together
+shared_batch.py  means over a batch that the ranks share
 noise.py       random numbers that do not depend on the number of ranks
 checkpoint.py  checkpoints, written whole or not at all
 sharded.py     those that several ranks write

@@ -15,8 +15,8 @@ from torch import Tensor
 
 
 class Metrics:
-    """Collects a tensor of losses per step; `flush` fetches all of them at once and writes their rows. With a `folder` of
-    None (a rank that writes nothing) it only sees that they are finite.
+    """Collects a tensor of losses per step; `flush` fetches all of them at once and writes their rows. Without a
+    folder, on a rank that writes nothing, it only sees that they are finite.
 
     `validated` are the figures of a validation; they stand as `val_NAME` in the row of their step, and other rows have
     nothing there.

@@ -5,6 +5,8 @@ Decisions and objects travel on the CPU (gloo), so that none of them waits for a
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +31,10 @@ class World:
     control: Any = None  # a gloo group, for objects and decisions
 
     @staticmethod
+    @functools.lru_cache(maxsize=1)
     def join(device: str = "auto") -> World:
-        """The ranks that torchrun has started, or this process alone where it has not or has started one.
+        """The ranks that torchrun has started, or this process alone where it has not or has started one. Of ranks but
+        0 the log has errors only.
 
         Raises:
             ValueError: `device` names one of several GPUs, where each rank has its own.
@@ -44,6 +48,8 @@ class World:
                 wanted = "expected auto, cpu or cuda on several ranks, where each takes a GPU of its own"
                 raise ValueError(f"device: {wanted}, got {device!r}")
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % torch.cuda.device_count())
+        if rank > 0:
+            logging.getLogger("fastloss").setLevel(logging.ERROR)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
         return World(rank, size, dist.group.WORLD, dist.new_group(backend="gloo"))
