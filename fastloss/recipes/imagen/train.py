@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..data import tokenizer as tokenizers
 from ..data.global_batches import global_batches
@@ -32,7 +31,7 @@ from ..training.noise import RowNoise
 from ..training.progress import progress_bar
 from ..training.run_folder import check_free, clear, clear_temporary, started
 from ..training.shared_batch import SharedBatch
-from ..training.world import StopVote, World, of_all_ranks
+from ..training.world import StopVote, World, across_ranks, of_all_ranks
 from .build import make_model, make_tokenizer, model_state, tokenizer_state
 from .config import Config, fitted
 from .examples import Progress
@@ -88,6 +87,8 @@ class Trainer:
             else:
                 world.together(lambda: self._restore(resumed))
             world.first(lambda: clear_temporary(self.folder))
+            for line in world.first(lambda: [] if self.quiet else [self.splits.line(), *self.notices]):
+                log.info(line)
 
     def _start(self, config: Config, resumed: dict[str, Any] | None) -> None:
         world = self.world
@@ -106,16 +107,11 @@ class Trainer:
         self.tokenizer = None if state is None else tokenizers.from_state_dict(state)
         world.together(self._make)
         if world.size > 1:
-            devices = [torch.cuda.current_device()] if self.device.type == "cuda" else None
-            self.compute = DistributedDataParallel(
-                self.compute, devices, process_group=world.group, broadcast_buffers=False, static_graph=True
-            )
+            self.compute = across_ranks(self.compute, world, self.device)
         self.step, self.best, self.stale = 0, -math.inf, 0
         self.figures: dict[str, float] = {}
         self.progress = Progress()
-        lines = world.first(lambda: [] if self.quiet else [self.splits.line(), *notices])
-        for line in [] if self.quiet else lines:
-            log.info(line)
+        self.notices = notices
 
     def _open(self, config: Config) -> None:
         self.device = config.torch_device()

@@ -6,6 +6,7 @@ Decisions and objects travel on the CPU (gloo), so that none of them waits for a
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
@@ -92,7 +95,7 @@ class World:
         kind, text = faults[failed[0]] or ("", "")
         if kind not in _MISTAKES:
             raise fault or RuntimeError(f"rank {failed[0]} of {self.size} failed: {text}")
-        where = "" if len(failed) == self.size else f" (on rank {failed[0]} of {self.size})"
+        where = f" (on rank {failed[0]} of {self.size})" if 0 < failed[0] or 1 < len(failed) < self.size else ""
         raise of_all_ranks(_MISTAKES[kind](f"{text}{where}")) from fault
 
     def first(self, work: Callable[[], T]) -> T:
@@ -133,6 +136,15 @@ class StopVote:
         (work, votes), self._pending = self._pending, None
         work.wait()
         return bool(votes.item())
+
+
+def across_ranks(module: nn.Module, world: World, device: torch.device) -> nn.Module:
+    """The module in DDP. Its forward gives the loss and whatever else; the same parameters get a gradient at each step,
+    and buffers are the same on all ranks by themselves."""
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else None
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters  # the name since torch 2.14
+    buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    return DistributedDataParallel(module, devices, process_group=world.group, static_graph=True, **buffers)
 
 
 def _kind(error: Exception) -> str:
