@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import inspect
 import logging
+import os
 import sys
 import typing
 from collections.abc import Callable, Collection, Iterator
@@ -123,7 +124,9 @@ def train(config: Any, explicit: dict[str, Any], resume: bool = False, overwrite
     """Train the text-to-image system; writes pictures, curves, metrics, a report and a checkpoint to --out."""
     from .recipes.imagen.run import train as job
 
-    print(job(config, explicit, resume, overwrite))
+    line = job(config, explicit, resume, overwrite)
+    if _rank() == 0:
+        print(line)
 
 
 def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
@@ -172,12 +175,29 @@ def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[...,
         with _one_line_errors([p.name for p in parameters]):
             extra = {p.name: options.pop(p.name) for p in own}
             given = {name: v for name, v in options.items() if _given(context, name)}
-            command(Config(**options), given, **extra)
+            command(_made_together(Config, options), given, **extra)
 
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
+
+
+def _made_together(config: type, options: dict[str, Any]) -> Any:
+    """The configuration; under torchrun a mistake in it is one error of all ranks."""
+    if _ranks() == 1:
+        return config(**options)
+    from .recipes.training.world import World
+
+    return World.join(options["device"]).together(lambda: config(**options))
+
+
+def _ranks() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
@@ -243,21 +263,36 @@ def _one_line_errors(options: Collection[str]) -> Iterator[None]:
     try:
         yield
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"interrupted: {error}" if str(error) else "interrupted", file=sys.stderr)
-        sys.exit(130)
+        _end(f"interrupted: {error}" if str(error) else "interrupted", 130, error)
     except ModuleNotFoundError as error:
-        _fail(f"{error.name} is missing: {EXTRA}")
+        _fail(f"{error.name} is missing: {EXTRA}", error)
     except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        _fail(_in_options(str(error), options))
+        _fail(_in_options(str(error), options), error)
     except RuntimeError as error:
         if "out of memory" not in str(error) and "backend" not in str(error) and "download" not in str(error):
             raise
-        _fail(_in_options(str(error), options))
+        _fail(_in_options(str(error), options), error)
+    if _ranks() > 1:
+        from .recipes.training.world import leave
+
+        leave()
 
 
-def _fail(message: str) -> typing.NoReturn:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
+def _fail(message: str, error: BaseException | None = None) -> typing.NoReturn:
+    _end("error: " + " ".join(message.split()), 2, error)
+
+
+def _end(line: str, code: int, error: BaseException | None) -> typing.NoReturn:
+    """Under torchrun rank 0 says what all ranks fail of, and another what it fails of alone."""
+    if error is None or _ranks() == 1:
+        print(line, file=sys.stderr)
+        sys.exit(code)
+    from .recipes.training.world import is_said, leave
+
+    if is_said(error):
+        print(line if _rank() == 0 else f"rank {_rank()}: {line}", file=sys.stderr, flush=True)
+    leave(error)
+    sys.exit(code)
 
 
 def _version(name: str) -> str:

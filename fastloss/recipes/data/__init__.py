@@ -1,6 +1,8 @@
 """Captioned images and their texts.
 
 batches.py    data sets by name, and batches in an order that a seed fixes
+global_batches.py  batches shared by the ranks of a run: which samples one has follows from seed and step alone
+lanes.py      the same of shards, each read by few ranks
 digits.py     scikit-learn's handwritten digits with captions
 folder.py     a folder of images with captions
 shards.py     WebDataset tar shards

@@ -6,7 +6,7 @@ Samples that cannot be used (unreadable image, no caption) are recorded in `data
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -111,24 +111,34 @@ def batches(
         samples = dataset.read(seed, epoch, shuffle, threads=num_workers)
         return _shard_batches(samples, batch_size, device, skip, drop_last)
     if drop_last and len(dataset) < batch_size:
-        raise _too_few(batch_size, len(dataset))
-    order = torch.arange(len(dataset))
-    if shuffle:
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(dataset), generator=generator)
+        raise too_few(batch_size, len(dataset))
+    order = epoch_order(len(dataset), seed, epoch) if shuffle else torch.arange(len(dataset))
     chunks = list(order.split(batch_size))
     if drop_last and len(chunks[-1]) < batch_size:
         chunks.pop()
+    return batches_of(dataset, chunks[skip:], device, num_workers)
+
+
+def batches_of(
+    dataset: DigitsData | FolderData, chunks: Iterable[Tensor], device: torch.device, num_workers: int = 0
+) -> Iterator[Batch]:
+    """A batch for each tensor of indices."""
     if isinstance(dataset, DigitsData):
-        return _digit_batches(dataset, chunks[skip:], device)
-    return _folder_batches(dataset, chunks[skip:], device, num_workers)
+        return _digit_batches(dataset, chunks, device)
+    return _folder_batches(dataset, chunks, device, num_workers)
 
 
-def _too_few(batch_size: int, samples: int) -> ValueError:
+def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
+    """The indices of all samples in the order of an epoch."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
+    return torch.randperm(samples, generator=generator)
+
+
+def too_few(batch_size: int, samples: int) -> ValueError:
     return ValueError(f"batch_size: expected at most the number of samples, {samples}, got {batch_size}")
 
 
-def _digit_batches(dataset: DigitsData, chunks: list[Tensor], device: torch.device) -> Iterator[Batch]:
+def _digit_batches(dataset: DigitsData, chunks: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
     images = dataset.images = dataset.images.to(device)  # a few MB: kept where they are used
     for chunk in chunks:
         yield {"image": images[chunk.to(device)], "caption": [dataset.captions[i] for i in chunk.tolist()]}
@@ -146,10 +156,10 @@ class _FolderReader(Dataset):
 
 
 def _folder_batches(
-    dataset: FolderData, chunks: list[Tensor], device: torch.device, num_workers: int
+    dataset: FolderData, chunks: Iterable[Tensor], device: torch.device, num_workers: int
 ) -> Iterator[Batch]:
     pin = device.type == "cuda"
-    loader = DataLoader(
+    loader: DataLoader = DataLoader(
         _FolderReader(dataset), batch_size=None, sampler=chunks, num_workers=num_workers, pin_memory=pin
     )
     for images, captions, faults in loader:
@@ -175,6 +185,6 @@ def _shard_batches(
                 yield batch()
             held.clear()
     if drop_last and count < batch_size:
-        raise _too_few(batch_size, count)
+        raise too_few(batch_size, count)
     if held and not drop_last and count > skip * batch_size:
         yield batch()

@@ -32,7 +32,7 @@ from .samples import (
     unreadable,
 )
 
-_SHUFFLE_BUFFER = 1000
+SHUFFLE_BUFFER = 1000
 _WAITING = 64  # samples with the same name up to the first dot that may wait for their other files, held in memory
 _CAPTIONS = ("txt", *CAPTION_KEYS, "json")  # extensions, the first that a sample has counts
 _ARCHIVES = ("*.tar", "*.tar.gz", "*.tgz")
@@ -90,6 +90,8 @@ class ShardData:
         names = Counter(map(_file_name, urls))
         self._shown = {url: url if names[_file_name(url)] > 1 else _file_name(url) for url in urls}
         self._summed_up = False
+        #: samples of each shard that was read to its end, so that a resumed run need not read those before its own
+        self.counts: dict[str, int] = {}
         if next(self.read(shuffle=False), None) is None:
             raise self.skipped.nothing_left(f"no usable sample in its {split} split, shards: {len(urls)} in all")
 
@@ -102,9 +104,9 @@ class ShardData:
         urls = rng.sample(list(self._given), len(self._given)) if shuffle else list(self._given)
         samples: Iterable[Raw] = (sample for url in urls for sample in self._shard(url))
         if shuffle:
-            samples = self._wds.shuffle(_SHUFFLE_BUFFER, initial=_SHUFFLE_BUFFER, rng=rng)(samples)
+            samples = self._wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(samples)
         count = 0
-        for sample, (name, _, _) in _ahead(self._load, samples, threads):
+        for sample, (name, _, _) in _ahead(self.load, samples, threads):
             if isinstance(sample, str):
                 self.skipped.add(name, sample)
             else:
@@ -113,6 +115,24 @@ class ShardData:
         if self.skipped and not self._summed_up:
             self._summed_up = True
             logger.warning("%s: %d %s images, %s", self.skipped.source, count, self.split, self.skipped.summary())
+
+    @property
+    def shards(self) -> list[str]:
+        """The addresses of the shards that may have samples of the split."""
+        return list(self._given)
+
+    def shuffled_shard(self, url: str, rng: random.Random, buffer: int) -> Iterator[Raw]:
+        """The samples of one shard, not decoded, shuffled within a buffer of so many."""
+        count = 0
+
+        def counted() -> Iterator[Raw]:
+            nonlocal count
+            for sample in self._shard(url):
+                count += 1
+                yield sample
+
+        yield from self._wds.shuffle(buffer, initial=buffer, rng=rng)(counted())
+        self.counts[url] = count
 
     def _shard(self, url: str) -> Iterator[Raw]:
         """The samples of one shard that are in the split and have an image and a caption."""
@@ -149,7 +169,7 @@ class ShardData:
         name = f"{_file_name(url)}/{key}"
         return split_of(name, self._given[url], self._named, self._held_out) == self.split
 
-    def _load(self, raw: Raw) -> dict[str, Any] | str:
+    def load(self, raw: Raw) -> dict[str, Any] | str:
         """The sample, or what is wrong with it."""
         try:
             return {"image": decode(BytesIO(raw[1]), self.size, self.channels), "caption": raw[2]}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import tokenizer as tokenizers
-from ..training.checkpoint import load_checkpoint
+from ..training.checkpoint import check_recipe, load_checkpoint
 from .config import Config
 from .model import ImageDecoder, ImageEncoder, Imagen, PretrainedTextEncoder, TextEncoder
 
@@ -25,6 +25,10 @@ def make_tokenizer(config: Config, captions: Iterable[str]) -> Any:
     if config.word_tokens():
         return tokenizers.WordTokenizer.from_captions(captions)
     return tokenizers.ByteTokenizer(max_length=128)
+
+
+def tokenizer_state(tokenizer: Any) -> dict[str, Any] | None:
+    return None if tokenizer is None else tokenizer.state_dict()
 
 
 def make_model(config: Config, tokenizer: Any) -> Imagen:
@@ -41,8 +45,9 @@ def make_model(config: Config, tokenizer: Any) -> Imagen:
 def model_state(config: Config, model: Imagen, tokenizer: Any) -> dict[str, Any]:
     """What `load_model` needs: plain values and tensors."""
     return {
+        "recipe": "train",
         "config": dataclasses.asdict(config),
-        "tokenizer": None if tokenizer is None else tokenizer.state_dict(),
+        "tokenizer": tokenizer_state(tokenizer),
         "model": model.state_dict(),
     }
 
@@ -50,6 +55,7 @@ def model_state(config: Config, model: Imagen, tokenizer: Any) -> dict[str, Any]
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Imagen, Config]:
     """The model of a checkpoint file or run folder, ready to generate."""
     content = load_checkpoint(path, device)
+    check_recipe(content, "train", path)
     try:
         config = Config(**content["config"])
         state = content["tokenizer"]

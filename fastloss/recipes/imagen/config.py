@@ -51,7 +51,7 @@ class Config:
     data: str = _option(DATA, DIGITS, "digits, folder:PATH, or wds: with a folder, a glob or braces of .tar shards")
     out: str = _option(RUN, "runs/digits", "folder for checkpoint, metrics, pictures and report")
     steps: int = _option(RUN, 1000, "training steps")
-    batch_size: int = _option(RUN, 64, "images per step, at most the training images there are")
+    batch_size: int = _option(RUN, 64, "images per step, of all ranks together, at most the training images there are")
     losses: str = _option(
         LOSSES, "fast", "fast, or reference: the same loop on the eager losses", ("fast", "reference")
     )
@@ -151,9 +151,19 @@ class Config:
         return device
 
 
-def fitted(config: Config, images: int) -> tuple[Config, list[str]]:
+def fitted(config: Config, images: int, ranks: int = 1) -> tuple[Config, list[str]]:
     """The configuration for a training set of so many images and a run of so many steps, and a notice for each change:
-    the batch is at most the data, the warm-up at most a tenth of the steps."""
+    the batch is at most the data, the warm-up at most a tenth of the steps.
+
+    Raises:
+        ValueError: a batch has less than one image for each rank.
+    """
+    if images < ranks:
+        raise ValueError(
+            f"data: expected a training image for each of the {ranks} ranks, got {images} in {config.data}"
+        )
+    if config.batch_size < ranks:
+        raise ValueError(f"batch_size: expected an image for each of the {ranks} ranks, got {config.batch_size}")
     notices, changes = [], dict[str, int]()
     if images < config.batch_size:
         changes["batch_size"] = images

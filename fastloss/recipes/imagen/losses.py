@@ -37,8 +37,10 @@ from ... import (
     pixel_loss,
     smoothness_loss,
 )
+from ..training.noise import RowNoise
+from ..training.shared_batch import SharedBatch
 from .config import WEIGHTS, check_weights
-from .model import ImageFeatures, Imagen, QueryKey, TextFeatures
+from .model import Z_A, Z_B, ImageFeatures, Imagen, QueryKey, TextFeatures
 
 DIVERSITY_MARGIN = 0.15  # mean |difference|, in units of the image: about that of two real digits of one caption
 
@@ -57,15 +59,20 @@ class Views(NamedTuple):
     attention_b: QueryKey
 
 
-def make_views(model: Imagen, image: Tensor, text: tuple[Tensor, Tensor]) -> Views:
-    """One pass of every encoder, and one of the decoder for both images at once."""
+def make_views(model: Imagen, image: Tensor, text: tuple[Tensor, Tensor], noise: RowNoise | None = None) -> Views:
+    """One pass of every encoder, and one of the decoder for both images at once. `noise` is for z and for dropout;
+    None: torch's generators."""
     encoder = model.image_encoder
     if encoder is None:
         raise ValueError("model: training needs an image encoder")
-    features = model.text_encoder(text)
+    features = model.text_encoder(text, noise)
     real = encoder(image)
-    z_a = real.mu + torch.exp(0.5 * real.log_var) * torch.randn_like(real.mu)
-    z_b = torch.randn_like(z_a)
+
+    def normal(stream: int) -> Tensor:
+        return torch.randn_like(real.mu) if noise is None else noise.normal(stream, real.mu.shape[1]).to(real.mu)
+
+    z_a = real.mu + torch.exp(0.5 * real.log_var) * normal(Z_A)
+    z_b = normal(Z_B).to(z_a)
     twice = TextFeatures(*(torch.cat([t, t]) for t in features))
     images, attention = model.image_decoder(twice, torch.cat([z_a, z_b]))
     image_a, image_b = images.chunk(2)
@@ -91,6 +98,7 @@ class ImagenLosses(nn.Module):
         bank: images in the memory bank of negatives, 0 for none.
         weighting: of `CompositeLoss`.
         reference: compute everything with the eager references instead of the fast kernels.
+        shared: the batch, where ranks share it; None: this process has all of it.
     """
 
     def __init__(
@@ -103,6 +111,7 @@ class ImagenLosses(nn.Module):
         emb_dim: int = 64,
         weighting: str = "fixed",
         reference: bool = False,
+        shared: SharedBatch | None = None,
     ) -> None:
         super().__init__()
         chosen = WEIGHTS | check_weights(weights or {})
@@ -113,17 +122,34 @@ class ImagenLosses(nn.Module):
         if "perceptual" in self.weights and perceptual is None:
             raise ValueError("perceptual: its weight is not 0, so it needs a PerceptualLoss")
         self.perceptual = perceptual
-        self.bank = MemoryBank(bank, emb_dim) if bank and "contrastive" in self.weights else None
+        self.shared = shared
+        self.group = None if shared is None else shared.world.group
+        self.bank = MemoryBank(bank, emb_dim, self.group) if bank and "contrastive" in self.weights else None
         self.temperature, self.reference = temperature, reference
 
     def forward(self, views: Views, image: Tensor, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The fused loss and its detached parts; `ids` (B,) are equal for equal captions."""
         with core.use_backend("reference") if self.reference else contextlib.nullcontext():
             parts = {name: getattr(self, f"_{name}")(views, image, ids) for name in self.weights}
+            if self.shared is not None:
+                parts = self._of_all_ranks(parts, self.shared)
             total, detached = self.fuse(parts)
         if self.bank is not None:
             self.bank.push(views.real.emb, ids)
         return total, detached
+
+    def _of_all_ranks(self, parts: dict[str, Tensor], shared: SharedBatch) -> dict[str, Tensor]:
+        """The losses of the whole batch from those of this rank's rows, in one sum over the ranks. The contrastive one
+        is of the whole batch already; mode seeking divides means, so its means come here."""
+        own = {name: part for name, part in parts.items() if name != "contrastive"}
+        if not own:
+            return parts
+        values = shared.means(torch.cat([part.float().reshape(-1) for part in own.values()]))
+        means = dict(zip(own, values.split([part.numel() for part in own.values()]), strict=True))
+        if "mode_seeking" in means:
+            image, z = means["mode_seeking"].split(1)
+            means["mode_seeking"] = mode_seeking_loss(image, torch.zeros_like(image), z, torch.zeros_like(z))
+        return {name: means[name].reshape(()) if name in means else part for name, part in parts.items()}
 
     def _contrastive(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
         real = self._info_nce(views.text.emb, views.real.emb, ids)
@@ -143,6 +169,8 @@ class ImagenLosses(nn.Module):
             in_batch=True,
             query_ids=ids,
             key_ids=key_ids,
+            group=self.group,
+            exchange=None if self.shared is None else self.shared.exchange,
         )
 
     def _perceptual(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
@@ -156,9 +184,13 @@ class ImagenLosses(nn.Module):
         return 0.5 * (smoothness_loss(views.image_a) + smoothness_loss(views.image_b))
 
     def _diversity(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
-        return diversity_loss(views.image_b, image, margin=DIVERSITY_MARGIN)
+        everyone = image if self.shared is None else self.shared.everyone(image)
+        return diversity_loss(views.image_b, everyone, margin=DIVERSITY_MARGIN)
 
     def _mode_seeking(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:
+        if self.shared is not None:  # the two means of which it is made
+            pairs = ((views.image_a, views.image_b), (views.z_a, views.z_b))
+            return torch.stack([(a.float() - b.float()).abs().mean() for a, b in pairs])
         return mode_seeking_loss(views.image_a, views.image_b, views.z_a, views.z_b)
 
     def _attention(self, views: Views, image: Tensor, ids: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..training.noise import RowDropout, RowNoise
 from .config import SIZES
+
+Z_A, Z_B, DROPOUT = 0, 1, 2  # streams of a step's noise; the dropouts of the text encoder take those from DROPOUT on
 
 Text = Any  # captions (a sequence of str), or their token ids (B, L) and mask (B, L)
 
@@ -68,23 +71,29 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: self-attention, cross-attention where there is a context, feed-forward."""
 
-    def __init__(self, dim: int, heads: int, dropout: float, cross: bool) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, cross: bool, stream: int = 0) -> None:
         super().__init__()
         self.norm_self, self.self_attention = nn.LayerNorm(dim), Attention(dim, heads)
         self.norm_cross = nn.LayerNorm(dim) if cross else None
         self.cross_attention = Attention(dim, heads) if cross else None
         self.norm_ff = nn.LayerNorm(dim)
         self.ff = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, self.dropout_ff = RowDropout(dropout, stream), RowDropout(dropout, stream + 1)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, QueryKey]:
-        """`mask` belongs to the context, or to `x` where there is none."""
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        noise: RowNoise | None = None,
+    ) -> tuple[Tensor, QueryKey]:
+        """`mask` belongs to the context, or to `x` where there is none; `noise` is the dropout's."""
         mixed, attention = self.self_attention(self.norm_self(x), None, None if self.cross_attention else mask)
-        x = x + self.dropout(mixed)
+        x = x + self.dropout(mixed, noise)
         if self.cross_attention is not None and self.norm_cross is not None:
             mixed, attention = self.cross_attention(self.norm_cross(x), context, mask)
-            x = x + self.dropout(mixed)
-        return x + self.dropout(self.ff(self.norm_ff(x))), attention
+            x = x + mixed
+        return x + self.dropout_ff(self.ff(self.norm_ff(x)), noise), attention
 
 
 class TextEncoder(nn.Module):
@@ -97,15 +106,16 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         self.embed = nn.Embedding(tokenizer.vocab_size, dim)
         self.position = nn.Parameter(torch.randn(tokenizer.max_length, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout, cross=False) for _ in range(depth))
+        streams = range(DROPOUT, DROPOUT + 2 * depth, 2)
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout, cross=False, stream=stream) for stream in streams)
         self.norm = nn.LayerNorm(dim)
         self.project = nn.Linear(dim, emb_dim)
 
-    def forward(self, text: Text) -> TextFeatures:
+    def forward(self, text: Text, noise: RowNoise | None = None) -> TextFeatures:
         ids, mask = self.encode(text) if isinstance(text[0], str) else text
         x = self.embed(ids) + self.position[: ids.shape[1]]
         for block in self.blocks:
-            x, _ = block(x, mask=mask)
+            x, _ = block(x, mask=mask, noise=noise)
         x = self.norm(x)
         kept = mask.unsqueeze(-1).to(x.dtype)
         mean = (x * kept).sum(1) / kept.sum(1).clamp(min=1)
@@ -142,7 +152,7 @@ class PretrainedTextEncoder(nn.Module):
         self.model.eval()
         return self
 
-    def forward(self, text: Text) -> TextFeatures:
+    def forward(self, text: Text, noise: RowNoise | None = None) -> TextFeatures:
         ids, mask = self.encode(text) if isinstance(text[0], str) else text
         with torch.no_grad():
             states = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state

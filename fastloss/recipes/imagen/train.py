@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data import tokenizer as tokenizers
-from ..data.batches import batches
-from ..training.checkpoint import BEST, LAST, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from ..data.global_batches import global_batches
+from ..data.shards import ShardData
+from ..training.checkpoint import (
+    BEST,
+    LAST,
+    check_recipe,
+    last_checkpoint,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    save_last,
+    set_rng_state,
+)
 from ..training.interrupt import Interrupted, StopRequest
 from ..training.metrics import Metrics
+from ..training.noise import RowNoise
+from ..training.progress import progress_bar
 from ..training.run_folder import check_free, clear, clear_temporary, started
-from .build import make_model, make_tokenizer, model_state
+from ..training.shared_batch import SharedBatch
+from ..training.world import StopVote, World, across_ranks, of_all_ranks
+from .build import make_model, make_tokenizer, model_state, tokenizer_state
 from .config import Config, fitted
 from .examples import Progress
 from .figures import shown, validated
 from .losses import ImagenLosses, caption_ids, make_views, perceptual_loss
+from .model import Imagen
 from .splits import Splits
 from .validation import validate
 
@@ -35,63 +49,103 @@ FIXED = (  # what a resumed run may not change: its curve would not be that of o
 )
 
 
+class Step(nn.Module):
+    """Forward of a training step: the fused loss, and it beside its parts in one tensor that stays on the device."""
+
+    def __init__(self, model: Imagen, losses: ImagenLosses, compiled: bool) -> None:
+        super().__init__()
+        self.model, self.losses = model, losses
+        self.make_views = torch.compile(make_views) if compiled else make_views
+
+    def forward(
+        self, image: Tensor, text: tuple[Tensor, Tensor], ids: Tensor, noise: RowNoise
+    ) -> tuple[Tensor, Tensor]:
+        loss, parts = self.losses(self.make_views(self.model, image, text, noise), image, ids)
+        return loss, torch.stack([loss.detach(), *(parts[name] for name in self.losses.weights)]).float()
+
+
 class Trainer:
-    """A run: model, losses, optimiser, and where it stands."""
+    """A run: model, losses, optimiser, and where it stands. On several ranks each has a trainer, and they do all of it
+    together: a mistake or a failure of one is an error of all."""
 
     def __init__(
-        self, config: Config, resumed: dict[str, Any] | None = None, quiet: bool = False, overwrite: bool = False
+        self,
+        config: Config,
+        resumed: dict[str, Any] | None = None,
+        quiet: bool = False,
+        overwrite: bool = False,
+        world: World | None = None,
     ) -> None:
-        self.quiet, self.folder = quiet, Path(config.out)
+        self.world = world = World() if world is None else world
+        self.quiet, self.folder = quiet or not world.main, Path(config.out)
         if resumed is None and not overwrite:
-            check_free(self.folder)
+            world.first(lambda: check_free(self.folder))
         with started(self.folder):
             self._start(config, resumed)
             if resumed is None:
-                clear(self.folder)
+                world.first(lambda: clear(self.folder))
             else:
-                self._restore(resumed)
-            clear_temporary(self.folder)
+                world.together(lambda: self._restore(resumed))
+            world.first(lambda: clear_temporary(self.folder))
+            for line in world.first(lambda: [] if self.quiet else [self.splits.line(), *self.notices]):
+                log.info(line)
 
     def _start(self, config: Config, resumed: dict[str, Any] | None) -> None:
+        world = self.world
+        self.compute: nn.Module
+        world.together(lambda: self._open(config))
+        images = world.first(lambda: self.splits.count("train", config.batch_size))
+        self.config, notices = world.together(lambda: fitted(config, images, world.size))
+        config, asked = self.config, config
+        #: what was asked for and made smaller: the same again, with `resume`, is no change
+        self.asked = {name: getattr(asked, name) for name in ("batch_size", "warmup")}
+        if resumed is not None:
+            self.asked |= resumed.get("asked", {})
+            state = resumed["tokenizer"]
+        else:
+            state = world.first(lambda: tokenizer_state(make_tokenizer(config, self._captions())))
+        self.tokenizer = None if state is None else tokenizers.from_state_dict(state)
+        world.together(self._make)
+        if world.size > 1:
+            self.compute = across_ranks(self.compute, world, self.device)
+        self.step, self.best, self.stale = 0, -math.inf, 0
+        self.figures: dict[str, float] = {}
+        self.progress = Progress()
+        self.notices = notices
+
+    def _open(self, config: Config) -> None:
         self.device = config.torch_device()
         torch.manual_seed(config.seed)
         if self.device.type == "cuda":
             torch.backends.cudnn.deterministic = True  # so that a resumed run repeats the one it continues
         self.splits = Splits(config)
         self.data = self.splits["train"]
-        self.config, notices = fitted(config, self.splits.count("train", config.batch_size))
-        config, asked = self.config, config
-        #: what was asked for and made smaller: the same again, with `resume`, is no change
-        self.asked = {name: getattr(asked, name) for name in ("batch_size", "warmup")}
-        if resumed is not None:
-            self.asked |= resumed.get("asked", {})
-        if resumed is None:
-            self.tokenizer = make_tokenizer(config, self._captions())
-        else:
-            state = resumed["tokenizer"]
-            self.tokenizer = None if state is None else tokenizers.from_state_dict(state)
+
+    def _make(self) -> None:
+        config = self.config
+        torch.manual_seed(config.seed)
         self.model = make_model(config, self.tokenizer).to(self.device)
         self.losses = self._make_losses().to(self.device)
-        trained = [p for p in (*self.model.parameters(), *self.losses.fuse.parameters()) if p.requires_grad]
-        self.optimizer = torch.optim.Adam(trained, lr=config.learning_rate, fused=self.device.type == "cuda")
-        self.trained = trained
-        self.make_views = torch.compile(make_views) if config.compile else make_views
-        self.step, self.epoch, self.position = 0, 0, 0
-        self.best, self.stale = -math.inf, 0
-        self.figures: dict[str, float] = {}
-        self.progress = Progress()
-        if not self.quiet:
-            for line in (self.splits.line(), *notices):
-                log.info(line)
+        self.compute = Step(self.model, self.losses, config.compile)
+        self.trained = [p for p in (*self.model.parameters(), *self.losses.fuse.parameters()) if p.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=config.learning_rate, fused=self.device.type == "cuda")
 
     @classmethod
-    def resume(cls, folder: Path, changes: dict[str, Any], quiet: bool = False) -> Trainer:
-        """Continue the run in `folder`; `changes` are the options given anew, e.g. more steps."""
-        if not (folder / LAST).exists():
+    def resume(cls, folder: Path, changes: dict[str, Any], quiet: bool = False, world: World | None = None) -> Trainer:
+        """Continue the run in `folder`, of whatever number of ranks; `changes` are options given anew."""
+        world = World() if world is None else world
+        config, content = world.together(lambda: cls._stored(folder, changes))
+        return cls(config, content, quiet, world=world)
+
+    @staticmethod
+    def _stored(folder: Path, changes: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
+        path = last_checkpoint(folder)
+        if path is None:
             raise ValueError(f"resume: no run to continue, {folder / LAST} does not exist; start one without it")
-        content = load_checkpoint(folder / LAST)
-        if "optimizer" not in content:
-            raise ValueError(f"checkpoint: {folder / LAST} has a model only, no training state")
+        content = load_checkpoint(path)
+        check_recipe(content, "train", path)
+        if "optimizer" not in content or "config" not in content:
+            raise ValueError(f"checkpoint: {path} has a model only, no training state")
         stored, asked = content["config"], content.get("asked", {})
         changes = {name: value for name, value in changes.items() if name not in asked or value != asked[name]}
         for name in FIXED:
@@ -100,51 +154,52 @@ class Trainer:
                     f"{name}: the run in {folder} has {stored.get(name)!r}, which a resumed run cannot change to "
                     f"{changes[name]!r}; start a new one in another --out"
                 )
-        return cls(Config(**(stored | changes | {"out": str(folder)})), content, quiet)
+        return Config(**(stored | changes | {"out": str(folder)})), content
 
     def run(self) -> dict[str, float]:
         """Train until the steps are done, the score stops improving or reaches the aim; the last figures."""
-        config = self.config
-        metrics = Metrics(self.folder, list(self.losses.weights), self.step, validated=validated(config))
+        config, world = self.config, self.world
+        metrics = world.together(self._metrics)
         self.model.train()
         try:
-            with StopRequest() as stop, self._bar() as bar:
-                for batch in self._batches():
-                    if self.step >= config.steps or self._enough() or stop.asked:
-                        break
-                    losses = self.train_step(batch)
-                    metrics.add(self.step, losses, self._learning_rate(self.step), len(batch["caption"]))
+            with StopRequest() as stop, progress_bar(not self.quiet, config.steps, self.step) as bar:
+                batches, vote = self._batches(), StopVote(world)
+                while self.step < config.steps and not self._enough() and not vote(stop.asked):
+                    losses = self.train_step(next(batches))
+                    metrics.add(self.step, losses, self._learning_rate(self.step), config.batch_size)
                     bar.update(1)
-                    if self.step % config.log_every == 0 or self.step == config.steps or stop.asked:
-                        metrics.flush()
+                    if self.step % config.log_every == 0 or self.step == config.steps:
+                        world.together(metrics.flush)
                         bar.set_postfix_str(self._shown(metrics.latest))
                     if self.step % config.val_every == 0 or self.step == config.steps:
-                        metrics.flush()
+                        world.together(metrics.flush)
                         self._validate(metrics)
                         metrics.pause()
-                if stop.asked:
-                    metrics.flush()
+                vote.close()
+                if any(world.every(stop.asked)):
+                    world.together(metrics.flush)
                     self.save()
-                    raise Interrupted(f"stopped at step {self.step}; `--resume` continues the run in {self.folder}")
+                    said = f"stopped at step {self.step}; `--resume` continues the run in {self.folder}"
+                    raise of_all_ranks(Interrupted(said))
         finally:
             metrics.close()
         return self.figures
 
     def train_step(self, batch: dict[str, Any]) -> Tensor:
-        """One step; the fused loss and its parts in one tensor, still on the device."""
+        """One step; the fused loss of the whole batch and its parts in one tensor, still on the device."""
         text = self._encode(batch["caption"])
         ids = caption_ids(batch["caption"]).to(self.device)
+        noise = RowNoise.of(self.config.seed, self.step, batch["row"])
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate(self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp):
-            views = self.make_views(self.model, batch["image"], text)
-            loss, parts = self.losses(views, batch["image"], ids)
+            loss, values = self.compute(batch["image"], text, ids, noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, self.config.clip)
         self.optimizer.step()
         self.step += 1
-        return torch.stack([loss.detach(), *(parts[name] for name in self.losses.weights)]).float()
+        return values.detach()
 
     def save(self) -> None:
         """The whole state of the run; what follows from it is the same as without the interruption."""
@@ -155,12 +210,10 @@ class Trainer:
             "rng": rng_state(),
             "asked": self.asked,
             "pictures": self.progress.state_dict(),
-            "progress": {
-                **{"step": self.step, "epoch": self.epoch, "position": self.position},
-                **{"best": self.best, "stale": self.stale, "figures": self.figures},
-            },
+            "shards": self._shard_counts(),
+            "progress": {"step": self.step, "best": self.best, "stale": self.stale, "figures": self.figures},
         }
-        save_checkpoint(self.folder / LAST, model_state(self.config, self.model, self.tokenizer) | state)
+        save_last(self.folder, model_state(self.config, self.model, self.tokenizer) | state, self.world)
 
     def _restore(self, content: dict[str, Any]) -> None:
         try:
@@ -169,14 +222,23 @@ class Trainer:
             self.losses.fuse.load_state_dict(content["fusion"])
             if self.losses.bank is not None:
                 self.losses.bank.load_state_dict(content["bank"])
-            for name, value in content["progress"].items():
-                setattr(self, name, value)
+            for name in ("step", "best", "stale", "figures"):
+                setattr(self, name, content["progress"][name])
+            if isinstance(self.data, ShardData):
+                self.data.counts = dict(content.get("shards", {}))
             self.progress.load_state_dict(content.get("pictures", {}))
             set_rng_state(content["rng"])
-            if self.figures and self.figures["score"] == self.best and self._best_step() != self.step:
+            if (
+                self.world.main
+                and self.figures
+                and self.figures["score"] == self.best
+                and self._best_step() != self.step
+            ):
                 self._save_best()  # killed between the two files
         except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"checkpoint: {self.folder / LAST} does not fit this version's run ({error})") from error
+            raise ValueError(
+                f"checkpoint: {last_checkpoint(self.folder)} does not fit this version's run ({error})"
+            ) from error
 
     def _make_losses(self) -> ImagenLosses:
         config = self.config
@@ -191,7 +253,17 @@ class Trainer:
             emb_dim=config.dim,
             weighting=config.weighting,
             reference=config.losses == "reference",
+            shared=SharedBatch(self.world, config.batch_size) if self.world.size > 1 else None,
         )
+
+    def _metrics(self) -> Metrics:
+        folder = self.folder if self.world.main else None
+        return Metrics(folder, list(self.losses.weights), self.step, validated=validated(self.config))
+
+    def _shard_counts(self) -> dict[str, int]:
+        if not isinstance(self.data, ShardData):
+            return {}
+        return {url: count for counts in self.world.every(self.data.counts) for url, count in counts.items()}
 
     def _captions(self) -> Iterator[str]:
         if hasattr(self.data, "captions"):
@@ -203,18 +275,9 @@ class Trainer:
         return self.model.text_encoder.encode(captions)  # type: ignore[operator]
 
     def _batches(self) -> Iterator[dict[str, Any]]:
-        """Batches for ever, from where the run stands; the position counts a batch once it is handed out."""
-        config = self.config
-        while True:
-            before = self.position
-            for batch in batches(
-                self.data, config.batch_size, config.seed, self.epoch, self.device, skip=self.position
-            ):
-                self.position += 1
-                yield batch
-            if before == 0 and self.position == 0:
-                raise ValueError(f"data: the train split of {config.data} gives no batch")
-            self.epoch, self.position = self.epoch + 1, 0
+        """This rank's rows of the batches for ever, from that of the next step on."""
+        own = self.world.own(self.config.batch_size)
+        return global_batches(self.data, self.config.batch_size, self.config.seed, self.step, self.device, own=own)
 
     def _learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine that ends at 1 % of the peak with the last step."""
@@ -223,18 +286,23 @@ class Trainer:
         return self.config.learning_rate * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
 
     def _validate(self, metrics: Metrics) -> None:
-        self.figures = validate(self.model, self.config, "val", self.splits["val"])
+        self.figures, pictures = self.world.first(self._judge)
+        self.progress.load_state_dict(pictures)
         metrics.add_validation(self.figures)
-        self.progress.add(self.step, self.model, self.config, self.splits)
         better = self.figures["score"] > self.best + 1e-4
         self.stale = 0 if better else self.stale + 1
         if better:
             self.best = self.figures["score"]
         self.save()
         if better:
-            self._save_best()
+            self.world.first(self._save_best)
         if self._enough() and not self.quiet:
             log.info("stopped at step %d: the score is %s, the best %.4f", self.step, self._score(), self.best)
+
+    def _judge(self) -> tuple[dict[str, float], dict[str, Any]]:
+        figures = validate(self.model, self.config, "val", self.splits["val"])
+        self.progress.add(self.step, self.model, self.config, self.splits)
+        return figures, self.progress.state_dict()
 
     def _save_best(self) -> None:
         best = model_state(self.config, self.model, self.tokenizer) | {"progress": {"step": self.step}}
@@ -265,24 +333,6 @@ class Trainer:
         reached = config.quality > 0 and self.best >= config.quality
         return reached or (config.patience > 0 and self.stale >= config.patience)
 
-    def _bar(self) -> Any:
-        if self.quiet:
-            return contextlib.nullcontext(_NoBar())
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return contextlib.nullcontext(_NoBar())
-        pause = 0.5 if sys.stderr.isatty() else 10  # a log file needs no line per step
-        return tqdm(total=self.config.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=pause)
-
     def _shown(self, latest: dict[str, float]) -> str:
         losses = [f"loss {latest['loss']:.3f}", *(f"{name[:4]} {latest[name]:.3g}" for name in self.losses.weights)]
         return ", ".join(losses + ([f"score {self._score()}"] if self.figures else []))
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        """Nothing is shown."""
-
-    def set_postfix_str(self, text: str) -> None:
-        """Nothing is shown."""

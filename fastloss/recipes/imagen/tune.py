@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from ..training.checkpoint import LAST, load_checkpoint
 from ..training.run_folder import RUN, started
+from ..training.world import World, of_all_ranks
 from .config import Config
 from .figures import Z, count_of, score_error, score_meaning
 from .pictures import pyplot, save_figure
@@ -44,8 +45,13 @@ def tune(config: Config, trials: int, report: Callable[[str], None] = print) -> 
     and tune.png are written after each.
 
     Raises:
-        ValueError: the folder has the trials of another search. ImportError: no optuna.
+        ValueError: the folder has the trials of another search, or there are several ranks. ImportError: no optuna.
     """
+    ranks = World.join(config.device).size
+    if ranks > 1:
+        raise of_all_ranks(
+            ValueError(f"tune: expected one process, got {ranks} ranks; torchrun is for `fastloss train`")
+        )
     if trials < 1:
         raise ValueError(f"trials: expected at least 1, got {trials}")
     try:

@@ -8,14 +8,15 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
 
 
 class Metrics:
-    """Collects a tensor of losses per step; `flush` fetches all of them at once and writes their rows.
+    """Collects a tensor of losses per step; `flush` fetches all of them at once and writes their rows. Without a
+    folder, on a rank that writes nothing, it only sees that they are finite.
 
     `validated` are the figures of a validation; they stand as `val_NAME` in the row of their step, and other rows have
     nothing there.
@@ -25,18 +26,20 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, names: list[str], step: int, tensorboard: bool = True, validated: Sequence[str] = ()
+        self, folder: Path | None, names: list[str], step: int, tensorboard: bool = True, validated: Sequence[str] = ()
     ) -> None:
-        self.path = folder / "metrics.csv"
         self.columns = ["step", "loss", *names, "learning_rate", "samples_per_second"]
         self.validated = list(validated)
         self._none = [""] * len(self.validated)
         self._last: tuple[int, list[Any]] = (0, [])  # where the last row starts, and the row
         self._waiting: list[tuple[int, Tensor, float, int]] = []
-        _keep_rows(self.path, [*self.columns, *(f"val_{name}" for name in self.validated)], step)
-        self._file = open(self.path, "a", newline="")  # noqa: SIM115, closed in close()
-        self._rows = csv.writer(self._file)
-        self._board = _board(folder, step) if tensorboard else None
+        self._file: TextIO | None = None
+        self._board: Any = None
+        if folder is not None:
+            path = folder / "metrics.csv"
+            _keep_rows(path, [*self.columns, *(f"val_{name}" for name in self.validated)], step)
+            self._file = open(path, "a", newline="")  # noqa: SIM115, closed in close()
+            self._board = _board(folder, step) if tensorboard else None
         self._since = time.perf_counter()
         self.latest: dict[str, float] = {}
 
@@ -49,10 +52,12 @@ class Metrics:
             return
         values = torch.stack([losses for _, losses, _, _ in self._waiting]).cpu().tolist()
         speed = sum(samples for *_, samples in self._waiting) / max(time.perf_counter() - self._since, 1e-9)
-        for (step, _, learning_rate, _), row in zip(self._waiting, values, strict=True):
-            self._last = self._file.tell(), [step, *(f"{v:.7g}" for v in row), f"{learning_rate:.6g}", f"{speed:.1f}"]
-            self._rows.writerow([*self._last[1], *self._none])
-        self._file.flush()
+        if self._file is not None:
+            for (step, _, learning_rate, _), row in zip(self._waiting, values, strict=True):
+                words = [step, *(f"{v:.7g}" for v in row), f"{learning_rate:.6g}", f"{speed:.1f}"]
+                self._last = self._file.tell(), words
+                csv.writer(self._file).writerow([*words, *self._none])
+            self._file.flush()
         step, _, learning_rate, _ = self._waiting[-1]
         self.latest = dict(zip(self.columns[1:], [*values[-1], learning_rate, speed], strict=True))
         self.board(step, {f"train/{name}": value for name, value in self.latest.items()})
@@ -66,10 +71,10 @@ class Metrics:
     def add_validation(self, figures: dict[str, float]) -> None:
         """Write the figures into the last row; call it after a flush."""
         at, row = self._last
-        if row:
+        if row and self._file is not None:
             self._file.truncate(at)  # opened to append: what is written next stands there
             values = (figures.get(name) for name in self.validated)
-            self._rows.writerow([*row, *("" if value is None else f"{value:.7g}" for value in values)])
+            csv.writer(self._file).writerow([*row, *("" if value is None else f"{value:.7g}" for value in values)])
             self._file.flush()
         self.board(
             int(row[0]) if row else 0, {f"val/{name}": figures[name] for name in self.validated if name in figures}
@@ -85,7 +90,8 @@ class Metrics:
         self._since = time.perf_counter()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

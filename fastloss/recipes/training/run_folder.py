@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .checkpoint import BEST, LAST, prepare_folder
+from .checkpoint import BEST, LAST, SHARDED, prepare_folder
+from .sharded import previous
 
-RUN = (LAST, BEST, "report.md", "samples.png", "curves.png")  # a folder with one of them has a run
+RUN = (LAST, SHARDED, BEST, "report.md", "samples.png", "curves.png")  # a folder with one of them has a run
 METRICS = "metrics.csv"
 
 
@@ -45,7 +47,8 @@ def clear(folder: Path) -> None:
     if not any((folder / name).exists() for name in (*RUN, METRICS)):
         return
     for name in (*RUN, METRICS):
-        (folder / name).unlink(missing_ok=True)
+        _delete(folder / name)
+    _delete(previous(folder / SHARDED))
     for path in (folder / "tensorboard").glob("events.out.tfevents.*"):
         path.unlink(missing_ok=True)
 
@@ -54,9 +57,16 @@ def clear_temporary(folder: Path) -> None:
     """Delete the temporary files of runs that were killed while they wrote; those of processes that live stay."""
     for path in folder.glob(".*"):
         pid = path.name.rpartition(".")[2].rpartition("-")[2]
-        ours = path.name.startswith((f".{LAST}.", f".{BEST}.", ".writable-")) and pid.isdigit()
+        ours = path.name.startswith((f".{LAST}.", f".{SHARDED}.", f".{BEST}.", ".writable-")) and pid.isdigit()
         if path.name == ".metrics.csv" or (ours and not _lives(int(pid))):
-            path.unlink(missing_ok=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lives(pid: int) -> bool:
