@@ -1,4 +1,4 @@
-"""The command line: fastloss train | tune | sample | bench | info, the same as `python -m fastloss`.
+"""The command line: fastloss train | train-clip | tune | sample | bench | info, the same as `python -m fastloss`.
 
 typer and everything of the training system are imported when a command runs, so that the losses alone need neither.
 Help, version and completion come without torch: see `_is_the_command` in the package's `__init__.py`.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import inspect
 import logging
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 EXTRA = 'pip install ".[train]" in its checkout, as its README has it'
-HELP = "Fused losses for PyTorch: the reference text-to-image training, its samples, benchmarks, what is installed."
+HELP = "Fused losses for PyTorch: reference trainings, text to image and image-text, benchmarks, what is installed."
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -45,8 +46,9 @@ def make_app() -> Any:
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=HELP)
     app.callback()(_version_option(typer))
     app.command("info")(info)
-    app.command("train")(_with_run_options(train, typer))
-    app.command("tune")(_with_run_options(tune, typer))
+    app.command("train")(_with_run_options(train, typer, "imagen"))
+    app.command("train-clip")(_with_run_options(train_clip, typer, "clip"))
+    app.command("tune")(_with_run_options(tune, typer, "imagen"))
     app.command("sample")(_sample_command(typer))
     anything = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
     bench.__annotations__["context"] = typer.Context
@@ -129,6 +131,15 @@ def train(config: Any, explicit: dict[str, Any], resume: bool = False, overwrite
         print(line)
 
 
+def train_clip(config: Any, explicit: dict[str, Any], resume: bool = False, overwrite: bool = False) -> None:
+    """Train an image and a text encoder (CLIP, SigLIP); writes pictures, curves, metrics, a report and a checkpoint."""
+    from .recipes.clip.run import train as job
+
+    line = job(config, explicit, resume, overwrite)
+    if _rank() == 0:
+        print(line)
+
+
 def tune(config: Any, explicit: dict[str, Any], trials: int = 20) -> None:
     """Search the fusion weights with short runs; a second call with the same --out goes on with the search."""
     from .recipes.imagen.tune import tune as job
@@ -146,10 +157,10 @@ ALIASES = {"learning_rate": ("--learning-rate", "--lr")}
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {"tune": {"steps": 200, "out": "runs/tune"}}
 
 
-def _with_run_options(command: Callable[..., None], typer: Any) -> Callable[..., None]:
-    """`command` with an option for every field of `Config`, and one for each parameter of its own."""
-    from .recipes.imagen.config import RUN, Config
-
+def _with_run_options(command: Callable[..., None], typer: Any, recipe: str) -> Callable[..., None]:
+    """`command` with an option for every field of the recipe's `Config`, and one for each parameter of its own."""
+    config_file = importlib.import_module(f".recipes.{recipe}.config", __package__)
+    Config, RUN = config_file.Config, config_file.RUN  # noqa: N806
     hints = {"str": str, "int": int, "float": float, "bool": bool}
     defaults = OTHER_DEFAULTS.get(command.__name__, {})
     keyword = inspect.Parameter.KEYWORD_ONLY

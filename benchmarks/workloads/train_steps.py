@@ -59,10 +59,11 @@ def clip_step(shape: str, dtype: str, device: str, provider: str) -> Step:
 def imagen_step(shape: str, dtype: str, device: str, provider: str) -> Step:
     """A step of `fastloss train --data digits`, of its default size, on random images and captions."""
     from fastloss import PerceptualLoss
+    from fastloss.recipes.data.samples import caption_ids
     from fastloss.recipes.imagen.build import make_model, make_tokenizer
     from fastloss.recipes.imagen.config import Config
     from fastloss.recipes.imagen.digits_backbone import DigitsBackbone, DigitsClassifier
-    from fastloss.recipes.imagen.losses import ImagenLosses, caption_ids, make_views
+    from fastloss.recipes.imagen.losses import ImagenLosses, make_views
 
     torch.manual_seed(0)
     config = Config(losses="fast" if provider == "fastloss" else "reference")

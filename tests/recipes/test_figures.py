@@ -12,6 +12,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fastloss import ssim_loss  # noqa: E402
+from fastloss.recipes.data.splits import Splits  # noqa: E402
 from fastloss.recipes.imagen.config import Config  # noqa: E402
 from fastloss.recipes.imagen.curves import percent, shares, windows  # noqa: E402
 from fastloss.recipes.imagen.digits_quality import counts  # noqa: E402
@@ -20,7 +21,6 @@ from fastloss.recipes.imagen.figures import FIGURES, interval, rows, score_error
 from fastloss.recipes.imagen.image_quality import frechet_distance, image_figures  # noqa: E402
 from fastloss.recipes.imagen.losses import perceptual_loss  # noqa: E402
 from fastloss.recipes.imagen.report import random_backbones, resolved  # noqa: E402
-from fastloss.recipes.imagen.splits import Splits  # noqa: E402
 from fastloss.recipes.imagen.tune import Trial, alike, alike_in_words  # noqa: E402
 from fastloss.recipes.training.metrics import Metrics, read_metrics  # noqa: E402
 from tests.recipes.test_imagen import make_small  # noqa: E402

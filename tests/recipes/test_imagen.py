@@ -16,6 +16,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 
 from fastloss import MemoryBank, core  # noqa: E402
+from fastloss.recipes.data.samples import caption_ids  # noqa: E402
 from fastloss.recipes.data.tokenizer import ByteTokenizer, WordTokenizer  # noqa: E402
 from fastloss.recipes.imagen.build import generate, load_model  # noqa: E402
 from fastloss.recipes.imagen.config import (  # noqa: E402
@@ -23,7 +24,7 @@ from fastloss.recipes.imagen.config import (  # noqa: E402
     Config,
     parse_weights,
 )
-from fastloss.recipes.imagen.losses import ImagenLosses, caption_ids, make_views  # noqa: E402
+from fastloss.recipes.imagen.losses import ImagenLosses, make_views  # noqa: E402
 from fastloss.recipes.imagen.model import ImageDecoder, ImageEncoder, Imagen, PretrainedTextEncoder, TextEncoder  # noqa: E402
 from fastloss.recipes.imagen.train import Trainer  # noqa: E402
 from fastloss.recipes.training.checkpoint import load_checkpoint  # noqa: E402

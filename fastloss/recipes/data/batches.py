@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from ...core.checks import check_choice
 from .digits import load_digits
 from .folder import FolderData
+from .glyphs import GlyphsData
 from .samples import HELD_OUT, SPLITS, Skipped
 from .shards import ShardData
 
@@ -42,15 +43,16 @@ class DigitsData:
 
 def open_dataset(
     spec: str, split: str, size: int, channels: int, held_out: tuple[int, int] = HELD_OUT
-) -> DigitsData | FolderData | ShardData:
+) -> DigitsData | GlyphsData | FolderData | ShardData:
     """A split of a data set, whose samples are ``dict(image=[channels, size, size] in [0, 1], caption=str)``.
 
     Args:
-        spec: ``"digits"`` (scikit-learn's, see `digits.py`), ``"folder:PATH"`` (see :class:`FolderData`) or
-            ``"wds:SHARDS"``, e.g. ``"wds:shards"`` or ``"wds:shards/train-{0000..0015}.tar"`` (see :class:`ShardData`).
+        spec: ``"digits"`` (scikit-learn's, see `digits.py`), ``"glyphs"`` (characters of fonts, see `glyphs.py`),
+            ``"folder:PATH"`` (see :class:`FolderData`) or ``"wds:SHARDS"``, e.g. ``"wds:shards"`` or
+            ``"wds:shards/train-{0000..0015}.tar"`` (see :class:`ShardData`).
         split: ``"train"``, ``"val"`` or ``"test"``. size: side in pixels, >= 8. channels: 1 or 3.
-        held_out: percent of the images in val and in test, where no folder or shard is called so; the digits' splits
-            are fixed.
+        held_out: percent of the images in val and in test, where no folder or shard is called so; the splits of
+            digits and glyphs are fixed.
 
     Raises:
         ValueError: a bad argument, no such folder, or no usable sample.
@@ -67,15 +69,17 @@ def open_dataset(
     kind, _, where = spec.partition(":")
     if spec == "digits":
         return DigitsData(split, size, channels)
+    if spec == "glyphs":
+        return GlyphsData(split, size, channels)
     if kind == "folder" and where:
         return FolderData(where, split, size, channels, held_out)
     if kind == "wds" and where:
         return ShardData(where, split, size, channels, held_out)
-    raise ValueError(f"data: expected 'digits', 'folder:PATH' or 'wds:SHARDS', got {spec!r}")
+    raise ValueError(f"data: expected 'digits', 'glyphs', 'folder:PATH' or 'wds:SHARDS', got {spec!r}")
 
 
 def batches(
-    dataset: DigitsData | FolderData | ShardData,
+    dataset: DigitsData | GlyphsData | FolderData | ShardData,
     batch_size: int,
     seed: int,
     epoch: int,
@@ -120,11 +124,11 @@ def batches(
 
 
 def batches_of(
-    dataset: DigitsData | FolderData, chunks: Iterable[Tensor], device: torch.device, num_workers: int = 0
+    dataset: DigitsData | GlyphsData | FolderData, chunks: Iterable[Tensor], device: torch.device, num_workers: int = 0
 ) -> Iterator[Batch]:
     """A batch for each tensor of indices."""
-    if isinstance(dataset, DigitsData):
-        return _digit_batches(dataset, chunks, device)
+    if isinstance(dataset, (DigitsData, GlyphsData)):
+        return _memory_batches(dataset, chunks, device)
     return _folder_batches(dataset, chunks, device, num_workers)
 
 
@@ -138,10 +142,14 @@ def too_few(batch_size: int, samples: int) -> ValueError:
     return ValueError(f"batch_size: expected at most the number of samples, {samples}, got {batch_size}")
 
 
-def _digit_batches(dataset: DigitsData, chunks: Iterable[Tensor], device: torch.device) -> Iterator[Batch]:
+def _memory_batches(
+    dataset: DigitsData | GlyphsData, chunks: Iterable[Tensor], device: torch.device
+) -> Iterator[Batch]:
     images = dataset.images = dataset.images.to(device)  # a few MB: kept where they are used
     for chunk in chunks:
-        yield {"image": images[chunk.to(device)], "caption": [dataset.captions[i] for i in chunk.tolist()]}
+        image = images[chunk.to(device)]
+        image = image if image.is_floating_point() else image.float() / 255
+        yield {"image": image, "caption": [dataset.captions[i] for i in chunk.tolist()]}
 
 
 class _FolderReader(Dataset):

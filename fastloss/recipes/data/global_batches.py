@@ -9,12 +9,13 @@ from torch import Tensor
 
 from .batches import Batch, DigitsData, batches_of, epoch_order, too_few
 from .folder import FolderData
+from .glyphs import GlyphsData
 from .lanes import Lanes
 from .shards import ShardData
 
 
 def global_batches(
-    dataset: DigitsData | FolderData | ShardData,
+    dataset: DigitsData | GlyphsData | FolderData | ShardData,
     batch_size: int,
     seed: int,
     step: int = 0,
@@ -59,7 +60,7 @@ def batch_indices(samples: int, batch_size: int, seed: int, step: int) -> Iterat
 
 
 def _by_indices(
-    dataset: DigitsData | FolderData, batch_size: int, seed: int, step: int, own: range, rows: Tensor
+    dataset: DigitsData | GlyphsData | FolderData, batch_size: int, seed: int, step: int, own: range, rows: Tensor
 ) -> Iterator[Batch]:
     indices = batch_indices(len(dataset), batch_size, seed, step)
     said = batch_indices(len(dataset), batch_size, seed, step)

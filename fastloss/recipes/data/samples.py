@@ -102,6 +102,12 @@ def splits_of(
     return found
 
 
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """(B,) int64 that are equal for equal captions, in this run and any other."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions)
+    return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
+
+
 def _hash(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big")
 

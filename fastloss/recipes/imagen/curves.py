@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..training.pictures import pyplot, save_figure
 from .config import WEIGHTS
 from .figures import FIGURES
-from .pictures import pyplot, save_figure
 
 TRAIN, VALIDATION = "tab:blue", "tab:orange"
 WINDOW = 50  # steps at most in the first and in the last window of a run
@@ -65,7 +65,7 @@ def curves_figure(curves: dict[str, list[float]], path: Path, weights: dict[str,
     own scale, a unit, and says whether lower or higher is better."""
     plt = pyplot()
     losses = ["loss", *(name for name in WEIGHTS if name in curves)]
-    found = [name for name in (f"val_{figure}" for figure in FIGURES) if name in curves and _points(curves, name)[0]]
+    found = [name for name in (f"val_{figure}" for figure in FIGURES) if name in curves and points(curves, name)[0]]
     names = [*losses, "learning_rate", *found]
     columns = 3
     rows = -(-len(names) // columns)
@@ -90,7 +90,7 @@ def _training_panel(axis: Any, curves: dict[str, list[float]], name: str, part: 
     exact = name == "learning_rate"
     if not exact:
         axis.plot(curves["step"], curves[name], linewidth=0.5, alpha=0.4, color=TRAIN)
-    axis.plot(curves["step"], curves[name] if exact else _smooth(curves[name]), linewidth=1.2, color=TRAIN)
+    axis.plot(curves["step"], curves[name] if exact else smooth(curves[name]), linewidth=1.2, color=TRAIN)
     title = {"loss": "training loss, lower is better", "learning_rate": "learning rate"}.get(
         name, f"training {name.replace('_', ' ')}, lower is better"
     )
@@ -102,7 +102,7 @@ def _training_panel(axis: Any, curves: dict[str, list[float]], name: str, part: 
 
 def _validation_panel(axis: Any, curves: dict[str, list[float]], name: str) -> None:
     figure = name.removeprefix("val_")
-    steps, values = _points(curves, name)
+    steps, values = points(curves, name)
     axis.plot(steps, values, marker="o", markersize=3, linewidth=1.2, color=VALIDATION)
     axis.set_title(f"validation {figure.replace('_', ' ')}, {FIGURES[figure].better} is better", fontsize=9)
     axis.set_ylabel(VALIDATED_UNITS[figure], fontsize=8)
@@ -110,12 +110,12 @@ def _validation_panel(axis: Any, curves: dict[str, list[float]], name: str) -> N
         axis.set_ylim(-0.03, 1.03)
 
 
-def _points(curves: dict[str, list[float]], name: str) -> tuple[list[float], list[float]]:
+def points(curves: dict[str, list[float]], name: str) -> tuple[list[float], list[float]]:
     pairs = [(step, v) for step, v in zip(curves["step"], curves[name], strict=True) if not math.isnan(v)]
     return [step for step, _ in pairs], [v for _, v in pairs]
 
 
-def _smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
+def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
     """Exponential mean without the pull to 0 at its start."""
     mean, weight, out = 0.0, 0.0, []
     for value in values:

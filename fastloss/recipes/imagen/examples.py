@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ..data.batches import batches
 from ..data.shards import ShardData
+from ..data.splits import Splits
 from .build import generate
 from .config import DIGITS, Config
 from .model import Imagen
-from .splits import Splits
 
 HELD_OUT, SEEN, FOLLOWED = 12, 4, 3  # rows of a picture
 KEPT = 16  # pictures of the progress; of more, every second goes

@@ -17,7 +17,6 @@ stochastic views whose attention should agree.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -80,12 +79,6 @@ def make_views(model: Imagen, image: Tensor, text: tuple[Tensor, Tensor], noise:
     emb_b = torch.func.functional_call(encoder, frozen, (image_b,)).emb
     halves = [QueryKey(*pair) for pair in zip(attention.q.chunk(2), attention.k.chunk(2), strict=True)]
     return Views(features, real, image_a, image_b, z_a, z_b, emb_b, *halves)
-
-
-def caption_ids(captions: Sequence[str]) -> Tensor:
-    """(B,) int64 that are equal for equal captions, in this run and any other."""
-    digests = (hashlib.blake2b(text.encode(), digest_size=7).digest() for text in captions)
-    return torch.tensor([int.from_bytes(digest, "big") for digest in digests], dtype=torch.int64)
 
 
 class ImagenLosses(nn.Module):

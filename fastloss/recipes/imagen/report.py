@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import __version__
+from ..data.splits import Splits
 from ..training.metrics import read_metrics
+from ..training.pictures import Section, caption_rows, draw_sections, stacked
 from .build import generate
 from .config import DIGITS, WEIGHTS, Config
 from .curves import curves_figure, percent, shares, windows
 from .examples import Progress, held_out_examples, nearest_training_images, seen_examples
 from .figures import rows, shown
 from .model import Imagen
-from .pictures import Section, caption_rows, draw_sections, stacked
-from .splits import Splits
 
 SAMPLES = 4  # images of each caption in samples.png
 

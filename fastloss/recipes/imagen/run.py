@@ -8,16 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..data.splits import Splits, few
 from ..training.checkpoint import BEST, load_checkpoint
+from ..training.pictures import Section, caption_rows, draw_sections, stacked
 from ..training.run_folder import started
 from ..training.world import World, of_all_ranks
 from .build import generate, load_model
 from .config import Config
 from .examples import real_images
 from .image_quality import image_figures
-from .pictures import Section, caption_rows, draw_sections, stacked
 from .report import Finished, write_report
-from .splits import Splits, few
 from .train import Trainer
 from .validation import validate
 

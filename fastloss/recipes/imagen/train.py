@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from ..data import tokenizer as tokenizers
 from ..data.global_batches import global_batches
+from ..data.samples import caption_ids
 from ..data.shards import ShardData
+from ..data.splits import Splits
 from ..training.checkpoint import (
     BEST,
     LAST,
@@ -28,17 +30,17 @@ from ..training.checkpoint import (
 from ..training.interrupt import Interrupted, StopRequest
 from ..training.metrics import Metrics
 from ..training.noise import RowNoise
+from ..training.options import fitted
 from ..training.progress import progress_bar
 from ..training.run_folder import check_free, clear, clear_temporary, started
 from ..training.shared_batch import SharedBatch
 from ..training.world import StopVote, World, across_ranks, of_all_ranks
 from .build import make_model, make_tokenizer, model_state, tokenizer_state
-from .config import Config, fitted
+from .config import Config
 from .examples import Progress
 from .figures import shown, validated
-from .losses import ImagenLosses, caption_ids, make_views, perceptual_loss
+from .losses import ImagenLosses, make_views, perceptual_loss
 from .model import Imagen
-from .splits import Splits
 from .validation import validate
 
 log = logging.getLogger("fastloss")

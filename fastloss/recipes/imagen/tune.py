@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..data.splits import FEW
 from ..training.checkpoint import LAST, load_checkpoint
+from ..training.pictures import pyplot, save_figure
 from ..training.run_folder import RUN, started
 from ..training.world import World, of_all_ranks
 from .config import Config
 from .figures import Z, count_of, score_error, score_meaning
-from .pictures import pyplot, save_figure
-from .splits import FEW
 from .train import Trainer
 
 TUNED = {  # range of each fusion weight; the others keep their values

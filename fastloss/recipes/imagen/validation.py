@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ..data.batches import batches, open_dataset
+from ..data.samples import caption_ids
 from .build import generate
 from .config import DIGITS, Config
-from .losses import caption_ids
 from .model import Imagen
 
 IMAGES = 512  # of a validation split that are looked at

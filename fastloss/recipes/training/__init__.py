@@ -6,6 +6,8 @@ noise.py       random numbers that do not depend on the number of ranks
 checkpoint.py  checkpoints, written whole or not at all
 sharded.py     those that several ranks write
 metrics.py     a CSV row per step, and TensorBoard
+options.py     fields and checks of configurations
+pictures.py    grids of images
 progress.py    the progress bar of rank 0
 run_folder.py  where a run may write, and what a killed one left
 interrupt.py   Ctrl-C and SIGTERM, which end a run after a step

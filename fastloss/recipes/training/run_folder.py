@@ -11,7 +11,15 @@ from pathlib import Path
 from .checkpoint import BEST, LAST, SHARDED, prepare_folder
 from .sharded import previous
 
-RUN = (LAST, SHARDED, BEST, "report.md", "samples.png", "curves.png")  # a folder with one of them has a run
+RUN = (
+    LAST,
+    SHARDED,
+    BEST,
+    "report.md",
+    "samples.png",
+    "retrieval.png",
+    "curves.png",
+)  # a folder with one of them has a run
 METRICS = "metrics.csv"
 
 

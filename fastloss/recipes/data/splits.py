@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
-from ..data.batches import open_dataset
-from ..data.shards import ShardData
-from .config import Config
+from .batches import open_dataset
+from .shards import ShardData
 
 COUNTED = 512  # samples of shards are read one by one to be counted; from here on it is "at least"
 FEW = 50  # images, below which a figure says little
 
 
+class Source(Protocol):
+    """What a configuration says of its data."""
+
+    data: str
+    size: int
+
+    def image_channels(self) -> int: ...
+
+    def held_out(self) -> tuple[int, int]: ...
+
+
 class Splits:
     """``splits["train"]``, ``["val"]`` and ``["test"]`` of the data set that a configuration names."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Source) -> None:
         self.config = config
         self._open: dict[str, Any] = {}
         self._counts: dict[tuple[str, int], int] = {}
