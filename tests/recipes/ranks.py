@@ -25,8 +25,8 @@ RANKS, STEPS = 2, 50
 OPTIONS = ["--batch-size", "9", "--dim", "16", "--depth", "1", "--log-every", "5", "--device", "cpu"]
 
 
-def launch(folder: Path, timeout: int = 240) -> list[dict[str, Any]]:
-    """What the job returned on each rank."""
+def launch(folder: Path, timeout: int = 240, job: str = "tests.recipes.ranks") -> list[dict[str, Any]]:
+    """What the job, a module with a `main`, returned on each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -38,7 +38,7 @@ def launch(folder: Path, timeout: int = 240) -> list[dict[str, Any]]:
     }
     if sys.platform == "linux":
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "tests.recipes.ranks", str(folder)]
+    command = [sys.executable, "-m", job, str(folder)]
     processes = [
         subprocess.Popen(
             command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,

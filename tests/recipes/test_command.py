@@ -38,7 +38,7 @@ def seconds(*arguments):
 def test_help_takes_less_than_a_second_and_no_torch():
     idle = min(seconds("-c", "pass") for _ in range(2))
     assert min(seconds("-m", "fastloss", "train", "--help") for _ in range(2)) - idle < 1
-    for arguments in (["--help"], ["train", "--help"], ["sample", "--help"]):
+    for arguments in (["--help"], ["train", "--help"], ["train-clip", "--help"], ["sample", "--help"]):
         code = (
             "import atexit, runpy, sys\n"
             f"sys.argv = ['fastloss', *{arguments!r}]\n"
@@ -74,7 +74,7 @@ def test_commands_options_and_choices_are_completed():
     def completed(words, at):
         return run("-m", "fastloss", _FASTLOSS_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(at)).stdout
 
-    assert completed("fastloss t", 1).split() == ["train", "tune"]
+    assert completed("fastloss t", 1).split() == ["train", "train-clip", "tune"]
     assert "--overwrite" in completed("fastloss train --ov", 2).split()
     assert completed("fastloss train --weighting re", 3).split() == ["relobralo"]
 

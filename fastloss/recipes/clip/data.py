@@ -19,7 +19,7 @@ class Classes(NamedTuple):
     captions: list[str]  # of all classes
     of: Tensor  # [captions] int64: the class of each
     by_caption: dict[str, int]
-    count: int
+    number: int
 
 
 def same_ids(data: Any, captions: list[str]) -> Tensor:

@@ -89,14 +89,14 @@ def evaluate(model: TwoEncoders, config: Config, data: Any) -> dict[str, float]:
     split = embed_split(model, config, data)
     classes = zero_shot_classes(config, data, split.texts)
     names = embed_captions(model, config, classes.captions)
-    sums = names.new_zeros(classes.count, names.shape[1]).index_add_(0, classes.of.to(names.device), names)
+    sums = names.new_zeros(classes.number, names.shape[1]).index_add_(0, classes.of.to(names.device), names)
     labels = torch.tensor([classes.by_caption[caption] for caption in split.captions], device=names.device)
-    indices = torch.arange(classes.count, device=names.device)
+    indices = torch.arange(classes.number, device=names.device)
     figures = _hits("top", split.image, F.normalize(sums, dim=1), labels, indices)
     figures |= _hits("caption_recall", split.image, split.text, split.ids, split.text_ids)
     figures |= _hits("image_recall", split.text, split.image, split.text_ids, split.ids)
     figures["score"] = (figures["top1"] + figures["caption_recall1"] + figures["image_recall1"]) / 3
-    counts = {"n": len(split.captions), "classes": classes.count, "captions": len(split.texts)}
+    counts = {"n": len(split.captions), "classes": classes.number, "captions": len(split.texts)}
     return figures | counts | {f"n_image_recall{k}": len(split.texts) for k in (1, FIVE)}
 
 

@@ -69,7 +69,7 @@ def retrieval_figure(split: Embedded, path: Path) -> None:
         seen = [_framed(split.images[i], wrong=bool(split.ids[i] != wanted)) for i in found]
         rows.append([split.images[own], *seen, *[None] * (NEAREST - len(found))])
     columns = ["own", *(f"nearest {k + 1}" if k < 1 else f"{k + 1}" for k in range(NEAREST))]
-    title = f"Test captions and their nearest of {len(split.captions)} test images; a frame: it shows something else"
+    title = f"Test captions and their nearest of {len(split.captions)} test images; a frame: of another caption"
     draw_sections([Section(title, columns, [split.texts[place] for place in places], rows)], path)
 
 

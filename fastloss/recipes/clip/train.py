@@ -86,7 +86,7 @@ class Trainer:
             state = resumed["tokenizer"]
         else:
             state = world.first(lambda: self._tokenizer().state_dict())
-        self.tokenizer = tokenizers.from_state_dict(state)
+        self.tokenizer: Any = tokenizers.from_state_dict(state)
         world.together(self._make)
         self.backward = Backward(Step(self.model, self.config, world), self.config, world, self.device)
         self.step, self.best, self.stale = 0, -math.inf, 0

@@ -115,8 +115,7 @@ def _check_length(max_length: int) -> int:
 
 def _pack(rows: list[list[int]], length: int) -> tuple[Tensor, Tensor]:
     """Rows cut to `length - 1`, closed with END and padded: one static shape, which torch.compile wants."""
-    ids = torch.full((len(rows), length), PAD, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        kept = row[: length - 1] + [END]
-        ids[i, : len(kept)] = torch.tensor(kept)
+    closed = [row[: length - 1] + [END] for row in rows]
+    padded = [row + [PAD] * (length - len(row)) for row in closed]
+    ids = torch.tensor(padded, dtype=torch.int64).view(len(rows), length)
     return ids, ids != PAD
