@@ -13,11 +13,12 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from fastloss.recipes.data.splits import Splits, few  # noqa: E402
-from fastloss.recipes.imagen.config import Config, fitted  # noqa: E402
+from fastloss.recipes.imagen.config import Config  # noqa: E402
 from fastloss.recipes.imagen.losses import perceptual_loss  # noqa: E402
 from fastloss.recipes.imagen.run import train  # noqa: E402
 from fastloss.recipes.imagen.train import Trainer  # noqa: E402
 from fastloss.recipes.training.metrics import read_metrics  # noqa: E402
+from fastloss.recipes.training.options import fitted  # noqa: E402
 from tests.recipes.test_cli import call  # noqa: E402
 from tests.recipes.test_data import captioned, noise_file  # noqa: E402
 from tests.recipes.test_imagen import small  # noqa: E402

@@ -26,7 +26,7 @@ class Config:
         DATA, GLYPHS, "glyphs, digits, folder:PATH, or wds: with a folder, a glob or braces of .tar shards"
     )
     out: str = option(RUN, "runs/clip", "folder for checkpoint, metrics, pictures and report")
-    steps: int = option(RUN, 1500, "training steps")
+    steps: int = option(RUN, 1000, "training steps")
     batch_size: int = option(RUN, 1024, "pairs per step, of all ranks together, at most the training pairs there are")
     chunk: int = option(
         SPEED, 0, "pairs embedded at a time, with the gradients of the whole batch (cached_step); 0: all at once"
