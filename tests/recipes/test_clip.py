@@ -170,7 +170,7 @@ def test_hits_count_the_nearest_and_the_five_nearest():
 
 
 def test_digits_are_learned(tmp_path):
-    trainer = trained(tmp_path, steps=60, batch_size=128, width=128, dim=32, val_every=60)
+    trainer = trained(tmp_path, steps=150, batch_size=128, width=128, dim=32, val_every=150)
     figures = trainer.figures
     assert figures["top1"] > 0.85 and figures["n"] == 200 and figures["classes"] == 10
     assert figures["top1"] <= figures["top5"] and figures["image_recall1"] <= figures["image_recall5"]
@@ -213,7 +213,8 @@ def test_the_command_leaves_a_report(tmp_path, capsys):
     assert "--loss: the run in" in capsys.readouterr().err
     assert command("train", "--out", out, "--resume") == 2
     assert "is of `fastloss train-clip`, expected one of `fastloss train`" in capsys.readouterr().err
-    assert command("train-clip", "--out", out, *options, "--overwrite") == 0
+    Trainer(small(out), quiet=True, overwrite=True)
+    assert not (out / "report.md").exists() and not (out / "retrieval.png").exists()
 
 
 def test_folders_take_convolutions_and_a_transformer(tmp_path):
