@@ -67,7 +67,7 @@ def best_of_each(runs: Sequence[Run]) -> list[Run]:
 def table(runs: Sequence[Run], samples: int, data: str) -> str:
     first = runs[0].test
     lines = [
-        f"{samples:,} pairs of {data} seen by each; {first['n']:,.0f} test images of held-out fonts, "
+        f"{samples:,} pairs of {data} seen by each; {first['n']:,.0f} test images, "
         f"{first['classes']:,.0f} classes, {first['captions']:,.0f} captions; one seed.",
         "",
         f"| batch | steps | learning rate | {' | '.join(FIGURES)} | processor seconds |",
@@ -77,7 +77,7 @@ def table(runs: Sequence[Run], samples: int, data: str) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: Sequence[Run], samples: int, path: Path) -> None:
+def draw(runs: Sequence[Run], samples: int, data: str, path: Path) -> None:
     """The figures against the batch size, with 95 % intervals from the number of test images or captions."""
     from fastloss.recipes.imagen.figures import interval
     from fastloss.recipes.training.pictures import pyplot, save_figure
@@ -93,7 +93,7 @@ def draw(runs: Sequence[Run], samples: int, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axis.set(xlabel="batch size", ylabel="share of test images or captions", ylim=(0, 1))
-    axis.set_title(f"glyphs in fonts held out, {samples:,} pairs seen at every batch size", fontsize=10)
+    axis.set_title(f"{data}, test split; {samples:,} pairs seen at every batch size", fontsize=10)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8, ncols=len(FIGURES), frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     figure.tight_layout()
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     runs = best_of_each([done[key] for key in keys])
     print(table(runs, given.samples, given.data))
     if given.picture or given.write:
-        draw(runs, given.samples, given.picture or PICTURE)
+        draw(runs, given.samples, given.data, given.picture or PICTURE)
     if given.write:
         content = f"{table(runs, given.samples, given.data)}\n\n![retrieval by batch size](images/{PICTURE.name})"
         DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf8"), content), encoding="utf8")
