@@ -34,12 +34,14 @@ constexpr int64_t kGradientBlockColumns = 16384;             // at most
 
 struct Inputs {
   Tensor image, text, scale, bias;
-  OptionalTensor image_ids, text_ids, row_weight;
-  bool normalize, negative_only;
+  OptionalTensor image_ids, text_ids, image_shares, text_shares, row_weight;
+  bool normalize, negative_only, soft_labels;
   int64_t needs;
   double workspace_mib;
-  FASTLOSS_FIELDS(image, text, scale, bias, image_ids, text_ids, row_weight, normalize, negative_only, needs,
-                  workspace_mib)
+  bool has_shares() const { return image_shares.has_value() && text_shares.has_value(); }
+  bool has_diagonal() const { return !negative_only && !has_shares(); }
+  FASTLOSS_FIELDS(image, text, scale, bias, image_ids, text_ids, image_shares, text_shares, row_weight, normalize,
+                  negative_only, soft_labels, needs, workspace_mib)
 };
 struct Saved {
   Tensor image_grad, text_grad, scale_grad, bias_grad;
@@ -59,23 +61,64 @@ float number(const char* name, const Tensor& t) {
   return input<float>(t)[0];
 }
 
+// Which pairs have equal ids, and the shares of these. The texts are sorted, so that no pair is looked at for it.
+class SharedGroups {
+ public:
+  SharedGroups(const LogitMatrix& p, const Inputs& x)
+      : image_shares_(p.row_operand("image_shares", x.image_shares, 0.0f)),
+        text_shares_(p.column_operand("text_shares", x.text_shares, 0.0f)),
+        texts_(p.columns),
+        ranges_(p.rows) {
+    STD_TORCH_CHECK(x.image_ids.has_value() && x.text_ids.has_value(), kOp, ": image_ids: expected them with shares");
+    const std::vector<int64_t> of_images = p.row_operand<int64_t>("image_ids", x.image_ids, 0);
+    const std::vector<int64_t> of_texts = p.column_operand<int64_t>("text_ids", x.text_ids, 0);
+    for (int64_t j = 0; j < p.columns; ++j) texts_[j] = {of_texts[j], j};
+    std::sort(texts_.begin(), texts_.end());
+    const auto first_from = [&](int64_t id, int64_t j) {
+      return std::lower_bound(texts_.begin(), texts_.end(), std::pair(id, j));
+    };
+    for (int64_t i = 0; i < p.rows; ++i)
+      ranges_[i] = {first_from(of_images[i], 0), first_from(of_images[i], p.columns)};
+  }
+
+  // Calls f(j, share) for the texts of image i's group among first .. first + n, in their order.
+  template <typename F>
+  void each(int64_t i, int64_t first, int64_t n, F&& f) const {
+    const auto [begin, end] = ranges_[i];
+    if (begin == end) return;
+    for (auto at = std::lower_bound(begin, end, std::pair(begin->first, first)); at != end && at->second < first + n;
+         ++at)
+      f(at->second, image_shares_[i] + text_shares_[at->second]);
+  }
+
+ private:
+  using Texts = std::vector<std::pair<int64_t, int64_t>>;
+  std::vector<float> image_shares_, text_shares_;
+  Texts texts_;                                                                  // (id, index), sorted
+  std::vector<std::pair<Texts::const_iterator, Texts::const_iterator>> ranges_;  // of each image
+};
+
 struct SigmoidLoss {
   LogitMatrix p;  // its bias is 0: `bias` is added to the logits of both kinds of pairs
   const float scale, bias;
-  const bool has_positives;
+  const bool has_diagonal, soft_labels;
+  std::optional<SharedGroups> groups;
   std::vector<float> image_inverse_norm, text_inverse_norm;  // empty: not normalised
   std::vector<float> row_weight;                             // of loss_i in the result
 
   // `weights` are those of `x`, or the upstream gradient of each loss_i.
   SigmoidLoss(const Inputs& x, const OptionalTensor& weights)
-      : p(kOp, x.image, x.text, {.diagonal = !x.negative_only, .bfloat16 = are_bfloat16(x.image, x.text)}, 0, "image",
+      : p(kOp, x.image, x.text, {.diagonal = x.has_diagonal(), .bfloat16 = are_bfloat16(x.image, x.text)}, 0, "image",
           "text"),
         scale(number("scale", x.scale)),
         bias(number("bias", x.bias)),
-        has_positives(!x.negative_only),
+        has_diagonal(x.has_diagonal()),
+        soft_labels(x.soft_labels),
         row_weight(p.row_operand(x.row_weight.has_value() ? "row_weight" : "grad", weights, 1.0f)) {
-    STD_TORCH_CHECK(x.negative_only || p.rows == p.columns, kOp, ": text: expected as many as images");
-    if (x.image_ids.has_value() && x.text_ids.has_value()) {
+    STD_TORCH_CHECK(!has_diagonal || p.rows == p.columns, kOp, ": text: expected as many as images");
+    if (x.has_shares()) {
+      groups.emplace(p, x);
+    } else if (x.image_ids.has_value() && x.text_ids.has_value()) {
       p.row_ids = p.row_operand<int64_t>("image_ids", x.image_ids, 0);
       p.column_ids = p.column_operand<int64_t>("text_ids", x.text_ids, 0);
     }
@@ -235,15 +278,22 @@ class SigmoidPass {
   void add_row(const float* raw, int64_t i, int64_t first, int64_t n, float* to) {
     alignas(64) float s[kTerms], g[kTerms];
     p_.logits(contrastive_, raw, i, first, n, false, s);
+    if (loss_.groups)
+      loss_.groups->each(i, first, n,
+                         [&](int64_t j, float) { s[j - first] = -std::numeric_limits<float>::infinity(); });
     SigmoidSums sums = kernels_.row(s, n, loss_.bias, loss_.row_weight[i], to ? g : nullptr);
-    if (loss_.has_positives && i >= first && i < first + n) {
-      const int64_t j = i - first;
-      const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[i] + loss_.bias);
-      const double e = std::exp(-std::abs(x)), slope = (x < 0 ? e : 1.0) / (1.0 + e);
-      sums.loss += (x > 0 ? x : 0.0) + std::log1p(e);
-      sums.slope_sum -= slope;
-      if (to) g[j] = static_cast<float>(-slope * loss_.row_weight[i]);
-    }
+    const auto add_positive = [&](int64_t column, double share, double rest) {
+      const int64_t j = column - first;
+      const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[column] + loss_.bias);
+      const double e = std::exp(-std::abs(x)), slope = (x < 0 ? e : 1.0) / (1.0 + e), both = share + rest;
+      sums.loss += both * ((x > 0 ? x : 0.0) + std::log1p(e)) - rest * x;
+      sums.slope_sum += rest - both * slope;
+      if (to) g[j] = static_cast<float>((rest - both * slope) * loss_.row_weight[i]);
+    };
+    if (loss_.has_diagonal && i >= first && i < first + n) add_positive(i, 1, 0);
+    if (loss_.groups)
+      loss_.groups->each(i, first, n,
+                         [&](int64_t j, double share) { add_positive(j, share, loss_.soft_labels ? 1 - share : 0.0); });
     row_loss_[i] += sums.loss;
     slope_sum_[i] += sums.slope_sum;
     if (to)

@@ -161,8 +161,8 @@ def test_thread_counts_give_the_same_bits_but_for_the_matrix_products():
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(siglip.fwd(q, k, one, bias, None, None, share, False, False, 0, 0.1)[0])
-            results.append(siglip.fwd(q, k, one, bias, None, None, share, False, False, 7, 0.1)[0])
+            results.append(siglip.fwd(q, k, one, bias, None, None, None, None, share, False, False, False, 0, 0.1)[0])
+            results.append(siglip.fwd(q, k, one, bias, None, None, None, None, share, False, False, False, 7, 0.1)[0])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], other) for other in results[1:])

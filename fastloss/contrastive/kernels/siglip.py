@@ -45,6 +45,7 @@ class PairRows(NamedTuple):
     row_scale: Tensor  # [M] float32
     row_weight: Tensor  # [M] float32
     row_ids: Tensor | None  # [M] int64
+    row_shares: Tensor | None  # [M] float32
 
 
 class PairColumns(NamedTuple):
@@ -52,6 +53,7 @@ class PairColumns(NamedTuple):
 
     column_scale: Tensor | None  # [N] float32
     column_ids: Tensor | None  # [N] int64
+    column_shares: Tensor | None  # [N] float32
 
 
 class PairBlock(NamedTuple):
@@ -100,6 +102,25 @@ def _pair_losses(s, row, column, row_inside, column_inside, rows, columns, POSIT
 
 
 @triton.jit
+def _shared_losses(s, row, column, row_inside, column_inside, rows, columns, SOFT_LABELS: tl.constexpr):
+    """The same where pairs of equal ids are the positives, which have shares."""
+    row_id = tl.load(rows.row_ids + row, mask=row_inside, other=0)
+    column_id = tl.load(columns.column_ids + column, mask=column_inside, other=0)
+    row_share = tl.load(rows.row_shares + row, mask=row_inside, other=0.0)
+    column_share = tl.load(columns.column_shares + column, mask=column_inside, other=0.0)
+    positive = row_id[:, None] == column_id[None, :]
+    inside = row_inside[:, None] & column_inside[None, :]
+    x = tl.where(inside, tl.where(positive, -s, s), float("-inf"))
+    loss, slope = _softplus(x)
+    share = tl.where(positive & inside, row_share[:, None] + column_share[None, :], 1.0)
+    if SOFT_LABELS:  # the rest of a positive's share is that of a negative
+        rest = 1.0 - share
+        loss -= tl.where(rest != 0.0, rest * x, 0.0)
+        return loss, tl.where(positive, rest - slope, slope)
+    return loss * share, tl.where(positive, -(slope * share), slope)
+
+
+@triton.jit
 def _siglip_kernel(
     image,  # see Operands; H may take the place of the products
     text,
@@ -112,6 +133,7 @@ def _siglip_kernel(
     sizes,  # Sizes
     block,  # PairBlock
     POSITIVES: tl.constexpr,
+    SOFT_LABELS: tl.constexpr,
     TILE: tl.constexpr,  # TileConstants
 ):
     BM: tl.constexpr = TILE.rows
@@ -130,7 +152,9 @@ def _siglip_kernel(
         column_scale = tl.load(columns.column_scale + column, mask=column_inside, other=0.0)
         acc *= column_scale[None, :]
     s = acc * scale[:, None] + tl.load(bias_ptr)
-    if rows.row_ids is not None:
+    if rows.row_shares is not None:
+        loss, slope = _shared_losses(s, row, column, row_inside, column_inside, rows, columns, SOFT_LABELS)
+    elif rows.row_ids is not None:
         loss, slope = _pair_losses(s, row, column, row_inside, column_inside, rows, columns, POSITIVES)
     else:  # most tiles have neither positives nor an edge
         special = (row0 + BM > block.end_row) | (column0 + BN > sizes.columns)
@@ -194,7 +218,7 @@ def _pass(x: Inputs, row_weight: Tensor, needs: int) -> tuple[Tensor, Saved]:
         fp16_scale = None
         if needs and image.dtype == torch.float16:
             fp16_scale = _fp16_scale(row_weight, row_scale, column_scale)
-        _fill(call, row_weight, x.bias, fp16_scale, sums, not x.negative_only, needs, x.workspace_mib)
+        _fill(call, x, row_weight, fp16_scale, sums, needs)
         rescaled = x.normalize or fp16_scale is not None
         if needs & (IMAGE | SCALE_AND_BIAS) and (rescaled or needs & SCALE_AND_BIAS):
             grad = sums.image if needs & IMAGE and rescaled else None
@@ -209,18 +233,9 @@ def _pass(x: Inputs, row_weight: Tensor, needs: int) -> tuple[Tensor, Saved]:
     return losses, Saved(sums.image[: m if needs & IMAGE else 0], sums.text, scale_grad, bias_grad)
 
 
-def _fill(
-    call: LogitMatrix,
-    row_weight: Tensor,
-    bias: Tensor,
-    fp16_scale: Tensor | None,
-    sums: Sums,
-    positives: bool,
-    needs: int,
-    workspace_mib: float,
-) -> None:
+def _fill(call: LogitMatrix, x: Inputs, row_weight: Tensor, fp16_scale: Tensor | None, sums: Sums, needs: int) -> None:
     """Fills `sums`, a block of the pairs at a time."""
-    dim = sums.image.shape[1]
+    dim, bias = sums.image.shape[1], x.bias
     if call.rows.row_ids is not None:  # 64-bit ids of a large tile's columns spill on sm_80
         call.tile = best_tile(call.query.device, call.products, 1, 1, dim)[0]
     m, n, tile = call.sizes.rows, call.sizes.columns, call.tile
@@ -229,13 +244,14 @@ def _fill(
     tile = replace(tile, registers=None)
     if tile.operands == DESCRIPTORS and tile.columns > HALF_TILE:
         tile = call.tile = replace(tile, columns=HALF_TILE, stages=tile.stages + 1)
-    block_rows, block_columns = block_plan(m, n, int(workspace_mib * 2**20) // call.query.element_size(), tile)
+    block_rows, block_columns = block_plan(m, n, int(x.workspace_mib * 2**20) // call.query.element_size(), tile)
     block_rows = min(block_rows, m)
     slots = bias.new_empty(2, triton.cdiv(block_columns, tile.columns), block_rows)
     grad_block = call.query.new_empty(block_rows, block_columns) if needs else None
     memory = bias.new_empty((block_rows, block_columns) if call.by_library else 0) if grad_block is None else grad_block
-    rows = PairRows(call.rows.row_scale, row_weight, call.rows.row_ids)
-    columns = PairColumns(call.columns.column_scale, call.columns.column_ids)
+    shares = [None if t is None else t.contiguous() for t in (x.image_shares, x.text_shares)]
+    rows = PairRows(call.rows.row_scale, row_weight, call.rows.row_ids, shares[0])
+    columns = PairColumns(call.columns.column_scale, call.columns.column_ids, shares[1])
     for row, column in itertools.product(range(0, m, block_rows), range(0, n, block_columns)):
         area = Area(row, min(row + block_rows, m), column, min(column + block_columns, n))
         tiles = triton.cdiv(area.end_row - row, tile.rows), triton.cdiv(area.end_column - column, tile.columns)
@@ -244,8 +260,8 @@ def _fill(
         if call.by_library:
             operands = call.make_products(Workspace(memory, block_columns), area)
         _siglip_kernel[(block.row_tiles * block.column_tiles,)](
-            *operands, rows, columns, bias, fp16_scale, slots, grad_block, call.sizes.odd(), block.odd(), positives,
-            tile.constants, **tile.options,
+            *operands, rows, columns, bias, fp16_scale, slots, grad_block, call.sizes.odd(), block.odd(),
+            not x.negative_only, x.soft_labels, tile.constants, **tile.options,
         )  # fmt: skip
         _add_row_sums(sums.rows[: 2 if needs else 1], slots, block)
         if grad_block is None:
@@ -293,15 +309,25 @@ def siglip_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
 def aot_cases() -> Iterator[AotCase]:
     """Every dtype, with and without what is optional, D of common encoders, small, odd and very large batches."""
     calls = [("", (4096, 4096, dim)) for dim in (64, 77, 512, 768, 1152)]
-    calls += [("cosine ids", (4096, 4096, 512)), ("negative", (200, 300, 512)), ("", (2**20, 2**20, 768))]
+    calls += [
+        ("cosine ids", (4096, 4096, 512)),
+        ("shares", (4096, 16384, 768)),
+        ("cosine soft shares", (333, 777, 512)),
+    ]
+    calls += [("negative", (200, 300, 512)), ("", (2**20, 2**20, 768))]
     for dtype, (form, (rows, columns, dim)) in itertools.product((torch.float32, torch.bfloat16, torch.float16), calls):
         image, text = (torch.empty(size, dim, dtype=dtype, device="meta") for size in (rows, columns))
         row, column, one = (torch.empty(size, device="meta") for size in (rows, columns, 1))
-        row_ids, column_ids = (row.long(), column.long()) if "ids" in form else (None, None)
+        given = "ids" in form or "shares" in form
+        row_ids, column_ids = (row.long(), column.long()) if given else (None, None)
+        shares = (row, column) if "shares" in form else (None, None)
         cosine, negative = "cosine" in form, "negative" in form
         label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{dim}".strip()
         matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
         workspace_mib = 2.0**18 if rows == 2**20 else 256.0  # a few launches, not thousands
         for needs in (0, IMAGE + TEXT + SCALE_AND_BIAS):
-            x = Inputs(image, text, one, one, row_ids, column_ids, row, cosine, negative, needs, workspace_mib)
+            x = Inputs(
+                image, text, one, one, row_ids, column_ids, *shares, row, cosine, negative, "soft" in form, needs,
+                workspace_mib,
+            )  # fmt: skip
             yield AotCase(f"{label} needs {needs}", siglip_fwd, (x,), (), matrix)

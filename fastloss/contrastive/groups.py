@@ -1,0 +1,47 @@
+"""Groups of images and texts: every image of a group and every text of it are a positive pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .checks import check_integers
+
+
+def checked_both(
+    names: tuple[str, str], given: tuple[Tensor | None, Tensor | None], image: Tensor, text: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Integers of the images and of the texts as int64, both or neither: what is given alone serves both."""
+    rows, columns = image.shape[0], text.shape[0]
+    of_images, of_texts = given
+    for name, integers, count in zip(names, given, (rows, columns), strict=True):
+        if integers is not None:
+            check_integers(name, integers, (count,), image)
+        elif rows != columns and (of_images is None) != (of_texts is None):
+            other = names[1 - names.index(name)]
+            raise ValueError(f"{name}: expected it beside {other}, as there are {rows} images, {columns} texts")
+    one = of_texts if of_images is None else of_images
+    two = of_images if of_texts is None else of_texts
+    return (None, None) if one is None or two is None else (one.long(), two.long())
+
+
+def check_alone(names: tuple[str, str], given: tuple[Tensor | None, ...], **others: bool) -> bool:
+    """Whether there are groups; then none of the `others` may be asked for."""
+    there = [name for name, groups in zip(names, given, strict=True) if groups is not None]
+    for name, asked in others.items():
+        if there and asked:
+            raise ValueError(f"{name}: expected it without {there[0]}, whose equal groups are the positives")
+    return bool(there)
+
+
+def sizes(groups: Tensor, among: Tensor, counted: Tensor | None = None) -> Tensor:
+    """[M]: how many of `among` [N] are of each of the `groups` [M]. Of those only the `counted` [N] (bool) count.
+
+    By sorting, in O((M + N) log N) and without waiting for a device, whatever the integers are.
+    """
+    ordered, order = among.sort()
+    first, end = torch.searchsorted(ordered, groups), torch.searchsorted(ordered, groups, right=True)
+    if counted is None:
+        return end - first
+    before = torch.nn.functional.pad(counted[order].long().cumsum(0), (1, 0))
+    return before[end] - before[first]
