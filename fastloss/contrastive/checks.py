@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -14,11 +15,9 @@ from .options import ContrastiveOutput, NegativeSampling
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def across_ranks() -> Any:
+def across_ranks(module: str = "losses") -> Any:
     """The losses of a batch on several ranks. No family imports them but where a group is given."""
-    from ..distributed import losses
-
-    return losses
+    return importlib.import_module(f"..distributed.{module}", __package__)
 
 
 def check_embeddings(

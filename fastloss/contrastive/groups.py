@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .checks import check_integers
 
+GROUPS = ("image_groups", "text_groups")  # the arguments
+
 
 def checked_both(
     names: tuple[str, str], given: tuple[Tensor | None, Tensor | None], image: Tensor, text: Tensor
@@ -45,3 +47,10 @@ def sizes(groups: Tensor, among: Tensor, counted: Tensor | None = None) -> Tenso
         return end - first
     before = torch.nn.functional.pad(counted[order].long().cumsum(0), (1, 0))
     return before[end] - before[first]
+
+
+def sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:
+    """Row g: the sum of the vectors of group g. Always in the same order: index_add is not, on CUDA."""
+    if vectors.is_cuda:
+        return torch.zeros_like(vectors).index_put((group,), vectors, accumulate=True)
+    return torch.zeros_like(vectors).index_add(0, group, vectors)

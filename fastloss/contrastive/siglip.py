@@ -46,14 +46,12 @@ from .checks import (
     without,
 )
 from .embeddings import embed
-from .groups import check_alone, checked_both, sizes
+from .groups import GROUPS, check_alone, checked_both, sizes
 from .options import OPEN_CLIP_NAMES, SCALE_HINTS
 from .save_plan import IMAGE, SCALE_AND_BIAS, TEXT
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Exchange, Group
-
-GROUPS = ("image_groups", "text_groups")
 
 
 class Inputs(NamedTuple):

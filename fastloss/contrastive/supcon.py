@@ -23,6 +23,7 @@ from .checks import (
     scale_of,
 )
 from .embeddings import scale_of_rows, self_operands
+from .groups import sums_of_groups
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import SUPCONTRAST_HINTS, TEMPERATURE_HINTS, Columns, ContrastiveOutput, may_return_lse
 from .query_key_losses import _left_out
@@ -182,7 +183,7 @@ def supcon_rows(
     ordered = columns.ids.sort().values
     group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
     count = (end - group - 1).to(dtype)
-    sums = _sums_of_groups(all_vectors, group if gather is None else torch.searchsorted(ordered, columns.ids))
+    sums = sums_of_groups(all_vectors, group if gather is None else torch.searchsorted(ordered, columns.ids))
     mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
@@ -196,10 +197,3 @@ def supcon_rows(
 
 def _vectors(x: Columns, dtype: torch.dtype) -> Tensor:
     return x.embeddings.to(dtype) if x.inverse_norms is None else x.embeddings * x.inverse_norms[:, None]
-
-
-def _sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:
-    """Row g: the sum of the vectors of group g. Always in the same order: index_add is not, on CUDA."""
-    if vectors.is_cuda:
-        return torch.zeros_like(vectors).index_put((group,), vectors, accumulate=True)
-    return torch.zeros_like(vectors).index_add(0, group, vectors)

@@ -134,12 +134,23 @@ def siglip_loss(x: SigLip, group: Any, exchange: Any) -> Tensor:
     }  # fmt: skip
     sizes = {"image": x.image.shape[0], "text": x.text.shape[0]}
     travels = {"text": x.text, "text ids": text_ids}
+    if x.groups is not None:
+        of_images, of_texts, symmetric, soft_labels = x.groups
+        same |= {"symmetric": symmetric, "soft_labels": soft_labels}
+        counted = None if x.weights is None else (x.weights != 0).long()
+        travels |= {"text groups": of_texts, "image groups": of_images, "image counted": counted}
     gathered, counts = ranks.meet(same, _floats(x.scale, x.bias), sizes, travels)
     weights = ranks.shares(x.weights, x.reduction, result_dtype(x.image, x.text), counts)
     x = x._replace(
         scale=ranks.number(x.scale), bias=ranks.number(x.bias), weights=weights,
         reduction="none" if x.reduction == "none" else "sum",
     )  # fmt: skip
+    if x.groups is not None:
+        everyone = x.groups._replace(of_images=gathered["image groups"], of_texts=gathered["text groups"])
+        shares = everyone.shares(gathered.get("image counted"), result_dtype(x.image, x.text))
+        x = x._replace(text=gathered["text"], groups=x.groups._replace(of_texts=everyone.of_texts))
+        loss = checked_siglip_loss(x, (shares[0][: x.image.shape[0]], shares[1]))
+        return ranks.reduced(loss, weights, same["reduction"], counts)
     rows, columns = x.text.shape[0], counts.total(1)
     if x.negative_only:
         loss = checked_siglip_loss(x._replace(text=gathered["text"], ids=(image_ids, gathered.get("text ids"))))

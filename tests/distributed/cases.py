@@ -150,6 +150,13 @@ def _labels(**given: str) -> Callable:
     return call
 
 
+def _captions(loss: Callable, e: Embedded, x: Data, options: dict) -> Any:
+    """Two texts an image."""
+    groups = {"image_groups": x.labels, "text_groups": torch.cat((x.ids, x.ids + 1))}
+    text = torch.cat((e.b, 2 * e.b))
+    return loss(e.a, text, logit_scale=e.scale, logit_bias=e.bias, normalize=True, **groups, **options)
+
+
 def _without_labels(loss: Callable, e: Embedded, x: Data, options: dict) -> Any:
     return loss(torch.stack((e.a, e.b), 1), temperature=1 / e.scale, **options)
 
@@ -197,6 +204,12 @@ CASES: dict[str, Case] = {
     "siglip": Case("siglip_loss", _pairs()),
     "siglip, equal": Case("siglip_loss", _pairs(), {"normalize": True, "logit_bias": -3.0}, equal=True),
     "siglip, ids, weights": Case("siglip_loss", _pairs(text_ids="ids", weights="weights"), {"normalize": True}),
+    "siglip, groups": Case("siglip_loss", _pairs(image_groups="labels", text_groups="ids", weights="weights")),
+    "siglip, groups, one side, soft": Case(
+        "siglip_loss", _captions, {"symmetric": False, "soft_labels": True}, equal=True
+    ),
+    "clip, groups": Case("clip_loss", _captions, {"label_smoothing": 0.1}, equal=True),
+    "clip, groups, weights": Case("clip_loss", _pairs(image_groups="labels", text_groups="ids", weights="weights")),
     "siglip, negatives": Case("siglip_loss", _pairs(), {"negative_only": True, "reduction": "sum"}),
     "siglip, rows": Case("siglip_loss", _pairs(weights="weights"), {"reduction": "none"}),
     "nt_xent": Case("nt_xent_loss", _views()),
