@@ -87,11 +87,19 @@ def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_
 
 def eager_siglip(
     image, text, logit_scale, logit_bias, normalize=False, image_ids=None, text_ids=None, negative_only=False,
-    weights=None, reduction="mean",
+    weights=None, reduction="mean", image_groups=None, text_groups=None, symmetric=True, soft_labels=False,
 ):  # fmt: skip
     if normalize:
         image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     logits = logit_scale * (image @ text.T) + (logit_bias or 0.0)
+    if image_groups is not None:
+        positive = image_groups[:, None] == (image_groups if text_groups is None else text_groups)
+        share = (1 / positive.sum(1, keepdim=True).clamp_min(1)).expand(positive.shape).to(logits)
+        share = (share + 1 / positive.sum(0).clamp_min(1)) / 2 if symmetric else share
+        weight = torch.where(positive, 1.0 if soft_labels else share, 1.0).to(logits)
+        label = torch.where(positive, share if soft_labels else 1.0, 0.0).to(logits)
+        pairs = F.binary_cross_entropy_with_logits(logits, label, weight, reduction="none")
+        return eager_reduce(pairs.sum(1), weights, reduction)
     sign = -torch.ones_like(logits) if negative_only else 2 * torch.eye(len(image), device=image.device).to(logits) - 1
     pairs = -F.logsigmoid(sign * logits)
     if image_ids is not None:

@@ -167,12 +167,16 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Groups]] = {
         "logit_scale": number("logit_scale", 4.0), "normalize": [{"normalize": True}],
         "plain": [{}, {"normalize": False}],
         "logit_bias": [{}, {"logit_bias": None}, *number("logit_bias", 0.75)], "ids": ids("image_ids", "text_ids"),
+        "groups": ids("image_groups", "text_groups"),
     }),
     "siglip_loss": (SCALE | {"logit_bias": -1.0}, ROWS | {
         "logit_scale": number("logit_scale", 4.0), "normalize": [{"normalize": True}],
         "plain": [{}, {"normalize": False}],
         "no bias": [{"logit_bias": 0.0}, {"logit_bias": None}, {"logit_bias": 0}],
         "logit_bias": number("logit_bias", -2.5), "ids": ids("image_ids", "text_ids"),
+        "groups": ids("image_groups", "text_groups"),
+        "groups, one side": [{"symmetric": False} | one for one in ids("image_groups", "text_groups")[:3]],
+        "groups, soft": [{"soft_labels": True} | one for one in ids("image_groups", "text_groups")[:3]],
         "negative_only": [{"negative_only": True}], "negative_only, ids": [
             {"negative_only": True} | one for one in ids("image_ids", "text_ids")
         ],

@@ -87,6 +87,8 @@ def test_values_of_tensor_options_are_not_looked_at():
         info_nce(q, k, k, temperature=t, targets=ids, include_positive=False, label_smoothing=0.1),
         clip_loss(q, k, logit_scale=t, logit_bias=t, weights=weights),
         siglip_loss(q, k, logit_scale=t, logit_bias=t, image_ids=ids, weights=weights),
+        siglip_loss(q, k[:3], logit_scale=t, logit_bias=t, image_groups=ids, text_groups=ids[:3], weights=weights),
+        clip_loss(q, k[:3], logit_scale=t, logit_bias=t, image_groups=ids, text_groups=ids[:3]),
         supcon_loss(q, ids, temperature=t, weights=weights),
         nt_xent_loss(q, k, temperature=t, ids=ids, weights=weights),
     ):

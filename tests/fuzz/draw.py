@@ -135,12 +135,27 @@ def _is_inapplicable(d: Drawer, option: str) -> bool:
     return option == "guide" and len(d.sizes["shape"]) < 4
 
 
+def settle_groups(d: Drawer, kind: str, options: dict[str, Any]) -> None:
+    """Groups come without ids and what else is refused beside them."""
+    given = [name for name in ("image_groups", "text_groups") if name in options]
+    if given and d.chance(0.5):
+        for name in ("image_ids", "text_ids", "negative_only", "return_lse"):
+            options.pop(name, None)
+        for name in ("image_groups", "text_groups") if d.sizes["texts"] != d.sizes["rows"] else ():
+            options[name] = kind_of(kind, name)(d)
+    else:
+        for name in given:
+            options.pop(name)
+
+
 def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any]) -> None:
     """Makes options that exclude each other fit, as the docstrings have it."""
     kind = inner or name
     if kind in ("info_nce", "ContrastiveLoss"):
         settle_softmax(d, args, options)
-    if kind == "siglip_loss" and d.sizes["texts"] != d.sizes["rows"]:
+    if kind in ("clip_loss", "siglip_loss"):
+        settle_groups(d, kind, options)
+    if kind == "siglip_loss" and d.sizes["texts"] != d.sizes["rows"] and "image_groups" not in options:
         options["negative_only"] = True
     if (
         kind == "siglip_loss"

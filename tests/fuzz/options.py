@@ -153,7 +153,7 @@ OPTIONS: dict[Any, Kind] = {
     "label_smoothing": between(0, 1, 0, 0.1, 1),
     "bias": bias,
     "query_ids": ids("rows"), "key_ids": key_ids, "ids": ids("rows"), "image_ids": ids("rows"),
-    "text_ids": lambda d: ids("texts")(d),
+    "text_ids": lambda d: ids("texts")(d), "image_groups": ids("rows"), "text_groups": lambda d: ids("texts")(d),
     "weights": row_weights,
     "in_batch": one_of(None, True, False),
     "workspace_mib": between(1e-3, 512, 1, 256),
