@@ -320,14 +320,14 @@ def aot_cases() -> Iterator[AotCase]:
         row, column, one = (torch.empty(size, device="meta") for size in (rows, columns, 1))
         given = "ids" in form or "shares" in form
         row_ids, column_ids = (row.long(), column.long()) if given else (None, None)
-        shares = (row, column) if "shares" in form else (None, None)
+        row_shares, column_shares = (row, column) if "shares" in form else (None, None)
         cosine, negative = "cosine" in form, "negative" in form
         label = f"{form} {str(dtype).removeprefix('torch.')} {rows}x{columns}x{dim}".strip()
         matrix = ("_siglip_kernel",) if dtype != torch.float32 else ()
         workspace_mib = 2.0**18 if rows == 2**20 else 256.0  # a few launches, not thousands
         for needs in (0, IMAGE + TEXT + SCALE_AND_BIAS):
             x = Inputs(
-                image, text, one, one, row_ids, column_ids, *shares, row, cosine, negative, "soft" in form, needs,
-                workspace_mib,
+                image, text, one, one, row_ids, column_ids, row_shares, column_shares, row, cosine, negative,
+                "soft" in form, needs, workspace_mib,
             )  # fmt: skip
             yield AotCase(f"{label} needs {needs}", siglip_fwd, (x,), (), matrix)
