@@ -67,10 +67,10 @@ def cached_step(
             encoder, e.g. ``lambda model, x: model.encode_image(x)``. Of a DistributedDataParallel it gets the module.
         numbers: keys of a dict, or positions in a tuple, of outputs that are no rows: each is taken from the last piece
             and gets its gradient once. 0-D tensors always are.
-        reduce: when the gradients of FSDP2 modules are reduced. ``"step"``: once, with the last piece; until then a rank
-            holds gradients of whole parameters. ``"chunk"``: after each piece; a rank holds gradients of its shards
-            alone, and communicates as often as there are pieces. DistributedDataParallel, with nothing to shard,
-            averages once in either case.
+        reduce: when the gradients of FSDP2 modules are reduced. ``"step"``: once, with the last piece; until then a
+            rank holds gradients of whole parameters. ``"chunk"``: after each piece; a rank holds gradients of its
+            shards alone, and communicates as often as there are pieces. DistributedDataParallel, with nothing to
+            shard, averages once in either case.
         scaler: a ``torch.amp.GradScaler``, which then scales the loss before its backward.
         progress: True: a bar (needs tqdm). A function: called with the pieces done and all of them.
 
