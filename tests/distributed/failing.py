@@ -2,7 +2,7 @@
 
 Plain processes, forked after the imports, which take longer than all else; torchrun would kill the survivors before
 they can say anything. Each rank leaves FOLDER/RANK.said (what the mismatches raised) and FOLDER/RANK.txt (its output);
-FOLDER/codes has the exit codes, and the seconds from the failure until the last of the live ranks was gone.
+FOLDER/RANK.seconds has how long after the failure it raised, FOLDER/codes the exit codes.
 """
 
 from __future__ import annotations
@@ -74,7 +74,11 @@ def one_rank(rank: int, how: signal.Signals, folder: Path) -> None:
     (folder / f"{how.name}{rank}.ready").touch()
     if rank == WORLD - 1:
         os.kill(os.getpid(), how)
-    LOSSES["clip_loss"](x, group=group).backward()
+    began = time.monotonic()
+    try:
+        LOSSES["clip_loss"](x, group=group).backward()
+    finally:
+        (folder / f"{how.name}{rank}.seconds").write_text(f"{time.monotonic() - began}")
 
 
 def forked(rank: int, how: signal.Signals, folder: Path) -> int:
@@ -106,15 +110,13 @@ def main(folder: Path) -> None:
             codes[f"{how.name}{rank}"] = os.waitstatus_to_exitcode(status)
             if rank != WORLD - 1 and not (folder / f"{how.name}{rank}.ready").exists():
                 break  # it failed before its time; its output says why
-    began = time.monotonic()
     while len(codes) < len(ranks) - 1:
         child, status = os.waitpid(-1, 0)
         how, rank = ranks[child]
         codes[f"{how.name}{rank}"] = os.waitstatus_to_exitcode(status)
-    seconds = time.monotonic() - began
     os.kill(stopped, signal.SIGKILL)
     os.waitpid(stopped, 0)
-    (folder / "codes").write_text(json.dumps({"codes": codes, "seconds": seconds}))
+    (folder / "codes").write_text(json.dumps(codes))
 
 
 if __name__ == "__main__":
