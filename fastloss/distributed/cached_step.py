@@ -128,7 +128,7 @@ class _Tower:
 
     def __init__(self, encoder: Any, given: Any, embed: Any, chunk: int, numbers: Collection[str | int]) -> None:
         self.replicas = encoder if isinstance(encoder, DistributedDataParallel) else None
-        self.encoder = encoder.module if self.replicas is not None else encoder
+        self.encoder: Any = encoder.module if self.replicas is not None else encoder
         self.embed, self.numbers = embed, numbers
         self.use = id(encoder), id(embed)  # the same parts of the same encoder
         modules = list(self.encoder.modules()) if isinstance(self.encoder, nn.Module) else []
@@ -238,7 +238,7 @@ class _Tower:
 
     def _reduce_next(self, reduces: bool) -> None:
         for module in self.shards:
-            module.set_requires_gradient_sync(reduces, recurse=False)
+            module.set_requires_gradient_sync(reduces, recurse=False)  # type: ignore[operator]
 
 
 def _is_a(kind: str, module: nn.Module) -> bool:
