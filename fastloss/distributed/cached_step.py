@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
-from ..core.checks import check_flag, check_integer
+from ..core.checks import check_choice, check_flag, check_integer
 from ..core.entry import public_function
 
 
@@ -30,6 +30,7 @@ def cached_step(
     chunk: int = 256,
     embed: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
     numbers: Collection[str | int] = ("logit_scale",),
+    reduce: str = "step",
     scaler: Any = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> Tensor:
@@ -46,8 +47,14 @@ def cached_step(
     Gradients are added to ``.grad``. An encoder without a parameter that needs a gradient runs once.
 
     Under DistributedDataParallel the gradients are averaged over its ranks once, at the end, with all parameters, also
-    those that `loss_fn` alone reads; not inside ``no_sync()``. Ranks may have different numbers of pieces. For the loss
-    of the batch of all ranks, `loss_fn` is one with a `group`.
+    those that `loss_fn` alone reads; not inside ``no_sync()``. For the loss of the batch of all ranks, `loss_fn` is one
+    with a `group`.
+
+    Modules of ``fully_shard`` (FSDP2) reduce their gradients themselves, see `reduce`. A parameter of theirs that
+    `loss_fn` needs must come to it as an output (`numbers`), as outside of its forward a rank has only a shard of it.
+
+    Ranks may have different numbers of pieces. Under FSDP, whose every forward is one of all ranks, those with fewer
+    repeat their last piece with gradients of 0.
 
     Args:
         encoders: modules or functions, one per input; one may stand there twice.
@@ -60,6 +67,10 @@ def cached_step(
             encoder, e.g. ``lambda model, x: model.encode_image(x)``. Of a DistributedDataParallel it gets the module.
         numbers: keys of a dict, or positions in a tuple, of outputs that are no rows: each is taken from the last piece
             and gets its gradient once. 0-D tensors always are.
+        reduce: when the gradients of FSDP2 modules are reduced. ``"step"``: once, with the last piece; until then a
+            rank holds gradients of whole parameters. ``"chunk"``: after each piece; a rank holds gradients of its
+            shards alone, and communicates as often as there are pieces. DistributedDataParallel, with nothing to
+            shard, averages once in either case.
         scaler: a ``torch.amp.GradScaler``, which then scales the loss before its backward.
         progress: True: a bar (needs tqdm). A function: called with the pieces done and all of them.
 
@@ -68,7 +79,7 @@ def cached_step(
 
     Raises:
         TypeError, ValueError: arguments that do not fit one another, an output that is neither rows nor among
-            `numbers`, an FSDP module (there is no support for it), a loss that is no scalar.
+            `numbers`, a FullyShardedDataParallel module (FSDP1, there is no support for it), a loss that is no scalar.
 
     Source: Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", 2021.
 
@@ -79,6 +90,7 @@ def cached_step(
         torch.Size([2, 3])
     """
     chunk = check_integer("chunk", chunk, 1)
+    check_choice("reduce", reduce, ("step", "chunk"))
     towers = [_Tower(*each, chunk, numbers) for each in _each(encoders, inputs, embed)]
     report = _reporter(progress, sum(len(tower.pieces) * (1 + tower.trains) for tower in towers))
     autocast = _autocast_of_now()
@@ -93,9 +105,10 @@ def cached_step(
             raise ValueError(f"loss_fn: expected a scalar loss, got shape {tuple(loss.shape)}")
         (loss if scaler is None else scaler.scale(loss)).backward()
         del found, outputs
+        last_uses = {tower.use: tower for tower in towers}
         for tower in towers:
             if tower.trains:
-                tower.second_pass(autocast, report)
+                tower.second_pass(autocast, report, reduce == "chunk", last_uses[tower.use] is tower)
     for replicas in {id(tower.replicas): tower.replicas for tower in towers}.values():
         if replicas is not None and replicas.require_backward_grad_sync:
             _average_gradients(replicas)
@@ -115,16 +128,20 @@ class _Tower:
 
     def __init__(self, encoder: Any, given: Any, embed: Any, chunk: int, numbers: Collection[str | int]) -> None:
         self.replicas = encoder if isinstance(encoder, DistributedDataParallel) else None
-        self.encoder = encoder.module if self.replicas is not None else encoder
+        self.encoder: Any = encoder.module if self.replicas is not None else encoder
         self.embed, self.numbers = embed, numbers
+        self.use = id(encoder), id(embed)  # the same parts of the same encoder
         modules = list(self.encoder.modules()) if isinstance(self.encoder, nn.Module) else []
-        for kind in {base.__name__ for module in modules for base in type(module).__mro__}:
-            if kind in ("FSDPModule", "FullyShardedDataParallel"):
-                raise TypeError("encoders: FSDP modules are not supported; wrap them in DistributedDataParallel")
+        if any(_is_a("FullyShardedDataParallel", module) for module in modules):
+            raise TypeError(
+                "encoders: FullyShardedDataParallel (FSDP1) is not supported; use torch.distributed.fsdp.fully_shard"
+            )
+        self.shards = [module for module in modules if _is_a("FSDPModule", module)]
         self.trains = not modules or any(p.requires_grad for p in self.encoder.parameters())
         self.given = given
         rows = _rows_of(given)
         self.pieces = [(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
+        self.repeats = _most_of_ranks(self.shards, len(self.pieces)) - len(self.pieces)
         self.devices = sorted({t.device for t in _tensors(given) if t.device.type not in ("cpu", "meta")}, key=str)
         self.states: list[_Generators] = []
         self.outputs: list[_Output] = []
@@ -157,6 +174,8 @@ class _Tower:
                     )
                 output.parts.append(value)
             report()
+        for _ in range(self.repeats):
+            self._repeat(autocast)
 
     def _kind(self, path: tuple, value: Any) -> tuple[str, bool]:
         keys = [getattr(key, "key", getattr(key, "idx", getattr(key, "name", None))) for key in path]
@@ -176,20 +195,66 @@ class _Tower:
             self.leaves.append(whole.detach().requires_grad_(needs))
         return pytree.tree_unflatten(self.leaves, self.structure)
 
-    def second_pass(self, autocast: Callable, report: Callable) -> None:
+    def second_pass(self, autocast: Callable, report: Callable, reduce_each: bool, reduce_last: bool) -> None:
+        """Each piece again, with its rows of the gradients; FSDP reduces after each of them, or with the last."""
         for place, (start, end) in enumerate(self.pieces):
+            self._reduce_next(reduce_each or (reduce_last and not self.repeats and place == len(self.pieces) - 1))
             with self.states[place].again(), autocast():
                 values = pytree.tree_leaves(self._call((start, end)))
             tensors, grads = [], []
             for output, value, leaf in zip(self.outputs, values, self.leaves, strict=True):
                 last = place == len(self.pieces) - 1
-                if leaf.grad is None or not value.requires_grad or (output.is_number and not last):
+                if leaf.grad is None or not value.requires_grad:
                     continue
+                if output.is_number and not last:
+                    if not self.shards:
+                        continue
+                    grads.append(torch.zeros_like(leaf.grad))  # FSDP: the same parameters in each piece of all ranks
+                else:
+                    grads.append(leaf.grad if output.is_number else leaf.grad[start:end])
                 tensors.append(value)
-                grads.append(leaf.grad if output.is_number else leaf.grad[start:end])
             if tensors:
                 torch.autograd.backward(tensors, grads)
             report()
+        for repeat in range(self.repeats):
+            self._reduce_next(reduce_each or (reduce_last and repeat == self.repeats - 1))
+            self._repeat(autocast)
+        self._reduce_next(True)
+
+    def _repeat(self, autocast: Callable) -> None:
+        """The last piece once more while other ranks have pieces: its outputs are dropped, its gradients are 0."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.encoder.buffers()]
+        with self.states[-1].again(), autocast():
+            values = pytree.tree_leaves(self._call(self.pieces[-1]))
+        tensors = []
+        for value, leaf in zip(values, self.leaves, strict=False):  # no leaves yet in the first pass
+            if leaf.grad is not None and value.requires_grad:
+                tensors.append(value)
+        if tensors:
+            torch.autograd.backward(tensors, [torch.zeros_like(value) for value in tensors])
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+    def _reduce_next(self, reduces: bool) -> None:
+        for module in self.shards:
+            module.set_requires_gradient_sync(reduces, recurse=False)  # type: ignore[operator]
+
+
+def _is_a(kind: str, module: nn.Module) -> bool:
+    """Whether it is of a class of that name, whose module takes long to import."""
+    return any(base.__name__ == kind for base in type(module).__mro__)
+
+
+def _most_of_ranks(shards: Sequence[Any], pieces: int) -> int:
+    """The largest number of pieces that a rank has among those that share the parameters of FSDP modules."""
+    if not shards:
+        return pieces
+    mesh = next(p.device_mesh for module in shards for p in module.parameters() if hasattr(p, "device_mesh"))
+    most = torch.tensor(pieces, device=mesh.device_type)
+    for group in mesh.get_all_groups():
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)
 
 
 class _Generators:

@@ -107,6 +107,7 @@ def test_a_loss_scale_reaches_the_gradients():
         ({"embed": lambda e, x: "text"}, TypeError, "embed: expected tensors"),
         ({"loss_fn": lambda x: x}, ValueError, r"loss_fn: expected a scalar loss, got shape \(5, 2\)"),
         ({"progress": 3}, TypeError, "progress: expected True or False"),
+        ({"reduce": "piece"}, ValueError, "reduce: expected one of"),
     ],
 )
 def test_what_it_refuses(change, error, said):

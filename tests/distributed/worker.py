@@ -43,9 +43,10 @@ def main(job: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=datetime.timedelta(seconds=60))
-    from tests.distributed import jobs
+    from tests.distributed import fsdp_jobs, jobs
 
-    torch.save(getattr(jobs, job)(rank, world), folder / f"{rank}.pt")
+    work = getattr(jobs, job, None) or getattr(fsdp_jobs, job)
+    torch.save(work(rank, world), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
