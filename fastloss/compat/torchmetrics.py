@@ -129,9 +129,9 @@ def multiscale_structural_similarity_index_measure(
     images = preds.to(dtype), target.to(preds.dtype).to(dtype)
     value = torch.ones(len(preds), dtype=dtype, device=preds.device)
     for level, beta in enumerate(betas):
-        *cut, span = _range(*images, data_range)
+        x, y, span = _range(*images, data_range)
         measure = _contrast if level < steps else _reflected_ssim
-        value = value * _power(measure(*cut, span, window, k1, k2), beta, normalize)
+        value = value * _power(measure(x, y, span, window, k1, k2), beta, normalize)
         images = F.avg_pool2d(images[0], 2), F.avg_pool2d(images[1], 2)
     return as_theirs(_reduced(value, reduction), preds)
 
