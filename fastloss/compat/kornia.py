@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import image as losses
 from ._common import NotServed, as_theirs, check_plain, hands_on, reflected, required
 
-_theirs = required("kornia.losses")
+_theirs, _metrics = required("kornia.losses"), required("kornia.metrics")
 _C1, _C2, _SIGMA = 0.01**2, 0.03**2, 1.5  # of its SSIM, in units of max_val
 _LARGEST_BIAS = 2e-5  # what its eps may take from SSIM, at most, where the drop-in leaves it out
 _TotalVariation: Any = _theirs.TotalVariation
@@ -79,13 +79,19 @@ class SSIMLoss(_SSIMLoss):
         return ssim_loss(img1, img2, self.window_size, self.max_val, self.eps, self.reduction, self.padding)
 
 
-@hands_on("kornia.losses.psnr_loss", _theirs.psnr_loss)
-def psnr_loss(image: Tensor, target: Tensor, max_val: float) -> Tensor:
-    """kornia's function: -10 log10(max_val^2 / the mean squared error), one number for the batch."""
+@hands_on("kornia.metrics.psnr", _metrics.psnr)
+def psnr(image: Tensor, target: Tensor, max_val: float) -> Tensor:
+    """kornia's function: 10 log10(max_val^2 / the mean squared error), one number for the batch."""
     check_plain(image, target)
     if image.dtype != target.dtype or isinstance(max_val, Tensor):
         raise NotServed(f"images of {image.dtype} and {target.dtype}, max_val {type(max_val).__name__}")
-    return as_theirs(-10.0 * torch.log10(max_val**2 / losses.pixel_loss(target, image)), image)
+    return as_theirs(10.0 * torch.log10(max_val**2 / losses.pixel_loss(target, image)), image)
+
+
+@hands_on("kornia.losses.psnr_loss", _theirs.psnr_loss)
+def psnr_loss(image: Tensor, target: Tensor, max_val: float) -> Tensor:
+    """kornia's function: minus :func:`psnr`."""
+    return -psnr(image, target, max_val)
 
 
 class PSNRLoss(_PSNRLoss):
@@ -119,6 +125,7 @@ SWAPS = {
     "kornia.losses.TotalVariation": TotalVariation,
     "kornia.losses.ssim_loss": ssim_loss,
     "kornia.losses.SSIMLoss": SSIMLoss,
+    "kornia.metrics.psnr": psnr,
     "kornia.losses.psnr_loss": psnr_loss,
     "kornia.losses.PSNRLoss": PSNRLoss,
     "kornia.losses.inverse_depth_smoothness_loss": inverse_depth_smoothness_loss,

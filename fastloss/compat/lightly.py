@@ -1,17 +1,20 @@
-"""lightly's NTXentLoss (lightly 1.5), by :func:`fastloss.nt_xent_loss`.
+"""lightly's NTXentLoss, DCLLoss and DCLWLoss (lightly 1.5), by :func:`fastloss.nt_xent_loss`.
 
-A memory bank, and batches gathered from several processes, are lightly's own code's. Where lightly is installed the
-class is a subclass of its class; else it stands alone.
+A memory bank stays lightly's, and its rows are the negatives of :func:`fastloss.info_nce`. Batches gathered from
+several processes are lightly's own code's. Where lightly is installed the classes are subclasses of its classes; else
+they stand alone, without a memory bank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contrastive import nt_xent_loss
+from ..contrastive import info_nce, nt_xent_loss
 from ._common import NotServed, as_theirs, check_plain, hands_on, library
 
 _theirs = library("lightly.loss")
@@ -41,17 +44,89 @@ class NTXentLoss(_Base):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         memory: Any = getattr(self, "memory_bank", self)  # in older versions the loss itself is the memory bank
         bank, *_ = memory.size if isinstance(memory.size, (tuple, list)) else (memory.size,)
-        if bank > 0:
+        if bank > 0 and memory is self:
             raise NotServed("memory_bank_size: a memory bank")
-        several = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self.gather_distributed and several and torch.distributed.get_world_size() > 1:
-            raise NotServed("gather_distributed: several processes")
-        check_plain(out0, out1)
-        return as_theirs(nt_xent_loss(out0, out1, temperature=self.temperature), out0, out1)
+        _check(self, out0, out1)
+        if bank == 0:
+            return as_theirs(nt_xent_loss(out0, out1, temperature=self.temperature), out0, out1)
+        if self.temperature < 0 or out0.shape != out1.shape or out0.shape[1:] != memory.size[1:]:
+            raise NotServed(f"temperature {self.temperature!r}, embeddings {tuple(out0.shape)}, {tuple(out1.shape)}")
+        query, key = F.normalize(out0), F.normalize(out1)
+        key, negatives = memory(key, update=query.requires_grad)
+        rows = negatives.T.to(query)
+        loss = info_nce(query, key, rows, temperature=self.temperature, normalize=False)
+        return as_theirs(loss, out0, out1)
 
 
-SWAPS = {"lightly.loss.NTXentLoss": NTXentLoss}
-LEFT = {
-    "lightly.loss.DCLLoss": "no drop-in yet",
-    "lightly.loss.DCLWLoss": "no drop-in yet",
+class _DCLAlone(nn.Module):
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        weight_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight_fn = weight_fn
+        self.gather_distributed = gather_distributed
+
+
+class _MisesFisher:
+    """DCLW's weights: 2 less M times the softmax of the positive similarities over `sigma`, without a gradient."""
+
+    def __init__(self, sigma: float) -> None:
+        self.sigma = sigma
+
+    def __call__(self, out0: Tensor, out1: Tensor) -> Tensor:
+        return 2 - len(out0) * torch.softmax((out0 * out1).sum(1).detach() / self.sigma, 0)
+
+
+class _DCLWAlone(_DCLAlone):
+    def __init__(self, temperature: float = 0.1, sigma: float = 0.5, gather_distributed: bool = False) -> None:
+        super().__init__(temperature, _MisesFisher(sigma), gather_distributed)
+
+
+_DCLBase: Any = _DCLAlone if _theirs is None else _theirs.DCLLoss
+_DCLWBase: Any = _DCLWAlone if _theirs is None else _theirs.DCLWLoss
+
+
+class DCLLoss(_DCLBase):
+    """lightly's module: as :class:`NTXentLoss`, the positive left out of the sum, and weighted by `weight_fn`.
+
+    ``weight_fn(view, other_view)`` gets the unit embeddings, and gives a weight for the positive of each sample.
+    """
+
+    @hands_on("lightly.DCLLoss", None if _theirs is None else _theirs.DCLLoss.forward)
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        _check(self, out0, out1)
+        if len(out0) < 2:
+            raise NotServed("out0: one sample has no negatives")
+        options: dict[str, Any] = {"temperature": self.temperature, "include_positive": False}
+        if not self.weight_fn:
+            return as_theirs(nt_xent_loss(out0, out1, **options), out0, out1)
+        if self.temperature < 0:  # before weight_fn, which may draw numbers
+            raise NotServed(f"temperature {self.temperature!r}")
+        _, lse, _ = nt_xent_loss(out0, out1, return_lse=True, **options)
+        views = F.normalize(out0), F.normalize(out1)
+        positives = (views[0].to(lse.dtype) * views[1].to(lse.dtype)).sum(1) / self.temperature
+        weights = self.weight_fn(*views) + self.weight_fn(*views[::-1])
+        return as_theirs(lse.mean() - (positives * weights).mean() / 2, out0, out1)
+
+
+class DCLWLoss(_DCLWBase, DCLLoss):
+    """lightly's module: :class:`DCLLoss` with weights that are smaller the nearer the two views are."""
+
+
+def _check(loss: Any, out0: Tensor, out1: Tensor) -> None:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if loss.gather_distributed and several and torch.distributed.get_world_size() > 1:
+        raise NotServed("gather_distributed: several processes")
+    check_plain(out0, out1)
+
+
+SWAPS = {
+    "lightly.loss.NTXentLoss": NTXentLoss,
+    "lightly.loss.DCLLoss": DCLLoss,
+    "lightly.loss.DCLWLoss": DCLWLoss,
 }
+LEFT: dict[str, str] = {}

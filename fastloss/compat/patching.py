@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 LIBRARIES = (
     "basicsr",
+    "fused_ssim",
     "info_nce",
     "kornia",
     "lightly",
@@ -19,6 +20,7 @@ LIBRARIES = (
     "piq",
     "pytorch_metric_learning",
     "pytorch_msssim",
+    "siglip_kernel",
     "torchmetrics",
 )
 
@@ -138,7 +140,10 @@ def _what_is_there(library: str) -> str:
         table = importlib.import_module(f"{__package__}.{library}")
     except ModuleNotFoundError as error:
         return "not installed" if error.name == library else f"cannot be imported: {error}"
-    return ", ".join(path.removeprefix(f"{library}.") for path in table.SWAPS if _found(path) is not None)
+    try:
+        return ", ".join(path.removeprefix(f"{library}.") for path in table.SWAPS if _found(path) is not None)
+    except Exception as error:  # of the library itself: some look for a GPU as they are imported
+        return f"cannot be imported: {error}"
 
 
 def _found(path: str) -> Any:

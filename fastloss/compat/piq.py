@@ -1,7 +1,7 @@
-"""piq's SSIM, MS-SSIM, total variation, content and style losses (piq 0.8), by fastloss's losses.
+"""piq's SSIM, MS-SSIM, total variation, content and style losses, LPIPS and DISTS (piq 0.8), by fastloss's losses.
 
 Arguments are checked by piq's own checks, which look at the values too, so that its assertions stand. Networks and
-their weights stay piq's: ContentLoss and StyleLoss are subclasses that compare the features, and their products, here.
+their weights stay piq's: the losses of features are subclasses that compare the features, and their products, here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..image import ms_ssim_loss, smoothness_loss, ssim_loss
-from ..perceptual import feature_distance, style_distance
+from ..perceptual import dists_distance, feature_distance, lpips_distance, style_distance
 from ._common import NotServed, as_theirs, check_not_overridden, check_plain, hands_on, required
 
 _theirs = required("piq")
@@ -26,6 +26,9 @@ _MultiScaleSSIMLoss: Any = _theirs.MultiScaleSSIMLoss
 _TVLoss: Any = _theirs.TVLoss
 _ContentLoss: Any = _theirs.ContentLoss
 _StyleLoss: Any = _theirs.StyleLoss
+_LPIPS: Any = _theirs.LPIPS
+_DISTS: Any = _theirs.DISTS
+_LARGEST_DISTS = 256  # of the shorter side: DISTS shrinks larger images to it
 
 
 @hands_on("piq.ssim", _theirs.ssim)
@@ -170,6 +173,60 @@ class StyleLoss(_StyleLoss, ContentLoss):
         return _compared(self, x, y, style=True)
 
 
+class LPIPS(_LPIPS, ContentLoss):
+    """piq's module: squared differences of VGG16's unit features by :func:`fastloss.lpips_distance`.
+
+    A pixel whose features are all 0 gets a gradient of 0, where piq's is NaN.
+    """
+
+    @hands_on("piq.LPIPS", _theirs.LPIPS.forward)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        _validate([x, y], dim_range=(4, 4), data_range=(0, -1))
+        check_plain(x, y)
+        check_not_overridden(self, _LPIPS, "compute_distance", "get_features", "normalize")
+        if not isinstance(self.distance, nn.MSELoss) or not self.normalize_features:
+            raise NotServed("distance: absolute differences, or features that are not normalised")
+        self.model.to(x)
+        features, targets = self._raw_features(x), self._raw_features(y)
+        lins = [weight.to(feature.device) for weight, feature in zip(self.weights, features, strict=True)]
+        return as_theirs(_reduce(lpips_distance(features, targets, lins), self.reduction), *features)
+
+    def _raw_features(self, image: Tensor) -> list[Tensor]:
+        """What ``get_features`` makes unit features of."""
+        image, features = (image - self.mean.to(image)) / self.std.to(image), []
+        for name, layer in self.model.named_children():
+            image = layer(image)
+            if name in self.layers:
+                features.append(image)
+        return features
+
+
+class DISTS(_DISTS, ContentLoss):
+    """piq's module: means and correlations of features, the image among them, by :func:`fastloss.dists_distance`.
+
+    As in piq, the weights are not divided by their sum, and ``reduction="sum"`` is 1 minus the sum of similarities.
+    """
+
+    @hands_on("piq.DISTS", _theirs.DISTS.forward)
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        check_plain(x, y)
+        check_not_overridden(self, _DISTS, "compute_distance", "get_features")
+        if x.ndim == 4 and min(x.shape[2:]) > _LARGEST_DISTS:
+            scale = _LARGEST_DISTS / min(x.shape[2:])
+            x, y = (F.interpolate(t, scale_factor=scale, recompute_scale_factor=False, mode="bilinear") for t in (x, y))
+        _validate([x, y], dim_range=(4, 4), data_range=(0, -1))
+        self.model.to(x)
+        features, targets = self.get_features(x), self.get_features(y)
+        weights = [weight.to(x.device) for weight in self.weights]
+        alphas, betas = weights[: len(features)], weights[len(features) :]
+        distance = dists_distance(features, targets, alphas, betas)
+        total = torch.cat(weights, 1).to(distance.dtype).sum()
+        value = _reduce(1 - total + total * distance, self.reduction)
+        if self.reduction == "sum":
+            value = value + (1 - len(x))
+        return as_theirs(value, *features)
+
+
 SWAPS = {
     "piq.ssim": ssim,
     "piq.SSIMLoss": SSIMLoss,
@@ -179,5 +236,7 @@ SWAPS = {
     "piq.TVLoss": TVLoss,
     "piq.ContentLoss": ContentLoss,
     "piq.StyleLoss": StyleLoss,
+    "piq.LPIPS": LPIPS,
+    "piq.DISTS": DISTS,
 }
-LEFT = {"piq.LPIPS": "weights of its own network", "piq.DISTS": "its own network"}
+LEFT: dict[str, str] = {}

@@ -1,21 +1,28 @@
-"""torchmetrics' functional SSIM and total variation (torchmetrics 1.9), by fastloss's losses.
+"""torchmetrics' SSIM, MS-SSIM and total variation (torchmetrics 1.9), by fastloss's losses.
 
 ``structural_similarity_index_measure`` pads by reflection: whole windows of images that are reflected at their borders
-see the same. Its metric classes and MS-SSIM call functions of its own below these, and are left to it.
+see the same. The metric classes are subclasses whose ``update`` adds up what the functions here give; their states,
+reductions and ``compute`` are torchmetrics'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..image import smoothness_loss, ssim_loss
 from ._common import NotServed, as_theirs, check_plain, hands_on, reflected, required
 
 _theirs = required("torchmetrics.functional.image")
+_image = required("torchmetrics.image")
+_StructuralSimilarityIndexMeasure: Any = _image.StructuralSimilarityIndexMeasure
+_MultiScale: Any = _image.MultiScaleStructuralSimilarityIndexMeasure
+_TotalVariation: Any = _image.TotalVariation
+_MS_SSIM = "multiscale_structural_similarity_index_measure"
 _REDUCTIONS = {"elementwise_mean": "mean", "sum": "sum", "none": "none", None: "none"}
 
 
@@ -50,17 +57,139 @@ def structural_similarity_index_measure(
         raise NotServed("volumes, uniform windows, full images and contrasts")
     if reduction not in _REDUCTIONS:
         raise NotServed(f"reduction {reduction!r}")
+    width = _window(sigma, kernel_size)
+    preds, target, span = _range(preds, target.to(preds.dtype), data_range)
+    value = _reflected_ssim(preds, target, span, width, k1, k2)
+    return as_theirs(_reduced(value, reduction), preds)
+
+
+class _Window(NamedTuple):
+    radius: int  # in pixels: 3.5 sigma
+    sigma: float
+
+
+def _window(sigma: Any, kernel_size: Any) -> _Window:
+    """torchmetrics' window, as wide as `sigma` says: `kernel_size` it only checks."""
     sigma_y, sigma_x = _sides(sigma)
     if sigma_y != sigma_x or any(side <= 0 or side % 2 == 0 for side in _sides(kernel_size)):
         raise NotServed(f"sigma {sigma!r}, kernel_size {kernel_size!r}")
-    preds, target, span = _range(preds, target.to(preds.dtype), data_range)
-    radius = int(3.5 * sigma_y + 0.5)
-    value = 1 - ssim_loss(
-        reflected(target, radius), reflected(preds, radius), window=2 * radius + 1, sigma=sigma_y,
-        data_range=span, padding="valid", k1=k1, k2=k2, reduction="none",
-    )  # fmt: skip
+    return _Window(int(3.5 * sigma_y + 0.5), sigma_y)
+
+
+def _reflected_ssim(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:
+    """The SSIM of each image, ``[N]``, with reflect padding."""
+    radius, sigma = window
+    pair = reflected(target, radius), reflected(preds, radius)
+    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "valid"}
+    return 1 - ssim_loss(*pair, k1=k1, k2=k2, reduction="none", **options)
+
+
+def _contrast(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:
+    """Contrast and structure of each image, ``[N]``: of the windows that lie within it, as torchmetrics has it."""
+    radius, sigma = window
+    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "valid"}
+    return 1 - ssim_loss(target, preds, k1=k1, k2=k2, reduction="none", luminance=False, **options)
+
+
+def _reduced(values: Tensor, reduction: str | None) -> Tensor:
     how = _REDUCTIONS[reduction]
-    return as_theirs(value if how == "none" else value.sum() if how == "sum" else value.mean(), preds)
+    return values if how == "none" else values.sum() if how == "sum" else values.mean()
+
+
+@hands_on(f"torchmetrics.functional.image.{_MS_SSIM}", getattr(_theirs, _MS_SSIM))
+def multiscale_structural_similarity_index_measure(
+    preds: Tensor,
+    target: Tensor,
+    gaussian_kernel: bool = True,
+    sigma: float | Sequence[float] = 1.5,
+    kernel_size: int | Sequence[int] = 11,
+    reduction: str | None = "elementwise_mean",
+    data_range: float | tuple[float, float] | None = None,
+    k1: float = 0.01,
+    k2: float = 0.03,
+    betas: tuple[float, ...] = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333),
+    normalize: str | None = "relu",
+) -> Tensor:
+    """torchmetrics' function: the product over the levels of means over channels and pixels; in `preds`' dtype.
+
+    With ``normalize="relu"`` a level that is not positive has gradient 0, where torchmetrics' is NaN.
+    """
+    check_plain(preds, target)
+    if preds.ndim != 4 or preds.shape != target.shape or not gaussian_kernel or reduction not in _REDUCTIONS:
+        raise NotServed("volumes, uniform windows")
+    if normalize not in (None, "relu", "simple") or not isinstance(betas, tuple) or len(betas) == 0:
+        raise NotServed(f"normalize {normalize!r}, betas {betas!r}")
+    window, steps = _window(sigma, kernel_size), len(betas) - 1
+    least = [max(2 ** (steps + 1), side * max(1, steps) ** 2 - 1) for side in _sides(kernel_size)]
+    if any(side < low for side, low in zip(preds.shape[2:], least, strict=True)):
+        raise NotServed(f"sides: {tuple(preds.shape[2:])} pixels for {len(betas)} levels")
+    if window.radius == 0 or min(preds.shape[2:]) >> steps < 2 * window.radius + 1:
+        raise NotServed(f"sides: {tuple(preds.shape[2:])} pixels for a sigma of {sigma!r} at the last of the levels")
+    dtype = torch.promote_types(preds.dtype, torch.float32)
+    images = preds.to(dtype), target.to(preds.dtype).to(dtype)
+    value = torch.ones(len(preds), dtype=dtype, device=preds.device)
+    for level, beta in enumerate(betas):
+        x, y, span = _range(*images, data_range)
+        measure = _contrast if level < steps else _reflected_ssim
+        value = value * _power(measure(x, y, span, window, k1, k2), beta, normalize)
+        images = F.avg_pool2d(images[0], 2), F.avg_pool2d(images[1], 2)
+    return as_theirs(_reduced(value, reduction), preds)
+
+
+def _power(base: Tensor, exponent: float, normalize: str | None) -> Tensor:
+    if normalize == "simple":
+        base = (base + 1) / 2
+    if normalize != "relu":
+        return base**exponent
+    positive = base > 0
+    return torch.where(positive, torch.where(positive, base, 1.0) ** exponent, base * 0)
+
+
+class StructuralSimilarityIndexMeasure(_StructuralSimilarityIndexMeasure):
+    """torchmetrics' metric, of :func:`structural_similarity_index_measure`."""
+
+    @hands_on("torchmetrics.image.StructuralSimilarityIndexMeasure", _StructuralSimilarityIndexMeasure.update)
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        if self.return_full_image or self.return_contrast_sensitivity:
+            raise NotServed("full images and contrasts")
+        value = structural_similarity_index_measure(
+            preds, target, self.gaussian_kernel, self.sigma, self.kernel_size, None, self.data_range, self.k1, self.k2
+        )
+        _add(self, value)
+        if self.reduction not in ("none", None):  # as torchmetrics counts them
+            self.total += len(value)
+
+
+class MultiScaleStructuralSimilarityIndexMeasure(_MultiScale):
+    """torchmetrics' metric, of :func:`multiscale_structural_similarity_index_measure`."""
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        value = multiscale_structural_similarity_index_measure(
+            preds, target, self.gaussian_kernel, self.sigma, self.kernel_size, None, self.data_range, self.k1, self.k2,
+            self.betas, self.normalize,
+        )  # fmt: skip
+        _add(self, value)
+        self.total += len(value)
+
+
+class TotalVariation(_TotalVariation):
+    """torchmetrics' metric, of :func:`total_variation`."""
+
+    def update(self, img: Tensor) -> None:
+        value = total_variation(img, "none")
+        if self.reduction in ("none", None):
+            self.score_list.append(value)
+        else:
+            self.score += value.sum()
+        self.num_elements += len(value)
+
+
+def _add(metric: Any, similarities: Tensor) -> None:
+    """Adds those of a batch to the state that both similarities have."""
+    if metric.reduction in ("none", None):
+        metric.similarity.append(similarities)
+    else:
+        metric.similarity += similarities.sum()
 
 
 def _sides(option: Any) -> tuple[Any, ...]:
@@ -88,10 +217,14 @@ def _range(preds: Tensor, target: Tensor, data_range: Any) -> tuple[Tensor, Tens
 SWAPS = {
     "torchmetrics.functional.image.total_variation": total_variation,
     "torchmetrics.functional.image.structural_similarity_index_measure": structural_similarity_index_measure,
+    f"torchmetrics.functional.image.{_MS_SSIM}": multiscale_structural_similarity_index_measure,
+    "torchmetrics.image.TotalVariation": TotalVariation,
+    "torchmetrics.image.StructuralSimilarityIndexMeasure": StructuralSimilarityIndexMeasure,
+    "torchmetrics.image.MultiScaleStructuralSimilarityIndexMeasure": MultiScaleStructuralSimilarityIndexMeasure,
 }
 LEFT = {
-    "torchmetrics.functional.image.multiscale_structural_similarity_index_measure": "means over channels before the "
-    "product of the levels",
-    "torchmetrics.image.StructuralSimilarityIndexMeasure": "metric classes call torchmetrics' own update functions",
-    "torchmetrics.image.TotalVariation": "metric classes call torchmetrics' own update functions",
+    "torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity": "its norms have eps inside the root",
+    "torchmetrics.functional.image.learned_perceptual_image_patch_similarity": "its norms have eps inside the root",
+    "torchmetrics.functional.image.dists.deep_image_structure_and_texture_similarity": "makes its network at each call",
+    "torchmetrics.image.dists.DeepImageStructureAndTextureSimilarity": "makes its network at each call",
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype, transformed
-from ..core.checks import check_weight
+from ..core.checks import check_flag, check_weight
 from ..core.entry import takes_input_and_target
 from .map_weights import over_weights
 from .ssim_checks import SSIM_HINTS, NegativeImages, check_pair, check_ssim_options, check_window_fits
@@ -120,6 +120,7 @@ def ssim_loss(
     k2: float = 0.03,
     weight: Tensor | None = None,
     reduction: str = "mean",
+    luminance: bool = True,
 ) -> Tensor:
     r"""One minus the mean structural similarity (SSIM) of a target image and a predicted one.
 
@@ -149,6 +150,7 @@ def ssim_loss(
             weight of 0 excludes: what the map is there, even NaN, has no effect on the value or a gradient. The windows
             themselves are not cut: they see pixels up to half a window from a weighted one.
         reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
+        luminance: False leaves the first factor out, so that contrast and structure are compared alone.
 
     Returns:
         float32 (float64 for float64 inputs), in [0, 2]: a scalar, or ``[N]``. Constant images have finite gradients.
@@ -170,6 +172,7 @@ def ssim_loss(
     dtype = result_dtype(image, image_pred)
     window, sigma, same, c1, c2, low = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype)
     check_reduction(reduction)
+    luminance = check_flag("luminance", luminance)
     if not same:
         check_window_fits(image, window, 1)
     if reduction == "mean":
@@ -182,7 +185,7 @@ def ssim_loss(
         sums = _no_sums(image, image_pred, dtype)
     else:
         spread = None if mine is None else mine.expand(*image.shape[:2], height, width)
-        sums = _sums(image, image_pred, spread, window, sigma, same, c1, c2, low, False).sum(1)
+        sums = _sums(image, image_pred, spread, window, sigma, same, c1, c2, low, not luminance).sum(1)
     if mine is None:
         return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
     counts = mine.sum((1, 2, 3), dtype=dtype) * (image.shape[1] // max(mine.shape[1], 1))

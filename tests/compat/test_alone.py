@@ -21,6 +21,10 @@ calls = {
     "InfoNCE": lambda: info_nce.InfoNCE(0.5)(a, b),
     "SSIM": lambda: pytorch_msssim.SSIM(data_range=1.0)(image, image_pred),
     "NTXentLoss": lambda: lightly.NTXentLoss()(a, b),
+    "DCLLoss": lambda: lightly.DCLLoss()(a, b),
+    "DCLWLoss": lambda: lightly.DCLWLoss()(a, b),
+    "fused_ssim": lambda: fused_ssim.fused_ssim(image, image_pred),
+    "fused_siglip_loss": lambda: siglip_kernel.fused_siglip_loss(a, b, torch.tensor(0.5), torch.tensor(-1.0)),
     "L1Loss": lambda: basicsr.L1Loss()(image, image_pred),
 }
 values = {name: call().item() for name, call in calls.items()}
@@ -55,6 +59,7 @@ print(json.dumps([early, missing, values, refused]))
 """
 
 
+@pytest.mark.filterwarnings("ignore:To copy construct")  # lightly's own, of DCLWLoss's weights
 def test_without_the_libraries():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -63,7 +68,7 @@ def test_without_the_libraries():
     assert missing == ["kornia", "lpips", "piq", "pytorch_metric_learning", "torchmetrics"]
     assert set(refused) == {"ClipLoss", "SigLipLoss", "SSIM", "InfoNCE"}
     assert all("the library computes that, and is not installed" in why for why in refused.values())
-    alone = ("basicsr", "info_nce", "lightly", "open_clip", "pytorch_msssim")
+    alone = ("basicsr", "fused_ssim", "info_nce", "lightly", "open_clip", "pytorch_msssim", "siglip_kernel")
     beside = {"torch": torch} | {name: importlib.import_module(f"fastloss.compat.{name}") for name in alone}
     exec(CALLS, beside)
     for name, value in values.items():

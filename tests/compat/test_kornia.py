@@ -52,6 +52,8 @@ def test_psnr_loss():
         pair = [functools.partial(m.psnr_loss, max_val=max_val) for m in (ours, theirs)]
         if draw.one_of(True, False):
             pair = [m.PSNRLoss(max_val) for m in (ours, theirs)]
+        elif draw.one_of(True, False):
+            pair = [functools.partial(m.psnr, max_val=max_val) for m in (ours, ours._metrics)]
         draw.compare(*pair, [image, draw.uniform(*shape)])
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -103,6 +105,60 @@ def test_weights_of_several_numbers_are_piqs():
         weights = [draw.uniform(1, 8, 1, 1)]
         pair = [m.ContentLoss(network(), layers=["1"], weights=weights) for m in (ours, theirs)]
         draw.compare(*pair, [draw.uniform(1, 3, 8, 8), draw.uniform(1, 3, 8, 8)], quiet=False)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The modules of (ours, theirs) with the same weights, drawn in place of those that piq downloads.
+
+    The network has the taps of VGG16, by name and width, and one small convolution before each.
+    """
+    torch.manual_seed(3)
+    channels = 64, 128, 256, 512, 512
+    layers, width = OrderedDict(), 3
+    for tap, wider in zip((3, 8, 15, 22, 29), channels, strict=True):
+        layers |= {str(tap - 1): nn.Conv2d(width, wider, 1, groups=1 if width == 3 else 64), str(tap): nn.ReLU(True)}
+        layers[str(tap + 1)] = nn.MaxPool2d(2)
+        width = wider
+    layers = nn.Sequential(layers)
+    lins = [torch.rand(1, c, 1, 1) for c in channels]
+    sums = {name: torch.rand(1, 3 + sum(channels), 1, 1) / 1475 for name in ("alpha", "beta")}
+
+    def make(name, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            vgg = types.SimpleNamespace(features=copy.deepcopy(layers))
+            patch.setattr(theirs.perceptual, "vgg16", lambda **k: vgg)
+            patch.setattr(torch.hub, "load_state_dict_from_url", lambda *a, **k: lins if name == "LPIPS" else sums)
+            return tuple(getattr(m, name)(**options) for m in (ours, theirs))
+
+    return make
+
+
+def anew(module):
+    """Calls of a copy each: piq's pooling keeps the dtype of its first images, and the network that of the last."""
+    return lambda *images: copy.deepcopy(module)(*images)
+
+
+@pytest.mark.parametrize("name", ["LPIPS", "DISTS"])
+def test_lpips_and_dists(name, made):
+    # theirs is the float64 truth, whose covariances of DISTS are differences: by more than the rule's 64 roundings off
+    for draw in Draws(6, FLOATS if name == "LPIPS" else FLOATS[:1]):
+        options = {"reduction": draw.one_of("mean", "sum", "none")}
+        if draw.one_of(True, False):
+            options |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+        if name == "LPIPS":
+            options["replace_pooling"] = draw.one_of(True, False)
+        shape = draw.size(1, 2), 3, draw.size(32, 40), draw.size(32, 40)
+        draw.compare(*map(anew, made(name, **options)), pictures(draw, shape, 1.0))
+
+
+def test_lpips_of_absolute_differences_is_piqs_and_large_images_shrink(made):
+    for draw in Draws(1, FLOATS[:1]):
+        images = pictures(draw, (1, 3, 32, 32), 1.0)
+        draw.compare(*map(anew, made("LPIPS", distance="mae")), images, quiet=False)
+        mine, other = made("DISTS")
+        draw.compare(anew(mine), anew(other), pictures(draw, (1, 3, 258, 262), 1.0), frozen=2)
+    assert isinstance(mine, ours.ContentLoss) and list(mine.state_dict()) == list(other.state_dict())
 
 
 def test_what_is_piqs():

@@ -1,4 +1,4 @@
-"""torchmetrics' functional SSIM and total variation and their drop-ins."""
+"""torchmetrics' SSIM, MS-SSIM and total variation and their drop-ins."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fastloss.compat import _common
 from tests.compat.tools import Draws
 
 theirs = pytest.importorskip("torchmetrics.functional.image")
+metrics = pytest.importorskip("torchmetrics.image")
 from fastloss.compat import torchmetrics as ours  # noqa: E402
 
 FLOATS = (torch.float32, torch.float32, torch.float64)
@@ -36,6 +37,73 @@ def test_ssim():
             "k2": draw.one_of(0.03, 0.4),
         }
         draw.compare(*pair, [scale * preds, scale * target], **options)
+
+
+MS_SSIM = "multiscale_structural_similarity_index_measure"
+
+
+def test_ms_ssim():
+    pair = [getattr(module, MS_SSIM) for module in (ours, theirs)]
+    for draw in Draws(24, FLOATS[:1]):  # as for pytorch_msssim, levels of float64 differ by more than 64 roundings
+        shape = draw.size(1, 2), draw.size(1, 3), draw.size(44, 52), draw.size(44, 52)
+        target, scale = draw.uniform(*shape), draw.one_of(1.0, 255.0)
+        preds = 0.7 * target + 0.3 * draw.uniform(*shape)
+        options = {
+            "sigma": draw.one_of(0.8, 1.0, (1.5, 1.5)),
+            "kernel_size": draw.one_of(5, 7, (5, 3)),
+            "reduction": draw.one_of("elementwise_mean", "sum", "none", None),
+            "data_range": draw.one_of(scale, (0.1 * scale, 0.9 * scale)),
+            "k2": draw.one_of(0.03, 0.4),
+            "betas": draw.one_of((0.3, 0.7), (0.2, 0.3, 0.5)),
+            "normalize": draw.one_of("relu", "simple", None),
+        }
+        draw.compare(*pair, [scale * preds, scale * target], **options)
+
+
+def test_ms_ssim_of_opposites_has_no_gradient_where_it_is_0():
+    target = torch.rand(1, 1, 48, 48, generator=torch.Generator().manual_seed(0))
+    preds = (1 - target).requires_grad_()
+    options = {"data_range": 1.0, "kernel_size": 3, "betas": (0.5, 0.5)}
+    value = getattr(ours, MS_SSIM)(preds, target, **options)
+    assert value == getattr(theirs, MS_SSIM)(preds, target, **options) == 0
+    assert torch.equal(torch.autograd.grad(value, preds)[0], torch.zeros_like(preds))
+
+
+@pytest.mark.parametrize("name", ["StructuralSimilarityIndexMeasure", "MultiScaleStructuralSimilarityIndexMeasure"])
+def test_metrics(name):
+    """Two batches, by each reduction: the value of each, of both, and the states."""
+    options = {"data_range": 1.0, "sigma": 1.0}
+    if name.startswith("Multi"):
+        options |= {"betas": (0.4, 0.6), "kernel_size": 5}
+    for reduction in ("elementwise_mean", "sum", "none", None):
+        mine, other = (getattr(m, name)(reduction=reduction, **options) for m in (ours, metrics))
+        draw = torch.Generator().manual_seed(1)
+        for count in (2, 3):
+            pair = torch.rand(2, count, 3, 32, 36, generator=draw)
+            torch.testing.assert_close(mine(*pair), other(*pair))
+        torch.testing.assert_close(mine.compute(), other.compute())
+        torch.testing.assert_close(mine.metric_state, other.metric_state)
+        mine.reset()
+        assert isinstance(mine, getattr(metrics, name)) and mine.total.item() == 0
+
+
+def test_total_variation_metric():
+    for reduction in ("mean", "sum", "none", None):
+        mine, other = (m.TotalVariation(reduction=reduction) for m in (ours, metrics))
+        for count in (2, 3):
+            images = torch.rand(count, 3, 9, 11, generator=torch.Generator().manual_seed(count))
+            torch.testing.assert_close(mine(images), other(images))
+        torch.testing.assert_close(mine.compute(), other.compute())
+        torch.testing.assert_close(mine.metric_state, other.metric_state)
+
+
+def test_full_images_of_the_metric_are_torchmetrics():
+    pair = torch.rand(2, 1, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"data_range": 1.0, "return_full_image": True}
+    _common._said.clear()
+    with pytest.warns(UserWarning, match="computed by the library itself.*full images"):
+        found = ours.StructuralSimilarityIndexMeasure(**options)(*pair)
+    assert all(map(torch.equal, found, metrics.StructuralSimilarityIndexMeasure(**options)(*pair)))
 
 
 def test_the_images_own_range():
@@ -68,6 +136,9 @@ def test_errors():
         (ValueError, lambda m: m.structural_similarity_index_measure(image[0], image[0])),
         (ValueError, lambda m: m.structural_similarity_index_measure(image, image, reduction="median")),
         (RuntimeError, lambda m: m.structural_similarity_index_measure(image, image[:, :2])),
+        (ValueError, lambda m: getattr(m, MS_SSIM)(image, image)),
+        (ValueError, lambda m: getattr(m, MS_SSIM)(image, image, betas=[0.5], kernel_size=3)),
+        (ValueError, lambda m: getattr(m, MS_SSIM)(image, image, betas=(0.5,), kernel_size=3, normalize="mean")),
         (RuntimeError, lambda m: m.total_variation(image[0])),
         (ValueError, lambda m: m.total_variation(image, "median")),
     ]

@@ -116,7 +116,8 @@ IMAGES: dict[str, tuple[dict[str, Any], Groups]] = {
     }),
     "ssim_loss": ({}, {
         "defaults": [{}, {"window": 11}, {"sigma": 1.5}, {"data_range": 1}, {"padding": "same"}],
-        "constants": [{}, {"k1": 0.01}, {"k2": 0.03}, {"weight": None}],
+        "constants": [{}, {"k1": 0.01}, {"k2": 0.03}, {"weight": None}, {"luminance": True}],
+        "luminance": [{"luminance": False}],
         "window": [{"window": 3}], "sigma": [{"sigma": 0.7}], "padding": [{"padding": "valid", "window": 3}],
         "data_range": [{"data_range": 2.0}, {"data_range": 2}], "k1": [{"k1": 0.1}], "k2": [{"k2": 0.1}],
         "weight of one": [{}, {"weight": torch.ones(1)}, {"weight": torch.ones(2, 1, 1, 1)}],

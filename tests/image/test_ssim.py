@@ -69,6 +69,21 @@ def test_fused_ssim():
     torch.testing.assert_close(gradients(ssim_loss, x, y), gradients(splatting, x, y), rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_without_luminance(dtype):
+    """The contrast term that pytorch-msssim has for its levels, and with weights as many of its pixels."""
+    x, y = pair(2, 3, 20, 24, dtype=dtype)
+    wanted = 1 - msssim_library(x.double(), y.double())[1].mean(1)
+    found = ssim_loss(x, y, padding="valid", luminance=False, reduction="none")
+    torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-12)
+    half = torch.ones(20, 24).index_fill(1, torch.arange(12), 0)
+    whole = [ssim_loss(*t, padding="valid", luminance=False) for t in ((x, y), (x[..., 7:], y[..., 7:]))]
+    torch.testing.assert_close(ssim_loss(x, y, padding="valid", luminance=False, weight=half), whole[1])
+    assert whole[0] != whole[1] and whole[0] < ssim_loss(x, y, padding="valid")
+    with pytest.raises(TypeError, match="luminance"):
+        ssim_loss(x, y, luminance=1.5)
+
+
 def test_pytorch_msssim_ms_ssim():
     x, y = pair(2, 2, 163, 177)
     weights = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
