@@ -6,6 +6,7 @@ autograd has their exact gradients, in float32 whatever the kernels' products ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -169,10 +170,12 @@ def softmax_rows(
     form: SoftmaxOptions,
     workspace_mib: float,
     dropped: Tensor | None,
+    statistics: Callable[[stats_op.Inputs], Tensor] = stats_op.softmax_statistics,
 ) -> ContrastiveOutput:
     """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
 
     `ids` are the queries' and the keys', both or neither. Of `dropped` rows [M] nothing arrives in a sum over rows.
+    `statistics` finds those of the in-batch negatives, of which other ranks may make a part.
     """
     dtype = result_dtype(query, key, negatives)
     query_ids, key_ids = ids
@@ -195,7 +198,7 @@ def softmax_rows(
     stats = None
     if form.in_batch:
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
-        stats = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
+        stats = _left_out(dropped, statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
             logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, workspace_mib,
         )))  # fmt: skip

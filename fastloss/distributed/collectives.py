@@ -4,6 +4,8 @@
     scatter_rows     the sum over ranks of what each has for this rank's rows; its gradient: gather_rows
     sum_over_ranks   forward * sum over ranks of x; its gradient: backward * sum over ranks of the upstream gradient
     replicated       a tensor that is the same on all ranks, as it is; its gradient: the mean over ranks
+    rows_to_owners   rows that this rank made for each rank, to those ranks; its gradient: rows_from_owners
+    rows_from_owners the way back; its gradient: rows_to_owners
 
 torch's own collectives with autograd differ from version to version, and some are refused by torch.compile.
 """
@@ -26,6 +28,7 @@ _LIB = Library(NAMESPACE, "FRAGMENT")
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.14
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_to_all = dist.all_to_all_single
 
 
 _group_named: Callable[..., Any] = _resolve_process_group  # torch's own registry, as its collectives for graphs use it
@@ -189,6 +192,57 @@ def _replicated_backward(ctx: Any, grad: Tensor) -> tuple:
     return sum_over_ranks(grad, mean, mean, ctx.group), None
 
 
+def _rows_to_owners(made: Tensor, own_rows: int, counts: list[int], group: str) -> Tensor:
+    """[W, own_rows, ...]: what this rank and the next ones around have made for this one's rows, of `made` [B, ...] in
+    the order of :func:`gather_rows`."""
+    own = _group_named(group)
+    world, order = own.size(), _around(own)
+    parts = dict(zip(order, made.split([counts[rank] for rank in order]), strict=True))
+    sent = torch.cat([parts[rank] for rank in range(world)])
+    out = made.new_empty(world * own_rows, *made.shape[1:])
+    with named("the exchange of statistics", own):
+        all_to_all(out, sent, [own_rows] * world, counts, group=own)
+    return out.view(world, own_rows, *made.shape[1:])[order]
+
+
+def _rows_to_owners_fake(made, own_rows, counts, group):  # type: ignore[no-untyped-def]
+    return made.new_empty(_group_named(group).size(), own_rows, *made.shape[1:])
+
+
+def _setup_to_owners(ctx: Any, inputs: tuple, output: Any) -> None:
+    _, ctx.own_rows, ctx.counts, ctx.group = inputs
+
+
+def _to_owners_backward(ctx: Any, grad: Tensor) -> tuple:
+    return rows_from_owners(grad, ctx.own_rows, ctx.counts, ctx.group), None, None, None
+
+
+def _rows_from_owners(parts: Tensor, own_rows: int, counts: list[int], group: str) -> Tensor:
+    """[B, ...]: of what :func:`rows_to_owners` gave, each part to the rank that made it."""
+    own = _group_named(group)
+    world, order = own.size(), _around(own)
+    back = [order.index(rank) for rank in range(world)]
+    sent = parts[back].reshape(world * own_rows, *parts.shape[2:])
+    out = parts.new_empty(sum(counts), *parts.shape[2:])
+    with named("the exchange of statistics' gradients", own):
+        all_to_all(out, sent, counts, [own_rows] * world, group=own)
+    blocks = out.split(counts)
+    return torch.cat([blocks[rank] for rank in order])
+
+
+def _rows_from_owners_fake(parts, own_rows, counts, group):  # type: ignore[no-untyped-def]
+    return parts.new_empty(sum(counts), *parts.shape[2:])
+
+
+def _from_owners_backward(ctx: Any, grad: Tensor) -> tuple:
+    return rows_to_owners(grad, ctx.own_rows, ctx.counts, ctx.group), None, None, None
+
+
+def _around(group: Any) -> list[int]:
+    """The ranks in the order of :func:`gather_rows`."""
+    return [(group.rank() + hop) % group.size() for hop in range(group.size())]
+
+
 def _op(name: str, kernel: Callable, fake: Callable, backward: Callable, setup: Callable) -> Any:
     """Not by `torch.library.custom_op`, which imports torch.compile at an op's first call: that takes seconds."""
     _LIB.define(name + torch.library.infer_schema(kernel, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
@@ -202,3 +256,7 @@ gather_rows = _op("gather_rows", _gather_rows, _gather_rows_fake, _gather_backwa
 scatter_rows = _op("scatter_rows", _scatter_rows, _scatter_rows_fake, _scatter_backward, _setup_scatter)
 sum_over_ranks = _op("sum_over_ranks", _sum_over_ranks, _sum_over_ranks_fake, _sum_backward, _setup_sum)
 replicated = _op("replicated", _replicated, _replicated_fake, _replicated_backward, _setup_replicated)
+rows_to_owners = _op("rows_to_owners", _rows_to_owners, _rows_to_owners_fake, _to_owners_backward, _setup_to_owners)
+rows_from_owners = _op(
+    "rows_from_owners", _rows_from_owners, _rows_from_owners_fake, _from_owners_backward, _setup_to_owners
+)

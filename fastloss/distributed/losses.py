@@ -2,7 +2,8 @@
 
 Each rank computes the losses of its own rows against the columns of all ranks, in the family's own ops, and their sum
 is the loss. The columns come with this rank's own first, so that a row's positive stands where it does on one
-rank. A loss of two directions gathers both sides and computes each direction as a loss of rows.
+rank. A loss of two directions has both from the same similarities (:mod:`once`); with a margin it gathers both sides
+and computes each direction as a loss of rows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ..contrastive.siglip import SigLip, checked_siglip_loss
 from ..contrastive.supcon import supcon_rows
 from ..core import check_reduction, full_precision, result_dtype
 from .collectives import Counts
+from .once import both_directions
 from .ranks import Ranks, needs, process_group
 
 
@@ -48,6 +50,8 @@ def query_key_loss(x: QueryKey, loss: str, group: Any, exchange: Any) -> Tensor 
     weights = ranks.shares(x.weights, x.reduction, dtype, counts)
     rows = x.return_lse or x.reduction == "none"
     x = x._replace(scale=ranks.number(x.scale), weights=weights, reduction="none" if rows else "sum")
+    if _made_once(form):
+        return _symmetric_loss(x, own | gathered, same["reduction"], ranks, counts)
     directions = [query_key_losses.query_key_loss(_queries_to_keys(x, own | gathered))]
     if form.symmetric:
         directions.append(query_key_losses.query_key_loss(_keys_to_queries(x, own | gathered)))
@@ -57,6 +61,29 @@ def query_key_loss(x: QueryKey, loss: str, group: Any, exchange: Any) -> Tensor 
     if not x.return_lse:
         return total
     return _with_by_products(total, directions, own.get("key bias"), dropped_rows(weights))
+
+
+def _made_once(form: SoftmaxOptions) -> bool:
+    """Whether both directions come from the same similarities: not with a margin, for which a row and a column may
+    leave out different pairs and the op has one limit for both."""
+    return form.symmetric and (form.sampling is None or form.sampling.margin is None)
+
+
+def _symmetric_loss(
+    x: QueryKey, parts: dict[str, Any], reduction: str, ranks: Ranks, counts: Counts
+) -> Tensor | ContrastiveOutput:
+    """Both directions at once, see :mod:`once`."""
+    dropped = dropped_rows(x.weights)
+    x = _queries_to_keys(x, parts)._replace(form=x.form)
+    with full_precision(x.query):
+        rows = query_key_losses.softmax_rows(
+            x.query, x.key, x.negatives, x.scale, x.bias, None, x.ids, x.form, x.workspace_mib, dropped,
+            lambda inputs: both_directions(inputs, ranks, counts),
+        )  # fmt: skip
+        own = reduce_output(rows, x.weights, x.reduction, False)
+    assert isinstance(own, Tensor)
+    loss = ranks.reduced(own, x.weights, reduction, counts)
+    return rows._replace(loss=loss) if x.return_lse else loss
 
 
 def _parts(x: QueryKey, ranks: Ranks) -> dict[str, Any]:
@@ -78,7 +105,7 @@ def _parts(x: QueryKey, ranks: Ranks) -> dict[str, Any]:
 def _travelling(own: dict[str, Any], x: QueryKey, ranks: Ranks) -> dict[str, Tensor]:
     """Those parts that other ranks need. What is the same on all of them becomes so for autograd too."""
     kinds = {"key"} if x.form.in_batch else set()
-    if x.form.symmetric:
+    if x.form.symmetric and not _made_once(x.form):
         kinds |= {"query"}
     if x.negatives is not None and x.negatives.ndim == 2:
         if ranks.exchange.negatives == "sharded":

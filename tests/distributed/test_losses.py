@@ -34,6 +34,8 @@ def test_the_ops_are_what_torch_expects(alone):
         (collectives.scatter_rows, ([x], [0], [4], [4], name)),
         (collectives.sum_over_ranks, (x, 1.0, 0.5, name)),
         (collectives.replicated, (x, name)),
+        (collectives.rows_to_owners, (x, 4, [4], name)),
+        (collectives.rows_from_owners, (x[None].detach().requires_grad_(), 4, [4], name)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
@@ -48,6 +50,8 @@ def test_gradients_of_gradients(alone):
         gather,
         lambda t: collectives.sum_over_ranks(t, 1.0, 1.0, name),
         lambda t: collectives.replicated(t, name),
+        lambda t: collectives.rows_to_owners(t, 4, [4], name),
+        lambda t: collectives.rows_from_owners(t[None], 4, [4], name),
     ):
         assert torch.autograd.gradcheck(fn, (x,))
         assert torch.autograd.gradgradcheck(fn, (x,))
