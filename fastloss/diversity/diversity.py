@@ -4,73 +4,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from ..core import Loss, check_reduction, full_precision, reduce, result_dtype
-from ..core.checks import check_choice, check_number, check_same_device, check_tensor, check_workspace
+from ..core import Loss, check_reduction, reduce, result_dtype
+from ..core.checks import (
+    check_choice,
+    check_dense,
+    check_flag,
+    check_number,
+    check_same_device,
+    check_tensor,
+    check_workspace,
+)
 from ..core.entry import public_function
+from .distances import METRICS, Bank, bank_distances
+from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_index
 
 MODES = ("nearest", "softmin", "mean")
-METRICS = ("l1", "l2", "cosine")
-_TEMPORARIES = 4  # tensors of a chunk's size that live at once: difference, distance and their gradients
-
-
-def _chunk_distances(generated: Tensor, rows: Tensor, metric: str) -> Tensor:
-    """[N,P] against [m,P]: the [N,m] distances."""
-    rows = rows.to(generated.dtype)
-    if metric == "cosine":
-        with full_precision(generated):
-            return 1 - _unit(generated) @ _unit(rows).T
-    d = generated[:, None] - rows
-    return (d.abs() if metric == "l1" else d * d).mean(-1)
-
-
-def _paired_distances(generated: Tensor, rows: Tensor, metric: str) -> Tensor:
-    """[N,P] against its own rows [N,P]: the [N] distances, by direct differences."""
-    rows = rows.to(generated.dtype)
-    if metric == "cosine":
-        return 1 - (_unit(generated) * _unit(rows)).sum(-1)
-    d = generated - rows
-    return (d.abs() if metric == "l1" else d * d).mean(-1)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1; a zero row stays zero and gets a zero gradient."""
-    zero = x.detach().norm(dim=-1, keepdim=True) == 0
-    safe = torch.where(zero, torch.ones_like(x), x)
-    return torch.where(zero, torch.zeros_like(x), safe / safe.norm(dim=-1, keepdim=True))
-
-
-def _bank_distances(generated: Tensor, bank: Tensor, metric: str, workspace: int) -> Tensor:
-    """All [N,M] distances, a chunk of bank rows at a time; the backward recomputes the chunks one by one."""
-    count, pixels = generated.shape
-    row_bytes = _TEMPORARIES * pixels * generated.element_size() * (1 if metric == "cosine" else count)
-    size = min(max(workspace // max(row_bytes, 1), 1), bank.shape[0])
-    chunks = [bank[start : start + size] for start in range(0, bank.shape[0], size)]
-    if len(chunks) == 1:
-        return _chunk_distances(generated, bank, metric)
-    plain = not (torch.is_grad_enabled() and generated.requires_grad)
-    if plain or torch._C._are_functorch_transforms_active():  # functorch takes no checkpoints
-        return torch.cat([_chunk_distances(generated, chunk, metric) for chunk in chunks], 1)
-    return torch.cat(
-        [
-            checkpoint(_chunk_distances, generated, chunk, metric, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ],
-        1,
-    )
 
 
 def diversity_reference(
-    generated: Tensor, bank: Tensor, mode: str, metric: str, temperature: float, workspace: int
+    generated: Tensor,
+    bank: Tensor,
+    mode: str,
+    metric: str,
+    temperature: float,
+    workspace: int,
+    scale: float = 1.0,
+    shift: float = 0.0,
 ) -> Tensor:
     """The definition: D(g_i, bank) of [N,P] images and an [M,P] bank, in float32 (float64 for float64)."""
     generated = generated.to(result_dtype(generated, bank))
-    if mode == "nearest":  # search without a graph, then differentiate the one distance that won
-        with torch.no_grad():
-            nearest = _bank_distances(generated.detach(), bank, metric, workspace).argmin(1)
-        return _paired_distances(generated, bank[nearest], metric)
-    distances = _bank_distances(generated, bank, metric, workspace)
+    if mode == "nearest":
+        return nearest_reference(Inputs(generated, bank, metric, scale, shift, workspace / 2**20))
+    distances = bank_distances(generated, Bank(bank, scale, shift), metric, workspace)
     if mode == "mean":
         return distances.mean(1)
     least = distances.detach().amin(1, keepdim=True)  # exponents of small differences, so that they round little
@@ -88,8 +54,11 @@ def diversity_loss(
     metric: str = "l1",
     temperature: float = 0.01,
     reduction: str = "mean",
+    bank_scale: float | None = None,
+    bank_shift: float = 0.0,
+    return_nearest: bool = False,
     workspace_mib: int = 256,
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Nearest]:
     r"""Reward for generated images that differ from the training-set images of a bank.
 
     Per generated image, :math:`L_i = -D(g_i, T)`, or :math:`\max(0, m - D(g_i, T))` with a margin m. D is, over the
@@ -110,23 +79,34 @@ def diversity_loss(
 
     Args:
         generated: ``[N, ...]`` images (or features) in the value range of the bank.
-        bank: ``[M, ...]`` training images of the same trailing shape, M >= 1. It gets no gradient, by design.
+        bank: ``[M, ...]`` training images of the same trailing shape, M >= 1. It gets no gradient, by design. Floating
+            point of any dtype, or uint8 with a `bank_scale`; a memory map (``torch.from_numpy(numpy.memmap(...))``) is
+            read once, from its first row to its last, by ``"nearest"``.
         mode: how the distances to the bank become one, see above.
         margin: None, or the distance > 0 beyond which an image costs nothing.
         metric: the distance, see above.
         temperature: softness of ``"softmin"`` in units of the distance, > 0.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` for the ``[N]`` losses.
+        bank_scale: the images are ``bank_scale * bank + bank_shift``, computed as they are read: 1 / 255 for bytes of
+            images from 0 to 1. None is 1, which a uint8 bank does not take.
+        bank_shift: see `bank_scale`, in units of the image.
+        return_nearest: also return which image of the bank is nearest to each generated one and how far, whatever the
+            reduction and the margin; for ``mode="nearest"``. A check for memorised images.
         workspace_mib: bound of the temporaries, >= 1: the bank is read in chunks whose ``[N, rows, ...]``
             differences fit in it (one bank row at a time where even that is too large). The backward recomputes
-            them, and ``"nearest"`` differentiates the winning distances only. The ``[N, M]`` distances come on top.
+            them, and ``"nearest"`` differentiates the winning distances only and never stores the ``[N, M]``
+            distances, which the other modes have on top. The CPU's kernels for ``"nearest"`` compare 8 bank rows or
+            more at a time and need up to 8 MiB.
 
     Returns:
-        float32 (float64 for float64 inputs). The gradient is 0 where an element equals the bank's (l1), for zero
+        float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple ``(distance,
+        index)`` of ``[N]`` tensors, without gradients. The gradient is 0 where an element equals the bank's (l1), for zero
         images (cosine), and beyond the margin; of equally near images the first gets it.
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit, the
-            bank is empty or requires a gradient, or ``"mean"`` of an empty batch.
+            bank is empty, requires a gradient or is uint8 without a scale, `return_nearest` with another mode, or
+            ``"mean"`` of an empty batch.
 
     Source: Imagen's "maximise the difference between generated and training-set images"; the nearest neighbour as the
     test for memorised images; margin as in Yang et al., "Diversity-sensitive conditional GANs", ICLR 2019.
@@ -136,7 +116,7 @@ def diversity_loss(
         -0.5
     """
     check_tensor("generated", generated)
-    check_tensor("bank", bank)
+    scale, shift = _check_bank_dtype(bank, bank_scale, bank_shift)
     if generated.ndim < 1 or generated.shape[1:] != bank.shape[1:] or bank.ndim != generated.ndim:
         raise ValueError(
             f"bank: expected [M, ...] with the trailing shape of generated, {tuple(generated.shape)}, "
@@ -154,11 +134,44 @@ def diversity_loss(
     check_reduction(reduction)
     if margin is not None:
         margin = check_number("margin", margin, 0, open_low=True)
+    if check_flag("return_nearest", return_nearest) and mode != "nearest":
+        raise ValueError(f'return_nearest: expected False with mode="{mode}"; "nearest" finds the nearest image')
     size = bank[0].numel()  # of an image: 1 where generated is [N]
-    distance = diversity_reference(
-        generated.reshape(-1, size), bank.reshape(-1, size), mode, metric, temperature, workspace
-    )
-    return reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
+    generated, bank = generated.reshape(-1, size), bank.reshape(-1, size)
+    if mode != "nearest":
+        distance = diversity_reference(generated, bank, mode, metric, temperature, workspace, scale, shift)
+    else:
+        generated = generated.to(result_dtype(generated, bank))
+        found = _nearest(Inputs(generated, bank, metric, scale, shift, workspace / 2**20), return_nearest)
+        distance = found.distance
+    loss = reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
+    return (loss, found._replace(distance=distance.detach())) if return_nearest else loss
+
+
+def _check_bank_dtype(bank: Tensor, scale: float | None, shift: float) -> tuple[float, float]:
+    """The scale and the shift of a bank that they fit."""
+    check_dense("bank", bank)
+    if bank.dtype != torch.uint8:
+        check_tensor("bank", bank)
+    elif scale is None:
+        raise ValueError(
+            "bank_scale: expected the number that makes a uint8 bank's values those of generated, "
+            "1 / 255 for images from 0 to 1, got None"
+        )
+    number = 1.0 if scale is None else check_number("bank_scale", scale)
+    if number == 0:
+        raise ValueError("bank_scale: expected a number other than 0, got 0")
+    return number, check_number("bank_shift", shift)
+
+
+def _nearest(x: Inputs, with_index: bool) -> Nearest:
+    """The distance of each image from its nearest one, and on request the index of that."""
+    backend = nearest.backend(*x)
+    if not with_index:
+        return Nearest(nearest(*x, backend=backend), x.generated)
+    if backend == "reference":
+        return nearest_with_index(x)
+    return Nearest(*nearest.fwd(*x))
 
 
 class DiversityLoss(Loss):

@@ -1,0 +1,326 @@
+// The nearest bank row of each generated row, as fastloss/diversity/nearest.py defines it. The bank is read once, a
+// tile of rows at a time. A tile's distances are first made fast (l1: by a kernel of its own; l2, cosine: from a matrix
+// product) with a bound of their error; those that may be the least are then computed once more, in float64.
+
+#include "diversity/nearest.h"
+#include "core/isa.h"
+#include "core/matmul.h"
+#include "core/op.h"
+
+#include <cmath>
+#include <limits>
+
+#define FASTLOSS_KERNELS "diversity/nearest_simd.h"
+#include "core/for_each_isa.h"
+
+namespace fastloss {
+
+NearestKernels nearest_kernels() { return FASTLOSS_PICK(nearest_kernels()); }
+
+namespace {
+
+constexpr int64_t kTileRows = 256;          // bank rows in a tile at most, for l1
+constexpr int64_t kTileElements = 1 << 20;  // elements of a tile that is made float32, or kBankRows rows if larger
+constexpr int64_t kScores = 1 << 20;        // distances to a tile, or kBankRows to each generated row of a block
+constexpr int64_t kSearchRows = 1024;       // generated rows in a block
+constexpr int64_t kMaxLanes = 16;           // floats in the widest vector
+constexpr double kUnit = 0x1p-23;           // eps of float32: twice the rounding error of an operation
+constexpr double kSmallestSquare = 1e-12;   // products of smaller rows may underflow: their cosine is made exactly
+
+struct Inputs {
+  Tensor generated, bank;
+  std::string metric;
+  double scale, shift, workspace_mib;
+  FASTLOSS_FIELDS(generated, bank, metric, scale, shift, workspace_mib)
+};
+struct Nearest {
+  Tensor distance, index;
+  FASTLOSS_FIELDS(distance, index)
+};
+struct Index {
+  Tensor index;
+  FASTLOSS_FIELDS(index)
+};
+struct Needs {
+  bool generated;
+  FASTLOSS_FIELDS(generated)
+};
+struct Grads {
+  Tensor generated;
+  FASTLOSS_FIELDS(generated)
+};
+
+Metric metric_of(const std::string& name) {
+  if (name == "l1") return Metric::l1;
+  if (name == "l2") return Metric::l2;
+  STD_TORCH_CHECK(name == "cosine", "nearest: unknown metric ", name);
+  return Metric::cosine;
+}
+
+// The generated rows and the bank, as the kernels read them.
+struct Rows {
+  Tensor generated, bank;
+  Metric metric;
+  Affine affine;
+  int64_t count, bank_count, size;
+  NearestKernels kernels = nearest_kernels();
+
+  explicit Rows(const Inputs& x)
+      : generated(as_contiguous(x.generated)),
+        bank(x.bank),
+        metric(metric_of(x.metric)),
+        affine{static_cast<float>(x.scale), static_cast<float>(x.shift)} {
+    STD_TORCH_CHECK(generated.scalar_type() == ScalarType::Float, "nearest: generated is not float32");
+    STD_TORCH_CHECK(generated.dim() == 2 && bank.dim() == 2 && generated.size(1) == bank.size(1) && bank.size(0) > 0 &&
+                        bank.size(1) > 0,
+                    "nearest: expected generated [N, P] and a bank [M, P], M and P at least 1");
+    count = generated.size(0), bank_count = bank.size(0), size = bank.size(1);
+    if (size != 1 && bank.stride(1) != 1) bank = as_contiguous(bank);
+    generated_ = input<float>(generated);
+    bank_ = bank.const_data_ptr();
+    dtype_ = bank.scalar_type();
+    stride_ = bank.stride(0);
+  }
+
+  const float* generated_row(int64_t i) const { return generated_ + i * size; }
+  bool widens() const { return dtype_ != ScalarType::Float || affine.changes(); }
+
+  // to = elements begin .. begin + n of bank row j
+  void widen(int64_t j, int64_t begin, int64_t n, float* to) const {
+    const int64_t at = j * stride_ + begin;
+    switch (dtype_) {
+      case ScalarType::Float: return kernels.widen_float(static_cast<const float*>(bank_) + at, n, affine, to);
+      case ScalarType::BFloat16: return kernels.widen_bfloat16(static_cast<const BFloat16*>(bank_) + at, n, affine, to);
+      case ScalarType::Half: return kernels.widen_half(static_cast<const Half*>(bank_) + at, n, affine, to);
+      case ScalarType::Byte: return kernels.widen_byte(static_cast<const uint8_t*>(bank_) + at, n, affine, to);
+      default: STD_TORCH_CHECK(false, "nearest: expected a bank of float32, bfloat16, float16 or uint8");
+    }
+  }
+  // The same in place where the bank is float32 already, else in `buffer`.
+  const float* read(int64_t j, int64_t begin, int64_t n, float* buffer) const {
+    if (!widens()) return static_cast<const float*>(bank_) + j * stride_ + begin;
+    widen(j, begin, n, buffer);
+    return buffer;
+  }
+
+  RowSums sums(int64_t i, int64_t j) const {
+    RowSums sums{};
+    float buffer[kChunkElements];
+    for (int64_t k = 0; k < size; k += kChunkElements) {
+      const int64_t n = std::min(kChunkElements, size - k);
+      kernels.add_row(metric, generated_row(i) + k, read(j, k, n, buffer), n, sums);
+    }
+    return sums;
+  }
+  // Distance of generated row i and bank row j, as good as rounded.
+  float distance(int64_t i, int64_t j) const {
+    const RowSums s = sums(i, j);
+    if (metric != Metric::cosine) return static_cast<float>(s.difference / static_cast<double>(size));
+    if (s.generated_square == 0 || s.bank_square == 0) return s.dot == 0 ? 1.0f : std::nanf("");
+    const double d = 1 - s.dot / std::sqrt(s.generated_square * s.bank_square);
+    return d < 0 ? 0.0f : static_cast<float>(d);
+  }
+
+ private:
+  const float* generated_;
+  const void* bank_;
+  ScalarType dtype_;
+  int64_t stride_;
+};
+
+class Search {
+ public:
+  Search(const Rows& rows, double workspace_mib)
+      : rows_(rows),
+        tile_rows_(tile_rows(rows, workspace_mib)),
+        distance_(rows.count, std::numeric_limits<float>::infinity()),
+        index_(rows.count) {
+    if (rows.metric == Metric::l1) {
+      scores_ = new_float32({std::min(kSearchRows, rows.count), tile_rows_});
+      return;
+    }
+    if (rows.widens()) wide_tile_ = new_float32({tile_rows_, rows.size});
+    squares_.resize(rows.count);
+    tile_squares_.resize(tile_rows_);
+    each_row(rows.count, rows.size,
+             [&](int64_t i) { squares_[i] = rows_.kernels.square(rows_.generated_row(i), rows_.size); });
+  }
+
+  void run() {
+    for_pieces(rows_.bank_count, tile_rows_, [&](int64_t first, int64_t n) {
+      check_signals();
+      const auto tile = rows_.metric == Metric::l1 ? std::nullopt : std::make_optional(read_tile(first, n));
+      for_pieces(rows_.count, kSearchRows, [&](int64_t row, int64_t count) {
+        if (tile)
+          search_by_product(row, count, *tile, first);
+        else
+          search_l1(row, count, first, n);
+      });
+    });
+  }
+
+  void write(float* distance, int64_t* index) const {
+    std::copy(distance_.begin(), distance_.end(), distance);
+    std::copy(index_.begin(), index_.end(), index);
+  }
+
+ private:
+  // A quarter of the workspace at most for a tile's elements, and one for its distances.
+  static int64_t tile_rows(const Rows& rows, double workspace_mib) {
+    const int64_t quarter = static_cast<int64_t>(workspace_mib * (1 << 20) / 16);
+    int64_t n = std::min(kScores, quarter) / std::max<int64_t>(1, std::min(kSearchRows, rows.count));
+    if (rows.metric == Metric::l1)
+      n = std::min(n, kTileRows);
+    else
+      n = std::min(n, rows.widens() ? std::min(kTileElements, quarter) / rows.size : kProductColumns);
+    return std::min(std::max(n / kBankRows, int64_t{1}) * kBankRows, rows.bank_count);
+  }
+
+  void search_l1(int64_t row, int64_t count, int64_t first, int64_t n) {
+    float* all_scores = output<float>(scores_);
+    const float mean = 1 / static_cast<float>(rows_.size);
+    const int64_t lanes = rows_.kernels.lanes;
+    for_each(blocks_of(n, kBankRows), [&](int64_t group) {
+      const int64_t bank_rows = std::min(kBankRows, n - group * kBankRows);
+      alignas(64) float part[kBankRows * kBankColumns] = {};  // rows that there are not stay 0
+      alignas(64) float sums[kGeneratedRows * kBankRows * kMaxLanes];
+      for_pieces(count, kGeneratedRows, [&](int64_t g, int64_t some) {
+        std::fill_n(sums, some * kBankRows * lanes, 0.0f);
+        for_pieces(rows_.size, kBankColumns, [&](int64_t k, int64_t width) {
+          for (int64_t r = 0; r < bank_rows; ++r) {
+            float* to = part + r * kBankColumns;
+            rows_.widen(first + group * kBankRows + r, k, width, to);
+            std::fill(to + width, to + std::min(kBankColumns, width + kMaxLanes), 0.0f);
+          }
+          rows_.kernels.add_l1(rows_.generated_row(row + g) + k, rows_.size, some, part, width, sums);
+        });
+        for (int64_t i = 0; i < some; ++i)
+          for (int64_t r = 0; r < bank_rows; ++r)
+            all_scores[(g + i) * tile_rows_ + group * kBankRows + r] =
+                rows_.kernels.sum_vector(sums + (i * kBankRows + r) * lanes) * mean;
+      });
+    });
+    for_each(count, [&](int64_t i) { choose(row + i, all_scores + i * tile_rows_, first, n); }, 8);
+  }
+
+  // A tile of the bank in float32, and the squares of its rows.
+  Tensor read_tile(int64_t first, int64_t n) {
+    const Tensor tile = wide_tile_ ? slice(*wide_tile_, 0, 0, n) : slice(rows_.bank, 0, first, n);
+    float* to = wide_tile_ ? output<float>(*wide_tile_) : nullptr;
+    each_row(n, rows_.size, [&](int64_t r) {
+      float* row = to ? to + r * rows_.size : nullptr;
+      const float* read = rows_.read(first + r, 0, rows_.size, row);
+      tile_squares_[r] = rows_.kernels.square(read, rows_.size);
+    });
+    return tile;
+  }
+
+  // By mean (a - b)^2 or 1 - cos(a, b) from products, in whose place they are written.
+  void search_by_product(int64_t row, int64_t count, const Tensor& tile, int64_t first) {
+    const Tensor products = blas_product(slice(rows_.generated, 0, row, count), tile, std::nullopt);
+    const int64_t n = tile.size(0), stride = products.stride(0);
+    float* all_scores = output<float>(products);
+    const double mean = 1 / static_cast<double>(rows_.size);
+    for_each(
+        count,
+        [&](int64_t i) {
+          const double square = squares_[row + i];
+          float* scores = all_scores + i * stride;
+          for (int64_t j = 0; j < n; ++j) {
+            const double dot = scores[j], other = tile_squares_[j];
+            scores[j] = static_cast<float>(rows_.metric == Metric::l2 ? (square + other - 2 * dot) * mean
+                                                                      : 1 - dot * inverse(square) * inverse(other));
+          }
+          choose(row + i, scores, first, n);
+        },
+        8);
+  }
+  // 1 / |x|, 0 for zeros; NaN, by which the distance is computed exactly, where products may have underflowed
+  static double inverse(double square) {
+    if (square == 0) return 0;
+    return square < kSmallestSquare ? std::nan("") : 1 / std::sqrt(square);
+  }
+
+  // By how much a score may be wrong, at most.
+  double error(int64_t i, int64_t j, float score) const {
+    const double size = static_cast<double>(rows_.size);
+    if (rows_.metric == Metric::l1) return kUnit * score * (kBankColumns / 4 + size / kBankColumns + 16);
+    const double terms = kUnit * (std::min<double>(size, 2 * kTerms) + size / kTerms + 16);  // BLAS sums by blocks
+    return rows_.metric == Metric::l2 ? terms * (squares_[i] + tile_squares_[j]) / size : 2 * terms;
+  }
+
+  // Distances that are not surely above the least so far are computed exactly, the least of the tile first. NaN stays.
+  void choose(int64_t i, const float* scores, int64_t first, int64_t n) {
+    if (std::isnan(distance_[i])) return;
+    int64_t likely = -1;
+    for (int64_t j = 0; j < n; ++j)
+      if (scores[j] < (likely < 0 ? std::numeric_limits<float>::infinity() : scores[likely])) likely = j;
+    const auto may_be_nearest = [&](int64_t j) { return !(scores[j] - error(i, j, scores[j]) > distance_[i]); };
+    if (likely >= 0 && may_be_nearest(likely)) {
+      const float d = rows_.distance(i, first + likely);
+      if (d < distance_[i]) distance_[i] = d, index_[i] = first + likely;
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      if (!may_be_nearest(j) || (index_[i] == first + j && first + j > 0)) continue;
+      const float d = rows_.distance(i, first + j);
+      const bool nearer = d < distance_[i] || (d == distance_[i] && first + j < index_[i]) || std::isnan(d);
+      if (nearer) distance_[i] = d, index_[i] = first + j;
+      if (std::isnan(d)) return;
+    }
+  }
+
+  const Rows& rows_;
+  int64_t tile_rows_;
+  std::vector<float> distance_;
+  std::vector<int64_t> index_;  // of the nearest so far; 0 before there is one
+  std::vector<double> squares_, tile_squares_;
+  Tensor scores_;
+  std::optional<Tensor> wide_tile_;
+};
+
+Nearest nearest_fwd(const Inputs& x) {
+  const Rows rows(x);
+  Nearest out{new_float32(rows.count), torch::stable::new_empty(x.generated, {rows.count}, ScalarType::Long)};
+  Search search(rows, x.workspace_mib);
+  search.run();
+  search.write(output<float>(out.distance), output<int64_t>(out.index));
+  return out;
+}
+
+Grads nearest_bwd(const Tensor& grad, const Inputs& x, const Index& nearest, const Needs& needs) {
+  if (!needs.generated) return {torch::stable::new_empty(x.generated, {0})};
+  const Rows rows(x);
+  const Tensor upstream = as_contiguous(grad), index = as_contiguous(nearest.index);
+  STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == rows.count,
+                  "nearest: grad is not float32 [N]");
+  Tensor out = new_float32({rows.count, rows.size});
+  const float* of_distance = input<float>(upstream);
+  const int64_t* winners = input<int64_t>(index);
+  float* to = output<float>(out);
+  each_row(rows.count, rows.size, [&](int64_t i) {
+    const int64_t j = winners[i];
+    double of_generated = of_distance[i] / static_cast<double>(rows.size), of_bank = 0;
+    if (rows.metric == Metric::l2) of_generated *= 2, of_bank = -of_generated;
+    if (rows.metric == Metric::cosine) {  // d/da (1 - <a,b> / |a||b|) = <a,b> a / |a|^3 |b| - b / |a||b|
+      const RowSums s = rows.sums(i, j);
+      const double norms = std::sqrt(s.generated_square * s.bank_square);
+      of_bank = norms == 0 ? 0 : -of_distance[i] / norms;
+      of_generated = norms == 0 ? 0 : -of_bank * (s.dot / s.generated_square);
+    }
+    float buffer[kChunkElements];
+    for (int64_t k = 0; k < rows.size; k += kChunkElements) {
+      const int64_t n = std::min(kChunkElements, rows.size - k);
+      rows.kernels.gradient(rows.metric, rows.generated_row(i) + k, rows.read(j, k, n, buffer), n, of_generated,
+                            of_bank, to + i * rows.size + k);
+    }
+  });
+  return {out};
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("nearest_fwd", FASTLOSS_BOX(&fastloss::nearest_fwd));
+  m.impl("nearest_bwd", FASTLOSS_BOX(&fastloss::nearest_bwd));
+}

@@ -1,0 +1,42 @@
+// What the kernels of the search for the nearest bank row are handed.
+#pragma once
+
+#include "core/tensors.h"
+
+namespace fastloss {
+
+constexpr int64_t kBankRows = 8;        // bank rows that are compared at a time,
+constexpr int64_t kBankColumns = 512;   // so many of their elements: both stay in the L1 cache
+constexpr int64_t kGeneratedRows = 64;  // generated rows that pass by them before the next elements
+
+// Elements of a bank row, in whatever dtype it is kept, become weight * element + shift.
+struct Affine {
+  float weight, shift;
+  bool changes() const { return weight != 1.0f || shift != 0.0f; }
+};
+struct RowSums {  // of a generated row and a bank row
+  double difference, dot, generated_square, bank_square;
+};
+enum class Metric { l1, l2, cosine };
+
+struct NearestKernels {
+  // to[i] = the bank's element i, i < n
+  void (*widen_float)(const float* from, int64_t n, const Affine&, float* to);
+  void (*widen_bfloat16)(const BFloat16* from, int64_t n, const Affine&, float* to);
+  void (*widen_half)(const Half* from, int64_t n, const Affine&, float* to);
+  void (*widen_byte)(const uint8_t* from, int64_t n, const Affine&, float* to);
+  // Adds sum |a - b| of n <= kBankColumns elements of each generated row a and each of kBankRows bank rows b, which lie
+  // kBankColumns apart and end with zeros, to one vector for each pair.
+  void (*add_l1)(const float* generated, int64_t stride, int64_t count, const float* bank, int64_t n, float* sums);
+  float (*sum_vector)(const float* vector);       // of one such vector
+  double (*square)(const float* row, int64_t n);  // sum of squares
+  void (*add_row)(Metric, const float* generated, const float* bank, int64_t n, RowSums& sums);
+  // to[i] = of_generated generated[i] + of_bank bank[i]; l1: of_generated sign(generated[i] - bank[i])
+  void (*gradient)(Metric, const float* generated, const float* bank, int64_t n, double of_generated, double of_bank,
+                   float* to);
+  int64_t lanes;  // floats in a vector
+};
+
+NearestKernels nearest_kernels();  // of the CPU at hand
+
+}  // namespace fastloss

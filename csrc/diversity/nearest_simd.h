@@ -1,0 +1,111 @@
+// Sums over a generated row and a bank row; included by for_each_isa.h.
+
+namespace fastloss {
+namespace FASTLOSS_ISA {
+
+template <typename T>
+static void nearest_widen(const T* from, int64_t n, const Affine& affine, float* to) {
+  int64_t i = 0;
+  if (affine.changes())
+    for (; i + W <= n; i += W) store(to + i, load(from + i) * affine.weight + affine.shift);
+  else
+    for (; i + W <= n; i += W) store(to + i, load(from + i));
+  if (i < n) store_some(to + i, load_some(from + i, n - i) * affine.weight + affine.shift, n - i);
+}
+static void nearest_widen_byte(const uint8_t* from, int64_t n, const Affine& affine, float* to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = (float)from[i] * affine.weight + affine.shift;
+}
+
+// `rows` generated rows against four bank rows: each vector that is loaded serves several pairs.
+template <int rows>
+FASTLOSS_INLINE void add_l1_tile(const float* generated, int64_t stride, const float* bank, int64_t n, float* sums) {
+  constexpr int bank_rows = 4;
+  vf total[rows][bank_rows] = {};
+  int64_t i = 0;
+  const auto add = [&](int64_t at, auto read) {
+    vf b[bank_rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < bank_rows; ++r) b[r] = load(bank + r * kBankColumns + at);
+#pragma GCC unroll 4
+    for (int g = 0; g < rows; ++g) {
+      const vf a = read(generated + g * stride + at);
+#pragma GCC unroll 4
+      for (int r = 0; r < bank_rows; ++r) total[g][r] += abs(a - b[r]);
+    }
+  };
+  for (; i + W <= n; i += W) add(i, [](const float* from) __attribute__((always_inline)) { return load(from); });
+  if (i < n) add(i, [&](const float* from) __attribute__((always_inline)) { return load_some(from, n - i); });
+#pragma GCC unroll 4
+  for (int g = 0; g < rows; ++g)
+#pragma GCC unroll 4
+    for (int r = 0; r < bank_rows; ++r) {
+      float* to = sums + (g * kBankRows + r) * W;
+      store(to, load(to) + total[g][r]);
+    }
+}
+
+static void nearest_add_l1(const float* generated, int64_t stride, int64_t count, const float* bank, int64_t n,
+                           float* sums) {
+  int64_t g = 0;
+  for (; g + 2 <= count; g += 2)
+    for (int r = 0; r < kBankRows; r += 4)
+      add_l1_tile<2>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
+  if (g < count)
+    for (int r = 0; r < kBankRows; r += 4)
+      add_l1_tile<1>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
+}
+
+static float nearest_sum_vector(const float* vector) { return sum(load(vector)); }
+
+static double nearest_square(const float* row, int64_t n) {
+  vd total{};
+  for (int64_t i = 0; i < n; i += W) {
+    const vd x = __builtin_convertvector(load_up_to(row + i, n - i), vd);
+    total += x * x;
+  }
+  return sum(total);
+}
+
+// The sums that a metric needs, in float64.
+static void nearest_add_row(Metric metric, const float* generated, const float* bank, int64_t n, RowSums& sums) {
+  vd first{}, second{}, third{};
+  for (int64_t i = 0; i < n; i += W) {
+    const vf a = load_up_to(generated + i, n - i), b = load_up_to(bank + i, n - i);
+    const vd x = __builtin_convertvector(a, vd), y = __builtin_convertvector(b, vd);
+    if (metric == Metric::cosine) {
+      first += x * y;
+      second += x * x;
+      third += y * y;
+    } else if (metric == Metric::l2) {
+      first += (x - y) * (x - y);
+    } else {
+      first += __builtin_convertvector(abs(a - b), vd);
+    }
+  }
+  if (metric == Metric::cosine) {
+    sums.dot += sum(first);
+    sums.generated_square += sum(second);
+    sums.bank_square += sum(third);
+  } else {
+    sums.difference += sum(first);
+  }
+}
+
+static void nearest_gradient(Metric metric, const float* generated, const float* bank, int64_t n, double of_generated,
+                             double of_bank, float* to) {
+  for (int64_t i = 0; i < n; i += W) {
+    const vf a = load_up_to(generated + i, n - i), b = load_up_to(bank + i, n - i);
+    const vd x = __builtin_convertvector(a, vd), y = __builtin_convertvector(b, vd);
+    const vf g = metric == Metric::l1 ? sign(a - b) * (float)of_generated
+                                      : __builtin_convertvector(x * of_generated + y * of_bank, vf);
+    store_up_to(to + i, g, n - i);
+  }
+}
+
+static NearestKernels nearest_kernels() {
+  return {nearest_widen<float>, nearest_widen<BFloat16>, nearest_widen<Half>, nearest_widen_byte, nearest_add_l1,
+          nearest_sum_vector,   nearest_square,          nearest_add_row,     nearest_gradient,   W};
+}
+
+}  // namespace FASTLOSS_ISA
+}  // namespace fastloss

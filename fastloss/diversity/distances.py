@@ -1,0 +1,99 @@
+"""Distances of generated images from the rows of a bank, in PyTorch operators, a chunk of the bank at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..core import full_precision
+from ..core.traced import number
+
+METRICS = ("l1", "l2", "cosine")
+_TEMPORARIES = 4  # tensors of a chunk's size that live at once: difference, distance and their gradients
+
+
+class Bank(NamedTuple):
+    """Rows to keep away from: scale * rows + shift."""
+
+    rows: Tensor  # [M, P], floating point or uint8
+    scale: float
+    shift: float
+
+    def part(self, start: int, count: int) -> Bank:
+        return self._replace(rows=self.rows[start : start + count])
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        rows = self.rows.to(dtype)
+        if self.rows.dtype != torch.uint8 and self.scale == 1 and self.shift == 0:
+            return rows
+        return rows * number(self.scale, rows) + number(self.shift, rows)
+
+
+def chunk_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
+    """[N,P] against [m,P]: the [N,m] distances."""
+    rows = bank.values(generated.dtype)
+    if metric == "cosine":
+        with full_precision(generated):
+            return 1 - _unit(generated) @ _unit(rows).T
+    d = generated[:, None] - rows
+    return (d.abs() if metric == "l1" else d * d).mean(-1)
+
+
+def paired_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
+    """[N,P] against its own rows [N,P]: the [N] distances, by direct differences."""
+    rows = bank.values(generated.dtype)
+    if metric == "cosine":
+        return 1 - (_unit(generated) * _unit(rows)).sum(-1)
+    d = generated - rows
+    return (d.abs() if metric == "l1" else d * d).mean(-1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length 1; a zero row stays zero and gets a zero gradient."""
+    zero = x.detach().norm(dim=-1, keepdim=True) == 0
+    safe = torch.where(zero, torch.ones_like(x), x)
+    return torch.where(zero, torch.zeros_like(x), safe / safe.norm(dim=-1, keepdim=True))
+
+
+def bank_distances(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:
+    """All [N,M] distances, a chunk of bank rows at a time; the backward recomputes the chunks one by one."""
+    chunks = _chunks(generated, bank, metric, workspace)
+    if len(chunks) == 1:
+        return chunk_distances(generated, bank, metric)
+    plain = not (torch.is_grad_enabled() and generated.requires_grad)
+    if plain or torch._C._are_functorch_transforms_active():  # functorch takes no checkpoints
+        return torch.cat([chunk_distances(generated, chunk, metric) for chunk in chunks], 1)
+    return torch.cat(
+        [
+            checkpoint(chunk_distances, generated, chunk, metric, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ],
+        1,
+    )
+
+
+def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:
+    """[N]: the first of the nearest rows of each image, a NaN counting as nearest. No [N,M] distances are kept."""
+    first, best, index = 0, None, None
+    with torch.no_grad():
+        for chunk in _chunks(generated, bank, metric, workspace):
+            least, at = chunk_distances(generated.detach(), chunk, metric).min(1)
+            if best is None or index is None:
+                best, index = least, at
+            else:
+                nearer = (least < best) | (least.isnan() & ~best.isnan())
+                best, index = torch.where(nearer, least, best), torch.where(nearer, at + first, index)
+            first += chunk.rows.shape[0]
+    assert index is not None
+    return index
+
+
+def _chunks(generated: Tensor, bank: Bank, metric: str, workspace: int) -> list[Bank]:
+    """Parts of the bank whose temporaries fit the workspace, in bytes; of one row at least."""
+    count, pixels = generated.shape
+    row_bytes = _TEMPORARIES * pixels * generated.element_size() * (1 if metric == "cosine" else count)
+    size = min(max(workspace // max(row_bytes, 1), 1), bank.rows.shape[0])
+    return [bank.part(start, size) for start in range(0, bank.rows.shape[0], size)]

@@ -1,0 +1,75 @@
+"""The nearest row of a bank: its distance and its index, without the matrix of all distances."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core import Op, result_dtype
+from .distances import Bank, nearest_row, paired_distances
+
+
+class Inputs(NamedTuple):
+    """Of the op. The kernels read the bank once, in tiles, and compute the winner's distance in float64."""
+
+    generated: Tensor  # [N, P], float32 or float64
+    bank: Tensor  # [M, P], floating point or uint8, M and P >= 1
+    metric: str  # "l1", "l2" or "cosine"
+    scale: float  # a row of the bank is scale * row + shift
+    shift: float
+    workspace_mib: float  # bound of the temporaries
+
+
+class Nearest(NamedTuple):
+    """What the forward gives: distances, which are means over the elements of a row, and where they are."""
+
+    distance: Tensor  # [N]
+    index: Tensor  # [N] int64, of equally near rows the first
+
+
+class Index(NamedTuple):
+    """What the backward needs of it."""
+
+    index: Tensor  # [N]
+
+
+class Grads(NamedTuple):
+    generated: Tensor  # [N, P]
+
+
+class Needs(NamedTuple):
+    generated: bool
+
+
+def nearest_with_index(x: Inputs) -> Nearest:
+    """The definition: a search without a graph, then the differentiable distance of the one row that won."""
+    generated = x.generated.to(result_dtype(x.generated, x.bank))
+    bank = Bank(x.bank, x.scale, x.shift)
+    index = nearest_row(generated, bank, x.metric, int(x.workspace_mib * 2**20))
+    winners = bank._replace(rows=x.bank[index])
+    return Nearest(paired_distances(generated, winners, x.metric), index)
+
+
+def nearest_reference(x: Inputs) -> Tensor:
+    return nearest_with_index(x).distance
+
+
+def _nearest_fwd(x: Inputs) -> Nearest:
+    count = x.generated.shape[:1]
+    return Nearest(x.generated.new_empty(count), x.generated.new_empty(count, dtype=torch.int64))
+
+
+def _nearest_bwd(grad: Tensor, x: Inputs, nearest: Index, needs: Needs) -> Grads:
+    return Grads(torch.empty_like(x.generated) if needs.generated else x.generated.new_empty(0))
+
+
+nearest = Op(
+    "nearest",
+    fwd=_nearest_fwd,
+    bwd=_nearest_bwd,
+    reference=nearest_reference,
+    grads=Grads._fields,
+    outputs=Nearest._fields,
+)
