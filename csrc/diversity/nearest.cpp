@@ -34,12 +34,12 @@ struct Inputs {
   FASTLOSS_FIELDS(generated, bank, metric, scale, shift, workspace_mib)
 };
 struct Nearest {
-  Tensor distance, index;
-  FASTLOSS_FIELDS(distance, index)
+  Tensor distance, row;
+  FASTLOSS_FIELDS(distance, row)
 };
-struct Index {
-  Tensor index;
-  FASTLOSS_FIELDS(index)
+struct Row {
+  Tensor row;
+  FASTLOSS_FIELDS(row)
 };
 struct Needs {
   bool generated;
@@ -283,19 +283,19 @@ Nearest nearest_fwd(const Inputs& x) {
   Nearest out{new_float32(rows.count), torch::stable::new_empty(x.generated, {rows.count}, ScalarType::Long)};
   Search search(rows, x.workspace_mib);
   search.run();
-  search.write(output<float>(out.distance), output<int64_t>(out.index));
+  search.write(output<float>(out.distance), output<int64_t>(out.row));
   return out;
 }
 
-Grads nearest_bwd(const Tensor& grad, const Inputs& x, const Index& nearest, const Needs& needs) {
+Grads nearest_bwd(const Tensor& grad, const Inputs& x, const Row& nearest, const Needs& needs) {
   if (!needs.generated) return {torch::stable::new_empty(x.generated, {0})};
   const Rows rows(x);
-  const Tensor upstream = as_contiguous(grad), index = as_contiguous(nearest.index);
+  const Tensor upstream = as_contiguous(grad), found = as_contiguous(nearest.row);
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == rows.count,
                   "nearest: grad is not float32 [N]");
   Tensor out = new_float32({rows.count, rows.size});
   const float* of_distance = input<float>(upstream);
-  const int64_t* winners = input<int64_t>(index);
+  const int64_t* winners = input<int64_t>(found);
   float* to = output<float>(out);
   each_row(rows.count, rows.size, [&](int64_t i) {
     const int64_t j = winners[i];

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from ..core.checks import (
 )
 from ..core.entry import public_function
 from .distances import METRICS, Bank, bank_distances
-from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_index
+from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_row
 
 MODES = ("nearest", "softmin", "mean")
 
@@ -58,7 +60,7 @@ def diversity_loss(
     bank_shift: float = 0.0,
     return_nearest: bool = False,
     workspace_mib: int = 256,
-) -> Tensor | tuple[Tensor, Nearest]:
+) -> Any:
     r"""Reward for generated images that differ from the training-set images of a bank.
 
     Per generated image, :math:`L_i = -D(g_i, T)`, or :math:`\max(0, m - D(g_i, T))` with a margin m. D is, over the
@@ -99,9 +101,9 @@ def diversity_loss(
             more at a time and need up to 8 MiB.
 
     Returns:
-        float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple ``(distance,
-        index)`` of ``[N]`` tensors, without gradients. The gradient is 0 where an element equals the bank's (l1), for zero
-        images (cosine), and beyond the margin; of equally near images the first gets it.
+        float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple
+        ``(distance, row)`` of ``[N]`` tensors, without gradients. The gradient is 0 where an element equals the
+        bank's (l1), for zero images (cosine), and beyond the margin; of equally near images the first gets it.
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit, the
@@ -164,13 +166,13 @@ def _check_bank_dtype(bank: Tensor, scale: float | None, shift: float) -> tuple[
     return number, check_number("bank_shift", shift)
 
 
-def _nearest(x: Inputs, with_index: bool) -> Nearest:
-    """The distance of each image from its nearest one, and on request the index of that."""
+def _nearest(x: Inputs, with_row: bool) -> Nearest:
+    """The distance of each image from its nearest one, and on request which that is."""
     backend = nearest.backend(*x)
-    if not with_index:
+    if not with_row:
         return Nearest(nearest(*x, backend=backend), x.generated)
     if backend == "reference":
-        return nearest_with_index(x)
+        return nearest_with_row(x)
     return Nearest(*nearest.fwd(*x))
 
 

@@ -1,4 +1,4 @@
-"""The nearest row of a bank: its distance and its index, without the matrix of all distances."""
+"""The nearest row of a bank: its distance and its number, without the matrix of all distances."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Nearest(NamedTuple):
     """What the forward gives: distances, which are means over the elements of a row, and where they are."""
 
     distance: Tensor  # [N]
-    index: Tensor  # [N] int64, of equally near rows the first
+    row: Tensor  # [N] int64, of equally near rows the first
 
 
-class Index(NamedTuple):
+class Row(NamedTuple):
     """What the backward needs of it."""
 
-    index: Tensor  # [N]
+    row: Tensor  # [N]
 
 
 class Grads(NamedTuple):
@@ -43,7 +43,7 @@ class Needs(NamedTuple):
     generated: bool
 
 
-def nearest_with_index(x: Inputs) -> Nearest:
+def nearest_with_row(x: Inputs) -> Nearest:
     """The definition: a search without a graph, then the differentiable distance of the one row that won."""
     generated = x.generated.to(result_dtype(x.generated, x.bank))
     bank = Bank(x.bank, x.scale, x.shift)
@@ -53,7 +53,7 @@ def nearest_with_index(x: Inputs) -> Nearest:
 
 
 def nearest_reference(x: Inputs) -> Tensor:
-    return nearest_with_index(x).distance
+    return nearest_with_row(x).distance
 
 
 def _nearest_fwd(x: Inputs) -> Nearest:
@@ -61,7 +61,7 @@ def _nearest_fwd(x: Inputs) -> Nearest:
     return Nearest(x.generated.new_empty(count), x.generated.new_empty(count, dtype=torch.int64))
 
 
-def _nearest_bwd(grad: Tensor, x: Inputs, nearest: Index, needs: Needs) -> Grads:
+def _nearest_bwd(grad: Tensor, x: Inputs, nearest: Row, needs: Needs) -> Grads:
     return Grads(torch.empty_like(x.generated) if needs.generated else x.generated.new_empty(0))
 
 

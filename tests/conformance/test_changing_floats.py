@@ -99,6 +99,8 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
         "margin": lambda t: {"margin": 5 * t},
         "temperature": lambda t: {"temperature": t, "mode": "softmin"},
         "workspace_mib": lambda t: {"workspace_mib": 100 * t},
+        "bank_scale": lambda t: {"bank_scale": 1 + t},
+        "bank_shift": lambda t: {"bank_shift": t, "metric": "l2"},
     },
     "mode_seeking_loss": {"eps": lambda t: {"eps": t}},
     "attention_consistency_from_qk": {"scale": lambda t: {"scale": t}},

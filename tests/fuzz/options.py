@@ -195,6 +195,8 @@ OPTIONS: dict[Any, Kind] = {
         "ssim_loss", "window", "sigma", "data_range", "padding", "k1", "k2", "weight"),
     ("diversity_loss", "margin"): between(0.01, 5, 1),
     ("diversity_loss", "temperature"): between(1e-4, 10, 0.01),
+    ("diversity_loss", "bank_scale"): between(-2, 2, 1),
+    ("diversity_loss", "bank_shift"): between(-1, 1, 0),
     ("diversity_loss", "workspace_mib"): lambda d: d.integer(1, 2, 256),
     ("attention_consistency_loss", "metric"): one_of("js", "kl", "sym_kl", "mse", "l1"),
     ("attention_consistency_loss", "layer_weights"): lambda d: d.sequence(

@@ -21,8 +21,9 @@ def generated_and_bank(draw: Draw, shape: tuple) -> tuple:
     return draw.uniform(*images), draw.uniform(rows, *images[1:])
 
 
-def eager_diversity(generated, bank, mode="nearest", margin=None, metric="l1", temperature=0.01, reduction="mean", **_):
-    g, t = generated.flatten(1)[:, None], bank.flatten(1)[None]
+def eager_diversity(generated, bank, mode="nearest", margin=None, metric="l1", temperature=0.01, reduction="mean",
+                    bank_scale=1.0, bank_shift=0.0, **_):  # fmt: skip
+    g, t = generated.flatten(1)[:, None], bank.flatten(1)[None] * bank_scale + bank_shift
     if metric == "cosine":
         d = 1 - F.cosine_similarity(g, t, dim=-1)
     else:
@@ -120,6 +121,7 @@ CONSISTENCY_CASES = [
             {"mode": "softmin"},
             {"mode": "softmin", "metric": "cosine", "temperature": 0.1},
             {"margin": 0.3},
+            {"metric": "l2", "bank_scale": 0.5, "bank_shift": 0.125},  # powers of two: exact in every dtype
             {"mode": "softmin", "metric": "l2", "margin": 0.15, "workspace_mib": 1},
         ],
         grads=(0,),
@@ -128,6 +130,10 @@ CONSISTENCY_CASES = [
             ("size", with_argument(1, lambda t: t[..., :-1]), ValueError, "bank: expected [M, ...] with the trailing"),
             ("empty bank", with_argument(1, lambda t: t[:0]), ValueError, "bank: expected at least one image"),
             ("gradient", with_argument(1, lambda t: t.requires_grad_()), ValueError, "bank: no gradient is provided"),
+            ("bytes", with_argument(1, lambda t: t.byte()), ValueError, "bank_scale: expected the number that makes a"),
+            ("scale", with_options(bank_scale=0), ValueError, "bank_scale: expected a number other than 0"),
+            ("shift", with_options(bank_shift="1"), TypeError, "bank_shift: expected a number, got str"),
+            ("row", with_options(mode="mean", return_nearest=True), ValueError, "return_nearest: expected False with"),
             ("integer", with_argument(0, lambda t: t.byte()), TypeError, "generated: expected a float16"),
             ("empty", with_argument(0, lambda t: t[:0]), ValueError, "mean of an empty batch"),
             ("mode", with_options(mode="min"), ValueError, "mode: expected one of"),
