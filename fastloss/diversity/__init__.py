@@ -1,6 +1,8 @@
 """Losses against images that repeat the training set or one another.
 
 diversity.py     distance from a bank of training images
+nearest.py       the op that finds the nearest of them
+distances.py     the distances in PyTorch operators
 mode_seeking.py  distance of two images of one caption, as far as their noise is
 """
 
