@@ -173,6 +173,8 @@ def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any
         options.pop("reduction")
     if kind == "smoothness_loss" and options.get("convention") in ("basicsr", "kornia"):
         options.pop("reduction", None) if options.get("reduction") == "none" else None
+    if kind == "diversity_loss" and options.get("mode", "nearest") != "nearest":
+        options.pop("return_nearest", None)
     if kind in ("ssim_loss", "ms_ssim_loss"):
         settle_ssim(d, kind, options)
     if kind == "image_loss":
