@@ -20,7 +20,7 @@ train: $(VENV)/.train
 test: $(VENV)/.test
 	FASTLOSS_TRITON36=$(wildcard $(VENV)/triton36) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-# Every conformance test on interpreted Triton kernels; `make test` has every other one.
+# Every test on interpreted Triton kernels; `make test` has every other one.
 interpret: $(VENV)/.test
 	FASTLOSS_INTERPRET=all $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton/test_aot.py -k interpreted $(ARGS)
 

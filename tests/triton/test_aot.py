@@ -1,8 +1,8 @@
 """Triton without a GPU: the conformance tests on interpreted kernels, and launches compiled ahead of time.
 
 Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import. Each kernel is
-compiled once or twice for each target here; `make aot` compiles all launches. Of the conformance tests on interpreted
-kernels every other one runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
+compiled once or twice for each target here; `make aot` compiles all launches. Of the tests on interpreted kernels every
+other one runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
 `make triton36` puts Triton 3.6 beside the installed one; FASTLOSS_TRITON36 names its directory.
 """
 
@@ -76,7 +76,6 @@ PARTS = {  # parts for workers beside each other: the interpreter takes a minute
 @pytest.mark.parametrize("part", PARTS)
 def test_interpreted_kernels(part):
     plugins = ["-p", "tests.triton.interpreter", "-p", "no:cacheprovider"]
-    share = EVERY_OTHER if PARTS[part][0].startswith("tests/conformance/") else ()
-    options = (*plugins, *share, *PARTS[part])
+    options = (*plugins, *EVERY_OTHER, *PARTS[part])
     output = python("-m", "pytest", "-q", *options, TRITON_INTERPRET="1", FASTLOSS_BACKEND="triton")
     assert " passed" in output
