@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     command = [sys.executable, "-m", "tests.distributed.failing", str(folder)]
     process = subprocess.Popen(command, start_new_session=True)
     try:
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=300) == 0
     finally:
         if process.poll() is None:
             process.kill()

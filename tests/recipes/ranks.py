@@ -25,7 +25,7 @@ RANKS, STEPS = 2, 50
 OPTIONS = ["--batch-size", "9", "--dim", "16", "--depth", "1", "--log-every", "5", "--device", "cpu"]
 
 
-def launch(folder: Path, timeout: int = 240, job: str = "tests.recipes.ranks") -> list[dict[str, Any]]:
+def launch(folder: Path, timeout: int = 400, job: str = "tests.recipes.ranks") -> list[dict[str, Any]]:
     """What the job, a module with a `main`, returned on each rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
