@@ -9,6 +9,7 @@ import sys
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the resident set from /proc")
 def test_the_resident_set_grows_by_a_piece_and_the_embeddings():
     """8,192 rows in pieces of 256. With graphs of all of them the convolutions alone keep 768 MiB, the logits 256."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from tests.distributed.encoders import Encoder, data_of_ranks, with_graphs
 from tests.distributed.worker import run
 
 
+@pytest.mark.slow
 def test_sharded_encoders_get_the_gradients_of_one_process(tmp_path):
     encoders = Encoder(12, scale=True), Encoder(10)
     loss = with_graphs(encoders, data_of_ranks(), chunk=32)

@@ -8,6 +8,7 @@ from tests.distributed.checks import CHECKS
 from tests.distributed.worker import run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_what_ranks_do_is_what_one_process_does(world, tmp_path):
     ranks = run("everything", world, tmp_path)
