@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -15,9 +14,11 @@ from .options import ContrastiveOutput, NegativeSampling
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def across_ranks(module: str = "losses") -> Any:
+def across_ranks() -> Any:
     """The losses of a batch on several ranks. No family imports them but where a group is given."""
-    return importlib.import_module(f"..distributed.{module}", __package__)
+    from ..distributed import losses
+
+    return losses
 
 
 def check_embeddings(

@@ -109,7 +109,9 @@ def clip_loss(
         grouped = GroupedClip(*sides, scale, bias, weights, normalize, label_smoothing, reduction, workspace_mib)
         if group is None:
             return grouped_clip_loss(grouped)
-        return across_ranks("clip_groups").clip_loss(grouped, group, exchange)
+        from ..distributed import clip_groups
+
+        return clip_groups.clip_loss(grouped, group, exchange)
     form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
     pairs = QueryKey(image, text, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib)

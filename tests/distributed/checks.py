@@ -75,7 +75,7 @@ def check_open_clip(world: int, ranks: list[Any]) -> None:
 def check_mismatches(world: int, ranks: list[Any]) -> None:
     """A rank that differs is named on all ranks."""
     named = {
-        "width": ("query [*, 8] torch.float32", "query [*, 6] torch.float32"),
+        "width": ("key [*, 8] torch.float32", "key [*, 6] torch.float32"),
         "rows": ("4 on rank 0", f"3 on rank {world - 1}", "Exchange(rows='uneven')"),
         "dtype": ("key [*, 8] torch.float32", "key [*, 8] torch.float64"),
         "option": ("normalize=False", "normalize=True"),
