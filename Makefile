@@ -25,7 +25,7 @@ interpret: $(VENV)/.test
 	FASTLOSS_INTERPRET=all $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal tests/triton/test_aot.py -k interpreted $(ARGS)
 
 # Every launch of every kernel compiled for GPUs that are not here, on the installed Triton and on 3.6; `make test` has
-# each kernel once or twice. Hours on two cores: ARGS="softmax_loss --targets sm_90" chooses.
+# each kernel once. Hours on two cores: ARGS="softmax_loss --targets sm_90" chooses.
 aot: $(VENV)/.test $(VENV)/triton36
 	$(BIN)/python -m tests.triton.aot --all $(ARGS)
 	PYTHONPATH=$(VENV)/triton36 $(BIN)/python -m tests.triton.aot --all $(ARGS)

@@ -1,8 +1,8 @@
 """Triton without a GPU: the conformance tests on interpreted kernels, and launches compiled ahead of time.
 
 Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import. Each kernel is
-compiled once or twice for each target here; `make aot` compiles all launches. Of the tests on interpreted kernels every
-other one runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
+compiled once for each target here; `make aot` compiles all launches. Of the tests on interpreted kernels every other one
+runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
 `make triton36` puts Triton 3.6 beside the installed one; FASTLOSS_TRITON36 names its directory.
 """
 
@@ -46,7 +46,7 @@ def python(*args: str, **environment: str) -> str:
 @pytest.mark.parametrize("path", [pytest.param("", id="installed"), pytest.param(OLDER, id="3.6", marks=needs_older)])
 def test_every_launch_compiles_ahead_of_time(path):
     before = [p for p in (path, os.environ.get("PYTHONPATH")) if p]
-    options = ("--each", "1" if path else "2", "--targets", *CHECKED)
+    options = ("--each", "1", "--targets", *CHECKED)
     output = python("-m", "tests.triton.aot", *options, PYTHONPATH=os.pathsep.join(before))
     print(output)
     if path:
