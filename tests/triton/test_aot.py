@@ -1,8 +1,8 @@
 """Triton without a GPU: the conformance tests on interpreted kernels, and launches compiled ahead of time.
 
 Each runs in a process of its own, since TRITON_INTERPRET decides what `@triton.jit` makes at import. Each kernel is
-compiled once for each target here; `make aot` compiles all launches. Of the tests on interpreted kernels every other one
-runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
+compiled once for each target here; `make aot` compiles all launches. Of the tests on interpreted kernels every other
+one runs here; `make interpret` (FASTLOSS_INTERPRET=all) runs all.
 `make triton36` puts Triton 3.6 beside the installed one; FASTLOSS_TRITON36 names its directory.
 """
 
