@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from ..data import tokenizer as tokenizers
-from ..data.global_batches import global_batches
 from ..data.samples import caption_ids
 from ..data.shards import ShardData
 from ..data.splits import Splits
@@ -27,14 +26,13 @@ from ..training.checkpoint import (
     save_last,
     set_rng_state,
 )
-from ..training.interrupt import Interrupted, StopRequest
 from ..training.metrics import Metrics
 from ..training.noise import RowNoise
 from ..training.options import fitted
-from ..training.progress import progress_bar
+from ..training.run import Run
 from ..training.run_folder import check_free, clear, clear_temporary, started
 from ..training.shared_batch import SharedBatch
-from ..training.world import StopVote, World, across_ranks, of_all_ranks
+from ..training.world import World, across_ranks
 from .build import make_model, make_tokenizer, model_state, tokenizer_state
 from .config import Config
 from .examples import Progress
@@ -66,7 +64,7 @@ class Step(nn.Module):
         return loss, torch.stack([loss.detach(), *(parts[name] for name in self.losses.weights)]).float()
 
 
-class Trainer:
+class Trainer(Run):
     """A run: model, losses, optimiser, and where it stands. On several ranks each has a trainer, and they do all of it
     together: a mistake or a failure of one is an error of all."""
 
@@ -132,13 +130,6 @@ class Trainer:
         self.trained = [p for p in (*self.model.parameters(), *self.losses.fuse.parameters()) if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, lr=config.learning_rate, fused=self.device.type == "cuda")
 
-    @classmethod
-    def resume(cls, folder: Path, changes: dict[str, Any], quiet: bool = False, world: World | None = None) -> Trainer:
-        """Continue the run in `folder`, of whatever number of ranks; `changes` are options given anew."""
-        world = World() if world is None else world
-        config, content = world.together(lambda: cls._stored(folder, changes))
-        return cls(config, content, quiet, world=world)
-
     @staticmethod
     def _stored(folder: Path, changes: dict[str, Any]) -> tuple[Config, dict[str, Any]]:
         path = last_checkpoint(folder)
@@ -157,35 +148,6 @@ class Trainer:
                     f"{changes[name]!r}; start a new one in another --out"
                 )
         return Config(**(stored | changes | {"out": str(folder)})), content
-
-    def run(self) -> dict[str, float]:
-        """Train until the steps are done, the score stops improving or reaches the aim; the last figures."""
-        config, world = self.config, self.world
-        metrics = world.together(self._metrics)
-        self.model.train()
-        try:
-            with StopRequest() as stop, progress_bar(not self.quiet, config.steps, self.step) as bar:
-                batches, vote = self._batches(), StopVote(world)
-                while self.step < config.steps and not self._enough() and not vote(stop.asked):
-                    losses = self.train_step(next(batches))
-                    metrics.add(self.step, losses, self._learning_rate(self.step), config.batch_size)
-                    bar.update(1)
-                    if self.step % config.log_every == 0 or self.step == config.steps:
-                        world.together(metrics.flush)
-                        bar.set_postfix_str(self._shown(metrics.latest))
-                    if self.step % config.val_every == 0 or self.step == config.steps:
-                        world.together(metrics.flush)
-                        self._validate(metrics)
-                        metrics.pause()
-                vote.close()
-                if any(world.every(stop.asked)):
-                    world.together(metrics.flush)
-                    self.save()
-                    said = f"stopped at step {self.step}; `--resume` continues the run in {self.folder}"
-                    raise of_all_ranks(Interrupted(said))
-        finally:
-            metrics.close()
-        return self.figures
 
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """One step; the fused loss of the whole batch and its parts in one tensor, still on the device."""
@@ -276,17 +238,6 @@ class Trainer:
     def _encode(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         return self.model.text_encoder.encode(captions)  # type: ignore[operator]
 
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        """This rank's rows of the batches for ever, from that of the next step on."""
-        own = self.world.own(self.config.batch_size)
-        return global_batches(self.data, self.config.batch_size, self.config.seed, self.step, self.device, own=own)
-
-    def _learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine that ends at 1 % of the peak with the last step."""
-        warm = min(1.0, step / max(self.config.warmup, 1))
-        done = min(1.0, step / self.config.steps)
-        return self.config.learning_rate * warm * (0.01 + 0.99 * (0.5 + 0.5 * math.cos(math.pi * done)))
-
     def _validate(self, metrics: Metrics) -> None:
         self.figures, pictures = self.world.first(self._judge)
         self.progress.load_state_dict(pictures)
@@ -309,12 +260,6 @@ class Trainer:
     def _save_best(self) -> None:
         best = model_state(self.config, self.model, self.tokenizer) | {"progress": {"step": self.step}}
         save_checkpoint(self.folder / BEST, best)
-
-    def _best_step(self) -> int | None:
-        try:
-            return load_checkpoint(self.folder / BEST)["progress"]["step"]
-        except ValueError:
-            return None
 
     def _score(self) -> str:
         return shown("score", self.figures)

@@ -1,5 +1,6 @@
 """What a training loop needs, whatever it trains.
 
+run.py         the base of the trainers: the loop, going on with a run
 world.py       the ranks of a run, and what they decide together
 shared_batch.py  means over a batch that the ranks share
 noise.py       random numbers that do not depend on the number of ranks
