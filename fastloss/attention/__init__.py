@@ -1,14 +1,12 @@
 """Losses of attention maps.
 
-consistency.py  divergence of two attention maps: given as maps, as logits, or as queries and keys
+divergence.py   the divergences of two distributions, row by row, and the reduction over rows
+consistency.py  of attention maps given as probabilities or as logits
+from_qk.py      of attention given as queries and keys
 """
 
-from .consistency import (
-    AttentionConsistencyFromQK,
-    AttentionConsistencyLoss,
-    attention_consistency_from_qk,
-    attention_consistency_loss,
-)
+from .consistency import AttentionConsistencyLoss, attention_consistency_loss
+from .from_qk import AttentionConsistencyFromQK, attention_consistency_from_qk
 
 __all__ = [
     "AttentionConsistencyFromQK",

@@ -1,0 +1,126 @@
+"""Divergences of two attention distributions, in PyTorch operators: the definitions, and what both public losses share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..core import check_not_empty, result_dtype
+from ..core.checks import check_dense, check_same_device
+
+METRICS = ("js", "kl", "sym_kl", "mse", "l1")
+
+
+def _known(p: Tensor) -> Tensor:
+    """p, with a gradient of 0 where it is 0: there the true one is infinite, and a softmax would make NaN of it."""
+    return torch.where(p == 0, torch.zeros_like(p), p)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    """p log(p / q) by element, and 0 with zero gradients where p is 0: both logs see 1 there."""
+    zero = p == 0
+    one = torch.ones_like(p)
+    p, q = torch.where(zero, one, p), torch.where(zero, one, q)
+    above = (p - q) / q
+    near = above.abs() < 0.5  # the difference of the logs of near numbers would be mostly rounding
+    small = torch.where(near, above, torch.zeros_like(p))
+    return p * torch.where(near, torch.log1p(small), p.log() - q.log())
+
+
+def _kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """p log(p / q) - p + q by element, which sums to the divergence of two normalised rows without their rounding.
+
+    The rounding of a row's normaliser shifts all its log-probabilities alike: here it cancels. Finite where only q
+    underflows; 0 where both are 0.
+    """
+    p, q = log_p.exp(), log_q.exp()
+    zero = p == 0
+    none = torch.zeros_like(p)
+    d = torch.where(zero, none, log_p) - torch.where(zero, none, log_q)
+    near = d.abs() < 0.5
+    small = torch.where(near, d, none)
+    return torch.where(near & ~zero, p * (small + torch.expm1(-small)), p * d + (q - p))
+
+
+def _sym_kl_of_logs(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """(p - q) log(p / q) / 2 by element: of one sign, and blind to the rounding of the normalisers."""
+    p, q = log_p.exp(), log_q.exp()
+    zero = (p == 0) & (q == 0)
+    none = torch.zeros_like(p)
+    return 0.5 * (p - q) * (torch.where(zero, none, log_p) - torch.where(zero, none, log_q))
+
+
+def _js(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p|m) / 2 + KL(q|m) / 2 by element; where p and q are near, from r = (p - q) / (p + q): p = m (1 + r)."""
+    p, q = _known(p), _known(q)
+    total = p + q
+    r = (p - q) / torch.where(total == 0, torch.ones_like(total), total)
+
+    near = r.abs() < 0.5
+    small = torch.where(near, r, torch.zeros_like(r))
+    middle = 0.5 * total
+    middle = torch.where(middle == 0, total, middle)  # half of the smallest positive number rounds to 0
+    close = 0.25 * total * ((1 + small) * torch.log1p(small) + (1 - small) * torch.log1p(-small))
+    return torch.where(near, close, 0.5 * (_kl(p, middle) + _kl(q, middle)))
+
+
+def _divergence(p: Tensor, q: Tensor, metric: str) -> Tensor:
+    """The metric by element, from probabilities."""
+    if metric == "kl":
+        return _kl(p, q)
+    if metric == "sym_kl":
+        return 0.5 * (_kl(p, q) + _kl(q, p))
+    if metric == "js":
+        return _js(p, q)
+    return (p - q) * (p - q) if metric == "mse" else (p - q).abs()
+
+
+def attention_reference(a: Tensor, b: Tensor, mask: Tensor | None, inputs: str, metric: str) -> tuple[Tensor, Tensor]:
+    """The definition: ([..., Q] divergences in float32 or float64, [..., Q] which rows count)."""
+    dtype = result_dtype(a, b)
+    a, b = a.to(dtype), b.to(dtype)
+    keep = torch.ones_like(a, dtype=torch.bool) if mask is None else mask.expand(a.shape)
+    if inputs == "probs":
+        rows = keep.any(-1)
+        a, b = (torch.where(keep, x, torch.zeros_like(x)) for x in (a, b))
+        values = _divergence(a, b, metric)
+    else:
+        # a row without a logit above -inf has no softmax: it counts as masked, and is computed as if all were 0
+        rows = (keep & (a != -torch.inf)).any(-1) & (keep & (b != -torch.inf)).any(-1)
+        a, b = (torch.where(keep, x, -torch.inf).where(rows[..., None], torch.zeros_like(x)) for x in (a, b))
+        a, b = a.log_softmax(-1), b.log_softmax(-1)
+        if metric == "kl":
+            values = _kl_of_logs(a, b)
+        elif metric == "sym_kl":
+            values = _sym_kl_of_logs(a, b)
+        else:
+            values = _divergence(a.exp(), b.exp(), metric)
+    values = values.sum(-1)
+    return values / keep.sum(-1).clamp(min=1) if metric in ("mse", "l1") else values, rows
+
+
+def reduce_rows(values: Tensor, rows: Tensor, reduction: str) -> Tensor:
+    """Mean over the rows that count (0 when none does), sum, or the rows with 0 where they do not count."""
+    if reduction == "none":
+        return values
+    if reduction == "sum":
+        return values.sum()
+    check_not_empty(values.numel())
+    return values.sum() / rows.sum().clamp(min=1)
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+    if mask is None:
+        return
+    if isinstance(mask, Tensor):
+        check_dense("mask", mask)
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask: expected a bool tensor (True: the key takes part), got {got}")
+    check_same_device("the maps", like, "mask", mask)
+    try:
+        fits = torch.broadcast_shapes(mask.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"mask: expected a shape that broadcasts to {tuple(shape)}, got {tuple(mask.shape)}")
