@@ -20,6 +20,7 @@ LIBRARIES = (
     "piq",
     "pytorch_metric_learning",
     "pytorch_msssim",
+    "sentence_transformers",
     "siglip_kernel",
     "torchmetrics",
 )

@@ -25,6 +25,7 @@ calls = {
     "DCLWLoss": lambda: lightly.DCLWLoss()(a, b),
     "fused_ssim": lambda: fused_ssim.fused_ssim(image, image_pred),
     "fused_siglip_loss": lambda: siglip_kernel.fused_siglip_loss(a, b, torch.tensor(0.5), torch.tensor(-1.0)),
+    "SigLIPPlusLoss": lambda: siglip_kernel.SigLIPPlusLoss()((a, b))["total_loss"],
     "L1Loss": lambda: basicsr.L1Loss()(image, image_pred),
 }
 values = {name: call().item() for name, call in calls.items()}
@@ -65,7 +66,7 @@ def test_without_the_libraries():
     assert done.returncode == 0, done.stderr
     early, missing, values, refused = json.loads(done.stdout)
     assert early == [], "import fastloss.compat imports a library"
-    assert missing == ["kornia", "lpips", "piq", "pytorch_metric_learning", "torchmetrics"]
+    assert missing == ["kornia", "lpips", "piq", "pytorch_metric_learning", "sentence_transformers", "torchmetrics"]
     assert set(refused) == {"ClipLoss", "SigLipLoss", "SSIM", "InfoNCE"}
     assert all("the library computes that, and is not installed" in why for why in refused.values())
     alone = ("basicsr", "fused_ssim", "info_nce", "lightly", "open_clip", "pytorch_msssim", "siglip_kernel")
