@@ -57,8 +57,8 @@ FASTLOSS_INLINE void add_weighted(const T* rows, int64_t stride, int64_t dim, co
 
 // One piece of a row's negatives: running maximum, sums of exponentials relative to it, and what `to` asks for.
 template <typename T>
-static void per_query_read(const T* rows, int64_t stride, int64_t count, const QueryRow& q, PieceStats& part,
-                           const PieceOutput& to) {
+static void per_query_read(const T* rows, int64_t stride, const bool* mask, int64_t count, const QueryRow& q,
+                           PieceStats& part, const PieceOutput& to) {
   vd sum_exp[kMaxPowers] = {};
   float max = kLowest;
   const int64_t group = kGroup * stride, least = kPrefetchBytes / (int64_t)sizeof(T);
@@ -66,11 +66,19 @@ static void per_query_read(const T* rows, int64_t stride, int64_t count, const Q
   for (int64_t k = 0; k < count; k += kGroup, rows += kGroup * stride) {
     const int n = (int)(count - k < kGroup ? count - k : kGroup);
     float dot[kGroup], square[kGroup], c[kLanes] = {}, s[kLanes];
+    const bool all_count = !mask || __builtin_memchr(mask + k, 0, n) == nullptr;
     int r = 0;
-    for (; r + 4 <= n; r += 4) per_query_dots<4>(rows + r * stride, stride, ahead, q, dot + r, square + r);
-    for (; r < n; ++r) per_query_dots<1>(rows + r * stride, stride, ahead, q, dot + r, square + r);
+    for (; all_count && r + 4 <= n; r += 4) per_query_dots<4>(rows + r * stride, stride, ahead, q, dot + r, square + r);
+    for (; r < n; ++r)
+      if (!mask || mask[k + r]) per_query_dots<1>(rows + r * stride, stride, ahead, q, dot + r, square + r);
     const float before = max;
     for (r = 0; r < n; ++r) {
+      if (mask && !mask[k + r]) {
+        s[r] = -__builtin_inff();
+        if (to.logits) to.logits[k + r] = s[r];
+        if (to.logits) to.inverse_norms[k + r] = 0;
+        continue;
+      }
       c[r] = !q.normalize ? 1.0f : square[r] <= kTinySquare ? 0.0f : 1.0f / __builtin_sqrtf(square[r]);
       if (q.normalize && square[r] > 3.4028235e38f) c[r] = __builtin_nanf("");  // the norm is not known, and not 0
       s[r] = q.scale * (c[r] * dot[r]);
@@ -101,11 +109,16 @@ static void per_query_read(const T* rows, int64_t stride, int64_t count, const Q
       if (!to.weighted_keys) continue;
       float* sum = to.weighted_keys + a * whole_vectors(q.dim);
       const float rescale = unweighted ? 1.0f : exp(all(power * (before - max)))[0];
-      if (n == kGroup) {
+      if (all_count && n == kGroup) {
         add_weighted<kGroup>(rows, stride, q.dim, weight, rescale, sum);
         continue;
       }
-      for (r = 0; r < n; ++r) add_weighted<1>(rows + r * stride, stride, q.dim, weight + r, r ? 1.0f : rescale, sum);
+      float sum_weight = rescale;
+      for (r = 0; r < n; ++r) {
+        if (mask && !mask[k + r]) continue;
+        add_weighted<1>(rows + r * stride, stride, q.dim, weight + r, sum_weight, sum);
+        sum_weight = 1.0f;
+      }
     }
   }
   part.max = max;
@@ -135,7 +148,9 @@ template <typename T>
 static void per_query_grad(const T* rows, int64_t stride, int64_t count, const QueryRow& q, const float* query_weight,
                            const float* negative_weight, T* to, bool streamed) {
   for (int64_t k = 0; k < count; ++k, rows += stride, to += q.dim) {
+    const bool none = query_weight[k] == 0 && negative_weight[k] == 0;  // of a negative that is left out: it may be NaN
     int64_t i = 0;
+    for (; none && i + W <= q.dim; i += W) streamed ? stream(to + i, all(0.0f)) : store(to + i, all(0.0f));
     for (; i + W <= q.dim; i += W) {
       vf x = query_weight[k] * load(q.query + i);
       if (q.normalize) x -= negative_weight[k] * load(rows + i);
@@ -144,7 +159,8 @@ static void per_query_grad(const T* rows, int64_t stride, int64_t count, const Q
     if (i == q.dim) continue;
     const int64_t rest = q.dim - i;
     vf x = query_weight[k] * load(q.query + i);
-    if (q.normalize) x -= negative_weight[k] * load_some(rows + i, rest);
+    if (none) x = all(0.0f);
+    if (q.normalize && !none) x -= negative_weight[k] * load_some(rows + i, rest);
     store_some(to + i, x, rest);
   }
   if (streamed) fence();

@@ -17,12 +17,13 @@ constexpr int64_t kSavedStats = 4;  // numbers per row: n_i, the largest logit, 
 
 struct Inputs {
   Tensor query, key, negatives;
-  OptionalTensor scale, row_weight;
+  OptionalTensor mask, scale, row_weight;
   double fixed_scale;
   bool include_positive, normalize;
   std::string reduction;
   int64_t needs;
-  FASTLOSS_FIELDS(query, key, negatives, scale, row_weight, fixed_scale, include_positive, normalize, reduction, needs)
+  FASTLOSS_FIELDS(query, key, negatives, mask, scale, row_weight, fixed_scale, include_positive, normalize, reduction,
+                  needs)
 };
 struct Saved {
   Tensor stats, logits, inverse_norms, query_grad, key_grad, scale_grad;
@@ -56,7 +57,7 @@ SoftmaxLoss loss_of(const Inputs& x) {
 stats_op::Inputs stats_inputs(const Inputs& x, const SoftmaxLoss& loss, const float* row_scale, const char* save) {
   const Tensor scales = new_float32(loss.p.rows);
   std::copy_n(row_scale, loss.p.rows, output<float>(scales));
-  return {loss.p.query, x.negatives, scales, std::nullopt, x.normalize, false, 0, save};
+  return {loss.p.query, x.negatives, x.mask, scales, std::nullopt, x.normalize, false, 0, save};
 }
 
 std::tuple<Tensor, Saved> softmax_loss_per_query_fwd(const Inputs& x) {

@@ -50,7 +50,9 @@ struct PieceOutput {
 };
 template <typename T>
 struct PerQueryKernels {
-  void (*read)(const T* rows, int64_t stride, int64_t count, const QueryRow&, PieceStats&, const PieceOutput&);
+  // mask[k]: whether negative k counts, and is read; null: all do
+  void (*read)(const T* rows, int64_t stride, const bool* mask, int64_t count, const QueryRow&, PieceStats&,
+               const PieceOutput&);
   void (*grad_weights)(const float* logits, const float* inverse_norms, int64_t n, const QueryRow&, const UpstreamRow&,
                        float* query_weight, float* negative_weight);
   void (*grad)(const T* rows, int64_t stride, int64_t count, const QueryRow&, const float* query_weight,
@@ -70,7 +72,7 @@ using torch::stable::new_empty;
 
 // The call's sizes and options, and its negatives with rows that are contiguous in themselves.
 struct PerQuery {
-  const Tensor query, negatives, scale, logit_limit;
+  const Tensor query, negatives, mask, scale, logit_limit;
   const Operand query_operand;
   const int64_t rows, count, dim, pieces, piece_length;
   const bool normalize, moments;
@@ -80,6 +82,7 @@ struct PerQuery {
   explicit PerQuery(const Inputs& x)
       : query(matrix(x.query)),
         negatives(rows_contiguous(x.negatives)),
+        mask(x.mask.has_value() ? as_contiguous(*x.mask) : negatives),
         scale(as_contiguous(x.row_scale)),
         logit_limit(x.logit_limit.has_value() ? as_contiguous(*x.logit_limit) : scale),
         query_operand(query, {0, 1}),
@@ -94,9 +97,12 @@ struct PerQuery {
         powers(hardness > 0 ? 3 : 1),
         sums(powers + moments),
         stats_count(2 + 2 * moments + powers - 1),
+        has_mask_(x.mask.has_value()),
         has_limit_(x.logit_limit.has_value()) {
     STD_TORCH_CHECK(negatives.size(0) == rows && negatives.size(2) == dim, kOp, ": negatives: expected [", rows,
                     ", K, ", dim, "]");
+    STD_TORCH_CHECK(!has_mask_ || (mask.scalar_type() == ScalarType::Bool && mask.numel() == rows * count), kOp,
+                    ": mask: expected bool [", rows, ", ", count, "]");
     check_rows("row_scale", scale);
     check_rows("logit_limit", logit_limit);
   }
@@ -104,6 +110,10 @@ struct PerQuery {
   template <typename T>
   const T* negative(int64_t row, int64_t k) const {
     return input<T>(negatives) + row * negatives.stride(0) + k * negatives.stride(1);
+  }
+
+  const bool* mask_from(int64_t row, int64_t k) const {
+    return has_mask_ ? input<bool>(mask) + row * count + k : nullptr;
   }
 
   // Row i's query as padded floats in `memory`, and the options beside it.
@@ -164,7 +174,7 @@ struct PerQuery {
                     rows, "]");
   }
 
-  const bool has_limit_;
+  const bool has_mask_, has_limit_;
 };
 
 // Joins one row's pieces, in order: its statistics, and its weighted keys (null where they are not wanted).
@@ -294,7 +304,8 @@ Saved softmax_stats_per_query_fwd(const Inputs& x) {
       const int64_t task = row * call.pieces + piece, entry = row * call.count + begin;
       const PieceOutput to{saves_keys ? &part_keys[task * call.sums * stride] : nullptr,
                            saved_rows ? logits + entry : nullptr, saved_rows ? inverse_norms + entry : nullptr};
-      kernels.read(call.negative<T>(row, begin), call.negatives.stride(1), n, q, parts[task], to);
+      kernels.read(call.negative<T>(row, begin), call.negatives.stride(1), call.mask_from(row, begin), n, q,
+                   parts[task], to);
     });
   });
   float* stats = output<float>(saved.stats);

@@ -7,12 +7,14 @@
 namespace fastloss::softmax_stats_per_query {
 
 struct Inputs {
-  Tensor query, negatives, row_scale;
+  Tensor query, negatives;
+  std::optional<Tensor> mask;
+  Tensor row_scale;
   std::optional<Tensor> logit_limit;
   bool normalize = false, moments = false;
   double hardness = 0;
   std::string save;
-  FASTLOSS_FIELDS(query, negatives, row_scale, logit_limit, normalize, moments, hardness, save)
+  FASTLOSS_FIELDS(query, negatives, mask, row_scale, logit_limit, normalize, moments, hardness, save)
 };
 struct Saved {
   Tensor stats, weighted_keys, logits, inverse_norms;

@@ -1,4 +1,4 @@
-"""Divergences of two attention distributions, in PyTorch operators: the definitions, and what both public losses share."""
+"""Divergences of two attention distributions in PyTorch operators, and what the public losses share."""
 
 from __future__ import annotations
 

@@ -56,6 +56,24 @@ def check_negatives(negatives: Any, query: Tensor) -> None:
         )
 
 
+def check_negatives_mask(mask: Any, negatives: Tensor | None) -> Tensor:
+    """A bool tensor [M, K] beside negatives [M, K, D]."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"negatives_mask: expected a bool tensor (True: the negative counts), got {got}")
+    check_dense("negatives_mask", mask)
+    if negatives is None or negatives.ndim != 3:
+        got = "none" if negatives is None else f"shape {tuple(negatives.shape)}"
+        raise ValueError(
+            f"negatives_mask: expected negatives [M, K, D] beside it, got {got}; of shared ones query_ids and key_ids "
+            "leave some out"
+        )
+    if mask.shape != negatives.shape[:2]:
+        raise ValueError(f"negatives_mask: expected [M, K] = {list(negatives.shape[:2])}, got {list(mask.shape)}")
+    check_same_device("negatives", negatives, "negatives_mask", mask)
+    return mask
+
+
 def as_scalar(name: str, value: Any, like: Tensor, dtype: torch.dtype, *, positive: bool) -> Tensor | float:
     """A finite float (> 0 with `positive`), or a tensor of one element as a 0-d one, its value not looked at."""
     if not isinstance(value, Tensor):

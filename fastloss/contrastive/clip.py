@@ -114,7 +114,9 @@ def clip_loss(
         return clip_groups.clip_loss(grouped, group, exchange)
     form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
-    pairs = QueryKey(image, text, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib)
+    pairs = QueryKey(
+        image, text, None, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib
+    )
     return (
         query_key_loss(pairs) if group is None else across_ranks().query_key_loss(pairs, "clip_loss", group, exchange)
     )

@@ -15,6 +15,7 @@ from .checks import (
     check_flags,
     check_integers,
     check_negatives,
+    check_negatives_mask,
     check_sampling,
     check_shared,
     check_targets,
@@ -40,6 +41,7 @@ def info_nce(
     key: Tensor,
     negatives: Tensor | None = None,
     *,
+    negatives_mask: Tensor | None = None,
     temperature: float | Tensor = 0.1,
     include_positive: bool = True,
     symmetric: bool = False,
@@ -74,6 +76,8 @@ def info_nce(
         query: embeddings [M, D], float16, bfloat16, float32 or float64.
         key: embeddings [N, D]; row i is the positive of query i, or row ``targets[i]``.
         negatives: [K, D], shared by all rows, or [M, K, D], per row; see above. Gradients flow to all three.
+        negatives_mask: bool [M, K] beside negatives [M, K, D], True for those that count: lists of unequal lengths
+            come padded. Nothing is read of the others, be it NaN; their gradient is 0.
         temperature: number > 0, or a one-element tensor (its gradient is exact, its value is not looked at).
         include_positive: see above; False is the decoupled form, the sum over negatives only.
         symmetric: mean of the loss above and that of the keys against the queries; M = N, in-batch, no `targets`.
@@ -113,14 +117,17 @@ def info_nce(
         include_positive=include_positive, symmetric=symmetric, normalize=normalize, return_lse=return_lse
     )
     in_batch, targets, columns = _candidates(query, key, negatives, in_batch, symmetric, targets)
+    if negatives_mask is not None:
+        negatives_mask = check_negatives_mask(negatives_mask, negatives)
     ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
     check_sampling(sampling, normalize, bias)
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
     form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     x = QueryKey(
-        query, key, negatives, scale, offset, targets, ids, weights, form, reduction, return_lse, workspace_mib
-    )
+        query, key, negatives, negatives_mask, scale, offset, targets, ids, weights, form, reduction, return_lse,
+        workspace_mib,
+    )  # fmt: skip
     return query_key_loss(x) if group is None else across_ranks().query_key_loss(x, "info_nce", group, exchange)
 
 

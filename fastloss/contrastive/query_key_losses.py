@@ -32,6 +32,7 @@ class QueryKey(NamedTuple):
     query: Tensor  # [M, D]
     key: Tensor  # [N, D]
     negatives: Tensor | None  # [K, D] or [M, K, D]
+    negatives_mask: Tensor | None  # [M, K] of negatives [M, K, D]
     scale: Tensor | float
     bias: Tensor | float | None
     targets: Tensor | None  # [M]
@@ -55,11 +56,11 @@ def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
     if negatives is not None and negatives.ndim == 2:
         negatives = counted(negatives, dropped)
     if plain and all(t is None for t in x.ids):
-        loss = softmax_loss(query, key, negatives, x.scale, x.targets, x.weights, x.form, x.reduction, x.workspace_mib)
+        loss = softmax_loss(x._replace(query=query, key=key, negatives=negatives))
         if loss is not None:
             return loss
     with full_precision(query):
-        rows = softmax_rows(query, key, negatives, x.scale, x.bias, x.targets, x.ids, x.form, x.workspace_mib, dropped)
+        rows = softmax_rows(x._replace(query=query, key=key, negatives=negatives), dropped)
         return reduce_output(rows, x.weights, x.reduction, x.return_lse)
 
 
@@ -72,45 +73,36 @@ def _sampling(form: SoftmaxOptions) -> tuple[bool, float, float | None]:
     return moments, float(sampling.hardness), sampling.margin
 
 
-def softmax_loss(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor | float,
-    targets: Tensor | None,
-    weights: Tensor | None,
-    form: SoftmaxOptions,
-    reduction: str,
-    workspace_mib: float,
-) -> Tensor | None:
+def softmax_loss(x: QueryKey) -> Tensor | None:
     """The reduced loss of a form without options, of in-batch negatives or of each row's own (see
     :mod:`softmax_loss` and :mod:`softmax_loss_per_query`); None where their ops do not serve."""
+    query, key, negatives, form = x.query, x.key, x.negatives, x.form
     if form.sampling is not None or form.label_smoothing != 0:
         return None
     per_query = negatives is not None
     embeddings = (query, key) if negatives is None else (query, key, negatives)
     if negatives is not None and negatives.ndim == 2:
         return None
-    if per_query and (form.in_batch or targets is not None or key.shape[0] != query.shape[0]):
+    if per_query and (form.in_batch or x.targets is not None or key.shape[0] != query.shape[0]):
         return None
     op = loss_per_query_op.softmax_loss_per_query if per_query else loss_op.softmax_loss
     if (backend := op.backend(*embeddings)) == "reference":
         return None
-    row_weight, reduction = _shares(query, weights, reduction, result_dtype(*embeddings))
-    learned = scale if isinstance(scale, Tensor) else None
+    row_weight, reduction = _shares(query, x.weights, x.reduction, result_dtype(*embeddings))
+    learned = x.scale if isinstance(x.scale, Tensor) else None
     needs = _needs((QUERY, query), (KEY, key), (SCALE, learned), (NEGATIVES, negatives))
-    fixed_scale = scale if isinstance(scale, float) else 1.0
+    fixed_scale = x.scale if isinstance(x.scale, float) else 1.0
     if negatives is not None:
-        x = loss_per_query_op.Inputs(
-            query, key, negatives, learned, row_weight, fixed_scale, form.include_positive, form.normalize, reduction,
-            needs,
+        inputs = loss_per_query_op.Inputs(
+            query, key, negatives, x.negatives_mask, learned, row_weight, fixed_scale, form.include_positive,
+            form.normalize, reduction, needs,
         )  # fmt: skip
-        return op(*x, backend=backend)
-    save, saved_rows = save_of_loss(backend, query, key, form.symmetric, reduction, needs, workspace_mib)
+        return op(*inputs, backend=backend)
+    save, saved_rows = save_of_loss(backend, query, key, form.symmetric, reduction, needs, x.workspace_mib)
     return op(
         *loss_op.Inputs(
-            query, key, learned, row_weight, targets, fixed_scale, form.include_positive, form.symmetric,
-            form.normalize, reduction, needs, save, saved_rows, workspace_mib,
+            query, key, learned, row_weight, x.targets, fixed_scale, form.include_positive, form.symmetric,
+            form.normalize, reduction, needs, save, saved_rows, x.workspace_mib,
         ),
         backend=backend,
     )  # fmt: skip
@@ -160,25 +152,16 @@ def _needs(*inputs: tuple[int, Tensor | None]) -> int:
 
 
 def softmax_rows(
-    query: Tensor,
-    key: Tensor,
-    negatives: Tensor | None,
-    scale: Tensor | float,
-    bias: Tensor | float | None,
-    targets: Tensor | None,
-    ids: tuple[Tensor | None, Tensor | None],
-    form: SoftmaxOptions,
-    workspace_mib: float,
-    dropped: Tensor | None,
-    statistics: Callable[[stats_op.Inputs], Tensor] = stats_op.softmax_statistics,
+    x: QueryKey, dropped: Tensor | None, statistics: Callable[[stats_op.Inputs], Tensor] = stats_op.softmax_statistics
 ) -> ContrastiveOutput:
     """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
 
-    `ids` are the queries' and the keys', both or neither. Of `dropped` rows [M] nothing arrives in a sum over rows.
-    `statistics` finds those of the in-batch negatives, of which other ranks may make a part.
+    Of `dropped` rows [M] nothing arrives in a sum over rows. `statistics` finds those of the in-batch negatives, of
+    which other ranks may make a part.
     """
+    query, key, negatives, scale, bias, targets, form = x.query, x.key, x.negatives, x.scale, x.bias, x.targets, x.form
     dtype = result_dtype(query, key, negatives)
-    query_ids, key_ids = ids
+    query_ids, key_ids = x.ids
     bfloat16 = are_bfloat16(query, key)
     bfloat16_negatives = negatives is not None and are_bfloat16(query, negatives)
     query, key = upcast_on_cpu(query), upcast_on_cpu(key)
@@ -200,10 +183,10 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = _left_out(dropped, statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, workspace_mib,
+            logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, x.workspace_mib,
         )))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
-        found = per_query_statistics(query, negatives, row_scale, form, logit_limit, moments, dropped)
+        found = per_query_statistics(query, negatives, x.negatives_mask, row_scale, form, logit_limit, moments, dropped)
         extra = _left_out(dropped, found)
         union = extra if stats is None else merged(stats[0], extra, moments, hardness)
         stats = torch.stack([union] if stats is None else [union, *stats[1:]])
@@ -214,7 +197,7 @@ def softmax_rows(
         extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_norm(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, logit_limit,
-            False, False, False, moments, bfloat16_negatives, hardness, workspace_mib,
+            False, False, False, moments, bfloat16_negatives, hardness, x.workspace_mib,
         )))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])

@@ -76,10 +76,7 @@ def _symmetric_loss(
     dropped = dropped_rows(x.weights)
     x = _queries_to_keys(x, parts)._replace(form=x.form)
     with full_precision(x.query):
-        rows = query_key_losses.softmax_rows(
-            x.query, x.key, x.negatives, x.scale, x.bias, None, x.ids, x.form, x.workspace_mib, dropped,
-            lambda inputs: both_directions(inputs, ranks, counts),
-        )  # fmt: skip
+        rows = query_key_losses.softmax_rows(x, dropped, lambda inputs: both_directions(inputs, ranks, counts))
         own = reduce_output(rows, x.weights, x.reduction, False)
     assert isinstance(own, Tensor)
     loss = ranks.reduced(own, x.weights, reduction, counts)

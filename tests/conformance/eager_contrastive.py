@@ -52,7 +52,7 @@ def eager_rows(
 
 def eager_info_nce(
     query, key, negatives=None, *, temperature=0.1, symmetric=False, normalize=True, query_ids=None, key_ids=None,
-    in_batch=None, targets=None, weights=None, reduction="mean", **row_options,
+    in_batch=None, targets=None, weights=None, reduction="mean", negatives_mask=None, **row_options,
 ):  # fmt: skip
     """`row_options`: those of :func:`eager_rows`."""
     if normalize:
@@ -69,7 +69,8 @@ def eager_info_nce(
     if negatives is not None:
         extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
         row_view = torch.cat((row_view, extra * (1 / temperature)), 1)
-        mask = torch.cat((allowed, torch.ones_like(extra, dtype=torch.bool)), 1)
+        counts = torch.ones_like(extra, dtype=torch.bool) if negatives_mask is None else negatives_mask
+        mask = torch.cat((allowed, counts), 1)
     rows = eager_rows(row_view, target, mask, temperature, **row_options)
     if symmetric:
         of_columns = eager_rows(logits.T, target, allowed.T, temperature, **(row_options | {"bias": None}))

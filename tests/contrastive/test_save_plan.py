@@ -40,7 +40,7 @@ def loss_inputs(save, saved_rows=0, keys=KEYS, symmetric=False, normalize=True, 
 
 def per_query_inputs(save, moments=False, hardness=0.0):
     query, negatives = torch.randn(ROWS, DIM), torch.randn(ROWS, 5, DIM)
-    return per_query_op.Inputs(query, negatives, torch.ones(ROWS), None, True, moments, hardness, save)
+    return per_query_op.Inputs(query, negatives, None, torch.ones(ROWS), None, True, moments, hardness, save)
 
 
 CALLS = {

@@ -44,7 +44,7 @@ def run(backend: str | None, args: list[Tensor], needs: int, **options) -> list[
 def judge(place: tuple, samples: list[list[Tensor]], needs: int, **options) -> list[Tensor]:
     """The one rule over all the samples; what the last of them gave."""
     errors = Errors(samples[0][0].dtype)
-    double = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    double = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in options.items()}
     for args in samples:
         with recorded() as calls:
             ours = run(place[1], args, needs, **options)
@@ -87,6 +87,24 @@ def test_weights(place, reduction):
 
 
 @each_place
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_negatives_outside_the_mask(place, dtype):
+    """They are as if they were not there, and what they hold is not read."""
+    mask = torch.arange(14) < torch.tensor([[14], [9], [0], [3], [8], [1]])  # lists of unequal lengths
+    mask = mask.to(place[0])
+    samples, every = scaled(inputs(6, 14, 20, dtype, place[0])), QUERY + KEY + NEGATIVES + SCALE
+    out = judge(place, samples, every, negatives_mask=mask, reduction="none")
+    assert out[0][2] == 0 and not out[1][2].any() and not out[3][~mask].any()
+    query, key, negatives = samples[-1]
+    with_nan = [query, key, negatives.masked_fill(~mask[:, :, None], float("nan"))]
+    for ours, wanted in zip(run(place[1], with_nan, every, negatives_mask=mask, reduction="none"), out, strict=True):
+        assert torch.equal(ours, wanted)
+    for i, length in ((1, 9), (5, 1)):
+        alone = run(place[1], [query[i : i + 1], key[i : i + 1], negatives[i : i + 1, :length]], 0, reduction="none")
+        torch.testing.assert_close(alone[0], out[0][i : i + 1])
+
+
+@each_place
 def test_zero_vectors_none_and_no_rows(place):
     args = inputs(4, 6, 12, device=place[0])
     args[0][0], args[1][1], args[2][2, 3] = 0, 0, 0
@@ -123,7 +141,7 @@ def test_saved_tensors(place):
     query, key, negatives = inputs(3, 10, 8, device=place[0])
     for needs, stats, logits in ((0, 0, 0), (QUERY + KEY + SCALE, 0, 0), (QUERY + NEGATIVES, 12, 30)):
         with core.use_backend(place[1]):
-            got = softmax_loss_per_query.fwd(query, key, negatives, None, None, 1.0, True, True, "mean", needs)
+            got = softmax_loss_per_query.fwd(query, key, negatives, None, None, None, 1.0, True, True, "mean", needs)
         sizes = [24 * bool(needs & QUERY), 24 * bool(needs & KEY), 3 * bool(needs & SCALE)]
         assert [t.numel() for t in got] == [1, stats, logits, logits, *sizes]
 

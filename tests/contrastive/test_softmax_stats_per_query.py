@@ -30,7 +30,14 @@ def inputs(rows: int, count: int, width: int, dtype=torch.float32, device="cpu")
 
 
 def run(
-    backend: str, args: list[Tensor], moments=False, hardness=0.0, normalize=True, logit_limit=None, frozen=False
+    backend: str,
+    args: list[Tensor],
+    moments=False,
+    hardness=0.0,
+    normalize=True,
+    logit_limit=None,
+    frozen=False,
+    mask=None,
 ) -> list[Tensor]:
     """Statistics, and the gradients of query, negatives (unless frozen) and scale."""
     double = args[0].dtype == torch.float64
@@ -38,8 +45,17 @@ def run(
     leaves = [t.requires_grad_() for i, t in enumerate(args) if not (frozen and i == 1)]
     logit_limit = logit_limit.double() if double and logit_limit is not None else logit_limit
     with core.use_backend(backend):
+        query, negatives, scale = args
         stats = softmax_stats_per_query(
-            *args, logit_limit, normalize, moments, hardness, "weighted_keys" if frozen else "logits"
+            query,
+            negatives,
+            mask,
+            scale,
+            logit_limit,
+            normalize,
+            moments,
+            hardness,
+            "weighted_keys" if frozen else "logits",
         )
         upstream = torch.linspace(0.5, 1.5, stats.numel(), device=stats.device).reshape(stats.shape)
         upstream = upstream.masked_fill(stats.isinf(), 0.0).to(stats.dtype)
@@ -93,8 +109,29 @@ def test_masks_and_rows_without_negatives(place, moments, hardness):
     assert stats[0, 1] == -torch.inf and stats[1, 1] == -torch.inf and not query[1].any() and not negatives[1].any()
     assert not negatives[0, 0].any()
     with core.use_backend(place[1]):
-        none = softmax_stats_per_query(*inputs(2, 0, 3, device=place[0]), None, True, moments, hardness, "")
+        query, negatives, scale = inputs(2, 0, 3, device=place[0])
+        none = softmax_stats_per_query(query, negatives, None, scale, None, True, moments, hardness, "")
     assert (none[:2] == -torch.inf).all()
+
+
+@each_place
+@each_form
+@pytest.mark.parametrize("normalize", [True, False])
+def test_negatives_outside_the_mask(place, moments, hardness, normalize):
+    """Groups of eight and tiles that are whole, in part and not at all in the mask; what is outside may be NaN."""
+    args = inputs(5, 21, 12, device=place[0])
+    mask = torch.ones(5, 21, dtype=torch.bool, device=place[0])
+    mask[0, 13:], mask[1, 1::2], mask[2], mask[3, :9] = False, False, False, False
+    form = {"moments": moments, "hardness": hardness, "normalize": normalize}
+    stats, _, negatives, _ = judge(place, args, mask=mask, **form)
+    args[1].masked_fill_(~mask[:, :, None], float("nan"))
+    with_nan = run(place[1], args, mask=mask, **form)
+    assert torch.equal(with_nan[0], stats) and torch.equal(with_nan[2], negatives)
+    assert not negatives[~mask].any() and negatives[mask].all() and (stats[:2, 2] == -torch.inf).all()
+    few = run(place[1], [args[0][:1], args[1][:1, :13], args[2][:1]], **form)
+    torch.testing.assert_close(few[0], stats[:, :1])  # as if the others were not there
+    frozen = run(place[1], args, mask=mask, frozen=True, **form)
+    assert torch.equal(frozen[1], with_nan[1])
 
 
 @each_place

@@ -47,7 +47,7 @@ def softmax_loss_per_query_fwd(x: Inputs) -> tuple[Tensor, Saved]:
             key_norms = new_float32(rows) if x.normalize else None
             prepare(query, key, x.scale, x.fixed_scale, None, Prepared(row_scale, key_norms, positive))
         save = "logits" if x.needs & NEGATIVES else "weighted_keys" if x.needs else ""
-        inputs = stats_op.Inputs(query, x.negatives, row_scale, None, x.normalize, False, 0.0, save)
+        inputs = stats_op.Inputs(query, x.negatives, x.mask, row_scale, None, x.normalize, False, 0.0, save)
         of_negatives = softmax_stats_per_query_fwd(inputs)
         if rows:
             stats_grad = new_float32((2, rows)) if x.needs & (QUERY | KEY | SCALE) else None
@@ -85,7 +85,7 @@ def _negatives_grad(grad: Tensor, x: Inputs, saved: Saved) -> Tensor:
         row_weight = None if x.row_weight is None else x.row_weight.contiguous()
         row_losses(stats, positive, row_weight, *_loss_form(x), None, stats_grad, grad.contiguous())
     stats_grad[1].zero_()
-    inputs = stats_op.Inputs(x.query, x.negatives, row_scale, None, x.normalize, False, 0.0, "logits")
+    inputs = stats_op.Inputs(x.query, x.negatives, x.mask, row_scale, None, x.normalize, False, 0.0, "logits")
     of_negatives = stats_op.Saved(stats, grad.new_empty(0), saved.logits, saved.inverse_norms)
     needs = stats_op.Needs(query=False, negatives=True, row_scale=False)
     return softmax_stats_per_query_bwd(stats_grad, inputs, of_negatives, needs).negatives
@@ -104,7 +104,9 @@ def aot_cases() -> Iterator[AotCase]:
         negatives, scale = query.new_empty(rows, count, dim), torch.empty(1, device="meta")
         row_weight = torch.empty(rows, device="meta") if normalize else None
         reduction, label = "sum" if normalize else "none", f"{str(dtype).removeprefix('torch.')} {rows, count, dim}"
-        frozen = Inputs(query, key, negatives, scale, row_weight, 1.0, True, normalize, reduction, QUERY + KEY + SCALE)
+        frozen = Inputs(
+            query, key, negatives, None, scale, row_weight, 1.0, True, normalize, reduction, QUERY + KEY + SCALE
+        )
         yield AotCase(
             f"frozen {normalize} {label}", softmax_loss_per_query_fwd, (frozen,),
             ("_pair_gradients_kernel",) if dim % 8 == 0 else (),

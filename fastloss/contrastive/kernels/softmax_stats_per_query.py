@@ -170,7 +170,8 @@ def _negatives_grad_kernel(
     if NORMALIZE:
         offsets = k.to(tl.int64) * sizes.negative_stride if INT64 else k * sizes.negative_stride
         ptr = inputs.negatives + row * sizes.row_stride + offsets[:, None] + columns
-        tile = tl.load(ptr, mask=mask & used[:, None], other=0.0).to(tl.float32)
+        read = mask & (used & (left_out == 0))[:, None]  # what is outside the op's mask may be NaN
+        tile = tl.load(ptr, mask=read, other=0.0).to(tl.float32)
         grad -= (grad_logits * scores * inverse_norm)[:, None] * tile
     offsets = k.to(tl.int64) * dim if INT64 else k * dim
     to = negatives_grad_ptr + row * sizes.negatives * dim + offsets[:, None] + columns
@@ -233,7 +234,8 @@ def softmax_stats_per_query_fwd(x: Inputs) -> Saved:
         return Saved(stats, weighted_keys, logits, inverse_norms)
     tile = PerQueryTile(tile_rows, tiles, pieces, span, dim == pieces * span, AHEAD, needs_int64(negatives))
     sizes = per_query_sizes(negatives, splits)
-    inputs = PerQueryInputs(query, negatives, row_scale, None if x.logit_limit is None else x.logit_limit.contiguous())
+    mask, logit_limit = (None if t is None else t.contiguous() for t in (x.mask, x.logit_limit))
+    inputs = PerQueryInputs(query, negatives, mask, row_scale, logit_limit)
     saved = SavedLogits(logits, inverse_norms) if saved_rows else SavedLogits(None, None)
     with on_device(query):
         per_query_fwd_kernel[(rows * splits,)](
@@ -287,14 +289,17 @@ def aot_cases() -> Iterator[AotCase]:
         logit_limit = scale if moments else None
         streams = not moments and size != "odd"
         for save in ("", "logits") if not moments else ("logits",):
-            x = Inputs(query, negatives, scale, logit_limit, True, moments, hardness, save)
+            x = Inputs(query, negatives, None, scale, logit_limit, True, moments, hardness, save)
             vector = ("per_query_fwd_kernel",) if streams and not save else ()
             yield AotCase(f"forward {save} {label}", softmax_stats_per_query_fwd, (x,), vector)
+            if size in ("", "odd"):
+                x = x._replace(mask=torch.empty(rows, count, dtype=torch.bool, device="meta"))
+                yield AotCase(f"forward mask {save} {label}", softmax_stats_per_query_fwd, (x,), vector)
         sums = (3 if hardness else 1) + moments
         shapes = ((6, rows), (sums, rows, dim), (rows, count), (rows, count))
         saved = Saved(*[scale.new_empty(shape) for shape in shapes])
         for normalize in (True, False) if size == "" and not moments else (True,):
-            x = Inputs(query, negatives, scale, logit_limit, normalize, moments, hardness, "logits")
+            x = Inputs(query, negatives, None, scale, logit_limit, normalize, moments, hardness, "logits")
             bwd = (saved.stats, x, saved, Needs(True, True, True))
             yield AotCase(
                 f"backward {normalize} {label}", softmax_stats_per_query_bwd, bwd,

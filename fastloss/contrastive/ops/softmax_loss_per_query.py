@@ -5,6 +5,7 @@
     p_i    = scale fixed_scale c(query_i) c(key_i) <query_i, key_i>  the positive
     n_i    = log sum_k e^s_ik
     loss_i = softplus(n_i - p_i)                             without `include_positive`: n_i - p_i; no negatives: 0
+             negatives outside `mask` are left out of the sum, and nothing of them is read
     out    = row_weight_i loss_i [M], their sum or mean      by `reduction`: "none", "sum", "mean"; no `row_weight`: 1
              rows of weight 0 are left out: nothing of them is multiplied, be it NaN
 
@@ -43,6 +44,7 @@ class Inputs(NamedTuple):
     query: Tensor  # [M, D]
     key: Tensor  # [M, D]
     negatives: Tensor  # [M, K, D]
+    mask: Tensor | None  # [M, K] bool
     scale: Tensor | None  # one element
     row_weight: Tensor | None  # [M]
     fixed_scale: float
@@ -89,8 +91,11 @@ def softmax_loss_per_query_reference(x: Inputs) -> Tensor:
     if x.scale is not None:
         anchor = anchor * x.scale.reshape(())
     positive = (anchor * embed(key, dtype, x.normalize)).sum(1)
+    if x.mask is not None:
+        negatives = negatives.masked_fill(~x.mask[:, :, None], 0.0)
     logits = torch.bmm(embed(negatives, dtype, x.normalize), anchor[:, :, None]).squeeze(2)
-    stats = statistics(logits, torch.ones_like(logits, dtype=torch.bool), False, 0.0)
+    allowed = torch.ones_like(logits, dtype=torch.bool) if x.mask is None else x.mask
+    stats = statistics(logits, allowed, False, 0.0)
     loss = row_losses(positive, stats, x.fixed_scale, SoftmaxOptions(x.include_positive)).loss
     return reduce(loss if x.row_weight is None else loss * x.row_weight, x.reduction)
 

@@ -1,7 +1,8 @@
 """The op of per-sample negatives: statistics of each row's logits with negatives [M, K, D] of its own, read once.
 
     s_ik = row_scale_i c_ik <query_i, n_ik>     c_ik = 1 / |n_ik| with `normalize` (0 for zero vectors), else 1
-    A_i  = {k: not s_ik > logit_limit_i}            all of them without `logit_limit`
+    A_i  = {k: mask_ik and not s_ik > logit_limit_i}    all of them without `mask` and `logit_limit`; of a negative
+                                                    outside the mask nothing is read, be it NaN
 
 The statistics [S, M] are those of softmax_stats.py, without its directions: log-sum-exp, maximum, with `moments` sum
 and count, with `hardness` beta > 0 the log-sum-exps of (1 + beta) (s - max) and beta (s - max).
@@ -37,6 +38,7 @@ class Inputs(NamedTuple):
 
     query: Tensor  # [M, D]
     negatives: Tensor  # [M, K, D]
+    mask: Tensor | None  # [M, K] bool
     row_scale: Tensor  # [M]
     logit_limit: Tensor | None  # [M]
     normalize: bool
@@ -69,11 +71,12 @@ class Needs(NamedTuple):
 def softmax_stats_per_query_reference(x: Inputs) -> Tensor:
     """The definition, dense and in differentiable torch."""
     dtype = result_dtype(x.query, x.negatives)
-    vectors = embed(x.negatives, dtype, x.normalize)
+    negatives = x.negatives if x.mask is None else x.negatives.masked_fill(~x.mask[:, :, None], 0.0)
+    vectors = embed(negatives, dtype, x.normalize)
     logits = x.row_scale[:, None] * torch.bmm(vectors, x.query.to(dtype)[:, :, None]).squeeze(2)
-    allowed = torch.ones_like(logits, dtype=torch.bool)
+    allowed = torch.ones_like(logits, dtype=torch.bool) if x.mask is None else x.mask
     if x.logit_limit is not None:
-        allowed = ~(logits.detach() > x.logit_limit[:, None])
+        allowed = allowed & ~(logits.detach() > x.logit_limit[:, None])
     return statistics(logits, allowed, x.moments, x.hardness)
 
 
@@ -120,13 +123,14 @@ softmax_stats_per_query = Op(
 def per_query_statistics(
     query: Tensor,
     negatives: Tensor,
+    mask: Tensor | None,
     row_scale: Tensor,
     form: SoftmaxOptions,
     logit_limit: Tensor | None,
     moments: bool,
     dropped: Tensor | None,
 ) -> Tensor:
-    """Statistics [S, M] of the negatives [M, K, D], in the order of :mod:`softmax_stats`.
+    """Statistics [S, M] of the negatives [M, K, D] in the mask [M, K], in the order of :mod:`softmax_stats`.
 
     `row_scale` [M] is the scale over the query's norm (with `form.normalize`, else the scale); `logit_limit` [M] is in
     units of the logits, before any bias. The moments are there if `moments`, the reweighted ones if the sampling of
@@ -143,5 +147,5 @@ def per_query_statistics(
         row_scale = row_scale.masked_fill(dropped, 0.0)
         if backend == "reference":  # kernels skip what has no upstream gradient
             negatives = negatives.masked_fill(dropped[:, None, None], 0.0)
-    x = Inputs(query, negatives, row_scale, logit_limit, form.normalize, moments, float(hardness), save)
+    x = Inputs(query, negatives, mask, row_scale, logit_limit, form.normalize, moments, float(hardness), save)
     return softmax_stats_per_query(*x, backend=backend)

@@ -55,6 +55,8 @@ def with_labels(draw, shape):
     return draw.normal(*shape), torch.arange(shape[0]).to(draw.device) % max(shape[0] // 3, 1)
 
 
+OWN_MASK = torch.arange(24).reshape(6, 4) % 5 > 1
+OWN_MASK[2], OWN_MASK[4], OWN_MASK[0, 0] = True, False, True
 IDS, WEIGHTS = torch.tensor([3, 1, 3, 7, 1, -2]), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25])
 BAD_TEMPERATURES = [
     ("temperature 0", with_options(temperature=0), ValueError, "temperature: expected a finite number > 0, got 0"),
@@ -260,6 +262,33 @@ CONTRASTIVE = [
             *BAD_NEGATIVES,
             ("M", with_argument(2, lambda t: t[:4]), ValueError, "negatives: expected [M, K, D] with query's M=6 rows"),
             ("bias", with_options(bias=torch.zeros(6)), ValueError, "tensor of one element (per-sample"),
+        ],
+    ),
+    Case(
+        "info_nce masked negatives",
+        fastloss.info_nce,
+        with_own_negatives,
+        eager_info_nce,
+        shapes=((6, 4, 7),),
+        grads=(0, 1, 2),
+        options=[
+            {"negatives_mask": OWN_MASK, "temperature": 0.5},
+            {"negatives_mask": OWN_MASK, "in_batch": True, "weights": WEIGHTS},
+            {
+                "negatives_mask": OWN_MASK,
+                "sampling": NegativeSampling(hardness=0.5, margin=0.6),
+                "label_smoothing": 0.2,
+            },
+        ],
+        bad=[
+            ("integers", with_options(negatives_mask=OWN_MASK.long()), TypeError, "negatives_mask: expected a bool"),
+            ("M", with_options(negatives_mask=OWN_MASK[:4]), ValueError, "[M, K] = [6, 4], got [4, 4]"),
+            (
+                "shared",
+                lambda args, options: ((*args[:2], args[2][0]), options | {"negatives_mask": OWN_MASK}),
+                ValueError,
+                "negatives_mask: expected negatives [M, K, D] beside it, got shape (4, 7)",
+            ),
         ],
     ),
     Case(
