@@ -1,8 +1,9 @@
 """sentence_transformers' ranking losses (6.2), by :func:`fastloss.info_nce`, and GIST's similarities as one product.
 
 ``compute_loss_from_embeddings`` and the cached losses' ``calculate_loss`` are replaced, on embeddings that the
-library's own code makes: its forwards, its gradient cache, its wrappers (MatryoshkaLoss and others) and its trainer stay.
-The cached losses get their gradients from one call for the whole batch; no matrix of scores is kept.
+library's own code makes: its forwards, its gradient cache, its wrappers and its trainer stay. The cached losses get
+their gradients from one call for the whole batch; no matrix of scores is kept.
+"""
 
 from __future__ import annotations
 
