@@ -1,4 +1,4 @@
-"""Rows of the losses that compare sets: diversity against a bank, mode seeking, attention consistency."""
+"""Rows of the losses that compare sets: diversity against a bank, mode seeking."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import fastloss
 from tests.conformance.case import Case, Draw, with_argument, with_options
 
 BANK_SHAPES = (((3, 2, 4, 5), 4), ((1, 1), 1), ((5, 7), 9), ((2, 3, 9, 9), 6), ((2, 3, 1, 4), 3), ((2, 3, 4, 1), 3))
-MAP_SHAPES = ((2, 3, 4, 5), (1, 1, 1, 1), (3, 7), (1, 2, 9, 33))
-MASKED_SHAPES = ((2, 3, 4, 5), (4, 5), (1, 1, 4, 5))
-QK_SHAPES = ((2, 3, 4, 5, 6), (1, 1, 4, 5, 1), (1, 2, 4, 5, 17))
-# a row of all keys, of some, of one, and of none
-MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
 
 
 def generated_and_bank(draw: Draw, shape: tuple) -> tuple:
@@ -47,65 +42,7 @@ def two_images_and_noises(draw: Draw, shape: tuple) -> tuple:
     return image, draw.near(image) + 0.01, draw.normal(shape[0], 5), draw.normal(shape[0], 5)
 
 
-def two_logits(draw: Draw, shape: tuple) -> tuple:
-    """Rows far apart, a quarter of the logits equal: float64 eager is the oracle, and loses close rows to rounding."""
-    a, b = draw.normal(*shape), draw.normal(*shape)
-    return a, torch.where(draw.uniform(*shape) > 0.25, 1.5 * b, a)
-
-
-def two_maps(draw: Draw, shape: tuple) -> tuple:
-    return tuple(x.softmax(-1) for x in two_logits(draw, shape))
-
-
-def two_queries_and_keys(draw: Draw, shape: tuple) -> tuple:
-    b, h, q, k, d = shape
-    return draw.normal(b, h, q, d), draw.normal(b, h, k, d), draw.normal(b, h, q, d), draw.normal(b, h, k, d)
-
-
-def eager_attention(a, b, inputs="probs", metric="js", mask=None, reduction="mean"):
-    keep = torch.ones_like(a, dtype=torch.bool) if mask is None else mask.expand_as(a)
-    counted = keep.any(-1)
-    if inputs == "logits":
-        a, b = (x.masked_fill(~keep, -1e4).softmax(-1) for x in (a, b))
-    # 1 where masked: log 1 = 0, so that autograd has no 0 * inf to make NaN of
-    a, b = a.masked_fill(~keep, 1), b.masked_fill(~keep, 1)
-
-    def kl(p, q):
-        return F.kl_div(q.log(), p, reduction="none").sum(-1)
-
-    if metric == "js":
-        rows = 0.5 * kl(a, (a + b) / 2) + 0.5 * kl(b, (a + b) / 2)
-    elif metric in ("kl", "sym_kl"):
-        rows = kl(a, b) if metric == "kl" else 0.5 * kl(a, b) + 0.5 * kl(b, a)
-    else:
-        d = (a - b).masked_fill(~keep, 0)
-        rows = (d.abs() if metric == "l1" else d * d).sum(-1) / keep.sum(-1).clamp(min=1)
-    if reduction == "mean":
-        return rows[counted].mean()
-    rows = rows * counted
-    return rows.sum() if reduction == "sum" else rows
-
-
-def eager_layers(a, b, layer_weights=None, reduction="mean", **options):
-    weights = layer_weights or [1 / len(a)] * len(a)
-    return sum(w * eager_attention(x, y, reduction=reduction, **options) for w, x, y in zip(weights, a, b, strict=True))
-
-
-def two_lists(draw: Draw, shape: tuple) -> tuple:
-    layers = [two_maps(draw, shape), two_maps(draw, (2, *shape[1:]))]
-    return [a for a, _ in layers], [b for _, b in layers]
-
-
-def eager_qk(q1, k1, q2, k2, metric="kl", scale=None, mask=None, causal=False, reduction="mean"):
-    scale = q1.shape[-1] ** -0.5 if scale is None else scale
-    a, b = (torch.einsum("bhqd,bhkd->bhqk", q, k) * scale for q, k in ((q1, k1), (q2, k2)))
-    if causal:
-        lower = torch.ones(a.shape[-2:], device=a.device).tril().bool()
-        mask = lower if mask is None else mask & lower
-    return eager_attention(a, b, inputs="logits", metric=metric, mask=mask, reduction=reduction)
-
-
-CONSISTENCY_CASES = [
+SET_CASES = [
     Case(
         "diversity_loss",
         fastloss.diversity_loss,
@@ -162,90 +99,5 @@ CONSISTENCY_CASES = [
             ("eps", with_options(eps=0.0), ValueError, "eps: expected a finite number > 0, got 0.0"),
         ],
         module=fastloss.ModeSeekingLoss,
-    ),
-    Case(
-        "attention_consistency_loss",
-        fastloss.attention_consistency_loss,
-        two_maps,
-        eager_attention,
-        shapes=MAP_SHAPES,
-        options=[{"metric": m} for m in ("js", "kl", "sym_kl", "mse", "l1")],
-        bad=[
-            ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "b: expected the shape of a"),
-            (
-                "rank",
-                lambda args, options: ((args[0][0, 0, 0], args[1][0, 0, 0]), options),
-                ValueError,
-                "a: expected [..., Q, K] with K >= 1",
-            ),
-            ("list and tensor", with_argument(1, lambda t: [t]), TypeError, "a: expected two tensors or two lists"),
-            ("inputs", with_options(inputs="scores"), ValueError, "inputs: expected one of"),
-            ("metric", with_options(metric="cosine"), ValueError, "metric: expected one of"),
-            ("mask", with_options(mask=torch.ones(4, 5)), TypeError, "mask: expected a bool tensor"),
-            ("mask shape", with_options(mask=MASK[:, :3]), ValueError, "mask: expected a shape that broadcasts"),
-            ("weights", with_options(layer_weights=[1.0]), ValueError, "layer_weights: expected None for single maps"),
-            ("empty", lambda args, options: ((args[0][:0], args[1][:0]), options), ValueError, "mean of an empty"),
-            ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
-        ],
-        module=fastloss.AttentionConsistencyLoss,
-    ),
-    Case(
-        "attention_consistency_loss of logits",
-        fastloss.attention_consistency_loss,
-        two_logits,
-        eager_attention,
-        shapes=MAP_SHAPES,
-        options=[{"inputs": "logits", "metric": m} for m in ("js", "kl", "sym_kl", "mse", "l1")],
-    ),
-    Case(
-        "attention_consistency_loss with a mask",
-        fastloss.attention_consistency_loss,
-        two_logits,
-        eager_attention,
-        shapes=MASKED_SHAPES,
-        options=[{"inputs": "logits", "metric": m, "mask": MASK} for m in ("js", "kl", "sym_kl", "mse", "l1")],
-    ),
-    Case(
-        "attention_consistency_loss of layers",
-        fastloss.attention_consistency_loss,
-        two_lists,
-        eager_layers,
-        shapes=MAP_SHAPES,
-        options=[{"metric": "sym_kl"}, {"layer_weights": [0.5, 2.0], "metric": "mse"}],
-        reductions=("mean", "sum"),
-        bad=[
-            ("length", with_argument(1, lambda t: t[:1]), ValueError, "b: expected as many entries as a, 2, got 1"),
-            ("no layer", lambda args, options: (([], []), options), ValueError, "a: expected at least one layer"),
-            ("entry", with_argument(0, lambda t: [t[0], 1.0]), TypeError, "a[1]: expected a tensor, got float"),
-            ("weights", with_options(layer_weights=[1.0]), ValueError, "layer_weights: expected as many entries as a"),
-            ("weight", with_options(layer_weights=[1.0, -1.0]), ValueError, "layer_weights[1]: expected a finite"),
-        ],
-    ),
-    Case(
-        "attention_consistency_from_qk",
-        fastloss.attention_consistency_from_qk,
-        two_queries_and_keys,
-        eager_qk,
-        shapes=QK_SHAPES,
-        options=[
-            {"metric": "kl"},
-            {"metric": "sym_kl"},
-            {"metric": "js", "scale": 0.3},
-            {"metric": "kl", "causal": True},
-            {"metric": "sym_kl", "mask": MASK},
-            {"metric": "js", "mask": MASK, "causal": True},
-        ],
-        grads=(0, 1, 2, 3),
-        bad=[
-            ("rank", with_argument(0, lambda t: t[0]), ValueError, "q1: expected a 4-D tensor"),
-            ("heads", with_argument(2, lambda t: t[:, :1]), ValueError, "q2: expected the batch and heads of q1"),
-            ("width", with_argument(1, lambda t: t[..., :-1]), ValueError, "k1: expected the last dimension of q1"),
-            ("queries", with_argument(2, lambda t: t[..., 1:, :]), ValueError, "q2: expected as many rows as q1"),
-            ("keys", with_argument(3, lambda t: t[..., 1:, :]), ValueError, "k2: expected as many rows as k1"),
-            ("metric", with_options(metric="mse"), ValueError, "metric: expected one of"),
-            ("scale", with_options(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
-            ("mask", with_options(mask=torch.ones(4, 5)), TypeError, "mask: expected a bool tensor"),
-        ],
-        module=fastloss.AttentionConsistencyFromQK,
     ),
 ]
