@@ -9,6 +9,7 @@ loss_and_grads.py    a loss and its gradients without the caller's graph, for gr
 options.py           NegativeSampling, ContrastiveOutput, and the options of the softmax losses
 checks.py            checks of arguments, and the last step of every loss here
 embeddings.py        embeddings as the losses take them: dtype, norms, scales
+several_positives.py  InfoNCE with several positives a query: the loss of one, corrected for the others
 query_key_losses.py  the softmax losses of queries against keys (CLIP, InfoNCE): which op, and the loss from its results
 row_losses.py        the definition: losses of rows from the statistics of their negatives, e.g. log-sum-exps
 save_plan.py         what a forward saves for its backward, decided from what needs a gradient and the sizes

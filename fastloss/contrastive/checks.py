@@ -90,15 +90,16 @@ def scale_of(temperature: Any, like: Tensor, dtype: torch.dtype) -> Tensor | flo
     return 1.0 / as_scalar("temperature", temperature, like, dtype, positive=True)
 
 
-def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor) -> Tensor:
-    """A 1-D integer tensor of one of the `lengths`, on the device of `like`, as int64."""
+def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor, several: bool = False) -> Tensor:
+    """A 1-D (with `several` also a 2-D) integer tensor of one of the `lengths`, on the device of `like`, as int64."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected an integer tensor, got {type(value).__name__}")
     check_dense(name, value)
     if value.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected an integer tensor, got {value.dtype}")
-    if value.ndim != 1 or value.shape[0] not in lengths:
+    if value.ndim not in ((1, 2) if several else (1,)) or value.shape[0] not in lengths or 0 in value.shape[1:]:
         wanted = " or ".join(f"[{n}]" for n in dict.fromkeys(lengths))
+        wanted += f" or [{lengths[0]}, P]" if several else ""
         raise ValueError(f"{name}: expected shape {wanted}, got {tuple(value.shape)}")
     check_same_device("embeddings", like, name, value)
     return value.long()
@@ -106,13 +107,15 @@ def check_integers(name: str, value: Any, lengths: tuple[int, ...], like: Tensor
 
 def check_targets(targets: Any, rows: int, keys: int, like: Tensor) -> Tensor:
     """Indices of keys as int64. Their range is checked on the CPU; a GPU's own index check asserts on the device."""
-    targets = check_integers("targets", targets, (rows,), like)
+    targets = check_integers("targets", targets, (rows,), like, several=True)
+    least = -1 if targets.ndim == 2 else 0
     # Looking at values must not happen while tracing, nor make a GPU wait.
     plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
     if plain and type(targets) is Tensor and targets.device.type == "cpu" and rows:
         low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= keys:
-            raise ValueError(f"targets: expected indices of key's {keys} rows, 0 to {keys - 1}, got {low} to {high}")
+        if low < least or high >= keys:
+            wanted = f"indices of key's {keys} rows, 0 to {keys - 1}{', or -1' * (least < 0)}"
+            raise ValueError(f"targets: expected {wanted}, got {low} to {high}")
     return targets
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ..core import Loss, result_dtype
-from ..core.checks import check_flag, check_no_graph, check_number, check_same_device, check_tensor
+from ..core.checks import check_choice, check_flag, check_no_graph, check_number, check_same_device, check_tensor
 from .checks import (
     across_ranks,
     as_scalar,
@@ -30,6 +30,7 @@ from .options import (
     may_return_lse,
 )
 from .query_key_losses import QueryKey, query_key_loss
+from .several_positives import POSITIVES, check_several, several_positives_loss
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Exchange, Group
@@ -56,6 +57,7 @@ def info_nce(
     return_lse: bool = False,
     workspace_mib: float = 256,
     targets: Tensor | None = None,
+    positives: str = "mean",
     sampling: NegativeSampling | None = None,
     group: Group = None,
     exchange: Exchange | None = None,
@@ -94,6 +96,11 @@ def info_nce(
         return_lse: return ``(loss, lse, top1)``, see :class:`ContrastiveOutput`.
         workspace_mib: bound of the kernels' workspace in MiB, > 0, for any M, N, K; the reference holds [M, N + K].
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
+            [M, P] for several positives, -1 where a query has fewer, repeated ones counting once: each takes part in
+            the denominator, and a query without any has loss 0. They want `include_positive` and [M, P, D] numbers,
+            and take no `symmetric`, ids, `sampling`, `return_lse` or `group`.
+        positives: of several positives ``"mean"``, the mean of the negative log-probabilities (SupCon), or ``"sum"``,
+            the negative log of their summed probability (MIL-NCE).
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
         group: None, or a ProcessGroup or 1-D DeviceMesh whose ranks together have the batch: tensors are this rank's
             share (`targets` index its own keys), the loss is that of the whole batch, on every rank.
@@ -106,7 +113,9 @@ def info_nce(
         TypeError, ValueError: types, shapes, devices or options that do not fit, targets out of range (on the CPU; on a
             GPU an assertion of the device), ``"mean"`` of an empty batch.
 
-    Source: van den Oord et al., "Contrastive predictive coding", 2018; Yeh et al., "Decoupled contrastive learning".
+    Source: van den Oord et al., "Contrastive predictive coding", 2018; Yeh et al., "Decoupled contrastive learning";
+    several positives: Khosla et al., "Supervised contrastive learning", 2020 (L_out); Miech et al., "End-to-end
+    learning of visual representations from uncurated instructional videos", 2020 (MIL-NCE).
 
     Example:
         >>> loss = info_nce(torch.eye(4), torch.eye(4), temperature=1.0)  # log(e + 3) - 1
@@ -120,6 +129,7 @@ def info_nce(
     if negatives_mask is not None:
         negatives_mask = check_negatives_mask(negatives_mask, negatives)
     ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
+    check_choice("positives", positives, POSITIVES)
     check_sampling(sampling, normalize, bias)
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
     scale, offset = _scale_and_bias(temperature, bias, query, key, negatives, columns)
@@ -128,6 +138,9 @@ def info_nce(
         query, key, negatives, negatives_mask, scale, offset, targets, ids, weights, form, reduction, return_lse,
         workspace_mib,
     )  # fmt: skip
+    if targets is not None and targets.ndim == 2:
+        check_several(x, group)
+        return several_positives_loss(x, targets, positives)
     return query_key_loss(x) if group is None else across_ranks().query_key_loss(x, "info_nce", group, exchange)
 
 

@@ -58,6 +58,10 @@ def eager_info_nce(
     if normalize:
         query, key = F.normalize(query, dim=-1), F.normalize(key, dim=-1)
         negatives = None if negatives is None else F.normalize(negatives, dim=-1)
+    if targets is not None and targets.ndim == 2:
+        return eager_several_positives(
+            query, key, negatives, targets, temperature, negatives_mask, in_batch, weights, reduction, **row_options
+        )
     target = torch.arange(len(query), device=query.device) if targets is None else targets
     logits = query @ key.T * (1 / temperature)
     allowed = torch.ones_like(logits, dtype=torch.bool).scatter(1, target[:, None], False)
@@ -76,6 +80,28 @@ def eager_info_nce(
         of_columns = eager_rows(logits.T, target, allowed.T, temperature, **(row_options | {"bias": None}))
         rows = (rows + of_columns) / 2
     return eager_reduce(rows, weights, reduction)
+
+
+def eager_several_positives(
+    query, key, negatives, targets, temperature, negatives_mask, in_batch, weights, reduction, positives="mean",
+    label_smoothing=0.0, bias=None,
+):  # fmt: skip
+    logits = query @ key.T / temperature + (0.0 if bias is None else bias)
+    there = (targets[:, :, None] == torch.arange(len(key), device=key.device)).any(1)
+    candidates = there if negatives is not None and not in_batch else torch.ones_like(there)
+    if negatives is not None:
+        extra = query @ negatives.T if negatives.ndim == 2 else torch.einsum("md,mkd->mk", query, negatives)
+        counts = torch.ones_like(extra, dtype=torch.bool) if negatives_mask is None else negatives_mask
+        logits, there = torch.cat((logits, extra / temperature), 1), F.pad(there, (0, extra.shape[1]))
+        candidates = torch.cat((candidates, counts), 1)
+    log_p = logits - logits.masked_fill(~candidates, -torch.inf).logsumexp(1, keepdim=True)
+    if positives == "mean":
+        rows = -torch.where(there, log_p, 0).sum(1) / there.sum(1).clamp(min=1)
+    else:
+        rows = -log_p.masked_fill(~there, -torch.inf).masked_fill(~there.any(1)[:, None], 0.0).logsumexp(1)
+    mean = torch.where(candidates, log_p, 0).sum(1) / candidates.sum(1)
+    rows = (1 - label_smoothing) * rows - label_smoothing * mean
+    return eager_reduce(rows.masked_fill(~there.any(1), 0.0), weights, reduction)
 
 
 def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean"):

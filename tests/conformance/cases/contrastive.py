@@ -57,6 +57,7 @@ def with_labels(draw, shape):
 
 OWN_MASK = torch.arange(24).reshape(6, 4) % 5 > 1
 OWN_MASK[2], OWN_MASK[4], OWN_MASK[0, 0] = True, False, True
+SEVERAL = torch.tensor([[0, 1, 3], [1, -1, -1], [-1, -1, -1], [5, 2, 5], [-1, 4, 0], [3, 2, 5]])  # 5 once
 IDS, WEIGHTS = torch.tensor([3, 1, 3, 7, 1, -2]), torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25])
 BAD_TEMPERATURES = [
     ("temperature 0", with_options(temperature=0), ValueError, "temperature: expected a finite number > 0, got 0"),
@@ -263,6 +264,49 @@ CONTRASTIVE = [
             ("M", with_argument(2, lambda t: t[:4]), ValueError, "negatives: expected [M, K, D] with query's M=6 rows"),
             ("bias", with_options(bias=torch.zeros(6)), ValueError, "tensor of one element (per-sample"),
         ],
+    ),
+    Case(
+        "info_nce several positives",
+        fastloss.info_nce,
+        pair,
+        eager_info_nce,
+        shapes=((6, 7),),
+        options=[
+            {
+                "targets": SEVERAL,
+                "label_smoothing": 0.2,
+                "bias": torch.linspace(-1, 1, 6),
+                "normalize": False,
+                "temperature": 2.0,
+            },
+            {"targets": SEVERAL, "positives": "sum", "weights": WEIGHTS},
+        ],
+        bad=[
+            ("no positive", with_options(targets=SEVERAL[:, :0]), ValueError, "targets: expected shape [6] or [6, P]"),
+            ("range", with_options(targets=SEVERAL - 1), ValueError, "rows, 0 to 5, or -1, got -2 to 4"),
+            (
+                "decoupled",
+                with_options(targets=SEVERAL, include_positive=False),
+                ValueError,
+                "targets: with several positives a query, [M, P], include_positive=False cannot be given",
+            ),
+            (
+                "ids",
+                with_options(targets=SEVERAL, query_ids=IDS, key_ids=IDS),
+                ValueError,
+                "query_ids and key_ids cann",
+            ),
+            ("positives", with_options(targets=SEVERAL, positives="each"), ValueError, "positives: expected one of"),
+        ],
+    ),
+    Case(
+        "info_nce several positives and negatives",
+        fastloss.info_nce,
+        with_own_negatives,
+        eager_info_nce,
+        shapes=((6, 4, 7),),
+        grads=(0, 1, 2),
+        options=[{"targets": SEVERAL, "negatives_mask": OWN_MASK, "temperature": 0.5}],
     ),
     Case(
         "info_nce masked negatives",
