@@ -14,6 +14,8 @@ Where the keys of the batch are no negatives, the other positives are missing am
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -61,12 +63,13 @@ def several_positives_loss(x: QueryKey, targets: Tensor, positives: str) -> Tens
     else:
         of_all = torch.logsumexp(logits.masked_fill(~there & some[:, None], -torch.inf), 1)
     first = x._replace(targets=targets[:, 0])
+    of_first: Any
     if x.form.in_batch:
         correction = (1 - x.form.label_smoothing) * (logits[:, 0] - of_all)
         of_first = query_key_loss(first._replace(weights=share, reduction=reduction))
-        return of_first + reduce(share * correction.masked_fill(dropped, 0.0), reduction)  # type: ignore[operator]
+        return of_first + reduce(share * correction.masked_fill(dropped, 0.0), reduction)
     of_first = query_key_loss(first._replace(weights=(~dropped).to(dtype), reduction="none"))
-    candidates = torch.cat((logits[:, :1] + of_first[:, None], logits[:, 1:]), 1)  # type: ignore[index]
+    candidates = torch.cat((logits[:, :1] + of_first[:, None], logits[:, 1:]), 1)
     there[:, 0] = True
     loss = torch.logsumexp(candidates.masked_fill(~there, -torch.inf), 1) - of_all
     return reduce(share * loss.masked_fill(dropped, 0.0), reduction)

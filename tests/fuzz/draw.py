@@ -9,8 +9,8 @@ from tests.fuzz import targets
 from tests.fuzz.drawer import Drawer
 from tests.fuzz.inputs import INPUTS
 from tests.fuzz.nonsense import spoiled
-from tests.fuzz.options import kind_of
-from tests.fuzz.values import PRELUDE, Raw, code, replaced
+from tests.fuzz.options import LATER, kind_of
+from tests.fuzz.values import PRELUDE, Raw, T, code, replaced
 
 MODES = {"backward": 62, "double": 12, "no_grad": 7, "inference": 5, "nonsense": 14}
 INNER = {"info_nce": ("query", "key", "negatives"), "clip_loss": ("image", "text"), "siglip_loss": ("image", "text"),
@@ -64,8 +64,8 @@ def indented(lines: list[str]) -> list[str]:
     return [f"    {line}" for line in lines]
 
 
-def draw(name: str, seed: int, mode: str | None = None) -> Call:
-    """The case `name:seed`."""
+def draw(name: str, seed: int, mode: str | None = None, later: bool = True) -> Call:
+    """The case `name:seed`; without the `later` options as before there were any."""
     d = Drawer(f"{name}:{seed}")
     mode = mode or d.rng.choices(list(MODES), list(MODES.values()))[0]
     d.spells = d.spells and mode != "compile"  # numpy's numbers are read, which a graph cannot do
@@ -79,6 +79,8 @@ def draw(name: str, seed: int, mode: str | None = None) -> Call:
         d.sizes["columns"] = d.sizes["keys"]
     options = draw_options(d, name, inner)
     settle(d, name, inner, args, options)
+    if later:
+        draw_later(Drawer(f"{name}:{seed}:later"), d.sizes, inner or name, args, options)
     if name == "diversity_loss":
         args = (args[0], dataclasses.replace(args[1], grad=False))
     if d.chance(0.03):
@@ -114,7 +116,7 @@ def draw_options(d: Drawer, name: str, inner: str) -> dict[str, Any]:
     weighting = kind_of(name, "weighting")(d) if name == "CompositeLoss" else ""
     _, defaults = targets.parameters(name, weighting, inner)
     required = [k for k, default in defaults.items() if default is targets.inspect.Parameter.empty]
-    others = [k for k in defaults if k not in required]
+    others = [k for k in defaults if k not in required and k not in LATER]
     count = min(len(others), d.pick(0, 1, 1, 2, 2, 3, 4, 7))
     chosen = required + d.rng.sample(others, count)
     options: dict[str, Any] = {"weighting": weighting} if weighting else {}
@@ -126,6 +128,22 @@ def draw_options(d: Drawer, name: str, inner: str) -> dict[str, Any]:
     if inner:
         options["loss_fn"] = Raw(f"fastloss.{inner}")
     return options
+
+
+def draw_later(d: Drawer, sizes: dict[str, Any], kind: str, args: tuple, options: dict[str, Any]) -> None:
+    if kind not in ("info_nce", "ContrastiveLoss"):
+        return
+    rows, keys, own = sizes["rows"], sizes["keys"], sizes.get("per_sample", False)
+    if own and len(args) == 3 and d.chance(0.3):
+        shape = (rows, sizes["negatives"])
+        options["negatives_mask"] = T(shape, "bool", d.pick(0.5, 0.9, 0.0), d.seed(), layout=d.layout())
+    if keys and d.chance(0.15):
+        options["targets"] = T((rows, d.pick(1, 2, 5)), "int64", seed=d.seed(), low=-1, high=keys, layout=d.layout())
+        options["positives"] = d.pick("mean", "sum")
+        for name in ("include_positive", "sampling", "query_ids", "key_ids", "return_lse", "symmetric"):
+            options.pop(name, None)
+        if len(args) == 3 and not options.get("in_batch"):
+            options.pop("label_smoothing", None)
 
 
 def _is_inapplicable(d: Drawer, option: str) -> bool:

@@ -220,6 +220,11 @@ OPTIONS: dict[Any, Kind] = {
 }  # fmt: skip
 
 
+# Options that came after seeds had been written down: they are drawn last, by numbers of their own (draw.draw_later),
+# so that a seed keeps its call.
+LATER = ("negatives_mask", "positives")
+
+
 def kind_of(function: str, parameter: str, default: Any = inspect.Parameter.empty) -> Kind:
     """How an option is drawn."""
     found = OPTIONS.get((function, parameter)) or OPTIONS.get(parameter)
