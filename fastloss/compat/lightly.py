@@ -1,8 +1,8 @@
 """lightly's NTXentLoss, DCLLoss and DCLWLoss (lightly 1.5), by :func:`fastloss.nt_xent_loss`.
 
 A memory bank stays lightly's, and its rows are the negatives of :func:`fastloss.info_nce`. Batches gathered from
-several processes are lightly's own code's. Where lightly is installed the classes are subclasses of its classes; else
-they stand alone, without a memory bank.
+several processes are those of the default group: a rank's value is that of its own rows. Where lightly is installed the
+classes are subclasses of its classes; else they stand alone, without a memory bank.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class NTXentLoss(_Base):
         bank, *_ = memory.size if isinstance(memory.size, (tuple, list)) else (memory.size,)
         if bank > 0 and memory is self:
             raise NotServed("memory_bank_size: a memory bank")
-        _check(self, out0, out1)
+        check_plain(out0, out1)
         if bank == 0:
-            return as_theirs(nt_xent_loss(out0, out1, temperature=self.temperature), out0, out1)
+            return as_theirs(_rows(self, out0, out1).mean(), out0, out1)
         if self.temperature < 0 or out0.shape != out1.shape or out0.shape[1:] != memory.size[1:]:
             raise NotServed(f"temperature {self.temperature!r}, embeddings {tuple(out0.shape)}, {tuple(out1.shape)}")
         query, key = F.normalize(out0), F.normalize(out1)
@@ -98,15 +98,14 @@ class DCLLoss(_DCLBase):
 
     @hands_on("lightly.DCLLoss", None if _theirs is None else _theirs.DCLLoss.forward)
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
-        _check(self, out0, out1)
-        if len(out0) < 2:
+        check_plain(out0, out1)
+        if len(out0) < 2 and _group(self) is None:
             raise NotServed("out0: one sample has no negatives")
-        options: dict[str, Any] = {"temperature": self.temperature, "include_positive": False}
         if not self.weight_fn:
-            return as_theirs(nt_xent_loss(out0, out1, **options), out0, out1)
+            return as_theirs(_rows(self, out0, out1, include_positive=False).mean(), out0, out1)
         if self.temperature < 0:  # before weight_fn, which may draw numbers
             raise NotServed(f"temperature {self.temperature!r}")
-        _, lse, _ = nt_xent_loss(out0, out1, return_lse=True, **options)
+        lse = _rows(self, out0, out1, include_positive=False, return_lse=True).lse
         views = F.normalize(out0), F.normalize(out1)
         positives = (views[0].to(lse.dtype) * views[1].to(lse.dtype)).sum(1) / self.temperature
         weights = self.weight_fn(*views) + self.weight_fn(*views[::-1])
@@ -117,11 +116,15 @@ class DCLWLoss(_DCLWBase, DCLLoss):
     """lightly's module: :class:`DCLLoss` with weights that are smaller the nearer the two views are."""
 
 
-def _check(loss: Any, out0: Tensor, out1: Tensor) -> None:
+def _rows(loss: Any, out0: Tensor, out1: Tensor, **options: Any) -> Any:
+    """The losses of this process's views among those of all processes that are gathered."""
+    return nt_xent_loss(out0, out1, temperature=loss.temperature, reduction="none", group=_group(loss), **options)
+
+
+def _group(loss: Any) -> Any:
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if loss.gather_distributed and several and torch.distributed.get_world_size() > 1:
-        raise NotServed("gather_distributed: several processes")
-    check_plain(out0, out1)
+    gathers = loss.gather_distributed and several and torch.distributed.get_world_size() > 1
+    return torch.distributed.group.WORLD if gathers else None
 
 
 SWAPS = {

@@ -1,8 +1,10 @@
 """open_clip's losses: ClipLoss, CoCaLoss, DistillClipLoss and SigLipLoss (open_clip 2.20 to 3.3).
 
 Where open_clip is installed they are subclasses of its classes, with its constructors and methods; else they stand
-alone. In one process :func:`fastloss.clip_loss` and :func:`fastloss.siglip_loss` compute them, without the logits;
-with ``world_size > 1`` open_clip's own code does. Distillation is a loss of the logits themselves, which exist there.
+alone. :func:`fastloss.clip_loss` and :func:`fastloss.siglip_loss` compute them, without the logits. With
+``world_size > 1`` SigLIP's texts travel as open_clip sends them, and CLIP's rows as open_clip gathers them; where each
+of its ranks makes the loss of the whole batch (``local_loss=False``), a rank makes its own rows' part and the parts are
+summed. Distillation is a loss of the logits themselves, which exist there.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..contrastive import clip_loss, siglip_loss
+from ..contrastive import clip_loss, info_nce, siglip_loss
 from ._common import NotServed, as_theirs, check_not_overridden, check_plain, hands_on, library
 
 _theirs = library("open_clip.loss")
@@ -104,6 +106,10 @@ class _SigLipAlone(nn.Module):
         logit_bias: Any,
         output_dict: bool = False,
     ) -> Any:
+        if self.world_size > 1:
+            raise NotImplementedError(
+                "open_clip.SigLipLoss: world_size > 1; the library computes that, and is not installed"
+            )
         loss = self._loss(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -112,11 +118,6 @@ _Clip: Any = _ClipAlone if _theirs is None else _theirs.ClipLoss
 _CoCa: Any = _CoCaAlone if _theirs is None else _theirs.CoCaLoss
 _Distill: Any = _DistillAlone if _theirs is None else _theirs.DistillClipLoss
 _SigLip: Any = _SigLipAlone if _theirs is None else _theirs.SigLipLoss
-
-
-def _check_one_process(loss: Any) -> None:
-    if loss.world_size > 1:
-        raise NotServed("world_size > 1")
 
 
 def _scalar(name: str, value: Any) -> Any:
@@ -146,13 +147,52 @@ class ClipLoss(_Clip):
 
 
 def _contrastive(loss: Any, image: Tensor, text: Tensor, logit_scale: Any, logit_bias: Any = None) -> Tensor:
-    _check_one_process(loss)
     check_not_overridden(loss, _Clip, "get_logits", "get_ground_truth")
     check_plain(image, text)
-    value = clip_loss(image, text, logit_scale=_scalar("logit_scale", logit_scale))
+    scale = _scalar("logit_scale", logit_scale)
+    value = (
+        clip_loss(image, text, logit_scale=scale) if loss.world_size == 1 else _across_ranks(loss, image, text, scale)
+    )
     if isinstance(_scalar("logit_bias", logit_bias), Tensor):
         value = value + 0.0 * logit_bias.sum()
     return as_theirs(value, image, text)
+
+
+def _across_ranks(loss: Any, image: Tensor, text: Tensor, scale: Any) -> Tensor:
+    """The loss of all ranks' rows or, with `local_loss`, of this rank's against them, and open_clip's gradients."""
+    if not loss.local_loss and not loss.use_horovod and _ranks() == loss.world_size:
+        if not loss.gather_with_grad:  # then a rank's rows get their gradient of one loss, not of one on each rank
+            image, text = (_Share.apply(side, 1 / loss.world_size) for side in (image, text))
+        return clip_loss(image, text, logit_scale=scale, group=torch.distributed.group.WORLD)
+    if _theirs is None:
+        raise NotServed("world_size > 1: a gathering of open_clip's")
+    how = {
+        name: getattr(loss, name) for name in ("local_loss", "gather_with_grad", "rank", "world_size", "use_horovod")
+    }
+    images, texts = _theirs.gather_features(image, text, **how)
+    if not loss.local_loss:
+        return clip_loss(images, texts, logit_scale=scale)
+    own = torch.arange(len(image), device=image.device) + len(image) * loss.rank
+    options: dict[str, Any] = {"targets": own, "temperature": 1 / scale, "normalize": False}
+    return (info_nce(image, texts, **options) + info_nce(text, images, **options)) / 2
+
+
+def _ranks() -> int:
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1
+
+
+class _Share(torch.autograd.Function):
+    """A tensor, and a share of its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, share: float) -> Tensor:  # type: ignore[override]
+        ctx.share = share
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.share, None
 
 
 class CoCaLoss(_CoCa, ClipLoss):
@@ -195,7 +235,6 @@ class SigLipLoss(_SigLip):
         logit_bias: Any = None,
         negative_only: bool = False,
     ) -> Tensor:
-        _check_one_process(self)
         if _theirs is not None:
             check_not_overridden(self, _SigLip, "get_logits", "get_ground_truth")
         check_plain(image_features, text_features)

@@ -85,19 +85,17 @@ def test_a_numbers_scale_and_autocast():
 
 
 @pytest.mark.parametrize("name", ["ClipLoss", "SigLipLoss"])
-def test_several_processes_are_open_clips(name, monkeypatch):
-    """With one warning, whatever its code does with the others."""
+@pytest.mark.parametrize("local_loss", [False, True])
+def test_several_processes(name, local_loss, monkeypatch):
+    """What open_clip sends and gathers, whatever that does; with real ranks: tests/distributed/drop_ins.py."""
     image, text, bias = torch.randn(4, 8), torch.randn(4, 8), torch.tensor(-1.0)
-    monkeypatch.setattr(theirs, "gather_features", lambda i, t, **options: (torch.cat((i, t)), torch.cat((t, i))))
+    monkeypatch.setattr(theirs, "gather_features", lambda i, t, **options: (torch.cat((t, i)), torch.cat((i, t))))
     monkeypatch.setattr(theirs, "neighbour_exchange_with_grad", lambda left, right, tensor, group=None: tensor + 1)
-    _common._said.clear()
-    mine, other = (getattr(module, name)(rank=0, world_size=2) for module in (ours, theirs))
-    with pytest.warns(UserWarning, match=f"open_clip.{name} is computed by the library itself.*world_size > 1"):
-        found = mine(image, text, 5.0, bias)
-    assert torch.equal(found, other(image, text, 5.0, bias))
+    options = {"local_loss": local_loss} if name == "ClipLoss" else {}
+    mine, other = (getattr(module, name)(rank=1, world_size=2, **options) for module in (ours, theirs))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mine(image, text, 5.0, bias)
+        torch.testing.assert_close(mine(image, text, 5.0, bias), other(image, text, 5.0, bias))
 
 
 def test_a_subclass_with_logits_of_its_own_keeps_them():

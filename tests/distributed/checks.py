@@ -151,8 +151,17 @@ def check_bank(world: int, ranks: list[Any]) -> None:
     assert sorted(everyone[0]) == sorted(pushed[-5:])
 
 
+def check_drop_ins(world, ranks):
+    """Values and gradients of each rank are the library's own."""
+    for rank in ranks:
+        for name, (theirs, ours) in rank["drop_ins"].items():
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-10, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
 CHECKS = {
     "losses": check_losses, "by_module": check_module, "open_clip": check_open_clip, "mismatches": check_mismatches,
     "wire": check_wire, "traffic": check_traffic, "compiled": check_compiled, "cached": check_cached,
-    "bank": check_bank, "death": check_death,
+    "bank": check_bank, "death": check_death, "drop_ins": check_drop_ins,
 }  # fmt: skip

@@ -24,6 +24,7 @@ from fastloss import (
     supcon_loss,
 )
 from tests.distributed.cases import CASES, COUNTS, EQUAL, counts_of, data, embedded, exchange_of, parameters, result
+from tests.distributed.drop_ins import drop_ins
 from tests.distributed.encoders import Encoder, data_of_ranks
 
 
@@ -35,6 +36,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         parts |= {"compiled": compiled, "cached": cached}
     if importlib.util.find_spec("open_clip"):
         parts["open_clip"] = open_clip
+    parts["drop_ins"] = drop_ins
     found = {name: part(rank, world) for name, part in parts.items()}
     if world == 3:  # the last, for it leaves the group broken
         found["death"] = death(rank, world)
