@@ -19,8 +19,8 @@ AttentionQkKernels attention_qk_kernels() { return FASTLOSS_PICK(attention_qk_ke
 namespace {
 
 struct Saved {
-  Tensor statistics, count;
-  FASTLOSS_FIELDS(statistics, count)
+  Tensor statistics, counted;
+  FASTLOSS_FIELDS(statistics, counted)
 };
 struct Needs {
   bool q1, k1, q2, k2;
@@ -85,7 +85,7 @@ Grads attention_qk_bwd(const Tensor& grad, const QkInputs& x, const Saved& saved
   const Tensor upstream = as_contiguous(grad);
   const float* weights = input<float>(upstream);
   const auto* of_row = reinterpret_cast<const RowStatistics*>(input<float>(saved.statistics));
-  const float count = *input<float>(saved.count);
+  const float count = *input<float>(saved.counted);
   const float share = x.reduction == "mean" && count > 0 ? 1 / count : 1;
   const int64_t step = x.reduction == "none" ? 1 : 0;
   const bool needs_q[] = {needs.q1, needs.q2}, needs_k[] = {needs.k1, needs.k2};
@@ -93,7 +93,10 @@ Grads attention_qk_bwd(const Tensor& grad, const QkInputs& x, const Saved& saved
   for (int v = 0; v < 2; ++v) {
     const QkView& view = problem.views[v];
     if (needs_q[v]) of_queries[v] = new_like(view.q, view.q.size(0), view.q.size(1));
-    if (needs_k[v]) of_keys[v] = new_float32(problem.slices * problem.part_elements(v));
+    if (!needs_k[v]) continue;
+    const int64_t elements = problem.slices * problem.part_elements(v);
+    of_keys[v] = new_float32(elements);
+    if (problem.tasks() == 0) std::fill_n(output<float>(*of_keys[v]), elements, 0.0f);
   }
   for_each(problem.tasks(), [&](int64_t index) {
     QkTask task(problem, index, true);

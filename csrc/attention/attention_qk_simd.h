@@ -86,7 +86,8 @@ FASTLOSS_INLINE vf qk_log_share(vf p, vf q) {
   s = s * u + 1.0f / 7;
   s = s * u + 1.0f / 5;
   s = s * u + 1.0f / 3;
-  return exponent * 0.69314718056f + 2.0f * z * (s * u + 1.0f);
+  const vf logarithm = exponent * 0.69314718056f + 2.0f * z * (s * u + 1.0f);
+  return share == share ? logarithm : share;  // NaN stays
 }
 
 // (1 + r) log(1 + r) + (1 - r) log(1 - r) over r^2, for u = r^2 <= 1/4
@@ -162,7 +163,10 @@ FASTLOSS_INLINE QkTerms qk_terms(vf s1, vf s2, vf p, vf q, float shift) {
 template <Divergence kind>
 static float qk_divergence(const float* s1, const float* s2, const float* e1, const float* e2, int64_t n,
                            RowStatistics& of) {
-  const float weight1 = 1 / of.sum1, weight2 = 1 / of.sum2;
+  // js: of e1 and e2 in units of the first probabilities. A product with 1, which equal views have here, is exact, also
+  // where the compiler fuses it with a difference.
+  const bool scaled = kind == Divergence::js;
+  const float weight1 = scaled ? 1 : 1 / of.sum1, weight2 = scaled ? of.sum1 / of.sum2 : 1 / of.sum2;
   const float shift = (float)((double)of.max1 - of.max2 + __builtin_log((double)of.sum1 / of.sum2));
   vd value{}, mean1{}, mean2{};
   for (int64_t i = 0; i < n;) {
@@ -178,9 +182,10 @@ static float qk_divergence(const float* s1, const float* s2, const float* e1, co
     mean1 += __builtin_convertvector(part.mean1, vd);
     mean2 += __builtin_convertvector(part.mean2, vd);
   }
-  of.mean1 = (float)sum(mean1);
-  of.mean2 = (float)sum(mean2);
-  return (float)sum(value);
+  const double unit = scaled ? 1 / (double)of.sum1 : 1;
+  of.mean1 = (float)(sum(mean1) * unit);
+  of.mean2 = (float)(sum(mean2) * unit);
+  return (float)(sum(value) * unit);
 }
 
 static float qk_forward(Divergence kind, const float* s1, const float* s2, int64_t n, float* e1, float* e2,
@@ -193,10 +198,11 @@ static float qk_forward(Divergence kind, const float* s1, const float* s2, int64
 
 template <Divergence kind>
 static void qk_gradient(float* s1, float* s2, int64_t n, const RowStatistics& of, float weight) {
-  const float weight1 = 1 / of.sum1, weight2 = 1 / of.sum2, half = 0.5f * weight;
+  // q is in units of p's: a product with 1, which equal views have here, is exact, also fused with a difference
+  const float unit = weight / of.sum1, half = 0.5f * unit, ratio = of.sum1 / of.sum2;
   for (int64_t i = 0; i < n; i += W) {
     const vf a = load(s1 + i), b = load(s2 + i);
-    const vf p = exp(a - of.max1) * weight1, q = exp(b - of.max2) * weight2;
+    const vf p = exp(a - of.max1), q = exp(b - of.max2) * ratio;
     const vi first = p != 0.0f, second = q != 0.0f;
     if constexpr (kind == Divergence::js) {
       store(s1 + i, where(first, half * p * (qk_log_share(p, q) - of.mean1)));
@@ -204,8 +210,8 @@ static void qk_gradient(float* s1, float* s2, int64_t n, const RowStatistics& of
     } else {
       const vf d = a - b, of_p = where(first, p * (d - of.mean1));
       if constexpr (kind == Divergence::kl) {
-        store(s1 + i, weight * of_p);
-        store(s2 + i, weight * (q - p));
+        store(s1 + i, unit * of_p);
+        store(s2 + i, unit * (q - p));
       } else {
         const vf of_q = where(second, q * (d - of.mean2));
         store(s1 + i, half * (of_p + (p - q)));

@@ -3,6 +3,7 @@
 divergence.py   the divergences of two distributions, row by row, and the reduction over rows
 consistency.py  of attention maps given as probabilities or as logits
 from_qk.py      of attention given as queries and keys
+attention_qk.py the op of that
 """
 
 from .consistency import AttentionConsistencyLoss, attention_consistency_loss

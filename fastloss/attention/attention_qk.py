@@ -42,7 +42,7 @@ class Inputs(NamedTuple):
 
 class Saved(NamedTuple):
     statistics: Tensor  # [B H Q, STATISTICS] float32
-    count: Tensor  # [] float32, of rows that have a key
+    counted: Tensor  # [] float32, of rows that have a key
 
 
 class Grads(NamedTuple):

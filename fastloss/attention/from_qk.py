@@ -102,10 +102,10 @@ def attention_consistency_from_qk(
         q1, k1 = q1.detach(), k1.detach()
     elif stop_gradient == "b":
         q2, k2 = q2.detach(), k2.detach()
-    scales = [(q.shape[-1] ** -0.5 if scale is None else scale) / temperature for q in (q1, q2)]
+    scale1, scale2 = ((q.shape[-1] ** -0.5 if scale is None else scale) / temperature for q in (q1, q2))
     dtype = torch.promote_types(torch.promote_types(q1.dtype, k1.dtype), torch.promote_types(q2.dtype, k2.dtype))
     q1, k1, q2, k2 = q1.to(dtype), k1.to(dtype), q2.to(dtype), k2.to(dtype)
-    out = attention_qk(*Inputs(q1, k1, q2, k2, mask, key_spans, query_spans, metric, *scales, causal, reduction))
+    out = attention_qk(*Inputs(q1, k1, q2, k2, mask, key_spans, query_spans, metric, scale1, scale2, causal, reduction))
     return out[0] if packed and reduction == "none" else out
 
 

@@ -103,7 +103,10 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
         "bank_shift": lambda t: {"bank_shift": t, "metric": "l2"},
     },
     "mode_seeking_loss": {"eps": lambda t: {"eps": t}},
-    "attention_consistency_from_qk": {"scale": lambda t: {"scale": t}},
+    "attention_consistency_from_qk": {
+        "scale": lambda t: {"scale": t},
+        "temperature": lambda t: {"temperature": t},
+    },
 }
 FUNCTIONS = {name: f for name in fastloss.__all__ if inspect.isfunction(f := getattr(fastloss, name))}
 MODULES = [m for m in vars(fastloss).values() if inspect.isclass(m) and issubclass(m, core.Loss)]

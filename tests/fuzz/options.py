@@ -203,6 +203,10 @@ OPTIONS: dict[Any, Kind] = {
         [d.number(0, 3, 0, 1, spelled=False) for _ in range(d.sizes["layers"])]),
     ("attention_consistency_from_qk", "metric"): one_of("kl", "sym_kl", "js"),
     ("attention_consistency_from_qk", "scale"): lambda d: None if d.chance(0.2) else d.number(-2, 4, 0, 1),
+    ("attention_consistency_from_qk", "cu_seqlens_q"): one_of(None),  # of packed rows, which are not drawn
+    ("attention_consistency_from_qk", "cu_seqlens_k"): one_of(None),
+    ("attention_consistency_from_qk", "temperature"): between(0.1, 10, 1),
+    ("attention_consistency_from_qk", "stop_gradient"): one_of(None, "a", "b"),
     ("loss_and_grads", "loss_fn"): lambda d: d.sizes["loss_fn"],
     ("PerceptualLoss", "criterion"): one_of("l1", "l2", "charbonnier", "smooth_l1", "lpips", "dists", "style"),
     ("PerceptualLoss", "layer_weights"): lambda d: d.sequence([d.number(0, 2, 1, spelled=False) for _ in range(3)]),

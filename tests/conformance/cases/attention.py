@@ -1,4 +1,4 @@
-"""Rows of attention consistency: of maps, of lists of them, of queries and keys."""
+"""Rows of attention consistency: of maps, of lists of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.conformance.case import Case, Draw, with_argument, with_options
 
 MAP_SHAPES = ((2, 3, 4, 5), (1, 1, 1, 1), (3, 7), (1, 2, 9, 33))
 MASKED_SHAPES = ((2, 3, 4, 5), (4, 5), (1, 1, 4, 5))
-QK_SHAPES = ((2, 3, 4, 5, 6), (1, 1, 4, 5, 1), (1, 2, 4, 5, 17))
 # a row of all keys, of some, of one, and of none
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
 
@@ -23,11 +22,6 @@ def two_logits(draw: Draw, shape: tuple) -> tuple:
 
 def two_maps(draw: Draw, shape: tuple) -> tuple:
     return tuple(x.softmax(-1) for x in two_logits(draw, shape))
-
-
-def two_queries_and_keys(draw: Draw, shape: tuple) -> tuple:
-    b, h, q, k, d = shape
-    return draw.normal(b, h, q, d), draw.normal(b, h, k, d), draw.normal(b, h, q, d), draw.normal(b, h, k, d)
 
 
 def eager_attention(a, b, inputs="probs", metric="js", mask=None, reduction="mean"):
@@ -62,15 +56,6 @@ def eager_layers(a, b, layer_weights=None, reduction="mean", **options):
 def two_lists(draw: Draw, shape: tuple) -> tuple:
     layers = [two_maps(draw, shape), two_maps(draw, (2, *shape[1:]))]
     return [a for a, _ in layers], [b for _, b in layers]
-
-
-def eager_qk(q1, k1, q2, k2, metric="kl", scale=None, mask=None, causal=False, reduction="mean"):
-    scale = q1.shape[-1] ** -0.5 if scale is None else scale
-    a, b = (torch.einsum("bhqd,bhkd->bhqk", q, k) * scale for q, k in ((q1, k1), (q2, k2)))
-    if causal:
-        lower = torch.ones(a.shape[-2:], device=a.device).tril().bool()
-        mask = lower if mask is None else mask & lower
-    return eager_attention(a, b, inputs="logits", metric=metric, mask=mask, reduction=reduction)
 
 
 ATTENTION_CASES = [
@@ -131,32 +116,5 @@ ATTENTION_CASES = [
             ("weights", with_options(layer_weights=[1.0]), ValueError, "layer_weights: expected as many entries as a"),
             ("weight", with_options(layer_weights=[1.0, -1.0]), ValueError, "layer_weights[1]: expected a finite"),
         ],
-    ),
-    Case(
-        "attention_consistency_from_qk",
-        fastloss.attention_consistency_from_qk,
-        two_queries_and_keys,
-        eager_qk,
-        shapes=QK_SHAPES,
-        options=[
-            {"metric": "kl"},
-            {"metric": "sym_kl"},
-            {"metric": "js", "scale": 0.3},
-            {"metric": "kl", "causal": True},
-            {"metric": "sym_kl", "mask": MASK},
-            {"metric": "js", "mask": MASK, "causal": True},
-        ],
-        grads=(0, 1, 2, 3),
-        bad=[
-            ("rank", with_argument(0, lambda t: t[0]), ValueError, "q1: expected a 4-D tensor"),
-            ("heads", with_argument(2, lambda t: t[:, :1]), ValueError, "q2: expected the batch and heads of q1"),
-            ("width", with_argument(1, lambda t: t[..., :-1]), ValueError, "k1: expected the last dimension of q1"),
-            ("queries", with_argument(2, lambda t: t[..., 1:, :]), ValueError, "q2: expected as many rows as q1"),
-            ("keys", with_argument(3, lambda t: t[..., 1:, :]), ValueError, "k2: expected as many rows as k1"),
-            ("metric", with_options(metric="mse"), ValueError, "metric: expected one of"),
-            ("scale", with_options(scale=float("nan")), ValueError, "scale: expected a finite number, got nan"),
-            ("mask", with_options(mask=torch.ones(4, 5)), TypeError, "mask: expected a bool tensor"),
-        ],
-        module=fastloss.AttentionConsistencyFromQK,
     ),
 ]
