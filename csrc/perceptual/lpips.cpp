@@ -1,5 +1,5 @@
 // The LPIPS head: one call forward and one backward for all layers. With u = x / (|x| + eps) over the channels of a
-// pixel, v the same of y, and d = u - v:
+// pixel, v the same of y, and d = u - v (with inside_eps, |x| is sqrt(sum x^2 + inside_eps) everywhere, and eps is 0):
 //
 //   value of a pixel   sum_c w d^2
 //   gradients          dx = 2 g (w d - k x / |x|) / (|x| + eps), k = sum_c w d u;   dy the same of -d, v and y
@@ -30,6 +30,9 @@ struct Pixels {
   const float* lin;
   int64_t channels, stride, count;
 };
+struct Eps {
+  float added, inside;  // to the norm, and to the sum of squares within its root
+};
 template <typename T>
 struct LpipsSides {
   T *x, *y;  // or null
@@ -41,8 +44,8 @@ struct Upstream {
 };
 template <typename T>
 struct LpipsKernels {
-  double (*planar)(const Pixels<T>&, float eps, const Statistics<float>&, float* map, float* scratch);
-  double (*rows)(const Pixels<T>&, float eps, const Statistics<float>&, float* map, float* scratch);
+  double (*planar)(const Pixels<T>&, const Eps&, const Statistics<float>&, float* map, float* scratch);
+  double (*rows)(const Pixels<T>&, const Eps&, const Statistics<float>&, float* map, float* scratch);
   void (*planar_grad)(const Pixels<T>&, float eps, const Statistics<const float>&, Upstream, const LpipsSides<T>&,
                       float* scratch);
   void (*rows_grad)(const Pixels<T>&, float eps, const Statistics<const float>&, Upstream, const LpipsSides<T>&,
@@ -62,9 +65,9 @@ namespace {
 
 struct Inputs {
   std::vector<Tensor> features, targets, lin_weights;
-  double eps;
+  double eps, inside_eps;
   bool spatial;
-  FASTLOSS_FIELDS(features, targets, lin_weights, eps, spatial)
+  FASTLOSS_FIELDS(features, targets, lin_weights, eps, inside_eps, spatial)
 };
 struct Saved {
   Tensor statistics;  // see Statistics: [4, pixels]
@@ -197,13 +200,13 @@ std::tuple<Tensor, Saved> lpips_fwd(const Inputs& x) {
   for_dtype(plan.dtype, "lpips", [&](auto element) {
     using T = decltype(element);
     const auto kernels = FASTLOSS_PICK(lpips_kernels<T>());
-    plan.run<T>(
-        false, [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* scratch) {
-          const int64_t pixel = Plan::pixel(layer, b);
-          const auto kernel = layer.rows ? kernels.rows : kernels.planar;
-          partial[i] =
-              kernel(pixels, static_cast<float>(x.eps), all.at(pixel), x.spatial ? values + pixel : nullptr, scratch);
-        });
+    const Eps eps{static_cast<float>(x.eps), static_cast<float>(x.inside_eps)};
+    plan.run<T>(false,
+                [&](const Layer& layer, const Block& b, int64_t i, const Pixels<T>& pixels, int64_t, float* scratch) {
+                  const int64_t pixel = Plan::pixel(layer, b);
+                  const auto kernel = layer.rows ? kernels.rows : kernels.planar;
+                  partial[i] = kernel(pixels, eps, all.at(pixel), x.spatial ? values + pixel : nullptr, scratch);
+                });
   });
   if (x.spatial) return {out, {kept}};
   for (size_t i = 0; i < partial.size(); ++i)  // in order, whatever the number of threads

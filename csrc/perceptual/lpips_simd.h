@@ -79,7 +79,8 @@ FASTLOSS_INLINE void compare(const float* x, const float* y, const float* lin, i
 // The channels are packed into a tile while their squares are summed: lines that lie a power of two apart would
 // drive each other out of the caches before the second pass.
 template <typename T>
-static double lpips_planar(const Pixels<T>& s, float eps, const Statistics<float>& kept, float* map, float* scratch) {
+static double lpips_planar(const Pixels<T>& s, const Eps& eps, const Statistics<float>& kept, float* map,
+                           float* scratch) {
   const int64_t width = (s.count + kPad - 1) / kPad * kPad;
   float *x = scratch, *y = x + s.channels * width, *first = y + s.channels * width;
   const Sums sums(first, width);
@@ -97,10 +98,10 @@ static double lpips_planar(const Pixels<T>& s, float eps, const Statistics<float
     pack<1>(s.y + c * s.stride, s.stride, s.count, y + c * width, width, sums.divisor_y);
   }
   for (int64_t p = 0; p < s.count; p += W) {
-    const vf norm_x = sqrt(load(sums.divisor_x + p)), norm_y = sqrt(load(sums.divisor_y + p));
+    const vf norm_x = sqrt(load(sums.divisor_x + p) + eps.inside), norm_y = sqrt(load(sums.divisor_y + p) + eps.inside);
     store_up_to(kept.norm_x + p, norm_x, s.count - p);
     store_up_to(kept.norm_y + p, norm_y, s.count - p);
-    const Divisor by_x = divisor(norm_x, eps), by_y = divisor(norm_y, eps);
+    const Divisor by_x = divisor(norm_x, eps.added), by_y = divisor(norm_y, eps.added);
     store(sums.divisor_x + p, by_x.value);
     store(sums.inverse_x + p, by_x.inverse);
     store(sums.divisor_y + p, by_y.value);
@@ -129,7 +130,7 @@ FASTLOSS_INLINE void each_channel(int64_t channels, const Body& body) {
 }
 
 template <typename T>
-static double lpips_rows(const Pixels<T>& s, float eps, const Statistics<float>& kept, float* map, float*) {
+static double lpips_rows(const Pixels<T>& s, const Eps& eps, const Statistics<float>& kept, float* map, float*) {
   double total = 0;
   for (int64_t p = 0; p < s.count; ++p) {
     const T *x = s.x + p * s.stride, *y = s.y + p * s.stride;
@@ -139,8 +140,8 @@ static double lpips_rows(const Pixels<T>& s, float eps, const Statistics<float>&
       square_x += a * a;
       square_y += b * b;
     });
-    const vf norm_x = sqrt(all(sum(square_x))), norm_y = sqrt(all(sum(square_y)));
-    const Divisor by_x = divisor(norm_x, eps), by_y = divisor(norm_y, eps);
+    const vf norm_x = sqrt(all(sum(square_x) + eps.inside)), norm_y = sqrt(all(sum(square_y) + eps.inside));
+    const Divisor by_x = divisor(norm_x, eps.added), by_y = divisor(norm_y, eps.added);
     vf value{}, k_x{}, k_y{};
     each_channel(s.channels, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
       const vf u = divide(load_up_to(x + c, n), by_x), v = divide(load_up_to(y + c, n), by_y);

@@ -1,24 +1,31 @@
-"""torchmetrics' SSIM, MS-SSIM and total variation (torchmetrics 1.9), by fastloss's losses.
+"""torchmetrics' SSIM, MS-SSIM, total variation, LPIPS and DISTS (torchmetrics 1.9), by fastloss's losses.
 
 ``structural_similarity_index_measure`` pads by reflection: whole windows of images that are reflected at their borders
 see the same. The metric classes are subclasses whose ``update`` adds up what the functions here give; their states,
-reductions and ``compute`` are torchmetrics'.
+reductions and ``compute`` are torchmetrics', and so are the networks of LPIPS and DISTS. The functions make a network
+once for each device and dtype, where torchmetrics makes one at each call.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..image import smoothness_loss, ssim_loss
+from ..perceptual import dists_distance, lpips_distance
 from ._common import NotServed, as_theirs, check_plain, hands_on, reflected, required
 
 _theirs = required("torchmetrics.functional.image")
 _image = required("torchmetrics.image")
+_lpips, _dists = required("torchmetrics.functional.image.lpips"), required("torchmetrics.functional.image.dists")
+_LPIPS: Any = required("torchmetrics.image.lpip").LearnedPerceptualImagePatchSimilarity
+_DISTS: Any = required("torchmetrics.image.dists").DeepImageStructureAndTextureSimilarity
+_LPIPS_EPS = 1e-8  # inside the root, as there
 _StructuralSimilarityIndexMeasure: Any = _image.StructuralSimilarityIndexMeasure
 _MultiScale: Any = _image.MultiScaleStructuralSimilarityIndexMeasure
 _TotalVariation: Any = _image.TotalVariation
@@ -184,6 +191,73 @@ class TotalVariation(_TotalVariation):
         self.num_elements += len(value)
 
 
+@functools.lru_cache(maxsize=8)
+def _network(name: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """torchmetrics' network of LPIPS or DISTS, frozen, made once; whole for autograd whatever mode it is made in."""
+    with torch.inference_mode(False), torch.enable_grad():
+        made = _dists.DISTSNetwork() if name == "dists" else _lpips._NoTrainLpips(net=name)
+        return made.to(device=device, dtype=dtype)
+
+
+def _lpips_of(net: Any, img1: Tensor, img2: Tensor, normalize: bool = False) -> Tensor:
+    """What its network gives of each pair, ``[N]``."""
+    check_plain(img1, img2)
+    if net.spatial or any(isinstance(m, nn.Dropout) and m.training for m in net.lins.modules()):
+        raise NotServed("net: maps, or dropout of the linear layers in training mode")
+    sides = []
+    for image in (img1, img2):
+        image = net.scaling_layer(2 * image - 1 if normalize else image)
+        sides.append(list(net.net(image if net.resize is None else _lpips._resize_tensor(image, size=net.resize))))
+    lins = [lin.model[-1].weight for lin in net.lins]
+    features, targets = sides
+    return as_theirs(lpips_distance(features, targets, lins, eps=_LPIPS_EPS, inside_root=True), *features)
+
+
+@hands_on("torchmetrics.functional.image.learned_perceptual_image_patch_similarity",
+          _lpips.learned_perceptual_image_patch_similarity)  # fmt: skip
+def learned_perceptual_image_patch_similarity(
+    img1: Tensor, img2: Tensor, net_type: str = "alex", reduction: str | None = "mean", normalize: bool = False
+) -> Tensor:
+    """torchmetrics' function: LPIPS of images ``[N, 3, H, W]`` in [-1, 1], with `normalize` in [0, 1]."""
+    net = functools.partial(_lpips_of, _network(net_type, img1.device, img1.dtype))
+    return _lpips._lpips_compute(_lpips._lpips_update(img1, img2, net, normalize), reduction)
+
+
+class LearnedPerceptualImagePatchSimilarity(_LPIPS):
+    """torchmetrics' metric, of :func:`learned_perceptual_image_patch_similarity`."""
+
+    @hands_on("torchmetrics.image.LearnedPerceptualImagePatchSimilarity", _LPIPS.update)
+    def update(self, img1: Tensor, img2: Tensor) -> None:
+        net = functools.partial(_lpips_of, self.net)
+        self.all_scores.append(_lpips._lpips_update(img1, img2, net, self.normalize))
+
+
+def _dists_of(preds: Tensor, target: Tensor) -> Tensor:
+    """The distance of each pair ``[N]``, of one a scalar; the images get a gradient where `preds` needs one."""
+    check_plain(preds, target)
+    net = _network("dists", preds.device, torch.float32)
+    with torch.set_grad_enabled(preds.requires_grad and torch.is_grad_enabled()):
+        features, targets = net.forward_once(preds), net.forward_once(target)
+    return dists_distance(features, targets, *(w.split(net.chns, dim=1) for w in (net.alpha, net.beta))).squeeze()
+
+
+@hands_on("torchmetrics.functional.image.deep_image_structure_and_texture_similarity",
+          _dists.deep_image_structure_and_texture_similarity)  # fmt: skip
+def deep_image_structure_and_texture_similarity(preds: Tensor, target: Tensor, reduction: str | None = None) -> Tensor:
+    """torchmetrics' function: DISTS of images ``[N, 3, H, W]`` in [0, 1]."""
+    return _dists._dists_compute(_dists_of(preds, target), reduction)
+
+
+class DeepImageStructureAndTextureSimilarity(_DISTS):
+    """torchmetrics' metric, of :func:`deep_image_structure_and_texture_similarity`."""
+
+    @hands_on("torchmetrics.image.DeepImageStructureAndTextureSimilarity", _DISTS.update)
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        scores = _dists_of(preds, target)
+        self.score += scores.sum()
+        self.total += len(preds)
+
+
 def _add(metric: Any, similarities: Tensor) -> None:
     """Adds those of a batch to the state that both similarities have."""
     if metric.reduction in ("none", None):
@@ -221,10 +295,13 @@ SWAPS = {
     "torchmetrics.image.TotalVariation": TotalVariation,
     "torchmetrics.image.StructuralSimilarityIndexMeasure": StructuralSimilarityIndexMeasure,
     "torchmetrics.image.MultiScaleStructuralSimilarityIndexMeasure": MultiScaleStructuralSimilarityIndexMeasure,
+    "torchmetrics.functional.image.learned_perceptual_image_patch_similarity": (
+        learned_perceptual_image_patch_similarity
+    ),
+    "torchmetrics.functional.image.deep_image_structure_and_texture_similarity": (
+        deep_image_structure_and_texture_similarity
+    ),
+    "torchmetrics.image.LearnedPerceptualImagePatchSimilarity": LearnedPerceptualImagePatchSimilarity,
+    "torchmetrics.image.DeepImageStructureAndTextureSimilarity": DeepImageStructureAndTextureSimilarity,
 }
-LEFT = {
-    "torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity": "its norms have eps inside the root",
-    "torchmetrics.functional.image.learned_perceptual_image_patch_similarity": "its norms have eps inside the root",
-    "torchmetrics.functional.image.dists.deep_image_structure_and_texture_similarity": "makes its network at each call",
-    "torchmetrics.image.dists.DeepImageStructureAndTextureSimilarity": "makes its network at each call",
-}
+LEFT: dict[str, str] = {}

@@ -33,7 +33,8 @@ class Inputs(NamedTuple):
     features: list[Tensor]  # [N, C_i, H_i, W_i] a layer
     targets: list[Tensor]
     lin_weights: list[Tensor]  # [C_i] a layer; none: ones
-    eps: float
+    eps: float  # added to the norms
+    inside_eps: float  # added to the squares within their roots; one of the two is 0
     spatial: bool  # the maps
 
 
@@ -48,9 +49,9 @@ class Needs(NamedTuple):
     targets: bool
 
 
-def _unit(x: Tensor, eps: float) -> Tensor:
+def _unit(x: Tensor, eps: float, inside_eps: float) -> Tensor:
     """x / (|x| + eps) over channels; 0 with zero gradient where |x| is 0 (sqrt alone would give NaN there)."""
-    square = (x * x).sum(dim=1, keepdim=True)
+    square = (x * x).sum(dim=1, keepdim=True) + inside_eps
     zero = square == 0
     norm = square.masked_fill(zero, 1.0).sqrt()
     return (x / (norm + eps)).masked_fill(zero, 0.0)
@@ -61,7 +62,7 @@ def lpips_reference(x: Inputs) -> Tensor:
     dtype = result_dtype(*x.features, *x.targets)
     maps = []
     for i, (feature, target) in enumerate(zip(x.features, x.targets, strict=True)):
-        d = _unit(feature.to(dtype), x.eps) - _unit(target.to(dtype), x.eps)
+        d = _unit(feature.to(dtype), x.eps, x.inside_eps) - _unit(target.to(dtype), x.eps, x.inside_eps)
         distance = d * d
         if x.lin_weights:
             distance = distance * x.lin_weights[i].to(dtype).reshape(1, -1, 1, 1)
@@ -89,8 +90,8 @@ def _lpips_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> list[Tens
 def _why_not(x: Inputs) -> str | None:
     if any(lin.requires_grad for lin in x.lin_weights):  # they are learnt once, by those who make the metric
         return "lin_weights require gradients, which the kernels do not make"
-    fits = x.eps <= MOST_EPS
-    return None if fits else f"the kernels divide eps by norms, and take up to {MOST_EPS:g}, not {x.eps:g}"
+    eps = max(x.eps, x.inside_eps)
+    return None if eps <= MOST_EPS else f"the kernels divide eps by norms, and take up to {MOST_EPS:g}, not {eps:g}"
 
 
 _lpips = Op(
@@ -114,6 +115,7 @@ def lpips_distance(
     spatial: bool = False,
     size: tuple[int, int] | None = None,
     eps: float = 1e-10,
+    inside_root: bool = False,
 ) -> Tensor:
     r"""The LPIPS head: weighted squared distance of features normalised over channels, added up over the layers.
 
@@ -130,6 +132,8 @@ def lpips_distance(
         size: (height, width) of that map; None means the size of the first layer. lpips gives the size of the image:
             pass ``image.shape[2:]`` for the same.
         eps: added to the norm, outside its square root, as lpips has it; > 0.
+        inside_root: u = f / sqrt(sum f^2 + eps) instead, as in torchmetrics, whose eps is 1e-8. The gradient of a pixel
+            whose channels are all 0 is then the exact one, finite.
 
     Returns:
         float32 (float64 if any feature is float64), whatever the input dtypes: ``[N]``, or ``[N,1,H,W]`` with
@@ -149,7 +153,7 @@ def lpips_distance(
         tensor([1.5000])
     """
     features, targets = check_layers(features, targets, 4)
-    spatial = check_flag("spatial", spatial)
+    spatial, inside_root = check_flag("spatial", spatial), check_flag("inside_root", inside_root)
     check_samples(features)
     eps = check_number("eps", eps, 0, open_low=True)
     if lin_weights is not None:
@@ -164,7 +168,8 @@ def lpips_distance(
     for t in (*features, *targets):
         dtype = torch.promote_types(dtype, t.dtype)
     lins = [lin.reshape(-1).to(result_dtype(*features, *targets)) for lin in lin_weights or ()]
-    out = _lpips([f.to(dtype) for f in features], [t.to(dtype) for t in targets], lins, eps, spatial)
+    both = (0.0, eps) if inside_root else (eps, 0.0)
+    out = _lpips([f.to(dtype) for f in features], [t.to(dtype) for t in targets], lins, *both, spatial)
     if not spatial:
         return out
     maps: list[Tensor] = []

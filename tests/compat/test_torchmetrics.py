@@ -1,12 +1,16 @@
-"""torchmetrics' SSIM, MS-SSIM and total variation and their drop-ins."""
+"""torchmetrics' SSIM, MS-SSIM, total variation, LPIPS and DISTS and their drop-ins, on random networks."""
 
 from __future__ import annotations
+
+import copy
+import types
 
 import pytest
 import torch
 
 from fastloss.compat import _common
 from tests.compat.tools import Draws
+from tests.perceptual.test_backbones import needs_torchvision
 
 theirs = pytest.importorskip("torchmetrics.functional.image")
 metrics = pytest.importorskip("torchmetrics.image")
@@ -125,6 +129,86 @@ def test_what_is_torchmetrics():
     for draw in Draws(len(cases), FLOATS):
         shape, options = cases.pop()
         draw.compare(*pair, [draw.uniform(*shape), draw.uniform(*shape)], quiet=False, **options)
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """Random layers, the same each time, in place of torchvision's files; and no network of another test."""
+    models, made = pytest.importorskip("torchvision").models, {}
+
+    def features(net, pretrained=True):
+        if net not in made:
+            torch.manual_seed(3)
+            kinds = {"alexnet": models.AlexNet, "squeezenet1_1": lambda: models.SqueezeNet("1_1")}
+            made[net] = models.vgg.make_layers(models.vgg.cfgs["D"]) if net == "vgg16" else kinds[net]().features
+        return copy.deepcopy(made[net])
+
+    monkeypatch.setattr(ours._lpips, "_get_tv_model_features", features)
+    monkeypatch.setattr(ours._dists, "vgg16", lambda weights=None: types.SimpleNamespace(features=features("vgg16")))
+    ours._network.cache_clear()
+    yield
+    ours._network.cache_clear()
+
+
+@needs_torchvision
+def test_lpips(networks):
+    """A pair alone is a number; images below 0 or of one colour have features that are 0."""
+    for draw in Draws(6, FLOATS):
+        shape, normalize = (draw.size(1, 2), 3, draw.size(40, 48), draw.size(40, 48)), draw.one_of(True, False)
+        images = [draw.uniform(*shape), draw.uniform(*shape)]
+        if not normalize:
+            images = [2 * image - 1 for image in images]
+        options = {"net_type": draw.one_of("alex", "squeeze"), "normalize": normalize}
+        options["reduction"] = draw.one_of("mean", "sum", "none")
+        pair = [m.learned_perceptual_image_patch_similarity for m in (ours, theirs)]
+        draw.compare(*pair, images, **options)
+
+
+@needs_torchvision
+def test_dists(networks):
+    for draw in Draws(2, FLOATS[:1]):
+        shape = draw.size(1, 2), 3, draw.size(17, 20), draw.size(17, 20)
+        pair = [m.deep_image_structure_and_texture_similarity for m in (ours, theirs)]
+        exact = ours._network("dists", torch.device("cpu"), torch.float32)
+        exact = copy.deepcopy(exact).double()
+        options = {"reduction": draw.one_of("mean", "sum", "none", None)}
+
+        def of_exact(x, y, reduction, exact=exact):
+            return ours._dists._dists_compute(exact(x, y, require_grad=True), reduction)
+
+        draw.compare(*pair, [draw.uniform(*shape), draw.uniform(*shape)], of_exact, **options)
+    image = torch.rand(1, 3, 24, 24)
+    with torch.inference_mode():
+        first = ours.deep_image_structure_and_texture_similarity(image, image.flip(3))
+    needs = image.clone().requires_grad_()
+    again = ours.deep_image_structure_and_texture_similarity(needs, image.flip(3))
+    again.backward()
+    assert first == again.detach() and needs.grad.any()
+
+
+@needs_torchvision
+def test_metrics_of_networks(networks):
+    images = torch.rand(2, 3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    for name, options in (
+        ("LearnedPerceptualImagePatchSimilarity", {"normalize": True, "net_type": "alex"}),
+        ("DeepImageStructureAndTextureSimilarity", {"reduction": "sum"}),
+    ):
+        mine, other = (getattr(m, name)(**options) for m in (ours, metrics))
+        for pair in (images, images.flip(0)):
+            torch.testing.assert_close(mine(*pair).detach(), other(*pair).detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(mine.compute().detach(), other.compute().detach(), rtol=1e-4, atol=1e-6)
+        assert isinstance(mine, getattr(metrics, name)) and mine.state_dict().keys() == other.state_dict().keys()
+
+
+@needs_torchvision
+def test_errors_of_lpips(networks):
+    image = torch.rand(1, 3, 40, 40)
+    _common._said.clear()
+    for module in (ours, theirs):
+        with pytest.raises(ValueError, match="Expected both input arguments to be normalized tensors"):
+            module.learned_perceptual_image_patch_similarity(image - 3, image)
+        with pytest.raises(ValueError, match="Argument medium is not valid|reduction"):
+            module.learned_perceptual_image_patch_similarity(image, image, reduction="medium")
 
 
 def test_errors():

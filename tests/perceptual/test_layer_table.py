@@ -82,7 +82,7 @@ LAUNCHES = """
         x = feature_distance.LayerInputs(ones, layout, torch.float32, "mean")
         saved, needs = feature_distance.Saved(signs), feature_distance.Needs(True, False)
         yield feature_distance.feature_l1_bwd, (grad, saved, [], x, needs)
-        x = lpips.Inputs(f, f, lins, 1e-10, False)
+        x = lpips.Inputs(f, f, lins, 1e-10, 0.0, False)
         yield lpips.lpips_fwd, (x,)
         yield lpips.lpips_bwd, (torch.empty(2, device="meta"), lpips.Saved(kept), x, needs)
         x = dists.Inputs(f, f)

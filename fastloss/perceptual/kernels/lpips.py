@@ -5,6 +5,8 @@ With u = x / (|x| + eps) over the channels of a pixel, v the same of y, and d = 
     value of a pixel   sum_c w d^2
     gradients          dx = 2 g (w d - x k / |x|) / (|x| + eps), k = sum_c w d u;   dy the same of -d, v and y
 
+With `inside_eps`, |x| is sqrt(sum x^2 + inside_eps) in all of these, and eps is 0.
+
 A program handles a tile of one image of one layer: all channels of some pixels, 8192 elements of x and of y, which stay
 in registers from the norms to the sums. It keeps |x|, |y| and both k of a pixel; from them the backward is one pass.
 More channels than a tile has are read twice by the forward, the second time from the caches. Bytes per element of size
@@ -58,6 +60,7 @@ def _lpips_fwd_kernel(
     kept_ptr,  # (4, total) float32
     total,  # pixels of all layers and images
     eps,
+    inside_eps,
     tiles,  # of an image in this launch
     all_tiles,
     first_tile,  # of this launch
@@ -80,7 +83,9 @@ def _lpips_fwd_kernel(
             x_ptr = x_ptrs[nth] + start
             y_ptr = y_ptrs[nth] + start
             lin_ptr = None if lin_ptrs is None else lin_ptrs[nth]
-            value = fwd_tile(x_ptr, y_ptr, lin_ptr, width, pixel, count, kept_ptr + kept_start, total, eps, i, LAYERS)
+            value = fwd_tile(
+                x_ptr, y_ptr, lin_ptr, width, pixel, count, kept_ptr + kept_start, total, eps, inside_eps, i, LAYERS
+            )  # fmt: skip
             if SPATIAL:
                 tl.store(out_ptr + kept_start + pixel, value, mask=there(pixel, count, i, LAYERS))
             else:
@@ -240,8 +245,8 @@ def lpips_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     with on_device(model):
         for launch in plan.launches():
             _lpips_fwd_kernel[(launch.programs,)](
-                launch.columns, launch.layers, out, kept, plan.total, x.eps, launch.tile_count, plan.tiles,
-                launch.first_tile, x.spatial, launch.tiles, launch.table, **options,
+                launch.columns, launch.layers, out, kept, plan.total, x.eps, x.inside_eps, launch.tile_count,
+                plan.tiles, launch.first_tile, x.spatial, launch.tiles, launch.table, **options,
             )  # fmt: skip
     return out if x.spatial else out.sum(1), Saved(kept)
 
@@ -296,7 +301,7 @@ def _aot_calls(
     label += f"{' rows' if rows else ''}{' map' if spatial else ''}{'' if lin else ' no lin'}"
     vector = vector and rows  # of planes a thread reads PIXELS side by side
     forward, backward = (("_lpips_fwd_kernel",), ("_lpips_bwd_kernel",)) if vector else ((), ())
-    x = Inputs(features, features, lins, 1e-10, spatial)
+    x = Inputs(features, features, lins, 1e-10, 0.0, spatial)
     yield AotCase(f"forward {label}", lpips_fwd, (x,), forward)
     for needs in ((True, False), (True, True)):
         args = (grad, Saved(kept), x, Needs(*needs))

@@ -136,8 +136,9 @@ def _compare(x, y, lin, inverse_x, rest_x, inverse_y, rest_y):
 
 @triton.jit
 def fwd_tile(
-    x_ptr, y_ptr, lin_ptr, channels, pixel, pixels, kept_ptr, total, eps, INDEX: tl.constexpr, LAYERS: tl.constexpr
-):
+    x_ptr, y_ptr, lin_ptr, channels, pixel, pixels, kept_ptr, total, eps, inside_eps, INDEX: tl.constexpr,
+    LAYERS: tl.constexpr,
+):  # fmt: skip
     """The values of the pixels; their statistics go to `kept_ptr`, which points to the image's first pixel."""
     channel = tl.arange(0, LAYERS.channels[INDEX])
     offsets, inside = _where(channel, channels, pixel, pixels, INDEX, LAYERS)
@@ -153,8 +154,8 @@ def fwd_tile(
             square_x += more_x * more_x
             square_y += more_y * more_y
     square_x, square_y = _both_sums(square_x, square_y)
-    norm_x = tl.sqrt_rn(square_x)
-    norm_y = tl.sqrt_rn(square_y)
+    norm_x = tl.sqrt_rn(square_x + inside_eps)
+    norm_y = tl.sqrt_rn(square_y + inside_eps)
     _, inverse_x, rest_x = _divisor(norm_x, eps)
     _, inverse_y, rest_y = _divisor(norm_y, eps)
     lin = _lin(lin_ptr, channel, channels, INDEX, LAYERS)

@@ -77,11 +77,12 @@ def eager_feature_distance(features, targets, weights=None, criterion="l1", eps=
     return total
 
 
-def eager_lpips_distance(features, targets, lin_weights, spatial=False, size=None, eps=1e-10):
+def eager_lpips_distance(features, targets, lin_weights, spatial=False, size=None, eps=1e-10, inside_root=False):
     """The head as the lpips package runs it, with its 1x1 convolutions."""
 
     def normalised(x):
-        return x / (torch.sqrt(torch.sum(x**2, dim=1, keepdim=True)) + eps)
+        square = torch.sum(x**2, dim=1, keepdim=True)
+        return x / (torch.sqrt(square + eps) if inside_root else torch.sqrt(square) + eps)
 
     total = 0
     for i, (f, t) in enumerate(zip(features, targets, strict=True)):
@@ -210,7 +211,13 @@ PERCEPTUAL_CASES = [
         feature_pair_and_lins,
         eager_lpips_distance,
         shapes=LAYERS,
-        options=[{}, {"spatial": True}, {"spatial": True, "size": (13, 4)}, {"eps": 1e-3}],
+        options=[
+            {},
+            {"spatial": True},
+            {"spatial": True, "size": (13, 4)},
+            {"eps": 1e-3},
+            {"inside_root": True, "eps": 0.1},
+        ],
         reductions=(),
         bad=[
             ("length", with_argument(1, lambda t: t[:-1]), ValueError, "targets: expected as many entries as features"),
