@@ -22,6 +22,7 @@ LIBRARIES = (
     "pytorch_msssim",
     "sentence_transformers",
     "siglip_kernel",
+    "taming",
     "torchmetrics",
 )
 

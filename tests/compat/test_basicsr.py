@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 import types
@@ -12,6 +13,7 @@ import torch
 import fastloss
 from fastloss.compat import basicsr as ours
 from tests.compat.tools import Draws
+from tests.perceptual.test_backbones import needs_torchvision
 
 DISTANCES = {
     "L1Loss": lambda pred, target: (pred - target).abs(),
@@ -71,6 +73,52 @@ def test_weighted_tv_loss():
         loss = ours.WeightedTVLoss(loss_weight=0.5, reduction=reduction)
         fns = loss, functools.partial(eager, reduction=reduction)
         draw.compare(*(lambda *t, f=f, w=weight: weighted(f, t, w) for f in fns), [draw.normal(*shape)])
+
+
+@needs_torchvision
+def test_perceptual_loss(monkeypatch):
+    """Means of |d| or d^2, or norms, of features and of products over C H W; taps before a ReLU are before it."""
+    monkeypatch.setattr(ours.backbones, "_load", lambda steps, name, pretrained: None)
+    torch.manual_seed(0)
+    layers = {"conv1_2": 0.1, "relu2_1": 1.0, "conv3_1": 0.5}
+
+    def eager(loss, x, gt):
+        def features(image):
+            image, found = (image - loss.vgg.mean) / loss.vgg.std, {}
+            for name, layer in loss.vgg.vgg_net.named_children():
+                image = layer(image.clone())
+                found |= {name: image} if name in layers else {}
+            return found
+
+        def distance(a, b):
+            d = a - b
+            return d.norm() if loss.criterion_type == "fro" else (d.abs() if kind == "l1" else d**2).mean()
+
+        def gram(f):
+            return f.flatten(2) @ f.flatten(2).mT / f[0].numel()
+
+        kind, f, t = loss.criterion_type, features(x), features(gt)
+        percep = sum(w * distance(f[k], t[k]) for k, w in layers.items())
+        style = sum(w * distance(gram(f[k]), gram(t[k])) for k, w in layers.items())
+        return 2.0 * percep, 3.0 * style
+
+    made = ours.PerceptualLoss(layers, "vgg16", perceptual_weight=2.0, style_weight=3.0)
+    for draw in Draws(9, (torch.float32, torch.float32, torch.float64)):
+        loss = copy.deepcopy(made).to(draw.dtype)
+        loss.criterion_type = draw.one_of("l1", "l2", "fro")
+        exact = copy.deepcopy(loss).double()
+        images = [draw.uniform(1, 3, 12, 14), draw.uniform(1, 3, 12, 14)]
+        fns = [lambda x, y, f=f: f(x, y.detach()) for f in (loss, functools.partial(eager, loss))]
+        draw.compare(*fns, images, functools.partial(eager, exact), frozen=1)
+    names = list(loss.state_dict())
+    assert (
+        names[:3] == ["vgg.mean", "vgg.std", "vgg.vgg_net.conv1_1.weight"] and names[-1] == "vgg.vgg_net.conv3_1.bias"
+    )
+    made.perceptual_weight = made.style_weight = 0.0
+    assert made(*(image.float() for image in images)) == (None, None)
+    for wrong, error in (({"criterion": "huber"}, NotImplementedError), ({"vgg_type": "vgg11"}, ValueError)):
+        with pytest.raises(error):
+            ours.PerceptualLoss(layers, **({"vgg_type": "vgg16"} | wrong))
 
 
 def test_attributes_and_errors():
