@@ -25,6 +25,7 @@ constexpr int64_t kScores = 1 << 20;        // distances to a tile, or kBankRows
 constexpr int64_t kSearchRows = 1024;       // generated rows in a block
 constexpr int64_t kMaxLanes = 16;           // floats in the widest vector
 constexpr double kUnit = 0x1p-23;           // eps of float32: twice the rounding error of an operation
+constexpr double kRounded = 0x1.04p-8;      // error of a product whose factors were rounded to bfloat16 first
 constexpr double kSmallestSquare = 1e-12;   // products of smaller rows may underflow: their cosine is made exactly
 
 struct Inputs {
@@ -128,6 +129,17 @@ struct Rows {
   int64_t stride_;
 };
 
+// Whether torch rounds the factors of float32 products first, as torch.set_float32_matmul_precision("medium") lets it.
+bool products_are_rounded() {
+  constexpr int64_t n = 32;  // small ones it leaves as they are
+  const Tensor a = new_float32({n, n}), b = new_float32({n, n});
+  std::fill_n(output<float>(a), n * n, 1 + 0x1p-12f);
+  std::fill_n(output<float>(b), n * n, 0.0f);
+  for (int64_t i = 0; i < n; ++i) output<float>(b)[i * n] = 1;
+  const Tensor product = blas_product(a, b, std::nullopt);
+  return input<float>(product)[0] != 1 + 0x1p-12f;
+}
+
 class Search {
  public:
   Search(const Rows& rows, double workspace_mib)
@@ -139,6 +151,7 @@ class Search {
       scores_ = new_float32({std::min(kSearchRows, rows.count), tile_rows_});
       return;
     }
+    if (products_are_rounded()) rounding_ = kRounded;
     if (rows.widens()) wide_tile_ = new_float32({tile_rows_, rows.size});
     squares_.resize(rows.count);
     tile_squares_.resize(tile_rows_);
@@ -245,7 +258,8 @@ class Search {
   double error(int64_t i, int64_t j, float score) const {
     const double size = static_cast<double>(rows_.size);
     if (rows_.metric == Metric::l1) return kUnit * score * (kBankColumns / 4 + size / kBankColumns + 16);
-    const double terms = kUnit * (std::min<double>(size, 2 * kTerms) + size / kTerms + 16);  // BLAS sums by blocks
+    const double terms =
+        kUnit * (std::min<double>(size, 2 * kTerms) + size / kTerms + 16) + rounding_;  // BLAS sums by blocks
     return rows_.metric == Metric::l2 ? terms * (squares_[i] + tile_squares_[j]) / size : 2 * terms;
   }
 
@@ -274,6 +288,7 @@ class Search {
   std::vector<float> distance_;
   std::vector<int64_t> index_;  // of the nearest so far; 0 before there is one
   std::vector<double> squares_, tile_squares_;
+  double rounding_ = 0;
   Tensor scores_;
   std::optional<Tensor> wide_tile_;
 };

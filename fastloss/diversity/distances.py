@@ -75,12 +75,19 @@ def bank_distances(generated: Tensor, bank: Bank, metric: str, workspace: int) -
     )
 
 
+def _search_dtype(generated: Tensor, metric: str) -> torch.dtype:
+    """float64 for products that torch.set_float32_matmul_precision would have rounded, and another row have won."""
+    rounded = metric == "cosine" and torch.get_float32_matmul_precision() != "highest"
+    return torch.float64 if rounded and generated.device.type in ("cpu", "cuda") else generated.dtype
+
+
 def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:
     """[N]: the first of the nearest rows of each image, a NaN counting as nearest. No [N,M] distances are kept."""
     first, best, index = 0, None, None
     with torch.no_grad():
+        generated = generated.detach().to(_search_dtype(generated, metric))
         for chunk in _chunks(generated, bank, metric, workspace):
-            least, at = chunk_distances(generated.detach(), chunk, metric).min(1)
+            least, at = chunk_distances(generated, chunk, metric).min(1)
             if best is None or index is None:
                 best, index = least, at
             else:

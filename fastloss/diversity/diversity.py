@@ -97,8 +97,8 @@ def diversity_loss(
         workspace_mib: bound of the temporaries, >= 1: the bank is read in chunks whose ``[N, rows, ...]``
             differences fit in it (one bank row at a time where even that is too large). The backward recomputes
             them, and ``"nearest"`` differentiates the winning distances only and never stores the ``[N, M]``
-            distances, which the other modes have on top. The CPU's kernels for ``"nearest"`` compare 8 bank rows or
-            more at a time and need up to 8 MiB.
+            distances, which the other modes have on top. The kernels for ``"nearest"`` compare 8 bank rows or more
+            at a time, on a GPU 64, and need up to 8 MiB.
 
     Returns:
         float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple

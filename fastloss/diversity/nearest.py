@@ -12,7 +12,7 @@ from .distances import Bank, nearest_row, paired_distances
 
 
 class Inputs(NamedTuple):
-    """Of the op. The kernels read the bank once, in tiles, and compute the winner's distance in float64."""
+    """Of the op. The kernels read the bank in tiles, and compute the winner's distance by direct differences."""
 
     generated: Tensor  # [N, P], float32 or float64
     bank: Tensor  # [M, P], floating point or uint8, M and P >= 1
@@ -72,4 +72,5 @@ nearest = Op(
     reference=nearest_reference,
     grads=Grads._fields,
     outputs=Nearest._fields,
+    triton="diversity.kernels.nearest",
 )
