@@ -7,7 +7,7 @@ ARGS ?=
 WORKERS ?= 3
 BIN := $(VENV)/bin
 comma := ,
-RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim
+RIVALS ?= open_clip_torch pytorch-metric-learning info-nce-pytorch lightly lpips piq kornia torchmetrics pytorch-msssim faiss-cpu
 NVCC ?= nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 \
 	nvidia-cuda-runtime==13.0.96
 SOURCES := $(wildcard csrc/*/*) setup.py pyproject.toml

@@ -34,6 +34,7 @@ INSTALL = {
     "kornia": "kornia",
     "torchmetrics": "torchmetrics",
     "pytorch-msssim": "pytorch-msssim",
+    "faiss": "faiss-cpu",
 }
 ADAPTERS: dict[str, list[tuple[str, bool, Callable[[dict], Function | None]]]] = {}
 
@@ -296,3 +297,51 @@ def _(options):  # noqa: F811
 
     loss = SupConLoss(temperature=options.get("temperature", 0.1))
     return (lambda features, labels, **o: loss(features, labels)) if _only(options, "temperature") else None
+
+
+def _of_rows(metric: str, generated: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
+    """diversity_loss of images and the bank rows beside them."""
+    if metric == "cosine":
+        return F.cosine_similarity(generated, bank).mean() - 1
+    return -(F.l1_loss if metric == "l1" else F.mse_loss)(generated, bank)
+
+
+def _searched(search: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable[[dict], Function | None]:
+    """diversity_loss by the search of a library, `search(metric, generated, bank)`: the rows that it finds."""
+
+    def made(options: dict) -> Function | None:
+        metric = options.get("metric", "l1")
+
+        def loss(generated, bank, **o):
+            generated, bank = generated.flatten(1), bank.flatten(1)
+            with torch.no_grad():
+                both = (F.normalize(t) if metric == "cosine" else t for t in (generated, bank))
+                rows = search(metric, *both)
+            return _of_rows(metric, generated, bank[rows])
+
+        return loss if _only(options, "metric") else None
+
+    return made
+
+
+def _by_cdist(metric, generated, bank):
+    if metric == "cosine":
+        return (generated @ bank.T).argmax(1)
+    return torch.cdist(generated, bank, p=1 if metric == "l1" else 2).argmin(1)
+
+
+adapter("torch.cdist", "diversity_loss")(_searched(_by_cdist))
+
+
+@adapter("faiss", "diversity_loss")
+def _(options):  # noqa: F811
+    import faiss
+
+    kinds = {"l1": faiss.METRIC_L1, "l2": faiss.METRIC_L2, "cosine": faiss.METRIC_INNER_PRODUCT}
+
+    def search(metric, generated, bank):
+        faiss.omp_set_num_threads(torch.get_num_threads())
+        _, rows = faiss.knn(*(t.float().cpu().numpy() for t in (generated, bank)), 1, metric=kinds[metric])
+        return torch.from_numpy(rows[:, 0]).to(generated.device)
+
+    return _searched(search)(options)

@@ -76,9 +76,9 @@ def bank_distances(generated: Tensor, bank: Bank, metric: str, workspace: int) -
 
 
 def _search_dtype(generated: Tensor, metric: str) -> torch.dtype:
-    """float64 for products that torch.set_float32_matmul_precision would have rounded, and another row have won."""
-    rounded = metric == "cosine" and torch.get_float32_matmul_precision() != "highest"
-    return torch.float64 if rounded and generated.device.type in ("cpu", "cuda") else generated.dtype
+    """float64 for products: torch.set_float32_matmul_precision may have float32 ones rounded, and another row win."""
+    exact = metric == "cosine" and generated.device.type in ("cpu", "cuda")
+    return torch.float64 if exact else generated.dtype
 
 
 def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:

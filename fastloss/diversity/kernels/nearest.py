@@ -22,12 +22,12 @@ from torch import Tensor
 from triton.runtime import driver
 
 from ...core.kernels.device_math import sign
-from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.launch import AotCase, on_device, registers
 from ..nearest import Grads, Inputs, Nearest, Needs, Row
 from .bank_tile import BankTiles, bank_tiles, exact_distances, inverse_norms, load_bank, scaled
 
 TILE = 64  # bank rows whose least distance is kept
-COLUMNS = 32  # elements of a row that are multiplied at a time, or that exact distances take
+COLUMNS = 32  # elements of a row that are multiplied at a time (of 64 rows half as many), or that exact distances take
 CHUNK = 512  # elements of an inner sum
 SEARCHERS = 64  # programs that rescan for one generated row, at most
 GRADIENTS = 1024  # elements of the gradient in a program
@@ -223,6 +223,12 @@ def _precision() -> str:
     return "tf32x3"
 
 
+def _scores_options(metric: str, rows: int) -> dict[str, int | bool]:
+    """Three products of a tile of 64 by 64 need the registers of eight warps."""
+    warps = 8 if metric != "l1" and rows == 64 else 4
+    return OPTIONS | {"num_warps": warps} | registers(255)
+
+
 def _error(metric: str, size: int) -> float:
     """By how much a score may be wrong: see the kernel."""
     of_sums = 2**-24 * CHUNK + 2**-23 * (size / CHUNK + 16)
@@ -261,7 +267,7 @@ def nearest_fwd(x: Inputs) -> Nearest:
         with on_device(generated):
             _nearest_scores_kernel[(triton.cdiv(count, rows) * tiles,)](
                 generated, bank, lower, upper, count, size, tiles, _error(x.metric, size), x.metric, rows, TILE, CHUNK,
-                COLUMNS, _precision(), **OPTIONS,
+                COLUMNS // 2 if rows == 64 else COLUMNS, _precision(), **_scores_options(x.metric, rows),
             )  # fmt: skip
             _nearest_rescan_kernel[(count, searchers)](
                 generated, bank, lower, upper, distances, founds, size, tiles, x.metric, TILE, COLUMNS, 128, **OPTIONS
@@ -284,7 +290,7 @@ def nearest_bwd(grad: Tensor, x: Inputs, nearest: Row, needs: Needs) -> Grads:
     with on_device(generated):
         _nearest_bwd_kernel[(count, blocks)](
             grad, generated, bank_tiles(x.bank, x.scale, x.shift), nearest.row.contiguous(), out, size, x.metric,
-            GRADIENTS, GRADIENTS, **OPTIONS,
+            GRADIENTS, GRADIENTS, **OPTIONS, **registers(128),
         )  # fmt: skip
     return Grads(out)
 

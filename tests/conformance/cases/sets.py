@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.conformance.case import Case, Draw, with_argument, with_options
+from tests.conformance.case import Bench, Case, Draw, with_argument, with_options
 
 BANK_SHAPES = (((3, 2, 4, 5), 4), ((1, 1), 1), ((5, 7), 9), ((2, 3, 9, 9), 6), ((2, 3, 1, 4), 3), ((2, 3, 4, 1), 3))
 
@@ -31,6 +33,19 @@ def eager_diversity(generated, bank, mode="nearest", margin=None, metric="l1", t
         d = -temperature * torch.log(torch.exp(-d / temperature).mean(1))
     loss = -d if margin is None else F.relu(margin - d)
     return loss if reduction == "none" else getattr(loss, reduction)()
+
+
+def images_and_bank(draw: Draw, shape: tuple) -> tuple:
+    count, rows, *image = shape
+    return draw.uniform(count, *image), draw.uniform(rows, *image)
+
+
+def bank_bytes(shape: tuple, size: int, mode: str) -> int:
+    """The bank and the images read once; backward an image and its winner read, a gradient written."""
+    count, rows, *image = shape
+    elements = math.prod(image)
+    forward, backward = (count + rows) * elements * size, 3 * count * elements * size
+    return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
 def eager_mode_seeking(images_a, images_b, z_a, z_b, eps=1e-5):
@@ -80,6 +95,13 @@ SET_CASES = [
             ("workspace", with_options(workspace_mib=0), ValueError, "workspace_mib: expected a finite number >= 1"),
             ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
         ],
+        bench=Bench(
+            shapes=[(64, 1024, 3, 32, 32)],  # eager broadcast holds 800 MB for each of its steps
+            cost=bank_bytes,
+            make=images_and_bank,
+            options=[{}, {"metric": "l2"}, {"metric": "cosine"}],
+            headline=3,
+        ),
         module=fastloss.DiversityLoss,
     ),
     Case(
