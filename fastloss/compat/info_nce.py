@@ -32,8 +32,8 @@ def info_nce(
     """
     embeddings = [t for t in (query, positive_key, negative_keys) if t is not None]
     check_plain(*embeddings)
-    if len(query) != len(positive_key):
-        raise NotServed(f"{len(query)} queries, {len(positive_key)} positive keys")
+    if query.shape[:1] != positive_key.shape[:1]:
+        raise NotServed(f"queries {tuple(query.shape)}, positive keys {tuple(positive_key.shape)}")
     if negative_keys is not None and negative_keys.ndim != _NEGATIVE_RANKS.get(negative_mode):
         raise NotServed(f"negative_mode {negative_mode!r} with negative keys of {negative_keys.ndim} dimensions")
     loss = contrastive.info_nce(query, positive_key, negative_keys, temperature=temperature, reduction=reduction)
