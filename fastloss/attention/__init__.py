@@ -1,9 +1,11 @@
 """Losses of attention maps.
 
-divergence.py   the divergences of two distributions, row by row, and the reduction over rows
-consistency.py  of attention maps given as probabilities or as logits
-from_qk.py      of attention given as queries and keys
-attention_qk.py the op of that
+divergence.py      the divergences of two distributions, row by row, and the reduction over rows
+attention_maps.py  their op for maps, of which kernels/ has the Triton side
+heads.py           means over heads
+consistency.py     of attention maps given as probabilities, as logits or as raw scores
+from_qk.py         of attention given as queries and keys
+attention_qk.py    the op of that
 """
 
 from .consistency import AttentionConsistencyLoss, attention_consistency_loss

@@ -8,19 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import Loss, check_reduction
+from ..core import Loss, check_not_empty, check_reduction
 from ..core.checks import (
     check_choice,
+    check_flag,
+    check_number,
     check_numbers,
+    check_same_device,
     check_same_length,
     check_same_shape,
     check_tensor,
     is_sequence,
 )
 from ..core.entry import public_function
-from .divergence import METRICS, attention_reference, check_mask, reduce_rows
+from .attention_maps import Inputs, attention_maps
+from .divergence import METRICS, OF_SCORES, check_mask
+from .heads import mean_over_heads
 
-INPUTS = ("probs", "logits")
+INPUTS = ("probs", "logits", "scores")
+SIDES = (None, "a", "b")
 
 
 @public_function
@@ -31,6 +37,9 @@ def attention_consistency_loss(
     inputs: str = "probs",
     metric: str = "js",
     mask: Tensor | None = None,
+    temperature: float = 1.0,
+    head_mean: bool = False,
+    stop_gradient: str | None = None,
     layer_weights: Sequence[float] | None = None,
     reduction: str = "mean",
 ) -> Tensor | list[Tensor]:
@@ -44,15 +53,22 @@ def attention_consistency_loss(
         "sym_kl"    KL(p|q) / 2 + KL(q|p) / 2                       R-Drop
         "mse"       mean_k (p_k - q_k)^2
         "l1"        mean_k |p_k - q_k|
+        "cosine"    1 - <p, q> / (|p| |q|)                          0 of two rows of zeros, 1 if one is
 
     Args:
         a, b: ``[..., Q, K]`` maps of one shape, usually ``[B, H, Q, K]``, or lists of them, one per layer (each layer
-            in a shape of its own). Both may need gradients; detach the one that should not move.
-        inputs: ``"probs"``, used as they are (rows are not normalised again), or ``"logits"``, put through a softmax;
-            -inf logits are keys left out.
-        metric: the divergence, see above; always between probabilities. ``"kl"`` and ``"sym_kl"`` of probabilities
-            are infinite where one is 0 and the other is not, as after attention dropout: ``"js"`` never is.
-        mask: bool, broadcastable to the maps (to every layer's), True where the key takes part.
+            in a shape of its own). Both may need gradients.
+        inputs: ``"probs"``, used as they are (rows are not normalised again); ``"logits"``, put through a softmax,
+            -inf logits are keys left out; or ``"scores"``, logits compared as they are, as in TinyBERT: those <= -100,
+            which stand for masked keys, count as 0 (and get the gradient 0).
+        metric: the divergence, see above; of scores ``"mse"``, ``"l1"`` or ``"cosine"``. ``"kl"`` and ``"sym_kl"`` of
+            probabilities are infinite where one is 0 and the other is not, as after attention dropout: ``"js"`` never.
+        mask: broadcastable to the maps (to every layer's), and never expanded in memory: bool, True where the key takes
+            part; or floating point, without a gradient, added to logits and scores.
+        temperature: of logits, > 0: p = softmax(a / temperature), after a floating-point mask is added.
+        head_mean: compare the means over the heads, which are dimension -3 of ``[..., H, Q, K]``; of logits the means
+            of their softmax. The mask is then one for all heads. The rows are ``[..., Q]`` without that dimension.
+        stop_gradient: the side that is held fixed, ``"a"`` or ``"b"``: nothing is computed for its gradient.
         layer_weights: for lists, one number >= 0 per layer; None is the mean over the layers, 1 / layers each.
         reduction: ``"mean"`` over the rows with at least one key left (0 if there is none), ``"sum"``, or ``"none"``
             for the ``[..., Q]`` rows, which are 0 where every key is masked. Lists: the weighted sum over the layers
@@ -62,36 +78,62 @@ def attention_consistency_loss(
         float32 (float64 for float64 inputs). The gradient is 0 at probabilities that are exactly 0.
 
     Raises:
-        TypeError: an argument is no floating-point tensor, or the mask is not bool. ValueError: shapes, devices,
-            lengths or options do not fit, or ``"mean"`` of an empty batch.
+        TypeError: an argument is no floating-point tensor, or the mask is neither bool nor floating point. ValueError:
+            shapes, devices, lengths or options do not fit, or ``"mean"`` of an empty batch.
 
     Source: Lin, "Divergence measures based on the Shannon entropy", IEEE Trans. Inf. Theory 1991 (JS); Liang et al.,
     "R-Drop", NeurIPS 2021 (sym_kl); Wang et al., "MiniLM", NeurIPS 2020 (kl of attention); Jiao et al., "TinyBERT",
-    2020 (mse of attention, there of the scores before the softmax).
+    2020 (mse of the scores before the softmax).
 
     Example:
         >>> round(attention_consistency_loss(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])).item(), 4)
         0.6931
     """
     check_choice("inputs", inputs, INPUTS)
-    check_choice("metric", metric, METRICS)
+    check_choice("metric", metric, OF_SCORES if inputs == "scores" else METRICS)
     check_reduction(reduction)
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
+    temperature = check_number("temperature", temperature, 0, open_low=True)
+    if inputs != "logits" and temperature != 1:
+        raise ValueError(f"temperature: expected 1 for {inputs}, which have no softmax, got {temperature:g}")
+    head_mean = check_flag("head_mean", head_mean)
+    if stop_gradient not in SIDES:
+        check_choice("stop_gradient", stop_gradient, ("a", "b"))
+    if alone := isinstance(a, Tensor) and isinstance(b, Tensor):
         if layer_weights is not None:
             raise ValueError("layer_weights: expected None for single maps; it weighs the entries of lists")
-        return _one_map("a", a, "b", b, mask, inputs, metric, reduction)
+        layers, layer_weights = [("a", a, "b", b)], [1.0]
+    else:
+        layers, layer_weights = _layers(a, b, layer_weights)
+    x, y, masks = _checked(layers, mask, inputs, head_mean)
+    if stop_gradient == "a":
+        x = [t.detach() for t in x]
+    elif stop_gradient == "b":
+        y = [t.detach() for t in y]
+    if head_mean:
+        x, y, masks = mean_over_heads(x, y, masks, inputs, temperature)
+        inputs, temperature = ("probs" if inputs == "logits" else inputs), 1.0
+    if reduction == "mean":
+        for t in x:
+            check_not_empty(t.numel())
+    out = attention_maps(*Inputs(x, y, masks, layer_weights, inputs, metric, temperature, reduction))
+    if reduction != "none":
+        return out
+    shapes = [t.shape[:-1] for t in x]
+    rows = [part.view(shape) for part, shape in zip(out.split([s.numel() for s in shapes]), shapes, strict=True)]
+    return rows[0] if alone else rows
+
+
+def _layers(a: Any, b: Any, weights: Any) -> tuple[list[tuple[str, Tensor, str, Tensor]], list[float]]:
+    """(name, map, name, map) of each layer, and its weight."""
     a, b = _two_lists(a, b)
     check_same_length("a", a, "b", b)
     if len(a) == 0:
         raise ValueError("a: expected at least one layer, got an empty list")
-    if layer_weights is None:
-        layer_weights = [1 / len(a)] * len(a)
-    layer_weights = check_numbers("layer_weights", layer_weights, 0, of="numbers, one a layer")
-    check_same_length("a", a, "layer_weights", layer_weights)
-    layers = []
-    for i, (x, y, weight) in enumerate(zip(a, b, layer_weights, strict=True)):
-        layers.append(weight * _one_map(f"a[{i}]", x, f"b[{i}]", y, mask, inputs, metric, reduction))
-    return layers if reduction == "none" else torch.stack(layers).sum()
+    if weights is None:
+        weights = [1 / len(a)] * len(a)
+    weights = check_numbers("layer_weights", weights, 0, of="numbers, one a layer")
+    check_same_length("a", a, "layer_weights", weights)
+    return [(f"a[{i}]", x, f"b[{i}]", y) for i, (x, y) in enumerate(zip(a, b, strict=True))], weights
 
 
 def _two_lists(a: Any, b: Any) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,17 +143,33 @@ def _two_lists(a: Any, b: Any) -> tuple[list[Tensor], list[Tensor]]:
     return list(a), list(b)
 
 
-def _one_map(
-    name_a: str, a: Tensor, name_b: str, b: Tensor, mask: Tensor | None, inputs: str, metric: str, reduction: str
-) -> Tensor:
-    check_tensor(name_a, a)
-    check_tensor(name_b, b)
-    check_same_shape(name_a, a, name_b, b)
-    if a.ndim < 2 or a.shape[-1] == 0:
-        raise ValueError(f"{name_a}: expected [..., Q, K] with K >= 1, got shape {tuple(a.shape)}")
-    check_mask(mask, a.shape, a)
-    values, rows = attention_reference(a, b, mask, inputs, metric)
-    return reduce_rows(values, rows, reduction)
+def _checked(
+    layers: list[tuple[str, Tensor, str, Tensor]], mask: Tensor | None, inputs: str, head_mean: bool
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Both sides in one dtype, and the mask of each layer, if there is one, as a view in its shape."""
+    x, y, masks = [], [], []
+    least = 3 if head_mean else 2
+    for name_a, a, name_b, b in layers:
+        check_tensor(name_a, a)
+        check_tensor(name_b, b)
+        check_same_shape(name_a, a, name_b, b)
+        check_same_device("the first layer", layers[0][1], name_a, a)
+        if a.ndim < least or a.shape[-1] == 0:
+            wanted = "[..., H, Q, K]" if head_mean else "[..., Q, K]"
+            raise ValueError(f"{name_a}: expected {wanted} with K >= 1, got shape {tuple(a.shape)}")
+        if head_mean and a.shape[-3] == 0:
+            raise ValueError(f"{name_a}: expected at least one head, got shape {tuple(a.shape)}")
+        check_mask(mask, a.shape, a, additive=inputs != "probs")
+        if mask is not None:
+            if head_mean and mask.ndim >= 3 and mask.shape[-3] != 1:
+                raise ValueError(f"mask: expected one for all heads with head_mean, got shape {tuple(mask.shape)}")
+            masks.append(mask.expand(a.shape))
+        x.append(a)
+        y.append(b)
+    dtype = layers[0][1].dtype
+    for t in (*x, *y):
+        dtype = torch.promote_types(dtype, t.dtype)
+    return [t.to(dtype) for t in x], [t.to(dtype) for t in y], masks
 
 
 class AttentionConsistencyLoss(Loss):

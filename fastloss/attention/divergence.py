@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from ..core import check_not_empty, result_dtype
-from ..core.checks import check_dense, check_same_device
+from ..core.checks import check_dense, check_same_device, check_tensor
 
-METRICS = ("js", "kl", "sym_kl", "mse", "l1")
+METRICS = ("js", "kl", "sym_kl", "mse", "l1", "cosine")
+OF_SCORES = ("mse", "l1", "cosine")  # need no probabilities
+LEAST_SCORE = -1e2  # raw scores no larger stand for masked keys, and count as 0
 
 
 def _known(p: Tensor) -> Tensor:
@@ -64,6 +66,20 @@ def _js(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(near, close, 0.5 * (_kl(p, middle) + _kl(q, middle)))
 
 
+def _unit(p: Tensor) -> tuple[Tensor, Tensor]:
+    """p over its length, row by row, and which rows are all 0: they stay so, with zero gradients."""
+    square = (p * p).sum(-1, keepdim=True)
+    zero = square == 0
+    return torch.where(zero, torch.zeros_like(p), p / torch.where(zero, torch.ones_like(square), square).sqrt()), zero
+
+
+def _cosine(p: Tensor, q: Tensor) -> Tensor:
+    """1 - cos by element, as |p / |p| - q / |q||^2 / 2: no digits are lost where they are near. 1 where one is 0."""
+    (u, zero_p), (v, zero_q) = _unit(p), _unit(q)
+    d = u - v
+    return torch.where(zero_p == zero_q, 0.5, 1.0).to(d.dtype) * (d * d)
+
+
 def _divergence(p: Tensor, q: Tensor, metric: str) -> Tensor:
     """The metric by element, from probabilities."""
     if metric == "kl":
@@ -72,29 +88,42 @@ def _divergence(p: Tensor, q: Tensor, metric: str) -> Tensor:
         return 0.5 * (_kl(p, q) + _kl(q, p))
     if metric == "js":
         return _js(p, q)
+    if metric == "cosine":
+        return _cosine(p, q)
     return (p - q) * (p - q) if metric == "mse" else (p - q).abs()
 
 
-def attention_reference(a: Tensor, b: Tensor, mask: Tensor | None, inputs: str, metric: str) -> tuple[Tensor, Tensor]:
-    """The definition: ([..., Q] divergences in float32 or float64, [..., Q] which rows count)."""
+def attention_reference(
+    a: Tensor, b: Tensor, mask: Tensor | None, inputs: str, metric: str, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The definition: ([..., Q] divergences in float32 or float64, [..., Q] which rows count).
+
+    A mask is bool, True where the key takes part, or is added to logits and scores.
+    """
     dtype = result_dtype(a, b)
     a, b = a.to(dtype), b.to(dtype)
-    keep = torch.ones_like(a, dtype=torch.bool) if mask is None else mask.expand(a.shape)
-    if inputs == "probs":
-        rows = keep.any(-1)
-        a, b = (torch.where(keep, x, torch.zeros_like(x)) for x in (a, b))
-        values = _divergence(a, b, metric)
-    else:
+    keep = torch.ones_like(a, dtype=torch.bool)
+    if mask is not None and mask.dtype == torch.bool:
+        keep = mask.expand(a.shape)
+    elif mask is not None:
+        a, b = a + mask.to(dtype), b + mask.to(dtype)
+    if inputs == "logits":
         # a row without a logit above -inf has no softmax: it counts as masked, and is computed as if all were 0
         rows = (keep & (a != -torch.inf)).any(-1) & (keep & (b != -torch.inf)).any(-1)
         a, b = (torch.where(keep, x, -torch.inf).where(rows[..., None], torch.zeros_like(x)) for x in (a, b))
-        a, b = a.log_softmax(-1), b.log_softmax(-1)
+        a, b = (a / temperature).log_softmax(-1), (b / temperature).log_softmax(-1)
         if metric == "kl":
             values = _kl_of_logs(a, b)
         elif metric == "sym_kl":
             values = _sym_kl_of_logs(a, b)
         else:
             values = _divergence(a.exp(), b.exp(), metric)
+    else:
+        rows = keep.any(-1)
+        if inputs == "scores":
+            a, b = (torch.where(x <= LEAST_SCORE, torch.zeros_like(x), x) for x in (a, b))
+        a, b = (torch.where(keep, x, torch.zeros_like(x)) for x in (a, b))
+        values = _divergence(a, b, metric)
     values = values.sum(-1)
     return values / keep.sum(-1).clamp(min=1) if metric in ("mse", "l1") else values, rows
 
@@ -109,14 +138,21 @@ def reduce_rows(values: Tensor, rows: Tensor, reduction: str) -> Tensor:
     return values.sum() / rows.sum().clamp(min=1)
 
 
-def check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor) -> None:
+def check_mask(mask: Tensor | None, shape: torch.Size, like: Tensor, additive: bool = False) -> None:
+    """A bool mask that broadcasts to `shape`, or with `additive` one of floats, which is added."""
     if mask is None:
         return
     if isinstance(mask, Tensor):
         check_dense("mask", mask)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+    added = additive and isinstance(mask, Tensor) and mask.is_floating_point()
+    if not isinstance(mask, Tensor) or (mask.dtype != torch.bool and not added):
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask: expected a bool tensor (True: the key takes part), got {got}")
+        more = " or a floating-point one, which is added" if additive else ""
+        raise TypeError(f"mask: expected a bool tensor (True: the key takes part){more}, got {got}")
+    if added:
+        check_tensor("mask", mask)
+        if mask.requires_grad:
+            raise ValueError("mask: no gradient is provided for it; pass mask.detach()")
     check_same_device("the maps", like, "mask", mask)
     try:
         fits = torch.broadcast_shapes(mask.shape, shape) == shape

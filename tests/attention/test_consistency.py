@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fastloss import attention_consistency_from_qk as from_qk
 from fastloss import attention_consistency_loss as loss_of
 
-METRICS = ("js", "kl", "sym_kl", "mse", "l1")
+METRICS = ("js", "kl", "sym_kl", "mse", "l1", "cosine")
 
 
 def maps(*shape, seed=0, dtype=torch.float64):
@@ -70,7 +70,7 @@ def test_extreme_logits_stay_finite(metric):
     value.sum().backward()
     assert value.isfinite().all() and a.grad.isfinite().all() and b.grad.isfinite().all()
     assert value[0].item() == pytest.approx(
-        {"js": math.log(2), "kl": 2e4, "sym_kl": 2e4, "mse": 2 / 3, "l1": 2 / 3}[metric], rel=1e-6
+        {"js": math.log(2), "kl": 2e4, "sym_kl": 2e4, "mse": 2 / 3, "l1": 2 / 3, "cosine": 1.0}[metric], rel=1e-6
     )
 
 
@@ -160,6 +160,71 @@ def test_qk_closed_form_gradient_and_widths():
     from_qk(q1, k1, q2, k2, reduction="sum").backward()
     p1, p2 = (q1 @ k1.mT / 3).softmax(-1), (q2 @ k2.mT / 5**0.5).softmax(-1)
     torch.testing.assert_close(q2.grad, ((p2 - p1) @ k2 / 5**0.5).detach())
+
+
+def test_published_formulas():
+    """R-Drop's loss of two passes, MiniLM's of attention, TinyBERT's of raw scores, as their authors write them."""
+    a, b = maps(2, 3, 4, 5)
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    r_drop = (F.kl_div(p, q.exp(), reduction="sum") + F.kl_div(q, p.exp(), reduction="sum")) / 2
+    torch.testing.assert_close(loss_of(a, b, inputs="logits", metric="sym_kl", reduction="sum"), r_drop)
+    teacher, student = p.exp(), q.exp()  # the mean over heads and positions of KL(teacher || student)
+    mini_lm = (teacher * (teacher.log() - student.log())).sum(-1).mean(dim=(1, 2)).mean()
+    torch.testing.assert_close(loss_of(a, b, inputs="logits", metric="kl"), mini_lm)
+    scores = [
+        torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(3)) < 0.3, x - 1e4, x) for x in (a, b)
+    ]
+    student, teacher = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in scores)
+    x, y = (t.requires_grad_() for t in scores)
+    got = loss_of(x, y, inputs="scores", metric="mse")
+    torch.testing.assert_close(got, F.mse_loss(student, teacher))
+    assert all(
+        (g[t.detach() <= -1e2] == 0).all() for g, t in zip(torch.autograd.grad(got, (x, y)), (x, y), strict=True)
+    )
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("inputs", ["probs", "logits"])
+def test_identical_maps_have_no_loss_and_no_gradient(metric, inputs):
+    """In float32, on kernels: exactly. (A row of probabilities has the slope 1 in "kl", which is not symmetric.)"""
+    a = maps(3, 4, 37, dtype=torch.float32)[0] * 4
+    a = a.softmax(-1) if inputs == "probs" else a
+    x, y = a.clone().requires_grad_(), a.clone().requires_grad_()
+    loss = loss_of(x, y, inputs=inputs, metric=metric)
+    assert loss.item() == 0
+    if (metric, inputs) != ("kl", "probs"):
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
+
+
+def test_a_held_side_gets_no_gradient():
+    a, b = (x.requires_grad_() for x in maps(2, 3, 5, dtype=torch.float32))
+    loss = loss_of(a, b, inputs="logits", stop_gradient="a")
+    held, moved = torch.autograd.grad(loss, (a, b), allow_unused=True)
+    assert held is None
+    torch.testing.assert_close(moved, torch.autograd.grad(loss_of(a.detach(), b, inputs="logits"), b)[0])
+
+
+def test_mean_over_heads():
+    """Of logits the mean of their softmax; heads without a key are left out of it, rows without a head of the loss."""
+    a, b = maps(2, 3, 4, 5)
+    means = [x.softmax(-1).mean(1) for x in (a, b)]
+    torch.testing.assert_close(loss_of(a, b, inputs="logits", head_mean=True), loss_of(*means))
+    a[0, 1, 2], a[1, :, 3] = -math.inf, -math.inf
+    rows = loss_of(a, b, inputs="logits", head_mean=True, reduction="none")
+    two = a[0, [0, 2], 2].softmax(-1).mean(0), b[0, :, 2].softmax(-1).mean(0)
+    torch.testing.assert_close(rows[0, 2], loss_of(*(x[None] for x in two), reduction="sum"))
+    assert rows.shape == (2, 4) and rows[1, 3] == 0
+    torch.testing.assert_close(loss_of(a, b, inputs="logits", head_mean=True), rows.sum() / 7)
+
+
+def test_masks_are_not_expanded():
+    """A mask of the keys alone, and one of long rows with other strides: as the expanded one."""
+    a, b = maps(2, 3, 4, 700, dtype=torch.float32)
+    keep = torch.rand(2, 1, 1, 700, generator=torch.Generator().manual_seed(5)) > 0.5
+    added = torch.randn(700, 4, generator=torch.Generator().manual_seed(6)).T
+    for mask in (keep, added):
+        one, other = (loss_of(a, b, inputs="logits", mask=m) for m in (mask, mask.expand(a.shape).contiguous()))
+        assert torch.equal(one, other)
 
 
 def test_layers():

@@ -166,6 +166,19 @@ def settle_groups(d: Drawer, kind: str, options: dict[str, Any]) -> None:
             options.pop(name)
 
 
+def settle_attention(d: Drawer, options: dict[str, Any]) -> None:
+    """Temperatures are of logits, scores have fewer metrics, heads a dimension and one mask for all."""
+    if options.get("inputs", "probs") != "logits":
+        options.pop("temperature", None)
+    if options.get("inputs") == "scores":
+        options["metric"] = d.pick("mse", "l1", "cosine")
+    shape = d.sizes["shape"]
+    if len(shape) < 3 or shape[-3] == 0:
+        options.pop("head_mean", None)
+    if options.get("head_mean"):
+        options.pop("mask", None)
+
+
 def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any]) -> None:
     """Makes options that exclude each other fit, as the docstrings have it."""
     kind = inner or name
@@ -191,6 +204,8 @@ def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any
         options.pop("reduction")
     if kind == "smoothness_loss" and options.get("convention") in ("basicsr", "kornia"):
         options.pop("reduction", None) if options.get("reduction") == "none" else None
+    if kind == "attention_consistency_loss":
+        settle_attention(d, options)
     if kind == "diversity_loss" and options.get("mode", "nearest") != "nearest":
         options.pop("return_nearest", None)
     if kind in ("ssim_loss", "ms_ssim_loss"):

@@ -23,7 +23,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastloss.perceptual.kernels.layer_table import MOST
+from fastloss.core.kernels.layer_table import MOST
 
 ARITHMETIC = (
     "fadd fsub fmul fdiv fma minimumf maximumf minnumf maxnumf fneg fabs "

@@ -7,5 +7,6 @@ matmul.py        products that a library makes, and operands for them
 recorder.py      what a launcher does, recorded and replayed (core/plans.py)
 plan_source.py   the replay's source, written from the record
 c_launch.py      launches through Triton's C launcher
+layer_table.py   how a kernel gets the pointers and numbers of many layers
 scaled_sum.py    the second stage of sums, times factors (core/scaled_sum.py)
 """

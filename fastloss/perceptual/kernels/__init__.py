@@ -4,5 +4,4 @@ feature_distance.py  elementwise distances, L1 with two bits kept for each eleme
 lpips.py             LPIPS: launchers and kernels
 lpips_tile.py        a tile of LPIPS: all channels of some pixels
 dists.py             DISTS: moments of channels, and their gradients
-layer_table.py       how a kernel gets the pointers and numbers of many layers
 """

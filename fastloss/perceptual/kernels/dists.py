@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, registers, warp_size
+from ...core.kernels.layer_table import MOST, UNIT, Table, columns_of, layer_of, number_of, pointer_of, start_of
 from ..dists import Inputs, Needs, Saved
-from .layer_table import MOST, UNIT, Table, columns_of, layer_of, number_of, pointer_of, start_of
 
 
 class Pointers(NamedTuple):

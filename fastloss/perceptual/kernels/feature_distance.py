@@ -32,9 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS, AotCase, on_device, registers, total, vector_block
+from ...core.kernels.layer_table import MOST, UNIT, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 from ..feature_distance import Inputs, LayerInputs, Needs, Saved
 from ..layer_layout import layers_of, layout_of, rows_of, sign_count, sign_words
-from .layer_table import MOST, UNIT, columns_of, factor_of, layer_of, number_of, pointer_of, start_of
 
 CRITERIA = ("l1", "l2", "charbonnier", "smooth_l1")
 UNROLL = tl.constexpr(4)  # pieces whose loads are in flight together, in the backward

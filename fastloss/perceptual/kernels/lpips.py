@@ -28,8 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.kernels.launch import AotCase, on_device, registers
+from ...core.kernels.layer_table import DIRECT, MOST, Table, columns_of, layer_of
 from ..lpips import Inputs, Needs, Saved
-from .layer_table import DIRECT, MOST, Table, columns_of, layer_of
 from .lpips_tile import (
     Layers,
     Pointers,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .layer_table import float32_pointer_of, number_of, pointer_of, small_number_of
+from ...core.kernels.layer_table import float32_pointer_of, number_of, pointer_of, small_number_of
 
 
 class Tile(NamedTuple):

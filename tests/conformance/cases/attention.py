@@ -8,10 +8,13 @@ import torch.nn.functional as F
 import fastloss
 from tests.conformance.case import Case, Draw, with_argument, with_options
 
+METRICS = ("js", "kl", "sym_kl", "mse", "l1", "cosine")
 MAP_SHAPES = ((2, 3, 4, 5), (1, 1, 1, 1), (3, 7), (1, 2, 9, 33))
 MASKED_SHAPES = ((2, 3, 4, 5), (4, 5), (1, 1, 4, 5))
 # a row of all keys, of some, of one, and of none
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0]]).bool()
+
+ADDED = torch.tensor([[0.0, 0.5, -1.0, -200.0, 2.0]])
 
 
 def two_logits(draw: Draw, shape: tuple) -> tuple:
@@ -24,21 +27,32 @@ def two_maps(draw: Draw, shape: tuple) -> tuple:
     return tuple(x.softmax(-1) for x in two_logits(draw, shape))
 
 
-def eager_attention(a, b, inputs="probs", metric="js", mask=None, reduction="mean"):
+def eager_attention(a, b, inputs="probs", metric="js", mask=None, temperature=1.0, head_mean=False,
+                    stop_gradient=None, reduction="mean"):  # fmt: skip
+    if stop_gradient is not None:
+        a, b = (a.detach(), b) if stop_gradient == "a" else (a, b.detach())
+    if mask is not None and mask.is_floating_point():
+        a, b, mask = a + mask, b + mask, None
     keep = torch.ones_like(a, dtype=torch.bool) if mask is None else mask.expand_as(a)
-    counted = keep.any(-1)
     if inputs == "logits":
-        a, b = (x.masked_fill(~keep, -1e4).softmax(-1) for x in (a, b))
+        a, b = ((x / temperature).masked_fill(~keep, -1e4).softmax(-1) for x in (a, b))
+    if inputs == "scores":
+        a, b = (torch.where(x <= -1e2, torch.zeros_like(x), x) for x in (a, b))
+    if head_mean:
+        a, b, keep = a.mean(-3), b.mean(-3), keep[..., 0, :, :]
+    counted = keep.any(-1)
     # 1 where masked: log 1 = 0, so that autograd has no 0 * inf to make NaN of
-    a, b = a.masked_fill(~keep, 1), b.masked_fill(~keep, 1)
+    p, q = a.masked_fill(~keep, 1), b.masked_fill(~keep, 1)
 
     def kl(p, q):
         return F.kl_div(q.log(), p, reduction="none").sum(-1)
 
     if metric == "js":
-        rows = 0.5 * kl(a, (a + b) / 2) + 0.5 * kl(b, (a + b) / 2)
+        rows = 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
     elif metric in ("kl", "sym_kl"):
-        rows = kl(a, b) if metric == "kl" else 0.5 * kl(a, b) + 0.5 * kl(b, a)
+        rows = kl(p, q) if metric == "kl" else 0.5 * kl(p, q) + 0.5 * kl(q, p)
+    elif metric == "cosine":
+        rows = 1 - F.cosine_similarity(a.masked_fill(~keep, 0), b.masked_fill(~keep, 0), dim=-1)
     else:
         d = (a - b).masked_fill(~keep, 0)
         rows = (d.abs() if metric == "l1" else d * d).sum(-1) / keep.sum(-1).clamp(min=1)
@@ -65,7 +79,7 @@ ATTENTION_CASES = [
         two_maps,
         eager_attention,
         shapes=MAP_SHAPES,
-        options=[{"metric": m} for m in ("js", "kl", "sym_kl", "mse", "l1")],
+        options=[{"metric": m} for m in METRICS],
         bad=[
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "b: expected the shape of a"),
             (
@@ -76,7 +90,30 @@ ATTENTION_CASES = [
             ),
             ("list and tensor", with_argument(1, lambda t: [t]), TypeError, "a: expected two tensors or two lists"),
             ("inputs", with_options(inputs="scores"), ValueError, "inputs: expected one of"),
-            ("metric", with_options(metric="cosine"), ValueError, "metric: expected one of"),
+            ("metric", with_options(metric="l2"), ValueError, "metric: expected one of"),
+            ("scores", with_options(inputs="scores"), ValueError, "metric: expected one of ('mse', 'l1', 'cosine')"),
+            ("temperature", with_options(temperature=2.0), ValueError, "temperature: expected 1 for probs, which have"),
+            ("no temperature", with_options(inputs="logits", temperature=0), ValueError, "temperature: expected a"),
+            ("side", with_options(stop_gradient="q"), ValueError, "stop_gradient: expected one of ('a', 'b')"),
+            ("flag", with_options(head_mean=1), TypeError, "head_mean: expected True or False"),
+            (
+                "no heads",
+                lambda args, options: ((args[0][0, 0], args[1][0, 0]), options | {"head_mean": True}),
+                ValueError,
+                "a: expected [..., H, Q, K] with K >= 1",
+            ),
+            (
+                "mask a head",
+                with_options(mask=MASK.expand(3, 4, 5), head_mean=True),
+                ValueError,
+                "mask: expected one for all heads with head_mean",
+            ),
+            (
+                "learned mask",
+                with_options(mask=torch.ones(4, 5, requires_grad=True), inputs="logits"),
+                ValueError,
+                "mask: no gradient is provided",
+            ),
             ("mask", with_options(mask=torch.ones(4, 5)), TypeError, "mask: expected a bool tensor"),
             ("mask shape", with_options(mask=MASK[:, :3]), ValueError, "mask: expected a shape that broadcasts"),
             ("weights", with_options(layer_weights=[1.0]), ValueError, "layer_weights: expected None for single maps"),
@@ -91,7 +128,7 @@ ATTENTION_CASES = [
         two_logits,
         eager_attention,
         shapes=MAP_SHAPES,
-        options=[{"inputs": "logits", "metric": m} for m in ("js", "kl", "sym_kl", "mse", "l1")],
+        options=[{"inputs": "logits", "metric": m} for m in METRICS],
     ),
     Case(
         "attention_consistency_loss with a mask",
@@ -99,7 +136,20 @@ ATTENTION_CASES = [
         two_logits,
         eager_attention,
         shapes=MASKED_SHAPES,
-        options=[{"inputs": "logits", "metric": m, "mask": MASK} for m in ("js", "kl", "sym_kl", "mse", "l1")],
+        options=[{"inputs": "logits", "metric": m, "mask": MASK} for m in METRICS],
+    ),
+    Case(
+        "attention_consistency_loss with options",
+        fastloss.attention_consistency_loss,
+        two_logits,
+        eager_attention,
+        shapes=MASKED_SHAPES[::2],
+        options=[
+            {"inputs": "scores", "metric": "mse", "mask": ADDED},
+            {"inputs": "logits", "metric": "js", "mask": ADDED, "temperature": 1.5},
+            {"inputs": "logits", "metric": "kl", "mask": MASK, "temperature": 0.5, "head_mean": True},
+            {"inputs": "scores", "metric": "cosine", "head_mean": True},
+        ],
     ),
     Case(
         "attention_consistency_loss of layers",

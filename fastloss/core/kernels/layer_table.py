@@ -81,6 +81,13 @@ def float32_pointer_of(values, layer, starts, TABLE: tl.constexpr):
 
 
 @triton.jit
+def pointer_to(values, layer, starts, DTYPE: tl.constexpr, TABLE: tl.constexpr):
+    """The layer's pointer in a column of pointers to elements of another type than the first column's."""
+    found = _entry(values, layer, starts, TABLE)
+    return found if TABLE.dtype is None else found.to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
 def start_of(layer, starts, TABLE: tl.constexpr):
     if TABLE.dtype is None:
         return number_of(starts, layer, starts, TABLE)

@@ -1,0 +1,245 @@
+// Divergences of attention maps, row by row, as fastloss/attention/attention_maps.py defines them: one call forward and
+// one backward for all layers. A thread makes a row of both maps float32, leaves masked keys out, and compares them.
+
+#include "attention/attention_maps.h"
+#include "core/constants.h"
+#include "core/isa.h"
+#include "core/op.h"
+#include "core/parallel.h"
+
+#include <array>
+
+#define FASTLOSS_KERNELS "attention/attention_maps_simd.h"
+#include "core/for_each_isa.h"
+
+namespace fastloss {
+namespace {
+
+struct Inputs {
+  std::vector<Tensor> a, b, masks;
+  std::vector<double> weights;
+  std::string inputs, metric;
+  double temperature;
+  std::string reduction;
+  FASTLOSS_FIELDS(a, b, masks, weights, inputs, metric, temperature, reduction)
+};
+struct Saved {
+  Tensor statistics, scales;
+  FASTLOSS_FIELDS(statistics, scales)
+};
+struct Needs {
+  bool a, b;
+  FASTLOSS_FIELDS(a, b)
+};
+
+MapMetric metric_of(const std::string& name) {
+  if (name == "js") return MapMetric::js;
+  if (name == "kl") return MapMetric::kl;
+  if (name == "sym_kl") return MapMetric::sym_kl;
+  if (name == "mse") return MapMetric::mse;
+  if (name == "l1") return MapMetric::l1;
+  STD_TORCH_CHECK(name == "cosine", "attention_maps: unknown metric ", name);
+  return MapMetric::cosine;
+}
+
+// Which of its numbers the statistics of a row are, in order.
+std::vector<float MapStatistics::*> kept_of(MapMetric metric, bool logits) {
+  using S = MapStatistics;
+  if (logits) return {&S::peak_a, &S::log_a, &S::peak_b, &S::log_b, &S::inner_a, &S::inner_b, &S::scale};
+  if (metric == MapMetric::cosine) return {&S::peak_a, &S::log_a, &S::peak_b};
+  if (metric == MapMetric::mse || metric == MapMetric::l1) return {&S::scale};
+  return {};
+}
+
+struct Layer {
+  Tensor a, b;  // [rows, keys] in memory
+  std::optional<Operand> mask;
+  int64_t rows, keys;
+  int64_t first_row;  // of the rows of all layers
+};
+// Rows begin .. end of a layer; what a thread takes at a time.
+struct Block {
+  int64_t layer, begin, end;
+};
+
+std::vector<int64_t> all_dims(const Tensor& t) {
+  std::vector<int64_t> order;
+  for (int64_t d = 0; d < t.dim(); ++d)
+    if (t.size(d) != 1) order.push_back(d);
+  return order;
+}
+
+// 1 / the keys that take part, 0 where none does
+double inverse_count(const float* mask, int64_t keys) {
+  int64_t count = keys;
+  if (mask) {
+    count = 0;
+    for (int64_t i = 0; i < keys; ++i) count += mask[i] != 0.0f;
+  }
+  return count ? 1 / static_cast<double>(count) : 0.0;
+}
+
+struct Plan {
+  std::vector<Layer> layers;
+  std::vector<Block> blocks;
+  MapMetric metric;
+  Preparation how;
+  MapKernels kernels;
+  std::vector<float MapStatistics::*> kept;
+  int64_t rows = 0, most_keys = 0;
+  ScalarType dtype;
+
+  explicit Plan(const Inputs& x) : metric(metric_of(x.metric)) {
+    const bool logits = x.inputs == "logits", masked = !x.masks.empty();
+    STD_TORCH_CHECK(!x.a.empty() && x.b.size() == x.a.size() && x.weights.size() == x.a.size() &&
+                        (!masked || x.masks.size() == x.a.size()),
+                    "attention_maps: expected a, b and weights of as many layers");
+    dtype = x.a[0].scalar_type();
+    how = {logits, x.inputs == "scores", masked && x.masks[0].scalar_type() != ScalarType::Bool,
+           static_cast<float>(x.temperature)};
+    kernels = FASTLOSS_PICK(map_kernels(metric, logits));
+    kept = kept_of(metric, logits);
+    for (size_t i = 0; i < x.a.size(); ++i) {
+      const Tensor &a = x.a[i], &b = x.b[i];
+      bool fits = a.dim() >= 1 && a.dim() == b.dim() && a.scalar_type() == dtype && b.scalar_type() == dtype &&
+                  (!masked || x.masks[i].dim() == a.dim());
+      for (int64_t d = 0; fits && d < a.dim(); ++d)
+        fits = a.size(d) == b.size(d) && (!masked || x.masks[i].size(d) == a.size(d));
+      STD_TORCH_CHECK(fits && a.size(a.dim() - 1) > 0, "attention_maps: the maps of layer ", i, " do not fit");
+      const int64_t keys = a.size(a.dim() - 1), count = a.numel() / keys;
+      layers.push_back({as_contiguous(a), as_contiguous(b), std::nullopt, count, keys, rows});
+      if (masked) layers.back().mask.emplace(x.masks[i], all_dims(x.masks[i]));
+      const int64_t step = std::max<int64_t>(1, kBlockElements / keys);
+      for (int64_t row = 0; row < count; row += step)
+        blocks.push_back({static_cast<int64_t>(i), row, std::min(count, row + step)});
+      rows += count;
+      most_keys = std::max(most_keys, keys);
+    }
+  }
+
+  void prepare(const float* from, const float* mask, int64_t n, float* to) const {
+    kernels.prepare_float(from, mask, how, n, to);
+  }
+  void prepare(const BFloat16* from, const float* mask, int64_t n, float* to) const {
+    kernels.prepare_bfloat16(from, mask, how, n, to);
+  }
+  void prepare(const Half* from, const float* mask, int64_t n, float* to) const {
+    kernels.prepare_half(from, mask, how, n, to);
+  }
+  void write(const float* from, const float* mask, const float* scores, int64_t n, float* to) const {
+    kernels.write_float(from, mask, scores, n, to);
+  }
+  void write(const float* from, const float* mask, const float* scores, int64_t n, BFloat16* to) const {
+    kernels.write_bfloat16(from, mask, scores, n, to);
+  }
+  void write(const float* from, const float* mask, const float* scores, int64_t n, Half* to) const {
+    kernels.write_half(from, mask, scores, n, to);
+  }
+
+  // body(layer, block, its index, row, the row's mask or null, room for rows) for all rows, over torch's threads.
+  template <typename T, typename Body>
+  void each_row(const Body& body) const {
+    over_threads(0, static_cast<int64_t>(blocks.size()), 2, [&](int64_t first, int64_t last) {
+      const int64_t width = whole_vectors(most_keys);
+      std::vector<float> room(5 * width);
+      for (int64_t k = first; k < last && going_on(); ++k) {
+        const Block& block = blocks[k];
+        const Layer& layer = layers[block.layer];
+        Row row{&room[0], &room[width], &room[2 * width], &room[3 * width], layer.keys, 0};
+        for (int64_t r = block.begin; r < block.end; ++r) {
+          const int64_t start = r * layer.keys;
+          const float* mask = layer.mask ? layer.mask->read(start, layer.keys, &room[4 * width]) : nullptr;
+          prepare(input<T>(layer.a) + start, mask, layer.keys, row.a);
+          prepare(input<T>(layer.b) + start, mask, layer.keys, row.b);
+          if (how.added) mask = nullptr;
+          row.mean = inverse_count(mask, layer.keys);
+          body(layer, k, r, mask, row);
+        }
+      }
+    });
+  }
+};
+
+std::tuple<Tensor, Saved> maps_fwd(const Inputs& x) {
+  const Plan plan(x);
+  const int64_t kept = static_cast<int64_t>(plan.kept.size());
+  Saved saved{new_float32({kept, plan.rows}), new_float32(static_cast<int64_t>(x.a.size()))};
+  const bool each = x.reduction == "none";
+  Tensor out = each ? new_float32(plan.rows) : new_float32();
+  float *statistics = output<float>(saved.statistics), *scales = output<float>(saved.scales), *to = output<float>(out);
+  std::vector<double> sums(plan.blocks.size());
+  std::vector<int64_t> counts(plan.blocks.size());
+  for_dtype(plan.dtype, "attention_maps", [&](auto element) {
+    plan.each_row<decltype(element)>(
+        [&](const Layer& layer, int64_t block, int64_t r, const float* mask, const Row& row) {
+          MapStatistics s{};
+          s.scale = static_cast<float>(row.mean);
+          const RowValue got = plan.kernels.forward(row, s);
+          for (int64_t k = 0; k < kept; ++k) statistics[k * plan.rows + layer.first_row + r] = s.*plan.kept[k];
+          if (each) to[layer.first_row + r] = static_cast<float>(got.value * x.weights[plan.blocks[block].layer]);
+          sums[block] += got.value;
+          counts[block] += got.counts;
+        });
+  });
+  std::vector<double> of_layer(plan.layers.size());
+  std::vector<int64_t> counted(plan.layers.size());
+  for (size_t k = 0; k < sums.size(); ++k) {  // in order, whatever the number of threads
+    of_layer[plan.blocks[k].layer] += sums[k];
+    counted[plan.blocks[k].layer] += counts[k];
+  }
+  double total = 0;
+  for (size_t i = 0; i < of_layer.size(); ++i) {
+    const double scale = x.reduction == "mean" ? 1 / static_cast<double>(std::max<int64_t>(counted[i], 1)) : 1.0;
+    scales[i] = static_cast<float>(scale);
+    total += of_layer[i] * scale * x.weights[i];
+  }
+  if (!each) *to = static_cast<float>(total);
+  return {out, saved};
+}
+
+std::vector<Tensor> maps_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, const Needs& needs) {
+  const Plan plan(x);
+  const int64_t kept = static_cast<int64_t>(plan.kept.size());
+  const bool each = x.reduction == "none";
+  const Tensor upstream = as_contiguous(grad), statistics = as_contiguous(saved.statistics);
+  STD_TORCH_CHECK(grad.scalar_type() == ScalarType::Float && grad.numel() == (each ? plan.rows : 1),
+                  "attention_maps: grad is not float32, or has another shape than the loss");
+  STD_TORCH_CHECK(statistics.numel() == kept * plan.rows && saved.scales.numel() == static_cast<int64_t>(x.a.size()),
+                  "attention_maps: the statistics do not fit");
+  std::vector<Tensor> grads;
+  for (const bool of_b : {false, true}) {
+    if (of_b ? !needs.b : !needs.a) continue;
+    for (const Tensor& t : of_b ? x.b : x.a) {
+      std::vector<int64_t> sizes;
+      for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
+      grads.push_back(torch::stable::new_empty(t, sizes, plan.dtype));
+    }
+  }
+  const float *g = input<float>(upstream), *from = input<float>(statistics), *scales = input<float>(saved.scales);
+  const double of_input = plan.how.logits ? 1 / x.temperature : 1.0;
+  const size_t first_b = needs.a ? x.a.size() : 0;
+  for_dtype(plan.dtype, "attention_maps", [&](auto element) {
+    using T = decltype(element);
+    plan.each_row<T>([&](const Layer& layer, int64_t block, int64_t r, const float* mask, const Row& row) {
+      MapStatistics s{};
+      for (int64_t k = 0; k < kept; ++k) s.*plan.kept[k] = from[k * plan.rows + layer.first_row + r];
+      const int64_t i = plan.blocks[block].layer, start = r * layer.keys;
+      const double weight = static_cast<double>(scales[i]) * x.weights[i] * of_input;
+      const RowGradient to{static_cast<float>(g[each ? layer.first_row + r : 0] * weight),
+                           needs.a ? row.more_a : nullptr, needs.b ? row.more_b : nullptr};
+      plan.kernels.backward(row, s, to);
+      const float *scores_a = plan.how.scores ? row.a : nullptr, *scores_b = plan.how.scores ? row.b : nullptr;
+      if (needs.a) plan.write(to.a, mask, scores_a, layer.keys, output<T>(grads[i]) + start);
+      if (needs.b) plan.write(to.b, mask, scores_b, layer.keys, output<T>(grads[first_b + i]) + start);
+    });
+  });
+  return grads;
+}
+
+}  // namespace
+}  // namespace fastloss
+
+STABLE_TORCH_LIBRARY_IMPL(fastloss, CPU, m) {
+  m.impl("attention_maps_fwd", FASTLOSS_BOX(&fastloss::maps_fwd));
+  m.impl("attention_maps_bwd", FASTLOSS_BOX(&fastloss::maps_bwd));
+}
