@@ -73,9 +73,7 @@ def _maps_fwd_kernel(
     ptrs = (a_ptr, b_ptr, mask_ptr)
     a, b, keep, _, _ = read(ptrs, tile, 0, keys, sizes, temperature, KIND)
     taking = tl.sum(keep.to(tl.int32), 1) if KIND.mask == "kept" else tl.full((KIND.rows,), 1, tl.int32) * keys
-    of_a, of_b = None, None
-    if KIND.inputs == "logits" or KIND.metric == "cosine":
-        of_a, of_b = normalisers(ptrs, tile, a, b, keys, sizes, temperature, KIND)
+    of_a, of_b = normalisers(ptrs, tile, a, b, keys, sizes, temperature, KIND)
     counts = tile.there
     if KIND.inputs == "logits":
         counts = counts & (of_a.peak != float("-inf")) & (of_b.peak != float("-inf"))

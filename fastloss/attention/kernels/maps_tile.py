@@ -221,7 +221,7 @@ def normalisers(ptrs, tile, a, b, keys, sizes, temperature, KIND: tl.constexpr):
                 total_a, total_b = total_a * shrink_a + more_a, total_b * shrink_b + more_b
                 peak_a, peak_b = higher_a, higher_b
         return _softmax_of(peak_a, total_a, KIND), _softmax_of(peak_b, total_b, KIND)
-    else:
+    elif KIND.metric == "cosine":
         total_a, total_b = tl.sum(a * a, 1), tl.sum(b * b, 1)
         if KIND.more:
             for start in range(KIND.keys, keys, KIND.keys):
@@ -229,6 +229,9 @@ def normalisers(ptrs, tile, a, b, keys, sizes, temperature, KIND: tl.constexpr):
                 total_a += tl.sum(a * a, 1)
                 total_b += tl.sum(b * b, 1)
         return Softmax(total_a, total_a, _inverse_norm(total_a)), Softmax(total_b, total_b, _inverse_norm(total_b))
+    else:
+        none = tl.zeros((KIND.rows,), tl.float32)
+        return Softmax(none, none, none), Softmax(none, none, none)
 
 
 @triton.jit
@@ -242,7 +245,7 @@ def statistics(statistics_ptr, tile, all_rows, COUNT: tl.constexpr):
     """What was kept of the rows."""
     found = ()
     for k in tl.static_range(COUNT):
-        found = found + (tl.load(statistics_ptr + k * all_rows + tile.kept, mask=tile.there, other=0.0)[:, None],)
+        found = found + (tl.load(statistics_ptr + k * all_rows + tile.kept, mask=tile.there, other=0.0)[:, None],)  # type: ignore[assignment]
     return found
 
 
