@@ -7,15 +7,15 @@ The mean of the logits is the logit of the group's mean text, so that no pair is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..core import check_not_empty, full_precision, reduce_rows, result_dtype
 from .checks import counted, dropped_rows
 from .embeddings import are_bfloat16, inverse_norm, scale_of_rows, upcast_on_cpu
-from .groups import sums_of_groups
+from .groups import sum_of_group
 from .ops.softmax_stats import Inputs, softmax_statistics
 
 
@@ -48,46 +48,57 @@ def check_paired(image: Tensor, text: Tensor, weights: Tensor | None, reduction:
             raise ValueError(f"{name}: expected as many texts as images, got {rows} images, {columns} texts")
 
 
-def rows_against(own: Side, other: Side, x: GroupedClip, dropped: Tensor | None) -> Tensor:
+Found = tuple[Tensor, Tensor, Tensor]  # of rows [M]: log-sum-exp, mean logit of the positives, how many these are
+
+
+def rows_against(
+    own: Side, other: Side, x: GroupedClip, dropped: Tensor | None, among: Callable[..., Found] | None = None
+) -> Tensor:
     """The losses [M] of `own` rows against the other side's; 0 without gradient for a row without a positive.
 
-    Of `dropped` rows [M] nothing arrives in a sum over rows.
+    Of `dropped` rows [M] nothing arrives in a sum over rows. `among` looks among the columns of other ranks too.
     """
     dtype = result_dtype(own.embeddings, other.embeddings)
     bfloat16 = are_bfloat16(own.embeddings, other.embeddings)
     rows, columns = upcast_on_cpu(own.embeddings), upcast_on_cpu(other.embeddings)
     column_scale = inverse_norm(columns, dtype) if x.normalize else None
     row_scale = scale_of_rows(inverse_norm(rows, dtype) if x.normalize else None, x.scale, rows, dtype)
-    (stats,) = softmax_statistics(Inputs(
+    inputs = Inputs(
         rows, columns, row_scale, column_scale, None, None, None, None, None,
         False, False, False, False, bfloat16, 0.0, x.workspace_mib,
-    ))  # fmt: skip
-    vectors = columns.to(dtype) if column_scale is None else columns * column_scale[:, None]
-    target, count = means_of_groups(vectors, other.groups, own.groups)
-    if x.label_smoothing > 0:
-        target = target + x.label_smoothing * (vectors.sum(0) / max(vectors.shape[0], 1) - target)
-    loss = stats[0] - row_scale * (rows.to(dtype) * target).sum(1)
+    )  # fmt: skip
+    lse, mean, count = (_among if among is None else among)(inputs, own.groups, other.groups, x.label_smoothing)
     left_out = count == 0 if dropped is None else (count == 0) | dropped
-    return loss.masked_fill(left_out, 0.0)
+    return (lse - mean).masked_fill(left_out, 0.0)
+
+
+def _among(x: Inputs, row_groups: Tensor, column_groups: Tensor, label_smoothing: float) -> Found:
+    dtype = x.row_scale.dtype
+    (stats,) = softmax_statistics(x)
+    vectors = x.key.to(dtype) if x.column_scale is None else x.key * x.column_scale[:, None]
+    target, count = means_of_groups(vectors, column_groups, row_groups)
+    if label_smoothing > 0:
+        target = target + label_smoothing * (vectors.sum(0) / max(vectors.shape[0], 1) - target)
+    return stats[0], x.row_scale * (x.query.to(dtype) * target).sum(1), count
 
 
 def means_of_groups(vectors: Tensor, groups: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """[M, D]: the mean of the `vectors` [N, D] of each `wanted` group [M], 0 where there are none; and how many."""
-    ordered = groups.sort().values
-    first, end = torch.searchsorted(ordered, wanted), torch.searchsorted(ordered, wanted, right=True)
-    count = end - first
-    if vectors.shape[0] == 0:
-        return vectors.new_zeros(wanted.shape[0], vectors.shape[1]), count
-    sums = sums_of_groups(vectors, torch.searchsorted(ordered, groups))
-    means = sums[first.clamp_max(vectors.shape[0] - 1)] / count.clamp_min(1).to(vectors.dtype)[:, None]
-    return means.masked_fill((count == 0)[:, None], 0.0), count
+    sums, count = sum_of_group(vectors, groups, wanted)
+    return sums / count.clamp_min(1).to(vectors.dtype)[:, None], count
 
 
-def directions(own: tuple[Side, Side], everyone: tuple[Side, Side], x: GroupedClip) -> tuple[Tensor, Tensor]:
-    """The losses of the `own` images [M] against everyone's texts, and of the own texts [N] against all images."""
+def directions(
+    own: tuple[Side, Side],
+    everyone: tuple[Side, Side],
+    x: GroupedClip,
+    among: tuple[Callable[..., Found] | None, Callable[..., Found] | None] = (None, None),
+) -> tuple[Tensor, Tensor]:
+    """The losses of the `own` images [M] against everyone's texts, and of the own texts [N] against all images. `among`
+    looks among texts and images where everyone's are not there."""
     dropped = dropped_rows(x.weights)
-    of_images = rows_against(own[0], everyone[1], x, dropped)
-    of_texts = rows_against(own[1], everyone[0], x, dropped)
+    of_images = rows_against(own[0], everyone[1], x, dropped, among[0])
+    of_texts = rows_against(own[1], everyone[0], x, dropped, among[1])
     if x.bias is not None:
         of_images = of_images + 0.0 * x.bias
     return of_images, of_texts

@@ -54,3 +54,14 @@ def sums_of_groups(vectors: Tensor, group: Tensor) -> Tensor:
     if vectors.is_cuda:
         return torch.zeros_like(vectors).index_put((group,), vectors, accumulate=True)
     return torch.zeros_like(vectors).index_add(0, group, vectors)
+
+
+def sum_of_group(vectors: Tensor, groups: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """[M, D]: the sum of the `vectors` [N, D] of each `wanted` group [M], 0 where there are none; and how many."""
+    ordered = groups.sort().values
+    first, end = torch.searchsorted(ordered, wanted), torch.searchsorted(ordered, wanted, right=True)
+    count = end - first
+    if vectors.shape[0] == 0:
+        return vectors.new_zeros(wanted.shape[0], vectors.shape[1]), count
+    sums = sums_of_groups(vectors, torch.searchsorted(ordered, groups))
+    return sums[first.clamp_max(vectors.shape[0] - 1)].masked_fill((count == 0)[:, None], 0.0), count

@@ -26,7 +26,6 @@ from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import (
     SAMPLING_HINTS,
     TEMPERATURE_HINTS,
-    Columns,
     ContrastiveOutput,
     NegativeSampling,
     SoftmaxOptions,
@@ -47,11 +46,11 @@ def nt_xent_rows(
     form: SoftmaxOptions,
     workspace_mib: float,
     dropped: Tensor | None,
-    gather: Callable[[Columns], Columns] | None = None,
+    statistics: Callable[[Inputs], Tensor] = softmax_statistics,
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch.
 
-    `gather` gives the views of all ranks, this rank's own first, from its own.
+    `statistics` finds those of the negatives, of which other ranks may have a part.
     """
     dtype = result_dtype(view_a, view_b)
     rows = view_a.shape[0]
@@ -64,13 +63,10 @@ def nt_xent_rows(
         positive = positive * norms.roll(rows)
     logit_limit = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
-    own = Columns(views, norms, both)
-    columns = own if gather is None else gather(own)
-    x = Inputs(
-        views, columns.embeddings, row_scale, columns.inverse_norms, None, partner, both, columns.ids, logit_limit,
-        gather is not None, False, gather is None, moments, False, hardness, workspace_mib,
-    )  # fmt: skip
-    stats = softmax_statistics(x)
+    stats = statistics(Inputs(
+        views, views, row_scale, norms, None, partner, both, both, logit_limit, False, False, True, moments, False,
+        hardness, workspace_mib,
+    ))  # fmt: skip
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
     return out._replace(lse=_left_out(dropped, out.lse))
 

@@ -152,12 +152,14 @@ def _needs(*inputs: tuple[int, Tensor | None]) -> int:
 
 
 def softmax_rows(
-    x: QueryKey, dropped: Tensor | None, statistics: Callable[[stats_op.Inputs], Tensor] = stats_op.softmax_statistics
+    x: QueryKey,
+    dropped: Tensor | None,
+    statistics: Callable[[stats_op.Inputs, str], Tensor] = lambda x, columns: stats_op.softmax_statistics(x),
 ) -> ContrastiveOutput:
     """Row losses [M] of the forms with one positive per row; of a symmetric one the mean of the two directions.
 
-    Of `dropped` rows [M] nothing arrives in a sum over rows. `statistics` finds those of the in-batch negatives, of
-    which other ranks may make a part.
+    Of `dropped` rows [M] nothing arrives in a sum over rows. `statistics` finds those of the keys or the shared
+    negatives (its second argument says of which), of which other ranks may have a part.
     """
     query, key, negatives, scale, bias, targets, form = x.query, x.key, x.negatives, x.scale, x.bias, x.targets, x.form
     dtype = result_dtype(query, key, negatives)
@@ -184,7 +186,7 @@ def softmax_rows(
         stats = _left_out(dropped, statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
             logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, x.workspace_mib,
-        )))  # fmt: skip
+        ), "key"))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         found = per_query_statistics(query, negatives, x.negatives_mask, row_scale, form, logit_limit, moments, dropped)
         extra = _left_out(dropped, found)
@@ -194,11 +196,11 @@ def softmax_rows(
         negatives = upcast_on_cpu(negatives)
         covered = key_ids is not None and key_ids.shape[0] > keys
         row_ids, column_ids = (query_ids, key_ids[keys:]) if covered else (None, None)  # type: ignore[index]
-        extra = _left_out(dropped, stats_op.softmax_statistics(stats_op.Inputs(
+        extra = _left_out(dropped, statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_norm(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, logit_limit,
             False, False, False, moments, bfloat16_negatives, hardness, x.workspace_mib,
-        )))  # fmt: skip
+        ), "negatives"))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])
         stats = extra

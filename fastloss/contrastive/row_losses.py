@@ -65,6 +65,27 @@ def statistics(logits: Tensor, allowed: Tensor, moments: bool, hardness: float) 
     return torch.stack(stats)
 
 
+def slopes(logits: Tensor, allowed: Tensor, stats: Tensor, grad: Tensor, moments: bool, hardness: float) -> Tensor:
+    """[M, C]: the gradients of logits of which, or of more than which, `stats` [S, M] are the statistics."""
+
+    def share(exponent: Tensor, lse: Tensor, upstream: Tensor) -> Tensor:
+        finite = lse.masked_fill(lse == -math.inf, 0.0)
+        return upstream[:, None] * (exponent - finite[:, None]).exp()
+
+    known, given = Statistics(*stats.unbind()), Statistics(*grad.unbind())
+    total = share(logits, known.lse, given.lse)
+    if moments:
+        assert given.sum is not None
+        total = total + given.sum[:, None]
+    if hardness:
+        assert known.lse_1p_beta is not None and known.lse_beta is not None
+        assert given.lse_1p_beta is not None and given.lse_beta is not None
+        below = logits - known.max.masked_fill(known.max == -math.inf, 0.0)[:, None]
+        total = total + (1 + hardness) * share((1 + hardness) * below, known.lse_1p_beta, given.lse_1p_beta)
+        total = total + hardness * share(hardness * below, known.lse_beta, given.lse_beta)
+    return total.masked_fill(~allowed, 0.0)
+
+
 def merged(one: Tensor, two: Tensor, moments: bool, hardness: float) -> Tensor:
     """Statistics [S, M] of the union of two sets of negatives."""
     none = (one == -math.inf) & (two == -math.inf)  # whose log-sum-exp has the gradient NaN

@@ -26,6 +26,7 @@ are made so, with H rounded to bfloat16.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -154,6 +155,26 @@ siglip = Op(
     outputs=("loss", *Saved._fields),
     triton="contrastive.kernels.siglip",
 )
+
+
+def loss_and_gradients(x: Inputs) -> tuple[Tensor, Saved]:
+    """What the op's forward makes, by whatever backend: of the reference the gradients that `needs` asks for too."""
+    if siglip.backend(*x) != "reference":
+        loss, *saved = siglip.outputs_of(x)
+        return loss, Saved(*saved)
+    needs = 0 if x.row_weight is None else x.needs
+    asked = {
+        "image": needs & IMAGE,
+        "text": needs & TEXT,
+        "scale": needs & SCALE_AND_BIAS,
+        "bias": needs & SCALE_AND_BIAS,
+    }
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name, flag in asked.items() if flag}
+    with torch.set_grad_enabled(bool(leaves)):
+        loss = siglip_reference(x._replace(**leaves))
+    grads = torch.autograd.grad(loss, list(leaves.values())) if leaves else ()
+    found = dict(zip(leaves, grads, strict=True))
+    return loss.detach(), Saved(*[found.get(name, loss.new_empty(0)) for name in asked])
 
 
 def _row_weight(weights: Tensor | None, reduction: str, like: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -301,8 +322,13 @@ def siglip_loss(
     return checked_siglip_loss(x) if group is None else across_ranks().siglip_loss(x, group, exchange)
 
 
-def checked_siglip_loss(x: SigLip, shares: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
-    """`shares`, of images and texts, where the groups of other ranks count too; else the groups' own."""
+def checked_siglip_loss(
+    x: SigLip,
+    shares: tuple[Tensor | None, Tensor | None] = (None, None),
+    across_ranks: Callable[[Inputs], Tensor] | None = None,
+) -> Tensor:
+    """`shares`, of images and texts, where the groups of other ranks count too; else the groups' own. `across_ranks` is
+    the op where the texts of other ranks count too; `x` has what there is of texts but the embeddings of all ranks."""
     dtype = result_dtype(x.image, x.text)
     dropped = dropped_rows(x.weights)
     ids, soft_labels = x.ids, False
@@ -310,7 +336,7 @@ def checked_siglip_loss(x: SigLip, shares: tuple[Tensor | None, Tensor | None] =
         ids, soft_labels = (x.groups.of_images, x.groups.of_texts), x.groups.soft_labels
         if shares[0] is None:
             shares = x.groups.shares(None if dropped is None else ~dropped, dtype)
-    image, text = without(x.image, dropped), counted(x.text, dropped)
+    image, text = without(x.image, dropped), x.text if across_ranks else counted(x.text, dropped)
     with full_precision(image):
         row_weight = _row_weight(x.weights, x.reduction, image, dtype)
         scale, bias = (
@@ -320,10 +346,11 @@ def checked_siglip_loss(x: SigLip, shares: tuple[Tensor | None, Tensor | None] =
         if torch.is_grad_enabled() and row_weight is not None:
             numbers = scale.requires_grad or bias.requires_grad
             needs = IMAGE * image.requires_grad + TEXT * text.requires_grad + SCALE_AND_BIAS * numbers
-        out = siglip(*Inputs(
+        inputs = Inputs(
             image, text, scale, bias, *ids, *shares, row_weight, x.normalize, x.negative_only, soft_labels, needs,
             x.workspace_mib,
-        ))  # fmt: skip
+        )  # fmt: skip
+        out = siglip(*inputs) if across_ranks is None else across_ranks(inputs)
     return out if row_weight is not None else reduce_rows(out, x.weights, x.reduction)
 
 

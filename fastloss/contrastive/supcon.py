@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from .checks import (
     scale_of,
 )
 from .embeddings import scale_of_rows, self_operands
-from .groups import sums_of_groups
+from .groups import sum_of_group
 from .ops.softmax_stats import Inputs, softmax_statistics
 from .options import SUPCONTRAST_HINTS, TEMPERATURE_HINTS, Columns, ContrastiveOutput, may_return_lse
 from .query_key_losses import _left_out
@@ -144,6 +144,14 @@ class SupConLoss(Loss):
     fn = staticmethod(supcon_loss)
 
 
+class Among(NamedTuple):
+    """What rows find among those that they are compared with."""
+
+    stats: Tensor  # [2, M], of the logits: log-sum-exp and maximum
+    positives: Tensor | None  # [M], the sum of the logits of the rows of the same label; None where no labels are asked
+    number: Tensor | None  # [M], how many these are
+
+
 def supcon_rows(
     features: Tensor,
     labels: Tensor,
@@ -153,47 +161,54 @@ def supcon_rows(
     return_lse: bool,
     workspace_mib: float,
     dropped: Tensor | None,
-    gather: Callable[[Columns], Columns] | None = None,
+    among: Callable[[Inputs, Tensor | None], Among] | None = None,
 ) -> ContrastiveOutput:
     """Row losses [M]: log-sum-exp over the other rows minus the mean logit of the row's positives.
 
-    `gather` gives the rows of all ranks, this rank's own first, from its own.
-
-    The mean comes from the sum of each label's rows, in O(M D). `top1` is right with `return_lse` only: it takes the
-    largest logit of the rows of other labels beside that of all, a second call of the op.
+    `among` looks among the rows of other ranks too. `top1` is right with `return_lse` only: it takes the largest logit
+    of the rows of other labels beside that of all, a second call of the op.
     """
     dtype = result_dtype(features)
     rows, norms = self_operands(features, dtype, normalize)
     row_scale = scale_of_rows(norms, scale, rows, dtype)
-    own = Columns(rows, norms, labels)
-    columns = own if gather is None else gather(own)
-    vectors = _vectors(own, dtype)
-    all_vectors = vectors if gather is None else _vectors(columns, dtype)
+    among = _among_themselves if among is None else among
 
-    def statistics_of(others: bool) -> tuple[Tensor, ...]:
-        row_ids, column_ids = (None, None) if others else (labels, columns.ids)
+    def found(others: bool, of_labels: Tensor | None) -> Among:
+        ids = None if others else labels
         x = Inputs(
-            rows, columns.embeddings, row_scale, columns.inverse_norms, None, None, row_ids, column_ids, None,
-            gather is not None, False, gather is None, False, False, 0.0, workspace_mib,
+            rows, rows, row_scale, norms, None, None, ids, ids, None, False, False, True, False, False, 0.0,
+            workspace_mib,
         )  # fmt: skip
-        return softmax_statistics(x)[0].unbind(0)
+        return among(x, of_labels)
 
-    lse, row_max = statistics_of(include_positive)
-    assert columns.ids is not None
-    ordered = columns.ids.sort().values
-    group, end = torch.searchsorted(ordered, labels), torch.searchsorted(ordered, labels, right=True)
-    count = (end - group - 1).to(dtype)
-    sums = sums_of_groups(all_vectors, group if gather is None else torch.searchsorted(ordered, columns.ids))
-    mean = scale * (vectors * (sums[group] - vectors)).sum(1) / count.clamp_min(1)
+    (lse, row_max), positives, count = found(include_positive, labels)
+    assert positives is not None and count is not None
+    mean = positives / count.to(dtype).clamp_min(1)
     some = lse != -math.inf
     loss = torch.where(some & (count > 0), lse.masked_fill(~some, 0.0) - mean, torch.zeros_like(mean))
     top1 = row_max > -math.inf
     if return_lse:
         with torch.no_grad():
-            _, other_max = statistics_of(not include_positive)
+            other_max = found(not include_positive, None).stats[1]
         top1 = row_max > other_max if include_positive else other_max > row_max
     return ContrastiveOutput(loss, _left_out(dropped, lse), top1 if dropped is None else top1 & ~dropped)
 
 
-def _vectors(x: Columns, dtype: torch.dtype) -> Tensor:
-    return x.embeddings.to(dtype) if x.inverse_norms is None else x.embeddings * x.inverse_norms[:, None]
+def _among_themselves(x: Inputs, labels: Tensor | None) -> Among:
+    stats = softmax_statistics(x)[0]
+    if labels is None:
+        return Among(stats, None, None)
+    return Among(stats, *logits_of_label(x, Columns(x.key, x.column_scale, labels), labels))
+
+
+def logits_of_label(x: Inputs, columns: Columns, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of the logits of each row's positives among the `columns`, the row itself not among them, and how many
+    these are: from the sum of each label's rows, in O(M D)."""
+    dtype = x.row_scale.dtype
+    assert columns.ids is not None
+    vectors = columns.embeddings.to(dtype)
+    if columns.inverse_norms is not None:
+        vectors = vectors * columns.inverse_norms[:, None]
+    sums, count = sum_of_group(vectors, columns.ids, labels)
+    total = (x.query.to(dtype) * (sums - vectors[: labels.shape[0]])).sum(1) * x.row_scale
+    return total, count - 1

@@ -172,6 +172,16 @@ class Op(Differentiable):
         self._fwd_traced = getattr(namespace, name).default
         self._bwd_traced = getattr(namespace, f"{self.name}_bwd_traced").default
 
+    def outputs_of(self, args: tuple) -> tuple:
+        """All that the forward's kernel returns, the saved tensors too, without autograd."""
+        return self._below_autograd(self.fwd, self._fwd_plans, args)
+
+    def gradients(self, have: dict[str, Any], grad: Tensor) -> tuple:
+        """What the backward's kernel makes of `grad`, the forward's inputs and outputs and the needs, all by name."""
+        with_grad = have | {"grad": grad, "incoming": []}
+        got = self._below_autograd(self.bwd, self._bwd_plans, [with_grad[name] for name in self._bwd_wants])
+        return (got,) if isinstance(got, Tensor) else got
+
     def _traced_call(self, args: tuple) -> Any:
         """The call in a graph that is being compiled: its floats may be inputs of the graph."""
         rest, numbers = take_out_numbers(args, self._floats)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +34,11 @@ class Call(NamedTuple):
     fields: str  # "name=value" with "; " between them, which must be the same on all ranks
     numbers: str  # the same of the options that are floats; empty in a compiled graph, where they may be tensors
     size_names: str  # what each size counts, with "," between them
-    sizes: Sequence[int]  # this rank's numbers of rows
-    rows: str  # "equal", "uneven", or the list that was given, with "," between the numbers
+    sizes: list[int]  # this rank's numbers of rows
+    rows: str  # "equal", "uneven", or the lists that were given: "," between ranks, ";" between sizes, "" without one
+
+
+NO_CALL = Call("", "", "", [], "")  # nothing to compare
 
 
 def agree(call: Call, group: Any) -> list[list[int]]:
@@ -100,12 +103,11 @@ def _check_rows(call: Call, sizes: list[list[int]]) -> None:
                         f"where they differ, pass exchange=Exchange(rows='uneven')"
                     )
         return
-    given = [int(count) for count in call.rows.split(",")]
-    for rank, theirs in enumerate(sizes):
-        for name, has in zip(names, theirs, strict=True):
-            wanted = sizes[0][names.index(name)] if name == "negatives" else given[rank]
-            if has != wanted:
-                raise ValueError(
-                    f"{name}: expected {wanted} rows on rank {rank} by Exchange(rows={given}), got {has}"
-                    + (f" and {sizes[0][names.index(name)]} on rank 0" if rank else "")
-                )
+    for kind, (name, of_ranks) in enumerate(zip(names, call.rows.split(";"), strict=True)):
+        first = sizes[0][kind]
+        given = [int(count) for count in of_ranks.split(",")] if of_ranks else [first] * len(sizes)
+        for rank, theirs in enumerate(sizes):
+            if theirs[kind] != given[rank]:
+                by = f" by Exchange(rows={given})" if of_ranks else ""
+                also = f" and {first} on rank 0" if rank else ""
+                raise ValueError(f"{name}: expected {given[rank]} rows on rank {rank}{by}, got {theirs[kind]}{also}")

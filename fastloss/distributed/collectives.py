@@ -1,5 +1,6 @@
 """The exchange as ops: to autograd and torch.compile one node each, which takes the group by its name.
 
+    compared         a tensor as it is, once the ranks have compared what they call; without a gradient
     gather_rows      rows of all ranks, this rank's own first; its gradient: scatter_rows
     scatter_rows     the sum over ranks of what each has for this rank's rows; its gradient: gather_rows
     sum_over_ranks   forward * sum over ranks of x; its gradient: backward * sum over ranks of the upstream gradient
@@ -51,6 +52,26 @@ def described(names: Iterable[str], tensors: Iterable[Tensor]) -> str:
     """What of tensors is to be the same on all ranks: all but the number of rows."""
     shapes = [", ".join(["*", *map(str, t.shape[1:])]) for t in tensors]
     return "; ".join([f"{n} [{s}] {t.dtype}" for n, s, t in zip(names, shapes, tensors, strict=True)])
+
+
+def _compared(
+    x: Tensor,
+    tensors: list[Tensor],
+    names: str,
+    fields: str,
+    numbers: str,
+    size_names: str,
+    sizes: list[int],
+    rows: str,
+    group: str,
+) -> Tensor:
+    own = _group_named(group)
+    agree(Call(f"{fields}; {described(names.split(','), tensors)}", numbers, size_names, sizes, rows), own)
+    return x.clone()
+
+
+def _compared_fake(x, tensors, names, fields, numbers, size_names, sizes, rows, group):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
 
 
 def _gather_rows(
@@ -252,6 +273,11 @@ def _op(name: str, kernel: Callable, fake: Callable, backward: Callable, setup: 
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+def _no_gradient(ctx: Any, grad: Tensor) -> tuple:
+    raise RuntimeError("compared: no gradient is provided")
+
+
+compared = _op("compared", _compared, _compared_fake, _no_gradient, lambda ctx, inputs, output: None)
 gather_rows = _op("gather_rows", _gather_rows, _gather_rows_fake, _gather_backward, _setup_gather)
 scatter_rows = _op("scatter_rows", _scatter_rows, _scatter_rows_fake, _scatter_backward, _setup_scatter)
 sum_over_ranks = _op("sum_over_ranks", _sum_over_ranks, _sum_over_ranks_fake, _sum_backward, _setup_sum)

@@ -103,7 +103,8 @@ class MemoryBank(nn.Module):
 
         ranks = Ranks.of(self.group, Exchange(rows="uneven"))
         sizes, tensors = {"emb": emb.shape[0]}, {"emb": emb, "emb ids": ids}
-        found, counts = ranks.meet({"call": "MemoryBank.push"}, {}, sizes, tensors)
+        meeting = ranks.meet({"call": "MemoryBank.push"}, {}, sizes, tensors)
+        found, counts = meeting.gather(tensors), meeting.counts
         own, world = ranks.group.rank(), ranks.size
         order = [(own + hop) % world for hop in range(world)]  # in which they came
         of_ranks = [counts.of(0)[rank] for rank in order]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...core import Op, result_dtype
 from ..options import Form
-from ..row_losses import statistics
+from ..row_losses import slopes, statistics
 from ..save_plan import exponentials, save_of_stats
 
 
@@ -73,8 +73,8 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def softmax_stats_reference(x: Inputs) -> Tensor:
-    """The statistics [directions, S, M] in dense differentiable torch."""
+def logits_of(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The logits [M, N] in dense differentiable torch, and which of them count for rows and for columns."""
     dtype = result_dtype(x.query, x.key)
     similar = x.row_scale[:, None] * (x.query.to(dtype) @ x.key.to(dtype).T)
     if x.column_scale is not None:
@@ -96,6 +96,12 @@ def softmax_stats_reference(x: Inputs) -> Tensor:
     if x.logit_limit is not None:
         of_rows = allowed & ~(similar.detach() > x.logit_limit[:, None])
         of_columns = allowed & ~(similar.detach() > x.logit_limit) if x.symmetric else allowed
+    return logits, of_rows, of_columns
+
+
+def softmax_stats_reference(x: Inputs) -> Tensor:
+    """The statistics [directions, S, M] in dense differentiable torch."""
+    logits, of_rows, of_columns = logits_of(x)
     sides = [statistics(logits, of_rows, x.moments, x.hardness)]
     if x.symmetric:
         sides.append(statistics(logits.T, of_columns.T, x.moments, x.hardness))
@@ -152,3 +158,25 @@ def softmax_statistics(x: Inputs) -> Tensor:
         )
         x = x._replace(save=save)
     return softmax_stats(*x, backend=backend)
+
+
+def gradients_of_statistics(x: Inputs, stats: Tensor, grad: Tensor, needs: Needs) -> Grads:
+    """The gradients of x where its negatives are a part of those that `stats` [directions, S, M] are of.
+
+    Each logit is made once. So a matrix of logits may be made in blocks: its statistics merged forward, and given to
+    every block backward. `grad` is the gradient of `stats`.
+    """
+    empty = x.row_scale.new_empty(0)
+    if softmax_stats.backend(*x) != "reference":
+        flags = {f"needs_{name}": flag for name, flag in needs._asdict().items()}
+        saved = Saved(stats, empty, empty)
+        return Grads(*softmax_stats.gradients(x._replace(save="")._asdict() | saved._asdict() | flags, grad))
+    leaves = {name: getattr(x, name).detach().requires_grad_() for name, flag in needs._asdict().items() if flag}
+    with torch.enable_grad():
+        logits, of_rows, of_columns = logits_of(x._replace(**leaves))
+    known = logits.detach()
+    upstream = slopes(known, of_rows, stats[0], grad[0], x.moments, x.hardness)
+    if x.symmetric:
+        upstream = upstream + slopes(known.T, of_columns.T, stats[1], grad[1], x.moments, x.hardness).T
+    found = torch.autograd.grad(logits, list(leaves.values()), upstream.to(logits.dtype))
+    return Grads(**(dict.fromkeys(Grads._fields, empty) | dict(zip(leaves, found, strict=True))))

@@ -1,0 +1,217 @@
+"""Statistics of both directions with each similarity made once over all ranks, a block of the logits at a time.
+
+A rank has rows q [m, D]; of columns k [n, D], its own or another rank's, the family's op makes one block of logits and
+finds the statistics of its rows and those of its columns:
+
+    rows      of the blocks of this rank, merged: of each own query over all keys
+    columns   go to the rank that owns them, which merges one part from each rank: of each own key over all queries
+
+The parts are log-sum-exps, maxima and sums, so the merged ones are exact; they are merged in float64, of which there is
+one number a row. Rows that are compared with one another (NT-Xent, SupCon) need half of the blocks, see :func:`shares`.
+
+The op takes as many rows as columns for both directions. Another block is cut into squares, and what is left beside
+them again; of a strip too thin for that each direction is made by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import reduce
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..contrastive.groups import sum_of_group
+from ..contrastive.ops.softmax_stats import Inputs, softmax_statistics
+from ..contrastive.row_losses import merged
+
+Range = tuple[int, int]  # the first, and the one after the last
+MOST_SQUARES = 8  # that a strip beside others is cut into
+
+
+class Side(NamedTuple):
+    """The queries or the keys of a block; None for what the loss does not have."""
+
+    embeddings: Tensor  # [n, D]
+    scale: Tensor | None  # [n], of the products
+    bias: Tensor | None  # [n]
+    ids: Tensor | None  # [n]
+    limit: Tensor | None = None  # [n], of the queries' logits
+    targets: Tensor | None = None  # [n], of the queries among their own rank's keys
+    groups: Tensor | None = None  # [n], whose equal ones are positives; in the sum of positives alone
+
+    @property
+    def rows(self) -> int:
+        return self.embeddings.shape[0]
+
+    def part(self, start: int, end: int) -> Side:
+        fields: Any = [None if t is None else t[start:end] for t in self]
+        return Side(*fields)
+
+    def split(self, counts: Sequence[int]) -> list[Side]:
+        ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+        return [self.part(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def sides_of(x: Inputs) -> tuple[Side, Side]:
+    return (
+        Side(x.query, x.row_scale, None, x.row_ids, x.logit_limit, x.targets),
+        Side(x.key, x.column_scale, x.bias, x.column_ids),
+    )
+
+
+class Share(NamedTuple):
+    """What of a block of two ranks this one makes: its own rows and the other's columns, by their places."""
+
+    rows: Range
+    columns: Range
+
+
+def shares(hop: int, own: int, others: Sequence[int], half: bool, lower: bool) -> Share | None:
+    """The share in the block with the rank `hop` ahead, of `own` rows and that rank's `others[hop]`.
+
+    All of it, or where the two compare the same rows (`half`) what the other one does not make: blocks up to half way
+    around, and of the one just opposite the `lower` rank its first rows, the other all of its own with what is left.
+    """
+    columns, ranks = others[hop], len(others)
+    if not half or hop == 0 or 2 * hop < ranks:
+        return Share((0, own), (0, columns))
+    if 2 * hop > ranks:
+        return None
+    return Share((0, (own + 1) // 2), (0, columns)) if lower else Share((0, own), ((columns + 1) // 2, columns))
+
+
+class Call(NamedTuple):
+    """One call of the op: its inputs, and of which queries and keys it gives statistics (None: of none)."""
+
+    inputs: Inputs
+    queries: Range | None
+    keys: Range | None
+
+
+def calls(x: Inputs, queries: Side, keys: Side, both: bool, own: bool) -> Iterator[Call]:
+    """The op's calls for a block. `own`: of this rank's keys, whose diagonal, targets and symmetry `x` speaks of."""
+    whole = (0, queries.rows), (0, keys.rows)
+    if own and x.self_similarity:
+        yield Call(_between(x, queries, keys), whole[0], None)
+        return
+    x = x._replace(diagonal=x.diagonal and own, self_similarity=False)
+    if not own:
+        queries = queries._replace(targets=None)
+    if not both:
+        yield Call(_between(x, queries, keys), whole[0], None)
+        return
+    for of_queries, of_keys in _cut(whole[0], whole[1]):
+        left, right = queries.part(*of_queries), keys.part(*of_keys)
+        if left.rows == right.rows:
+            diagonal = x.diagonal and of_queries[0] == of_keys[0]
+            yield Call(_between(x._replace(diagonal=diagonal), left, right, symmetric=True), of_queries, of_keys)
+        else:
+            yield Call(_between(x._replace(diagonal=False), left, right), of_queries, None)
+            yield Call(_transposed(x._replace(diagonal=False), left, right), None, of_keys)
+
+
+def _cut(rows: Range, columns: Range, most: int | None = None) -> list[tuple[Range, Range]]:
+    """The squares of a block, those of what is left beside them, and so on; of that not more than `most` at a time: a
+    thin strip stays whole."""
+    height, width = rows[1] - rows[0], columns[1] - columns[0]
+    side, wide = min(height, width), width >= height
+    if side == 0:
+        return []
+    count = max(height, width) // side
+    if most is not None and count > most:
+        return [(rows, columns)]
+    ends = [i * side for i in range(count + 1)]
+    steps = [(start, start + side) for start in ends[:-1]]
+    if wide:
+        squares = [(rows, (columns[0] + start, columns[0] + end)) for start, end in steps]
+        rest = _cut(rows, (columns[0] + ends[-1], columns[1]), MOST_SQUARES)
+    else:
+        squares = [((rows[0] + start, rows[0] + end), columns) for start, end in steps]
+        rest = _cut((rows[0] + ends[-1], rows[1]), columns, MOST_SQUARES)
+    return squares + rest
+
+
+def _between(x: Inputs, rows: Side, columns: Side, symmetric: bool = False) -> Inputs:
+    assert rows.scale is not None
+    return x._replace(
+        query=rows.embeddings, key=columns.embeddings, row_scale=rows.scale, column_scale=columns.scale,
+        bias=columns.bias, row_ids=rows.ids, column_ids=columns.ids, logit_limit=rows.limit, targets=rows.targets,
+        symmetric=symmetric,
+    )  # fmt: skip
+
+
+def _transposed(x: Inputs, queries: Side, keys: Side) -> Inputs:
+    """The keys' statistics over the queries alone. A bias per key becomes a further dimension of the embeddings."""
+    assert queries.scale is not None
+    ones = queries.scale.new_ones(keys.rows)
+    if keys.bias is None:
+        return _between(x, keys._replace(scale=ones if keys.scale is None else keys.scale), queries)
+    scaled = (
+        side.embeddings.to(ones.dtype) * (1 if side.scale is None else side.scale[:, None]) for side in (keys, queries)
+    )
+    rows, columns = (
+        torch.cat((t, last[:, None]), 1)
+        for t, last in zip(scaled, (keys.bias, queries.scale.new_ones(queries.rows)), strict=True)
+    )
+    sides = Side(rows, ones, None, keys.ids), Side(columns, None, None, queries.ids)
+    return _between(x._replace(bfloat16=False), *sides)
+
+
+class Statistics(NamedTuple):
+    """How the statistics [S, n] of sets of negatives are merged; with `positives` [S + 1, n], a sum being the last."""
+
+    moments: bool
+    hardness: float
+    positives: bool = False
+
+    @property
+    def size(self) -> int:
+        return 2 + 2 * self.moments + 2 * (self.hardness != 0) + self.positives
+
+    def of_nothing(self, like: Tensor, rows: int) -> Tensor:
+        values = [-torch.inf] * 2 + [0.0] * 2 * self.moments + [-torch.inf] * 2 * (self.hardness != 0)
+        values += [0.0] * self.positives
+        return torch.cat([like.new_full((1, rows), value) for value in values])
+
+    def union(self, one: Tensor, two: Tensor) -> Tensor:
+        both = merged(one[: self.size - self.positives], two[: self.size - self.positives], self.moments, self.hardness)
+        return torch.cat((both, one[-1:] + two[-1:])) if self.positives else both
+
+    def placed(self, stats: Tensor, place: Range, rows: int) -> Tensor:
+        """[S, rows]: the statistics of some rows, and of nothing for the others."""
+        around = [self.of_nothing(stats, count) for count in (place[0], rows - place[1])]
+        return torch.cat((around[0], stats, around[1]), 1)
+
+
+def of_block(
+    x: Inputs, queries: Side, keys: Side, both: bool, own: bool, how: Statistics
+) -> tuple[Tensor, Tensor | None]:
+    """The statistics of the queries over the keys and, with `both`, of the keys over the queries."""
+    only = how._replace(positives=False)
+    found_rows = [only.of_nothing(x.row_scale, queries.rows)]
+    found_columns = [only.of_nothing(x.row_scale, keys.rows)]
+    for call in calls(x, queries, keys, both, own):
+        stats = softmax_statistics(call.inputs)
+        if call.queries is not None:
+            found_rows.append(only.placed(stats[0], call.queries, queries.rows))
+        if call.keys is not None:
+            found_columns.append(only.placed(stats[-1], call.keys, keys.rows))
+    found = [reduce(only.union, of[1:] or of) for of in ([found_rows, found_columns] if both else [found_rows])]
+    if how.positives:
+        sums = positives(queries, keys, both)
+        found = [torch.cat((stats, of[None])) for stats, of in zip(found, sums, strict=True)]
+    return found[0], found[1] if both else None
+
+
+def positives(queries: Side, keys: Side, both: bool) -> list[Tensor]:
+    """The sum of each query's logits over the keys of its group and, with `both`, of each key's over the queries; of
+    what is compared with itself, with itself too. In O((m + n) D)."""
+    assert queries.scale is not None and queries.groups is not None and keys.groups is not None
+    dtype = queries.scale.dtype
+    rows = queries.embeddings.to(dtype) * queries.scale[:, None]
+    columns = keys.embeddings.to(dtype)
+    columns = columns if keys.scale is None else columns * keys.scale[:, None]
+    of_rows = (rows * sum_of_group(columns, keys.groups, queries.groups)[0]).sum(1)
+    return [of_rows, (columns * sum_of_group(rows, queries.groups, keys.groups)[0]).sum(1)] if both else [of_rows]
