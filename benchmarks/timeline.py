@@ -4,7 +4,7 @@ Not a measurement. Each way to exchange the columns is laid out as events on two
 link: an event begins when its resource is free and what it needs has ended. Assumptions: CLUSTER. `--write` puts the
 table into docs/large-batch.md.
 
-    gather    all columns at once, then the products; their gradients are summed at once. What fastloss does.
+    gather    all columns at once, then the products; their gradients are summed at once
     chunked   the same in pieces, the next piece on its way while this one is computed
     ring      W blocks of columns go around, each while the one before is computed
 """

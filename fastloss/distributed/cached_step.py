@@ -12,13 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..core.checks import check_choice, check_flag, check_integer
 from ..core.entry import public_function
+from .pieces_of_ranks import average_gradients, check_sync_norms, most_pieces
 
 
 @public_function
@@ -79,7 +79,8 @@ def cached_step(
 
     Raises:
         TypeError, ValueError: arguments that do not fit one another, an output that is neither rows nor among
-            `numbers`, a FullyShardedDataParallel module (FSDP1, there is no support for it), a loss that is no scalar.
+            `numbers`, a FullyShardedDataParallel module (FSDP1, there is no support for it), a loss that is no scalar,
+            SyncBatchNorm where ranks have different numbers of pieces.
 
     Source: Gao et al., "Scaling deep contrastive learning batch size under memory limited setup", 2021.
 
@@ -111,7 +112,7 @@ def cached_step(
                 tower.second_pass(autocast, report, reduce == "chunk", last_uses[tower.use] is tower)
     for replicas in {id(tower.replicas): tower.replicas for tower in towers}.values():
         if replicas is not None and replicas.require_backward_grad_sync:
-            _average_gradients(replicas)
+            average_gradients(replicas)
     return loss.detach()
 
 
@@ -141,7 +142,8 @@ class _Tower:
         self.given = given
         rows = _rows_of(given)
         self.pieces = [(start, min(start + chunk, rows)) for start in range(0, rows, chunk)]
-        self.repeats = _most_of_ranks(self.shards, len(self.pieces)) - len(self.pieces)
+        check_sync_norms(modules, len(self.pieces))
+        self.repeats = most_pieces(self.shards, len(self.pieces)) - len(self.pieces)
         self.devices = sorted({t.device for t in _tensors(given) if t.device.type not in ("cpu", "meta")}, key=str)
         self.states: list[_Generators] = []
         self.outputs: list[_Output] = []
@@ -244,17 +246,6 @@ class _Tower:
 def _is_a(kind: str, module: nn.Module) -> bool:
     """Whether it is of a class of that name, whose module takes long to import."""
     return any(base.__name__ == kind for base in type(module).__mro__)
-
-
-def _most_of_ranks(shards: Sequence[Any], pieces: int) -> int:
-    """The largest number of pieces that a rank has among those that share the parameters of FSDP modules."""
-    if not shards:
-        return pieces
-    mesh = next(p.device_mesh for module in shards for p in module.parameters() if hasattr(p, "device_mesh"))
-    most = torch.tensor(pieces, device=mesh.device_type)
-    for group in mesh.get_all_groups():
-        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    return int(most)
 
 
 class _Generators:
@@ -371,21 +362,3 @@ def _reporter(progress: Any, total: int) -> Callable[[], None]:
         progress(done, total)
 
     return report
-
-
-@torch.no_grad()
-def _average_gradients(replicas: DistributedDataParallel) -> None:
-    """One all-reduce for all parameters of a dtype. Not by DDP itself, which waits in silence for the gradients of
-    parameters that were read beside its forward, and leaves those of all others unreduced."""
-    group = replicas.process_group
-    buckets: dict[Any, list[Tensor]] = {}
-    for parameter in replicas.module.parameters():
-        if parameter.grad is not None:
-            key = parameter.grad.dtype, parameter.grad.device
-            buckets.setdefault(key, []).append(parameter.grad)
-    for grads in buckets.values():
-        flat = torch.cat([grad.reshape(-1) for grad in grads])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(mean.view_as(grad))

@@ -71,7 +71,7 @@ class Chunks(Walk):
         coming = self._start(0)
         self.piece = [Stretch(0, 0, self.rows)]
         yield self.piece
-        for start in range(0, self.most, self.each):
+        for start in range(0, self.most if self.size > 1 else 0, self.each):
             everyone, work = coming
             self._done([work], "the gathering of a piece of rows")
             if start + self.each < self.most:

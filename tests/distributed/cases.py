@@ -15,7 +15,9 @@ from torch import Tensor
 import fastloss
 from fastloss import Exchange, NegativeSampling
 
-COUNTS = {1: [7], 2: [7, 5], 3: [7, 5, 9]}
+COUNTS = {1: [7], 2: [7, 5], 3: [7, 5, 9], 4: [7, 5, 9, 4]}
+STRATEGIES = ("gather", "chunked", "ring")
+MIB = 2e-3  # pieces of a few rows
 EQUAL = 6  # rows a rank, where all have as many
 WIDTH, NEGATIVES, OWN = 8, 3, 4  # of the embeddings; shared negatives a rank; negatives of each query
 
@@ -175,7 +177,7 @@ CASES: dict[str, Case] = {
     "clip, one rank's rows left out": Case("clip_loss", _pairs(weights="mask"), {}),
     "clip, gradients summed": Case("clip_loss", _pairs(), {}, {"gradients": "sum"}),
     "info_nce": Case("info_nce", _info_nce()),
-    "info_nce, equal": Case("info_nce", _info_nce(), {"normalize": False}, {"strategy": "gather"}, equal=True),
+    "info_nce, equal": Case("info_nce", _info_nce(), {"normalize": False}, equal=True),
     "info_nce, targets": Case("info_nce", _info_nce(targets="targets", query_ids="ids", key_ids="labels")),
     "info_nce, decoupled": Case("info_nce", _info_nce(weights="weights"), {"include_positive": False}),
     "info_nce, sampling": Case("info_nce", _info_nce(), {"sampling": SAMPLING, "return_lse": True}),
@@ -208,7 +210,7 @@ CASES: dict[str, Case] = {
     "siglip, groups, one side, soft": Case(
         "siglip_loss", _captions, {"symmetric": False, "soft_labels": True}, equal=True
     ),
-    "clip, groups": Case("clip_loss", _captions, {"label_smoothing": 0.1}, equal=True),
+    "clip, groups": Case("clip_loss", _captions, {"label_smoothing": 0.1}),
     "clip, groups, weights": Case("clip_loss", _pairs(image_groups="labels", text_groups="ids", weights="weights")),
     "siglip, negatives": Case("siglip_loss", _pairs(), {"negative_only": True, "reduction": "sum"}),
     "siglip, rows": Case("siglip_loss", _pairs(weights="weights"), {"reduction": "none"}),
@@ -231,7 +233,7 @@ CASES: dict[str, Case] = {
 
 def counts_of(case: Case, world: int) -> list[int]:
     if case.empty:
-        return [4, 0, 5][:world]
+        return [4, 0, 5, 3][:world]
     return [EQUAL] * world if case.equal else COUNTS[world]
 
 
@@ -252,7 +254,9 @@ def result(
     return {"loss": loss.detach(), "by-products": [t.detach() for t in by_products], "grads": list(grads)}
 
 
-def exchange_of(case: Case, counts: list[int]) -> Exchange:
+def exchange_of(case: Case, counts: list[int], strategy: str = "gather") -> Exchange:
     """Uneven rows: told by the ranks, or known; both occur."""
-    uneven = "uneven" if len(case.loss) % 2 else counts
-    return Exchange(rows="equal" if case.equal else uneven, **case.exchange)
+    uneven: Any = "uneven" if len(case.loss) % 2 else counts
+    if case.call is _captions:
+        uneven = {"image": counts, "text": [2 * n for n in counts]}
+    return Exchange(rows="equal" if case.equal else uneven, strategy=strategy, mib=MIB, **case.exchange)

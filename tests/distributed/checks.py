@@ -9,7 +9,17 @@ from torch import Tensor
 
 from fastloss import clip_loss, core
 from tests.conformance.tools import Errors
-from tests.distributed.cases import CASES, COUNTS, EQUAL, Case, counts_of, data, embedded, parameters, result
+from tests.distributed.cases import (
+    CASES,
+    COUNTS,
+    EQUAL,
+    Case,
+    counts_of,
+    data,
+    embedded,
+    parameters,
+    result,
+)
 from tests.distributed.encoders import Encoder, data_of_ranks, with_graphs
 
 
@@ -45,13 +55,17 @@ def check_losses(world: int, ranks: list[Any]) -> None:
     for name, case in CASES.items():
         counts = counts_of(case, world)
         exact, eager = (expected(case, dtype, counts) for dtype in (torch.float64, torch.float32))
-        for ours in found(case, [rank[name, torch.float64] for rank in ranks]):
-            for i, (value, want) in enumerate(zip(ours, exact, strict=True)):
-                torch.testing.assert_close(value, want, rtol=0, atol=1e-10, msg=f"{name}: {i} {value} {want}")
-        for ours in found(case, [rank[name, torch.float32] for rank in ranks]):
-            for i, (value, their, want) in enumerate(zip(ours, eager, exact, strict=True)):
-                kind = "loss" if i == 0 else "gradient" if i >= len(exact) - 5 else "by-product"
-                errors[case.loss].add(kind, value, their, want, name)
+        for strategy in dict.fromkeys(strategy for of, strategy, _ in ranks[0] if of == name):
+            for ours in found(case, [rank[name, strategy, torch.float64] for rank in ranks]):
+                for i, (value, want) in enumerate(zip(ours, exact, strict=True)):
+                    said = f"{name}, {strategy}: {i} {value} {want}"
+                    torch.testing.assert_close(value, want, rtol=0, atol=1e-10, msg=said)
+            if (name, strategy, torch.float32) not in ranks[0]:
+                continue
+            for ours in found(case, [rank[name, strategy, torch.float32] for rank in ranks]):
+                for i, (value, their, want) in enumerate(zip(ours, eager, exact, strict=True)):
+                    kind = "loss" if i == 0 else "gradient" if i >= len(exact) - 5 else "by-product"
+                    errors[case.loss].add(kind, value, their, want, f"{name}, {strategy}")
     for each in errors.values():
         each.check()
 
@@ -107,12 +121,49 @@ def check_wire(world: int, ranks: list[Any]) -> None:
 
 
 def check_traffic(world: int, ranks: list[Any]) -> None:
-    """(W - 1) b D (e + e_g): keys in their own dtype or the wire's, their gradients in float32."""
+    """(W - 1) b D (e + e_g): keys in their own dtype or the wire's, their gradients in float32. In pieces keys come in
+    the backward too, of SigLIP gradients go back in the forward, and half of a ring does for NT-Xent."""
     rows = (world - 1) * EQUAL * 8
+    wanted: dict[Any, list[int]] = {
+        "float32": [4 * rows, 4 * rows], "bfloat16": [2 * rows, 4 * rows], "wire": [2 * rows, 4 * rows],
+    }  # fmt: skip
+    for strategy in ("chunked", "ring"):
+        views = 2 * (world // 2 * EQUAL * 8 if strategy == "ring" else rows)
+        wanted |= {
+            (strategy, "info_nce", "float32"): [4 * rows, 8 * rows],
+            (strategy, "info_nce", "bfloat16"): [2 * rows, 6 * rows],
+            (strategy, "info_nce", "wire"): [2 * rows, 6 * rows],
+            (strategy, "siglip_loss", "float32"): [8 * rows, 0],
+            (strategy, "nt_xent_loss", "float32"): [4 * views, 8 * views],
+        }
     for rank in ranks:
-        assert rank["traffic"] == {
-            "float32": [4 * rows, 4 * rows], "bfloat16": [2 * rows, 4 * rows], "wire": [2 * rows, 4 * rows],
-        }  # fmt: skip
+        assert rank["traffic"] == wanted
+
+
+def check_similarities(world: int, ranks: list[Any]) -> None:
+    """b B, once forward and, where they are not kept, once backward; SigLIP's gradient is the forward's. Of rows
+    compared with one another half, and half of the diagonal more."""
+    b = EQUAL
+    square = {
+        name: rows * rows * (world - 1) // 2 + rows * (rows + 1) // 2
+        for name, rows in (("nt_xent", 2 * b), ("supcon", b))
+    }
+    for rank in ranks:
+        for (strategy, name), made in rank["similarities"].items():
+            each = square.get(name, b * b * world)
+            once = strategy == "gather" or name == "siglip"
+            assert made == [each, 0 if once else each], (strategy, name, made)
+
+
+def check_nothing(world: int, ranks: list[Any]) -> None:
+    """As on one process: 0."""
+    for rank in ranks:
+        for name, tensors in rank["nothing"].items():
+            assert all(bool((t == 0).all()) for t in tensors), name
+
+
+def check_of_three(world: int, ranks: list[Any]) -> None:
+    check_losses(3, [{"losses": rank["of_three"]} for rank in ranks[:3]])
 
 
 def check_compiled(world: int, ranks: list[Any]) -> None:
@@ -138,6 +189,7 @@ def check_cached(world: int, ranks: list[Any]) -> None:
     for rank in ranks:
         got = rank["cached"]
         assert got["reductions"] == [1, 1, 0, 0], "one a model and step, none inside no_sync()"
+        assert "SyncBatchNorm" in got["SyncBatchNorm"] and "3 on rank 0 and 2 on rank 1" in got["SyncBatchNorm"]
         for one, two in zip(got["grads"], [p.grad for e in encoders for p in e.parameters()], strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
@@ -163,5 +215,6 @@ def check_drop_ins(world, ranks):
 CHECKS = {
     "losses": check_losses, "by_module": check_module, "open_clip": check_open_clip, "mismatches": check_mismatches,
     "wire": check_wire, "traffic": check_traffic, "compiled": check_compiled, "cached": check_cached,
-    "bank": check_bank, "death": check_death, "drop_ins": check_drop_ins,
+    "bank": check_bank, "death": check_death, "drop_ins": check_drop_ins, "similarities": check_similarities,
+    "nothing": check_nothing, "of_three": check_of_three,
 }  # fmt: skip

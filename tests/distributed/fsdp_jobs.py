@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -24,6 +25,18 @@ def sharded(rank: int, world: int) -> dict[str, Any]:
         scale = a["logit_scale"]
         return clip_loss(a["emb"], b, logit_scale=scale, normalize=True, group=mesh, exchange=exchange)
 
+    names = [name for name in ("reduce_scatter_single", "reduce_scatter_tensor") if hasattr(dist, name)]
+    originals, reductions = {name: getattr(dist, name) for name in names}, [0]
+
+    def counting(original: Any) -> Any:
+        def reduce_scatter(*args: Any, **options: Any) -> Any:
+            reductions[0] += 1
+            return original(*args, **options)
+
+        return reduce_scatter
+
+    for name, original in originals.items():
+        setattr(dist, name, counting(original))
     found: dict[str, Any] = {}
     for reduce in ("step", "chunk"):
         encoders = Encoder(12, scale=True), Encoder(10)
@@ -34,9 +47,11 @@ def sharded(rank: int, world: int) -> dict[str, Any]:
             for encoder in encoders:
                 encoder.zero_grad()
             torch.manual_seed(3)
-            before = torch.get_rng_state()
+            before, reductions[0] = torch.get_rng_state(), 0
             loss = cached_step(encoders, (x[mine], y[mine]), loss_fn, chunk=5, reduce=reduce)
             assert torch.equal(before, torch.get_rng_state())
         grads = [p.grad.full_tensor() for encoder in encoders for p in encoder.parameters()]
-        found[reduce] = {"loss": loss, "grads": grads}
+        found[reduce] = {"loss": loss, "grads": grads, "reductions": reductions[0]}
+    for name, original in originals.items():
+        setattr(dist, name, original)
     return found

@@ -23,7 +23,19 @@ from fastloss import (
     siglip_loss,
     supcon_loss,
 )
-from tests.distributed.cases import CASES, COUNTS, EQUAL, counts_of, data, embedded, exchange_of, parameters, result
+from tests.distributed.cases import (
+    CASES,
+    COUNTS,
+    EQUAL,
+    MIB,
+    STRATEGIES,
+    counts_of,
+    data,
+    embedded,
+    exchange_of,
+    parameters,
+    result,
+)
 from tests.distributed.drop_ins import drop_ins
 from tests.distributed.encoders import Encoder, data_of_ranks
 
@@ -31,36 +43,45 @@ from tests.distributed.encoders import Encoder, data_of_ranks
 def everything(rank: int, world: int) -> dict[str, Any]:
     """All parts in one start of the processes, which takes longer than the parts."""
     parts: dict[str, Callable] = {"losses": losses, "by_module": by_module, "mismatches": mismatches, "wire": wire}
-    parts |= {"traffic": traffic, "bank": bank}
-    if world == 2:
-        parts |= {"compiled": compiled, "cached": cached}
+    parts |= {"traffic": traffic, "similarities": similarities, "nothing": nothing, "bank": bank}
+    parts |= {"compiled": compiled, "cached": cached} if world == 2 else {"of_three": of_three}
     if importlib.util.find_spec("open_clip"):
         parts["open_clip"] = open_clip
     parts["drop_ins"] = drop_ins
     found = {name: part(rank, world) for name, part in parts.items()}
-    if world == 3:  # the last, for it leaves the group broken
+    if world == 4:  # the last, for it leaves the group broken
         found["death"] = death(rank, world)
     return found
 
 
-def averaged(grads: list[Tensor], world: int, how: str = "mean") -> list[Tensor]:
+def averaged(grads: list[Tensor], world: int, how: str = "mean", group: Any = None) -> list[Tensor]:
     """As DDP averages the gradients of parameters, or as a training does that sums them."""
     for grad in grads:
-        dist.all_reduce(grad)
+        dist.all_reduce(grad, group=group)
     return [grad / world for grad in grads] if how == "mean" else grads
 
 
-def losses(rank: int, world: int) -> dict[str, Any]:
-    """All cases in both dtypes."""
+def losses(rank: int, world: int, group: Any = dist.group.WORLD) -> dict[Any, Any]:
+    """All cases by one gather and in pieces: with one number of ranks in chunks, with the next around a ring; float32
+    by one of the two. Three ranks in pieces alone."""
     found = {}
-    for name, case in CASES.items():
+    for i, (name, case) in enumerate(CASES.items()):
         counts = counts_of(case, world)
-        exchange = exchange_of(case, counts)
-        for dtype in (torch.float64, torch.float32):
-            got = result(case, dtype, counts, rank, dist.group.WORLD, exchange)
-            got["grads"] = averaged(got["grads"], world, exchange.gradients)
-            found[name, dtype] = got
+        strategies = ["gather", STRATEGIES[1 + (i + world) % 2]][world == 3 :]
+        for strategy in strategies:
+            exchange = exchange_of(case, counts, strategy)
+            in_float32 = strategy == strategies[i // 2 % len(strategies)]
+            for dtype in (torch.float64, torch.float32) if in_float32 else (torch.float64,):
+                got = result(case, dtype, counts, rank, group, exchange)
+                got["grads"] = averaged(got["grads"], world, exchange.gradients, group)
+                found[name, strategy, dtype] = got
     return found
+
+
+def of_three(rank: int, world: int) -> dict[Any, Any]:
+    """The first three ranks by themselves."""
+    group = dist.new_group([0, 1, 2])
+    return losses(rank, 3, group) if rank < 3 else {}
 
 
 class Towers(nn.Module):
@@ -194,6 +215,104 @@ def traffic(rank: int, world: int) -> dict[str, list[int]]:
             sizes.clear()
     finally:
         collectives.all_gather, collectives.reduce_scatter = gather, reduce
+    return found | in_pieces(rank, world)
+
+
+def in_pieces(rank: int, world: int) -> dict[Any, list[int]]:
+    """Bytes of embeddings and gradients that arrive in forward and backward, by strategy, loss and dtype."""
+    from fastloss.distributed import walks
+
+    arrived = [0]
+    gather, reduce, exchange = walks.all_gather, walks.reduce_scatter, walks.send_and_receive
+
+    def all_gather(out: Tensor, x: Tensor, **options: Any) -> Any:
+        arrived[0] += (world - 1) * x.nbytes
+        return gather(out, x, **options)
+
+    def reduce_scatter(out: Tensor, x: Tensor, **options: Any) -> Any:
+        arrived[0] += (world - 1) * out.nbytes
+        return reduce(out, x, **options)
+
+    def send_and_receive(ops: list[Any]) -> Any:
+        arrived[0] += sum(op.tensor.nbytes for op in ops if op.op is dist.irecv)
+        return exchange(ops)
+
+    walks.all_gather, walks.reduce_scatter, walks.send_and_receive = all_gather, reduce_scatter, send_and_receive
+    found = {}
+    try:
+        for strategy in ("chunked", "ring"):
+            for name, dtype, wire in (
+                ("float32", torch.float32, None),
+                ("bfloat16", torch.bfloat16, None),
+                ("wire", torch.float32, torch.bfloat16),
+            ):
+                where = {"group": dist.group.WORLD, "exchange": Exchange(strategy=strategy, mib=MIB, wire=wire)}
+                for loss_fn, options in ((info_nce, {}), (siglip_loss, BOTH), (nt_xent_loss, {})):
+                    if name != "float32" and loss_fn is not info_nce:
+                        continue
+                    a, b = (torch.randn(EQUAL, 8, dtype=dtype).requires_grad_() for _ in range(2))
+                    arrived[0] = 0
+                    loss = loss_fn(a, b, **options, **where)
+                    forward = arrived[0]
+                    loss.backward()
+                    found[strategy, loss_fn.__name__, name] = [forward, arrived[0] - forward]
+    finally:
+        walks.all_gather, walks.reduce_scatter, walks.send_and_receive = gather, reduce, exchange
+    return found
+
+
+BOTH = {"logit_scale": 3.0, "logit_bias": -1.0}
+
+
+def similarities(rank: int, world: int) -> dict[Any, list[int]]:
+    """How many similarities a rank makes in forward and backward, by strategy and loss, of EQUAL rows a rank."""
+    stats, pairs = (importlib.import_module(f"fastloss.contrastive.{name}") for name in ("ops.softmax_stats", "siglip"))
+    made, originals = [0], (stats.logits_of, pairs.siglip_reference, pairs.siglip.reference)
+
+    def logits_of(x: Any) -> Any:
+        rows, columns = x.query.shape[0], x.key.shape[0]
+        made[0] += rows * (rows + 1) // 2 if x.self_similarity else rows * columns
+        return originals[0](x)
+
+    def of_pairs(x: Any) -> Tensor:
+        made[0] += x.image.shape[0] * x.text.shape[0]
+        return originals[1](x)
+
+    stats.logits_of, pairs.siglip_reference = logits_of, of_pairs
+    pairs.siglip.reference = lambda *args: of_pairs(pairs.Inputs(*args))
+    found = {}
+    try:
+        for strategy in STRATEGIES:
+            where = {"group": dist.group.WORLD, "exchange": Exchange(strategy=strategy, mib=MIB)}
+            for name, call in (
+                ("info_nce", lambda a, b: info_nce(a, b, **where)),  # noqa: B023 called at once
+                ("clip", lambda a, b: clip_loss(a, b, logit_scale=3.0, **where)),  # noqa: B023
+                ("siglip", lambda a, b: siglip_loss(a, b, **BOTH, **where)),  # noqa: B023
+                ("nt_xent", lambda a, b: nt_xent_loss(a, b, **where)),  # noqa: B023
+                ("supcon", lambda a, b: supcon_loss(a, torch.arange(len(a)) // 2, **where)),  # noqa: B023
+            ):
+                a, b = (torch.randn(EQUAL, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
+                made[0] = 0
+                loss = call(a, b)
+                forward = made[0]
+                loss.backward()
+                found[strategy, name] = [forward, made[0] - forward]
+    finally:
+        stats.logits_of, pairs.siglip_reference, pairs.siglip.reference = originals
+    return found
+
+
+def nothing(rank: int, world: int) -> dict[Any, list[Tensor]]:
+    """Loss and gradients where all weights of all ranks are 0 and the embeddings no numbers."""
+    found = {}
+    for strategy in STRATEGIES:
+        where = {"group": dist.group.WORLD, "exchange": Exchange(strategy=strategy, mib=MIB)}
+        for loss_fn, options in (
+            (info_nce, {"symmetric": True}), (clip_loss, {"logit_scale": 3.0}), (siglip_loss, BOTH), (nt_xent_loss, {}),
+        ):  # fmt: skip
+            a, b = (torch.full((4, 8), torch.nan).requires_grad_() for _ in range(2))
+            loss = loss_fn(a, b, weights=torch.zeros(4), **options, **where)
+            found[strategy, loss_fn.__name__] = [loss.detach(), *torch.autograd.grad(loss, (a, b))]
     return found
 
 
@@ -205,11 +324,14 @@ def compiled(rank: int, world: int) -> dict[str, Any]:
         return clip_loss(a, b, logit_scale=s.exp(), group=group)
 
     def others(a: Tensor, b: Tensor, s: Tensor) -> Tensor:
-        where: dict[str, Any] = {"group": group, "exchange": Exchange(rows=(5, 7))}
-        loss = info_nce(a, b, temperature=s.exp(), weights=a[:, 0].detach().abs(), **where)
-        loss = loss + siglip_loss(a, b, logit_scale=s.exp(), logit_bias=-1.0, **where)
-        loss = loss + nt_xent_loss(a, b, temperature=s.exp(), **where)
-        return loss + supcon_loss(a, torch.arange(len(a)) // 2, temperature=s.exp(), **where)
+        chunked, ring, gather = (
+            {"group": group, "exchange": Exchange(strategy=strategy, mib=5e-4, rows=(5, 7))}
+            for strategy in ("chunked", "ring", "gather")
+        )
+        loss = info_nce(a, b, temperature=s.exp(), weights=a[:, 0].detach().abs(), **chunked)
+        loss = loss + siglip_loss(a, b, logit_scale=s.exp(), logit_bias=-1.0, **ring)
+        loss = loss + nt_xent_loss(a, b, temperature=s.exp(), **gather)
+        return loss + supcon_loss(a, torch.arange(len(a)) // 2, temperature=s.exp(), **ring)
 
     found = {}
     for fn, several in ((clip, (4, 5, 7)), (others, ((5, 7)[rank],))):
@@ -256,7 +378,12 @@ def cached(rank: int, world: int) -> dict[str, Any]:
                 grads = [p.grad.clone() for e in encoders for p in e.parameters()]
     finally:
         dist.all_reduce = reduce
-    return {"reductions": reductions, "grads": grads}
+    normed = nn.Sequential(nn.Linear(12, 8), nn.SyncBatchNorm(8))
+    try:
+        said = str(cached_step((normed,), (x[mine],), torch.sum, chunk=5))
+    except ValueError as error:
+        said = str(error)
+    return {"reductions": reductions, "grads": grads, "SyncBatchNorm": said}
 
 
 def bank(rank: int, world: int) -> list[int]:

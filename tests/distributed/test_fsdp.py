@@ -18,3 +18,5 @@ def test_sharded_encoders_get_the_gradients_of_one_process(tmp_path):
         for reduce in ("step", "chunk"):
             torch.testing.assert_close(rank[reduce]["loss"], loss, rtol=1e-6, atol=1e-6)
             torch.testing.assert_close(rank[reduce]["grads"], wanted, rtol=0, atol=1e-6)
+        shards, pieces = 4, 4  # two modules of each of two encoders
+        assert [rank[reduce]["reductions"] for reduce in ("step", "chunk")] == [shards, shards * pieces]
