@@ -286,7 +286,7 @@ class SigmoidPass {
       const int64_t j = column - first;
       const double x = -(static_cast<double>(raw[j]) * p_.row_scale[i] * p_.column_scale[column] + loss_.bias);
       const double e = std::exp(-std::abs(x)), slope = (x < 0 ? e : 1.0) / (1.0 + e), both = share + rest;
-      sums.loss += both * ((x > 0 ? x : 0.0) + std::log1p(e)) - rest * x;
+      sums.loss += both * ((x > 0 ? x : 0.0) + std::log1p(e)) - (rest == 0 ? 0.0 : rest * x);
       sums.slope_sum += rest - both * slope;
       if (to) g[j] = static_cast<float>((rest - both * slope) * loss_.row_weight[i]);
     };

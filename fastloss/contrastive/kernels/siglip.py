@@ -115,7 +115,7 @@ def _shared_losses(s, row, column, row_inside, column_inside, rows, columns, SOF
     share = tl.where(positive & inside, row_share[:, None] + column_share[None, :], 1.0)
     if SOFT_LABELS:  # the rest of a positive's share is that of a negative
         rest = 1.0 - share
-        loss -= rest * tl.where(positive & inside, x, 0.0)
+        loss -= rest * tl.where(positive & inside & (rest != 0.0), x, 0.0)
         return loss, tl.where(positive, rest - slope, slope)
     return loss * share, tl.where(positive, -(slope * share), slope)
 

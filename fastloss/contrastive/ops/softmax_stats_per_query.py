@@ -142,7 +142,7 @@ def per_query_statistics(
     elif torch.is_grad_enabled() and (query.requires_grad or row_scale.requires_grad):
         save = "weighted_keys"
     hardness = form.sampling.hardness if form.sampling is not None else 0.0
-    backend = softmax_stats_per_query.backend(query, negatives)
+    backend = softmax_stats_per_query.backend(query, negatives, row_scale)
     if dropped is not None:
         row_scale = row_scale.masked_fill(dropped, 0.0)
         if backend == "reference":  # kernels skip what has no upstream gradient
