@@ -34,14 +34,20 @@ def leave_out_gpu(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 def slow_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
     """The tests in an order that lets each worker begin with its share of the slow ones: xdist hands out equal parts of
-    the list, and moves short tests, but no long one that has begun, to workers with nothing left to do."""
-    slow = [item for item in items if item.get_closest_marker("slow")]
+    the list, and moves short tests, but no long one that has begun, to workers with nothing left to do. What one launch
+    of processes serves stays together."""
+    together: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("slow"):
+            one_launch = item.get_closest_marker("one_launch")
+            together.setdefault(str(item.path) if one_launch else item.nodeid, []).append(item)
     others = [item for item in items if not item.get_closest_marker("slow")]
     ordered: list[pytest.Item] = []
     for worker in range(workers):
         part = (len(items) - len(ordered)) // (workers - worker)
-        ordered += slow[worker::workers]
-        fill = max(0, part - len(slow[worker::workers]))
+        slow = [item for share in list(together.values())[worker::workers] for item in share]
+        ordered += slow
+        fill = max(0, part - len(slow))
         ordered += others[:fill]
         others = others[fill:]
     return ordered

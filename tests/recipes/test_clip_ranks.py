@@ -13,6 +13,8 @@ from fastloss.recipes.training.metrics import read_metrics  # noqa: E402
 from tests.recipes.clip_ranks import STEPS, options_of  # noqa: E402
 from tests.recipes.ranks import launch  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_launch]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -21,6 +21,8 @@ from fastloss.recipes.training.sharded import read_sharded, write_sharded  # noq
 from fastloss.recipes.training.world import World, of_all_ranks  # noqa: E402
 from tests.recipes.ranks import STEPS, launch, next_ids, options_of  # noqa: E402
 
+pytestmark = [pytest.mark.slow, pytest.mark.one_launch]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
