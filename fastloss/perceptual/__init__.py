@@ -8,6 +8,7 @@ style.py             Gram matrices and their distance
 perceptual_loss.py   PerceptualLoss: networks and a criterion in one module
 criteria.py          what PerceptualLoss compares features with
 backbones.py         torchvision's networks, cut at the last tap
+vision_features.py   timm's and transformers' vision models, by block
 frozen.py            networks that no model counts among its own
 execution.py         how the networks run: dtype, compilation, pieces of the batch
 scale.py             the scale of gradients inside networks in float16
@@ -23,6 +24,7 @@ from .lpips import LPIPSDistance, lpips_distance
 from .perceptual_loss import PerceptualLoss
 from .style import StyleDistance, gram_matrix, style_distance
 from .tap import tap
+from .vision_features import VisionFeatures
 
 __all__ = [
     "DISTSDistance",
@@ -31,6 +33,7 @@ __all__ = [
     "LPIPSDistance",
     "PerceptualLoss",
     "StyleDistance",
+    "VisionFeatures",
     "dists_distance",
     "feature_distance",
     "gram_matrix",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.checks import as_plain, check_sequence
+from .vision_features import FromImageNet
 
 Step = tuple[str, str, nn.Module]  # name of the tap, prefix of its weights in torchvision's files, module
 
@@ -56,24 +57,6 @@ def _models(name: str) -> Any:
             "Without torchvision, pass any callable that returns a list of features as the backbone"
         ) from error
     return torchvision.models
-
-
-class InceptionInput(nn.Module):
-    """From ImageNet's normalisation to the one that Inception was trained with, (x - 0.5) / 0.5."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        scale = torch.tensor((0.229, 0.224, 0.225), dtype=exact).view(1, 3, 1, 1) / 0.5
-        shift = (torch.tensor((0.485, 0.456, 0.406), dtype=exact).view(1, 3, 1, 1) - 0.5) / 0.5
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("shift", shift, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale + self.shift).to(x.dtype)  # networks made in another default dtype take that
 
 
 def _vgg_steps(models: Any, name: str) -> Iterator[Step]:
@@ -117,7 +100,7 @@ def _steps(name: str) -> list[Step]:
             "Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 maxpool1 Conv2d_3b_1x1 Conv2d_4a_3x3 maxpool2 Mixed_5b Mixed_5c "
             "Mixed_5d Mixed_6a Mixed_6b Mixed_6c Mixed_6d Mixed_6e Mixed_7a Mixed_7b Mixed_7c"
         )
-        return [("input", "input", InceptionInput()), *_children(names, model)]
+        return [("input", "input", FromImageNet((0.5,) * 3, (0.5,) * 3)), *_children(names, model)]
     model = getattr(models, name)(weights=None)
     if name.startswith("resnet"):
         return list(_children("conv1 bn1 relu maxpool layer1 layer2 layer3 layer4", model))
@@ -147,8 +130,8 @@ class Backbone(nn.Module):
         super().__init__()
         if name not in DEFAULT_TAPS:
             raise ValueError(
-                f"backbones: expected one of {BACKBONES}, a module or a callable that returns a list of features, "
-                f"got {name!r}"
+                f"backbones: expected one of {BACKBONES}, 'timm:NAME', 'transformers:NAME', a module or a callable "
+                f"that returns a list of features, got {name!r}"
             )
         steps = _steps(name)
         self.name = name

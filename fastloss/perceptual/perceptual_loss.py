@@ -31,9 +31,9 @@ from .criteria import CRITERIA, LpipsWeights, criterion_distance, gradient_count
 from .execution import Execution, in_pieces
 from .frozen import FrozenNetworks
 from .scale import ScaleBack, ScaleUp, base_of
+from .vision_features import IMAGENET, VisionFeatures, names_a_library
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+NAMED = (Backbone, VisionFeatures)  # their taps have names, and their images three channels
 
 
 class _Call(nn.Module):
@@ -62,13 +62,15 @@ class PerceptualLoss(FrozenNetworks):
     and ``copy.deepcopy``, pickle and ``torch.save(model)`` carry them.
 
     The features of the target are computed without a graph; ``targets = loss.encode(image)`` keeps them, and
-    ``loss(targets, image_pred)`` takes them in place of the image. ``loss(image, image_pred, pairwise=True)`` gives the
+    ``loss(targets, image_pred)`` takes them in place of the image (``encode(image, graph=True)``: the target gets a
+    gradient too). ``loss(image, image_pred, pairwise=True)`` gives the
     distances ``[N,M]`` of N targets and M predictions, with each image encoded once (and no reduction).
 
     Args:
         backbones: a name, a module or callable that maps the normalised image to a list of features, or a list of
             these. Names (from torchvision): vgg11, vgg13, vgg16, vgg19, each also as ``_bn``, alexnet,
-            squeezenet1_1, resnet18, resnet50, inception_v3, convnext_tiny. A module is frozen in place: pass a
+            squeezenet1_1, resnet18, resnet50, inception_v3, convnext_tiny; ``"timm:NAME"`` and
+            ``"transformers:NAME"``, see :class:`VisionFeatures`. A module is frozen in place: pass a
             ``copy.deepcopy`` of one that is to be trained, or ``lambda x: module(x)``, which is left as it is.
         layers: the taps, for several backbones a list of such lists (None: the default of that backbone): names
             (relu3_3), torchvision's (features.15) or indices into torchvision's ``features`` (15). Nothing after the
@@ -163,7 +165,7 @@ class PerceptualLoss(FrozenNetworks):
         check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
         made_lins = make_lins(criterion, lin_weights, made, several)
         for backbone, w, lins in zip(made, self.layer_weights, made_lins, strict=True):
-            if isinstance(backbone, Backbone):
+            if isinstance(backbone, NAMED):
                 for name, one in (
                     ("layer_weights", w),
                     ("lin_weights", lins() if isinstance(lins, LpipsWeights) else None),
@@ -189,11 +191,14 @@ class PerceptualLoss(FrozenNetworks):
             exact = torch.tensor(values, dtype=dtype, device=device)
             self.register_buffer(name, exact.view(1, -1, 1, 1), persistent=False)
 
-    def encode(self, image: Tensor) -> Targets:
-        """The target's features, for each backbone a list, without a graph; they may be kept and used again."""
+    def encode(self, image: Tensor, *, graph: bool = False) -> Targets:
+        """The target's features, for each backbone a list; they may be kept and used again. With a `graph` the image
+        gets a gradient through them, but not in float16 networks, which would lose it: ValueError."""
         self._check_image("image", image)
+        if check_flag("graph", graph) and self._in_float16(image, image.dtype):
+            raise ValueError("graph: networks in float16 scale the gradients of predictions alone; take bfloat16")
         pieces = image.split(self.execution.chunk) if self.execution.chunk else (image,)
-        with torch.no_grad():
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
             found = [self._features(piece) for piece in pieces]
         if len(found) == 1:
             return found[0]
@@ -309,7 +314,7 @@ class PerceptualLoss(FrozenNetworks):
         if self.normalize:
             check_same_device("the loss", self.shift, name, image)
         channels = self.shift.shape[1] if self.normalize else 3
-        by_name = any(isinstance(backbone, Backbone) for backbone in self.backbones)
+        by_name = any(isinstance(backbone, NAMED) for backbone in self.backbones)
         if (self.normalize or by_name) and image.shape[1] != channels:
             hint = f"; repeat a grey image: {name}.expand(-1, {channels}, -1, -1)" if image.shape[1] == 1 else ""
             raise ValueError(
@@ -332,6 +337,8 @@ def _lpips_taps(backbone: Any, layers: Any) -> Any:
 
 
 def _make(backbone: Any, layers: Any, pretrained: Any, checkpointed: bool) -> nn.Module:
+    if isinstance(backbone, str) and names_a_library(backbone):
+        return VisionFeatures(backbone, layers, pretrained=pretrained)
     if isinstance(backbone, str):
         return Backbone(backbone, layers, as_plain(pretrained), checkpointed)
     if not callable(backbone):
@@ -373,7 +380,7 @@ def _range(values: Any) -> tuple[float, float]:
 
 def _normalisation(normalize: Any) -> tuple[Any, Any]:
     if isinstance(normalize, bool):
-        return IMAGENET_MEAN, IMAGENET_STD
+        return IMAGENET
     normalize = normalize.tolist() if hasattr(normalize, "tolist") else normalize  # an array or a tensor
     if not is_sequence(normalize) or len(normalize) != 2:
         raise TypeError(f"normalize: expected True, False or a pair (mean, std), got {normalize!r}")

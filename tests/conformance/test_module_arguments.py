@@ -128,12 +128,12 @@ def test_composite_loss_under_another_default_dtype(weighting, default):
 
 
 def test_inception_input_under_another_default_dtype():
-    from fastloss.perceptual.backbones import InceptionInput
+    from fastloss.perceptual.vision_features import FromImageNet
 
-    usual = InceptionInput()
+    usual = FromImageNet((0.5,) * 3, (0.5,) * 3)
     for default in (torch.bfloat16, torch.float64):
         with default_dtype(default):
-            got = InceptionInput()
+            got = FromImageNet((0.5,) * 3, (0.5,) * 3)
         assert_unrounded(got.scale, usual.scale, default)
         assert_unrounded(got.shift, usual.shift, default)
 

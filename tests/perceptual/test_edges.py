@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import PerceptualLoss, core, dists_distance, feature_distance, lpips_distance, tap
-from fastloss.perceptual.backbones import InceptionInput
+from fastloss.perceptual.vision_features import FromImageNet
 from tests.conformance.cases import CASES
 from tests.conformance.tools import Errors, places
 from tests.perceptual.test_perceptual_loss import MEAN, STD, Net, images, twice_pooled
@@ -130,7 +130,7 @@ def test_the_default_dtype_rounds_no_constant(dtype):
         loss = PerceptualLoss(twice_pooled)
         got = loss(image.float(), image_pred.float())
         moved = loss.to("cpu")(image.float(), image_pred.float())
-        inception = InceptionInput()
+        inception = FromImageNet((0.5,) * 3, (0.5,) * 3)
     finally:
         torch.set_default_dtype(torch.float32)
     for value, exact in ((loss.shift, MEAN), (loss.scale, STD), (inception.scale, STD / 0.5)):
