@@ -71,6 +71,8 @@ class VisionFeatures(nn.Module):
     distance: Oquab et al., "DINOv2", 2023.
     """
 
+    model: Any
+
     def __init__(
         self,
         model: str | nn.Module,
