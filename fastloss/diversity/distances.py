@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,21 +60,55 @@ def _unit(x: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(x), safe / safe.norm(dim=-1, keepdim=True))
 
 
-def bank_distances(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:
-    """All [N,M] distances, a chunk of bank rows at a time; the backward recomputes the chunks one by one."""
+def mean_distance(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Tensor:
+    """[N]: the mean of the distances to the bank's rows. l2 and cosine need no distances, only means over the bank."""
+    count = bank.rows.shape[0]
+    if metric == "l1":
+        return _total(_of_chunks(_sum_of_distances, generated, bank, metric, workspace)) / count
+    chunks = _chunks(generated[:1], bank, metric, workspace)
+    if metric == "cosine":  # 1 - mean <u, v> = 1 - <u, mean v>
+        mean = _total(_unit(chunk.values(generated.dtype)).sum(0) for chunk in chunks) / count
+        return 1 - (_unit(generated) * mean).sum(-1)
+    mean = _total(chunk.values(generated.dtype).sum(0) for chunk in chunks) / count
+    spread = _total(((chunk.values(generated.dtype) - mean) ** 2).sum(0) for chunk in chunks) / count
+    return ((generated - mean) ** 2).mean(-1) + spread.mean()
+
+
+def softmin_distance(generated: Tensor, bank: Bank, metric: str, temperature: float, workspace: int) -> Tensor:
+    """[N]: -t log(mean exp(-d / t)), from the least distance to each chunk and a sum of powers relative to it."""
+    found = _of_chunks(_powers, generated, bank, metric, workspace, temperature)
+    least, powers = (torch.stack(parts) for parts in zip(*found, strict=True))
+    total = least.amin(0)
+    weights = torch.where(powers == 0, torch.zeros_like(powers), torch.exp((total - least) / temperature))
+    return total - temperature * ((weights * powers).sum(0) / bank.rows.shape[0]).log()
+
+
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, parts)
+
+
+def _sum_of_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
+    return chunk_distances(generated, bank, metric).sum(1)
+
+
+def _powers(generated: Tensor, bank: Bank, metric: str, temperature: float) -> tuple[Tensor, Tensor]:
+    """(least distance, sum of exp((least - d) / t)) of a chunk: exponents of small differences, which round little."""
+    distances = chunk_distances(generated, bank, metric)
+    least = distances.detach().amin(1)
+    origin = torch.where(least.isinf(), torch.zeros_like(least), least)
+    return least, torch.exp((origin[:, None] - distances) / temperature).sum(1)
+
+
+def _of_chunks(
+    function: Callable[..., Any], generated: Tensor, bank: Bank, metric: str, workspace: int, *more: Any
+) -> list[Any]:
+    """`function` of the images and each chunk of the bank; the backward recomputes the chunks one by one."""
     chunks = _chunks(generated, bank, metric, workspace)
-    if len(chunks) == 1:
-        return chunk_distances(generated, bank, metric)
-    plain = not (torch.is_grad_enabled() and generated.requires_grad)
+    plain = len(chunks) == 1 or not (torch.is_grad_enabled() and generated.requires_grad)
     if plain or torch._C._are_functorch_transforms_active():  # functorch takes no checkpoints
-        return torch.cat([chunk_distances(generated, chunk, metric) for chunk in chunks], 1)
-    return torch.cat(
-        [
-            checkpoint(chunk_distances, generated, chunk, metric, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ],
-        1,
-    )
+        return [function(generated, chunk, metric, *more) for chunk in chunks]
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    return [checkpoint(function, generated, chunk, metric, *more, **options) for chunk in chunks]
 
 
 def _search_dtype(generated: Tensor, metric: str) -> torch.dtype:
@@ -101,6 +137,7 @@ def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> T
 def _chunks(generated: Tensor, bank: Bank, metric: str, workspace: int) -> list[Bank]:
     """Parts of the bank whose temporaries fit the workspace, in bytes; of one row at least."""
     count, pixels = generated.shape
-    row_bytes = _TEMPORARIES * pixels * generated.element_size() * (1 if metric == "cosine" else count)
+    row_elements = pixels + count if metric == "cosine" else pixels * count
+    row_bytes = _TEMPORARIES * row_elements * generated.element_size()
     size = min(max(workspace // max(row_bytes, 1), 1), bank.rows.shape[0])
     return [bank.part(start, size) for start in range(0, bank.rows.shape[0], size)]

@@ -18,7 +18,7 @@ from ..core.checks import (
     check_workspace,
 )
 from ..core.entry import public_function
-from .distances import METRICS, Bank, bank_distances
+from .distances import METRICS, Bank, mean_distance, softmin_distance
 from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_row
 
 MODES = ("nearest", "softmin", "mean")
@@ -38,12 +38,10 @@ def diversity_reference(
     generated = generated.to(result_dtype(generated, bank))
     if mode == "nearest":
         return nearest_reference(Inputs(generated, bank, metric, scale, shift, workspace / 2**20))
-    distances = bank_distances(generated, Bank(bank, scale, shift), metric, workspace)
+    rows = Bank(bank, scale, shift)
     if mode == "mean":
-        return distances.mean(1)
-    least = distances.detach().amin(1, keepdim=True)  # exponents of small differences, so that they round little
-    powers = torch.exp((least - distances) / temperature)
-    return least[:, 0] - temperature * powers.mean(1).log()
+        return mean_distance(generated, rows, metric, workspace)
+    return softmin_distance(generated, rows, metric, temperature, workspace)
 
 
 @public_function
@@ -96,9 +94,9 @@ def diversity_loss(
             reduction and the margin; for ``mode="nearest"``. A check for memorised images.
         workspace_mib: bound of the temporaries, >= 1: the bank is read in chunks whose ``[N, rows, ...]``
             differences fit in it (one bank row at a time where even that is too large). The backward recomputes
-            them, and ``"nearest"`` differentiates the winning distances only and never stores the ``[N, M]``
-            distances, which the other modes have on top. The kernels for ``"nearest"`` compare 8 bank rows or more
-            at a time, on a GPU 64, and need up to 8 MiB.
+            them, and ``"nearest"`` differentiates the winning distances only. No mode stores the ``[N, M]`` distances,
+            and ``"mean"`` of l2 and cosine makes none: means over the bank are all that it needs. The kernels for
+            ``"nearest"`` compare 8 bank rows or more at a time, on a GPU 64, and need up to 8 MiB.
 
     Returns:
         float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple

@@ -73,10 +73,13 @@ class Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("metric", ["l1", "l2"])
-def test_workspace_is_bounded(mode, metric):
-    """8 x 200 x 3,072 differences would be 19 MiB; within 1 MiB no tensor passes 1 MiB."""
-    g, bank = torch.rand(8, 3, 32, 32, requires_grad=True), torch.rand(200, 3, 32, 32)
+@pytest.mark.parametrize(
+    ("metric", "count", "rows", "image"),
+    [("l1", 8, 200, (3, 32, 32)), ("l2", 8, 200, (3, 32, 32))] + [(m, 300, 2000, (2,)) for m in METRICS],
+)
+def test_workspace_is_bounded(mode, metric, count, rows, image):
+    """8 x 200 x 3,072 differences would be 19 MiB, 300 x 2,000 distances 2.3; in 1 MiB no tensor passes 1 MiB."""
+    g, bank = torch.rand(count, *image, requires_grad=True), torch.rand(rows, *image)
     with Largest() as forward:
         loss = diversity_loss(g, bank, mode=mode, metric=metric, workspace_mib=1)
     with Largest() as backward:
