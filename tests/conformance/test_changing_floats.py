@@ -102,7 +102,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
         "bank_scale": lambda t: {"bank_scale": 1 + t},
         "bank_shift": lambda t: {"bank_shift": t, "metric": "l2"},
     },
-    "mode_seeking_loss": {"eps": lambda t: {"eps": t}},
+    "mode_seeking_loss": {"eps": lambda t: {"eps": t}, "margin": lambda t: {"margin": t, "form": "dsgan"}},
     "attention_consistency_loss": {"temperature": lambda t: {"temperature": 1 + t, "inputs": "logits"}},
     "attention_consistency_from_qk": {
         "scale": lambda t: {"scale": t},

@@ -155,6 +155,18 @@ def test_mode_seeking_is_msgan():
     torch.testing.assert_close(mode_seeking_loss(a, b, x, y), 1 / (lz + 1e-5))
 
 
+def test_mode_seeking_is_dsgan():
+    """The printed formula by hand: ratios 0.2 / (1 + eps) and 0.6 / (0.5 + eps), and a pair of equal noises."""
+    a, b = torch.zeros(3, 2, requires_grad=True), torch.tensor([[0.1, 0.3], [0.6, 0.6], [1.0, 1.0]])
+    x, y = torch.zeros(3, 1), torch.tensor([[1.0], [-0.5], [0.0]])
+    loss = mode_seeking_loss(a, b, x, y, form="dsgan")
+    assert loss.item() == pytest.approx(-(0.2 + 1.2) / 3, rel=1e-4)
+    assert (torch.autograd.grad(loss, a)[0][2] == 0).all()
+    bounded = mode_seeking_loss(a, b, x, y, form="dsgan", margin=0.5)
+    assert bounded.item() == pytest.approx(-(0.2 + 0.5) / 3, rel=1e-4)
+    assert (torch.autograd.grad(bounded, a)[0][1:] == 0).all()
+
+
 def test_mode_seeking_at_equal_noises_and_images():
     a, b = torch.rand(2, 4, requires_grad=True), torch.rand(2, 4, requires_grad=True)
     x, y = torch.rand(2, 3, requires_grad=True), torch.rand(2, 3, requires_grad=True)

@@ -206,6 +206,8 @@ def settle(d: Drawer, name: str, inner: str, args: tuple, options: dict[str, Any
         options.pop("reduction", None) if options.get("reduction") == "none" else None
     if kind == "attention_consistency_loss":
         settle_attention(d, options)
+    if kind == "mode_seeking_loss" and options.get("form", "msgan") != "dsgan":
+        options.pop("margin", None)
     if kind == "diversity_loss" and options.get("mode", "nearest") != "nearest":
         options.pop("return_nearest", None)
     if kind in ("ssim_loss", "ms_ssim_loss"):

@@ -48,8 +48,12 @@ def bank_bytes(shape: tuple, size: int, mode: str) -> int:
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
 
 
-def eager_mode_seeking(images_a, images_b, z_a, z_b, eps=1e-5):
-    return 1 / (F.l1_loss(images_a, images_b) / F.l1_loss(z_a, z_b) + eps)
+def eager_mode_seeking(images_a, images_b, z_a, z_b, eps=1e-5, form="msgan", margin=None):
+    if form == "msgan":
+        return 1 / (F.l1_loss(images_a, images_b) / F.l1_loss(z_a, z_b) + eps)
+    image, z = (F.l1_loss(a, b, reduction="none").flatten(1).mean(1) for a, b in ((images_a, images_b), (z_a, z_b)))
+    ratio = image / (z + eps)
+    return -(ratio if margin is None else ratio.clamp(max=margin)).mean()
 
 
 def two_images_and_noises(draw: Draw, shape: tuple) -> tuple:
@@ -110,7 +114,7 @@ SET_CASES = [
         two_images_and_noises,
         eager_mode_seeking,
         shapes=((2, 3, 4, 4), (1, 1), (3, 2, 7, 13), (2, 3, 1, 4), (2, 3, 4, 1)),
-        options=[{}, {"eps": 0.1}],
+        options=[{}, {"eps": 0.1}, {"form": "dsgan"}, {"form": "dsgan", "margin": 0.25}],
         grads=(0, 1, 2, 3),
         reductions=(),
         extra={"bounded": True},  # infinitely far noises with finite images are the bound, 1 / eps
@@ -119,6 +123,9 @@ SET_CASES = [
             ("noises", with_argument(3, lambda t: t[..., :-1]), ValueError, "z_b: expected the shape of z_a"),
             ("list", with_argument(2, lambda t: [1.0]), TypeError, "z_a: expected a tensor, got list"),
             ("eps", with_options(eps=0.0), ValueError, "eps: expected a finite number > 0, got 0.0"),
+            ("form", with_options(form="gan"), ValueError, "form: expected one of"),
+            ("margin", with_options(form="dsgan", margin=0), ValueError, "margin: expected a finite number > 0"),
+            ("bounded", with_options(form="msgan", margin=1), ValueError, "margin: expected None with form="),
         ],
         module=fastloss.ModeSeekingLoss,
     ),
