@@ -57,6 +57,19 @@ def test_distill_clip_loss():
         draw.compare(*pair, tensors, output_dict=draw.one_of(True, False))
 
 
+def test_distillation_of_many_rows_makes_no_logits(monkeypatch):
+    monkeypatch.setattr(ours, "MANY_ROWS", 1)
+    made = []
+    distilled = ours._distilled
+    monkeypatch.setattr(ours, "_distilled", lambda *both: made.append(distilled(*both)) or made[-1])
+    for draw in Draws(8):
+        image, text, teacher_image, teacher_text = features(draw, 4)
+        tensors = [image, text, draw.number(14.3), teacher_image, teacher_text, draw.number(10.0)]
+        pair = [module.DistillClipLoss() for module in (ours, theirs)]
+        draw.compare(*pair, tensors, output_dict=draw.one_of(True, False))
+    assert len(made) >= 8
+
+
 def test_a_bias_cancels():
     bias = torch.tensor(-3.0, requires_grad=True)
     ours.ClipLoss()(torch.randn(4, 8), torch.randn(4, 8), 10.0, bias).backward()
