@@ -49,23 +49,20 @@ def log_smaller(t, w):
 
 
 @triton.jit
-def js_logs(p, q):
-    """log(p / m) and log(q / m), m = (p + q) / 2. Where p or q is 0, its own is to be left out."""
+def js(p, q):
+    """With m = (p + q) / 2: log(p / m), log(q / m) and p log(p / m) / 2 + q log(q / m) / 2. Where p or q is 0, its own
+    logarithm is to be left out."""
     r = _over_total(p - q, p, q)  # p = m (1 + r), q = m (1 - r)
     t = tl.abs(r)
     larger = log_larger(t)
-    smaller = log_smaller(t, _over_total(2.0 * tl.where(p < q, p, q), p, q))
-    return tl.where(r > 0, larger, smaller), tl.where(r > 0, smaller, larger)
-
-
-@triton.jit
-def js(p, q, log_p, log_q):
-    r = _over_total(p - q, p, q)
-    s = r * r  # p log(p / m) / 2 + q log(q / m) / 2 is a series in it
+    less = tl.where(p < q, p, q)
+    smaller = log_smaller(t, _over_total(2.0 * less, p, q))
+    s = r * r  # the value is a series in it
     series = ((s * 0.0276251413 + 0.0182374227) * s + 0.0362662147) * s + 0.0666329079
     series = (series * s + 0.166667414) * s + 1.0
-    far = tl.where(p != 0, p * log_p, 0.0) + tl.where(q != 0, q * log_q, 0.0)
-    return tl.where(tl.abs(r) < 0.5, 0.25 * (p + q) * (s * series), 0.5 * far)
+    far = tl.where(less != 0, less * smaller, 0.0) + tl.where(p < q, q, p) * larger
+    value = tl.where(t < 0.5, 0.25 * (p + q) * (s * series), 0.5 * far)
+    return tl.where(r > 0, larger, smaller), tl.where(r > 0, smaller, larger), value
 
 
 @triton.jit
@@ -92,8 +89,8 @@ def of_probabilities(p, q, METRIC: tl.constexpr):
     """The value, and p times its slope (of metrics that a softmax goes with here)."""
     d = p - q
     if METRIC == "js":
-        log_p, log_q = js_logs(p, q)
-        return js(p, q, log_p, log_q), tl.where(p != 0, 0.5 * p * log_p, 0.0)
+        log_p, _, value = js(p, q)
+        return value, tl.where(p != 0, 0.5 * p * log_p, 0.0)
     elif METRIC == "kl":
         return tl.where(p != 0, p * log_ratio(p, q), 0.0), d
     elif METRIC == "sym_kl":
@@ -111,7 +108,7 @@ def slopes(p, q, METRIC: tl.constexpr):
     """The derivatives by p and by q, of all but "cosine"."""
     d = p - q
     if METRIC == "js":
-        log_p, log_q = js_logs(p, q)
+        log_p, log_q, _ = js(p, q)
         return tl.where(p != 0, 0.5 * log_p, 0.0), tl.where(q != 0, 0.5 * log_q, 0.0)
     elif METRIC == "kl":
         return tl.where(p != 0, log_ratio(p, q) + 1.0, 0.0), tl.where(p != 0, -p / q, 0.0)

@@ -171,7 +171,7 @@ def _softmax_of(peak, total, KIND: tl.constexpr):
         root = tl.sqrt_rn(total)
         return Softmax(peak, tl.log(root), tl.div_rn(1.0, root))
     else:
-        return Softmax(peak, tl.log(total), tl.div_rn(1.0, total))
+        return Softmax(peak, tl.log(total), 1.0 / total)
 
 
 @triton.jit

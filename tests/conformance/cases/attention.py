@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.conformance.case import Case, Draw, with_argument, with_options
+from tests.conformance.case import Bench, Case, Draw, with_argument, with_options
 
 METRICS = ("js", "kl", "sym_kl", "mse", "l1", "cosine")
 MAP_SHAPES = ((2, 3, 4, 5), (1, 1, 1, 1), (3, 7), (1, 2, 9, 33))
@@ -72,6 +74,11 @@ def two_lists(draw: Draw, shape: tuple) -> tuple:
     return [a for a, _ in layers], [b for _, b in layers]
 
 
+def maps_bytes(shape: tuple, itemsize: int, mode: str) -> int:
+    """One read of both maps forward; backward another, and the write of the gradient of one."""
+    return math.prod(shape) * itemsize * {"forward": 2, "backward": 3, "both": 5}[mode]
+
+
 ATTENTION_CASES = [
     Case(
         "attention_consistency_loss",
@@ -120,6 +127,12 @@ ATTENTION_CASES = [
             ("empty", lambda args, options: ((args[0][:0], args[1][:0]), options), ValueError, "mean of an empty"),
             ("reduction", with_options(reduction="avg"), ValueError, "reduction: expected one of"),
         ],
+        bench=Bench(
+            shapes=[(8, 8, 512, 512)],
+            cost=maps_bytes,
+            options=[{"metric": m} for m in ("js", "kl", "mse")],
+            cuda_shapes=[(8, 12, 1024, 1024)],
+        ),
         module=fastloss.AttentionConsistencyLoss,
     ),
     Case(
