@@ -28,8 +28,8 @@ def per_sample_reference(
 ) -> Tensor:
     """DSGAN's definition: the mean of -min(dI_i / (dz_i + eps), margin), and 0 with zero gradients where dz_i = 0."""
     dtype = result_dtype(images_a, images_b, z_a, z_b)
-    d_image = (images_a.to(dtype) - images_b.to(dtype)).abs().flatten(1).mean(1)
-    d_z = (z_a.to(dtype) - z_b.to(dtype)).abs().flatten(1).mean(1)
+    d_image = (images_a.to(dtype) - images_b.to(dtype)).abs().reshape(len(z_a), -1).mean(1)
+    d_z = (z_a.to(dtype) - z_b.to(dtype)).abs().reshape(len(z_a), -1).mean(1)
     ratio = torch.where(d_z == 0, torch.zeros_like(d_image), d_image) / (d_z + eps)
     return -(ratio if margin is None else ratio.clamp(max=number(margin, ratio))).mean()
 

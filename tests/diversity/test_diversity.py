@@ -162,6 +162,7 @@ def test_mode_seeking_is_dsgan():
     loss = mode_seeking_loss(a, b, x, y, form="dsgan")
     assert loss.item() == pytest.approx(-(0.2 + 1.2) / 3, rel=1e-4)
     assert (torch.autograd.grad(loss, a)[0][2] == 0).all()
+    assert mode_seeking_loss(a, b, x[:, 0], y[:, 0], form="dsgan") == loss  # [N] noises
     bounded = mode_seeking_loss(a, b, x, y, form="dsgan", margin=0.5)
     assert bounded.item() == pytest.approx(-(0.2 + 0.5) / 3, rel=1e-4)
     assert (torch.autograd.grad(bounded, a)[0][1:] == 0).all()
