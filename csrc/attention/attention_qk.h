@@ -11,8 +11,8 @@ constexpr int64_t kKeyPanel = 64;   // keys that lie side by side in memory, for
 enum class Divergence { kl, sym_kl, js };
 
 // What the forward keeps of a row: the softmax of a view is e^(s - max) / sum. The means are what the gradient
-// subtracts: kl, sym_kl: of s1 - s2 under each view; js: of log(p / m) and log(q / m). A row that does not count has
-// max = inf, which makes all its probabilities 0.
+// subtracts: kl, sym_kl: of log p - log q under each view; js: of log(p / m) and log(q / m). A row that does not count
+// has max = inf, which makes all its probabilities 0.
 struct RowStatistics {
   float max1, sum1, max2, sum2, mean1, mean2;
 };

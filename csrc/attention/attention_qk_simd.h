@@ -148,7 +148,7 @@ FASTLOSS_INLINE QkTerms qk_terms(vf s1, vf s2, vf p, vf q, float shift) {
     const vf close = 0.25f * total * (r * r) * qk_entropy(r * r);
     return {near ? close : 0.5f * (of_p + of_q), of_p, of_q};
   } else {
-    const vf d = s1 - s2, x = d - shift;  // log p - log q
+    const vf x = s1 - s2 - shift;  // log p - log q
     const vi near = abs(x) < 0.5f, first = p != 0.0f, second = q != 0.0f;
     const vf square = x * x * qk_bregman(x);  // x - 1 + e^-x
     vf value;
@@ -156,8 +156,14 @@ FASTLOSS_INLINE QkTerms qk_terms(vf s1, vf s2, vf p, vf q, float shift) {
       value = near ? p * square : where(first, p * x) - (p - q);  // the sum of p - q is 0
     else
       value = near ? 0.5f * p * x * (x - square) : 0.5f * (where(first, p * x) - where(second, q * x));
-    return {where(first | second, value), where(first, p * d), where(second, q * d)};
+    return {where(first | second, value), where(first, p * x), where(second, q * x)};
   }
+}
+
+// The difference of the log-sum-exps. The means are of differences less it: not of large numbers, whose rounding would
+// be that of the gradients.
+FASTLOSS_INLINE float qk_shift(const RowStatistics& of) {
+  return (float)((double)of.max1 - of.max2 + __builtin_log((double)of.sum1 / of.sum2));
 }
 
 template <Divergence kind>
@@ -167,7 +173,7 @@ static float qk_divergence(const float* s1, const float* s2, const float* e1, co
   // where the compiler fuses it with a difference.
   const bool scaled = kind == Divergence::js;
   const float weight1 = scaled ? 1 : 1 / of.sum1, weight2 = scaled ? of.sum1 / of.sum2 : 1 / of.sum2;
-  const float shift = (float)((double)of.max1 - of.max2 + __builtin_log((double)of.sum1 / of.sum2));
+  const float shift = qk_shift(of);
   vd value{}, mean1{}, mean2{};
   for (int64_t i = 0; i < n;) {
     QkTerms part{};
@@ -199,7 +205,7 @@ static float qk_forward(Divergence kind, const float* s1, const float* s2, int64
 template <Divergence kind>
 static void qk_gradient(float* s1, float* s2, int64_t n, const RowStatistics& of, float weight) {
   // q is in units of p's: a product with 1, which equal views have here, is exact, also fused with a difference
-  const float unit = weight / of.sum1, half = 0.5f * unit, ratio = of.sum1 / of.sum2;
+  const float unit = weight / of.sum1, half = 0.5f * unit, ratio = of.sum1 / of.sum2, shift = qk_shift(of);
   for (int64_t i = 0; i < n; i += W) {
     const vf a = load(s1 + i), b = load(s2 + i);
     const vf p = exp(a - of.max1), q = exp(b - of.max2) * ratio;
@@ -208,7 +214,7 @@ static void qk_gradient(float* s1, float* s2, int64_t n, const RowStatistics& of
       store(s1 + i, where(first, half * p * (qk_log_share(p, q) - of.mean1)));
       store(s2 + i, where(second, half * q * (qk_log_share(q, p) - of.mean2)));
     } else {
-      const vf d = a - b, of_p = where(first, p * (d - of.mean1));
+      const vf d = a - b - shift, of_p = where(first, p * (d - of.mean1));
       if constexpr (kind == Divergence::kl) {
         store(s1 + i, unit * of_p);
         store(s2 + i, unit * (q - p));
