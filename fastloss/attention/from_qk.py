@@ -37,9 +37,9 @@ def attention_consistency_from_qk(
     r"""Attention consistency straight from queries and keys: no need to ask the model for its attention maps.
 
     The rows compared are :math:`p = \mathrm{softmax}(s\, q_1 k_1^T)` and :math:`q = \mathrm{softmax}(s\, q_2 k_2^T)`;
-    otherwise :func:`attention_consistency_loss` on logits. The kernels make both maps a tile at a time, forward and
-    backward, and never hold one whole: memory grows with Q + K, not with Q times K. PyTorch's operators, which compute
-    float64 and double backward, do hold them.
+    otherwise :func:`attention_consistency_loss` on logits. On a CPU the kernels make both maps a few rows at a time,
+    forward and backward, and never hold one whole: memory grows with Q + K, not with Q times K. PyTorch's operators,
+    which compute other devices, float64 and double backward, do hold them.
 
     Args:
         q1, q2: ``[B, H, Q, d]`` queries of the two views, or packed ``[T_q, H, d]`` with `cu_seqlens_q`.
