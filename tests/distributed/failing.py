@@ -2,12 +2,14 @@
 
 Plain processes, forked after the imports, which take longer than all else; torchrun would kill the survivors before
 they can say anything. Each rank leaves FOLDER/RANK.said (what the mismatches raised) and FOLDER/RANK.txt (its output);
-FOLDER/RANK.seconds has how long after the failure it raised, FOLDER/codes the exit codes.
+FOLDER/RANK.seconds has how long after the failure it raised, FOLDER/codes the exit codes, FOLDER/exits when it
+was gone.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import signal
@@ -75,6 +77,7 @@ def one_rank(rank: int, how: signal.Signals, folder: Path) -> None:
     if rank == WORLD - 1:
         os.kill(os.getpid(), how)
     began = time.monotonic()
+    (folder / f"{how.name}{rank}.began").write_text(f"{began}")
     try:
         LOSSES["clip_loss"](x, group=group).backward()
     finally:
@@ -99,9 +102,11 @@ def forked(rank: int, how: signal.Signals, folder: Path) -> int:
 
 
 def main(folder: Path) -> None:
+    gc.freeze()  # else a child's last collection copies the pages of all modules: seconds on a busy machine
     ranks = {forked(rank, how, folder): (how, rank) for how in SIGNALS for rank in range(WORLD)}
     stopped = next(child for child, (how, rank) in ranks.items() if how == signal.SIGSTOP and rank == WORLD - 1)
     codes: dict[str, int] = {}
+    exits: dict[str, float] = {}
     while len(list(folder.glob("*.ready"))) < len(ranks):
         time.sleep(0.05)
         child, status = os.waitpid(-1, os.WNOHANG)
@@ -113,10 +118,17 @@ def main(folder: Path) -> None:
     while len(codes) < len(ranks) - 1:
         child, status = os.waitpid(-1, 0)
         how, rank = ranks[child]
+        exits[f"{how.name}{rank}"] = time.monotonic()  # of the machine, the same clock in all processes
         codes[f"{how.name}{rank}"] = os.waitstatus_to_exitcode(status)
     os.kill(stopped, signal.SIGKILL)
     os.waitpid(stopped, 0)
     (folder / "codes").write_text(json.dumps(codes))
+    took = {
+        name: at - float(began.read_text())
+        for name, at in exits.items()
+        if (began := folder / f"{name}.began").exists()
+    }
+    (folder / "exits").write_text(json.dumps(took))
 
 
 if __name__ == "__main__":

@@ -47,9 +47,10 @@ def test_a_mismatch_is_an_error_on_every_rank_that_names_two_within_five_seconds
 
 @pytest.mark.parametrize("how", [how.name for how in SIGNALS])
 def test_live_ranks_end_with_an_error_that_names_rank_and_operation(folder, how):
-    found = json.loads((folder / "codes").read_text())
+    found, gone = (json.loads((folder / name).read_text()) for name in ("codes", "exits"))
     for rank in range(WORLD - 1):
         said = (folder / f"{how}{rank}.txt").read_text()
         assert found[f"{how}{rank}"] == 1, said
         assert float((folder / f"{how}{rank}.seconds").read_text()) < TIMEOUT_S + 10
+        assert gone[f"{how}{rank}"] < TIMEOUT_S + 10, "from the failure to the exit"
         assert f"failed on rank {rank} of {WORLD}" in said and "RuntimeError: fastloss: the " in said, said
