@@ -205,8 +205,8 @@ class CoCaLoss(_CoCa, ClipLoss):
 class DistillClipLoss(_Distill, ClipLoss):
     """open_clip's ``DistillClipLoss``: the contrastive part by :func:`fastloss.clip_loss`.
 
-    The distillation compares the logits of student and teacher, [M, M] each, which are made for it. On a CPU, from 8,192
-    rows on, it takes :func:`fastloss.attention_consistency_from_qk` instead: slower, and without them.
+    The distillation compares the logits of student and teacher, [M, M] each, which are made for it. On a CPU, from
+    8,192 rows on, it takes :func:`fastloss.attention_consistency_from_qk` instead: slower, and without them.
     """
 
     @hands_on("open_clip.DistillClipLoss", None if _theirs is None else _theirs.DistillClipLoss.forward)
