@@ -9,6 +9,7 @@ perceptual_loss.py   PerceptualLoss: networks and a criterion in one module
 criteria.py          what PerceptualLoss compares features with
 backbones.py         torchvision's networks, cut at the last tap
 vision_features.py   timm's and transformers' vision models, by block
+normalisation.py     the range, mean and standard deviation that networks want of images
 frozen.py            networks that no model counts among its own
 execution.py         how the networks run: dtype, compilation, pieces of the batch
 scale.py             the scale of gradients inside networks in float16

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..core.checks import as_plain, check_sequence
-from .vision_features import FromImageNet
+from .normalisation import FromImageNet
 
 Step = tuple[str, str, nn.Module]  # name of the tap, prefix of its weights in torchvision's files, module
 

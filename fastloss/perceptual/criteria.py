@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core import reduce
 from ..core.checks import as_plain, check_no_graph, check_same_length, is_sequence
+from ..core.entry import unknown_option
 from ..core.traced import filled
 from .backbones import read_weights
 from .dists import dists_distance
@@ -21,7 +22,28 @@ from .lpips import lpips_distance
 from .style import style_distance
 
 CRITERIA = (*ELEMENTWISE, "lpips", "dists", "style")
+OPTIONS = {
+    "lpips": ("eps", "inside_root"),
+    "dists": ("c1", "c2"),
+    "style": ("criterion", "normalization", "eps", "beta"),
+}
 LPIPS_FILES = {"alexnet": "alex", "squeezenet1_1": "squeeze", "vgg16": "vgg"}
+
+
+class Criterion(NamedTuple):
+    name: str
+    options: Mapping[str, Any]  # of its function
+
+
+def checked_options(criterion: str, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a criterion's function, whose values it looks at itself."""
+    known = OPTIONS.get(criterion, ("eps", "beta"))
+    if not isinstance(options, (Mapping, type(None))):
+        raise TypeError(f"criterion_options: expected a dict, got {type(options).__name__}")
+    for name in options or {}:
+        if name not in known:
+            raise unknown_option("criterion_options", name, known, of=f" of {criterion!r}")
+    return dict(options or {})
 
 
 class LpipsWeights(nn.Module):
@@ -37,17 +59,18 @@ class LpipsWeights(nn.Module):
         return [getattr(self, f"lin{i}") for i in range(self.count)]
 
 
-def gradient_counts(criterion: str, features: Sequence[Tensor], reduction: str) -> list[int]:
+def gradient_counts(criterion: Criterion, features: Sequence[Tensor], reduction: str) -> list[int]:
     """Of each layer what the criterion divides the gradient of a feature by, about."""
-    counts = []
+    counts, (name, options) = [], criterion
     for f in features:
         samples, each = (int(n) for n in (f.shape[0], f.numel() // max(f.shape[0], 1)))
-        if criterion in ("lpips", "dists", "style"):
+        if name in ("lpips", "dists", "style"):
             channels = int(f.shape[1]) if f.ndim > 1 else 1
             each //= max(channels, 1)  # a mean over the pixels, also for a sum over the samples
-            if criterion == "style" and reduction != "sum":  # the mean over the Gram matrix
-                each *= channels * channels
-            if criterion == "dists":
+            if name == "style" and reduction != "sum":  # the mean over the Gram matrix
+                divisor = {"chw": each * channels, "hw": each, "none": 1}
+                each = divisor[options.get("normalization", "chw")] * channels
+            if name == "dists":
                 each *= 2 * sum(int(other.shape[1]) for other in features)
         elif reduction == "sum":
             each = 1
@@ -109,7 +132,7 @@ def make_lins(criterion: str, given: Any, backbones: list, several: bool) -> lis
 
 
 def criterion_distance(
-    criterion: str,
+    criterion: Criterion,
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
     weights: Sequence[float] | None,
@@ -117,21 +140,22 @@ def criterion_distance(
     reduction: str,
 ) -> Tensor:
     """The distance of two lists of features; `weights` one number a layer."""
+    name, options = criterion
     if weights is not None:
         check_same_length("features", features, "weights", weights)
-    if criterion == "lpips":
+    if name == "lpips":
         factor = 1.0
         if weights is not None:
             factor = 2.0**64 if max(abs(w) for w in weights) > 2.0**64 else 1.0  # times a lin, 3e38 would be infinite
             ones = lins or [f.new_ones(f.shape[1], dtype=torch.float32) for f in features]
             lins = [w / factor * lin for w, lin in zip(weights, ones, strict=True)]
-        distance = reduce(lpips_distance(features, targets, lins), reduction)
+        distance = reduce(lpips_distance(features, targets, lins, **options), reduction)
         return distance if factor == 1 else factor * distance
-    if criterion == "dists":
+    if name == "dists":
         each = None
         if weights is not None:
             each = [filled((f.shape[1],), w, torch.float32, f.device) for f, w in zip(features, weights, strict=True)]
-        return reduce(dists_distance(features, targets, each, each), reduction)
-    if criterion == "style":
-        return style_distance(features, targets, weights=weights, reduction=reduction)
-    return feature_distance(features, targets, weights=weights, criterion=criterion, reduction=reduction)
+        return reduce(dists_distance(features, targets, each, each, **options), reduction)
+    if name == "style":
+        return style_distance(features, targets, weights=weights, reduction=reduction, **options)
+    return feature_distance(features, targets, weights=weights, criterion=name, reduction=reduction, **options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,6 @@ from ..core.checks import (
     as_plain,
     check_choice,
     check_flag,
-    check_number,
-    check_numbers,
     check_same_device,
     check_same_length,
     check_same_shape,
@@ -27,11 +25,20 @@ from ..core.entry import TORCH_NAMES, public_function
 from ..core.traced import at_most
 from .backbones import LPIPS_TAPS, Backbone
 from .checks import Targets, check_encoded
-from .criteria import CRITERIA, LpipsWeights, criterion_distance, gradient_counts, make_lins
+from .criteria import (
+    CRITERIA,
+    Criterion,
+    LpipsWeights,
+    checked_options,
+    criterion_distance,
+    gradient_counts,
+    make_lins,
+)
 from .execution import Execution, in_pieces
 from .frozen import FrozenNetworks
+from .normalisation import affine, normalisation, numbers_or_none, range_of
 from .scale import ScaleBack, ScaleUp, base_of
-from .vision_features import IMAGENET, VisionFeatures, names_a_library
+from .vision_features import VisionFeatures, names_a_library
 
 NAMED = (Backbone, VisionFeatures)  # their taps have names, and their images three channels
 
@@ -86,6 +93,8 @@ class PerceptualLoss(FrozenNetworks):
         criterion: ``"l1"``, ``"l2"``, ``"charbonnier"`` (eps 1e-6) or ``"smooth_l1"`` (beta 1), see
             :func:`feature_distance`; ``"lpips"``, see :func:`lpips_distance`; ``"dists"``, see :func:`dists_distance`,
             with the layers' weights for all their channels; ``"style"``, see :func:`style_distance`.
+        criterion_options: options of that function, e.g. of ``"style"`` ``{"criterion": "l2", "normalization":
+            "none"}``, of ``"charbonnier"`` ``{"eps": 1e-3}``.
         lin_weights: of ``"lpips"``: None: version 0.1 of the installed lpips package (its files, nothing is imported);
             the path of such a file; a list of tensors, one a layer; False: ones. For several backbones a list of these.
         input_range: the values of black and white in the images. lpips and most GANs: ``(-1, 1)``.
@@ -135,18 +144,20 @@ class PerceptualLoss(FrozenNetworks):
         reduction: str = "mean",
         execution: Execution | None = None,
         *,
+        criterion_options: Mapping[str, Any] | None = None,
         save_networks: bool = False,
     ) -> None:
         super().__init__(save_networks)
         check_choice("criterion", criterion, CRITERIA)
+        self.criterion_options = checked_options(criterion, criterion_options)
         check_reduction(reduction)
         if not isinstance(execution, (Execution, type(None))):
             raise TypeError(f"execution: expected an Execution, got {type(execution).__name__}")
         normalize = as_plain(normalize)
         self.criterion, self.reduction, self.normalize = criterion, reduction, normalize is not False
         self.execution = execution or Execution()
-        self.input_range = _range(input_range)
-        self._affine = _affine(self.input_range, *_normalisation(normalize))
+        self.input_range = range_of(input_range)
+        self._affine = affine(self.input_range, *normalisation(normalize))
         self._register_affine(torch.promote_types(torch.get_default_dtype(), torch.float32))
         several = is_sequence(backbones)  # nn.Sequential is one backbone
         given: list = list(backbones) if several else [backbones]  # type: ignore[arg-type]
@@ -160,8 +171,8 @@ class PerceptualLoss(FrozenNetworks):
         check_same_length("backbones", given, "pretrained", spread)
         again = self.execution.checkpoint
         made = [_make(*one, again) for one in zip(given, all_layers, spread, strict=True)]
-        self.layer_weights = [_numbers("layer_weights", w) for w in all_weights]
-        self.backbone_weights = _numbers("backbone_weights", backbone_weights) or [1.0] * len(given)
+        self.layer_weights = [numbers_or_none("layer_weights", w) for w in all_weights]
+        self.backbone_weights = numbers_or_none("backbone_weights", backbone_weights) or [1.0] * len(given)
         check_same_length("backbones", given, "backbone_weights", self.backbone_weights)
         made_lins = make_lins(criterion, lin_weights, made, several)
         for backbone, w, lins in zip(made, self.layer_weights, made_lins, strict=True):
@@ -190,6 +201,10 @@ class PerceptualLoss(FrozenNetworks):
         for name, values in zip(("shift", "scale"), self._affine, strict=True):  # settings: not in the state dict
             exact = torch.tensor(values, dtype=dtype, device=device)
             self.register_buffer(name, exact.view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def _criterion(self) -> Criterion:
+        return Criterion(self.criterion, self.__dict__.get("criterion_options", {}))  # not in older pickles
 
     def encode(self, image: Tensor, *, graph: bool = False) -> Targets:
         """The target's features, for each backbone a list; they may be kept and used again. With a `graph` the image
@@ -261,7 +276,7 @@ class PerceptualLoss(FrozenNetworks):
             found, targets, self.layer_weights, self.lins, self.backbone_weights, strict=True
         ):
             own = lins() if isinstance(lins, LpipsWeights) else None
-            distance = criterion_distance(self.criterion, features, target, weights, own, reduction)
+            distance = criterion_distance(self._criterion, features, target, weights, own, reduction)
             total = torch.zeros_like(distance) if total is None else total
             total = torch.add(total, distance, alpha=weight)
         return total
@@ -285,7 +300,7 @@ class PerceptualLoss(FrozenNetworks):
         """See `base_of`, of all layers of all networks."""
         counts, weights = [], []
         for features, own, weight in zip(found, self.layer_weights, self.backbone_weights, strict=True):
-            counts += gradient_counts(self.criterion, features, reduction)
+            counts += gradient_counts(self._criterion, features, reduction)
             weights += [at_most(abs(weight * w)) for w in own or [1.0] * len(features)]
         return base_of(counts, weights)
 
@@ -325,9 +340,9 @@ class PerceptualLoss(FrozenNetworks):
 
     def extra_repr(self) -> str:
         return (
-            f"criterion={self.criterion!r}, layer_weights={self.layer_weights}, "
-            f"backbone_weights={self.backbone_weights}, input_range={self.input_range}, "
-            f"normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}, "
+            f"criterion={self.criterion!r}, criterion_options={self._criterion.options}, "
+            f"layer_weights={self.layer_weights}, backbone_weights={self.backbone_weights}, "
+            f"input_range={self.input_range}, normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}, "
             f"save_networks={self.save_networks}\nbackbones={self.backbones!r}"
         )
 
@@ -363,37 +378,3 @@ def _each(name: str, value: Any, backbones: list, several: bool) -> list:
         raise TypeError(f"{name}: expected for several backbones one list (or None) for each, got {value!r}")
     check_same_length("backbones", backbones, name, value)
     return list(value)
-
-
-def _numbers(name: str, values: Any) -> list[float] | None:
-    if values is None:
-        return None
-    return check_numbers(name, values)
-
-
-def _range(values: Any) -> tuple[float, float]:
-    got = _numbers("input_range", values)
-    if got is None or len(got) != 2 or not got[0] < got[1]:
-        raise ValueError(f"input_range: expected (low, high) with low < high, got {values!r}")
-    return got[0], got[1]
-
-
-def _normalisation(normalize: Any) -> tuple[Any, Any]:
-    if isinstance(normalize, bool):
-        return IMAGENET
-    normalize = normalize.tolist() if hasattr(normalize, "tolist") else normalize  # an array or a tensor
-    if not is_sequence(normalize) or len(normalize) != 2:
-        raise TypeError(f"normalize: expected True, False or a pair (mean, std), got {normalize!r}")
-    return normalize[0], normalize[1]
-
-
-def _affine(input_range: tuple[float, float], mean: Any, std: Any) -> tuple[list[float], list[float]]:
-    """`shift` and `scale` of each channel such that (image - shift) / scale is the normalised image."""
-    means, stds = _numbers("mean", mean), _numbers("std", std)
-    if not means or not stds:
-        raise ValueError("normalize: expected one number a channel in mean and std; False is for no normalisation")
-    check_same_length("mean", means, "std", stds)
-    for i, value in enumerate(stds):
-        check_number(f"std[{i}]", value, 0, open_low=True)
-    low, width = input_range[0], input_range[1] - input_range[0]
-    return [low + width * m for m in means], [width * s for s in stds]

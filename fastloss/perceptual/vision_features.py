@@ -15,29 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.checks import as_plain, check_choice, check_sequence, check_tensor
+from .normalisation import IMAGENET, FromImageNet
 
 LIBRARIES = ("timm", "transformers")
 TOKENS = ("patch", "class", "all")
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-class FromImageNet(nn.Module):
-    """From ImageNet's normalisation to that of another mean and standard deviation."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        super().__init__()
-        exact = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        own_mean, own_std, theirs, their_std = (
-            torch.tensor(x, dtype=exact).view(1, 3, 1, 1) for x in (mean, std, *IMAGENET)
-        )
-        self.register_buffer("scale", their_std / own_std, persistent=False)
-        self.register_buffer("shift", (theirs - own_mean) / own_std, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x * self.scale + self.shift).to(x.dtype)  # networks made in another default dtype take that
 
 
 class VisionFeatures(nn.Module):

@@ -128,7 +128,7 @@ def test_composite_loss_under_another_default_dtype(weighting, default):
 
 
 def test_inception_input_under_another_default_dtype():
-    from fastloss.perceptual.vision_features import FromImageNet
+    from fastloss.perceptual.normalisation import FromImageNet
 
     usual = FromImageNet((0.5,) * 3, (0.5,) * 3)
     for default in (torch.bfloat16, torch.float64):

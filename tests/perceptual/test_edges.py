@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastloss import PerceptualLoss, core, dists_distance, feature_distance, lpips_distance, tap
-from fastloss.perceptual.vision_features import FromImageNet
+from fastloss.perceptual.normalisation import FromImageNet
 from tests.conformance.cases import CASES
 from tests.conformance.tools import Errors, places
 from tests.perceptual.test_perceptual_loss import MEAN, STD, Net, images, twice_pooled

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import fastloss
 from fastloss import PerceptualLoss, feature_distance
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
@@ -259,3 +262,24 @@ def test_without_torchvision_callables_work_and_names_say_what_to_do():
         "any callable that returns a list of features",
     ):
         assert words in done.stderr
+
+
+@pytest.mark.parametrize(("criterion", "options", "direct"), [
+    ("style", {"criterion": "l2", "normalization": "none"}, fastloss.style_distance),
+    ("charbonnier", {"eps": 0.1}, functools.partial(fastloss.feature_distance, criterion="charbonnier")),
+    ("dists", {"c1": 0.01}, lambda f, t, c1: fastloss.dists_distance(f, t, c1=c1).mean()),
+])  # fmt: skip
+def test_options_of_the_criterion(criterion, options, direct):
+    """They reach the criterion's function, and survive a copy."""
+    torch.manual_seed(0)
+    image, image_pred = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+
+    def features(x):
+        return [x, x[:, :2].square()]
+
+    loss = PerceptualLoss(features, criterion=criterion, criterion_options=options, normalize=False)
+    wanted = direct(features(image_pred), features(image), **options)
+    torch.testing.assert_close(loss(image, image_pred), wanted)
+    assert str(options) in repr(copy.deepcopy(loss))
+    with pytest.raises(TypeError, match="criterion_options: unknown option 'epsilon'"):
+        PerceptualLoss(features, criterion=criterion, criterion_options={"epsilon": 1})

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastloss import Execution, PerceptualLoss
-from fastloss.perceptual.criteria import gradient_counts
+from fastloss.perceptual.criteria import Criterion, gradient_counts
 from fastloss.perceptual.scale import ScaleBack, ScaleUp, base_of, power_below
 from tests.perceptual.test_backbones import needs_torchvision
 from tests.perceptual.test_perceptual_loss import images
@@ -141,7 +141,7 @@ def test_gradient_counts():
         ("lpips", "mean", [30, 4]), ("lpips", "sum", [15, 2]), ("dists", "none", [300, 40]),
         ("style", "mean", [480, 144]), ("style", "sum", [15, 2]),
     ):  # fmt: skip
-        assert gradient_counts(criterion, features, reduction) == counts
+        assert gradient_counts(Criterion(criterion, {}), features, reduction) == counts
 
 
 def test_the_scale_is_undone_exactly_and_any_number_of_times():
