@@ -342,8 +342,8 @@ class PerceptualLoss(FrozenNetworks):
         return (
             f"criterion={self.criterion!r}, criterion_options={self._criterion.options}, "
             f"layer_weights={self.layer_weights}, backbone_weights={self.backbone_weights}, "
-            f"input_range={self.input_range}, normalize={self.normalize}, reduction={self.reduction!r}, execution={self.execution}, "
-            f"save_networks={self.save_networks}\nbackbones={self.backbones!r}"
+            f"input_range={self.input_range}, normalize={self.normalize}, reduction={self.reduction!r}, "
+            f"execution={self.execution}, save_networks={self.save_networks}\nbackbones={self.backbones!r}"
         )
 
 
