@@ -16,6 +16,7 @@ import fastloss
 from fastloss import Exchange, NegativeSampling
 
 COUNTS = {1: [7], 2: [7, 5], 3: [7, 5, 9], 4: [7, 5, 9, 4]}
+BOTH = {"logit_scale": 3.0, "logit_bias": -1.0}  # that siglip_loss takes
 STRATEGIES = ("gather", "chunked", "ring")
 MIB = 2e-3  # pieces of a few rows
 EQUAL = 6  # rows a rank, where all have as many

@@ -14,7 +14,8 @@ logit_gradients.py          G, the gradient of the logits, a block at a time
 embedding_gradients.py      the embeddings' gradients from sums over those blocks
 weighted_keys.py            log-sum-exps and weighted keys of frozen keys in one pass over them
 pair_gradients.py           gradients of query and key, row by row, from weighted keys
-per_query_forward.py        running sums over the negatives of each query, and their merging
+per_query_forward.py        running sums over the negatives of each query
+per_query_merge.py          their merging
 row_losses.py               losses of rows from their statistics and positives
 norms.py                    norms of embeddings, the scales of rows and columns, the positives' logits
 passes.py                   launches over all logits: statistics, blocks of gradients, their products

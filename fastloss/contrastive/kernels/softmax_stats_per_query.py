@@ -38,9 +38,9 @@ from .per_query_forward import (
     SavedLogits,
     below_one,
     per_query_fwd_kernel,
-    per_query_merge_kernel,
     per_query_sizes,
 )
+from .per_query_merge import per_query_merge_kernel
 
 TILE_BYTES = 16384  # bytes of negatives that a program of the backward has at a time
 # The forward's programs: sixteen warps are resident on a multiprocessor, and 2048 fill 132 of those just once.
