@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Fn = TypeVar("Fn", bound=Callable[..., Any])
@@ -105,8 +104,3 @@ def as_theirs(value: Any, *inputs: Tensor) -> Any:
     if dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled(value.device.type):
         dtype = torch.float32
     return value.to(dtype)
-
-
-def reflected(image: Tensor, border: int) -> Tensor:
-    """Images with a border reflected around them: what whole windows see there is SSIM with reflect padding."""
-    return F.pad(image, [border] * 4, mode="reflect")

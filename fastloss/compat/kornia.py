@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import image as losses
-from ._common import NotServed, as_theirs, check_plain, hands_on, reflected, required
+from ._common import NotServed, as_theirs, check_plain, hands_on, required
 
 _theirs, _metrics = required("kornia.losses"), required("kornia.metrics")
 _C1, _C2, _SIGMA = 0.01**2, 0.03**2, 1.5  # of its SSIM, in units of max_val
@@ -63,11 +63,10 @@ def ssim_loss(
     where = str(padding).lower()
     if where not in ("same", "valid") or img1.shape != img2.shape:
         raise NotServed(f"padding {padding!r}, images {tuple(img1.shape)} and {tuple(img2.shape)}")
-    border = window_size // 2 if where == "same" else 0
-    pair = [reflected(image, border) if border else image for image in (img2, img1)]
-    loss = losses.ssim_loss(*pair, window=window_size, sigma=_SIGMA, data_range=max_val, padding="valid") / 2
+    how = "reflect" if where == "same" else "valid"
+    loss = losses.ssim_loss(img2, img1, window=window_size, sigma=_SIGMA, data_range=max_val, padding=how) / 2
     if reduction == "sum":
-        cut = 2 * border - (window_size - 1)
+        cut = 0 if where == "same" else 1 - window_size
         loss = loss * (img1.shape[0] * img1.shape[1] * (img1.shape[2] + cut) * (img1.shape[3] + cut))
     return as_theirs(loss, img1, img2)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..image import smoothness_loss, ssim_loss
 from ..perceptual import dists_distance, lpips_distance
-from ._common import NotServed, as_theirs, check_plain, hands_on, reflected, required
+from ._common import NotServed, as_theirs, check_plain, hands_on, required
 
 _theirs = required("torchmetrics.functional.image")
 _image = required("torchmetrics.image")
@@ -86,9 +86,8 @@ def _window(sigma: Any, kernel_size: Any) -> _Window:
 def _reflected_ssim(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:
     """The SSIM of each image, ``[N]``, with reflect padding."""
     radius, sigma = window
-    pair = reflected(target, radius), reflected(preds, radius)
-    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "valid"}
-    return 1 - ssim_loss(*pair, k1=k1, k2=k2, reduction="none", **options)
+    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "reflect"}
+    return 1 - ssim_loss(target, preds, k1=k1, k2=k2, reduction="none", **options)
 
 
 def _contrast(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:

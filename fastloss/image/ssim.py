@@ -12,7 +12,15 @@ from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dt
 from ..core.checks import check_flag, check_weight
 from ..core.entry import takes_input_and_target
 from .map_weights import over_weights
-from .ssim_checks import SSIM_HINTS, NegativeImages, check_pair, check_ssim_options, check_window_fits
+from .ssim_checks import (
+    PADDINGS,
+    SSIM_HINTS,
+    NegativeImages,
+    check_pair,
+    check_ssim_options,
+    check_window_fits,
+    reflected,
+)
 from .ssim_reference import Inputs, ssim_reference
 
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
@@ -126,7 +134,7 @@ def ssim_loss(
 
     Where the window leaves the image it sees zeros, ``padding="same"``, as in fused-ssim and the first SSIM losses for
     PyTorch. Other libraries have other defaults: pytorch-msssim takes whole windows only (here ``padding="valid"``),
-    kornia and torchmetrics reflect the image (not offered here).
+    kornia and torchmetrics reflect the image (``padding="reflect"``).
 
     With Gaussian-weighted local means, variances and covariance, :math:`C_i = (k_i \cdot range)^2`::
 
@@ -143,7 +151,8 @@ def ssim_loss(
             need** ``data_range=(-1, 1)``: with 2 an image and its negative would count as nearly alike, since SSIM
             takes the means of images for positive. (The first call on the CPU looks, and warns of values below 0.)
         padding: ``"same"`` pads with zeros, with (low, high) with `low`: SSIM at every pixel. ``"valid"`` takes whole
-            windows only, at least one must fit.
+            windows only, at least one must fit. ``"reflect"`` pads with the image's own pixels, the outermost not
+            repeated, as ``F.pad(mode="reflect")`` does, in copies of the images: sides longer than half a window.
         k1, k2: stabilisers, > 0. (k range)^2 must lie between 1e-36 and 1e36 (1e-289 and 1e289 in float64).
         weight: non-negative weights of the SSIM map, or a mask (bool, True counts 1), broadcastable to `image`
             (``"valid"`` uses its centre), no gradient. Means become weighted sum / sum of weights, 0 if that is 0. A
@@ -170,17 +179,21 @@ def ssim_loss(
     """
     check_pair(image, image_pred)
     dtype = result_dtype(image, image_pred)
-    window, sigma, same, c1, c2, low = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype)
+    options = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype, (*PADDINGS, "reflect"))
+    window, sigma, same, c1, c2, low = options
     check_reduction(reduction)
     luminance = check_flag("luminance", luminance)
-    if not same:
+    reflect, border = padding == "reflect", window // 2
+    if not same and not reflect:
         check_window_fits(image, window, 1)
     if reduction == "mean":
         check_not_empty(image.numel())
     NegativeImages.warn_once(image, data_range)
-    cut = 0 if same else window // 2
+    cut = 0 if same else border
+    mine = None if weight is None else map_weight(weight, image, 0 if reflect else cut)
+    if reflect:
+        image, image_pred = reflected(image, border), reflected(image_pred, border)
     height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
-    mine = None if weight is None else map_weight(weight, image, cut)
     if image.numel() == 0:
         sums = _no_sums(image, image_pred, dtype)
     else:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import transformed
@@ -54,16 +55,16 @@ def check_pair(image: Tensor, image_pred: Tensor) -> None:
 
 def check_ssim_options(
     window: int, sigma: float, data_range: float | Sequence[float], padding: str, k1: float, k2: float,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32, paddings: tuple[str, ...] = PADDINGS,
 ) -> SsimNumbers:  # fmt: skip
-    """`dtype`: that of the result."""
+    """`dtype`: that of the result; `paddings`: those that the loss has."""
     window = check_integer("window", window, 1, LARGEST, wanted="an odd integer")
     if window % 2 == 0:
         raise ValueError(f"window: expected an odd integer >= 1, got {window}")
     numbers = {"sigma": sigma, "k1": k1, "k2": k2}
     sigma, k1, k2 = (check_number(n, value, 0, open_low=True, float32=False) for n, value in numbers.items())
     low, span = _low_and_span(data_range)
-    check_choice("padding", padding, PADDINGS)
+    check_choice("padding", padding, paddings)
     least, most = BOUNDS[dtype]
     constants = []
     for name, k in (("k1", k1), ("k2", k2)):
@@ -105,6 +106,16 @@ def check_window_fits(image: Tensor, window: int, levels: int) -> None:
             f"window: expected at most the image's sides with padding='valid', got {window} for images of "
             f"{image.shape[2]} x {image.shape[3]} pixels{where}; use padding='same' or a smaller window"
         )
+
+
+def reflected(image: Tensor, border: int) -> Tensor:
+    """Images with a border reflected around them: what whole windows see there is SSIM with reflect padding."""
+    if min(image.shape[2:]) <= border:
+        raise ValueError(
+            f"window: expected at most twice the image's sides less 1 with padding='reflect', got {2 * border + 1} for "
+            f"images of {image.shape[2]} x {image.shape[3]} pixels; use padding='same' or a smaller window"
+        )
+    return F.pad(image, [border] * 4, mode="reflect") if border and image.numel() else image
 
 
 class NegativeImages:

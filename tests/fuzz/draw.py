@@ -239,6 +239,8 @@ def settle_softmax(d: Drawer, args: tuple, options: dict[str, Any]) -> None:
 
 def settle_ssim(d: Drawer, kind: str, options: dict[str, Any]) -> None:
     """Mostly a window that fits."""
+    if options.get("padding") == "reflect" and min(d.sizes["shape"][-2:]) <= 6:
+        options["padding"] = "same"
     valid = options.get("padding", "valid" if kind == "ms_ssim_loss" else "same") == "valid"
     if valid and d.chance(0.9):
         levels = options.get("level_weights")

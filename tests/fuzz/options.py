@@ -186,6 +186,7 @@ OPTIONS: dict[Any, Kind] = {
     ("tap", "weight"): between(-2, 3, 0, 1),
     ("pixel_loss", "p"): lambda d: d.pick("charbonnier", "huber") if d.chance(0.4) else d.number(1, 4, 1, 2, 3),
     ("smoothness_loss", "p"): one_of(1, 2, "isotropic", "norm"),
+    ("ssim_loss", "padding"): one_of("same", "valid", "reflect"),
     ("image_loss", "pixel"): part(1, 2, 1.5, "charbonnier", "huber"),
     ("image_loss", "smoothness"): part(1, 2, "isotropic", "norm"),
     ("image_loss", "pixel_options"): nested("pixel_loss", "weight", "eps", "delta"),
