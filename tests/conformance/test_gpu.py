@@ -15,13 +15,15 @@ from benchmarks.harness.results import read_all
 from fastloss.image.image_loss import Inputs, _image_loss, _keep
 from tests.conformance.cases import CASES, Draw
 from tests.conformance.cases.image import IMAGE_CASES
+from tests.conformance.cases.image_loss import IMAGE_LOSS_CASES
 from tests.conformance.cases.volumes import VOLUME_CASES
 from tests.conformance.tools import Errors, first, leaves, ops_of, to_device
 
 pytestmark = pytest.mark.gpu
 WITH_KERNELS = [c for c in CASES if any(op.kernels["triton"] for op in ops_of(c.name))]
 # the first options of every case; all of the image-plane losses, whose options are kernels of their own
-ROWS = [(c, o) for c in WITH_KERNELS for o in (c.options if c in (*IMAGE_CASES, *VOLUME_CASES) else c.options[:1])]
+WHOLE = (*IMAGE_CASES, *IMAGE_LOSS_CASES, *VOLUME_CASES)  # with each of their options
+ROWS = [(c, o) for c in WITH_KERNELS for o in (c.options if c in WHOLE else c.options[:1])]
 by_case = pytest.mark.parametrize(("case", "options"), [pytest.param(c, o, id=f"{c.name} {o}") for c, o in ROWS])
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.conformance.case import Bench, Case, image_pair, with_argument, with_options
+from tests.conformance.case import NARROW, Bench, Case, image_pair, with_argument, with_options
 from tests.conformance.cases.image import eager_smoothness, eager_ssim
 
 
