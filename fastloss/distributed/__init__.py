@@ -11,6 +11,7 @@ gathered.py     the same statistics of gathered columns or of pieces, brought ho
 cached_step.py  a step whose gradients are those of a batch too large for one graph
 pieces_of_ranks.py   what the ranks of such a step agree on
 memory_bank.py  embeddings of earlier batches as further negatives, the same on all ranks
+sharded_bank.py  distances from a bank whose rows lie on several ranks
 losses.py       the contrastive losses across ranks, behind their argument `group`; clip_groups.py: CLIP with groups
 
 Families import its losses only where a group is given.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from ..core.checks import (
 from ..core.entry import public_function
 from .distances import METRICS, Bank, mean_distance, softmin_distance
 from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_row
+
+if TYPE_CHECKING:
+    from ..distributed.exchange import Exchange, Group
 
 MODES = ("nearest", "softmin", "mean")
 
@@ -44,6 +48,28 @@ def diversity_reference(
     return softmin_distance(generated, rows, metric, temperature, workspace)
 
 
+class Search(NamedTuple):
+    """How images are compared with a bank."""
+
+    mode: str
+    metric: str
+    temperature: float
+    workspace: int  # bytes
+    with_row: bool  # whether the nearest row's number is asked for
+
+
+def distances(generated: Tensor, bank: Bank, search: Search) -> Nearest:
+    """D of images [N,P]; a row only where it is asked for."""
+    mode, metric, temperature, workspace, with_row = search
+    if mode != "nearest":
+        distance = diversity_reference(
+            generated, bank.rows, mode, metric, temperature, workspace, bank.scale, bank.shift
+        )
+        return Nearest(distance, generated)
+    generated = generated.to(result_dtype(generated, bank.rows))
+    return _nearest(Inputs(generated, bank.rows, metric, bank.scale, bank.shift, workspace / 2**20), with_row)
+
+
 @public_function
 def diversity_loss(
     generated: Tensor,
@@ -58,6 +84,8 @@ def diversity_loss(
     bank_shift: float = 0.0,
     return_nearest: bool = False,
     workspace_mib: int = 256,
+    group: Group = None,
+    exchange: Exchange | None = None,
 ) -> Any:
     r"""Reward for generated images that differ from the training-set images of a bank.
 
@@ -97,6 +125,12 @@ def diversity_loss(
             them, and ``"nearest"`` differentiates the winning distances only. No mode stores the ``[N, M]`` distances,
             and ``"mean"`` of l2 and cosine makes none: means over the bank are all that it needs. The kernels for
             ``"nearest"`` compare 8 bank rows or more at a time, on a GPU 64, and need up to 8 MiB.
+        group: None, or a ProcessGroup or 1-D DeviceMesh. The bank is then that of all of its ranks, each of which has
+            some of the rows (their numbers may differ and be 0), and `generated` are this rank's images (their numbers
+            may differ too). Images travel, the bank does not. The loss is that of all images, on every rank, its
+            gradients are for DDP's average, and the nearest `row` counts through the ranks' rows in their order.
+        exchange: see :class:`fastloss.Exchange`: `gradients`, and `rows` of ``"generated"`` and ``"bank"``, which
+            torch.compile must know; without it the ranks tell each other. All images are gathered at once.
 
     Returns:
         float32 (float64 for float64 inputs), or with `return_nearest` a tuple of that and a tuple
@@ -123,7 +157,8 @@ def diversity_loss(
             f"got {tuple(bank.shape)}"
         )
     check_same_device("generated", generated, "bank", bank)
-    if bank.shape[0] == 0 or bank[0].numel() == 0:
+    size = math.prod(bank.shape[1:])  # elements of an image: 1 where generated is [N]
+    if size == 0 or (bank.shape[0] == 0 and group is None):
         raise ValueError(f"bank: expected at least one image of at least one element, got {tuple(bank.shape)}")
     if bank.requires_grad:
         raise ValueError("bank: no gradient is provided for it; pass bank.detach()")
@@ -136,16 +171,19 @@ def diversity_loss(
         margin = check_number("margin", margin, 0, open_low=True)
     if check_flag("return_nearest", return_nearest) and mode != "nearest":
         raise ValueError(f'return_nearest: expected False with mode="{mode}"; "nearest" finds the nearest image')
-    size = bank[0].numel()  # of an image: 1 where generated is [N]
-    generated, bank = generated.reshape(-1, size), bank.reshape(-1, size)
-    if mode != "nearest":
-        distance = diversity_reference(generated, bank, mode, metric, temperature, workspace, scale, shift)
+    search = Search(mode, metric, temperature, workspace, return_nearest)
+    images, rows = generated.reshape(-1, size), Bank(bank.reshape(-1, size), scale, shift)
+    meeting: Any = None
+    if group is None:
+        found = distances(images, rows, search)
     else:
-        generated = generated.to(result_dtype(generated, bank))
-        found = _nearest(Inputs(generated, bank, metric, scale, shift, workspace / 2**20), return_nearest)
-        distance = found.distance
-    loss = reduce(-distance if margin is None else (-distance + margin).relu(), reduction)
-    return (loss, found._replace(distance=distance.detach())) if return_nearest else loss
+        from ..distributed.sharded_bank import distances_of_all
+
+        options = {"reduction": reduction, "margin": margin}
+        found, meeting = distances_of_all(images, rows, search, distances, options, group, exchange)
+    loss = -found.distance if margin is None else (-found.distance + margin).relu()
+    loss = reduce(loss, reduction) if group is None else meeting.ranks.reduced(loss, None, reduction, meeting.counts)
+    return (loss, found._replace(distance=found.distance.detach())) if return_nearest else loss
 
 
 def _check_bank_dtype(bank: Tensor, scale: float | None, shift: float) -> tuple[float, float]:

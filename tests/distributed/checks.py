@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastloss import clip_loss, core
 from tests.conformance.tools import Errors
+from tests.distributed.banks import check_sharded_bank
 from tests.distributed.cases import (
     CASES,
     COUNTS,
@@ -216,5 +217,5 @@ CHECKS = {
     "losses": check_losses, "by_module": check_module, "open_clip": check_open_clip, "mismatches": check_mismatches,
     "wire": check_wire, "traffic": check_traffic, "compiled": check_compiled, "cached": check_cached,
     "bank": check_bank, "death": check_death, "drop_ins": check_drop_ins, "similarities": check_similarities,
-    "nothing": check_nothing, "of_three": check_of_three,
+    "nothing": check_nothing, "of_three": check_of_three, "sharded_bank": check_sharded_bank,
 }  # fmt: skip

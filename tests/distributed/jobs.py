@@ -23,6 +23,7 @@ from fastloss import (
     siglip_loss,
     supcon_loss,
 )
+from tests.distributed.banks import sharded_bank
 from tests.distributed.cases import (
     BOTH,
     CASES,
@@ -46,6 +47,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     """All parts in one start of the processes, which takes longer than the parts."""
     parts: dict[str, Callable] = {"losses": losses, "by_module": by_module, "mismatches": mismatches, "wire": wire}
     parts |= {"traffic": traffic, "similarities": similarities, "nothing": nothing, "bank": bank}
+    parts["sharded_bank"] = sharded_bank
     parts |= {"compiled": compiled, "cached": cached} if world == 2 else {"of_three": of_three}
     if importlib.util.find_spec("open_clip"):
         parts["open_clip"] = open_clip
