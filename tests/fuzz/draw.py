@@ -80,7 +80,7 @@ def draw(name: str, seed: int, mode: str | None = None, later: bool = True) -> C
     options = draw_options(d, name, inner)
     settle(d, name, inner, args, options)
     if later:
-        draw_later(Drawer(f"{name}:{seed}:later"), d.sizes, inner or name, args, options)
+        args = draw_later(Drawer(f"{name}:{seed}:later"), d.sizes, inner or name, args, options)
     if name == "diversity_loss":
         args = (args[0], dataclasses.replace(args[1], grad=False))
     if d.chance(0.03):
@@ -130,9 +130,36 @@ def draw_options(d: Drawer, name: str, inner: str) -> dict[str, Any]:
     return options
 
 
-def draw_later(d: Drawer, sizes: dict[str, Any], kind: str, args: tuple, options: dict[str, Any]) -> None:
-    if kind not in ("info_nce", "ContrastiveLoss"):
-        return
+def draw_later(d: Drawer, sizes: dict[str, Any], kind: str, args: tuple, options: dict[str, Any]) -> tuple:
+    """Adds to the options what came later; the arguments, some of them packed."""
+    if kind == "attention_consistency_from_qk" and d.chance(0.25):
+        return packed(d, args, options)
+    if kind == "PerceptualLoss" and d.chance(0.3):
+        kinds = {"style": ("normalization", "beta"), "lpips": ("inside_root",), "dists": ("c1", "c2")}
+        names = kinds.get(options.get("criterion", "l1"), ("eps", "beta"))
+        own = {"style": "style_distance", "lpips": "lpips_distance", "dists": "dists_distance"}
+        function = own.get(options.get("criterion", "l1"), "feature_distance")
+        options["criterion_options"] = {name: kind_of(function, name, True)(d) for name in names}
+    if kind in ("info_nce", "ContrastiveLoss"):
+        later_softmax_options(d, sizes, args, options)
+    return args
+
+
+def packed(d: Drawer, args: tuple, options: dict[str, Any]) -> tuple:
+    """Queries and keys of sequences one after the other, of which some may be empty."""
+    options.pop("mask", None)
+    starts = {}
+    for name, t in (("cu_seqlens_q", args[0]), ("cu_seqlens_k", args[1])):
+        total = t.shape[0] * t.shape[2]
+        starts[name] = [0, *sorted(d.rng.randint(0, total) for _ in range(t.shape[0] - 1)), total]
+    if min(map(len, starts.values())) < 2 or starts["cu_seqlens_k"][-1] == 0:
+        return args
+    options |= {name: Raw(f"torch.tensor({found})") for name, found in starts.items()}
+    shapes = [(t.shape[0] * t.shape[2], t.shape[1], t.shape[3]) for t in args]
+    return tuple(dataclasses.replace(t, shape=shape) for t, shape in zip(args, shapes, strict=True))
+
+
+def later_softmax_options(d: Drawer, sizes: dict[str, Any], args: tuple, options: dict[str, Any]) -> None:
     rows, keys, own = sizes["rows"], sizes["keys"], sizes.get("per_sample", False)
     if own and len(args) == 3 and d.chance(0.3):
         shape = (rows, sizes["negatives"])

@@ -208,8 +208,6 @@ OPTIONS: dict[Any, Kind] = {
         [d.number(0, 3, 0, 1, spelled=False) for _ in range(d.sizes["layers"])]),
     ("attention_consistency_from_qk", "metric"): one_of("kl", "sym_kl", "js"),
     ("attention_consistency_from_qk", "scale"): lambda d: None if d.chance(0.2) else d.number(-2, 4, 0, 1),
-    ("attention_consistency_from_qk", "cu_seqlens_q"): one_of(None),  # of packed rows, which are not drawn
-    ("attention_consistency_from_qk", "cu_seqlens_k"): one_of(None),
     ("attention_consistency_from_qk", "temperature"): between(0.1, 10, 1),
     ("attention_consistency_from_qk", "stop_gradient"): one_of(None, "a", "b"),
     ("loss_and_grads", "loss_fn"): lambda d: d.sizes["loss_fn"],
@@ -231,7 +229,7 @@ OPTIONS: dict[Any, Kind] = {
 
 # Options that came after seeds had been written down: they are drawn last, by numbers of their own (draw.draw_later),
 # so that a seed keeps its call.
-LATER = ("negatives_mask", "positives")
+LATER = ("negatives_mask", "positives", "criterion_options", "cu_seqlens_q", "cu_seqlens_k")
 
 
 def kind_of(function: str, parameter: str, default: Any = inspect.Parameter.empty) -> Kind:
