@@ -148,6 +148,12 @@ static RowValue logits_forward(const Row& row, MapStatistics& s) {
   return {value, true};
 }
 
+// 1 over the root of a sum of squares: 0 for 0, and NaN for an infinite one, whose row has no direction.
+FASTLOSS_INLINE float inverse_norm(double square) {
+  if (square == 0) return 0.0f;
+  return square > 1.7e308 ? __builtin_nanf("") : (float)(1 / __builtin_sqrt(square));
+}
+
 template <MapMetric metric>
 static RowValue probabilities_forward(const Row& row, MapStatistics& s) {
   const bool counts = s.scale != 0.0f;
@@ -157,8 +163,8 @@ static RowValue probabilities_forward(const Row& row, MapStatistics& s) {
       of_a += a * a;
       of_b += b * b;
     });
-    s.peak_a = squares.first == 0 ? 0.0f : (float)(1 / __builtin_sqrt(squares.first));
-    s.log_a = squares.second == 0 ? 0.0f : (float)(1 / __builtin_sqrt(squares.second));
+    s.peak_a = inverse_norm(squares.first);
+    s.log_a = inverse_norm(squares.second);
     const Sums sums = sum_row(row.n, [&](int64_t i, vf& value, vf&) __attribute__((always_inline)) {
       const vf u = rounded_product(load(row.a + i), s.peak_a), v = rounded_product(load(row.b + i), s.log_a);
       value += element_of_probabilities<metric>(u, v).value;
@@ -187,7 +193,7 @@ FASTLOSS_INLINE Slopes slopes_of_probabilities(vf p, vf q) {
   }
   if constexpr (metric == MapMetric::kl) {
     const vi there = p != 0.0f;
-    return {where(there, log_ratio(p, q) + 1.0f), where(there, -p / q)};
+    return {where(there, log_ratio(p, q) + 1.0f), where(there, probable(p, q, -p / q))};
   }
   if constexpr (metric == MapMetric::sym_kl) {
     const vi there = (p != 0.0f) | (q != 0.0f);

@@ -32,10 +32,13 @@ FASTLOSS_INLINE vf polynomial(vf x, const float (&coefficients)[n]) {  // from t
   return y;
 }
 
+// NaN where p or q is negative, and so no probability.
+FASTLOSS_INLINE vf probable(vf p, vf q, vf x) { return (p < 0.0f) | (q < 0.0f) ? all(__builtin_nanf("")) : x; }
+
 // 1 / (p + q), and 0 where that is no normal number.
 FASTLOSS_INLINE vf inverse_total(vf p, vf q) {
   const vf total = p + q;
-  return abs(total) < 0x1p-126f ? all(0.0f) : inverse(total);
+  return probable(p, q, abs(total) < 0x1p-126f ? all(0.0f) : inverse(total));
 }
 
 // log(p / q); where both are 0, 0.

@@ -63,6 +63,7 @@ def attention_consistency_loss(
             which stand for masked keys, count as 0 (and get the gradient 0).
         metric: the divergence, see above; of scores ``"mse"``, ``"l1"`` or ``"cosine"``. ``"kl"`` and ``"sym_kl"`` of
             probabilities are infinite where one is 0 and the other is not, as after attention dropout: ``"js"`` never.
+            Of a negative number, which is no probability, these three are NaN.
         mask: broadcastable to the maps (to every layer's), and never expanded in memory: bool, True where the key takes
             part; or floating point, without a gradient, added to logits and scores.
         temperature: of logits, > 0: p = softmax(a / temperature), after a floating-point mask is added.

@@ -80,6 +80,12 @@ def _cosine(p: Tensor, q: Tensor) -> Tensor:
     return torch.where(zero_p == zero_q, 0.5, 1.0).to(d.dtype) * (d * d)
 
 
+def _probable(p: Tensor) -> Tensor:
+    """p, and NaN where it is negative."""
+    negative = p < 0
+    return torch.where(negative, torch.where(negative, p, -1.0).log(), p)
+
+
 def _divergence(p: Tensor, q: Tensor, metric: str) -> Tensor:
     """The metric by element, from probabilities."""
     if metric == "kl":
@@ -123,6 +129,8 @@ def attention_reference(
         if inputs == "scores":
             a, b = (torch.where(x <= LEAST_SCORE, torch.zeros_like(x), x) for x in (a, b))
         a, b = (torch.where(keep, x, torch.zeros_like(x)) for x in (a, b))
+        if metric in ("js", "kl", "sym_kl"):
+            a, b = _probable(a), _probable(b)
         values = _divergence(a, b, metric)
     values = values.sum(-1)
     return values / keep.sum(-1).clamp(min=1) if metric in ("mse", "l1") else values, rows

@@ -112,3 +112,17 @@ def test_one_hot_rows(dtype):
         for mine, theirs in zip(*results, strict=True):
             assert torch.equal(mine.isfinite(), theirs.isfinite())
             torch.testing.assert_close(*(t.nan_to_num(0, 0, 0) for t in (mine, theirs)))
+
+
+@needs_kernels
+@pytest.mark.parametrize("backend", [KERNELS, "reference"])
+@pytest.mark.parametrize("metric", ["js", "kl", "sym_kl", "cosine"])
+def test_what_is_no_probability_is_seen(metric, backend):
+    """Negative numbers, and an infinite row of cosine's: NaN in the value and in the gradients."""
+    a, b = (torch.rand(1, 5, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    a[0, 1] = torch.inf if metric == "cosine" else -0.3
+    a, b = a.requires_grad_(), b.requires_grad_()
+    with core.use_backend(backend):
+        loss = loss_of(a, b, metric=metric)
+        grads = torch.autograd.grad(loss, (a, b))
+    assert loss.isnan() and grads[0][0, 1].isnan() and grads[1][0, 1].isnan()

@@ -17,11 +17,17 @@ def product(x, by):
 
 
 @triton.jit
+def _probable(p, q, x):
+    """NaN where p or q is negative, and so no probability."""
+    return tl.where((p < 0.0) | (q < 0.0), float("nan"), x)
+
+
+@triton.jit
 def _over_total(x, p, q):
     """x / (p + q), and 0 where that is no normal number."""
     total = p + q
     none = tl.abs(total) < 1.17549435e-38
-    return tl.where(none, 0.0, x / tl.where(none, 1.0, total))
+    return _probable(p, q, tl.where(none, 0.0, x / tl.where(none, 1.0, total)))
 
 
 @triton.jit
@@ -111,7 +117,7 @@ def slopes(p, q, METRIC: tl.constexpr):
         log_p, log_q, _ = js(p, q)
         return tl.where(p != 0, 0.5 * log_p, 0.0), tl.where(q != 0, 0.5 * log_q, 0.0)
     elif METRIC == "kl":
-        return tl.where(p != 0, log_ratio(p, q) + 1.0, 0.0), tl.where(p != 0, -p / q, 0.0)
+        return tl.where(p != 0, log_ratio(p, q) + 1.0, 0.0), tl.where(p != 0, _probable(p, q, -p / q), 0.0)
     elif METRIC == "sym_kl":
         there = (p != 0) | (q != 0)
         ratio = log_ratio(p, q)

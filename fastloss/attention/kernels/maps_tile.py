@@ -176,7 +176,9 @@ def _softmax_of(peak, total, KIND: tl.constexpr):
 
 @triton.jit
 def _inverse_norm(square):
-    return tl.where(square == 0.0, 0.0, tl.div_rn(1.0, tl.sqrt_rn(tl.where(square == 0.0, 1.0, square))))
+    """1 over the root of a sum of squares: 0 for 0, and NaN for an infinite one, whose row has no direction."""
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.where(square == 0.0, 1.0, square)))
+    return tl.where(square == 0.0, 0.0, tl.where(square == float("inf"), float("nan"), inverse))
 
 
 @triton.jit
