@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -18,25 +18,44 @@ _TEMPORARIES = 4  # tensors of a chunk's size that live at once: difference, dis
 
 
 class Bank(NamedTuple):
-    """Rows to keep away from: scale * rows + shift."""
+    """Rows to keep away from: scale * rows + shift. They may lie on another device than what they are compared with."""
 
-    rows: Tensor  # [M, P], floating point or uint8
+    rows: Tensor  # [M, P] or [M, ...], floating point or uint8
     scale: float
     shift: float
 
     def part(self, start: int, count: int) -> Bank:
-        return self._replace(rows=self.rows[start : start + count])
+        """Of [count, P]; elements that do not lie in a row's order are copied, of this part alone."""
+        return self._replace(rows=self.rows[start : start + count].flatten(1))
 
-    def values(self, dtype: torch.dtype) -> Tensor:
-        rows = self.rows.to(dtype)
+    def at(self, index: Tensor) -> Bank:
+        """The rows [N, P] of these numbers."""
+        return self._replace(rows=self.rows[index.to(self.rows.device)].flatten(1))
+
+    def pieces(self, like: Tensor, size: int) -> Iterator[Bank]:
+        """Parts on the device of `like`, each of at most `size` bytes, or one row."""
+        row_bytes = self.rows[0].numel() * self.rows.element_size()
+        count = min(max(size // row_bytes, 1), self.rows.shape[0])
+        for start in range(0, self.rows.shape[0], count):
+            part = self.part(start, count)
+            yield part._replace(rows=moved(part.rows, like.device))
+
+    def values(self, like: Tensor) -> Tensor:
+        """In the dtype and on the device of `like`."""
+        rows = moved(self.rows, like.device).to(like.dtype)
         if self.rows.dtype != torch.uint8 and self.scale == 1 and self.shift == 0:
             return rows
         return rows * number(self.scale, rows) + number(self.shift, rows)
 
 
+def moved(rows: Tensor, device: torch.device) -> Tensor:
+    """On a device, in its own dtype, which is the smallest. A copy to the CPU is waited for, as it will be read."""
+    return rows if rows.device == device else rows.to(device, non_blocking=device.type != "cpu")
+
+
 def chunk_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
     """[N,P] against [m,P]: the [N,m] distances."""
-    rows = bank.values(generated.dtype)
+    rows = bank.values(generated)
     if metric == "cosine":
         with full_precision(generated):
             return 1 - _unit(generated) @ _unit(rows).T
@@ -46,7 +65,7 @@ def chunk_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
 
 def paired_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
     """[N,P] against its own rows [N,P]: the [N] distances, by direct differences."""
-    rows = bank.values(generated.dtype)
+    rows = bank.values(generated)
     if metric == "cosine":
         return 1 - (_unit(generated) * _unit(rows)).sum(-1)
     d = generated - rows
@@ -67,10 +86,10 @@ def mean_distance(generated: Tensor, bank: Bank, metric: str, workspace: int) ->
         return _total(_of_chunks(_sum_of_distances, generated, bank, metric, workspace)) / count
     chunks = _chunks(generated[:1], bank, metric, workspace)
     if metric == "cosine":  # 1 - mean <u, v> = 1 - <u, mean v>
-        mean = _total(_unit(chunk.values(generated.dtype)).sum(0) for chunk in chunks) / count
+        mean = _total(_unit(chunk.values(generated)).sum(0) for chunk in chunks) / count
         return 1 - (_unit(generated) * mean).sum(-1)
-    mean = _total(chunk.values(generated.dtype).sum(0) for chunk in chunks) / count
-    spread = _total(((chunk.values(generated.dtype) - mean) ** 2).sum(0) for chunk in chunks) / count
+    mean = _total(chunk.values(generated).sum(0) for chunk in chunks) / count
+    spread = _total(((chunk.values(generated) - mean) ** 2).sum(0) for chunk in chunks) / count
     return ((generated - mean) ** 2).mean(-1) + spread.mean()
 
 
@@ -111,7 +130,7 @@ def _of_chunks(
     return [checkpoint(function, generated, chunk, metric, *more, **options) for chunk in chunks]
 
 
-def _search_dtype(generated: Tensor, metric: str) -> torch.dtype:
+def search_dtype(generated: Tensor, metric: str) -> torch.dtype:
     """float64 for products: torch.set_float32_matmul_precision may have float32 ones rounded, and another row win."""
     exact = metric == "cosine" and generated.device.type in ("cpu", "cuda")
     return torch.float64 if exact else generated.dtype
@@ -121,7 +140,7 @@ def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> T
     """[N]: the first of the nearest rows of each image, a NaN counting as nearest. No [N,M] distances are kept."""
     first, best, index = 0, None, None
     with torch.no_grad():
-        generated = generated.detach().to(_search_dtype(generated, metric))
+        generated = generated.detach().to(search_dtype(generated, metric))
         for chunk in _chunks(generated, bank, metric, workspace):
             least, at = chunk_distances(generated, chunk, metric).min(1)
             if best is None or index is None:

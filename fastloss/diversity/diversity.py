@@ -14,13 +14,12 @@ from ..core.checks import (
     check_dense,
     check_flag,
     check_number,
-    check_same_device,
     check_tensor,
     check_workspace,
 )
 from ..core.entry import public_function
 from .distances import METRICS, Bank, mean_distance, softmin_distance
-from .nearest import Inputs, Nearest, nearest, nearest_reference, nearest_with_row
+from .nearest import Inputs, Nearest, nearest, nearest_in_pieces, nearest_reference, nearest_with_row
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Exchange, Group
@@ -38,7 +37,7 @@ def diversity_reference(
     scale: float = 1.0,
     shift: float = 0.0,
 ) -> Tensor:
-    """The definition: D(g_i, bank) of [N,P] images and an [M,P] bank, in float32 (float64 for float64)."""
+    """The definition: D(g_i, bank) of [N,P] images and an [M,P] or [M,...] bank, in float32 (float64 for float64)."""
     generated = generated.to(result_dtype(generated, bank))
     if mode == "nearest":
         return nearest_reference(Inputs(generated, bank, metric, scale, shift, workspace / 2**20))
@@ -67,6 +66,8 @@ def distances(generated: Tensor, bank: Bank, search: Search) -> Nearest:
         )
         return Nearest(distance, generated)
     generated = generated.to(result_dtype(generated, bank.rows))
+    if bank.rows.ndim > 2 or bank.rows.device != generated.device:
+        return nearest_in_pieces(generated, bank, metric, workspace)
     return _nearest(Inputs(generated, bank.rows, metric, bank.scale, bank.shift, workspace / 2**20), with_row)
 
 
@@ -108,8 +109,10 @@ def diversity_loss(
     Args:
         generated: ``[N, ...]`` images (or features) in the value range of the bank.
         bank: ``[M, ...]`` training images of the same trailing shape, M >= 1. It gets no gradient, by design. Floating
-            point of any dtype, or uint8 with a `bank_scale`; a memory map (``torch.from_numpy(numpy.memmap(...))``) is
-            read once, from its first row to its last, by ``"nearest"``.
+            point of any dtype, or uint8 with a `bank_scale`. It may lie on another device than `generated` and in a
+            memory map (``torch.from_numpy(numpy.memmap(...))``, ``torch.from_file``), in any strides: it comes a piece
+            at a time, within `workspace_mib`, from its first row to its last, once (twice for ``"mean"`` of l2, and
+            once more in the backward of ``"softmin"`` and the ``"mean"`` of l1).
         mode: how the distances to the bank become one, see above.
         margin: None, or the distance > 0 beyond which an image costs nothing.
         metric: the distance, see above.
@@ -150,13 +153,12 @@ def diversity_loss(
         -0.5
     """
     check_tensor("generated", generated)
-    scale, shift = _check_bank_dtype(bank, bank_scale, bank_shift)
+    scale, shift = _check_bank(generated, bank, bank_scale, bank_shift)
     if generated.ndim < 1 or generated.shape[1:] != bank.shape[1:] or bank.ndim != generated.ndim:
         raise ValueError(
             f"bank: expected [M, ...] with the trailing shape of generated, {tuple(generated.shape)}, "
             f"got {tuple(bank.shape)}"
         )
-    check_same_device("generated", generated, "bank", bank)
     size = math.prod(bank.shape[1:])  # elements of an image: 1 where generated is [N]
     if size == 0 or (bank.shape[0] == 0 and group is None):
         raise ValueError(f"bank: expected at least one image of at least one element, got {tuple(bank.shape)}")
@@ -172,7 +174,7 @@ def diversity_loss(
     if check_flag("return_nearest", return_nearest) and mode != "nearest":
         raise ValueError(f'return_nearest: expected False with mode="{mode}"; "nearest" finds the nearest image')
     search = Search(mode, metric, temperature, workspace, return_nearest)
-    images, rows = generated.reshape(-1, size), Bank(bank.reshape(-1, size), scale, shift)
+    images, rows = generated.reshape(-1, size), Bank(_rows(bank, size), scale, shift)
     meeting: Any = None
     if group is None:
         found = distances(images, rows, search)
@@ -186,9 +188,18 @@ def diversity_loss(
     return (loss, found._replace(distance=found.distance.detach())) if return_nearest else loss
 
 
-def _check_bank_dtype(bank: Tensor, scale: float | None, shift: float) -> tuple[float, float]:
+def _rows(bank: Tensor, size: int) -> Tensor:
+    """[M,P] where that takes no copy of the bank, else [M,...] as it is."""
+    return bank.reshape(-1, size) if bank.ndim < 3 or bank[:1].is_contiguous() else bank
+
+
+def _check_bank(generated: Tensor, bank: Tensor, scale: float | None, shift: float) -> tuple[float, float]:
     """The scale and the shift of a bank that they fit."""
+    if type(bank).__module__.split(".")[0] == "numpy":
+        raise TypeError(f"bank: expected a tensor, got numpy's {type(bank).__name__}; pass torch.from_numpy(bank)")
     check_dense("bank", bank)
+    if bank.is_meta and not generated.is_meta:
+        raise ValueError("bank: expected a device that has its values, got meta")
     if bank.dtype != torch.uint8:
         check_tensor("bank", bank)
     elif scale is None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core import Op, result_dtype
-from .distances import Bank, nearest_row, paired_distances
+from .distances import Bank, nearest_row, paired_distances, search_dtype
 
 
 class Inputs(NamedTuple):
@@ -48,8 +48,7 @@ def nearest_with_row(x: Inputs) -> Nearest:
     generated = x.generated.to(result_dtype(x.generated, x.bank))
     bank = Bank(x.bank, x.scale, x.shift)
     index = nearest_row(generated, bank, x.metric, int(x.workspace_mib * 2**20))
-    winners = bank._replace(rows=x.bank[index])
-    return Nearest(paired_distances(generated, winners, x.metric), index)
+    return Nearest(paired_distances(generated, bank.at(index), x.metric), index)
 
 
 def nearest_reference(x: Inputs) -> Tensor:
@@ -74,3 +73,26 @@ nearest = Op(
     outputs=Nearest._fields,
     triton="diversity.kernels.nearest",
 )
+
+
+def nearest_in_pieces(generated: Tensor, bank: Bank, metric: str, workspace: int) -> Nearest:
+    """The search of a bank that lies elsewhere, or not row by row: pieces of it come to the device of the images
+    [N,P], each in half of the workspace. No graph holds a piece: the winners are fetched once more at the end."""
+    best, first, half = None, 0, workspace // 2
+    with torch.no_grad():
+        for piece in bank.pieces(generated, half):
+            x = Inputs(generated.detach(), piece.rows, metric, bank.scale, bank.shift, half / 2**20)
+            found = nearest_with_row(x) if nearest.backend(*x) == "reference" else Nearest(*nearest.fwd(*x))
+            found = found._replace(row=found.row + first)
+            best = found if best is None else _nearer(best, found)
+            first += piece.rows.shape[0]
+    assert best is not None
+    exact = generated.to(search_dtype(generated, metric))  # of cosine; differences are exact enough
+    distance = paired_distances(exact, bank.at(best.row), metric).to(generated.dtype)
+    return Nearest(distance, best.row)
+
+
+def _nearer(best: Nearest, other: Nearest) -> Nearest:
+    """Of equally near rows that of `best`, which come before; a NaN is nearest."""
+    nearer = (other.distance < best.distance) | (other.distance.isnan() & ~best.distance.isnan())
+    return Nearest(*(torch.where(nearer, new, old) for new, old in zip(other, best, strict=True)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastloss import diversity_loss, mode_seeking_loss
+from fastloss.diversity.distances import Bank
 from fastloss.diversity.diversity import METRICS, MODES, diversity_reference
 
 BANK = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
@@ -88,6 +90,53 @@ def test_workspace_is_bounded(mode, metric, count, rows, image):
     expected = diversity_loss(g, bank, mode=mode, metric=metric)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(g.grad, torch.autograd.grad(expected, g)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_map_in_any_strides_comes_in_pieces(tmp_path, mode, metric):
+    """2 MB of bytes, channels last: no tensor is larger than the workspace; the values are those of a plain bank."""
+    stored = numpy.memmap(tmp_path / "bank", numpy.uint8, "w+", shape=(700, 32, 32, 3))
+    stored[:] = torch.randint(0, 256, stored.shape, generator=torch.Generator().manual_seed(0)).numpy()
+    bank = torch.from_numpy(stored).permute(0, 3, 1, 2)
+    g = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    options = {"mode": mode, "metric": metric, "bank_scale": 1 / 255}
+    with Largest() as largest:
+        loss = diversity_loss(g, bank, workspace_mib=1, **options)
+        (grad,) = torch.autograd.grad(loss, g)
+    assert largest.elements <= (2**20 if mode == "nearest" else 2**18)  # bytes of a piece, or float32
+    expected = diversity_loss(g, bank.contiguous(), **options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, g)[0])
+
+
+def test_pieces_of_a_bank(tmp_path):
+    """In their order, on the device that is asked for, of one row at least."""
+    (tmp_path / "bank").write_bytes(bytes(range(70)))
+    bank = Bank(torch.from_file(str(tmp_path / "bank"), size=70, dtype=torch.uint8).view(7, 2, 5), 2.0, 1.0)
+    for size, counts in ((1, [1] * 7), (25, [2, 2, 2, 1]), (2**20, [7])):
+        pieces = list(bank.pieces(BANK, size))
+        assert [len(piece.rows) for piece in pieces] == counts
+        assert torch.equal(torch.cat([piece.values(BANK) for piece in pieces]), 1 + 2 * torch.arange(70.0).view(7, 10))
+    for like, device in ((BANK, "cpu"), (BANK.to("meta"), "meta")):
+        assert {piece.rows.device.type for piece in bank.pieces(like, 25)} == {device}
+    with pytest.raises(ValueError, match="bank: expected a device that has its values, got meta"):
+        diversity_loss(BANK, BANK.to("meta"))
+    with pytest.raises(TypeError, match="bank: expected a tensor, got numpy's ndarray; pass torch.from_numpy"):
+        diversity_loss(BANK, BANK.numpy())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_bank_on_the_host(mode, metric):
+    """Of images on a GPU, in pieces."""
+    g, bank = torch.rand(4, 3, 32, 32, device="cuda", requires_grad=True), torch.rand(300, 3, 32, 32)
+    options = {"mode": mode, "metric": metric}
+    loss = diversity_loss(g, bank, workspace_mib=1, **options)
+    expected = diversity_loss(g, bank.cuda(), **options)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, g)[0], torch.autograd.grad(expected, g)[0])
 
 
 def test_chunks_compile_into_one_graph():
