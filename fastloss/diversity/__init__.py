@@ -4,14 +4,18 @@ diversity.py     distance from a bank of training images
 nearest.py       the op that finds the nearest of them
 distances.py     the distances in PyTorch operators
 mode_seeking.py  distance of two images of one caption, as far as their noise is
+normalized.py    distances within a batch, as shares of a sample's distances, like those of the noises
 """
 
 from .diversity import DiversityLoss, diversity_loss
 from .mode_seeking import ModeSeekingLoss, mode_seeking_loss
+from .normalized import NormalizedDiversityLoss, normalized_diversity_loss
 
 __all__ = [
     "DiversityLoss",
     "ModeSeekingLoss",
+    "NormalizedDiversityLoss",
     "diversity_loss",
     "mode_seeking_loss",
+    "normalized_diversity_loss",
 ]

@@ -83,7 +83,7 @@ def mean_distance(generated: Tensor, bank: Bank, metric: str, workspace: int) ->
     """[N]: the mean of the distances to the bank's rows. l2 and cosine need no distances, only means over the bank."""
     count = bank.rows.shape[0]
     if metric == "l1":
-        return _total(_of_chunks(_sum_of_distances, generated, bank, metric, workspace)) / count
+        return _total(of_chunks(_sum_of_distances, generated, bank, metric, workspace)) / count
     chunks = _chunks(generated[:1], bank, metric, workspace)
     if metric == "cosine":  # 1 - mean <u, v> = 1 - <u, mean v>
         mean = _total(_unit(chunk.values(generated)).sum(0) for chunk in chunks) / count
@@ -95,7 +95,7 @@ def mean_distance(generated: Tensor, bank: Bank, metric: str, workspace: int) ->
 
 def softmin_distance(generated: Tensor, bank: Bank, metric: str, temperature: float, workspace: int) -> Tensor:
     """[N]: -t log(mean exp(-d / t)), from the least distance to each chunk and a sum of powers relative to it."""
-    found = _of_chunks(_powers, generated, bank, metric, workspace, temperature)
+    found = of_chunks(_powers, generated, bank, metric, workspace, temperature)
     least, powers = (torch.stack(parts) for parts in zip(*found, strict=True))
     total = least.amin(0)
     weights = torch.where(powers == 0, torch.zeros_like(powers), torch.exp((total - least) / temperature))
@@ -118,7 +118,7 @@ def _powers(generated: Tensor, bank: Bank, metric: str, temperature: float) -> t
     return least, torch.exp((origin[:, None] - distances) / temperature).sum(1)
 
 
-def _of_chunks(
+def of_chunks(
     function: Callable[..., Any], generated: Tensor, bank: Bank, metric: str, workspace: int, *more: Any
 ) -> list[Any]:
     """`function` of the images and each chunk of the bank; the backward recomputes the chunks one by one."""

@@ -103,6 +103,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
         "bank_shift": lambda t: {"bank_shift": t, "metric": "l2"},
     },
     "mode_seeking_loss": {"eps": lambda t: {"eps": t}, "margin": lambda t: {"margin": t, "form": "dsgan"}},
+    "normalized_diversity_loss": {"alpha": lambda t: {"alpha": t}},
     "attention_consistency_loss": {"temperature": lambda t: {"temperature": 1 + t, "inputs": "logits"}},
     "attention_consistency_from_qk": {
         "scale": lambda t: {"scale": t},

@@ -160,7 +160,7 @@ def test_gradcheck(case, index):
     wrt = [t.requires_grad_() for t in leaves(case, args)]
     options = {
         k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in case.options[index].items()
-    }
+    } | case.extra.get("gradcheck", {})
 
     def loss(*_: Tensor) -> Tensor:
         return first(case.fn(*args, **options))

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss import diversity_loss, mode_seeking_loss
+from fastloss import diversity_loss, mode_seeking_loss, normalized_diversity_loss
+from fastloss.diversity import normalized
 from fastloss.diversity.distances import Bank
 from fastloss.diversity.diversity import METRICS, MODES, diversity_reference
 
@@ -234,6 +235,34 @@ def test_mode_seeking_bad_batches():
     assert mode_seeking_loss(a, a, a * torch.nan, a).isnan() and mode_seeking_loss(a * torch.nan, a, a, a + 1).isnan()
     with pytest.raises(ValueError, match="mean of an empty batch"):
         mode_seeking_loss(a[:0], a[:0], z[:0], z[:0])
+
+
+def test_normalized_diversity_by_hand():
+    """Shares by rows: of z [0, 1, 3] 1/4 3/4; 1/3 2/3; 3/5 2/5; of images [0, 1, 1] 1/2 1/2; 1 0; 1 0."""
+    z, images = torch.tensor([[0.0], [1.0], [3.0]]), torch.tensor([0.0, 1.0, 1.0], requires_grad=True)
+    wanted = torch.tensor([0.0, 0.25, 0.0, 2 / 3, 0.0, 0.4]).sum() / 6
+    loss = normalized_diversity_loss(images, z, alpha=1.0)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(normalized_diversity_loss(images, z[:, 0], alpha=1.0, metric="l1"), wanted)
+    # the pair (0, 2) alone has a gradient: -1/2 of it a unit away; equal images have none
+    torch.testing.assert_close(torch.autograd.grad(loss, images)[0], torch.tensor([1 / 12, 0.0, -1 / 12]))
+    for far in (0 * z, torch.full_like(z, 3.0)):
+        assert normalized_diversity_loss(far.requires_grad_(), z) > 0
+    assert normalized_diversity_loss(z[:1], z[:1]).item() == 0
+
+
+def test_normalized_diversity_in_chunks(monkeypatch):
+    """One row of differences at a time, recomputed in the backward, gives the same numbers."""
+    g = torch.Generator().manual_seed(4)
+    images, z = (torch.rand(6, size, generator=g, dtype=torch.float64).requires_grad_() for size in (50, 3))
+    found = []
+    for workspace in (2**28, 1):
+        monkeypatch.setattr(normalized, "_WORKSPACE", workspace)
+        with Largest() as largest:
+            loss = normalized_diversity_loss(images, z, alpha=1.2)
+            found.append([loss, *torch.autograd.grad(loss, (images, z))])
+    assert largest.elements == 6 * 50
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_nearest_agrees_with_cdist():

@@ -118,6 +118,12 @@ def noises(d: Drawer, name: str) -> tuple:
     return one, d.beside(one), z, d.beside(z)
 
 
+def images_and_noises(d: Drawer, name: str) -> tuple:
+    count = d.size(0 if d.chance(0.1) else 1, 8)
+    one, z = (d.tensor(count, *(d.size(1, 12) for _ in range(d.pick(0, 1, 2)))) for _ in range(2))
+    return one, z
+
+
 def attention(d: Drawer, name: str) -> tuple:
     """Maps, or lists of them: of logits, or as probabilities."""
     count = d.pick(0, 0, 0, 1, 2, 3)
@@ -165,6 +171,7 @@ INPUTS: dict[tuple[str, ...], Callable[[Drawer, str], tuple]] = {
     ("image_pred",): image,
     ("generated", "bank"): bank,
     ("images_a", "images_b", "z_a", "z_b"): noises,
+    ("images", "z"): images_and_noises,
     ("a", "b"): attention,
     ("q1", "k1", "q2", "k2"): queries_and_keys,
     ("steps",): parts,

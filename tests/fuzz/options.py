@@ -200,6 +200,8 @@ OPTIONS: dict[Any, Kind] = {
     ("diversity_loss", "workspace_mib"): lambda d: d.integer(1, 2, 256),
     ("mode_seeking_loss", "form"): one_of("msgan", "dsgan"),
     ("mode_seeking_loss", "margin"): between(0.01, 5, 1),
+    ("normalized_diversity_loss", "alpha"): between(0.01, 2, 0.8),
+    ("normalized_diversity_loss", "metric"): one_of("l2", "l1"),
     ("attention_consistency_loss", "metric"): one_of("js", "kl", "sym_kl", "mse", "l1", "cosine"),
     ("attention_consistency_loss", "inputs"): one_of("probs", "logits", "scores"),
     ("attention_consistency_loss", "temperature"): between(0.1, 10, 1, 2),

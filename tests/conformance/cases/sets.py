@@ -1,4 +1,4 @@
-"""Rows of the losses that compare sets: diversity against a bank, mode seeking."""
+"""Rows of the losses that compare sets: diversity against a bank, mode seeking, NDiv."""
 
 from __future__ import annotations
 
@@ -59,6 +59,19 @@ def eager_mode_seeking(images_a, images_b, z_a, z_b, eps=1e-5, form="msgan", mar
 def two_images_and_noises(draw: Draw, shape: tuple) -> tuple:
     image = draw.uniform(*shape)
     return image, draw.near(image) + 0.01, draw.normal(shape[0], 5), draw.normal(shape[0], 5)
+
+
+def images_and_noises(draw: Draw, shape: tuple) -> tuple:
+    return draw.uniform(*shape), draw.normal(shape[0], 5)
+
+
+def eager_normalized_diversity(images, z, alpha=0.8, metric="l2", detach_sums=True):
+    count, shares = len(z), []
+    for x in (images.flatten(1), z):
+        d = (x[:, None] - x).norm(p=2 if metric == "l2" else 1, dim=-1)
+        total = d.sum(1, keepdim=True).clamp(min=1e-30)
+        shares.append(d / (total.detach() if detach_sums else total))
+    return F.relu(alpha * shares[1] - shares[0]).sum() / max(count * (count - 1), 1)
 
 
 SET_CASES = [
@@ -128,5 +141,23 @@ SET_CASES = [
             ("bounded", with_options(form="msgan", margin=1), ValueError, "margin: expected None with form="),
         ],
         module=fastloss.ModeSeekingLoss,
+    ),
+    Case(
+        "normalized_diversity_loss",
+        fastloss.normalized_diversity_loss,
+        images_and_noises,
+        eager_normalized_diversity,
+        shapes=((5, 3, 4, 4), (1, 1), (4, 2, 1, 4)),
+        options=[{}, {"metric": "l1", "alpha": 1.5, "detach_sums": False}],
+        grads=(0, 1),
+        reductions=(),
+        extra={"gradcheck": {"detach_sums": False}},
+        bad=[
+            ("noises", with_argument(1, lambda t: t[:-1]), ValueError, "z: expected one noise for each of the images"),
+            ("alpha", with_options(alpha=0.0), ValueError, "alpha: expected a finite number > 0, got 0.0"),
+            ("metric", with_options(metric="cosine"), ValueError, "metric: expected one of"),
+            ("empty", with_argument(0, lambda t: t[..., :0]), ValueError, "mean of an empty batch"),
+        ],
+        module=fastloss.NormalizedDiversityLoss,
     ),
 ]
