@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 
-def run(job: str, world: int, folder: Path, timeout: int = 300) -> list[Any]:
+def run(job: str, world: int, folder: Path, timeout: int = 900) -> list[Any]:
     """What the job returned on each rank; an AssertionError with the output of all if one failed."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
