@@ -6,8 +6,11 @@ heads.py           means over heads
 consistency.py     of attention maps given as probabilities, as logits or as raw scores
 from_qk.py         of attention given as queries and keys
 attention_qk.py    the op of that
+collect_qk.py      queries and keys of the attentions in a model, gathered while it runs
+attention_calls.py how a model calls attention
 """
 
+from .collect_qk import collect_qk
 from .consistency import AttentionConsistencyLoss, attention_consistency_loss
 from .from_qk import AttentionConsistencyFromQK, attention_consistency_from_qk
 
@@ -16,4 +19,5 @@ __all__ = [
     "AttentionConsistencyLoss",
     "attention_consistency_from_qk",
     "attention_consistency_loss",
+    "collect_qk",
 ]
