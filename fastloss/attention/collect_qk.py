@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import is_sequence
+from ..core.entry import public_function
 from .attention_calls import AttentionCalls, AttentionQK
 from .from_qk import attention_consistency_from_qk
 
@@ -23,6 +24,7 @@ LOOKED_FOR = (
 SHOWN = 12  # modules in an error
 
 
+@public_function
 def collect_qk(model: nn.Module, layers: str | Sequence[str] | None = None) -> QKCollection:
     r"""Gathers queries and keys of every attention in a model while it runs, without a change to the model.
 
@@ -74,7 +76,7 @@ def collect_qk(model: nn.Module, layers: str | Sequence[str] | None = None) -> Q
     "R-Drop", NeurIPS 2021 are what it is for.
 
     Example:
-        >>> model = nn.TransformerEncoderLayer(16, 2, batch_first=True)
+        >>> model = torch.nn.TransformerEncoderLayer(16, 2, batch_first=True)
         >>> x = torch.randn(4, 5, 16)
         >>> with collect_qk(model) as first: out = model(x)
         >>> with collect_qk(model) as second: _ = model(x + 0.1 * torch.randn_like(x))
