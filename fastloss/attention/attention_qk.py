@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from ..core import Op, full_precision, result_dtype
+from ..core.backends import is_interpreting
 from .divergence import attention_reference, reduce_rows
 
+MOST_DIM = 256  # of the Triton kernels: sums for the gradients of a tile stay in registers
 STATISTICS = 6  # of a row: the largest logit and the sum of exponentials below it of each view, and the two means above
 
 
@@ -101,6 +103,13 @@ def _attention_qk_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gr
     return Grads(gradient(x.q1, needs.q1), gradient(x.k1, needs.k1), gradient(x.q2, needs.q2), gradient(x.k2, needs.k2))
 
 
+def _why_not(x: Inputs) -> str | None:
+    dim = max(x.q1.shape[3], x.q2.shape[3])
+    if x.q1.device.type == "cpu" and not is_interpreting() or dim <= MOST_DIM:
+        return None
+    return f"the kernels of GPUs take head dimensions up to {MOST_DIM}, not {dim}"
+
+
 attention_qk = Op(
     "attention_qk",
     fwd=_attention_qk_fwd,
@@ -108,4 +117,6 @@ attention_qk = Op(
     reference=attention_qk_reference,
     grads=Grads._fields,
     outputs=("out", *Saved._fields),
+    triton="attention.kernels.attention_qk",
+    declines=_why_not,
 )

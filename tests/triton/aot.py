@@ -64,6 +64,14 @@ class Row:
     problems: list[str]
 
 
+def unused_stack(ptx: str) -> int:
+    """Bytes of stack that LLVM sets aside and no instruction names."""
+    frame = re.search(r"\.local\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", ptx)
+    if frame is None or len(re.findall(rf"\b{frame[1]}\b", ptx)) > 1:
+        return 0
+    return -(-int(frame[2]) // 8) * 8
+
+
 def stats(kernel: Any) -> dict[str, float]:
     """Registers, spills (bytes of stack), shared memory, matrix instructions and the 128-bit share of a kernel."""
     found = {"warps": kernel.metadata.num_warps, "shared": kernel.metadata.shared}
@@ -75,7 +83,7 @@ def stats(kernel: Any) -> dict[str, float]:
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
         ptx = kernel.asm["ptx"]
-        found |= {"regs": int(registers), "spills": int(stack) + int(local)}
+        found |= {"regs": int(registers), "spills": int(stack) + int(local) - unused_stack(ptx)}
         found["matrix"] = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))
         widths = [int(lanes or 1) * int(bits) // 8 for lanes, bits in PTX_ACCESS.findall(ptx)]
         bulk = len(re.findall(r"cp\.async\.bulk\.tensor|cp\.async\.cg\.shared\.global[^\n]*\b(?:16|0x10)\b", ptx))
