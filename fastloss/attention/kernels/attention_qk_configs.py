@@ -1,7 +1,7 @@
 """The sizes of tiles of the attention kernels: by kind of GPU, dtype and head dimension.
 
-Chosen by what compiles without spills and fits into shared memory, also of masked, causal and packed rows, with Triton
-3.6 and 3.8; measured on no device yet. A tuned line replaces one here, nothing else.
+Chosen by what compiles without spills and fits into shared memory, tried for masked, causal and packed rows too, with
+Triton 3.6 and 3.8; measured on no device yet. A tuned line replaces one here, nothing else.
 """
 
 from __future__ import annotations
