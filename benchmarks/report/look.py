@@ -41,6 +41,8 @@ LOOKS = {  # (colour, marker)
     "inf_cl": ("#d4746b", "<"),
     "memeff": ("#58a06c", ">"),
     "siglip-kernel": ("#b06fae", "h"),
+    "torch.cdist": ("#7d8a2e", "s"),
+    "faiss": ("#4f7fbf", "X"),
 }
 OTHERS = (("#9c8a6a", "H"), ("#6f9aa8", "d"), ("#a86f7f", "p"))  # of who has no line above, in turn
 STYLE = {

@@ -184,6 +184,16 @@ def modes(state: str) -> Make:
     return make
 
 
+def noised(state: str) -> Make:
+    """Images and their noises."""
+
+    def make(draw: Draw, shape: tuple) -> tuple:
+        images_a, _, noises, _ = modes(state)(draw, shape)
+        return images_a, noises
+
+    return make
+
+
 def attention(state: str, inputs: str) -> Make:
     """Two sets of maps, or of the queries and keys they come from."""
 
@@ -248,6 +258,7 @@ TABLE: dict[str, list[tuple]] = {
     "style_distance": planes(features, FEATURES),
     "diversity_loss": planes(generated, ((8, 3, 32, 32), (64,)), states=("fresh", "near-equal")),
     "mode_seeking_loss": planes(modes, (8, 3, 64, 64), states=("fresh", "near-equal")),
+    "normalized_diversity_loss": planes(noised, (8, 3, 64, 64), states=("fresh",)),
     "attention_consistency_loss": maps(lambda s: attention(s, "probs"), (2, 4, 64, 128), (1, 1, 64, LONG)),
     "attention_consistency_loss of logits": [
         (state, {"inputs": "logits"}, *rest)

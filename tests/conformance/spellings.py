@@ -65,12 +65,14 @@ NORMALIZED: Groups = {
     "normalize": [{}, {"normalize": True}], "not normalize": [{"normalize": False, "temperature": 5.0}]
 }  # fmt: skip
 PLAIN: Groups = SOFTMAX | SAMPLING | NORMALIZED | {"bias of all": [{}, {"bias": None}, *number("bias", 0.75)]}
+MANY = ("mean", "sum")
 IN_BATCH: Groups = PLAIN | {
     "column bias": [{"bias": b} for b in (COLUMNS, Parameter(COLUMNS.clone()), COLUMNS.double())],
     "symmetric": [{"symmetric": True}],
     "not symmetric": [{}, {"symmetric": False}, {"in_batch": True}, {"in_batch": None}],
     "own targets": [{}, *integers("targets", torch.arange(6), torch.int8)],
     "targets": integers("targets", TARGETS, torch.int8),
+    "one of several positives": [{"targets": TARGETS}, *({"targets": TARGETS[:, None], "positives": p} for p in MANY)],
     "ids": ids("query_ids", "key_ids"),
     "all ids equal": [{"query_ids": IDS * 0, "key_ids": IDS * 0}, {"query_ids": IDS * 0}, {"key_ids": IDS * 0}],
     "all ids different": [{}, {"query_ids": torch.arange(6)}, {"key_ids": torch.arange(6)}],

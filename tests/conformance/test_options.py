@@ -101,5 +101,5 @@ def test_every_contrastive_option_is_spelled():
         case, (required, groups) = BY_NAME[name], SPELLINGS[name]
         spelled = {key for group in groups.values() for options in group for key in options} | {"reduction"}
         options = inspect.signature(case.fn).parameters.values()
-        elsewhere = {"group", "exchange"}  # tests/distributed
+        elsewhere = {"group", "exchange", "negatives_mask"}  # tests/distributed; bool alone
         assert {p.name for p in options if p.kind is p.KEYWORD_ONLY} <= spelled | set(required) | elsewhere, name

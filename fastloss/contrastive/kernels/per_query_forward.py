@@ -141,23 +141,17 @@ def _read(ptr, columns, there, dim, PIECES: tl.constexpr, SPAN: tl.constexpr, WH
 
 
 @triton.jit
-def _from(mask_ptr, start):
-    """The mask of a row from a negative on, where there is one."""
-    return None if mask_ptr is None else mask_ptr + start
-
-
-@triton.jit
-def _counting(mask_ptr, left, first: tl.constexpr, ROWS: tl.constexpr):
-    """Which of a tile's negatives count, of which the step's is the `first`, and `left` are left from the step on."""
+def _counting(mask_ptr, start, left, first: tl.constexpr, ROWS: tl.constexpr):
+    """Which of a tile's negatives count: the `first` of them in a step that begins at `start`, with `left` to come."""
     rows = first + tl.arange(0, ROWS)
     there = rows < left
     if mask_ptr is not None:
-        there = there & (tl.load(mask_ptr + rows, mask=there, other=0) != 0)
+        there = there & (tl.load(mask_ptr + start + rows, mask=there, other=0) != 0)
     return there
 
 
 @triton.jit
-def _read_tiles(ptr, mask_ptr, stride, columns, left, dim, TILE: tl.constexpr):
+def _read_tiles(ptr, mask_ptr, start, stride, columns, left, dim, TILE: tl.constexpr):
     """The tiles of a step, `stride` elements from one to the next; `left`: how many negatives there are from the first
     on."""
     ROWS: tl.constexpr = TILE.rows
@@ -167,7 +161,7 @@ def _read_tiles(ptr, mask_ptr, stride, columns, left, dim, TILE: tl.constexpr):
     WHOLE: tl.constexpr = TILE.whole
     tiles = ()
     for u in tl.static_range(TILES):
-        there = _counting(mask_ptr, left, u * ROWS, ROWS)[:, None]
+        there = _counting(mask_ptr, start, left, u * ROWS, ROWS)[:, None]
         tiles = tiles + (_read(ptr + u * stride, columns, there, dim, PIECES, SPAN, WHOLE),)  # type: ignore[assignment]
     return tiles
 
@@ -190,7 +184,7 @@ def _inverse_root(x):
 
 
 @triton.jit
-def _scores(tiles, query, scale, logit_limit, mask_ptr, left, NORMALIZE: tl.constexpr, ROWS: tl.constexpr):
+def _scores(tiles, query, scale, logit_limit, mask_ptr, start, left, NORMALIZE: tl.constexpr, ROWS: tl.constexpr):
     """Logits of tiles, -inf where they are left out; which are in; the inverse norms."""
     scores, allowed, inverse_norms = (), (), ()
     for u in tl.static_range(len(tiles)):
@@ -199,7 +193,7 @@ def _scores(tiles, query, scale, logit_limit, mask_ptr, left, NORMALIZE: tl.cons
         if NORMALIZE:
             inverse_norm = _inverse_root(_dot(tiles[u], tiles[u]))
         score = scale * (inverse_norm * product)
-        there = _counting(mask_ptr, left, u * ROWS, ROWS)
+        there = _counting(mask_ptr, start, left, u * ROWS, ROWS)
         if logit_limit is not None:
             there = there & ((score > logit_limit) == 0)  # NaN stays in
         scores = scores + (tl.where(there, score, float("-inf")),)  # type: ignore[assignment]
@@ -304,18 +298,18 @@ def per_query_fwd_kernel(
     stride = tl.cast(sizes.negative_stride, tl.int64) * ROWS
     mask_ptr = None if inputs.mask is None else inputs.mask + row * sizes.negatives
     if AHEAD:
-        following = _read_tiles(ptr, _from(mask_ptr, first), stride, columns, sizes.negatives - first, dim, TILE)
+        following = _read_tiles(ptr, mask_ptr, first, stride, columns, sizes.negatives - first, dim, TILE)
     for start in range(first, sizes.negatives, step):
         left = sizes.negatives - start
         if AHEAD:  # the next tiles are on their way while these are worked on
             tiles = following
             ptr += splits * TILES * stride
-            following = _read_tiles(ptr, _from(mask_ptr, start + step), stride, columns, left - step, dim, TILE)
+            following = _read_tiles(ptr, mask_ptr, start + step, stride, columns, left - step, dim, TILE)
         else:
-            tiles = _read_tiles(ptr, _from(mask_ptr, start), stride, columns, left, dim, TILE)
+            tiles = _read_tiles(ptr, mask_ptr, start, stride, columns, left, dim, TILE)
             ptr += splits * TILES * stride
         scores, allowed, inverse_norms = _scores(
-            tiles, query, scale, logit_limit, _from(mask_ptr, start), left, NORMALIZE, ROWS
+            tiles, query, scale, logit_limit, mask_ptr, start, left, NORMALIZE, ROWS
         )
         old_max = row_max
         for u in tl.static_range(TILES):

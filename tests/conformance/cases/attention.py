@@ -96,7 +96,7 @@ ATTENTION_CASES = [
                 "a: expected [..., Q, K] with K >= 1",
             ),
             ("list and tensor", with_argument(1, lambda t: [t]), TypeError, "a: expected two tensors or two lists"),
-            ("inputs", with_options(inputs="scores"), ValueError, "inputs: expected one of"),
+            ("inputs", with_options(inputs="weights"), ValueError, "inputs: expected one of"),
             ("metric", with_options(metric="l2"), ValueError, "metric: expected one of"),
             ("scores", with_options(inputs="scores"), ValueError, "metric: expected one of ('mse', 'l1', 'cosine')"),
             ("temperature", with_options(temperature=2.0), ValueError, "temperature: expected 1 for probs, which have"),
