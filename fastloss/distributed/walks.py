@@ -12,6 +12,7 @@ walk.gradient()                     of this rank's own rows, by all ranks
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ class Stretch(NamedTuple):
     rows: Tensor  # [n, D]
 
 
-class Walk:
+class Walk(ABC):
     """What both ways have. `counts`: of the ranks around, this one first. Rows travel in the dtype `wire`."""
 
     def __init__(self, rows: Tensor, counts: Sequence[int], wire: torch.dtype, group: Any) -> None:
@@ -45,14 +46,14 @@ class Walk:
         self.home = rows.new_zeros(rows.shape, dtype=torch.float64 if double else torch.float32)
         self.pending: list[Any] = []
 
-    def pieces(self) -> Iterator[list[Stretch]]:
-        raise NotImplementedError
+    @abstractmethod
+    def pieces(self) -> Iterator[list[Stretch]]: ...
 
-    def give(self, grads: Sequence[Tensor]) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def give(self, grads: Sequence[Tensor]) -> None: ...
 
-    def gradient(self) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def gradient(self) -> Tensor: ...
 
     def _done(self, works: Sequence[Any], operation: str) -> None:
         with named(operation, self.group):

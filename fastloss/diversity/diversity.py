@@ -152,18 +152,7 @@ def diversity_loss(
         >>> diversity_loss(torch.full((1, 4), 0.5), torch.tensor([[0.0] * 4, [1.5] * 4])).item()
         -0.5
     """
-    check_tensor("generated", generated)
-    scale, shift = _check_bank(generated, bank, bank_scale, bank_shift)
-    if generated.ndim < 1 or generated.shape[1:] != bank.shape[1:] or bank.ndim != generated.ndim:
-        raise ValueError(
-            f"bank: expected [M, ...] with the trailing shape of generated, {tuple(generated.shape)}, "
-            f"got {tuple(bank.shape)}"
-        )
-    size = math.prod(bank.shape[1:])  # elements of an image: 1 where generated is [N]
-    if size == 0 or (bank.shape[0] == 0 and group is None):
-        raise ValueError(f"bank: expected at least one image of at least one element, got {tuple(bank.shape)}")
-    if bank.requires_grad:
-        raise ValueError("bank: no gradient is provided for it; pass bank.detach()")
+    scale, shift, size = _check_images(generated, bank, bank_scale, bank_shift, group is not None)
     check_choice("mode", mode, MODES)
     check_choice("metric", metric, METRICS)
     temperature = check_number("temperature", temperature, 0, open_low=True)
@@ -191,6 +180,25 @@ def diversity_loss(
 def _rows(bank: Tensor, size: int) -> Tensor:
     """[M,P] where that takes no copy of the bank, else [M,...] as it is."""
     return bank.reshape(-1, size) if bank.ndim < 3 or bank[:1].is_contiguous() else bank
+
+
+def _check_images(
+    generated: Tensor, bank: Tensor, scale: float | None, shift: float, sharded: bool
+) -> tuple[float, float, int]:
+    """The bank's scale and shift, and the elements of an image; a `sharded` bank may have no rows here."""
+    check_tensor("generated", generated)
+    scale, shift = _check_bank(generated, bank, scale, shift)
+    if generated.ndim < 1 or generated.shape[1:] != bank.shape[1:] or bank.ndim != generated.ndim:
+        raise ValueError(
+            f"bank: expected [M, ...] with the trailing shape of generated, {tuple(generated.shape)}, "
+            f"got {tuple(bank.shape)}"
+        )
+    size = math.prod(bank.shape[1:])  # elements of an image: 1 where generated is [N]
+    if size == 0 or (bank.shape[0] == 0 and not sharded):
+        raise ValueError(f"bank: expected at least one image of at least one element, got {tuple(bank.shape)}")
+    if bank.requires_grad:
+        raise ValueError("bank: no gradient is provided for it; pass bank.detach()")
+    return scale, shift, size
 
 
 def _check_bank(generated: Tensor, bank: Tensor, scale: float | None, shift: float) -> tuple[float, float]:
