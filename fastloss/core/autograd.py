@@ -66,7 +66,7 @@ def _no_gradient(like: Any) -> Any:
     return [None] * len(like) if tensors else None
 
 
-def _picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
+def picker(places: Sequence[int]) -> Callable[[Sequence[Any]], tuple]:
     """What picks these items of a sequence into a tuple."""
     if len(places) > 1:
         return operator.itemgetter(*places)
@@ -80,7 +80,7 @@ class Prepared:
         self.op, self.places = op, [i for i, value in enumerate(args) if isinstance(value, Tensor)]
         kept = [i for i in op._kept if i in self.places or i >= len(args)]
         plain = [None if i in kept else args[i] for i in op._kept]
-        self.inputs, self.keep = _picker(self.places), _picker(kept)
+        self.inputs, self.keep = picker(self.places), picker(kept)
         self.kept: tuple[list[Any], list[int], list[Any]] = (
             plain,
             [op._kept.index(i) for i in kept],
@@ -114,9 +114,9 @@ class _Backward:
         given = [*places, len(plain)]  # of `have`: what the call gives, the rest is known
         known = [k for k in range(len(have)) if k not in given]
         self.op, self.known = op, tuple(have[k] for k in known)
-        self.arguments = _picker([(given + known).index(k) for k in op._order])
+        self.arguments = picker([(given + known).index(k) for k in op._order])
         needed = [i if flags[i] else None for i in of.places]
-        self.gradients = _picker([len(op._wrt) if i is None else op._wrt.index(i) for i in needed])
+        self.gradients = picker([len(op._wrt) if i is None else op._wrt.index(i) for i in needed])
         self.replays: dict[tuple, Callable[..., Any]] = {}  # by the signature of what is given
 
     def __call__(self, saved: tuple, grad: Tensor) -> tuple:

@@ -136,6 +136,11 @@ def use_backend(name: str | None) -> Iterator[None]:
         state.latest = latest
 
 
+def forced_here() -> str | None:
+    """The backend forced in this thread and task, outside torch.compile: every call of a planned loss passes here."""
+    return _forced.get()
+
+
 def is_forced() -> bool:
     """Somebody asked for a backend by name: no shortcut past the ops is taken then."""
     return state.forced is not None

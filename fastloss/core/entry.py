@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .inference import copies_for_graph
+from .planned_calls import PlannedCalls
 
 F = TypeVar("F", bound=Callable[..., Any])
 P = ParamSpec("P")
@@ -126,24 +127,30 @@ def public_function(
 
 
 def takes_input_and_target(
-    *, hints: Mapping[str, str] | None = None
+    *, hints: Mapping[str, str] | None = None, planned: bool = False
 ) -> Callable[[Callable[P, R_co]], TakesInputAndTarget[P, R_co]]:
-    """:func:`public_function` of a loss of images: torch's `input` is the prediction, its `target` the image."""
-    return functools.partial(_entry, others=TORCH_NAMES, hints=hints or {})
+    """:func:`public_function` of a loss of images: torch's `input` is the prediction, its `target` the image.
+
+    `planned`: its calls may go straight to a launch plan, on the terms of core/planned_calls.py.
+    """
+    return functools.partial(_entry, others=TORCH_NAMES, hints=hints or {}, planned=planned)
 
 
-def _entry(fn: Callable[..., Any], others: Mapping[str, str], hints: Mapping[str, str]) -> Any:
+def _entry(fn: Callable[..., Any], others: Mapping[str, str], hints: Mapping[str, str], planned: bool = False) -> Any:
     names = _read(fn, others, hints)
+
+    def ordinary(*args: Any, **options: Any) -> Any:
+        copies = copies_for_graph(args, options) if torch.is_grad_enabled() else None
+        return fn(*args, **options) if copies is None else fn(*copies[0], **copies[1])
+
+    call = PlannedCalls(ordinary) if planned else ordinary
 
     @functools.wraps(fn)
     def entry(*args: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return fn(*args, **own_names(names, len(args), options))
         try:
-            copies = copies_for_graph(args, options) if torch.is_grad_enabled() else None
-            if copies is None:
-                return fn(*args, **options)
-            return fn(*copies[0], **copies[1])
+            return call(*args, **options)
         except TypeError:
             named = own_names(names, len(args), options)
             if named is options:  # the error was about something else

@@ -30,6 +30,7 @@ from torch.library import Library
 from . import backends, explanation
 from .autograd import _PLAIN, Differentiable, Prepared, _tensors, transformed
 from .backends import is_interpreting
+from .planned_calls import Replayed, watch
 from .plans import Plan, Planned
 from .structs import flattened
 from .traced import parameters_of, take_out_numbers, with_numbers, with_parameter
@@ -258,7 +259,10 @@ class Op(Differentiable):
                 return self._function.apply(*args)
             if plan.autograd is None:
                 plan.autograd = Prepared(self, args)
-            return self._planned_function.apply(plan, args, *plan.autograd.inputs(args))
+            out = self._planned_function.apply(plan, args, *plan.autograd.inputs(args))
+            if watch.replayed is not None:
+                watch.replayed.append(Replayed(self, plan, args, out))
+            return out
         lengths = [len(value) if i in self._lists else None for i, value in enumerate(args)]
         return self._function.apply(lengths, *_one_by_one(args, lengths))
 

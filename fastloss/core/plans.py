@@ -108,8 +108,7 @@ class Planned:
         """The plan for these arguments, if it is recorded. Only plain tensors have one, and nobody is passed by who
         looks at the calls of torch."""
         first = args[0]
-        on_device = (first if isinstance(first, Tensor) else first[0]).is_cuda or _INTERPRETING
-        if not on_device or not ENABLED or watched() or (key := signature(args)) is None:
+        if not may_be_planned(first if isinstance(first, Tensor) else first[0]) or (key := signature(args)) is None:
             return None
         plan = self.plan(key)
         return None if plan.replay is None else plan
@@ -126,6 +125,11 @@ class Planned:
         from .kernels.recorder import record
 
         return record(self.launcher, args, plan)
+
+
+def may_be_planned(first: Any) -> bool:
+    """A call with this first argument may have a plan: it is a tensor that Triton's kernels serve, and nobody looks."""
+    return isinstance(first, Tensor) and (first.is_cuda or _INTERPRETING) and ENABLED and not watched()
 
 
 def watched() -> bool:

@@ -107,7 +107,7 @@ def pixel_kind(p: float | str, eps: float = 1e-6, delta: float = 1.0) -> tuple[s
     return "l1" if p == 1 else "l2" if p == 2 else "lp", p
 
 
-@takes_input_and_target()
+@takes_input_and_target(planned=True)
 def pixel_loss(
     image: Tensor,
     image_pred: Tensor,

@@ -190,7 +190,7 @@ def weight_counts(image: Tensor, weight: Tensor, kind: str, order: int) -> list[
     return [total.expand(image.shape[:2]) for total in sums]
 
 
-@takes_input_and_target()
+@takes_input_and_target(planned=True)
 def smoothness_loss(
     image_pred: Tensor,
     *,

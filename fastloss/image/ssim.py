@@ -115,7 +115,7 @@ def map_weight(weight: Tensor, image: Tensor, cut: int) -> Tensor:
     return weight * torch.where(largest < LARGE_WEIGHT, 1.0, 1 / largest)
 
 
-@takes_input_and_target(hints=SSIM_HINTS)
+@takes_input_and_target(hints=SSIM_HINTS, planned=True)
 def ssim_loss(
     image: Tensor,
     image_pred: Tensor,

@@ -20,6 +20,7 @@ from fastloss.core import plans
 from fastloss.core.backends import is_interpreting
 from fastloss.image.pixel import _pixel, _pixel_total
 
+pytestmark = pytest.mark.kernels  # run interpreted, see tests/triton/test_aot.py
 interpreted = pytest.mark.skipif(not is_interpreting(), reason="needs the kernels: TRITON_INTERPRET=1")
 
 
