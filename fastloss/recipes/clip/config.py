@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..training.options import at_least, multiple_of, one_of, option, torch_device
+from ..training.options import at_least, multiple_of, one_of, option, positive, shares_left, torch_device
 
 if TYPE_CHECKING:  # the help of the command line is made from this file and needs no torch
     import torch
@@ -67,17 +66,13 @@ class Config:
             at_least(name, getattr(self, name), 16)
             multiple_of(name, getattr(self, name), 16)
         for name in ("learning_rate", "max_norm", "max_scale"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+            positive(name, getattr(self, name))
         for name, choices in (("loss", LOSSES), ("image_encoder", IMAGE_ENCODERS), ("text_encoder", TEXT_ENCODERS)):
             one_of(name, getattr(self, name), choices)
         one_of("channels", self.channels, (0, 1, 3))
         self.size = self.size or {GLYPHS: 24, DIGITS: 16}.get(self.data, 64)
         multiple_of("size", self.size, 8)
-        if self.val_percent + self.test_percent > 90:
-            total = self.val_percent + self.test_percent
-            raise ValueError(f"val_percent: expected at most 90 with --test-percent, got {total} in all")
+        shares_left(self.val_percent, self.test_percent)
         if not self.embedded() and not self.data.startswith(("folder:", "wds:")):
             raise ValueError(f"data: expected glyphs, digits, folder:PATH or wds:SHARDS, got {self.data!r}")
         if self.embedded() and self.held_out() != (5, 5):

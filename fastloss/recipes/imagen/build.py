@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..training.checkpoint import check_recipe, load_checkpoint
 from .config import Config
 from .model import ImageDecoder, ImageEncoder, Imagen, PretrainedTextEncoder, TextEncoder
 
+RECIPE = "train"
 GENERATE_BATCH = 256
 
 
@@ -42,20 +42,10 @@ def make_model(config: Config, tokenizer: Any) -> Imagen:
     return Imagen(text_encoder, ImageDecoder(**shape, depth=depth), ImageEncoder(**shape))
 
 
-def model_state(config: Config, model: Imagen, tokenizer: Any) -> dict[str, Any]:
-    """What `load_model` needs: plain values and tensors."""
-    return {
-        "recipe": "train",
-        "config": dataclasses.asdict(config),
-        "tokenizer": tokenizer_state(tokenizer),
-        "model": model.state_dict(),
-    }
-
-
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[Imagen, Config]:
     """The model of a checkpoint file or run folder, ready to generate."""
     content = load_checkpoint(path, device)
-    check_recipe(content, "train", path)
+    check_recipe(content, RECIPE, path)
     try:
         config = Config(**content["config"])
         state = content["tokenizer"]

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..training.options import at_least, multiple_of, one_of, option, torch_device
+from ..training.options import at_least, multiple_of, one_of, option, positive, shares_left, torch_device
 
 if TYPE_CHECKING:  # the help of the command line is made from this file and needs no torch
     import torch
@@ -89,17 +88,13 @@ class Config:
             at_least(name, getattr(self, name), 1)
         for name in ("val_percent", "test_percent"):
             at_least(name, getattr(self, name), 1)
-        if self.val_percent + self.test_percent > 90:
-            total = self.val_percent + self.test_percent
-            raise ValueError(f"val_percent: expected at most 90 with --test-percent, got {total} in all")
+        shares_left(self.val_percent, self.test_percent)
         if self.data == DIGITS and self.held_out() != (5, 5):
             raise ValueError("val_percent: the digits have fixed splits (1397, 200 and 200 images), expected no shares")
         for name in ("bank", "warmup", "patience", "quality"):
             at_least(name, getattr(self, name), 0)
         for name in ("temperature", "learning_rate", "clip"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+            positive(name, getattr(self, name))
         one_of("losses", self.losses, ("fast", "reference"))
         one_of("weighting", self.weighting, WEIGHTINGS)
         one_of("size", self.size, SIZES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # the help of the command line is made from configurations and needs no torch
@@ -29,6 +30,18 @@ def multiple_of(name: str, value: int, of: int) -> None:
 def one_of(name: str, value: Any, choices: tuple) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def positive(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name}: expected a finite number > 0, got {value!r}")
+
+
+def shares_left(val_percent: int, test_percent: int) -> None:
+    """Something is left to train on."""
+    total = val_percent + test_percent
+    if total > 90:
+        raise ValueError(f"val_percent: expected at most 90 with --test-percent, got {total} in all")
 
 
 def torch_device(name: str) -> torch.device:
