@@ -17,6 +17,7 @@ from fastloss.recipes.imagen.build import load_model  # noqa: E402
 from fastloss.recipes.imagen.train import Trainer  # noqa: E402
 from fastloss.recipes.training.checkpoint import last_checkpoint, load_checkpoint, save_last  # noqa: E402
 from fastloss.recipes.training.metrics import read_metrics  # noqa: E402
+from fastloss.recipes.training.options import fitted  # noqa: E402
 from fastloss.recipes.training.sharded import read_sharded, write_sharded  # noqa: E402
 from fastloss.recipes.training.world import World, of_all_ranks  # noqa: E402
 from tests.recipes.ranks import STEPS, launch, next_ids, options_of  # noqa: E402
@@ -114,7 +115,7 @@ def test_a_mistake_ends_with_one_line_of_rank_0_and_code_2(ranks, what, said):
 
 def test_fewer_images_than_ranks_are_named():
     with pytest.raises(ValueError, match="data: expected a training image for each of the 4 ranks, got 3 in folder:x"):
-        training.fitted(options_of("x", data="folder:x"), 3, 4)
+        fitted(options_of("x", data="folder:x"), 3, 4)
 
 
 # the checkpoint of several ranks, in one process

@@ -47,9 +47,7 @@ class Run:
 
     recipe: ClassVar[str]  # as the command line has it
     config_type: ClassVar[type]
-    fixed: ClassVar[
-        tuple[str, ...]
-    ]  # options that a resumed run may not change
+    fixed: ClassVar[tuple[str, ...]]  # options that a resumed run may not change
     model: Any
     optimizer: torch.optim.Optimizer
 
