@@ -6,6 +6,7 @@ core/, contrastive/, image/, perceptual/, diversity/, attention/, fusion/, recip
 compat/        drop-ins beside the libraries they stand for
 benchmarks/    the benchmarks' own arithmetic
 fuzz/          drawn calls of the whole public API
+processes.py   ranks as processes
 peers.py       other libraries' own tests, with their classes and with ours
 sanitize.py    the C++ kernels under the sanitizers
 conftest.py    devices, and memory that shows what was never written

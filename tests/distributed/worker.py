@@ -1,13 +1,11 @@
 """One rank of a test: `python -m tests.distributed.worker JOB RANK WORLD FOLDER`, JOB a function of jobs.py.
 
-What the job returns is saved to FOLDER/RANK.pt. Plain processes, not torchrun, which kills the others when one fails.
+What the job returns is saved to FOLDER/RANK.pt.
 """
 
 from __future__ import annotations
 
 import datetime
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,28 +13,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import run_ranks
+
 
 def run(job: str, world: int, folder: Path, timeout: int = 900) -> list[Any]:
-    """What the job returned on each rank; an AssertionError with the output of all if one failed."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    if sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", "tests.distributed.worker", job]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [f"rank {rank}: {text[-3000:]}" for rank, text in enumerate(said) if processes[rank].returncode]
-    assert not failed, "\n".join(failed)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    """What the job returned on each rank."""
+    return run_ranks(
+        "tests.distributed.worker", lambda rank: [job, str(rank), str(world), str(folder)], world, folder, timeout
+    )
 
 
 def main(job: str, rank: int, world: int, folder: Path) -> None:

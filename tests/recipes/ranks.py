@@ -1,6 +1,6 @@
 """One of two ranks of a training, as torchrun starts it: `python -m tests.recipes.ranks FOLDER`.
 
-Plain processes, as torchrun ends all of them when one fails. What each part of the job returns is saved to
+What each part of the job returns is saved to
 FOLDER/RANK.pt.
 """
 
@@ -13,13 +13,14 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tests.processes import run_ranks
 
 RANKS, STEPS = 2, 50
 OPTIONS = ["--batch-size", "9", "--dim", "16", "--depth", "1", "--log-every", "5", "--device", "cpu"]
@@ -30,30 +31,8 @@ def launch(folder: Path, timeout: int = 400, job: str = "tests.recipes.ranks") -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(RANKS),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    if sys.platform == "linux":
-        env.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    command = [sys.executable, "-m", job, str(folder)]
-    processes = [
-        subprocess.Popen(
-            command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    failed = [f"rank {rank}: {text[-3000:]}" for rank, text in enumerate(said) if processes[rank].returncode]
-    assert not failed, "\n".join(failed)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return run_ranks(job, lambda rank: [str(folder)], RANKS, folder, timeout, **address)
 
 
 def options_of(folder: Path, **changes: Any) -> Any:
