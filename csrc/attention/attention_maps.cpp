@@ -4,6 +4,7 @@
 #include "attention/attention_maps.h"
 #include "core/constants.h"
 #include "core/isa.h"
+#include "core/large_pages.h"
 #include "core/op.h"
 #include "core/parallel.h"
 
@@ -126,14 +127,20 @@ struct Plan {
   void prepare(const Half* from, const float* mask, int64_t n, float* to) const {
     kernels.prepare_half(from, mask, how, n, to);
   }
-  void write(const float* from, const float* mask, const float* scores, int64_t n, float* to) const {
-    kernels.write_float(from, mask, scores, n, to);
+  void write(const float* from, const Left& left, int64_t n, float* to, bool streamed) const {
+    kernels.write_float(from, left, n, to, streamed);
   }
-  void write(const float* from, const float* mask, const float* scores, int64_t n, BFloat16* to) const {
-    kernels.write_bfloat16(from, mask, scores, n, to);
+  void write(const float* from, const Left& left, int64_t n, BFloat16* to, bool streamed) const {
+    kernels.write_bfloat16(from, left, n, to, streamed);
   }
-  void write(const float* from, const float* mask, const float* scores, int64_t n, Half* to) const {
-    kernels.write_half(from, mask, scores, n, to);
+  void write(const float* from, const Left& left, int64_t n, Half* to, bool streamed) const {
+    kernels.write_half(from, left, n, to, streamed);
+  }
+
+  // Whether rows of a layer are compared where they lie: float32 in whole vectors that nothing is done to.
+  bool as_they_lie(const Layer& layer) const {
+    const bool changed = layer.mask || how.scores || (how.logits && how.temperature != 1.0f);
+    return dtype == ScalarType::Float && !changed && layer.keys % kLanes == 0;
   }
 
   // body(layer, block, its index, row, the row's mask or null, room for rows) for all rows, over torch's threads.
@@ -145,17 +152,24 @@ struct Plan {
       for (int64_t k = first; k < last && going_on(); ++k) {
         const Block& block = blocks[k];
         const Layer& layer = layers[block.layer];
-        Row row{&room[0], &room[width], &room[2 * width], &room[3 * width], layer.keys, 0};
+        float *const a = &room[0], *const b = &room[width];
+        Row row{a, b, &room[2 * width], &room[3 * width], layer.keys, 0};
+        const bool in_place = as_they_lie(layer);
         for (int64_t r = block.begin; r < block.end; ++r) {
           const int64_t start = r * layer.keys;
           const float* mask = layer.mask ? layer.mask->read(start, layer.keys, &room[4 * width]) : nullptr;
-          prepare(input<T>(layer.a) + start, mask, layer.keys, row.a);
-          prepare(input<T>(layer.b) + start, mask, layer.keys, row.b);
+          if (in_place) {
+            row.a = input<float>(layer.a) + start, row.b = input<float>(layer.b) + start;
+          } else {
+            prepare(input<T>(layer.a) + start, mask, layer.keys, a);
+            prepare(input<T>(layer.b) + start, mask, layer.keys, b);
+          }
           if (how.added) mask = nullptr;
           row.mean = inverse_count(mask, layer.keys);
           body(layer, k, r, mask, row);
         }
       }
+      kernels.finish();
     });
   }
 };
@@ -197,6 +211,18 @@ std::tuple<Tensor, Saved> maps_fwd(const Inputs& x) {
   return {out, saved};
 }
 
+// Of each layer, whether its gradients go past the caches: where they are large, and their rows whole vectors.
+std::vector<char> streamed_layers(const Plan& plan, const std::vector<Tensor>& grads) {
+  std::vector<char> streamed;
+  for (const Layer& layer : plan.layers) {
+    const int64_t bytes = layer.rows * layer.keys * (plan.dtype == ScalarType::Float ? 4 : 2);
+    streamed.push_back(bytes >= kStreamedGradientBytes && layer.keys % kLanes == 0);
+  }
+  for (size_t k = 0; k < grads.size(); ++k)
+    if (reinterpret_cast<uintptr_t>(grads[k].const_data_ptr()) % 64 != 0) streamed[k % streamed.size()] = false;
+  return streamed;
+}
+
 std::vector<Tensor> maps_bwd(const Tensor& grad, const Saved& saved, const Inputs& x, const Needs& needs) {
   const Plan plan(x);
   const int64_t kept = static_cast<int64_t>(plan.kept.size());
@@ -213,8 +239,10 @@ std::vector<Tensor> maps_bwd(const Tensor& grad, const Saved& saved, const Input
       std::vector<int64_t> sizes;
       for (int64_t d = 0; d < t.dim(); ++d) sizes.push_back(t.size(d));
       grads.push_back(torch::stable::new_empty(t, sizes, plan.dtype));
+      use_large_pages(grads.back());
     }
   }
+  const std::vector<char> streamed = streamed_layers(plan, grads);
   const float *g = input<float>(upstream), *from = input<float>(statistics), *scales = input<float>(saved.scales);
   const double of_input = plan.how.logits ? 1 / x.temperature : 1.0;
   const size_t first_b = needs.a ? x.a.size() : 0;
@@ -225,12 +253,18 @@ std::vector<Tensor> maps_bwd(const Tensor& grad, const Saved& saved, const Input
       for (int64_t k = 0; k < kept; ++k) s.*plan.kept[k] = from[k * plan.rows + layer.first_row + r];
       const int64_t i = plan.blocks[block].layer, start = r * layer.keys;
       const double weight = static_cast<double>(scales[i]) * x.weights[i] * of_input;
-      const RowGradient to{static_cast<float>(g[each ? layer.first_row + r : 0] * weight),
-                           needs.a ? row.more_a : nullptr, needs.b ? row.more_b : nullptr};
+      T* const to_a = needs.a ? output<T>(grads[i]) + start : nullptr;
+      T* const to_b = needs.b ? output<T>(grads[first_b + i]) + start : nullptr;
+      RowGradient to{static_cast<float>(g[each ? layer.first_row + r : 0] * weight), needs.a ? row.more_a : nullptr,
+                     needs.b ? row.more_b : nullptr, false};
+      if constexpr (std::is_same_v<T, float>)
+        if (plan.as_they_lie(layer)) {
+          plan.kernels.backward(row, s, {to.upstream, to_a, to_b, streamed[i] != 0});
+          return;
+        }
       plan.kernels.backward(row, s, to);
-      const float *scores_a = plan.how.scores ? row.a : nullptr, *scores_b = plan.how.scores ? row.b : nullptr;
-      if (needs.a) plan.write(to.a, mask, scores_a, layer.keys, output<T>(grads[i]) + start);
-      if (needs.b) plan.write(to.b, mask, scores_b, layer.keys, output<T>(grads[first_b + i]) + start);
+      if (to_a) plan.write(to.a, {mask, plan.how.scores ? row.a : nullptr}, layer.keys, to_a, streamed[i] != 0);
+      if (to_b) plan.write(to.b, {mask, plan.how.scores ? row.b : nullptr}, layer.keys, to_b, streamed[i] != 0);
     });
   });
   return grads;

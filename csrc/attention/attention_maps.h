@@ -22,9 +22,11 @@ struct RowValue {
   double value;
   bool counts;
 };
-// A row of both maps in float32, padded to whole vectors with what counts for nothing, and room for as much again.
+// A row of both maps in float32, of whole vectors, whose last one is filled with what counts for nothing; and room for
+// as much again.
 struct Row {
-  float *a, *b, *more_a, *more_b;
+  const float *a, *b;
+  float *more_a, *more_b;
   int64_t n;
   double mean;  // 1 / keys that take part, 0 where none does
 };
@@ -32,6 +34,13 @@ struct Row {
 struct RowGradient {
   float upstream;
   float *a, *b;
+  bool streamed;  // past the caches: both are aligned
+};
+
+// What leaves keys out of a gradient; null: nothing.
+struct Left {
+  const float* mask;    // 0
+  const float* scores;  // those that stand for masked keys, as prepared
 };
 
 struct MapKernels {
@@ -41,10 +50,11 @@ struct MapKernels {
   // The value of the row. Of the statistics, `scale` is given, which is `mean`.
   RowValue (*forward)(const Row&, MapStatistics&);
   void (*backward)(const Row&, const MapStatistics&, const RowGradient&);
-  // to[i] = from[i], 0 where a mask or a score (as prepared) leaves the key out; both may be null
-  void (*write_float)(const float* from, const float* mask, const float* scores, int64_t n, float* to);
-  void (*write_bfloat16)(const float* from, const float* mask, const float* scores, int64_t n, BFloat16* to);
-  void (*write_half)(const float* from, const float* mask, const float* scores, int64_t n, Half* to);
+  // to[i] = from[i], 0 where the key is left out; `streamed` past the caches, to an aligned address
+  void (*write_float)(const float* from, const Left&, int64_t n, float* to, bool streamed);
+  void (*write_bfloat16)(const float* from, const Left&, int64_t n, BFloat16* to, bool streamed);
+  void (*write_half)(const float* from, const Left&, int64_t n, Half* to, bool streamed);
+  void (*finish)();  // after what was streamed
 };
 
 }  // namespace fastloss

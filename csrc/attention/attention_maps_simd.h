@@ -25,12 +25,12 @@ static void prepare_row(const T* from, const float* mask, const Preparation& how
 }
 
 template <typename T>
-static void write_row(const float* from, const float* mask, const float* scores, int64_t n, T* to) {
+static void write_row(const float* from, const Left& left, int64_t n, T* to, bool streamed) {
   for (int64_t i = 0; i < n; i += W) {
     vf x = load(from + i);
-    if (mask) x = where(load_up_to(mask + i, n - i) != 0.0f, x);
-    if (scores) x = where(~((vi)load(scores + i) == (vi)masked_score()), x);
-    store_up_to(to + i, x, n - i);
+    if (left.mask) x = where(load_up_to(left.mask + i, n - i) != 0.0f, x);
+    if (left.scores) x = where(~((vi)load(left.scores + i) == (vi)masked_score()), x);
+    put(to + i, x, n - i, streamed && n - i >= W);
   }
 }
 
@@ -148,26 +148,27 @@ static RowValue logits_forward(const Row& row, MapStatistics& s) {
   return {value, true};
 }
 
-// 1 over the root of a sum of squares: 0 for 0, and NaN for an infinite one, whose row has no direction.
-FASTLOSS_INLINE float inverse_norm(double square) {
-  if (square == 0) return 0.0f;
-  return square > 1.7e308 ? __builtin_nanf("") : (float)(1 / __builtin_sqrt(square));
+// The root of a sum of squares; NaN for an infinite one, whose row has no direction.
+FASTLOSS_INLINE float length_of(double square) {
+  return square > 1.7e308 ? __builtin_nanf("") : (float)__builtin_sqrt(square);
 }
+// What a row is divided by: 0s, without a direction, stay so. A division, after which a row of one number is exactly 1.
+FASTLOSS_INLINE float divisor_of(float length) { return length == 0.0f ? __builtin_inff() : length; }
 
 template <MapMetric metric>
 static RowValue probabilities_forward(const Row& row, MapStatistics& s) {
   const bool counts = s.scale != 0.0f;
-  if constexpr (metric == MapMetric::cosine) {  // kept: 1 / |a|, 1 / |b|, the value
+  if constexpr (metric == MapMetric::cosine) {  // kept: |a|, |b|, the value
     const Sums squares = sum_row(row.n, [&](int64_t i, vf& of_a, vf& of_b) __attribute__((always_inline)) {
       const vf a = load(row.a + i), b = load(row.b + i);
       of_a += a * a;
       of_b += b * b;
     });
-    s.peak_a = inverse_norm(squares.first);
-    s.log_a = inverse_norm(squares.second);
+    s.peak_a = length_of(squares.first);
+    s.log_a = length_of(squares.second);
+    const float by_a = divisor_of(s.peak_a), by_b = divisor_of(s.log_a);
     const Sums sums = sum_row(row.n, [&](int64_t i, vf& value, vf&) __attribute__((always_inline)) {
-      const vf u = rounded_product(load(row.a + i), s.peak_a), v = rounded_product(load(row.b + i), s.log_a);
-      value += element_of_probabilities<metric>(u, v).value;
+      value += element_of_probabilities<metric>(load(row.a + i) / by_a, load(row.b + i) / by_b).value;
     });
     const bool one_is_zero = (s.peak_a == 0.0f) != (s.log_a == 0.0f);
     s.peak_b = (float)(one_is_zero ? 2 * sums.first : sums.first);
@@ -184,8 +185,9 @@ struct Slopes {
   vf a, b;
 };
 
+// Those that are wanted, the others are anything.
 template <MapMetric metric>
-FASTLOSS_INLINE Slopes slopes_of_probabilities(vf p, vf q) {
+FASTLOSS_INLINE Slopes slopes_of_probabilities(vf p, vf q, bool of_a, bool of_b) {
   const vf d = p - q;
   if constexpr (metric == MapMetric::js) {
     const JensenShannon js = jensen_shannon(p, q);
@@ -193,20 +195,26 @@ FASTLOSS_INLINE Slopes slopes_of_probabilities(vf p, vf q) {
   }
   if constexpr (metric == MapMetric::kl) {
     const vi there = p != 0.0f;
-    return {where(there, log_ratio(p, q) + 1.0f), where(there, probable(p, q, -p / q))};
+    Slopes slopes{};
+    if (of_a) slopes.a = where(there, log_ratio(p, q) + 1.0f);
+    if (of_b) slopes.b = where(there, probable(p, q, -p / q));
+    return slopes;
   }
   if constexpr (metric == MapMetric::sym_kl) {
     const vi there = (p != 0.0f) | (q != 0.0f);
     const vf ratio = log_ratio(p, q);
-    return {where(there, 0.5f * (d / p + ratio)), where(there, -0.5f * (d / q + ratio))};
+    Slopes slopes{};
+    if (of_a) slopes.a = where(there, 0.5f * (d / p + ratio));
+    if (of_b) slopes.b = where(there, -0.5f * (d / q + ratio));
+    return slopes;
   }
   if constexpr (metric == MapMetric::mse) return {2.0f * d, -2.0f * d};
   return {sign(d), -sign(d)};
 }
 
 FASTLOSS_INLINE void store_slopes(const RowGradient& to, int64_t i, vf a, vf b) {
-  if (to.a) store(to.a + i, a * to.upstream);
-  if (to.b) store(to.b + i, b * to.upstream);
+  if (to.a) put(to.a + i, a * to.upstream, W, to.streamed);
+  if (to.b) put(to.b + i, b * to.upstream, W, to.streamed);
 }
 
 template <MapMetric metric>
@@ -215,12 +223,12 @@ static void probabilities_backward(const Row& row, const MapStatistics& s, const
   for (int64_t i = 0; i < row.n; i += W) {
     const vf p = load(row.a + i), q = load(row.b + i);
     if constexpr (metric == MapMetric::cosine) {
-      const vf u = rounded_product(p, s.peak_a), v = rounded_product(q, s.log_a);
+      const float by_a = divisor_of(s.peak_a), by_b = divisor_of(s.log_a);
+      const vf u = p / by_a, v = q / by_b;
       const vi both = vi{} - (int)(s.peak_a != 0.0f && s.log_a != 0.0f);  // a row of zeros has no direction
-      store_slopes(to, i, where(both, ((u - v) - u * s.peak_b) * s.peak_a),
-                   where(both, ((v - u) - v * s.peak_b) * s.log_a));
+      store_slopes(to, i, where(both, ((u - v) - u * s.peak_b) / by_a), where(both, ((v - u) - v * s.peak_b) / by_b));
     } else {
-      const Slopes slopes = slopes_of_probabilities<metric>(p, q);
+      const Slopes slopes = slopes_of_probabilities<metric>(p, q, to.a != nullptr, to.b != nullptr);
       store_slopes(to, i, slopes.a * mean, slopes.b * mean);
     }
   }
@@ -229,7 +237,7 @@ static void probabilities_backward(const Row& row, const MapStatistics& s, const
 template <MapMetric metric>
 static void logits_backward(const Row& row, const MapStatistics& s, const RowGradient& to) {
   if (s.scale == 0.0f) {
-    for (int64_t i = 0; i < row.n; i += W) store_slopes({1, to.a, to.b}, i, vf{}, vf{});
+    for (int64_t i = 0; i < row.n; i += W) store_slopes({1, to.a, to.b, to.streamed}, i, vf{}, vf{});
     return;
   }
   for (int64_t i = 0; i < row.n; i += W) {
@@ -244,12 +252,14 @@ static void logits_backward(const Row& row, const MapStatistics& s, const RowGra
     } else if constexpr (metric == MapMetric::cosine) {
       store_slopes(to, i, p * (d - p * s.inner_a), q * (-d - q * s.inner_b));
     } else {
-      const Slopes slopes = slopes_of_probabilities<metric>(p, q);
+      const Slopes slopes = slopes_of_probabilities<metric>(p, q, true, true);
       store_slopes(to, i, where(p != 0.0f, p * (slopes.a * s.scale - s.inner_a)),
                    where(q != 0.0f, q * (slopes.b * s.scale - s.inner_b)));
     }
   }
 }
+
+static void finish_streams() { fence(); }
 
 template <MapMetric metric>
 static MapKernels kernels_of(bool logits) {
@@ -260,7 +270,8 @@ static MapKernels kernels_of(bool logits) {
           logits ? logits_backward<metric> : probabilities_backward<metric>,
           write_row<float>,
           write_row<BFloat16>,
-          write_row<Half>};
+          write_row<Half>,
+          finish_streams};
 }
 
 static MapKernels map_kernels(MapMetric metric, bool logits) {

@@ -3,13 +3,9 @@
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
-// log x, two ulp; -inf for 0, NaN for negative numbers.
-FASTLOSS_INLINE vf log(vf x) {
-  const vi tiny = x < 0x1p-126f;
-  const vf scaled = tiny ? x * 0x1p64f : x;
-  const vi exponent = ((vi)scaled - 0x3f3504f3) >> 23;  // the mantissa is in [sqrt(1/2), sqrt(2))
-  const vf n = __builtin_convertvector(exponent, vf) - where(tiny, all(64.0f));
-  const vf f = (vf)((vi)scaled - (exponent << 23)) - 1.0f, square = f * f;
+// log(1 + f) + n log 2, two ulp, for 1 + f in [sqrt(1/2), sqrt(2))
+FASTLOSS_INLINE vf log_of_scaled(vf f, vf n) {
+  const vf square = f * f;
   vf p = f * 7.0376836292e-2f - 1.1514610310e-1f;
   p = p * f + 1.1676998740e-1f;
   p = p * f - 1.2420140846e-1f;
@@ -19,7 +15,16 @@ FASTLOSS_INLINE vf log(vf x) {
   p = p * f - 2.4999993993e-1f;
   p = p * f + 3.3333331174e-1f;
   p = p * f * square - n * 2.12194440e-4f - 0.5f * square;  // ln 2 in two parts
-  const vf value = n * 0.693359375f + (f + p);
+  return n * 0.693359375f + (f + p);
+}
+
+// log x, two ulp; -inf for 0, NaN for negative numbers.
+FASTLOSS_INLINE vf log(vf x) {
+  const vi tiny = x < 0x1p-126f;
+  const vf scaled = tiny ? x * 0x1p64f : x;
+  const vi exponent = ((vi)scaled - 0x3f3504f3) >> 23;  // the mantissa is in [sqrt(1/2), sqrt(2))
+  const vf n = __builtin_convertvector(exponent, vf) - where(tiny, all(64.0f));
+  const vf value = log_of_scaled((vf)((vi)scaled - (exponent << 23)) - 1.0f, n);
   const vf finite = x > 0.0f ? value : x == 0.0f ? all(-__builtin_inff()) : all(__builtin_nanf(""));
   return x == __builtin_inff() ? x : finite;
 }
@@ -41,13 +46,31 @@ FASTLOSS_INLINE vf inverse_total(vf p, vf q) {
   return probable(p, q, abs(total) < 0x1p-126f ? all(0.0f) : inverse(total));
 }
 
+// Where log_of_normal_ratio can be used: p / q and q are normal numbers, neither is negative. `ratio` may be rounded.
+FASTLOSS_INLINE vi is_normal_ratio(vf p, vf q, vf ratio) {
+  return (ratio > 0x1p-125f) & (ratio < 0x1p125f) & (q >= 0x1p-126f) & (p > 0.0f);
+}
+// log(p / q) with `over`, 1 / q: log(1 + f) + n log 2, where p / 2^n is within a factor of root 2 of q and f is their
+// exact difference times `over`. So numbers that are near keep their digits, and equal ones give exactly 0.
+FASTLOSS_INLINE vf log_of_normal_ratio(vf p, vf q, vf over) {
+  const vi exponent = ((vi)(p * over) - 0x3f3504f3) >> 23;
+  const vf power = (vf)(0x3f800000 - (exponent << 23));
+  return log_of_scaled((p * power - q) * over, __builtin_convertvector(exponent, vf));
+}
+
 // log(p / q); where both are 0, 0.
 FASTLOSS_INLINE vf log_ratio(vf p, vf q) {
+  vf over = inverse(q);
+  const vi usual = is_normal_ratio(p, q, p * over);
+  if (every(usual)) return log_of_normal_ratio(p, q, over);
+  const vi none = (p == 0.0f) & (q == 0.0f);
+  if (every(usual | none)) {  // maps with masked keys
+    over = none ? all(1.0f) : over;
+    return log_of_normal_ratio(none ? all(1.0f) : p, none ? all(1.0f) : q, over);
+  }
   const vf t = (p - q) * inverse_total(p, q);  // log(p / q) = 2 atanh t
-  const vi near = abs(t) < 0x1.555556p-2f;
   const vf series = 2.0f * t * polynomial(t * t, {1.0f, 0.333331573f, 0.200124549f, 0.139803041f, 0.140891551f});
-  if (every(near)) return series;
-  return near ? series : log(p) - log(q);
+  return abs(t) < 0x1.555556p-2f ? series : log(p) - log(q);
 }
 
 // With m = (p + q) / 2: log(p / m), log(q / m), and p log(p / m) / 2 + q log(q / m) / 2. Where p, q or both are 0 their

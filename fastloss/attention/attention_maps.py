@@ -58,8 +58,8 @@ class Statistics(NamedTuple):
 class CosineStatistics(NamedTuple):
     """Of a row of probabilities or scores."""
 
-    inverse_a: int = 0  # 1 / |a|, or 0
-    inverse_b: int = 1
+    length_a: int = 0  # |a|
+    length_b: int = 1
     value: int = 2
 
 

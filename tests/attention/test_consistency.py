@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastloss import attention_consistency_from_qk as from_qk
 from fastloss import attention_consistency_loss as loss_of
+from tests.conformance.tools import INTERPRETING
 
 METRICS = ("js", "kl", "sym_kl", "mse", "l1", "cosine")
 
@@ -194,6 +195,21 @@ def test_identical_maps_have_no_loss_and_no_gradient(metric, inputs):
     assert loss.item() == 0
     if (metric, inputs) != ("kl", "probs"):
         assert all((g == 0).all() for g in torch.autograd.grad(loss, (x, y)))
+
+
+@pytest.mark.parametrize("inputs", ["probs", "scores"])
+def test_rows_of_one_number_have_no_direction_to_turn_to(inputs):
+    """The cosine of rows with one key, or one that is not 0, has a gradient of exactly 0."""
+    a, b = (t.abs() if inputs == "probs" else t for t in maps(2, 40, 1, dtype=torch.float32))
+    hot = F.pad(a, (3, 14)), F.pad(b, (3, 14))
+    mask = torch.arange(18) == 3
+    for x, y, keep in ((a, b, None), (*hot, None), (hot[0] + 1, hot[1] + 1, mask)):
+        x, y = x.clone().requires_grad_(), y.clone().requires_grad_()
+        rows = loss_of(x, y, inputs=inputs, metric="cosine", mask=keep, reduction="none")
+        assert torch.isin(rows, torch.tensor([0.0, 2.0])).all()
+        along = (slice(None), slice(None), 3 if x.shape[-1] > 1 else 0)
+        least = 1e-6 if INTERPRETING else 0  # what runs there has no fused multiplications
+        assert all(g[along].abs().max() <= least for g in torch.autograd.grad(rows.sum(), (x, y)))
 
 
 def test_a_held_side_gets_no_gradient():

@@ -106,8 +106,8 @@ def _maps_fwd_kernel(
         values = (of_a.peak, of_a.log, of_b.peak, of_b.log, inner, other, scale)
         keep_statistics(statistics_ptr, tile, all_rows, values)
     elif KIND.metric == "cosine":
-        value = tl.where((of_a.inverse == 0.0) != (of_b.inverse == 0.0), 2.0 * value, value)
-        keep_statistics(statistics_ptr, tile, all_rows, (of_a.inverse, of_b.inverse, value))
+        value = tl.where((of_a.peak == 0.0) != (of_b.peak == 0.0), 2.0 * value, value)
+        keep_statistics(statistics_ptr, tile, all_rows, (of_a.peak, of_b.peak, value))
     elif KIND.metric == "mse" or KIND.metric == "l1":
         keep_statistics(statistics_ptr, tile, all_rows, (scale,))
     weight = factor_of(weights, tile.entry, layers.starts, TABLE)

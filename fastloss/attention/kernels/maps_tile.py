@@ -77,7 +77,7 @@ class Tile(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Of rows of one map: p = e^(x - peak) * inverse."""
+    """Of rows of one map: p = e^(x - peak) * inverse. Of probabilities, for "cosine", `peak` is the length."""
 
     peak: Any
     log: Any
@@ -175,10 +175,22 @@ def _softmax_of(peak, total, KIND: tl.constexpr):
 
 
 @triton.jit
-def _inverse_norm(square):
-    """1 over the root of a sum of squares: 0 for 0, and NaN for an infinite one, whose row has no direction."""
-    inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.where(square == 0.0, 1.0, square)))
-    return tl.where(square == 0.0, 0.0, tl.where(square == float("inf"), float("nan"), inverse))
+def length_of(square):
+    """The root of a sum of squares; NaN for an infinite one, whose row has no direction."""
+    return tl.where(square == float("inf"), float("nan"), tl.sqrt_rn(square))
+
+
+@triton.jit
+def inverse_of(length):
+    """1 over the length, 0 of a row of zeros."""
+    return tl.where(length == 0.0, 0.0, tl.div_rn(1.0, tl.where(length == 0.0, 1.0, length)))
+
+
+@triton.jit
+def direction(x, length, inverse):
+    """x over its length, rounded once: a row of one number becomes exactly 1. Zeros stay so."""
+    u = x * inverse
+    return tl.fma(tl.fma(-u, length, x), inverse, u)
 
 
 @triton.jit
@@ -196,8 +208,8 @@ def compared(a, b, of_a, of_b, KIND: tl.constexpr):
         return tl.sum(value, 1), tl.sum(inner, 1)
     else:
         if METRIC == "cosine":
-            a = product(a, of_a.inverse[:, None])
-            b = product(b, of_b.inverse[:, None])
+            a = direction(a, of_a.peak[:, None], of_a.inverse[:, None])
+            b = direction(b, of_b.peak[:, None], of_b.inverse[:, None])
         value, _ = of_probabilities(a, b, METRIC)
         total = tl.sum(value, 1)
         return total, total
@@ -230,7 +242,8 @@ def normalisers(ptrs, tile, a, b, keys, sizes, temperature, KIND: tl.constexpr):
                 a, b, _, _, _ = read(ptrs, tile, start, keys, sizes, temperature, KIND)
                 total_a += tl.sum(a * a, 1)
                 total_b += tl.sum(b * b, 1)
-        return Softmax(total_a, total_a, _inverse_norm(total_a)), Softmax(total_b, total_b, _inverse_norm(total_b))
+        length_a, length_b = length_of(total_a), length_of(total_b)
+        return Softmax(length_a, total_a, inverse_of(length_a)), Softmax(length_b, total_b, inverse_of(length_b))
     else:
         none = tl.zeros((KIND.rows,), tl.float32)
         return Softmax(none, none, none), Softmax(none, none, none)
@@ -280,9 +293,10 @@ def logit_slopes(a, b, of_row, KIND: tl.constexpr):
 def probability_slopes(a, b, of_row, KIND: tl.constexpr):
     """Of probabilities and scores."""
     if KIND.metric == "cosine":
-        inverse_a, inverse_b, value = of_row
-        u, v = product(a, inverse_a), product(b, inverse_b)
-        both = (inverse_a != 0) & (inverse_b != 0)  # a row of zeros has no direction
+        length_a, length_b, value = of_row
+        inverse_a, inverse_b = inverse_of(length_a), inverse_of(length_b)
+        u, v = direction(a, length_a, inverse_a), direction(b, length_b, inverse_b)
+        both = (length_a != 0) & (length_b != 0)  # a row of zeros has no direction
         of_a = tl.where(both, ((u - v) - u * value) * inverse_a, 0.0)
         of_b = tl.where(both, ((v - u) - v * value) * inverse_b, 0.0)
     else:
