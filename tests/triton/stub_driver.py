@@ -55,9 +55,9 @@ def install() -> ctypes.CDLL:
     stub.get_device_capability = lambda device=0: (9, 0)
     driver.set_active(stub)
 
-    from fastloss.contrastive.kernels import tile_configs
+    from fastloss.core.kernels import tile_table
 
-    tile_configs.architecture = lambda device: "sm_90"
+    tile_table.target_of = lambda device: "sm_90"
     return library
 
 

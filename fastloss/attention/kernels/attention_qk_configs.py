@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from triton.runtime import driver
 
 from ...core.kernels.launch import registers
+from ...core.kernels.tile_table import all_registers, first_that_serves, launch_options, line_of
 
 FORWARD, OF_QUERIES, OF_KEYS = "forward", "of queries", "of keys"  # what a kernel computes
 
@@ -23,9 +23,8 @@ class Tile(NamedTuple):
     stages: int
 
     @property
-    def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
-        given = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
-        return given | registers(min(255, 65536 // (32 * self.warps)))
+    def options(self) -> dict[str, Any]:
+        return launch_options(self.warps, self.stages) | registers(all_registers(self.warps))
 
 
 # float32 is multiplied without matrix instructions, whose tf32 has too few digits.
@@ -37,15 +36,16 @@ _FULL: _Line = {
 }
 # Sums of both views' 32 rows of 256 numbers fill the registers.
 _WIDEST_ROWS, _WIDEST = (256, Tile(16, 32, 4, 1)), (256, Tile(32, 32, 8, 1))
-TABLE: dict[str, dict[str, _Line]] = {
-    "sm_80": {  # and sm_86, sm_89, sm_120: the same matrix instructions, which take any 16 rows
-        "half": {
-            FORWARD: ((64, Tile(32, 64, 8, 2)), (128, Tile(16, 64, 8, 2)), _WIDEST_ROWS),
-            OF_QUERIES: ((128, Tile(32, 32, 8, 2)), _WIDEST),
-            OF_KEYS: ((128, Tile(32, 32, 8, 2)), _WIDEST),
-        },
-        "full": _FULL,
+_SMALL: dict[str, _Line] = {  # of matrix instructions that take any 16 rows
+    "half": {
+        FORWARD: ((64, Tile(32, 64, 8, 2)), (128, Tile(16, 64, 8, 2)), _WIDEST_ROWS),
+        OF_QUERIES: ((128, Tile(32, 32, 8, 2)), _WIDEST),
+        OF_KEYS: ((128, Tile(32, 32, 8, 2)), _WIDEST),
     },
+    "full": _FULL,
+}
+TABLE: dict[str, dict[str, _Line]] = {
+    "sm_80": _SMALL,
     "sm_90": {  # wgmma takes 64 rows: those of the outer loop, but for the widest heads
         "half": {
             FORWARD: ((64, Tile(64, 64, 8, 2)), (128, Tile(64, 16, 8, 2)), _WIDEST_ROWS),
@@ -62,7 +62,8 @@ TABLE: dict[str, dict[str, _Line]] = {
         },
         "full": _FULL,
     },
-    "amd": {
+    "sm_120": _SMALL,
+    "gfx942": {
         "half": {
             FORWARD: ((64, Tile(64, 64, 8, 2)), (128, Tile(32, 32, 4, 1)), _WIDEST_ROWS),
             OF_QUERIES: ((64, Tile(64, 32, 8, 2)), (128, Tile(64, 32, 8, 1)), (256, Tile(16, 32, 8, 1))),
@@ -77,17 +78,9 @@ TABLE: dict[str, dict[str, _Line]] = {
 }
 
 
-def architecture(device: torch.device) -> str:
-    """The line of TABLE of the current device."""
-    if device.type == "cpu":
-        return "interpreter"
-    target = driver.active.get_current_target()
-    if target.backend == "hip":
-        return "amd"
-    return "sm_80" if target.arch >= 120 else next(f"sm_{least}" for least in (100, 90, 80) if target.arch >= least)
-
-
 def tile_of(like: torch.Tensor, what: str, dim: int) -> Tile:
     """The tile for head dimensions up to `dim` on the current device."""
-    tiles = TABLE[architecture(like.device)]["full" if like.dtype == torch.float32 else "half"][what]
-    return next(tile for largest, tile in tiles if dim <= largest)
+    kinds = TABLE[line_of(like.device, TABLE)]
+    tile = first_that_serves(dim, kinds["full" if like.dtype == torch.float32 else "half"][what])
+    assert tile is not None
+    return tile

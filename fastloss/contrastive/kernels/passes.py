@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...core.kernels.launch import STREAM_OPTIONS
 from ...core.kernels.matmul import add_product
-from . import tile_configs
+from ...core.kernels.tile_table import line_of
 from .arguments import (
     NOTHING_SAVED,
     Area,
@@ -27,7 +27,7 @@ from .embedding_gradients import EmbeddingGradient
 from .logit_gradients import CHECKED, FLAGGED, FROM_EXPS, RECOMPUTE, _softmax_stats_bwd_kernel
 from .logit_matrix import HALF_TILE, LogitMatrix, Workspace
 from .online_softmax import Slots, _softmax_stats_fwd_kernel, _softmax_stats_merge_kernel
-from .tile_configs import Tile, with_all_registers
+from .tile_configs import TABLE, Tile, with_all_registers
 
 SLOT_ROWS = 16  # the slots have a multiple of so many rows, so that they are read in whole vectors
 MERGE_BLOCK = 32  # rows per program of the merging kernel
@@ -137,7 +137,7 @@ def make_block(
     grad_block, recompute = results.grad_block, call.tile
     if inputs.exps is not None:
         recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
-        warps = FLAGGED_WARPS.get(tile_configs.architecture(call.query.device), recompute.warps)
+        warps = FLAGGED_WARPS.get(line_of(call.query.device, TABLE), recompute.warps)
         recompute = replace(recompute, warps=warps)
         if tile.registers is not None:
             recompute = with_all_registers(recompute)

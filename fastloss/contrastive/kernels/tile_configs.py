@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from triton.runtime import driver
 
+from ...core.kernels.tile_table import all_registers, first_that_serves, launch_options, line_of
 from .arguments import TileConstants
 
 
@@ -35,8 +35,8 @@ class Tile:
         return TileConstants(self.rows, self.columns, self.dim, self.operands, self.shares)
 
     @property
-    def options(self) -> dict[str, Any]:  # the default of enable_fp_fusion changes in triton 3.10
-        given = {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
+    def options(self) -> dict[str, Any]:
+        given = launch_options(self.warps, self.stages)
         return given if self.registers is None else given | {"maxnreg": self.registers}
 
 
@@ -76,23 +76,12 @@ TABLE: dict[str, tuple[int, dict[str, tuple[tuple[int, Tile], ...]]]] = {
 }  # fmt: skip
 
 
-def architecture(device: torch.device) -> str:
-    """The line of TABLE for the current device: a newer one than it knows takes the newest line of its kind."""
-    if device.type == "cpu":
-        return "interpreter"
-    target = driver.active.get_current_target()
-    if target.backend == "hip":
-        return "gfx942"
-    return next(f"sm_{least}" for least in (120, 100, 90, 80) if target.arch >= least)
-
-
 def products_kind(dtype: torch.dtype) -> str:
     return FULL if dtype == torch.float32 else HALF
 
 
 def with_all_registers(tile: Tile) -> Tile:
-    """ptxas spills a little at round numbers of its own choice unless it is told how many a thread may have."""
-    return replace(tile, registers=min(255, 65536 // (32 * tile.warps)))
+    return replace(tile, registers=all_registers(tile.warps))
 
 
 def best_tile(
@@ -103,10 +92,11 @@ def best_tile(
     Options hold more in registers: of `register_pressure` 1 a program has more warps, of 2 it has the small tile too,
     of 3 only a part of that tile.
     """
-    line = architecture(device)
+    line = line_of(device, TABLE)
     programs, kinds = TABLE[line]
     *tiles, (_, small) = kinds[kind]
-    tile = next(tile for limit, tile in tiles if dim <= limit)
+    tile = first_that_serves(dim, tiles)
+    assert tile is not None
     few = -(-rows // tile.rows) * -(-columns // tile.columns) < programs // 2
     if register_pressure == 3 and line == "gfx942":
         tile = replace(small, rows=32, columns=32)

@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core.kernels.device_math import number_in
 from ...core.kernels.launch import odd_number
+from ...core.kernels.tile_table import first_that_serves, line_of
 from . import tile_configs
 from .arguments import Columns, Operands, Rows, Sizes, sizes_in
 from .logit_tile import DESCRIPTORS
@@ -140,8 +141,8 @@ def tile_of(query: Tensor, elements: int) -> tuple[Tile, int] | None:
     dim = query.shape[1]
     if query.dtype != torch.bfloat16 or query.numel() > elements:
         return None
-    programs, tiles = TABLE.get(tile_configs.architecture(query.device), (0, ()))
-    tile = next((tile for limit, tile in tiles if dim <= limit), None)
+    programs, tiles = TABLE.get(line_of(query.device, tile_configs.TABLE), (0, ()))
+    tile = first_that_serves(dim, tiles)
     return None if tile is None else (replace(tile, dim=triton.next_power_of_2(dim)), programs)
 
 
