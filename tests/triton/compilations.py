@@ -105,6 +105,19 @@ def siglip(image: Tensor, text: Tensor) -> Tensor:
     return fastloss.siglip_loss(image, text, logit_scale=10.0, logit_bias=-10.0)
 
 
+def of_maps(shape: Shape) -> Step:
+    a, b = leaf(*shape), leaf(*shape)
+    return lambda: fastloss.attention_consistency_loss(a, b, inputs="logits"), [a, b]
+
+
+def of_queries_and_keys(causal: bool) -> Callable[[Shape], Step]:
+    def step(shape: Shape) -> Step:
+        sides = [leaf(*shape, dtype=torch.bfloat16) for _ in range(4)]
+        return lambda: fastloss.attention_consistency_from_qk(*sides, causal=causal), sides
+
+    return step
+
+
 def of_layers(loss: Callable[[list[Tensor], list[Tensor]], Tensor]) -> Callable[[Shape], Step]:
     """VGG16's five layers of images of a size."""
 
@@ -133,6 +146,9 @@ IMAGES |= {"200x300": (2, 3, 200, 300), "512x512": (1, 3, 512, 512), "96x80": (2
 IMAGES |= {"odd, 255x321": (2, 3, 255, 321)}
 LAYERS = {"first": (4, 128, 128), "last batch of 3": (3, 128, 128), "192x320": (2, 192, 320), "224x224": (1, 224, 224)}
 LAYERS |= {"100x100": (2, 100, 100), "96x80": (2, 96, 80), "last of 1": (1, 96, 80), "odd, 65x33": (2, 65, 33)}
+SEQUENCES = {"first": (4, 8, 512, 64), "last batch of 1": (1, 8, 512, 64), "256": (4, 8, 256, 64)}
+SEQUENCES |= {"odd, 197": (4, 8, 197, 64), "odd, 51": (3, 8, 51, 64)}
+MAPS = {change: (*shape[:3], shape[2]) for change, shape in SEQUENCES.items()}
 LOSSES = {
     "pixel_loss": Steps(of_images(fastloss.pixel_loss), IMAGES),
     "pixel_loss, weight": Steps(of_images(lambda x, y: fastloss.pixel_loss(x, y, weight=x[:, :1])), IMAGES),
@@ -145,6 +161,9 @@ LOSSES = {
     "feature_distance": Steps(of_layers(fastloss.feature_distance), LAYERS),
     "lpips_distance": Steps(of_layers(lpips), LAYERS),
     "dists_distance": Steps(of_layers(lambda x, y: fastloss.dists_distance(x, y).sum()), LAYERS),
+    "attention_consistency_loss": Steps(of_maps, MAPS),
+    "attention_consistency_from_qk": Steps(of_queries_and_keys(False), SEQUENCES),
+    "attention_consistency_from_qk, causal": Steps(of_queries_and_keys(True), SEQUENCES),
     "clip_loss": Steps(of_pairs(lambda x, y: fastloss.clip_loss(x, y, logit_scale=10.0)), BATCHES),
     "clip_loss, small": Steps(of_pairs(lambda x, y: fastloss.clip_loss(x, y, logit_scale=10.0)), SMALL),
     "clip_loss, learned scale, cosine": Steps(of_pairs(clip_of_learned_scale), BATCHES),

@@ -28,6 +28,8 @@ from triton.backends.nvidia import driver as nvidia  # noqa: E402
 from triton.runtime import driver  # noqa: E402
 
 from fastloss import (  # noqa: E402  # noqa: E402
+    attention_consistency_from_qk,
+    attention_consistency_loss,
     clip_loss,
     feature_distance,
     info_nce,
@@ -55,6 +57,7 @@ def losses() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
     shapes = ((2, 16, 16, 16), (2, 32, 8, 8), (2, 64, 4, 4), (2, 64, 2, 2), (2, 64, 2, 2))
     features, targets = [leaf(*shape) for shape in shapes], [torch.rand(shape) for shape in shapes]
     lin = [torch.rand(shape[1]) for shape in shapes]
+    maps, heads = [leaf(2, 4, 16, 16) for _ in range(6)], [leaf(1, 2, 16, 64, dtype=torch.bfloat16) for _ in range(4)]
     many, others = [leaf(2, 4, 4) for _ in range(10)], [torch.rand(2, 4, 4) for _ in range(10)]
     return {
         "pixel": (lambda: pixel_loss(image, pred), [pred]),
@@ -70,6 +73,9 @@ def losses() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
         "siglip": (lambda: siglip_loss(query, key, logit_scale=scale, logit_bias=bias), [query, key, scale, bias]),
         "feature_distance": (lambda: feature_distance(features, targets), features),
         "feature_distance, ten layers": (lambda: feature_distance(many, others, criterion="l2"), many),
+        "attention, three layers": (
+            lambda: attention_consistency_loss(maps[::2], maps[1::2], inputs="logits", metric="kl"), maps),
+        "attention from qk": (lambda: attention_consistency_from_qk(*heads), heads),
         "lpips": (lambda: lpips_distance(features, targets, lin).sum(), features),
     }  # fmt: skip
 

@@ -15,7 +15,8 @@ from tests.triton.test_aot import needs_triton, python
 from tests.triton.test_plans import needs_compiler
 
 # At most so many: the first step's, and those of later ones that are not 0. Rows of odd images are no whole vectors;
-# tiny images have tiles of their own; of lpips, layers that are no whole tiles, or of odd planes, have other kernels.
+# tiny images have tiles of their own; of lpips, layers that are no whole tiles, or of odd planes, have other kernels;
+# of attention maps, rows of each power of two of keys; of queries and keys, those that are no whole tiles.
 MOST = {
     "pixel_loss": (3, {"odd, 255x321": 2}),
     "pixel_loss, weight": (2, {"odd, 255x321": 2}),
@@ -27,6 +28,9 @@ MOST = {
     "feature_distance": (2, {}),
     "lpips_distance": (2, {"224x224": 2, "100x100": 2, "odd, 65x33": 2}),
     "dists_distance": (2, {"224x224": 2}),
+    "attention_consistency_loss": (3, {"256": 2, "odd, 197": 2, "odd, 51": 2}),
+    "attention_consistency_from_qk": (4, {"odd, 197": 3}),
+    "attention_consistency_from_qk, causal": (4, {}),
     "clip_loss": (7, {}),
     "clip_loss, small": (7, {}),
     "clip_loss, learned scale, cosine": (9, {}),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.launch import AotCase, on_device
+from ...core.kernels.launch import AotCase, odd_number, on_device
 from ..attention_qk import STATISTICS, Grads, Inputs, Needs, Saved
 from .attention_qk_configs import FORWARD, OF_KEYS, OF_QUERIES, Tile, tile_of
 from .attention_qk_gradients import Out, Upstream, _attention_qk_keys_kernel, _attention_qk_queries_kernel
@@ -33,24 +33,19 @@ from .attention_qk_tile import (
     View,
     add_tile,
     divergence,
+    head_of,
     inside,
     js_terms,
+    keys_of,
+    place_of,
     product,
     rows_of,
+    sizes_in,
 )
 
 METRICS = {"kl": KL.value, "sym_kl": SYM_KL.value, "js": JS.value}
 COUNT = tl.constexpr(STATISTICS)
 BLOCK = 1024  # of partial sums
-
-
-@triton.jit
-def _spans_of(left, row, count):
-    """(first, end) of the inner loop for each row of the outer one, nothing for those that there are not."""
-    there = row < count
-    first = tl.load(left.spans + row, mask=there, other=2147483647)
-    end = tl.load(left.spans + count + row, mask=there, other=0)
-    return first, end
 
 
 @triton.jit
@@ -69,46 +64,36 @@ def _attention_qk_fwd_kernel(
     values_ptr,  # (rows,) float32, or None
     partials_ptr,  # (2, programs) float32: sums of the values, and how many rows count
     statistics_ptr,  # (rows, STATISTICS) float32
-    sizes,  # Sizes
-    programs,
+    odd_sizes,  # Sizes
     TILE: tl.constexpr,  # TileConstants
 ):
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
     METRIC: tl.constexpr = TILE.metric
-    CAUSAL: tl.constexpr = TILE.causal
-    RAGGED: tl.constexpr = TILE.ragged
+    sizes = sizes_in(odd_sizes)
     tiles = tl.cdiv(sizes.queries, BM)
-    query0 = (tiles - 1 - tl.program_id(0) % tiles) * BM  # of causal rows the longest first
-    head = (tl.program_id(0) // tiles % sizes.heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // sizes.heads).to(tl.int64)
-    q1_ptr = one.q + batch * one.q_batch + head * one.q_head
-    q2_ptr = two.q + batch * two.q_batch + head * two.q_head
-    k1_ptr = one.k + batch * one.k_batch + head // one.heads_of_key * one.k_head
-    k2_ptr = two.k + batch * two.k_batch + head // two.heads_of_key * two.k_head
+    place = place_of(tiles, sizes.heads)
+    query0 = (tiles - 1 - place.tile) * BM  # of causal rows the longest first
+    q1_ptr, k1_ptr = head_of(one, place.batch, place.head)
+    q2_ptr, k2_ptr = head_of(two, place.batch, place.head)
     q1 = rows_of(q1_ptr, query0, sizes.queries, one.q_row, one.dim, BM, TILE.dim1, TILE.whole1)
     q2 = rows_of(q2_ptr, query0, sizes.queries, two.q_row, two.dim, BM, TILE.dim2, TILE.whole2)
     query = query0 + tl.arange(0, BM)
-    begin, end, first, last = 0, sizes.keys, query, query
-    if left.spans is not None:
-        first, last = _spans_of(left, query, sizes.queries)
-        begin, end = tl.min(first, 0) // BN * BN, tl.minimum(end, tl.max(last, 0))
-    elif CAUSAL:
-        end = tl.minimum(end, query0 + BM)
+    loop = keys_of(left, query0, sizes, TILE)
     lowest = tl.full((BM,), float("-inf"), tl.float32)
     none = tl.zeros((BM,), tl.float32)
     state = (lowest, none, lowest, none, none, none, none, none)
-    for key0 in range(begin, end, BN):
+    for key0 in range(loop.begin, loop.end, BN):
         k1 = rows_of(k1_ptr, key0, sizes.keys, one.k_row, one.dim, BN, TILE.dim1, TILE.whole1)
         k2 = rows_of(k2_ptr, key0, sizes.keys, two.k_row, two.dim, BN, TILE.dim2, TILE.whole2)
         a, b, d = _logits(q1, k1, q2, k2, one, two)
-        if RAGGED or CAUSAL or left.spans is not None or left.mask is not None:
+        if TILE.partial:
             special = (key0 + BN > sizes.keys) | (left.spans is not None) | (left.mask is not None)
-            if CAUSAL:
+            if TILE.causal:
                 special |= key0 + BN > query0 + 1
             if special:
                 key = (key0 + tl.arange(0, BN))[None, :]
-                valid = inside(query[:, None], key, batch, head, left, key, first[:, None], last[:, None], sizes, TILE)
+                valid = inside(query[:, None], key, key, place, left, loop, sizes, TILE)
                 a = tl.where(valid, a, float("-inf"))
                 b = tl.where(valid, b, float("-inf"))
                 d = tl.where(valid, d, 0.0)
@@ -122,13 +107,13 @@ def _attention_qk_fwd_kernel(
     if METRIC == JS:
         value, mean1, mean2 = none, none, none
         ratio = tl.div_rn(sum1, sum2)  # see attention_qk_tile.gradients
-        for key0 in range(begin, end, BN):
+        for key0 in range(loop.begin, loop.end, BN):
             k1 = rows_of(k1_ptr, key0, sizes.keys, one.k_row, one.dim, BN, TILE.dim1, TILE.whole1)
             k2 = rows_of(k2_ptr, key0, sizes.keys, two.k_row, two.dim, BN, TILE.dim2, TILE.whole2)
             a, b, d = _logits(q1, k1, q2, k2, one, two)
-            if RAGGED or CAUSAL or left.spans is not None or left.mask is not None:
+            if TILE.partial:
                 key = (key0 + tl.arange(0, BN))[None, :]
-                valid = inside(query[:, None], key, batch, head, left, key, first[:, None], last[:, None], sizes, TILE)
+                valid = inside(query[:, None], key, key, place, left, loop, sizes, TILE)
                 a = tl.where(valid, a, float("-inf"))
                 b = tl.where(valid, b, float("-inf"))
             p, q = tl.exp2(a - max1[:, None]), tl.exp2(b - max2[:, None]) * ratio[:, None]
@@ -143,11 +128,11 @@ def _attention_qk_fwd_kernel(
     mean1 = tl.where(absent, 0.0, mean1)
     mean2 = tl.where(absent, 0.0, mean2)
     there = query < sizes.queries
-    row = (batch * sizes.heads + head) * sizes.queries + query
+    row = (place.batch * sizes.heads + place.head) * sizes.queries + query
     if values_ptr is not None:
         tl.store(values_ptr + row, value, mask=there)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.where(there, value, 0.0)))
-    tl.store(partials_ptr + programs + tl.program_id(0), tl.sum(tl.where(there & (absent == 0), 1.0, 0.0)))
+    tl.store(partials_ptr + sizes.programs + tl.program_id(0), tl.sum(tl.where(there & (absent == 0), 1.0, 0.0)))
     at = statistics_ptr + row * COUNT
     tl.store(at, max1, mask=there)
     tl.store(at + 1, sum1, mask=there)
@@ -157,7 +142,7 @@ def _attention_qk_fwd_kernel(
     tl.store(at + 5, mean2, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _attention_qk_total_kernel(
     partials_ptr,  # (2, programs) float32
     out_ptr,  # one float32, or None
@@ -200,23 +185,26 @@ class _Call:
         self.views = _view(q1, k1, x.scale1), _view(q2, k2, x.scale2)
         self.batch, self.heads, self.queries = x.q1.shape[:3]
         self.keys = x.k1.shape[2]
-        self.sizes = Sizes(self.batch * self.heads * self.queries, self.heads, self.queries, self.keys)
+        self.rows = self.batch * self.heads * self.queries
         self.by_query, self.by_key = _left(x, x.key_spans), _left(x, x.query_spans)
+
+    def sizes(self, programs: int) -> Sizes:
+        return Sizes(*map(odd_number, (self.heads, self.queries, self.keys, programs)))
 
     def tile(self, what: str) -> tuple[Tile, TileConstants]:
         dims = self.views[0].dim, self.views[1].dim
         tile = tile_of(self.x.q1, what, max(dims))
         dim1, dim2 = (max(16, triton.next_power_of_2(dim)) for dim in dims)
         causal = self.x.causal and self.x.key_spans is None
-        ragged = self.keys % tile.keys != 0
+        partial = causal or self.keys % tile.keys != 0 or self.x.key_spans is not None or self.x.mask is not None
         return tile, TileConstants(tile.queries, tile.keys, dim1, dim2, dim1 == dims[0], dim2 == dims[1], causal,
-                                   ragged, METRICS[self.x.metric])  # fmt: skip
+                                   partial, METRICS[self.x.metric])  # fmt: skip
 
 
 def attention_qk_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     call = _Call(x)
     tile, constants = call.tile(FORWARD)
-    rows, model = call.sizes.rows, x.q1
+    rows, model = call.rows, x.q1
     programs = call.batch * call.heads * triton.cdiv(call.queries, tile.queries)
     each = x.reduction == "none"
     values = model.new_empty(x.q1.shape[:3], dtype=torch.float32) if each else None
@@ -227,7 +215,7 @@ def attention_qk_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     with on_device(model):
         if programs > 0:
             _attention_qk_fwd_kernel[(programs,)](
-                *call.views, call.by_query, values, partials, statistics, call.sizes, programs, constants,
+                *call.views, call.by_query, values, partials, statistics, call.sizes(programs), constants,
                 **tile.options,
             )  # fmt: skip
         _attention_qk_total_kernel[(1,)](partials, out, counted, programs, x.reduction == "mean", BLOCK, num_warps=4)
@@ -243,15 +231,15 @@ def attention_qk_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
     found: dict[str, Any] = {name: grads[name] if getattr(needs, name) else None for name in of}
     each = x.reduction == "none"
     upstream = Upstream(grad.contiguous(), int(each), saved.counted if x.reduction == "mean" else None)
-    if call.sizes.rows == 0:
+    if call.rows == 0:
         return Grads(*(g.zero_() for g in grads.values()))
     with on_device(x.q1):
         if needs.q1 or needs.q2:
             tile, constants = call.tile(OF_QUERIES)
             programs = call.batch * call.heads * triton.cdiv(call.queries, tile.queries)
             _attention_qk_queries_kernel[(programs,)](
-                *call.views, call.by_query, saved.statistics, upstream, Out(found["q1"], found["q2"]), call.sizes,
-                constants, **tile.options,
+                *call.views, call.by_query, saved.statistics, upstream, Out(found["q1"], found["q2"]),
+                call.sizes(programs), constants, **tile.options,
             )  # fmt: skip
         tile, constants = call.tile(OF_KEYS)
         groups = x.k1.shape[1], x.k2.shape[1]
@@ -263,8 +251,8 @@ def attention_qk_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
                 continue
             programs = call.batch * key_heads * triton.cdiv(call.keys, tile.keys)
             _attention_qk_keys_kernel[(programs,)](
-                *call.views, call.by_key, saved.statistics, upstream, Out(one, two), call.sizes, key_heads, each,
-                constants, **tile.options,
+                *call.views, call.by_key, saved.statistics, upstream, Out(one, two), call.sizes(programs), key_heads,
+                each, constants, **tile.options,
             )  # fmt: skip
     return Grads(**grads)
 

@@ -9,7 +9,19 @@ import triton
 import triton.language as tl
 
 from ..attention_qk import STATISTICS
-from .attention_qk_tile import LOG2E, gradients, inside, product, rows_of
+from .attention_qk_tile import (
+    LOG2E,
+    Place,
+    gradients,
+    head_of,
+    inside,
+    keys_of,
+    place_of,
+    product,
+    queries_of,
+    rows_of,
+    sizes_in,
+)
 
 COUNT = tl.constexpr(STATISTICS)
 DS_SCALE = tl.constexpr(256.0)  # of the logits' gradients in float16, whose smallest numbers they would not reach
@@ -85,45 +97,35 @@ def _attention_qk_queries_kernel(
     statistics_ptr,  # (rows, STATISTICS) float32
     upstream,  # Upstream
     out,  # Out
-    sizes,  # Sizes
+    odd_sizes,  # Sizes
     TILE: tl.constexpr,  # TileConstants
 ):
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
     DIM1: tl.constexpr = TILE.dim1  # in a shape triton 3.6 does not take TILE.dim1
     DIM2: tl.constexpr = TILE.dim2
-    CAUSAL: tl.constexpr = TILE.causal
-    RAGGED: tl.constexpr = TILE.ragged
+    sizes = sizes_in(odd_sizes)
     tiles = tl.cdiv(sizes.queries, BM)
-    query0 = (tiles - 1 - tl.program_id(0) % tiles) * BM  # of causal rows the longest first
-    head = (tl.program_id(0) // tiles % sizes.heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // sizes.heads).to(tl.int64)
-    q1_ptr = one.q + batch * one.q_batch + head * one.q_head
-    q2_ptr = two.q + batch * two.q_batch + head * two.q_head
-    k1_ptr = one.k + batch * one.k_batch + head // one.heads_of_key * one.k_head
-    k2_ptr = two.k + batch * two.k_batch + head // two.heads_of_key * two.k_head
+    place = place_of(tiles, sizes.heads)
+    query0 = (tiles - 1 - place.tile) * BM  # of causal rows the longest first
+    q1_ptr, k1_ptr = head_of(one, place.batch, place.head)
+    q2_ptr, k2_ptr = head_of(two, place.batch, place.head)
     q1 = rows_of(q1_ptr, query0, sizes.queries, one.q_row, one.dim, BM, DIM1, TILE.whole1)
     q2 = rows_of(q2_ptr, query0, sizes.queries, two.q_row, two.dim, BM, DIM2, TILE.whole2)
     query = query0 + tl.arange(0, BM)
     there = query < sizes.queries
-    row = (batch * sizes.heads + head) * sizes.queries + query
+    row = (place.batch * sizes.heads + place.head) * sizes.queries + query
     rows = _statistics(statistics_ptr, row[:, None], there[:, None])
-    begin, end, first, last = 0, sizes.keys, query, query
-    if left.spans is not None:
-        first = tl.load(left.spans + query, mask=there, other=2147483647)
-        last = tl.load(left.spans + sizes.queries + query, mask=there, other=0)
-        begin, end = tl.min(first, 0) // BN * BN, tl.minimum(end, tl.max(last, 0))
-    elif CAUSAL:
-        end = tl.minimum(end, query0 + BM)
+    loop = keys_of(left, query0, sizes, TILE)
     dq1 = tl.zeros((BM, DIM1), tl.float32)
     dq2 = tl.zeros((BM, DIM2), tl.float32)
-    for key0 in range(begin, end, BN):
+    for key0 in range(loop.begin, loop.end, BN):
         k1 = rows_of(k1_ptr, key0, sizes.keys, one.k_row, one.dim, BN, DIM1, TILE.whole1)
         k2 = rows_of(k2_ptr, key0, sizes.keys, two.k_row, two.dim, BN, DIM2, TILE.whole2)
         ds1, ds2 = _tile_gradients(product(q1, k1), product(q2, k2), rows, one.scale, two.scale, TILE.metric)
-        if RAGGED or CAUSAL or left.spans is not None or left.mask is not None:
+        if TILE.partial:
             key = (key0 + tl.arange(0, BN))[None, :]
-            valid = inside(query[:, None], key, batch, head, left, key, first[:, None], last[:, None], sizes, TILE)
+            valid = inside(query[:, None], key, key, place, left, loop, sizes, TILE)
             ds1 = tl.where(valid, ds1, 0.0)
             ds2 = tl.where(valid, ds2, 0.0)
         if out.one is not None:
@@ -145,7 +147,7 @@ def _attention_qk_keys_kernel(
     statistics_ptr,  # (rows, STATISTICS) float32
     upstream,  # Upstream
     out,  # Out
-    sizes,  # Sizes
+    odd_sizes,  # Sizes
     key_heads,  # of the views whose gradients are made here
     EACH: tl.constexpr,  # whether upstream has a gradient for each row
     TILE: tl.constexpr,  # TileConstants
@@ -154,43 +156,30 @@ def _attention_qk_keys_kernel(
     BN: tl.constexpr = TILE.keys
     DIM1: tl.constexpr = TILE.dim1  # in a shape triton 3.6 does not take TILE.dim1
     DIM2: tl.constexpr = TILE.dim2
-    CAUSAL: tl.constexpr = TILE.causal
-    RAGGED: tl.constexpr = TILE.ragged
-    tiles = tl.cdiv(sizes.keys, BN)
-    key0 = tl.program_id(0) % tiles * BN
-    key_head = (tl.program_id(0) // tiles % key_heads).to(tl.int64)
-    batch = (tl.program_id(0) // tiles // key_heads).to(tl.int64)
+    sizes = sizes_in(odd_sizes)
+    of_key = place_of(tl.cdiv(sizes.keys, BN), key_heads)
+    key0 = of_key.tile * BN
     key = key0 + tl.arange(0, BN)
     there = key < sizes.keys
-    begin, end, first, last = 0, sizes.queries, key, key
-    if left.spans is not None:
-        first = tl.load(left.spans + key, mask=there, other=2147483647)
-        last = tl.load(left.spans + sizes.keys + key, mask=there, other=0)
-        begin, end = tl.min(first, 0) // BM * BM, tl.minimum(end, tl.max(last, 0))
-    elif CAUSAL:
-        begin = key0 // BM * BM
+    loop = queries_of(left, key0, sizes, TILE)
     dk1 = tl.zeros((BN, DIM1), tl.float32)
     dk2 = tl.zeros((BN, DIM2), tl.float32)
     heads_of_key = sizes.heads // key_heads
     for nth in range(0, heads_of_key):
-        head = key_head * heads_of_key + nth
-        q1_ptr = one.q + batch * one.q_batch + head * one.q_head
-        q2_ptr = two.q + batch * two.q_batch + head * two.q_head
-        k1_ptr = one.k + batch * one.k_batch + head // one.heads_of_key * one.k_head
-        k2_ptr = two.k + batch * two.k_batch + head // two.heads_of_key * two.k_head
+        place = Place(of_key.tile, of_key.head * heads_of_key + nth, of_key.batch)
+        q1_ptr, k1_ptr = head_of(one, place.batch, place.head)
+        q2_ptr, k2_ptr = head_of(two, place.batch, place.head)
         k1 = rows_of(k1_ptr, key0, sizes.keys, one.k_row, one.dim, BN, DIM1, TILE.whole1)
         k2 = rows_of(k2_ptr, key0, sizes.keys, two.k_row, two.dim, BN, DIM2, TILE.whole2)
-        for query0 in range(begin, end, BM):
+        for query0 in range(loop.begin, loop.end, BM):
             q1 = rows_of(q1_ptr, query0, sizes.queries, one.q_row, one.dim, BM, DIM1, TILE.whole1)
             q2 = rows_of(q2_ptr, query0, sizes.queries, two.q_row, two.dim, BM, DIM2, TILE.whole2)
             query = (query0 + tl.arange(0, BM))[None, :]
-            row = (batch * sizes.heads + head) * sizes.queries + query
+            row = (place.batch * sizes.heads + place.head) * sizes.queries + query
             rows = _statistics(statistics_ptr, row, query < sizes.queries)
             ds1, ds2 = _tile_gradients(product(k1, q1), product(k2, q2), rows, one.scale, two.scale, TILE.metric)
-            if RAGGED or CAUSAL or left.spans is not None or left.mask is not None:
-                valid = inside(
-                    query, key[:, None], batch, head, left, query, first[:, None], last[:, None], sizes, TILE
-                )
+            if TILE.partial:
+                valid = inside(query, key[:, None], query, place, left, loop, sizes, TILE)
                 ds1 = tl.where(valid, ds1, 0.0)
                 ds2 = tl.where(valid, ds2, 0.0)
             if EACH:
@@ -202,7 +191,7 @@ def _attention_qk_keys_kernel(
             if out.two is not None:
                 dk2 = _add_product(dk2, ds2, q2)
     weight = 1.0 if EACH else tl.sum(_weight(upstream, tl.arange(0, 1), tl.arange(0, 1) == 0))
-    row = (batch * key_heads + key_head) * sizes.keys + key
+    row = (of_key.batch * key_heads + of_key.head) * sizes.keys + key
     if out.one is not None:
         _store(out.one, dk1, weight * one.scale, row, there, one.dim, DIM1)
     if out.two is not None:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from ...core.kernels.device_math import number_in
+
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 KL, SYM_KL, JS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -42,10 +44,12 @@ class Left(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    rows: Any  # B * H * Q
+    """As odd numbers, but on the host."""
+
     heads: Any
     queries: Any
     keys: Any
+    programs: Any
 
 
 class TileConstants(NamedTuple):
@@ -58,8 +62,78 @@ class TileConstants(NamedTuple):
     whole1: bool  # the view's dim is dim1
     whole2: bool
     causal: bool
-    ragged: bool  # the keys are no multiple of the tile's
+    partial: bool  # some keys are left out, or they are no multiple of the tile's
     metric: int
+
+
+class Place(NamedTuple):
+    """What a program computes."""
+
+    tile: Any  # of its head
+    head: Any
+    batch: Any
+
+
+class Loop(NamedTuple):
+    """What a program goes through, and the limits of each of its rows, where there are spans."""
+
+    begin: Any
+    end: Any
+    first: Any  # (rows,)
+    last: Any
+
+
+@triton.jit
+def sizes_in(odd):
+    return Sizes(number_in(odd.heads), number_in(odd.queries), number_in(odd.keys), number_in(odd.programs))
+
+
+@triton.jit
+def place_of(tiles, heads):
+    """Of this program: the tiles of a head one after the other, the heads of an element of the batch."""
+    nth = tl.program_id(0) // tiles
+    return Place(tl.program_id(0) % tiles, (nth % heads).to(tl.int64), (nth // heads).to(tl.int64))
+
+
+@triton.jit
+def head_of(view, batch, head):
+    """Where a head's queries are, and its keys."""
+    q_ptr = view.q + batch * view.q_batch + head * view.q_head
+    return q_ptr, view.k + batch * view.k_batch + head // view.heads_of_key * view.k_head
+
+
+@triton.jit
+def keys_of(left, query0, sizes, TILE: tl.constexpr):
+    """The keys that a tile of queries has."""
+    BM: tl.constexpr = TILE.queries
+    query = query0 + tl.arange(0, BM)
+    if left.spans is not None:
+        return _spanned(left, query, sizes.queries, sizes.keys, TILE.keys)
+    elif TILE.causal:
+        return Loop(tl.full((), 0, tl.int32), tl.minimum(sizes.keys, query0 + BM), query, query)
+    else:
+        return Loop(tl.full((), 0, tl.int32), sizes.keys, query, query)
+
+
+@triton.jit
+def queries_of(left, key0, sizes, TILE: tl.constexpr):
+    """The queries that have a tile of keys."""
+    BN: tl.constexpr = TILE.keys
+    key = key0 + tl.arange(0, BN)
+    if left.spans is not None:
+        return _spanned(left, key, sizes.keys, sizes.queries, TILE.queries)
+    elif TILE.causal:
+        return Loop(key0 // TILE.queries * TILE.queries, sizes.queries, key, key)
+    else:
+        return Loop(tl.full((), 0, tl.int32), sizes.queries, key, key)
+
+
+@triton.jit
+def _spanned(left, row, count, end, STEP: tl.constexpr):
+    there = row < count
+    first = tl.load(left.spans + row, mask=there, other=2147483647)
+    last = tl.load(left.spans + count + row, mask=there, other=0)
+    return Loop(tl.min(first, 0) // STEP * STEP, tl.minimum(end, tl.max(last, 0)), first, last)
 
 
 @triton.jit
@@ -81,17 +155,16 @@ def product(a, b):
 
 
 @triton.jit
-def inside(query, key, batch, head, left, inner, first, last, sizes, TILE: tl.constexpr):
-    """Which keys the queries have; `query` and `key` are shaped to broadcast. `inner` is the one of the inner loop, of
-    which `first` and `last` are the limits of each of the outer one, where there are spans."""
-    CAUSAL: tl.constexpr = TILE.causal
+def inside(query, key, inner, place, left, loop, sizes, TILE: tl.constexpr):
+    """Which keys the queries have; `query` and `key` are shaped to broadcast, `inner` is the one that is gone through,
+    as are `loop`'s limits."""
     valid = (key < sizes.keys) & (query < sizes.queries)
     if left.spans is not None:
-        valid &= (inner >= first) & (inner < last)
-    elif CAUSAL:
+        valid &= (inner >= loop.first[:, None]) & (inner < loop.last[:, None])
+    elif TILE.causal:
         valid &= key <= query
     if left.mask is not None:
-        at = left.mask + batch * left.mask_batch + head * left.mask_head
+        at = left.mask + place.batch * left.mask_batch + place.head * left.mask_head
         at += query.to(tl.int64) * left.mask_row + key.to(tl.int64) * left.mask_key
         valid &= tl.load(at, mask=valid, other=0) != 0
     return valid
