@@ -45,6 +45,7 @@ MORE = {"sm_80": 4, "gfx942": 4}  # calls of each kernel for these targets, wher
 # Share of the bytes of global loads and stores, counted in the code, that move in 128-bit instructions.
 VECTOR_SHARE = 0.5
 PTX_ACCESS = re.compile(r"\b(?:ld|st)\.global[\w.]*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+LOCAL_ACCESS = re.compile(r"\b(?:LDL|STL)\b")
 AMD_ACCESS = re.compile(
     r"\b(?:global|buffer)_(?:load|store)_(?:[a-z]+_)*?(dwordx4|dwordx3|dwordx2|dword|u?short|[us]?byte)"
 )
@@ -64,12 +65,19 @@ class Row:
     problems: list[str]
 
 
-def unused_stack(ptx: str) -> int:
-    """Bytes of stack that LLVM sets aside and no instruction names."""
+def unused_stack(ptx: str, cubin: str) -> int:
+    """Bytes of stack that LLVM sets aside and nothing uses: no instruction of the PTX names them, and the machine code
+    has no local access at all, so that no spill hides in what they are rounded up by."""
     frame = re.search(r"\.local\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", ptx)
     if frame is None or len(re.findall(rf"\b{frame[1]}\b", ptx)) > 1:
         return 0
-    return -(-int(frame[2]) // 8) * 8
+    return 0 if LOCAL_ACCESS.search(dumped("--dump-sass", cubin)) else -(-int(frame[2]) // 8) * 8
+
+
+def dumped(what: str, cubin: str) -> str:
+    path = os.pathsep.join([str(NVIDIA_BIN), os.environ["PATH"]])  # of nvdisasm
+    command = [str(NVIDIA_BIN / "cuobjdump"), what, cubin]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": path}).stdout
 
 
 def stats(kernel: Any) -> dict[str, float]:
@@ -79,11 +87,11 @@ def stats(kernel: Any) -> dict[str, float]:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(kernel.asm["cubin"])
             file.flush()
-            command = [str(NVIDIA_BIN / "cuobjdump"), "--dump-resource-usage", file.name]
-            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            usage = dumped("--dump-resource-usage", file.name)
+            unused = unused_stack(kernel.asm["ptx"], file.name)
         registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
         ptx = kernel.asm["ptx"]
-        found |= {"regs": int(registers), "spills": int(stack) + int(local) - unused_stack(ptx)}
+        found |= {"regs": int(registers), "spills": int(stack) + int(local) - unused}
         found["matrix"] = len(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)", ptx))
         widths = [int(lanes or 1) * int(bits) // 8 for lanes, bits in PTX_ACCESS.findall(ptx)]
         bulk = len(re.findall(r"cp\.async\.bulk\.tensor|cp\.async\.cg\.shared\.global[^\n]*\b(?:16|0x10)\b", ptx))
