@@ -2,28 +2,19 @@
 // tile of rows at a time. A tile's distances are first made fast (l1: by a kernel of its own; l2, cosine: from a matrix
 // product) with a bound of their error; those that may be the least are then computed once more, in float64.
 
-#include "diversity/nearest.h"
-#include "core/isa.h"
 #include "core/matmul.h"
 #include "core/op.h"
+#include "diversity/bank_rows.h"
 
 #include <cmath>
 #include <limits>
 
-#define FASTLOSS_KERNELS "diversity/nearest_simd.h"
-#include "core/for_each_isa.h"
-
 namespace fastloss {
-
-NearestKernels nearest_kernels() { return FASTLOSS_PICK(nearest_kernels()); }
-
 namespace {
 
-constexpr int64_t kTileRows = 256;          // bank rows in a tile at most, for l1
 constexpr int64_t kTileElements = 1 << 20;  // elements of a tile that is made float32, or kBankRows rows if larger
 constexpr int64_t kScores = 1 << 20;        // distances to a tile, or kBankRows to each generated row of a block
 constexpr int64_t kSearchRows = 1024;       // generated rows in a block
-constexpr int64_t kMaxLanes = 16;           // floats in the widest vector
 constexpr double kUnit = 0x1p-23;           // eps of float32: twice the rounding error of an operation
 constexpr double kRounded = 0x1.04p-8;      // error of a product whose factors were rounded to bfloat16 first
 constexpr double kSmallestSquare = 1e-12;   // products of smaller rows may underflow: their cosine is made exactly
@@ -49,84 +40,6 @@ struct Needs {
 struct Grads {
   Tensor generated;
   FASTLOSS_FIELDS(generated)
-};
-
-Metric metric_of(const std::string& name) {
-  if (name == "l1") return Metric::l1;
-  if (name == "l2") return Metric::l2;
-  STD_TORCH_CHECK(name == "cosine", "nearest: unknown metric ", name);
-  return Metric::cosine;
-}
-
-// The generated rows and the bank, as the kernels read them.
-struct Rows {
-  Tensor generated, bank;
-  Metric metric;
-  Affine affine;
-  int64_t count, bank_count, size;
-  NearestKernels kernels = nearest_kernels();
-
-  explicit Rows(const Inputs& x)
-      : generated(as_contiguous(x.generated)),
-        bank(x.bank),
-        metric(metric_of(x.metric)),
-        affine{static_cast<float>(x.scale), static_cast<float>(x.shift)} {
-    STD_TORCH_CHECK(generated.scalar_type() == ScalarType::Float, "nearest: generated is not float32");
-    STD_TORCH_CHECK(generated.dim() == 2 && bank.dim() == 2 && generated.size(1) == bank.size(1) && bank.size(0) > 0 &&
-                        bank.size(1) > 0,
-                    "nearest: expected generated [N, P] and a bank [M, P], M and P at least 1");
-    count = generated.size(0), bank_count = bank.size(0), size = bank.size(1);
-    if (size != 1 && bank.stride(1) != 1) bank = as_contiguous(bank);
-    generated_ = input<float>(generated);
-    bank_ = bank.const_data_ptr();
-    dtype_ = bank.scalar_type();
-    stride_ = bank.stride(0);
-  }
-
-  const float* generated_row(int64_t i) const { return generated_ + i * size; }
-  bool widens() const { return dtype_ != ScalarType::Float || affine.changes(); }
-
-  // to = elements begin .. begin + n of bank row j
-  void widen(int64_t j, int64_t begin, int64_t n, float* to) const {
-    const int64_t at = j * stride_ + begin;
-    switch (dtype_) {
-      case ScalarType::Float: return kernels.widen_float(static_cast<const float*>(bank_) + at, n, affine, to);
-      case ScalarType::BFloat16: return kernels.widen_bfloat16(static_cast<const BFloat16*>(bank_) + at, n, affine, to);
-      case ScalarType::Half: return kernels.widen_half(static_cast<const Half*>(bank_) + at, n, affine, to);
-      case ScalarType::Byte: return kernels.widen_byte(static_cast<const uint8_t*>(bank_) + at, n, affine, to);
-      default: STD_TORCH_CHECK(false, "nearest: expected a bank of float32, bfloat16, float16 or uint8");
-    }
-  }
-  // The same in place where the bank is float32 already, else in `buffer`.
-  const float* read(int64_t j, int64_t begin, int64_t n, float* buffer) const {
-    if (!widens()) return static_cast<const float*>(bank_) + j * stride_ + begin;
-    widen(j, begin, n, buffer);
-    return buffer;
-  }
-
-  RowSums sums(int64_t i, int64_t j) const {
-    RowSums sums{};
-    float buffer[kChunkElements];
-    for (int64_t k = 0; k < size; k += kChunkElements) {
-      const int64_t n = std::min(kChunkElements, size - k);
-      kernels.add_row(metric, generated_row(i) + k, read(j, k, n, buffer), n, sums);
-    }
-    return sums;
-  }
-  // Distance of generated row i and bank row j, as good as rounded.
-  float distance(int64_t i, int64_t j) const {
-    const RowSums s = sums(i, j);
-    if (metric != Metric::cosine) return static_cast<float>(s.difference / static_cast<double>(size));
-    if (s.generated_square == 0 || s.bank_square == 0) return s.dot == 0 ? 1.0f : std::nanf("");
-    const double d = 1 - s.dot / std::sqrt(s.generated_square * s.bank_square);
-    return d < 0 ? 0.0f : static_cast<float>(d);
-  }
-
- private:
-  const float* generated_;
-  const void* bank_;
-  ScalarType dtype_;
-  int64_t stride_;
 };
 
 // Whether torch rounds the factors of float32 products first, as torch.set_float32_matmul_precision("medium") lets it.
@@ -191,28 +104,7 @@ class Search {
 
   void search_l1(int64_t row, int64_t count, int64_t first, int64_t n) {
     float* all_scores = output<float>(scores_);
-    const float mean = 1 / static_cast<float>(rows_.size);
-    const int64_t lanes = rows_.kernels.lanes;
-    for_each(blocks_of(n, kBankRows), [&](int64_t group) {
-      const int64_t bank_rows = std::min(kBankRows, n - group * kBankRows);
-      alignas(64) float part[kBankRows * kBankColumns] = {};  // rows that there are not stay 0
-      alignas(64) float sums[kGeneratedRows * kBankRows * kMaxLanes];
-      for_pieces(count, kGeneratedRows, [&](int64_t g, int64_t some) {
-        std::fill_n(sums, some * kBankRows * lanes, 0.0f);
-        for_pieces(rows_.size, kBankColumns, [&](int64_t k, int64_t width) {
-          for (int64_t r = 0; r < bank_rows; ++r) {
-            float* to = part + r * kBankColumns;
-            rows_.widen(first + group * kBankRows + r, k, width, to);
-            std::fill(to + width, to + std::min(kBankColumns, width + kMaxLanes), 0.0f);
-          }
-          rows_.kernels.add_l1(rows_.generated_row(row + g) + k, rows_.size, some, part, width, sums);
-        });
-        for (int64_t i = 0; i < some; ++i)
-          for (int64_t r = 0; r < bank_rows; ++r)
-            all_scores[(g + i) * tile_rows_ + group * kBankRows + r] =
-                rows_.kernels.sum_vector(sums + (i * kBankRows + r) * lanes) * mean;
-      });
-    });
+    tile_distances(rows_, row, count, first, n, all_scores, tile_rows_);
     for_each(count, [&](int64_t i) { choose(row + i, all_scores + i * tile_rows_, first, n); }, 8);
   }
 
@@ -294,7 +186,7 @@ class Search {
 };
 
 Nearest nearest_fwd(const Inputs& x) {
-  const Rows rows(x);
+  const Rows rows("nearest", x.generated, x.bank, x.metric, x.scale, x.shift);
   Nearest out{new_float32(rows.count), torch::stable::new_empty(x.generated, {rows.count}, ScalarType::Long)};
   Search search(rows, x.workspace_mib);
   search.run();
@@ -304,7 +196,7 @@ Nearest nearest_fwd(const Inputs& x) {
 
 Grads nearest_bwd(const Tensor& grad, const Inputs& x, const Row& nearest, const Needs& needs) {
   if (!needs.generated) return {torch::stable::new_empty(x.generated, {0})};
-  const Rows rows(x);
+  const Rows rows("nearest", x.generated, x.bank, x.metric, x.scale, x.shift);
   const Tensor upstream = as_contiguous(grad), found = as_contiguous(nearest.row);
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == rows.count,
                   "nearest: grad is not float32 [N]");

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import result_dtype
+from ..diversity.bank_distance import merged
 from ..diversity.distances import Bank
 from ..diversity.diversity import Search
 from ..diversity.nearest import Nearest
@@ -60,8 +61,8 @@ def distances_of_all(
         first = [sum(of_ranks[:rank]) for rank in there]
         return _nearest(distance, row, first), meeting
     shares = [of_ranks[rank] / sum(of_ranks) for rank in there]
-    merged = _mean(distance, shares) if search.mode == "mean" else _softmin(distance, shares, search.temperature)
-    return Nearest(merged, merged), meeting
+    whole = merged(distance.unbind(), shares, search.mode, search.temperature)
+    return Nearest(whole, whole), meeting
 
 
 def _check_exchange(exchange: Exchange) -> None:
@@ -86,15 +87,3 @@ def _nearest(distance: Tensor, row: Tensor, first: list[int]) -> Nearest:
     winner = distance.detach().argmin(0, keepdim=True)
     row = torch.stack([each + start for each, start in zip(row.unbind(), first, strict=True)])
     return Nearest(distance.gather(0, winner)[0], row.gather(0, winner)[0])
-
-
-def _mean(distance: Tensor, shares: list[float]) -> Tensor:
-    return torch.stack([each * share for each, share in zip(distance.unbind(), shares, strict=True)]).sum(0)
-
-
-def _softmin(distance: Tensor, shares: list[float], temperature: float) -> Tensor:
-    """-t log(sum of share exp(-D / t)), relative to the least D."""
-    least = distance.detach().amin(0)
-    origin = torch.where(least.isinf(), torch.zeros_like(least), least)
-    powers = _mean(torch.exp((origin - distance) / temperature), shares)
-    return origin - temperature * powers.log()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from ..core import full_precision
 from ..core.traced import number
 
 METRICS = ("l1", "l2", "cosine")
+_CACHED = 2**21  # bytes of temporaries at a time, where they are to stay in a CPU's cache
 _TEMPORARIES = 4  # tensors of a chunk's size that live at once: difference, distance and their gradients
 
 
@@ -34,11 +35,15 @@ class Bank(NamedTuple):
 
     def pieces(self, like: Tensor, size: int) -> Iterator[Bank]:
         """Parts on the device of `like`, each of at most `size` bytes, or one row."""
-        row_bytes = self.rows[0].numel() * self.rows.element_size()
-        count = min(max(size // row_bytes, 1), self.rows.shape[0])
-        for start in range(0, self.rows.shape[0], count):
+        for start, count in self.spans(size):
             part = self.part(start, count)
             yield part._replace(rows=moved(part.rows, like.device))
+
+    def spans(self, size: int) -> list[tuple[int, int]]:
+        """(first row, number of rows) of the parts of at most `size` bytes, or one row."""
+        rows = self.rows.shape[0]
+        count = min(max(size // (self.rows[0].numel() * self.rows.element_size()), 1), rows)
+        return [(start, min(count, rows - start)) for start in range(0, rows, count)]
 
     def values(self, like: Tensor) -> Tensor:
         """In the dtype and on the device of `like`."""
@@ -74,6 +79,9 @@ def paired_distances(generated: Tensor, bank: Bank, metric: str) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     """Rows of length 1; a zero row stays zero and gets a zero gradient."""
+    if not x.requires_grad and not torch._C._are_functorch_transforms_active():
+        norm = x.norm(dim=-1, keepdim=True)
+        return x * torch.where(norm == 0, norm, 1 / norm)
     zero = x.detach().norm(dim=-1, keepdim=True) == 0
     safe = torch.where(zero, torch.ones_like(x), x)
     return torch.where(zero, torch.zeros_like(x), safe / safe.norm(dim=-1, keepdim=True))
@@ -83,19 +91,21 @@ def mean_distance(generated: Tensor, bank: Bank, metric: str, workspace: int) ->
     """[N]: the mean of the distances to the bank's rows. l2 and cosine need no distances, only means over the bank."""
     count = bank.rows.shape[0]
     if metric == "l1":
-        return _total(of_chunks(_sum_of_distances, generated, bank, metric, workspace)) / count
-    chunks = _chunks(generated[:1], bank, metric, workspace)
+        parts = chunks(generated, bank, metric, workspace)
+        return _total(of_chunks(_sum_of_distances, generated, parts, metric)) / count
+    most = min(workspace, _CACHED) if generated.device.type == "cpu" else workspace
+    parts = chunks(generated[:1], bank, metric, most)
     if metric == "cosine":  # 1 - mean <u, v> = 1 - <u, mean v>
-        mean = _total(_unit(chunk.values(generated)).sum(0) for chunk in chunks) / count
+        mean = _total(_unit(chunk.values(generated)).sum(0) for chunk in parts) / count
         return 1 - (_unit(generated) * mean).sum(-1)
-    mean = _total(chunk.values(generated).sum(0) for chunk in chunks) / count
-    spread = _total(((chunk.values(generated) - mean) ** 2).sum(0) for chunk in chunks) / count
+    mean = _total(chunk.values(generated).sum(0) for chunk in parts) / count
+    spread = _total(((chunk.values(generated) - mean) ** 2).sum(0) for chunk in parts) / count
     return ((generated - mean) ** 2).mean(-1) + spread.mean()
 
 
 def softmin_distance(generated: Tensor, bank: Bank, metric: str, temperature: float, workspace: int) -> Tensor:
     """[N]: -t log(mean exp(-d / t)), from the least distance to each chunk and a sum of powers relative to it."""
-    found = of_chunks(_powers, generated, bank, metric, workspace, temperature)
+    found = of_chunks(_powers, generated, chunks(generated, bank, metric, workspace), metric, temperature)
     least, powers = (torch.stack(parts) for parts in zip(*found, strict=True))
     total = least.amin(0)
     weights = torch.where(powers == 0, torch.zeros_like(powers), torch.exp((total - least) / temperature))
@@ -118,16 +128,13 @@ def _powers(generated: Tensor, bank: Bank, metric: str, temperature: float) -> t
     return least, torch.exp((origin[:, None] - distances) / temperature).sum(1)
 
 
-def of_chunks(
-    function: Callable[..., Any], generated: Tensor, bank: Bank, metric: str, workspace: int, *more: Any
-) -> list[Any]:
-    """`function` of the images and each chunk of the bank; the backward recomputes the chunks one by one."""
-    chunks = _chunks(generated, bank, metric, workspace)
-    plain = len(chunks) == 1 or not (torch.is_grad_enabled() and generated.requires_grad)
+def of_chunks(function: Callable[..., Any], generated: Tensor, parts: Sequence[Any], *more: Any) -> list[Any]:
+    """`function` of the images and each part of the bank; the backward recomputes the parts one by one."""
+    plain = len(parts) == 1 or not (torch.is_grad_enabled() and generated.requires_grad)
     if plain or torch._C._are_functorch_transforms_active():  # functorch takes no checkpoints
-        return [function(generated, chunk, metric, *more) for chunk in chunks]
+        return [function(generated, part, *more) for part in parts]
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    return [checkpoint(function, generated, chunk, metric, *more, **options) for chunk in chunks]
+    return [checkpoint(function, generated, part, *more, **options) for part in parts]
 
 
 def search_dtype(generated: Tensor, metric: str) -> torch.dtype:
@@ -141,7 +148,7 @@ def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> T
     first, best, index = 0, None, None
     with torch.no_grad():
         generated = generated.detach().to(search_dtype(generated, metric))
-        for chunk in _chunks(generated, bank, metric, workspace):
+        for chunk in chunks(generated, bank, metric, workspace):
             least, at = chunk_distances(generated, chunk, metric).min(1)
             if best is None or index is None:
                 best, index = least, at
@@ -153,7 +160,7 @@ def nearest_row(generated: Tensor, bank: Bank, metric: str, workspace: int) -> T
     return index
 
 
-def _chunks(generated: Tensor, bank: Bank, metric: str, workspace: int) -> list[Bank]:
+def chunks(generated: Tensor, bank: Bank, metric: str, workspace: int) -> list[Bank]:
     """Parts of the bank whose temporaries fit the workspace, in bytes; of one row at least."""
     count, pixels = generated.shape
     row_elements = pixels + count if metric == "cosine" else pixels * count

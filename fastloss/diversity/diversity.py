@@ -18,33 +18,14 @@ from ..core.checks import (
     check_workspace,
 )
 from ..core.entry import public_function
-from .distances import METRICS, Bank, mean_distance, softmin_distance
-from .nearest import Inputs, Nearest, nearest, nearest_in_pieces, nearest_reference, nearest_with_row
+from .bank_distance import distance_from_bank
+from .distances import METRICS, Bank
+from .nearest import Inputs, Nearest, nearest, nearest_in_pieces, nearest_with_row
 
 if TYPE_CHECKING:
     from ..distributed.exchange import Exchange, Group
 
 MODES = ("nearest", "softmin", "mean")
-
-
-def diversity_reference(
-    generated: Tensor,
-    bank: Tensor,
-    mode: str,
-    metric: str,
-    temperature: float,
-    workspace: int,
-    scale: float = 1.0,
-    shift: float = 0.0,
-) -> Tensor:
-    """The definition: D(g_i, bank) of [N,P] images and an [M,P] or [M,...] bank, in float32 (float64 for float64)."""
-    generated = generated.to(result_dtype(generated, bank))
-    if mode == "nearest":
-        return nearest_reference(Inputs(generated, bank, metric, scale, shift, workspace / 2**20))
-    rows = Bank(bank, scale, shift)
-    if mode == "mean":
-        return mean_distance(generated, rows, metric, workspace)
-    return softmin_distance(generated, rows, metric, temperature, workspace)
 
 
 class Search(NamedTuple):
@@ -61,10 +42,7 @@ def distances(generated: Tensor, bank: Bank, search: Search) -> Nearest:
     """D of images [N,P]; a row only where it is asked for."""
     mode, metric, temperature, workspace, with_row = search
     if mode != "nearest":
-        distance = diversity_reference(
-            generated, bank.rows, mode, metric, temperature, workspace, bank.scale, bank.shift
-        )
-        return Nearest(distance, generated)
+        return Nearest(distance_from_bank(generated, bank, mode, metric, temperature, workspace), generated)
     generated = generated.to(result_dtype(generated, bank.rows))
     if bank.rows.ndim > 2 or bank.rows.device != generated.device:
         return nearest_in_pieces(generated, bank, metric, workspace)

@@ -1,5 +1,5 @@
-"""A tile of the bank as the kernels read it: converted, scaled and shifted on the way; and distances of its rows from
-one generated row, by direct differences, which lose no digits however near they are.
+"""A tile of the bank as the kernels read it: converted, scaled and shifted on the way; distances of its rows from one
+generated row, by direct differences, which lose no digits however near they are; sums and products with many of them.
 
 Cosine: 1 - cos(a, b) = |u - v|^2 / 2 of the unit rows u and v.
 """
@@ -11,6 +11,14 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime import driver
+
+from ...core.kernels.launch import registers
+
+TILE = 64  # bank rows that are compared at a time
+COLUMNS = 32  # elements of a row that are multiplied at a time (of 64 rows half as many), or that exact distances take
+CHUNK = 512  # elements of an inner sum
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 class BankTiles(NamedTuple):
@@ -99,3 +107,68 @@ def exact_distances(
         return tl.where(root * bank_root == 0, 1.0, 0.5 * total) + 0.0 * total  # zeros: 1; NaN stays NaN
     else:
         return total / size
+
+
+@triton.jit
+def difference_sums(generated_ptr, rows, factor, bank, bank_rows, bank_factor, size, SQUARES: tl.constexpr,
+                    CHUNK: tl.constexpr):  # fmt: skip
+    """[rows, bank_rows]: sum |a - b|, or that of squares, in sums of CHUNK elements; both rows times their factors."""
+    generated_ptrs = generated_ptr + rows.to(tl.int64) * size
+    bank_ptrs = bank.ptr + bank_rows.to(tl.int64) * bank.stride_row
+    total = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
+    for first in range(0, size, CHUNK):
+        part = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
+        for k in range(first, tl.minimum(first + CHUNK, size)):
+            b = scaled(tl.load(bank_ptrs + tl.cast(k, tl.int64) * bank.stride_column), bank) * bank_factor
+            d = (tl.load(generated_ptrs + k) * factor)[:, None] - b[None, :]
+            if SQUARES:
+                part += d * d
+            else:
+                part += tl.abs(d)
+        total += part
+    return total
+
+
+@triton.jit
+def products(generated_ptr, rows, bank, bank_rows, size, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+             PRECISION: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
+    """(<a, b>, |a|^2, |b|^2), in sums of CHUNK elements; CENTRED: about the mean of the first row of either, so that
+    the squares are about as large as that of a difference."""
+    generated_ptrs = generated_ptr + rows.to(tl.int64)[:, None] * size
+    dot = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
+    squares, bank_squares = tl.zeros((rows.shape[0],), tl.float32), tl.zeros((bank_rows.shape[0],), tl.float32)
+    for first in range(0, size, CHUNK):
+        part = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
+        for k in range(first, tl.minimum(first + CHUNK, size), COLUMNS):
+            columns = k + tl.arange(0, COLUMNS)
+            inside = columns < size
+            a = tl.load(generated_ptrs + columns[None, :], mask=inside[None, :], other=0.0)
+            b = load_bank(bank, bank_rows, columns, inside)
+            if CENTRED:
+                one = tl.load(bank.ptr + columns.to(tl.int64) * bank.stride_column, mask=inside, other=0)
+                centre = 0.5 * (tl.load(generated_ptr + columns, mask=inside, other=0.0) + scaled(one, bank))
+                centre = tl.where(inside & (tl.abs(centre) < float("inf")), centre, 0.0)[None, :]
+                a = tl.where(inside[None, :], a - centre, 0.0)
+                b = tl.where(inside[None, :], b - centre, 0.0)
+            part = tl.dot(a, tl.trans(b), part, input_precision=PRECISION)
+            squares += tl.sum(a * a, 1)
+            bank_squares += tl.sum(b * b, 1)
+        dot += part
+    return dot, squares, bank_squares
+
+
+def rows_of_tile(count: int) -> int:
+    return min(max(triton.next_power_of_2(count), 16), 64)
+
+
+def precision() -> str:
+    """Of products of float32: three of tf32 where there are matrix instructions for these."""
+    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
+        return "ieee"
+    return "tf32x3"
+
+
+def scores_options(metric: str, rows: int) -> dict[str, int | bool]:
+    """Three products of a tile of 64 by 64 need the registers of eight warps."""
+    warps = 8 if metric != "l1" and rows == 64 else 4
+    return OPTIONS | {"num_warps": warps} | registers(255)

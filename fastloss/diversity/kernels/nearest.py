@@ -19,56 +19,30 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from ...core.kernels.device_math import sign
 from ...core.kernels.launch import AotCase, on_device, registers
 from ..nearest import Grads, Inputs, Nearest, Needs, Row
-from .bank_tile import BankTiles, bank_tiles, exact_distances, inverse_norms, load_bank, scaled
+from .bank_tile import (
+    CHUNK,
+    COLUMNS,
+    OPTIONS,
+    TILE,
+    BankTiles,
+    bank_tiles,
+    difference_sums,
+    exact_distances,
+    inverse_norms,
+    load_bank,
+    precision,
+    products,
+    rows_of_tile,
+    scores_options,
+)
 
-TILE = 64  # bank rows whose least distance is kept
-COLUMNS = 32  # elements of a row that are multiplied at a time (of 64 rows half as many), or that exact distances take
-CHUNK = 512  # elements of an inner sum
 SEARCHERS = 64  # programs that rescan for one generated row, at most
 GRADIENTS = 1024  # elements of the gradient in a program
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 SMALLEST_SQUARE, LARGEST_SQUARE = tl.constexpr(1e-12), tl.constexpr(1e30)  # products beyond may lose digits
-
-
-@triton.jit
-def _l1_scores(generated_ptr, rows, bank, bank_rows, size, CHUNK: tl.constexpr):
-    """sum |a - b|, in sums of CHUNK elements."""
-    generated_ptrs = generated_ptr + rows.to(tl.int64) * size
-    bank_ptrs = bank.ptr + bank_rows.to(tl.int64) * bank.stride_row
-    total = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
-    for first in range(0, size, CHUNK):
-        part = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
-        for k in range(first, tl.minimum(first + CHUNK, size)):
-            b = scaled(tl.load(bank_ptrs + tl.cast(k, tl.int64) * bank.stride_column), bank)
-            part += tl.abs(tl.load(generated_ptrs + k)[:, None] - b[None, :])
-        total += part
-    return total
-
-
-@triton.jit
-def _products(generated_ptr, rows, bank, bank_rows, size, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-              PRECISION: tl.constexpr):  # fmt: skip
-    """(<a, b>, |a|^2, |b|^2), in sums of CHUNK elements."""
-    generated_ptrs = generated_ptr + rows.to(tl.int64)[:, None] * size
-    dot = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
-    squares, bank_squares = tl.zeros((rows.shape[0],), tl.float32), tl.zeros((bank_rows.shape[0],), tl.float32)
-    for first in range(0, size, CHUNK):
-        part = tl.zeros((rows.shape[0], bank_rows.shape[0]), tl.float32)
-        for k in range(first, tl.minimum(first + CHUNK, size), COLUMNS):
-            columns = k + tl.arange(0, COLUMNS)
-            inside = columns < size
-            a = tl.load(generated_ptrs + columns[None, :], mask=inside[None, :], other=0.0)
-            b = load_bank(bank, bank_rows, columns, inside)
-            part = tl.dot(a, tl.trans(b), part, input_precision=PRECISION)
-            squares += tl.sum(a * a, 1)
-            bank_squares += tl.sum(b * b, 1)
-        dot += part
-    return dot, squares, bank_squares
 
 
 @triton.jit
@@ -94,11 +68,11 @@ def _nearest_scores_kernel(
     rows = tl.minimum(row, count - 1)
     bank_rows = tl.minimum(tile * TILE + tl.arange(0, TILE), bank.rows - 1)
     if METRIC == "l1":
-        score = _l1_scores(generated_ptr, rows, bank, bank_rows, size, CHUNK) / size
+        score = difference_sums(generated_ptr, rows, 1.0, bank, bank_rows, 1.0, size, False, CHUNK) / size
         wrong = error * score
     else:
-        dot, squares, bank_squares = _products(
-            generated_ptr, rows, bank, bank_rows, size, CHUNK, COLUMNS, PRECISION
+        dot, squares, bank_squares = products(
+            generated_ptr, rows, bank, bank_rows, size, CHUNK, COLUMNS, PRECISION, False
         )  # fmt: skip
         if METRIC == "l2":
             both = squares[:, None] + bank_squares[None, :]
@@ -216,29 +190,12 @@ def _nearest_bwd_kernel(
         tl.store(out_ptr + columns, out, mask=inside)
 
 
-def _precision() -> str:
-    """Of products of float32: three of tf32 where there are matrix instructions for these."""
-    if triton.knobs.runtime.interpret or driver.active.get_current_target().backend != "cuda":
-        return "ieee"
-    return "tf32x3"
-
-
-def _scores_options(metric: str, rows: int) -> dict[str, int | bool]:
-    """Three products of a tile of 64 by 64 need the registers of eight warps."""
-    warps = 8 if metric != "l1" and rows == 64 else 4
-    return OPTIONS | {"num_warps": warps} | registers(255)
-
-
 def _error(metric: str, size: int) -> float:
     """By how much a score may be wrong: see the kernel."""
     of_sums = 2**-24 * CHUNK + 2**-23 * (size / CHUNK + 16)
     if metric == "l1":
         return of_sums
     return 3 * (of_sums + 2**-18)  # of the product, of three of tf32, and of the squares
-
-
-def _rows_of_tile(count: int) -> int:
-    return min(max(triton.next_power_of_2(count), 16), 64)
 
 
 def _pieces(x: Inputs) -> Iterator[tuple[int, Tensor]]:
@@ -256,7 +213,7 @@ def nearest_fwd(x: Inputs) -> Nearest:
     row = generated.new_empty(count, dtype=torch.int64)
     if count == 0:
         return Nearest(distance, row)
-    rows = _rows_of_tile(count)
+    rows = rows_of_tile(count)
     for first, piece in _pieces(x):
         bank = bank_tiles(piece, x.scale, x.shift, first)
         tiles = triton.cdiv(piece.shape[0], TILE)
@@ -267,7 +224,7 @@ def nearest_fwd(x: Inputs) -> Nearest:
         with on_device(generated):
             _nearest_scores_kernel[(triton.cdiv(count, rows) * tiles,)](
                 generated, bank, lower, upper, count, size, tiles, _error(x.metric, size), x.metric, rows, TILE, CHUNK,
-                COLUMNS // 2 if rows == 64 else COLUMNS, _precision(), **_scores_options(x.metric, rows),
+                COLUMNS // 2 if rows == 64 else COLUMNS, precision(), **scores_options(x.metric, rows),
             )  # fmt: skip
             _nearest_rescan_kernel[(count, searchers)](
                 generated, bank, lower, upper, distances, founds, size, tiles, x.metric, TILE, COLUMNS, 128, **OPTIONS

@@ -1,10 +1,10 @@
-// Sums over a generated row and a bank row; included by for_each_isa.h.
+// Sums over generated rows and bank rows; included by for_each_isa.h.
 
 namespace fastloss {
 namespace FASTLOSS_ISA {
 
 template <typename T>
-static void nearest_widen(const T* from, int64_t n, const Affine& affine, float* to) {
+static void bank_widen(const T* from, int64_t n, const Affine& affine, float* to) {
   int64_t i = 0;
   if (affine.changes())
     for (; i + W <= n; i += W) store(to + i, load(from + i) * affine.weight + affine.shift);
@@ -12,13 +12,13 @@ static void nearest_widen(const T* from, int64_t n, const Affine& affine, float*
     for (; i + W <= n; i += W) store(to + i, load(from + i));
   if (i < n) store_some(to + i, load_some(from + i, n - i) * affine.weight + affine.shift, n - i);
 }
-static void nearest_widen_byte(const uint8_t* from, int64_t n, const Affine& affine, float* to) {
+static void bank_widen_byte(const uint8_t* from, int64_t n, const Affine& affine, float* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = (float)from[i] * affine.weight + affine.shift;
 }
 
 // `rows` generated rows against four bank rows: each vector that is loaded serves several pairs.
-template <int rows>
-FASTLOSS_INLINE void add_l1_tile(const float* generated, int64_t stride, const float* bank, int64_t n, float* sums) {
+template <bool squares, int rows>
+FASTLOSS_INLINE void add_tile(const float* generated, int64_t stride, const float* bank, int64_t n, float* sums) {
   constexpr int bank_rows = 4;
   vf total[rows][bank_rows] = {};
   int64_t i = 0;
@@ -30,7 +30,10 @@ FASTLOSS_INLINE void add_l1_tile(const float* generated, int64_t stride, const f
     for (int g = 0; g < rows; ++g) {
       const vf a = read(generated + g * stride + at);
 #pragma GCC unroll 4
-      for (int r = 0; r < bank_rows; ++r) total[g][r] += abs(a - b[r]);
+      for (int r = 0; r < bank_rows; ++r) {
+        const vf d = a - b[r];
+        total[g][r] += squares ? d * d : abs(d);
+      }
     }
   };
   for (; i + W <= n; i += W) add(i, [](const float* from) __attribute__((always_inline)) { return load(from); });
@@ -44,20 +47,20 @@ FASTLOSS_INLINE void add_l1_tile(const float* generated, int64_t stride, const f
     }
 }
 
-static void nearest_add_l1(const float* generated, int64_t stride, int64_t count, const float* bank, int64_t n,
-                           float* sums) {
+template <bool squares>
+static void bank_add(const float* generated, int64_t stride, int64_t count, const float* bank, int64_t n, float* sums) {
   int64_t g = 0;
   for (; g + 2 <= count; g += 2)
     for (int r = 0; r < kBankRows; r += 4)
-      add_l1_tile<2>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
+      add_tile<squares, 2>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
   if (g < count)
     for (int r = 0; r < kBankRows; r += 4)
-      add_l1_tile<1>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
+      add_tile<squares, 1>(generated + g * stride, stride, bank + r * kBankColumns, n, sums + (g * kBankRows + r) * W);
 }
 
-static float nearest_sum_vector(const float* vector) { return sum(load(vector)); }
+static float bank_sum_vector(const float* vector) { return sum(load(vector)); }
 
-static double nearest_square(const float* row, int64_t n) {
+static double bank_square(const float* row, int64_t n) {
   vd total{};
   for (int64_t i = 0; i < n; i += W) {
     const vd x = __builtin_convertvector(load_up_to(row + i, n - i), vd);
@@ -67,7 +70,7 @@ static double nearest_square(const float* row, int64_t n) {
 }
 
 // The sums that a metric needs, in float64.
-static void nearest_add_row(Metric metric, const float* generated, const float* bank, int64_t n, RowSums& sums) {
+static void bank_add_row(Metric metric, const float* generated, const float* bank, int64_t n, RowSums& sums) {
   vd first{}, second{}, third{};
   for (int64_t i = 0; i < n; i += W) {
     const vf a = load_up_to(generated + i, n - i), b = load_up_to(bank + i, n - i);
@@ -91,8 +94,8 @@ static void nearest_add_row(Metric metric, const float* generated, const float* 
   }
 }
 
-static void nearest_gradient(Metric metric, const float* generated, const float* bank, int64_t n, double of_generated,
-                             double of_bank, float* to) {
+static void bank_gradient(Metric metric, const float* generated, const float* bank, int64_t n, double of_generated,
+                          double of_bank, float* to) {
   for (int64_t i = 0; i < n; i += W) {
     const vf a = load_up_to(generated + i, n - i), b = load_up_to(bank + i, n - i);
     const vd x = __builtin_convertvector(a, vd), y = __builtin_convertvector(b, vd);
@@ -102,9 +105,52 @@ static void nearest_gradient(Metric metric, const float* generated, const float*
   }
 }
 
-static NearestKernels nearest_kernels() {
-  return {nearest_widen<float>, nearest_widen<BFloat16>, nearest_widen<Half>, nearest_widen_byte, nearest_add_l1,
-          nearest_sum_vector,   nearest_square,          nearest_add_row,     nearest_gradient,   W};
+template <bool signs>
+static void bank_add_weighted(const float* generated, const float* bank, const float* weights, int64_t n, float* to) {
+  vf w[kBankRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kBankRows; ++r) w[r] = all(weights[r]);
+  for (int64_t i = 0; i < n; i += W) {
+    const vf a = load_up_to(generated + i, n - i);
+    vf total = load(to + i);
+#pragma GCC unroll 8
+    for (int r = 0; r < kBankRows; ++r) {
+      const vf d = a - load(bank + r * kBankColumns + i);
+      if (signs)  // the weight with the sign of d, 0 for 0 and for NaN
+        total += where(abs(d) > 0.0f, (vf)((vi)w[r] ^ ((vi)d & (int)0x80000000)));
+      else
+        total += w[r] * d;
+    }
+    store(to + i, total);
+  }
+}
+
+static double bank_powers(float* x, int64_t n, float origin, float temperature, float weight) {
+  vf total{};
+  for (int64_t i = 0; i < n; i += W) {
+    vf power = weight * exp((origin - load_up_to(x + i, n - i)) / temperature);
+    if (n - i < W) power = where(lanes() < (int)(n - i), power);
+    total += power;
+    store_up_to(x + i, power, n - i);
+  }
+  return sum(__builtin_convertvector(total, vd));
+}
+
+static BankKernels bank_kernels() {
+  return {bank_widen<float>,
+          bank_widen<BFloat16>,
+          bank_widen<Half>,
+          bank_widen_byte,
+          bank_add<false>,
+          bank_add<true>,
+          bank_sum_vector,
+          bank_square,
+          bank_add_row,
+          bank_gradient,
+          bank_add_weighted<true>,
+          bank_add_weighted<false>,
+          bank_powers,
+          W};
 }
 
 }  // namespace FASTLOSS_ISA
