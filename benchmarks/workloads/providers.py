@@ -330,7 +330,26 @@ def _by_cdist(metric, generated, bank):
     return torch.cdist(generated, bank, p=1 if metric == "l1" else 2).argmin(1)
 
 
-adapter("torch.cdist", "diversity_loss")(_searched(_by_cdist))
+@adapter("torch.cdist", "diversity_loss")
+def _(options):  # noqa: F811
+    """The search, or all distances in a matrix, by cdist or a product."""
+    mode, metric = options.get("mode", "nearest"), options.get("metric", "l1")
+    if mode == "nearest":
+        return _searched(_by_cdist)(options)
+
+    def loss(generated, bank, temperature=0.01, **o):
+        generated, bank = generated.flatten(1), bank.flatten(1)
+        if metric == "cosine":
+            distances = 1 - F.normalize(generated) @ F.normalize(bank).T
+        elif metric == "l1":
+            distances = torch.cdist(generated, bank, p=1) / generated.shape[1]
+        else:
+            distances = torch.cdist(generated, bank).square() / generated.shape[1]
+        if mode == "mean":
+            return -distances.mean()
+        return temperature * (torch.logsumexp(-distances / temperature, 1) - math.log(len(bank))).mean()
+
+    return loss if _only(options, "mode", "metric", "temperature") else None
 
 
 @adapter("faiss", "diversity_loss")

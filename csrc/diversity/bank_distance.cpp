@@ -8,9 +8,8 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kBlockRows = 1024;   // generated rows whose distances to a tile exist at a time
-constexpr int64_t kGradientRows = 32;  // of which kBankColumns elements of the gradient are summed at a time
-constexpr float kNothing = 0x1p-28f;   // weights of the whole bank that are left out, of a sum of 1
+constexpr int64_t kBlockRows = 1024;  // generated rows whose distances to a tile exist at a time
+constexpr float kNothing = 0x1p-28f;  // weights of the whole bank that are left out, of a sum of 1
 
 struct Inputs {
   Tensor generated, bank;
@@ -109,38 +108,6 @@ Outputs bank_distance_fwd(const Inputs& x) {
   return out;
 }
 
-// A tile's part of the gradient: of each generated row the bank rows' signs or differences, weighted.
-void add_gradients(const Comparison& c, int64_t row, int64_t some, int64_t first, int64_t n, const float* weights,
-                   float* gradient) {
-  const Rows& rows = c.rows;
-  const auto add = rows.metric == Metric::l1 ? rows.kernels.add_signs : rows.kernels.add_differences;
-  const int64_t columns = blocks_of(rows.size, kBankColumns);
-  for_each(blocks_of(some, kGradientRows) * columns, [&](int64_t task) {
-    const int64_t g = task / columns * kGradientRows, end = std::min(some, g + kGradientRows);
-    const int64_t k = task % columns * kBankColumns, width = std::min(kBankColumns, rows.size - k);
-    alignas(64) float sums[kGradientRows * kBankColumns];
-    std::fill_n(sums, (end - g) * kBankColumns, 0.0f);
-    for (int64_t b = 0; b < n; b += kBankRows) {
-      const int64_t bank_rows = std::min(kBankRows, n - b);
-      std::optional<BankTile> tile;
-      for (int64_t i = g; i < end; ++i) {
-        float of_rows[kBankRows] = {};
-        bool any = false;
-        for (int64_t r = 0; r < bank_rows; ++r)
-          any |= (of_rows[r] = weights ? weights[i * c.tile_rows + b + r] : 1.0f) != 0;
-        if (!any) continue;
-        if (!tile) tile.emplace(rows, first + b, bank_rows).read(k, width);
-        add(rows.generated_row(row + i) + k, tile->elements, of_rows, width, sums + (i - g) * kBankColumns);
-      }
-    }
-    for (int64_t i = g; i < end; ++i) {
-      float* to = gradient + (row + i) * rows.size + k;
-      const float* sum = sums + (i - g) * kBankColumns;
-      for (int64_t j = 0; j < width; ++j) to[j] += sum[j];
-    }
-  });
-}
-
 Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
   if (!needs.generated) return {torch::stable::new_empty(x.generated, {0})};
   const Comparison c(x);
@@ -155,7 +122,7 @@ Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved,
   const float nothing = kNothing / static_cast<float>(rows.bank_count);
   c.for_tiles([&](int64_t first, int64_t n) {
     for_pieces(rows.count, c.block_rows, [&](int64_t row, int64_t some) {
-      if (c.is_mean) return add_gradients(c, row, some, first, n, nullptr, gradient);
+      if (c.is_mean) return add_gradients(rows, row, some, first, n, nullptr, 0, gradient);
       float* weights = c.measure(row, some, first, n);
       for_each(
           some,
@@ -166,7 +133,7 @@ Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved,
               if (w[j] < nothing) w[j] = 0;
           },
           8);
-      add_gradients(c, row, some, first, n, weights, gradient);
+      add_gradients(rows, row, some, first, n, weights, c.tile_rows, gradient);
     });
   });
   const double size = static_cast<double>(rows.size);

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -158,6 +159,37 @@ inline void tile_distances(const Rows& rows, int64_t row, int64_t count, int64_t
           to[(g + i) * stride + group * kBankRows + r] = known ? sum * mean : 1 + 0 * sum;
         }
     });
+  });
+}
+
+// Adds to the gradient of each generated row the bank rows' signs (l1) or differences, a - b, of a tile, weighted with
+// weights[i * stride + j]; without weights each counts once. Rows of weight 0 are passed by.
+inline void add_gradients(const Rows& rows, int64_t row, int64_t some, int64_t first, int64_t n, const float* weights,
+                          int64_t stride, float* gradient) {
+  constexpr int64_t kGradientRows = 32;  // of which kBankColumns elements of the gradient are summed at a time
+  const auto add = rows.metric == Metric::l1 ? rows.kernels.add_signs : rows.kernels.add_differences;
+  const int64_t columns = blocks_of(rows.size, kBankColumns);
+  for_each(blocks_of(some, kGradientRows) * columns, [&](int64_t task) {
+    const int64_t g = task / columns * kGradientRows, end = std::min(some, g + kGradientRows);
+    const int64_t k = task % columns * kBankColumns, width = std::min(kBankColumns, rows.size - k);
+    alignas(64) float sums[kGradientRows * kBankColumns];
+    std::fill_n(sums, (end - g) * kBankColumns, 0.0f);
+    for_pieces(n, kBankRows, [&](int64_t b, int64_t bank_rows) {
+      std::optional<BankTile> tile;
+      for (int64_t i = g; i < end; ++i) {
+        float of_rows[kBankRows] = {};
+        bool any = false;
+        for (int64_t r = 0; r < bank_rows; ++r) any |= (of_rows[r] = weights ? weights[i * stride + b + r] : 1.0f) != 0;
+        if (!any) continue;
+        if (!tile) tile.emplace(rows, first + b, bank_rows).read(k, width);
+        add(rows.generated_row(row + i) + k, tile->elements, of_rows, width, sums + (i - g) * kBankColumns);
+      }
+    });
+    for (int64_t i = g; i < end; ++i) {
+      float* to = gradient + (row + i) * rows.size + k;
+      const float* sum = sums + (i - g) * kBankColumns;
+      for (int64_t j = 0; j < width; ++j) to[j] += sum[j];
+    }
   });
 }
 

@@ -1,10 +1,12 @@
 """Losses against images that repeat the training set or one another.
 
-diversity.py     distance from a bank of training images
-nearest.py       the op that finds the nearest of them
-distances.py     the distances in PyTorch operators
-mode_seeking.py  distance of two images of one caption, as far as their noise is
-normalized.py    distances within a batch, as shares of a sample's distances, like those of the noises
+diversity.py       distance from a bank of training images
+nearest.py         the op that finds the nearest of them
+bank_distance.py   the op of the distance from all of them, as a soft-min or a mean
+distances.py       the distances in PyTorch operators
+mode_seeking.py    distance of two images of one caption, as far as their noise is
+normalized.py      distances within a batch, as shares of a sample's distances, like those of the noises
+pair_distances.py  the op of the distances within a batch
 """
 
 from .diversity import DiversityLoss, diversity_loss

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ..core import Loss, check_not_empty, result_dtype
+from ..core import Loss, Op, check_not_empty, result_dtype
 from ..core.checks import check_choice, check_number, check_same_device, check_same_shape, check_tensor
 from ..core.entry import public_function
 from ..core.traced import number
@@ -13,25 +16,90 @@ from ..core.traced import number
 FORMS = ("msgan", "dsgan")
 
 
-def mode_seeking_reference(images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, eps: float) -> Tensor:
-    """MSGAN's definition: 1 / (dI / dz + eps), and 0 with zero gradients at dz = 0."""
-    dtype = result_dtype(images_a, images_b, z_a, z_b)
-    d_image = (images_a.to(dtype) - images_b.to(dtype)).abs().mean()
-    d_z = (z_a.to(dtype) - z_b.to(dtype)).abs().mean()
+class Inputs(NamedTuple):
+    """Of the op: samples in rows, each pair in a dtype of its own."""
+
+    images_a: Tensor  # [N, P]
+    images_b: Tensor  # [N, P]
+    z_a: Tensor  # [N, Q]
+    z_b: Tensor  # [N, Q]
+    form: str
+    eps: float
+    margin: float  # infinity: none
+
+
+class Saved(NamedTuple):
+    """The derivatives of the loss by each |a - b|: of a sample ("dsgan", K = N) or of all ("msgan", K = 1)."""
+
+    of_images: Tensor  # [K] float32
+    of_noises: Tensor  # [K] float32
+
+
+class Grads(NamedTuple):
+    images_a: Tensor
+    images_b: Tensor
+    z_a: Tensor
+    z_b: Tensor
+
+
+class Needs(NamedTuple):
+    images_a: bool
+    images_b: bool
+    z_a: bool
+    z_b: bool
+
+
+def mode_seeking_reference(x: Inputs) -> Tensor:
+    """The definition, with 0 and zero gradients where noises are equal."""
+    return _per_sample(x) if x.form == "dsgan" else _of_batch(x)
+
+
+def _of_batch(x: Inputs) -> Tensor:
+    """MSGAN's: 1 / (dI / dz + eps)."""
+    dtype = result_dtype(x.images_a, x.images_b, x.z_a, x.z_b)
+    d_image = (x.images_a.to(dtype) - x.images_b.to(dtype)).abs().mean()
+    d_z = (x.z_a.to(dtype) - x.z_b.to(dtype)).abs().mean()
     same = d_z == 0
     ratio = d_image / torch.where(same, torch.ones_like(d_z), d_z)
-    return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + eps))
+    return torch.where(same, torch.zeros_like(ratio), 1 / (ratio + number(x.eps, ratio)))
 
 
-def per_sample_reference(
-    images_a: Tensor, images_b: Tensor, z_a: Tensor, z_b: Tensor, eps: float, margin: float | None
-) -> Tensor:
-    """DSGAN's definition: the mean of -min(dI_i / (dz_i + eps), margin), and 0 with zero gradients where dz_i = 0."""
-    dtype = result_dtype(images_a, images_b, z_a, z_b)
-    d_image = (images_a.to(dtype) - images_b.to(dtype)).abs().reshape(len(z_a), -1).mean(1)
-    d_z = (z_a.to(dtype) - z_b.to(dtype)).abs().reshape(len(z_a), -1).mean(1)
-    ratio = torch.where(d_z == 0, torch.zeros_like(d_image), d_image) / (d_z + eps)
-    return -(ratio if margin is None else ratio.clamp(max=number(margin, ratio))).mean()
+def _per_sample(x: Inputs) -> Tensor:
+    """DSGAN's: the mean of -min(dI_i / (dz_i + eps), margin)."""
+    dtype = result_dtype(x.images_a, x.images_b, x.z_a, x.z_b)
+    d_image = (x.images_a.to(dtype) - x.images_b.to(dtype)).abs().mean(1)
+    d_z = (x.z_a.to(dtype) - x.z_b.to(dtype)).abs().mean(1)
+    ratio = torch.where(d_z == 0, torch.zeros_like(d_image), d_image) / (d_z + number(x.eps, d_z))
+    return -(ratio if x.margin == math.inf else ratio.clamp(max=number(x.margin, ratio))).mean()
+
+
+def _mode_seeking_fwd(x: Inputs) -> tuple[Tensor, Saved]:
+    kept = x.images_a.shape[0] if x.form == "dsgan" else 1
+    one, other = (x.images_a.new_empty(kept, dtype=torch.float32) for _ in range(2))
+    return x.images_a.new_empty((), dtype=torch.float32), Saved(one, other)
+
+
+def _mode_seeking_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
+    def gradient(t: Tensor, needed: bool) -> Tensor:
+        return t.new_empty(t.shape if needed else 0)
+
+    return Grads(
+        gradient(x.images_a, needs.images_a),
+        gradient(x.images_b, needs.images_b),
+        gradient(x.z_a, needs.z_a),
+        gradient(x.z_b, needs.z_b),
+    )
+
+
+mode_seeking = Op(
+    "mode_seeking",
+    fwd=_mode_seeking_fwd,
+    bwd=_mode_seeking_bwd,
+    reference=mode_seeking_reference,
+    grads=Grads._fields,
+    outputs=("out", *Saved._fields),
+    triton="diversity.kernels.mode_seeking",
+)
 
 
 @public_function
@@ -97,9 +165,19 @@ def mode_seeking_loss(
         if form != "dsgan":
             raise ValueError(f'margin: expected None with form="{form}", which is bounded, got {margin}')
     check_not_empty(images_a.numel() * z_a.numel())
-    if form == "dsgan":
-        return per_sample_reference(images_a, images_b, z_a, z_b, eps, margin)
-    return mode_seeking_reference(images_a, images_b, z_a, z_b, eps)
+    images, noises = _rows(images_a, images_b), _rows(z_a, z_b)
+    return mode_seeking(*Inputs(*images, *noises, form, eps, math.inf if margin is None else margin))
+
+
+def _rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two tensors [N, ...] as [N, P] of one dtype, in any one order of the elements: images that both lie with their
+    channels last are not copied."""
+    if a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        a, b = a.to(dtype), b.to(dtype)
+    if a.ndim == 4 and all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
 
 
 class ModeSeekingLoss(Loss):

@@ -8,10 +8,9 @@ from torch import Tensor
 from ..core import Loss, check_not_empty, result_dtype
 from ..core.checks import check_choice, check_flag, check_number, check_same_device, check_tensor
 from ..core.entry import public_function
-from .distances import Bank, chunk_distances, chunks, of_chunks
+from .pair_distances import Inputs, pair_distances
 
 METRICS = ("l2", "l1")
-_WORKSPACE = 256 * 2**20  # bytes of differences at a time, or one row's
 
 
 def normalized_diversity_reference(images: Tensor, z: Tensor, alpha: float, metric: str, detach_sums: bool) -> Tensor:
@@ -22,8 +21,8 @@ def normalized_diversity_reference(images: Tensor, z: Tensor, alpha: float, metr
 
 
 def _shares(x: Tensor, metric: str, detach_sums: bool) -> Tensor:
-    """[N,N]: distances over their row's sum; all 0 where that is 0. [N,P] differences come a chunk at a time."""
-    distances = torch.cat(of_chunks(chunk_distances, x, chunks(x, Bank(x, 1.0, 0.0), metric, _WORKSPACE), metric), 1)
+    """[N,N]: distances over their row's sum; all 0 where that is 0."""
+    distances = pair_distances(*Inputs(x, metric))
     if metric == "l2":
         distances = _root(distances)
     total = distances.sum(1, keepdim=True)

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import diversity_loss, mode_seeking_loss, normalized_diversity_loss
-from fastloss.diversity import normalized
 from fastloss.diversity.distances import Bank
-from fastloss.diversity import bank_distance, nearest
+from fastloss.diversity import bank_distance, nearest, pair_distances
 from fastloss.diversity.diversity import METRICS, MODES
 
 BANK = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])
@@ -268,7 +267,7 @@ def test_normalized_diversity_in_chunks(monkeypatch):
     images, z = (torch.rand(6, size, generator=g, dtype=torch.float64).requires_grad_() for size in (50, 3))
     found = []
     for workspace in (2**28, 1):
-        monkeypatch.setattr(normalized, "_WORKSPACE", workspace)
+        monkeypatch.setattr(pair_distances, "_WORKSPACE", workspace)
         with Largest() as largest:
             loss = normalized_diversity_loss(images, z, alpha=1.2)
             found.append([loss, *torch.autograd.grad(loss, (images, z))])

@@ -40,12 +40,26 @@ def images_and_bank(draw: Draw, shape: tuple) -> tuple:
     return draw.uniform(count, *image), draw.uniform(rows, *image)
 
 
-def bank_bytes(shape: tuple, size: int, mode: str) -> int:
-    """The bank and the images read once; backward an image and its winner read, a gradient written."""
+def bank_bytes(shape: tuple, size: int, mode: str, options: dict) -> int:
+    """The bank and the images read once; backward images read, their gradient written, and their winners read, or where
+    all rows have a gradient the bank once more."""
     count, rows, *image = shape
-    elements = math.prod(image)
-    forward, backward = (count + rows) * elements * size, 3 * count * elements * size
+    elements = math.prod(image) * size
+    whole = options.get("mode") == "softmin" or options == {"mode": "mean"}
+    forward, backward = (count + rows) * elements, (2 * count + (rows if whole else count)) * elements
     return {"forward": forward, "backward": backward, "both": forward + backward}[mode]
+
+
+def pair_bytes(shape: tuple, size: int, mode: str) -> int:
+    """Two images read, and in the backward once more with two gradients written."""
+    elements = math.prod(shape) * size
+    return {"forward": 2, "backward": 4, "both": 6}[mode] * elements
+
+
+def batch_bytes(shape: tuple, size: int, mode: str) -> int:
+    """The images read, and in the backward once more with a gradient written."""
+    elements = math.prod(shape) * size
+    return {"forward": 1, "backward": 2, "both": 3}[mode] * elements
 
 
 def eager_mode_seeking(images_a, images_b, z_a, z_b, eps=1e-5, form="msgan", margin=None):
@@ -116,7 +130,14 @@ SET_CASES = [
             shapes=[(64, 1024, 3, 32, 32)],  # eager broadcast holds 800 MB for each of its steps
             cost=bank_bytes,
             make=images_and_bank,
-            options=[{}, {"metric": "l2"}, {"metric": "cosine"}],
+            options=[
+                {},
+                {"metric": "l2"},
+                {"metric": "cosine"},
+                *({"mode": "softmin", "metric": metric} for metric in ("l1", "l2", "cosine")),
+                {"mode": "mean"},
+                *({"mode": "mean", "metric": metric} for metric in ("l2", "cosine")),
+            ],
             headline=3,
         ),
         module=fastloss.DiversityLoss,
@@ -140,6 +161,13 @@ SET_CASES = [
             ("margin", with_options(form="dsgan", margin=0), ValueError, "margin: expected a finite number > 0"),
             ("bounded", with_options(form="msgan", margin=1), ValueError, "margin: expected None with form="),
         ],
+        bench=Bench(
+            shapes=[(32, 3, 128, 128)],
+            cuda_shapes=[(64, 3, 256, 256)],
+            cost=pair_bytes,
+            options=[{}, {"form": "dsgan"}],
+            all_grads=True,
+        ),
         module=fastloss.ModeSeekingLoss,
     ),
     Case(
@@ -158,6 +186,7 @@ SET_CASES = [
             ("metric", with_options(metric="cosine"), ValueError, "metric: expected one of"),
             ("empty", with_argument(0, lambda t: t[..., :0]), ValueError, "mean of an empty batch"),
         ],
+        bench=Bench(shapes=[(64, 3, 32, 32)], cost=batch_bytes, options=[{}, {"metric": "l1"}], all_grads=True),
         module=fastloss.NormalizedDiversityLoss,
     ),
 ]
