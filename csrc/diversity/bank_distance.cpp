@@ -8,8 +8,10 @@
 namespace fastloss {
 namespace {
 
-constexpr int64_t kBlockRows = 1024;  // generated rows whose distances to a tile exist at a time
-constexpr float kNothing = 0x1p-28f;  // weights of the whole bank that are left out, of a sum of 1
+constexpr int64_t kBlockRows = 1024;        // generated rows whose distances to a tile exist at a time
+constexpr int64_t kTileElements = 1 << 20;  // of a tile of the bank that is multiplied, or kBankRows rows if larger
+constexpr double kNear = 1.0 / 16;          // of the squares' sum: a smaller distance lost four bits to the product
+constexpr float kNothing = 0x1p-28f;        // weights of the whole bank that are left out, of a sum of 1
 
 struct Inputs {
   Tensor generated, bank;
@@ -35,42 +37,122 @@ struct Grads {
   FASTLOSS_FIELDS(generated)
 };
 
-struct Comparison {
+// Generated rows against a tile of the bank at a time.
+class Comparison {
+ public:
   Rows rows;
-  bool is_mean;
+  bool is_mean, by_products;
   float temperature;
   int64_t tile_rows, block_rows;
-  Tensor distances;  // of a block of generated rows from a tile of the bank
 
   explicit Comparison(const Inputs& x)
       : rows("bank_distance", x.generated, x.bank, x.metric, x.scale, x.shift),
         is_mean(x.mode == "mean"),
+        by_products(rows.metric != Metric::l1 && !products_are_rounded()),
         temperature(static_cast<float>(x.temperature)),
         tile_rows(std::min(kTileRows, rows.bank_count)),
-        block_rows(std::max<int64_t>(1, std::min(kBlockRows, rows.count))),
-        distances(new_float32({block_rows, tile_rows})) {
+        block_rows(std::max<int64_t>(1, std::min(kBlockRows, rows.count))) {
     if (rows.metric == Metric::cosine) rows.make_units();
+    if (by_products) prepare_products();
+    distances_ = new_float32({block_rows, tile_rows});
+    near.resize(block_rows);
   }
 
-  // body(first, n) for each tile of the bank
+  // body(first, n) for each tile of the bank, which is then ready to be measured
   template <typename Body>
-  void for_tiles(const Body& body) const {
+  void for_tiles(const Body& body) {
     for_pieces(rows.bank_count, tile_rows, [&](int64_t first, int64_t n) {
       check_signals();
+      if (by_products) read_tile(first, n);
       body(first, n);
     });
   }
-  float* measure(int64_t row, int64_t count, int64_t first, int64_t n) const {
-    float* to = output<float>(distances);
-    tile_distances(rows, row, count, first, n, to, tile_rows);
+  // Distances of generated rows from the tile: row i's from i * tile_rows on. The bank rows that are near row i are in
+  // near[i], if products were made.
+  float* measure(int64_t row, int64_t count, int64_t first, int64_t n) {
+    float* to = output<float>(distances_);
+    if (!by_products) {
+      tile_distances(rows, row, count, first, n, to, tile_rows);
+      return to;
+    }
+    const Tensor found = view_of(distances_, {count, n}, {tile_rows, 1}, 0);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(found.get(), found.get(), generated(row, count).get(),
+                                                    transposed(tile(n)).get(), 0.0, 1.0));
+    for_each(count, [&](int64_t i) { distances_of(row, i, first, n, to + i * tile_rows); }, 8);
     return to;
   }
+  const Tensor& weights() const { return distances_; }  // what measure() returned the memory of
+  Tensor generated(int64_t row, int64_t count) const {
+    return slice(centred_ ? *centred_ : rows.generated, 0, row, count);
+  }
+  Tensor tile(int64_t n) const { return slice(*tile_, 0, 0, n); }  // about the centre; of cosine not at length 1
+  float tile_factor(int64_t j) const { return rows.units ? factors_[j] : 1; }
+
+  std::vector<std::vector<int64_t>> near;
+
+ private:
+  void prepare_products() {
+    const int64_t n = std::min(kProductColumns, kTileElements / std::max(block_rows, rows.size));
+    tile_rows = std::min(std::max(n, kBankRows), rows.bank_count);
+    tile_ = new_float32({tile_rows, rows.size});
+    factors_.resize(tile_rows), squares_.resize(tile_rows), generated_squares_.resize(rows.count);
+    centre_.resize(rows.size);
+    if (rows.metric == Metric::l2) centre();
+  }
+  // The generated rows about their mean, where that is finite.
+  void centre() {
+    centred_ = new_float32({rows.count, rows.size});
+    float* to = output<float>(*centred_);
+    std::vector<double> sums(rows.size);
+    for (int64_t i = 0; i < rows.count; ++i)
+      for (int64_t k = 0; k < rows.size; ++k) sums[k] += rows.generated_row(i)[k];
+    for (int64_t k = 0; k < rows.size; ++k) {
+      const float mean = static_cast<float>(sums[k] / static_cast<double>(std::max<int64_t>(rows.count, 1)));
+      centre_[k] = std::isfinite(mean) ? mean : 0;
+    }
+    each_row(rows.count, rows.size, [&](int64_t i) {
+      const float* row = rows.generated_row(i);
+      for (int64_t k = 0; k < rows.size; ++k) to[i * rows.size + k] = row[k] - centre_[k];
+      generated_squares_[i] = rows.kernels.square(to + i * rows.size, rows.size);
+    });
+  }
+  void read_tile(int64_t first, int64_t n) {
+    float* to = output<float>(*tile_);
+    each_row(n, rows.size, [&](int64_t j) {
+      float* row = to + j * rows.size;
+      rows.widen(first + j, 0, rows.size, row);
+      if (rows.metric == Metric::l2)
+        for (int64_t k = 0; k < rows.size; ++k) row[k] -= centre_[k];
+      squares_[j] = rows.kernels.square(row, rows.size);
+      factors_[j] = rows.units ? rows.bank_factor(first + j) : 1;
+    });
+  }
+  // Of products distances, in their place.
+  void distances_of(int64_t row, int64_t i, int64_t first, int64_t n, float* to) {
+    const double square = generated_squares_[row + i], mean = 1 / static_cast<double>(rows.size);
+    near[i].clear();
+    for (int64_t j = 0; j < n; ++j) {
+      const double all = rows.units ? 1 : square + squares_[j];
+      const double d = rows.units ? 1 - static_cast<double>(to[j]) * factors_[j] : all - 2 * static_cast<double>(to[j]);
+      if (d > kNear * all) {
+        to[j] = static_cast<float>(rows.units ? d : d * mean);
+      } else {  // NaN too
+        to[j] = rows.distance(row + i, first + j);
+        near[i].push_back(j);
+      }
+    }
+  }
+
+  Tensor distances_;
+  std::optional<Tensor> tile_, centred_;
+  std::vector<float> centre_, factors_;
+  std::vector<double> squares_, generated_squares_;  // of the tile's rows, of the generated ones
 };
 
 float origin_of(float least) { return std::isinf(least) ? 0 : least; }
 
 Outputs bank_distance_fwd(const Inputs& x) {
-  const Comparison c(x);
+  Comparison c(x);
   const int64_t count = c.rows.count;
   std::vector<float> least(count, std::numeric_limits<float>::infinity());
   std::vector<double> sums(count);
@@ -108,9 +190,41 @@ Outputs bank_distance_fwd(const Inputs& x) {
   return out;
 }
 
+// The same by products, where `weights` came from distances by products: near rows one by one, the others together.
+void add_product_gradients(const Comparison& c, int64_t row, int64_t some, int64_t first, int64_t n, float* weights,
+                           const Tensor& gradient) {
+  const Rows& rows = c.rows;
+  const Tensor of_block = slice(gradient, 0, row, some);
+  const float* generated = input<float>(c.generated(row, some));
+  float* to = output<float>(of_block);
+  for_each(some, [&](int64_t i) {
+    float *out = to + i * rows.size, *w = weights + i * c.tile_rows;
+    float buffer[kChunkElements];
+    double total = 0;
+    for (const int64_t j : c.near[i]) {
+      const float weight = w[j], factor = rows.units ? rows.bank_factor(first + j) : 1;
+      w[j] = 0;
+      if (weight == 0) continue;
+      for_pieces(rows.size, kChunkElements, [&](int64_t k, int64_t width) {
+        rows.widen(first + j, k, width, buffer, factor);
+        for (int64_t e = 0; e < width; ++e) out[k + e] += weight * (rows.generated_row(row + i)[k + e] - buffer[e]);
+      });
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      total += w[j];
+      w[j] *= c.tile_factor(j);
+    }
+    if (total == 0) return;
+    for (int64_t k = 0; k < rows.size; ++k) out[k] += static_cast<float>(total) * generated[i * rows.size + k];
+  });
+  const Tensor all = view_of(c.weights(), {some, n}, {c.tile_rows, 1}, 0);
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(of_block.get(), of_block.get(), all.get(), c.tile(n).get(), 1.0, -1.0));
+}
+
 Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved, const Needs& needs) {
   if (!needs.generated) return {torch::stable::new_empty(x.generated, {0})};
-  const Comparison c(x);
+  Comparison c(x);
   const Rows& rows = c.rows;
   const Tensor upstream = as_contiguous(grad), least = as_contiguous(saved.least), powers = as_contiguous(saved.powers);
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == rows.count,
@@ -133,7 +247,10 @@ Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved,
               if (w[j] < nothing) w[j] = 0;
           },
           8);
-      add_gradients(rows, row, some, first, n, weights, c.tile_rows, gradient);
+      if (c.by_products)
+        add_product_gradients(c, row, some, first, n, weights, out);
+      else
+        add_gradients(rows, row, some, first, n, weights, c.tile_rows, gradient);
     });
   });
   const double size = static_cast<double>(rows.size);

@@ -1,6 +1,7 @@
 // Generated rows and the bank that they are compared with, as the kernels read them, and tiles of their distances.
 #pragma once
 
+#include "core/matmul.h"
 #include "core/parallel.h"
 #include "core/tensors.h"
 #include "diversity/bank_tile.h"
@@ -115,6 +116,17 @@ struct Rows {
   ScalarType dtype_;
   int64_t stride_;
 };
+
+// Whether torch rounds the factors of float32 products first, as torch.set_float32_matmul_precision("medium") lets it.
+inline bool products_are_rounded() {
+  constexpr int64_t n = 32;  // small ones it leaves as they are
+  const Tensor a = new_float32({n, n}), b = new_float32({n, n});
+  std::fill_n(output<float>(a), n * n, 1 + 0x1p-12f);
+  std::fill_n(output<float>(b), n * n, 0.0f);
+  for (int64_t i = 0; i < n; ++i) output<float>(b)[i * n] = 1;
+  const Tensor product = blas_product(a, b, std::nullopt);
+  return input<float>(product)[0] != 1 + 0x1p-12f;
+}
 
 // kBankRows rows of the bank in float32, kBankColumns of their elements at a time, zeros behind the last and in the
 // place of rows that there are not.

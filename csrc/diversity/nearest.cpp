@@ -2,7 +2,6 @@
 // tile of rows at a time. A tile's distances are first made fast (l1: by a kernel of its own; l2, cosine: from a matrix
 // product) with a bound of their error; those that may be the least are then computed once more, in float64.
 
-#include "core/matmul.h"
 #include "core/op.h"
 #include "diversity/bank_rows.h"
 
@@ -41,17 +40,6 @@ struct Grads {
   Tensor generated;
   FASTLOSS_FIELDS(generated)
 };
-
-// Whether torch rounds the factors of float32 products first, as torch.set_float32_matmul_precision("medium") lets it.
-bool products_are_rounded() {
-  constexpr int64_t n = 32;  // small ones it leaves as they are
-  const Tensor a = new_float32({n, n}), b = new_float32({n, n});
-  std::fill_n(output<float>(a), n * n, 1 + 0x1p-12f);
-  std::fill_n(output<float>(b), n * n, 0.0f);
-  for (int64_t i = 0; i < n; ++i) output<float>(b)[i * n] = 1;
-  const Tensor product = blas_product(a, b, std::nullopt);
-  return input<float>(product)[0] != 1 + 0x1p-12f;
-}
 
 class Search {
  public:

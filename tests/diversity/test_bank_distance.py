@@ -1,4 +1,4 @@
-"""The distance from a whole bank on every backend: tiles, copies and duplicates in the bank, elements that are no numbers."""
+"""The distance from a whole bank on every backend: tiles, copies and duplicates in the bank, NaN and infinities."""
 
 from __future__ import annotations
 

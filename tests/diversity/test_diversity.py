@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import diversity_loss, mode_seeking_loss, normalized_diversity_loss
-from fastloss.diversity.distances import Bank
 from fastloss.diversity import bank_distance, nearest, pair_distances
+from fastloss.diversity.distances import Bank
 from fastloss.diversity.diversity import METRICS, MODES
 
 BANK = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 2.0]])

@@ -25,7 +25,6 @@ from ...core.kernels.launch import AotCase, on_device, registers
 from ..bank_distance import Grads, Inputs, Needs, Saved
 from .bank_distance_gradients import bank_distance_bwd_kernel, bank_distance_sums_kernel
 from .bank_tile import (
-    CHUNK,
     COLUMNS,
     OPTIONS,
     TILE,
@@ -38,6 +37,7 @@ from .bank_tile import (
     scores_options,
 )
 
+CHUNK = 64  # elements of an inner sum: fewer round less, and all distances count here, not the nearest alone
 WEIGHTS = 8 * 2**20  # bytes of weights that exist at a time
 SPLITS = 8  # parts of the bank rows that programs of the same columns share, at most
 PROGRAMS = 264  # two for each multiprocessor of a 132-SM device

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ...core.kernels.device_math import sign
-from .bank_tile import BankTiles, load_bank, scaled
+from .bank_tile import BankTiles, centre_of, load_bank, scaled
 
 
 @triton.jit
@@ -16,6 +16,10 @@ def _weighted_differences(generated_ptr, rows, factor, bank, weights_ptr, bank_f
     inside = columns < size
     a_ptrs = generated_ptr + rows.to(tl.int64)[:, None] * size + columns[None, :]
     a = tl.load(a_ptrs, mask=inside[None, :], other=0.0) * factor[:, None]
+    if METRIC == "l2":
+        centre = centre_of(generated_ptr, bank, columns, inside)[None, :]
+    else:
+        centre = tl.zeros((1, columns.shape[0]), tl.float32)
     weights_ptrs = weights_ptr + rows.to(tl.int64) * bank.rows
     total = tl.zeros((rows.shape[0],), tl.float32)
     product = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
@@ -28,7 +32,7 @@ def _weighted_differences(generated_ptr, rows, factor, bank, weights_ptr, bank_f
         if METRIC == "cosine":
             b = b * tl.load(bank_factor_ptr + bank_rows)[:, None]
         far = tl.where(weight < 0, 0.0, weight)
-        product = tl.dot(far, b, product, input_precision=PRECISION)
+        product = tl.dot(far, b - centre, product, input_precision=PRECISION)
         total += tl.sum(far, 1)
         if tl.min(weight) < 0:
             for i in range(j, tl.minimum(j + TILE, last)):
@@ -38,7 +42,7 @@ def _weighted_differences(generated_ptr, rows, factor, bank, weights_ptr, bank_f
                 if METRIC == "cosine":
                     row = row * tl.load(bank_factor_ptr + i)
                 found += tl.where(near < 0, -near, 0.0)[:, None] * (a - row[None, :])
-    return found + (total[:, None] * a - product)
+    return found + (total[:, None] * (a - centre) - product)
 
 
 @triton.jit

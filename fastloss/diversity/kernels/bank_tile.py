@@ -130,6 +130,14 @@ def difference_sums(generated_ptr, rows, factor, bank, bank_rows, bank_factor, s
 
 
 @triton.jit
+def centre_of(generated_ptr, bank, columns, inside):
+    """[columns]: the mean of the first row of either, where that is finite; 0 outside."""
+    one = scaled(tl.load(bank.ptr + columns.to(tl.int64) * bank.stride_column, mask=inside, other=0), bank)
+    centre = 0.5 * (tl.load(generated_ptr + columns, mask=inside, other=0.0) + one)
+    return tl.where(inside & (tl.abs(centre) < float("inf")), centre, 0.0)
+
+
+@triton.jit
 def products(generated_ptr, rows, bank, bank_rows, size, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
              PRECISION: tl.constexpr, CENTRED: tl.constexpr):  # fmt: skip
     """(<a, b>, |a|^2, |b|^2), in sums of CHUNK elements; CENTRED: about the mean of the first row of either, so that
@@ -145,11 +153,8 @@ def products(generated_ptr, rows, bank, bank_rows, size, CHUNK: tl.constexpr, CO
             a = tl.load(generated_ptrs + columns[None, :], mask=inside[None, :], other=0.0)
             b = load_bank(bank, bank_rows, columns, inside)
             if CENTRED:
-                one = tl.load(bank.ptr + columns.to(tl.int64) * bank.stride_column, mask=inside, other=0)
-                centre = 0.5 * (tl.load(generated_ptr + columns, mask=inside, other=0.0) + scaled(one, bank))
-                centre = tl.where(inside & (tl.abs(centre) < float("inf")), centre, 0.0)[None, :]
-                a = tl.where(inside[None, :], a - centre, 0.0)
-                b = tl.where(inside[None, :], b - centre, 0.0)
+                centre = centre_of(generated_ptr, bank, columns, inside)[None, :]
+                a, b = a - centre, b - centre  # all 0 outside
             part = tl.dot(a, tl.trans(b), part, input_precision=PRECISION)
             squares += tl.sum(a * a, 1)
             bank_squares += tl.sum(b * b, 1)
