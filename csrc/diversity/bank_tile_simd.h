@@ -116,10 +116,7 @@ static void bank_add_weighted(const float* generated, const float* bank, const f
 #pragma GCC unroll 8
     for (int r = 0; r < kBankRows; ++r) {
       const vf d = a - load(bank + r * kBankColumns + i);
-      if (signs)  // the weight with the sign of d, 0 for 0 and for NaN
-        total += where(abs(d) > 0.0f, (vf)((vi)w[r] ^ ((vi)d & (int)0x80000000)));
-      else
-        total += w[r] * d;
+      total += w[r] * (signs ? sign(d) : d);
     }
     store(to + i, total);
   }

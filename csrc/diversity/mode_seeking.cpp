@@ -110,7 +110,7 @@ Outputs mode_seeking_fwd(const Inputs& x) {
   if (per_sample) {
     for (int64_t i = 0; i < kept; ++i) {
       const double ratio = d_noises[i] == 0 ? 0 : d_images[i] / (d_noises[i] + x.eps);
-      const bool counts = d_noises[i] != 0 && (ratio <= x.margin || std::isinf(x.margin));
+      const bool counts = d_noises[i] != 0 && !(ratio > x.margin);  // NaN too
       loss -= (ratio > x.margin ? x.margin : ratio) / count;
       const double slope = counts ? 1 / (d_noises[i] + x.eps) / count : 0;
       of_images[i] = static_cast<float>(-slope / image_size);

@@ -104,8 +104,9 @@ def diversity_loss(
         workspace_mib: bound of the temporaries, >= 1: the bank is read in chunks whose ``[N, rows, ...]``
             differences fit in it (one bank row at a time where even that is too large). The backward recomputes
             them, and ``"nearest"`` differentiates the winning distances only. No mode stores the ``[N, M]`` distances,
-            and ``"mean"`` of l2 and cosine makes none: means over the bank are all that it needs. The kernels for
-            ``"nearest"`` compare 8 bank rows or more at a time, on a GPU 64, and need up to 8 MiB.
+            and ``"mean"`` of l2 and cosine makes none: means over the bank are all that it needs. The kernels
+            compare 8 bank rows or more at a time, on a GPU 64, and need up to 8 MiB, the backward of ``"softmin"``
+            and the ``"mean"`` of l1 on a GPU up to eight times the images besides.
         group: None, or a ProcessGroup or 1-D DeviceMesh. The bank is then that of all of its ranks, each of which has
             some of the rows (their numbers may differ and be 0), and `generated` are this rank's images (their numbers
             may differ too). Images travel, the bank does not. The loss is that of all images, on every rank, its

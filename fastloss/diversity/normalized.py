@@ -61,7 +61,7 @@ def normalized_diversity_loss(
     Returns:
         A float32 scalar (float64 for float64 inputs), from 0 to alpha / (N - 1). Samples that are all equal have shares
         of 0; the gradient is 0 at equal samples, and one sample has no pairs: 0. The [N, N] distances are stored,
-        differences a chunk at a time, and again in the backward.
+        the differences that they are of are not.
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes or devices do not fit, alpha <= 0, or the

@@ -99,7 +99,7 @@ def _mode_seeking_loss_kernel(
             sample = first + tl.arange(0, SAMPLES)
             ratio = tl.where(d_z == 0, 0.0, d_image) / (d_z + eps)
             losses -= tl.where(ratio > margin, margin, ratio)
-            counts = (d_z != 0) & ((ratio <= margin) | (margin == float("inf")))
+            counts = ~((d_z == 0) | (ratio > margin))  # NaN too
             slope = tl.where(counts, 1.0 / (d_z + eps) / samples, 0.0)
             tl.store(of_images_ptr + sample, -slope / images.size, mask=sample < samples)
             of_noises = tl.where(counts, slope * ratio / noises.size, 0.0)
