@@ -22,7 +22,8 @@ struct Inputs {
   std::string inputs, metric;
   double temperature;
   std::string reduction;
-  FASTLOSS_FIELDS(a, b, masks, weights, inputs, metric, temperature, reduction)
+  bool head_mean;
+  FASTLOSS_FIELDS(a, b, masks, weights, inputs, metric, temperature, reduction, head_mean)
 };
 struct Saved {
   Tensor statistics, scales;
@@ -53,10 +54,21 @@ std::vector<float MapStatistics::*> kept_of(MapMetric metric, bool logits) {
 }
 
 struct Layer {
-  Tensor a, b;  // [rows, keys] in memory
+  Tensor a, b;  // [rows, keys] in memory, [rows / queries, heads, queries, keys] where heads are averaged
   std::optional<Operand> mask;
   int64_t rows, keys;
   int64_t first_row;  // of the rows of all layers
+  int64_t heads, queries;
+
+  // Where a row is, of one of the heads.
+  int64_t start(int64_t row, int64_t head = 0) const {
+    return ((row / queries * heads + head) * queries + row % queries) * keys;
+  }
+};
+// Of a row of means: the softmaxes of all heads of both maps, [heads, padded keys] each, and how many there are.
+struct Heads {
+  float *a, *b;
+  int64_t count_a, count_b;
 };
 // Rows begin .. end of a layer; what a thread takes at a time.
 struct Block {
@@ -87,7 +99,7 @@ struct Plan {
   Preparation how;
   MapKernels kernels;
   std::vector<float MapStatistics::*> kept;
-  int64_t rows = 0, most_keys = 0;
+  int64_t rows = 0, most_keys = 0, most_heads = 0;  // of heads to be averaged
   ScalarType dtype;
 
   explicit Plan(const Inputs& x) : metric(metric_of(x.metric)) {
@@ -98,8 +110,9 @@ struct Plan {
     dtype = x.a[0].scalar_type();
     how = {logits, x.inputs == "scores", masked && x.masks[0].scalar_type() != ScalarType::Bool,
            static_cast<float>(x.temperature)};
-    kernels = FASTLOSS_PICK(map_kernels(metric, logits));
-    kept = kept_of(metric, logits);
+    STD_TORCH_CHECK(logits || !x.head_mean, "attention_maps: means over heads are of logits");
+    kernels = FASTLOSS_PICK(map_kernels(metric, logits && !x.head_mean));
+    kept = kept_of(metric, logits && !x.head_mean);
     for (size_t i = 0; i < x.a.size(); ++i) {
       const Tensor &a = x.a[i], &b = x.b[i];
       bool fits = a.dim() >= 1 && a.dim() == b.dim() && a.scalar_type() == dtype && b.scalar_type() == dtype &&
@@ -107,14 +120,18 @@ struct Plan {
       for (int64_t d = 0; fits && d < a.dim(); ++d)
         fits = a.size(d) == b.size(d) && (!masked || x.masks[i].size(d) == a.size(d));
       STD_TORCH_CHECK(fits && a.size(a.dim() - 1) > 0, "attention_maps: the maps of layer ", i, " do not fit");
-      const int64_t keys = a.size(a.dim() - 1), count = a.numel() / keys;
-      layers.push_back({as_contiguous(a), as_contiguous(b), std::nullopt, count, keys, rows});
+      STD_TORCH_CHECK(!x.head_mean || (a.dim() >= 3 && a.size(a.dim() - 3) > 0), "attention_maps: expected heads");
+      const int64_t keys = a.size(a.dim() - 1), heads = x.head_mean ? a.size(a.dim() - 3) : 1;
+      const int64_t count = a.numel() / keys / heads, queries = x.head_mean ? a.size(a.dim() - 2) : count;
+      layers.push_back(
+          {as_contiguous(a), as_contiguous(b), std::nullopt, count, keys, rows, heads, std::max<int64_t>(1, queries)});
       if (masked) layers.back().mask.emplace(x.masks[i], all_dims(x.masks[i]));
-      const int64_t step = std::max<int64_t>(1, kBlockElements / keys);
+      const int64_t step = std::max<int64_t>(1, kBlockElements / (keys * heads));
       for (int64_t row = 0; row < count; row += step)
         blocks.push_back({static_cast<int64_t>(i), row, std::min(count, row + step)});
       rows += count;
       most_keys = std::max(most_keys, keys);
+      if (x.head_mean) most_heads = std::max(most_heads, heads);
     }
   }
 
@@ -137,18 +154,52 @@ struct Plan {
     kernels.write_half(from, left, n, to, streamed);
   }
 
+  // The gradients of a row's logits in all heads, from the slopes by their mean; `p`, their softmaxes, is overwritten.
+  template <typename T>
+  void write_heads(const Layer& layer, const float* slopes, float* p, int64_t count, const Left& left, T* to,
+                   bool streamed) const {
+    const float by = 1 / static_cast<float>(std::max<int64_t>(count, 1));
+    for (int64_t h = 0; h < layer.heads; ++h, p += whole_vectors(layer.keys), to += layer.queries * layer.keys) {
+      kernels.through_softmax(p, slopes, layer.keys, by, p);
+      write(p, left, layer.keys, to, streamed);
+    }
+  }
+
   // Whether rows of a layer are compared where they lie: float32 in whole vectors that nothing is done to.
   bool as_they_lie(const Layer& layer) const {
-    const bool changed = layer.mask || how.scores || (how.logits && how.temperature != 1.0f);
+    const bool changed = most_heads > 0 || layer.mask || how.scores || (how.logits && how.temperature != 1.0f);
     return dtype == ScalarType::Float && !changed && layer.keys % kLanes == 0;
   }
 
-  // body(layer, block, its index, row, the row's mask or null, room for rows) for all rows, over torch's threads.
+  // The means over the heads of a row of both maps, zeros where one has no softmax; their own in `of`.
+  template <typename T>
+  bool average(const Layer& layer, int64_t r, float* a, float* b, float* mask_room, Heads& of) const {
+    const int64_t n = layer.keys, width = whole_vectors(n);
+    std::fill_n(a, width, 0.0f), std::fill_n(b, width, 0.0f);
+    of.count_a = of.count_b = 0;
+    for (int64_t h = 0; h < layer.heads; ++h) {
+      const int64_t start = layer.start(r, h);
+      const float* mask = layer.mask ? layer.mask->read(start, n, mask_room) : nullptr;
+      float *const p = of.a + h * width, *const q = of.b + h * width;
+      prepare(input<T>(layer.a) + start, mask, n, p);
+      prepare(input<T>(layer.b) + start, mask, n, q);
+      of.count_a += kernels.soften(p, n, p, a);
+      of.count_b += kernels.soften(q, n, q, b);
+    }
+    const bool there = of.count_a > 0 && of.count_b > 0;
+    kernels.scale(a, n, there ? 1 / static_cast<float>(of.count_a) : 0.0f);
+    kernels.scale(b, n, there ? 1 / static_cast<float>(of.count_b) : 0.0f);
+    return there;
+  }
+
+  // body(layer, block, its index, row, the row's mask or null, room for rows, its heads if they are averaged) for all
+  // rows, over torch's threads.
   template <typename T, typename Body>
   void each_row(const Body& body) const {
     over_threads(0, static_cast<int64_t>(blocks.size()), 2, [&](int64_t first, int64_t last) {
       const int64_t width = whole_vectors(most_keys);
-      std::vector<float> room(5 * width);
+      std::vector<float> room((5 + 2 * most_heads) * width);
+      Heads heads{&room[0] + 5 * width, &room[0] + (5 + most_heads) * width, 0, 0};
       for (int64_t k = first; k < last && going_on(); ++k) {
         const Block& block = blocks[k];
         const Layer& layer = layers[block.layer];
@@ -156,17 +207,18 @@ struct Plan {
         Row row{a, b, &room[2 * width], &room[3 * width], layer.keys, 0};
         const bool in_place = as_they_lie(layer);
         for (int64_t r = block.begin; r < block.end; ++r) {
-          const int64_t start = r * layer.keys;
+          const int64_t start = layer.start(r);
+          const bool there = most_heads == 0 || average<T>(layer, r, a, b, &room[4 * width], heads);
           const float* mask = layer.mask ? layer.mask->read(start, layer.keys, &room[4 * width]) : nullptr;
           if (in_place) {
             row.a = input<float>(layer.a) + start, row.b = input<float>(layer.b) + start;
-          } else {
+          } else if (most_heads == 0) {
             prepare(input<T>(layer.a) + start, mask, layer.keys, a);
             prepare(input<T>(layer.b) + start, mask, layer.keys, b);
           }
           if (how.added) mask = nullptr;
-          row.mean = inverse_count(mask, layer.keys);
-          body(layer, k, r, mask, row);
+          row.mean = there ? inverse_count(mask, layer.keys) : 0.0;
+          body(layer, k, r, mask, row, heads);
         }
       }
       kernels.finish();
@@ -185,7 +237,7 @@ std::tuple<Tensor, Saved> maps_fwd(const Inputs& x) {
   std::vector<int64_t> counts(plan.blocks.size());
   for_dtype(plan.dtype, "attention_maps", [&](auto element) {
     plan.each_row<decltype(element)>(
-        [&](const Layer& layer, int64_t block, int64_t r, const float* mask, const Row& row) {
+        [&](const Layer& layer, int64_t block, int64_t r, const float*, const Row& row, const Heads&) {
           MapStatistics s{};
           s.scale = static_cast<float>(row.mean);
           const RowValue got = plan.kernels.forward(row, s);
@@ -215,7 +267,7 @@ std::tuple<Tensor, Saved> maps_fwd(const Inputs& x) {
 std::vector<char> streamed_layers(const Plan& plan, const std::vector<Tensor>& grads) {
   std::vector<char> streamed;
   for (const Layer& layer : plan.layers) {
-    const int64_t bytes = layer.rows * layer.keys * (plan.dtype == ScalarType::Float ? 4 : 2);
+    const int64_t bytes = layer.rows * layer.heads * layer.keys * (plan.dtype == ScalarType::Float ? 4 : 2);
     streamed.push_back(bytes >= kStreamedGradientBytes && layer.keys % kLanes == 0);
   }
   for (size_t k = 0; k < grads.size(); ++k)
@@ -248,24 +300,31 @@ std::vector<Tensor> maps_bwd(const Tensor& grad, const Saved& saved, const Input
   const size_t first_b = needs.a ? x.a.size() : 0;
   for_dtype(plan.dtype, "attention_maps", [&](auto element) {
     using T = decltype(element);
-    plan.each_row<T>([&](const Layer& layer, int64_t block, int64_t r, const float* mask, const Row& row) {
-      MapStatistics s{};
-      for (int64_t k = 0; k < kept; ++k) s.*plan.kept[k] = from[k * plan.rows + layer.first_row + r];
-      const int64_t i = plan.blocks[block].layer, start = r * layer.keys;
-      const double weight = static_cast<double>(scales[i]) * x.weights[i] * of_input;
-      T* const to_a = needs.a ? output<T>(grads[i]) + start : nullptr;
-      T* const to_b = needs.b ? output<T>(grads[first_b + i]) + start : nullptr;
-      RowGradient to{static_cast<float>(g[each ? layer.first_row + r : 0] * weight), needs.a ? row.more_a : nullptr,
-                     needs.b ? row.more_b : nullptr, false};
-      if constexpr (std::is_same_v<T, float>)
-        if (plan.as_they_lie(layer)) {
-          plan.kernels.backward(row, s, {to.upstream, to_a, to_b, streamed[i] != 0});
-          return;
-        }
-      plan.kernels.backward(row, s, to);
-      if (to_a) plan.write(to.a, {mask, plan.how.scores ? row.a : nullptr}, layer.keys, to_a, streamed[i] != 0);
-      if (to_b) plan.write(to.b, {mask, plan.how.scores ? row.b : nullptr}, layer.keys, to_b, streamed[i] != 0);
-    });
+    plan.each_row<T>(
+        [&](const Layer& layer, int64_t block, int64_t r, const float* mask, const Row& row, const Heads& heads) {
+          MapStatistics s{};
+          for (int64_t k = 0; k < kept; ++k) s.*plan.kept[k] = from[k * plan.rows + layer.first_row + r];
+          const int64_t i = plan.blocks[block].layer, start = layer.start(r);
+          const double weight = static_cast<double>(scales[i]) * x.weights[i] * of_input;
+          T* const to_a = needs.a ? output<T>(grads[i]) + start : nullptr;
+          T* const to_b = needs.b ? output<T>(grads[first_b + i]) + start : nullptr;
+          RowGradient to{static_cast<float>(g[each ? layer.first_row + r : 0] * weight), needs.a ? row.more_a : nullptr,
+                         needs.b ? row.more_b : nullptr, false};
+          if constexpr (std::is_same_v<T, float>)
+            if (plan.as_they_lie(layer)) {
+              plan.kernels.backward(row, s, {to.upstream, to_a, to_b, streamed[i] != 0});
+              return;
+            }
+          plan.kernels.backward(row, s, to);
+          if (plan.most_heads > 0) {
+            const Left left{mask, nullptr};
+            if (to_a) plan.write_heads(layer, to.a, heads.a, heads.count_a, left, to_a, streamed[i] != 0);
+            if (to_b) plan.write_heads(layer, to.b, heads.b, heads.count_b, left, to_b, streamed[i] != 0);
+            return;
+          }
+          if (to_a) plan.write(to.a, {mask, plan.how.scores ? row.a : nullptr}, layer.keys, to_a, streamed[i] != 0);
+          if (to_b) plan.write(to.b, {mask, plan.how.scores ? row.b : nullptr}, layer.keys, to_b, streamed[i] != 0);
+        });
   });
   return grads;
 }

@@ -55,6 +55,11 @@ struct MapKernels {
   void (*write_bfloat16)(const float* from, const Left&, int64_t n, BFloat16* to, bool streamed);
   void (*write_half)(const float* from, const Left&, int64_t n, Half* to, bool streamed);
   void (*finish)();  // after what was streamed
+  // p = the softmax of a prepared row, added to `sum` too; false, and zeros, where it has none
+  bool (*soften)(const float* logits, int64_t n, float* p, float* sum);
+  void (*scale)(float* x, int64_t n, float by);
+  // The gradient of the logits from the slopes by p, times `by`.
+  void (*through_softmax)(const float* p, const float* slopes, int64_t n, float by, float* to);
 };
 
 }  // namespace fastloss

@@ -261,6 +261,34 @@ static void logits_backward(const Row& row, const MapStatistics& s, const RowGra
 
 static void finish_streams() { fence(); }
 
+static bool soften(const float* logits, int64_t n, float* p, float* sum) {
+  const float peak = peak_of(logits, n);
+  const bool there = peak != -__builtin_inff();
+  const float inverse = there ? __builtin_expf(-exponentials<false>(logits, peak, n, p)) : 0.0f;
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = there ? load(p + i) * inverse : vf{};
+    store(p + i, x);
+    store(sum + i, load(sum + i) + x);
+  }
+  return there;
+}
+
+static void scale_row(float* x, int64_t n, float by) {
+  for (int64_t i = 0; i < n; i += W) store(x + i, where(all(by) != 0.0f, load(x + i) * by));
+}
+
+static void through_softmax(const float* p, const float* slopes, int64_t n, float by, float* to) {
+  const Sums sums = sum_row(n, [&](int64_t i, vf& inner, vf&) __attribute__((always_inline)) {
+    const vf x = load(p + i);
+    inner += where(x != 0.0f, x * load(slopes + i));
+  });
+  const float inner = (float)sums.first;
+  for (int64_t i = 0; i < n; i += W) {
+    const vf x = load(p + i);
+    store(to + i, where(x != 0.0f, x * (load(slopes + i) - inner) * by));
+  }
+}
+
 template <MapMetric metric>
 static MapKernels kernels_of(bool logits) {
   return {prepare_row<float>,
@@ -271,7 +299,10 @@ static MapKernels kernels_of(bool logits) {
           write_row<float>,
           write_row<BFloat16>,
           write_row<Half>,
-          finish_streams};
+          finish_streams,
+          soften,
+          scale_row,
+          through_softmax};
 }
 
 static MapKernels map_kernels(MapMetric metric, bool logits) {

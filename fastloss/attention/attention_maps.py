@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..core import Op
+from ..core.backends import is_interpreting
 from .divergence import attention_reference, reduce_rows
+from .heads import mean_over_heads
 
 TEMPERATURES = (1e-18, 1e18)  # of the kernels, which multiply with the inverse
 
@@ -29,6 +31,7 @@ class Inputs(NamedTuple):
     metric: str
     temperature: float  # of logits
     reduction: str
+    head_mean: bool  # of logits: compare the means of the softmaxes over dimension -3, of which rows have one less
 
 
 class Saved(NamedTuple):
@@ -63,20 +66,23 @@ class CosineStatistics(NamedTuple):
     value: int = 2
 
 
-def statistics_of(inputs: str, metric: str) -> int:
+def statistics_of(inputs: str, metric: str, head_mean: bool = False) -> int:
     """How many numbers of a row are kept. Of distances of probabilities element by element: their scale."""
-    if inputs == "logits":
+    if inputs == "logits" and not head_mean:
         return len(Statistics())
     return len(CosineStatistics()) if metric == "cosine" else 1 if metric in ("mse", "l1") else 0
 
 
-def rows_of(maps: list[Tensor]) -> list[int]:
+def rows_of(maps: list[Tensor], head_mean: bool = False) -> list[int]:
     """Rows of each layer."""
-    return [math.prod(t.shape[:-1]) for t in maps]
+    return [math.prod(t.shape[:-3]) * t.shape[-2] if head_mean else math.prod(t.shape[:-1]) for t in maps]
 
 
 def attention_maps_reference(x: Inputs) -> Tensor:
     """The definition."""
+    if x.head_mean:
+        a, b, masks = mean_over_heads(x.a, x.b, x.masks, x.inputs, x.temperature)
+        x = x._replace(a=a, b=b, masks=masks, inputs="probs", temperature=1.0, head_mean=False)
     layers = []
     for i, (a, b, weight) in enumerate(zip(x.a, x.b, x.weights, strict=True)):
         mask = x.masks[i] if x.masks else None
@@ -88,9 +94,9 @@ def attention_maps_reference(x: Inputs) -> Tensor:
 
 
 def _maps_fwd(x: Inputs) -> tuple[Tensor, Saved]:
-    first, rows = x.a[0], sum(rows_of(x.a))
+    first, rows = x.a[0], sum(rows_of(x.a, x.head_mean))
     out = first.new_empty((rows,) if x.reduction == "none" else (), dtype=torch.float32)
-    statistics = first.new_empty((statistics_of(x.inputs, x.metric), rows), dtype=torch.float32)
+    statistics = first.new_empty((statistics_of(x.inputs, x.metric, x.head_mean), rows), dtype=torch.float32)
     return out, Saved(statistics, first.new_empty((len(x.a),), dtype=torch.float32))
 
 
@@ -100,6 +106,8 @@ def _maps_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> list[Tenso
 
 
 def _why_not(x: Inputs) -> str | None:
+    if x.head_mean and (x.a[0].device.type != "cpu" or is_interpreting()):
+        return "the kernels of GPUs take maps whose heads have been averaged"
     if TEMPERATURES[0] <= x.temperature <= TEMPERATURES[1]:
         return None
     return f"the kernels take temperatures from {TEMPERATURES[0]:g} to {TEMPERATURES[1]:g}, not {x.temperature:g}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -110,17 +111,17 @@ def attention_consistency_loss(
         x = [t.detach() for t in x]
     elif stop_gradient == "b":
         y = [t.detach() for t in y]
-    if head_mean:
+    if head_mean and not (inputs == "logits" and x[0].device.type == "cpu"):
         x, y, masks = mean_over_heads(x, y, masks, inputs, temperature)
-        inputs, temperature = ("probs" if inputs == "logits" else inputs), 1.0
+        inputs, temperature, head_mean = ("probs" if inputs == "logits" else inputs), 1.0, False
     if reduction == "mean":
         for t in x:
             check_not_empty(t.numel())
-    out = attention_maps(*Inputs(x, y, masks, layer_weights, inputs, metric, temperature, reduction))
+    out = attention_maps(*Inputs(x, y, masks, layer_weights, inputs, metric, temperature, reduction, head_mean))
     if reduction != "none":
         return out
-    shapes = [t.shape[:-1] for t in x]
-    rows = [part.view(shape) for part, shape in zip(out.split([s.numel() for s in shapes]), shapes, strict=True)]
+    shapes = [(*t.shape[:-3], t.shape[-2]) if head_mean else t.shape[:-1] for t in x]
+    rows = [part.view(shape) for part, shape in zip(out.split([math.prod(s) for s in shapes]), shapes, strict=True)]
     return rows[0] if alone else rows
 
 

@@ -361,7 +361,7 @@ def _aot_calls(
         ]
         masks = [m.expand(shape) for m, shape in zip(of_keys, shapes, strict=True)]
     warm = 2.0 if inputs == "logits" and mask else 1.0
-    x = Inputs(maps, maps, masks, [1.0] * len(maps), inputs, metric, warm, reduction)
+    x = Inputs(maps, maps, masks, [1.0] * len(maps), inputs, metric, warm, reduction, False)
     rows = sum(rows_of(maps))
     saved = Saved(
         torch.empty((statistics_of(inputs, metric), rows), device="meta"), torch.empty(len(maps), device="meta")
