@@ -105,8 +105,13 @@ def _maps_bwd(grad: Tensor, saved: Saved, x: Inputs, needs: Needs) -> list[Tenso
     return [t.new_empty(t.shape) for t in sides]
 
 
+def averages_heads(like: Tensor) -> bool:
+    """Whether the op itself averages the heads of logits: the kernels of GPUs take means that have been made."""
+    return like.device.type == "cpu" and not is_interpreting()
+
+
 def _why_not(x: Inputs) -> str | None:
-    if x.head_mean and (x.a[0].device.type != "cpu" or is_interpreting()):
+    if x.head_mean and not averages_heads(x.a[0]):
         return "the kernels of GPUs take maps whose heads have been averaged"
     if TEMPERATURES[0] <= x.temperature <= TEMPERATURES[1]:
         return None

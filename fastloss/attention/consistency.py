@@ -22,7 +22,7 @@ from ..core.checks import (
     is_sequence,
 )
 from ..core.entry import public_function
-from .attention_maps import Inputs, attention_maps
+from .attention_maps import Inputs, attention_maps, averages_heads
 from .divergence import METRICS, OF_SCORES, check_mask
 from .heads import mean_over_heads
 
@@ -111,7 +111,7 @@ def attention_consistency_loss(
         x = [t.detach() for t in x]
     elif stop_gradient == "b":
         y = [t.detach() for t in y]
-    if head_mean and not (inputs == "logits" and x[0].device.type == "cpu"):
+    if head_mean and not (inputs == "logits" and averages_heads(x[0])):
         x, y, masks = mean_over_heads(x, y, masks, inputs, temperature)
         inputs, temperature, head_mean = ("probs" if inputs == "logits" else inputs), 1.0, False
     if reduction == "mean":

@@ -64,6 +64,18 @@ def test_lists_of_many_layers_and_shapes(reduction, inputs):
 
 
 @needs_kernels
+@pytest.mark.parametrize("metric", METRICS)
+def test_means_over_heads_of_logits(metric):
+    """Layers with heads and keys of their own, heads without a key in a row, rows without one in any head."""
+    shapes = ((2, 3, 5, 33), (1, 2, 3, 16))
+    a, b = zip(*(pair(*shape, seed=i) for i, shape in enumerate(shapes)), strict=True)
+    a[0][0, 1, 2], a[0][1, :, 3], b[0][0, 0, 0], b[1][0, :, 1] = (-math.inf,) * 4
+    options = {"inputs": "logits", "metric": metric, "head_mean": True, "temperature": 1.5}
+    check(a, b, reduction="none", **options)
+    check(a[:1], b[:1], mask=torch.rand(2, 1, 5, 33, generator=torch.Generator().manual_seed(2)) > 0.3, **options)
+
+
+@needs_kernels
 def test_masks_of_every_stride():
     """Broadcast over every set of axes, transposed, and over more separate axes than a kernel walks."""
     a, b = pair(2, 3, 4, 9)

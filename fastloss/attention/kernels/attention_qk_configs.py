@@ -66,7 +66,7 @@ TABLE: dict[str, dict[str, _Line]] = {
     "gfx942": {
         "half": {
             FORWARD: ((64, Tile(64, 64, 8, 2)), (128, Tile(32, 32, 4, 1)), _WIDEST_ROWS),
-            OF_QUERIES: ((64, Tile(64, 32, 8, 2)), (128, Tile(64, 32, 8, 1)), (256, Tile(16, 32, 8, 1))),
+            OF_QUERIES: ((64, Tile(64, 32, 8, 2)), (128, Tile(64, 32, 8, 1)), (256, Tile(16, 16, 8, 1))),
             OF_KEYS: ((128, Tile(32, 32, 4, 1)), (256, Tile(16, 32, 8, 1))),
         },
         "full": _FULL | {OF_KEYS: ((64, Tile(32, 32, 4, 1)), (256, Tile(16, 16, 4, 1)))},
