@@ -81,8 +81,8 @@ def rows_of(maps: list[Tensor], head_mean: bool = False) -> list[int]:
 def attention_maps_reference(x: Inputs) -> Tensor:
     """The definition."""
     if x.head_mean:
-        a, b, masks = mean_over_heads(x.a, x.b, x.masks, x.inputs, x.temperature)
-        x = x._replace(a=a, b=b, masks=masks, inputs="probs", temperature=1.0, head_mean=False)
+        means = mean_over_heads(x.a, x.b, x.masks, x.inputs, x.temperature)
+        return attention_maps_reference(Inputs(*means, x.weights, "probs", x.metric, 1.0, x.reduction, False))
     layers = []
     for i, (a, b, weight) in enumerate(zip(x.a, x.b, x.weights, strict=True)):
         mask = x.masks[i] if x.masks else None
