@@ -9,6 +9,9 @@
 #include "core/tensors.h"
 
 #include <algorithm>
+#include <array>
+#include <bit>
+#include <cstdint>
 #include <limits>
 #include <optional>
 #include <string>
@@ -21,6 +24,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTileColumns = 1024;  // a tile of logits is read twice: it stays in a thread's cache
 constexpr int64_t kTileRows = 32;
+constexpr int64_t kPairWord = 32;               // columns of a word of listed pairs, see pairs.py
 constexpr int64_t kSelfSimilarityBlock = 1024;  // rows and columns of a block at most with `self_similarity`
 
 // What the matrix is like, field by field as Form in options.py.
@@ -30,7 +34,8 @@ struct Form {
   bool self_similarity = false;  // query and key are the same rows: entries above the diagonal stand for those below
   bool moments = false;          // sum and number of the negatives' logits
   bool bfloat16 = false;         // products may be made in it
-  FASTLOSS_FIELDS(diagonal, symmetric, self_similarity, moments, bfloat16)
+  bool are_negatives = false;    // of listed pairs: they alone are negatives; else they alone are none
+  FASTLOSS_FIELDS(diagonal, symmetric, self_similarity, moments, bfloat16, are_negatives)
 };
 
 // What makes logits of the raw products of one row, and what of a stretch of columns.
@@ -131,6 +136,8 @@ struct LogitMatrix {
   std::vector<float> powers{1.0f};
   std::vector<float> row_scale, column_scale, bias, logit_limit, column_limit;
   std::vector<int64_t> targets, row_ids, column_ids;  // targets: -1 where there is none
+  OptionalTensor pair_spans, pair_words;              // listed pairs, as in pairs.py
+  const bool pairs_are_negatives;                     // those that are listed; else the others
 
   // `query_name`, `key_name`: what the op's arguments are called.
   LogitMatrix(const char* op, const Tensor& q, const Tensor& k, const Form& form, double hardness = 0,
@@ -147,7 +154,8 @@ struct LogitMatrix {
         diagonal(form.diagonal),
         moments(form.moments),
         self_similarity(form.self_similarity),
-        symmetric(form.symmetric || form.self_similarity) {
+        symmetric(form.symmetric || form.self_similarity),
+        pairs_are_negatives(form.are_negatives) {
     STD_TORCH_CHECK(k.size(1) == dim, op, ": ", key_name, ": expected [N, ", dim, "] as ", query_name, " is [M, ", dim,
                     "], got [N, ", k.size(1), "]");
     STD_TORCH_CHECK(!symmetric || rows == columns, op, ": ", key_name, ": expected as many rows as ", query_name,
@@ -213,6 +221,38 @@ struct LogitMatrix {
     if (symmetric) column_limit = column_operand("logit_limit", of_rows, none);
   }
 
+  // Pairs that are left out, or are the only ones that are not.
+  void set_pairs(const OptionalTensor& spans, const OptionalTensor& words) {
+    if (!spans.has_value() || !words.has_value()) return;
+    STD_TORCH_CHECK(!self_similarity, op, ": pair_spans: half of the pairs are made, of which a list may have others");
+    STD_TORCH_CHECK(
+        spans->scalar_type() == ScalarType::Long && spans->dim() == 2 && spans->size(0) == rows && spans->size(1) == 2,
+        op, ": pair_spans: expected int64 [", rows, ", 2]");
+    STD_TORCH_CHECK(words->scalar_type() == ScalarType::Int && words->dim() == 2 && words->size(1) == 2, op,
+                    ": pair_words: expected int32 [P, 2]");
+    pair_spans = as_contiguous(*spans);
+    pair_words = as_contiguous(*words);
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t* span = input<int64_t>(*pair_spans) + 2 * i;
+      STD_TORCH_CHECK(0 <= span[0] && span[0] <= span[1] && span[1] <= words->size(0), op,
+                      ": pair_spans: expected parts of the words");
+    }
+  }
+
+  // Calls body(j) with each column of first .. first + n that is listed with row i, in order.
+  template <typename Body>
+  void each_listed(int64_t i, int64_t first, int64_t n, const Body& body) const {
+    const int64_t* span = input<int64_t>(*pair_spans) + 2 * i;
+    const auto* words = reinterpret_cast<const std::array<int32_t, 2>*>(input<int32_t>(*pair_words));
+    const auto* word = std::lower_bound(words + span[0], words + span[1], first / kPairWord,
+                                        [](const auto& w, int64_t number) { return w[0] < number; });
+    for (; word < words + span[1] && (*word)[0] * kPairWord < first + n; ++word)
+      for (uint32_t bits = static_cast<uint32_t>((*word)[1]); bits != 0; bits &= bits - 1) {
+        const int64_t j = (*word)[0] * kPairWord + std::countr_zero(bits);
+        if (j >= first && j < first + n) body(j);
+      }
+  }
+
   // Logits of row i, columns first .. first + n; what is no negative becomes -inf. `transposed` makes a difference
   // with two limits only.
   void logits(const ContrastiveKernels& kernels, const float* raw, int64_t i, int64_t first, int64_t n, bool transposed,
@@ -229,6 +269,7 @@ struct LogitMatrix {
     if (self_similarity)
       std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
     leave_out(targets[i]);
+    if (pair_spans.has_value()) leave_out_pairs(i, first, n, to);
   }
 
   // The raw products of m rows from `begin` on and n columns from `first` on.
@@ -272,6 +313,16 @@ struct LogitMatrix {
   int64_t lse_index(size_t a) const { return a == 0 ? 0 : stats_count() - 3 + static_cast<int64_t>(a); }
 
  private:
+  void leave_out_pairs(int64_t i, int64_t first, int64_t n, float* to) const {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    if (!pairs_are_negatives) return each_listed(i, first, n, [&](int64_t j) { to[j - first] = none; });
+    int64_t next = first;  // what lies between two negatives is none
+    each_listed(i, first, n, [&](int64_t j) {
+      std::fill(to + (next - first), to + (j - first), none);
+      next = j + 1;
+    });
+    std::fill(to + (next - first), to + n, none);
+  }
   Tensor float_matrix(const char* name, const Tensor& t) const {
     STD_TORCH_CHECK(t.dim() == 2, op, ": ", name, ": expected a matrix");
     const ScalarType dtype = t.scalar_type();

@@ -19,8 +19,9 @@ struct Inputs {
   Form form;
   double hardness, workspace_mib;
   std::string save;
+  OptionalTensor pair_spans, pair_words;
   FASTLOSS_FIELDS(query, key, row_scale, column_scale, bias, targets, row_ids, column_ids, logit_limit, form, hardness,
-                  workspace_mib, save)
+                  workspace_mib, save, pair_spans, pair_words)
   Save saves() const { return save_of(kOp, save, {Save::kNothing, Save::kWeightedKeys, Save::kLogits}); }
 };
 struct Saved {
@@ -41,6 +42,7 @@ LogitMatrix logit_matrix(const Inputs& x) {
   p.set_targets(x.targets);
   p.set_ids(x.row_ids, x.column_ids);
   p.set_logit_limit(x.logit_limit);
+  p.set_pairs(x.pair_spans, x.pair_words);
   return p;
 }
 

@@ -5,10 +5,9 @@ They replace ``compute_loss`` alone, so that reducers, regularisers, recorded st
     NT-Xent    log(1 + exp(L_a - s_ap)) of each positive pair (a, p), L_a the log-sum-exp of a's negatives
     SupCon     L_a - mean_p s_ap of each anchor, L_a the log-sum-exp of all that it is compared with
 
-L comes from fastloss's kernels where an anchor's negatives are all rows of other classes, and all that it is compared
-with are all rows but one: batches, other embeddings, CrossBatchMemory. For pairs that a miner chose, and for distances
-that no product gives, NT-Xent takes it from the library's matrix of distances; the library itself compares every
-positive pair with every negative one.
+L comes from fastloss's kernels: of all rows of other classes, of all rows but one, or of the pairs that a miner chose,
+as a list. For pairs that come twice, and for distances that no product gives, NT-Xent takes it from the library's
+matrix of distances; the library itself compares every positive pair with every negative one.
 """
 
 from __future__ import annotations
@@ -113,12 +112,26 @@ def _no_loss(pairs: _Pairs) -> bool:
     return min(positives, pairs.negatives) == 0 or max(positives, pairs.negatives) <= 1
 
 
+def _listed(pairs: _Pairs, columns: int, also: bool = False) -> Tensor | None:
+    """The negative pairs [P, 2], `also` the positive ones beside them; None: all of another class, or some come twice,
+    which count twice for the library, or a pair is of both kinds."""
+    if pairs.negative_rows is None or pairs.negative_columns is None:
+        return None
+    negative = torch.stack((pairs.negative_rows, pairs.negative_columns), 1)
+    positive = torch.stack((pairs.positive_rows, pairs.positive_columns), 1)
+    found = torch.cat((negative, positive)) if also else negative
+    # info_nce takes a row's target, a positive, for no negative; so none may be listed as one
+    both = torch.cat((negative, positive))
+    places = (both[:, 0] * columns + both[:, 1]).sort().values
+    return None if bool((places[1:] == places[:-1]).any()) else found
+
+
 def _are_all(pairs: _Pairs, labels: Tensor | None, ref_labels: Tensor | None) -> bool:
     """Whether the negatives are all pairs of different classes, each once, and the positives of one class."""
     if pairs.negative_rows is None or pairs.negative_columns is None:
         return True
-    if labels is None or ref_labels is None:
-        return False
+    if labels is None or ref_labels is None or 4 * pairs.negatives < len(labels) * len(ref_labels):
+        return False  # a short list is taken as it is, without a mask of all pairs
     ordered = pairs.negative_rows * len(ref_labels) + pairs.negative_columns
     different = labels[:, None] != ref_labels
     return bool(
@@ -159,13 +172,13 @@ class NTXentLoss(_NTXentLoss):
         if _no_loss(pairs):
             return self.zero_losses()
         rows, columns = pairs.positive_rows, pairs.positive_columns
-        if kind is not None and _are_all(pairs, labels, ref_labels):
+        every = _are_all(pairs, labels, ref_labels)
+        listed = None if every else _listed(pairs, len(ref_emb))
+        if kind is not None and (every or listed is not None):
             _note_statistics(self.distance, embeddings, ref_emb)
             found = _Rows(embeddings, ref_emb, kind)
-            negatives = found.lse(
-                include_positive=False, targets=_a_positive(pairs, len(embeddings)), query_ids=labels,
-                key_ids=ref_labels,
-            )  # fmt: skip
+            which = {"query_ids": labels, "key_ids": ref_labels} if every else {"negative_pairs": listed}
+            negatives = found.lse(include_positive=False, targets=_a_positive(pairs, len(embeddings)), **which)
             positives = found.of_pairs(rows, columns)
         else:
             scores = _matrix(self, embeddings, ref_emb)
@@ -215,10 +228,15 @@ class SupConLoss(_SupConLoss):
         if _no_loss(pairs):
             return self.zero_losses()
         left_out = _left_out(pairs, rows, len(ref_emb), alone)
+        which = {"query_ids": left_out, "key_ids": torch.arange(len(ref_emb), device=embeddings.device)}
+        if left_out is None:
+            listed = _listed(pairs, len(ref_emb), also=True)
+            if listed is None:
+                raise NotServed("indices_tuple: pairs that come twice")
+            which = {"negative_pairs": listed}
         _note_statistics(self.distance, embeddings, ref_emb)
         found = _Rows(embeddings, ref_emb, kind)
-        everything = torch.arange(len(ref_emb), device=left_out.device)
-        lse = found.lse(targets=_a_positive(pairs, rows), query_ids=left_out, key_ids=everything)
+        lse = found.lse(targets=_a_positive(pairs, rows), **which)
         counts = torch.bincount(pairs.positive_rows, minlength=rows)
         similarities = found.of_pairs(pairs.positive_rows, pairs.positive_columns)
         sums = torch.zeros_like(lse).index_add(0, pairs.positive_rows, similarities)
@@ -238,21 +256,23 @@ class SupConLoss(_SupConLoss):
         return {"loss": {"losses": as_theirs(losses, *inputs), "indices": indices, "reduction_type": "element"}}
 
 
-def _left_out(pairs: _Pairs, rows: int, columns: int, alone: bool) -> Tensor:
+def _left_out(pairs: _Pairs, rows: int, columns: int, alone: bool) -> Tensor | None:
     """Which column each row [M] is not compared with; -1: none. Rows without a positive have no loss, and do not count.
 
-    Raises NotServed where a row leaves out more than one.
+    None where a row leaves out more than one, or the list is short.
     """
     device = pairs.positive_rows.device
     if pairs.negative_rows is None:
         return torch.arange(rows, device=device) if alone else torch.full((rows,), -1, device=device)
+    if 4 * (len(pairs.positive_rows) + pairs.negatives) < rows * columns:
+        return None
     compared = torch.zeros(rows, columns, dtype=torch.bool, device=device)
     compared[pairs.positive_rows, pairs.positive_columns] = True
     counted = compared.any(1)
     compared[pairs.negative_rows, pairs.negative_columns] = True
     missing = columns - compared.sum(1)
     if compared.sum() != len(pairs.positive_rows) + pairs.negatives or (missing[counted] > 1).any():
-        raise NotServed("indices_tuple: pairs that leave more than one row out, or come twice")
+        return None
     return torch.where(missing == 1, compared.to(torch.uint8).argmin(1), -1)
 
 

@@ -9,6 +9,7 @@ loss_and_grads.py    a loss and its gradients without the caller's graph, for gr
 options.py           NegativeSampling, ContrastiveOutput, and the options of the softmax losses
 checks.py            checks of arguments, and the last step of every loss here
 embeddings.py        embeddings as the losses take them: dtype, norms, scales
+pairs.py             lists of pairs that are no negatives, or the only ones; similar_pairs makes one from a guide
 several_positives.py  InfoNCE with several positives a query: the loss of one, corrected for the others
 query_key_losses.py  the softmax losses of queries against keys (CLIP, InfoNCE): which op, and the loss from its results
 row_losses.py        the definition: losses of rows from the statistics of their negatives, e.g. log-sum-exps
@@ -22,6 +23,7 @@ from .info_nce import ContrastiveLoss, InfoNCELoss, info_nce
 from .loss_and_grads import LossAndGrads, loss_and_grads
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .options import ContrastiveOutput, NegativeSampling
+from .pairs import similar_pairs
 from .siglip import SigLipLoss, siglip_loss
 from .supcon import SupConLoss, supcon_loss
 
@@ -40,5 +42,6 @@ __all__ = [
     "loss_and_grads",
     "nt_xent_loss",
     "siglip_loss",
+    "similar_pairs",
     "supcon_loss",
 ]

@@ -109,14 +109,18 @@ def check_targets(targets: Any, rows: int, keys: int, like: Tensor) -> Tensor:
     """Indices of keys as int64. Their range is checked on the CPU; a GPU's own index check asserts on the device."""
     targets = check_integers("targets", targets, (rows,), like, several=True)
     least = -1 if targets.ndim == 2 else 0
-    # Looking at values must not happen while tracing, nor make a GPU wait.
-    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    if plain and type(targets) is Tensor and targets.device.type == "cpu" and rows:
-        low, high = int(targets.min()), int(targets.max())
-        if low < least or high >= keys:
-            wanted = f"indices of key's {keys} rows, 0 to {keys - 1}{', or -1' * (least < 0)}"
-            raise ValueError(f"targets: expected {wanted}, got {low} to {high}")
+    wanted = f"indices of key's {keys} rows, 0 to {keys - 1}{', or -1' * (least < 0)}"
+    check_range("targets", targets, least, keys, wanted)
     return targets
+
+
+def check_range(name: str, indices: Tensor, least: int, end: int, wanted: str) -> None:
+    """Whether all are at least `least` and below `end`, where that can be seen without making a GPU wait."""
+    plain = not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    if plain and type(indices) is Tensor and indices.device.type == "cpu" and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < least or high >= end:
+            raise ValueError(f"{name}: expected {wanted}, got {low} to {high}")
 
 
 def check_flags(**flags: Any) -> list[bool]:

@@ -11,6 +11,7 @@ from .checks import across_ranks, as_scalar, check_embeddings, check_flags, chec
 from .clip_groups import GroupedClip, Side, check_paired, grouped_clip_loss
 from .groups import GROUPS, check_alone, checked_both
 from .options import OPEN_CLIP_NAMES, SCALE_HINTS, ContrastiveOutput, SoftmaxOptions, may_return_lse
+from .pairs import checked_pairs
 from .query_key_losses import QueryKey, query_key_loss
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def clip_loss(
     text_ids: Tensor | None = None,
     image_groups: Tensor | None = None,
     text_groups: Tensor | None = None,
+    excluded_pairs: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_lse: bool = False,
@@ -61,6 +63,8 @@ def clip_loss(
         image_groups: integers [M], any values; not together with ids or `return_lse`. When only one of the two is given
             it serves both.
         text_groups: integers [N].
+        excluded_pairs: integers [P, 2], pairs of an image and a text that are no negatives, in both directions, see
+            :func:`info_nce`. Not with groups or `group`.
         weights: one weight >= 0 per pair [M], or a bool mask, as in :func:`info_nce`: 0 leaves out both directions of
             the pair, whose embeddings remain negatives of the other pairs (with groups their positives too). With
             groups only for M = N, as is ``reduction="none"``.
@@ -89,7 +93,7 @@ def clip_loss(
     normalize, return_lse = check_flags(normalize=normalize, return_lse=return_lse)
     of_groups = check_alone(
         GROUPS, (image_groups, text_groups), image_ids=image_ids is not None, text_ids=text_ids is not None,
-        return_lse=return_lse,
+        return_lse=return_lse, excluded_pairs=excluded_pairs is not None,
     )  # fmt: skip
     check_embeddings("text", text, image, "image", rows=not of_groups)
     rows = image.shape[0]
@@ -114,12 +118,11 @@ def clip_loss(
         return clip_groups.clip_loss(grouped, group, exchange)
     form = SoftmaxOptions(symmetric=True, normalize=normalize, label_smoothing=label_smoothing)
     ids = (text_ids if image_ids is None else image_ids, image_ids if text_ids is None else text_ids)
-    pairs = QueryKey(
-        image, text, None, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib
-    )
-    return (
-        query_key_loss(pairs) if group is None else across_ranks().query_key_loss(pairs, "clip_loss", group, exchange)
-    )
+    x = QueryKey(
+        image, text, None, None, scale, bias, None, ids, weights, form, reduction, return_lse, workspace_mib,
+        checked_pairs(excluded_pairs, None, rows, rows, image, group),
+    )  # fmt: skip
+    return query_key_loss(x) if group is None else across_ranks().query_key_loss(x, "clip_loss", group, exchange)
 
 
 class ClipLoss(Loss):

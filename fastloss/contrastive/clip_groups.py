@@ -65,7 +65,7 @@ def rows_against(
     row_scale = scale_of_rows(inverse_norm(rows, dtype) if x.normalize else None, x.scale, rows, dtype)
     inputs = Inputs(
         rows, columns, row_scale, column_scale, None, None, None, None, None,
-        False, False, False, False, bfloat16, 0.0, x.workspace_mib,
+        False, False, False, False, bfloat16, False, 0.0, x.workspace_mib,
     )  # fmt: skip
     lse, mean, count = (_among if among is None else among)(inputs, own.groups, other.groups, x.label_smoothing)
     left_out = count == 0 if dropped is None else (count == 0) | dropped

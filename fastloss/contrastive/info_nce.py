@@ -29,6 +29,7 @@ from .options import (
     SoftmaxOptions,
     may_return_lse,
 )
+from .pairs import checked_pairs
 from .query_key_losses import QueryKey, query_key_loss
 from .several_positives import POSITIVES, check_several, several_positives_loss
 
@@ -59,6 +60,8 @@ def info_nce(
     targets: Tensor | None = None,
     positives: str = "mean",
     sampling: NegativeSampling | None = None,
+    excluded_pairs: Tensor | None = None,
+    negative_pairs: Tensor | None = None,
     group: Group = None,
     exchange: Exchange | None = None,
 ) -> Tensor | ContrastiveOutput:
@@ -98,10 +101,15 @@ def info_nce(
         targets: integers [M], the positive of each query as an index into `key`; None: its own row, with N >= M.
             [M, P] for several positives, -1 where a query has fewer, repeated ones counting once: each takes part in
             the denominator, and a query without any has loss 0. They want `include_positive` and [M, P, D] numbers,
-            and take no `symmetric`, ids, `sampling`, `return_lse` or `group`.
+            and take no `symmetric`, ids, listed pairs, `sampling`, `return_lse` or `group`.
         positives: of several positives ``"mean"``, the mean of the negative log-probabilities (SupCon), or ``"sum"``,
             the negative log of their summed probability (MIL-NCE).
         sampling: debiased, hardness-weighted or margin-filtered negatives, see :class:`NegativeSampling`.
+        excluded_pairs: integers [P, 2], pairs of a query and of a column that are no negatives, in any order, repeated
+            ones counting once: columns are the keys, 0 to N - 1, and shared `negatives`, N to N + K - 1. A query's
+            positive stays. No [M, N] mask is made of them; :func:`similar_pairs` makes such a list from the embeddings
+            of another model. With `symmetric` both directions leave a pair out. Not with `group`.
+        negative_pairs: integers [P, 2], the only pairs that are negatives, e.g. those that a miner chose.
         group: None, or a ProcessGroup or 1-D DeviceMesh whose ranks together have the batch: tensors are this rank's
             share (`targets` index its own keys), the loss is that of the whole batch, on every rank.
         exchange: how the ranks exchange their rows, see :class:`fastloss.Exchange`; without a group it does nothing.
@@ -129,6 +137,9 @@ def info_nce(
     if negatives_mask is not None:
         negatives_mask = check_negatives_mask(negatives_mask, negatives)
     ids = _ids(query_ids, key_ids, query, key, columns, targets is None)
+    pairs = checked_pairs(excluded_pairs, negative_pairs, query.shape[0], columns, query, group)
+    if pairs is not None and not in_batch and negatives is not None and negatives.ndim == 3:
+        raise ValueError("excluded_pairs, negative_pairs: expected shared negatives; of [M, K, D] use negatives_mask")
     check_choice("positives", positives, POSITIVES)
     check_sampling(sampling, normalize, bias)
     workspace_mib, label_smoothing = check_shared(query, weights, workspace_mib, label_smoothing)
@@ -136,7 +147,7 @@ def info_nce(
     form = SoftmaxOptions(include_positive, symmetric, normalize, label_smoothing, in_batch, sampling)
     x = QueryKey(
         query, key, negatives, negatives_mask, scale, offset, targets, ids, weights, form, reduction, return_lse,
-        workspace_mib,
+        workspace_mib, pairs,
     )  # fmt: skip
     if targets is not None and targets.ndim == 2:
         check_several(x, group)

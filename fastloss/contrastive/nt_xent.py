@@ -31,6 +31,7 @@ from .options import (
     SoftmaxOptions,
     may_return_lse,
 )
+from .pairs import ListedPairs, checked_pairs, words_of
 from .query_key_losses import _left_out, _sampling
 from .row_losses import row_losses
 
@@ -47,6 +48,7 @@ def nt_xent_rows(
     workspace_mib: float,
     dropped: Tensor | None,
     statistics: Callable[[Inputs], Tensor] = softmax_statistics,
+    pairs: ListedPairs | None = None,
 ) -> ContrastiveOutput:
     """Row losses [2M]: each view of each sample against all the other views of the batch.
 
@@ -63,10 +65,10 @@ def nt_xent_rows(
         positive = positive * norms.roll(rows)
     logit_limit = None if margin is None else (positive + scale * margin).detach()
     both = None if ids is None else ids.repeat(2)
-    stats = statistics(Inputs(
-        views, views, row_scale, norms, None, partner, both, both, logit_limit, False, False, True, moments, False,
-        hardness, workspace_mib,
-    ))  # fmt: skip
+    stats = statistics(Inputs(  # of listed pairs (i, j) may be one and (j, i) none: no half of the matrix has all
+        views, views, row_scale, norms, None, partner, both, both, logit_limit, pairs is not None, False, pairs is None,
+        moments, False, False, hardness, workspace_mib,
+    ).with_pairs(words_of(pairs, 2 * rows, 2 * rows)))  # fmt: skip
     out = row_losses(_left_out(dropped, positive), _left_out(dropped, stats[0]), scale, form)
     return out._replace(lse=_left_out(dropped, out.lse))
 
@@ -82,6 +84,8 @@ def nt_xent_loss(
     label_smoothing: float = 0.0,
     ids: Tensor | None = None,
     sampling: NegativeSampling | None = None,
+    excluded_pairs: Tensor | None = None,
+    negative_pairs: Tensor | None = None,
     weights: Tensor | None = None,
     reduction: str = "mean",
     return_lse: bool = False,
@@ -103,6 +107,8 @@ def nt_xent_loss(
         label_smoothing: as in :func:`info_nce`.
         ids: integers [M]; samples with equal ids are no negatives of each other.
         sampling: as in :func:`info_nce`.
+        excluded_pairs, negative_pairs: as in :func:`info_nce`, of rows and columns 0 to 2M - 1: view_a's, then
+            view_b's. A pair (i, j) says nothing of the pair (j, i).
         weights: one weight >= 0 per sample [M], or a bool mask, as in :func:`info_nce`; both views of the sample get
             it, and remain negatives of the others.
         reduction: ``"mean"`` (weighted as in :func:`info_nce`), ``"sum"`` or ``"none"``, over the 2M rows.
@@ -135,6 +141,7 @@ def nt_xent_loss(
         ids = check_integers("ids", ids, (rows,), view_a)
     check_sampling(sampling, normalize)
     workspace_mib, label_smoothing = check_shared(view_a, weights, workspace_mib, label_smoothing)
+    pairs = checked_pairs(excluded_pairs, negative_pairs, 2 * rows, 2 * rows, view_a, group)
     scale = scale_of(temperature, view_a, result_dtype(view_a, view_b))
     form = SoftmaxOptions(include_positive, False, normalize, label_smoothing, True, sampling)
     both = None if weights is None else weights.repeat(2)
@@ -144,7 +151,7 @@ def nt_xent_loss(
     dropped = dropped_rows(both)
     view_a, view_b = counted(view_a, dropped), counted(view_b, dropped)
     with full_precision(view_a):
-        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, dropped)
+        out = nt_xent_rows(view_a, view_b, scale, ids, form, workspace_mib, dropped, pairs=pairs)
     return reduce_output(out, both, reduction, return_lse)
 
 

@@ -22,6 +22,7 @@ class Form(NamedTuple):
     self_similarity: bool = False  # query and key are the same rows, the logits symmetric: what is above the diagonal
     moments: bool = False  # sum and number of the negatives' logits, for label smoothing and debiasing
     bfloat16: bool = False  # products may be made in it (CPU)
+    are_negatives: bool = False  # of listed pairs: they alone are negatives; else they alone are none
 
 
 @dataclass(frozen=True)

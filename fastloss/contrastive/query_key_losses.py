@@ -22,6 +22,7 @@ from .ops import softmax_loss_shared as loss_shared_op
 from .ops import softmax_stats as stats_op
 from .ops.softmax_stats_per_query import per_query_statistics
 from .options import ContrastiveOutput, SoftmaxOptions
+from .pairs import ListedPairs, words_of
 from .row_losses import merged, row_losses
 from .save_plan import KEY, NEGATIVES, QUERY, SCALE, save_of_loss
 
@@ -42,11 +43,12 @@ class QueryKey(NamedTuple):
     reduction: str
     return_lse: bool
     workspace_mib: float
+    pairs: ListedPairs | None = None  # of rows and of columns of keys and shared negatives
 
 
 def query_key_loss(x: QueryKey) -> Tensor | ContrastiveOutput:
     """The loss of checked arguments: in one op where none of the options needs more, else from the losses of rows."""
-    plain = not x.return_lse and not isinstance(x.bias, Tensor)
+    plain = not x.return_lse and not isinstance(x.bias, Tensor) and x.pairs is None
     if plain and (loss := shared_negatives_loss(x)) is not None:
         return loss
     dropped = dropped_rows(x.weights)
@@ -185,8 +187,8 @@ def softmax_rows(
         row_ids, column_ids = (None, None) if key_ids is None else (query_ids, key_ids[:keys])
         stats = _left_out(dropped, statistics(stats_op.Inputs(
             query, key, row_scale, key_scale, None if columns is None else columns[:keys], targets, row_ids, column_ids,
-            logit_limit, targets is None, form.symmetric, False, moments, bfloat16, hardness, x.workspace_mib,
-        ), "key"))  # fmt: skip
+            logit_limit, targets is None, form.symmetric, False, moments, bfloat16, False, hardness, x.workspace_mib,
+        ).with_pairs(words_of(x.pairs, rows, keys)), "key"))  # fmt: skip
     if negatives is not None and negatives.ndim == 3:
         found = per_query_statistics(query, negatives, x.negatives_mask, row_scale, form, logit_limit, moments, dropped)
         extra = _left_out(dropped, found)
@@ -199,8 +201,8 @@ def softmax_rows(
         extra = _left_out(dropped, statistics(stats_op.Inputs(
             query, negatives, row_scale, inverse_norm(negatives, dtype) if form.normalize else None,
             None if columns is None else columns[keys:], None, row_ids, column_ids, logit_limit,
-            False, False, False, moments, bfloat16_negatives, hardness, x.workspace_mib,
-        ), "negatives"))  # fmt: skip
+            False, False, False, moments, bfloat16_negatives, False, hardness, x.workspace_mib,
+        ).with_pairs(words_of(x.pairs, rows, negatives.shape[0], keys)), "negatives"))  # fmt: skip
         if stats is not None:
             extra = torch.stack([merged(stats[0], extra[0], moments, hardness), *stats[1:]])
         stats = extra

@@ -34,6 +34,8 @@ LEAST_ROWS = 64  # C++: the least rows of a chunk for "grads" of one direction; 
 TILE_ROWS = 32  # rows of a tile of the C++ kernels
 EXPS_SHARE = 0.75  # Triton: the part of the workspace that exponentials may take; G takes its blocks from the rest
 NARROWEST_TILE, WIDEST_TILE = 16, 128  # columns of the Triton kernels' tiles
+# From one row of a block to the next: the kernels count from a tile's corner, at most 128 rows on, in 32 bits.
+MOST_PITCH = 2**23
 
 
 class Exponentials(NamedTuple):
@@ -63,7 +65,7 @@ def _exps_serve(
     has too few powers of two for one exponential to serve both its row and its column.
     """
     directions = form.symmetric or form.self_similarity
-    if form.moments or hardness > 0 or query.dtype == torch.float32:
+    if form.moments or hardness > 0 or query.dtype == torch.float32 or key.shape[0] > MOST_PITCH:
         return False
     if directions and (logit_limit is not None or query.dtype == torch.float16):
         return False

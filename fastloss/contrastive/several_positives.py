@@ -33,6 +33,7 @@ def check_several(x: QueryKey, group: object) -> None:
         "include_positive=False": not x.form.include_positive,
         "sampling": x.form.sampling is not None,
         "query_ids and key_ids": any(t is not None for t in x.ids),
+        "excluded_pairs and negative_pairs": x.pairs is not None,
         "return_lse=True": x.return_lse,
         "group": group is not None,
         "label_smoothing beside in_batch=False": x.form.label_smoothing > 0 and not x.form.in_batch,

@@ -13,6 +13,16 @@ def eager_reduce(rows, weights, reduction):
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / weights.sum()}[reduction]
 
 
+def without_pairs(allowed, excluded_pairs, negative_pairs=None):
+    """The mask of the negatives [M, C] where some pairs, or all others, are none."""
+    listed = torch.zeros_like(allowed)
+    for row, column in [] if excluded_pairs is None else excluded_pairs.tolist():
+        listed[row, column] = True
+    if negative_pairs is None:
+        return allowed & ~listed
+    return allowed & ~without_pairs(torch.ones_like(allowed), negative_pairs)
+
+
 def eager_rows(
     similar, target, allowed, temperature=0.1, bias=None, include_positive=True, label_smoothing=0.0, sampling=None
 ):
@@ -52,7 +62,8 @@ def eager_rows(
 
 def eager_info_nce(
     query, key, negatives=None, *, temperature=0.1, symmetric=False, normalize=True, query_ids=None, key_ids=None,
-    in_batch=None, targets=None, weights=None, reduction="mean", negatives_mask=None, **row_options,
+    in_batch=None, targets=None, weights=None, reduction="mean", negatives_mask=None, excluded_pairs=None,
+    negative_pairs=None, **row_options,
 ):  # fmt: skip
     """`row_options`: those of :func:`eager_rows`."""
     if normalize:
@@ -75,9 +86,11 @@ def eager_info_nce(
         row_view = torch.cat((row_view, extra * (1 / temperature)), 1)
         counts = torch.ones_like(extra, dtype=torch.bool) if negatives_mask is None else negatives_mask
         mask = torch.cat((allowed, counts), 1)
+    mask = without_pairs(mask, excluded_pairs, negative_pairs)
     rows = eager_rows(row_view, target, mask, temperature, **row_options)
     if symmetric:
-        of_columns = eager_rows(logits.T, target, allowed.T, temperature, **(row_options | {"bias": None}))
+        of_keys = mask[:, : len(key)].T
+        of_columns = eager_rows(logits.T, target, of_keys, temperature, **(row_options | {"bias": None}))
         rows = (rows + of_columns) / 2
     return eager_reduce(rows, weights, reduction)
 
@@ -104,11 +117,17 @@ def eager_several_positives(
     return eager_reduce(rows.masked_fill(~there.any(1), 0.0), weights, reduction)
 
 
-def eager_clip(image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean"):
+def eager_clip(
+    image, text, logit_scale, logit_bias=0.0, normalize=False, label_smoothing=0.0, reduction="mean",
+    excluded_pairs=None,
+):  # fmt: skip
     if normalize:
         image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
     logits, labels = logit_scale * (image @ text.T) + logit_bias, torch.arange(len(image), device=image.device)
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
+    if excluded_pairs is not None:
+        counts = without_pairs(torch.ones_like(logits, dtype=torch.bool), excluded_pairs)
+        logits = logits.masked_fill(~(counts | torch.eye(len(image), device=image.device).bool()), -torch.inf)
     return (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
 
 
@@ -134,21 +153,29 @@ def eager_siglip(
     return eager_reduce(pairs.sum(1), weights, reduction)
 
 
-def eager_supcon(features, labels, temperature=0.1, include_positive=True, normalize=True, weights=None,
-                 reduction="mean"):  # fmt: skip
-    features = F.normalize(features, dim=1) if normalize else features
-    logits = features @ features.T * (1 / temperature)
-    other = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
-    same = (labels[:, None] == labels) & other
-    candidates = other if include_positive else other & ~same
-    log_p = logits - logits.masked_fill(~candidates, -torch.inf).logsumexp(1, keepdim=True)
-    rows = -torch.where(same, log_p, 0).sum(1) / same.sum(1).clamp(min=1)
+def eager_supcon(
+    features, labels, temperature=0.1, include_positive=True, normalize=True, weights=None, reduction="mean",
+    keys=None, key_labels=None, excluded_pairs=None,
+):  # fmt: skip
+    among, key_labels = (features, labels) if keys is None else (keys, key_labels)
+    if normalize:
+        features, among = F.normalize(features, dim=1), F.normalize(among, dim=1)
+    logits = features @ among.T * (1 / temperature)
+    other = torch.ones_like(logits, dtype=torch.bool)
+    if keys is None:
+        other = ~torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+    same = (labels[:, None] == key_labels) & other
+    candidates = without_pairs(other if include_positive else other & ~same, excluded_pairs)
+    none = ~candidates.any(1) if excluded_pairs is not None else torch.zeros_like(same[:, 0])
+    log_p = logits - logits.masked_fill(~candidates & ~none[:, None], -torch.inf).logsumexp(1, keepdim=True)
+    rows = (-torch.where(same, log_p, 0).sum(1) / same.sum(1).clamp(min=1)).masked_fill(none, 0.0)
     return eager_reduce(rows, weights, reduction)
 
 
 def eager_nt_xent(
-    view_a, view_b, temperature=0.1, normalize=True, ids=None, weights=None, reduction="mean", **row_options
-):
+    view_a, view_b, temperature=0.1, normalize=True, ids=None, weights=None, reduction="mean", excluded_pairs=None,
+    negative_pairs=None, **row_options,
+):  # fmt: skip
     """`row_options`: those of :func:`eager_rows`."""
     z = torch.cat((view_a, view_b))
     z = F.normalize(z, dim=1) if normalize else z
@@ -157,5 +184,6 @@ def eager_nt_xent(
     if ids is not None:
         allowed = allowed & (ids.repeat(2)[:, None] != ids.repeat(2))
     logits = z @ z.T * (1 / temperature)
+    allowed = without_pairs(allowed, excluded_pairs, negative_pairs)
     rows = eager_rows(logits, target, allowed, temperature, **row_options)
     return eager_reduce(rows, None if weights is None else weights.repeat(2), reduction)

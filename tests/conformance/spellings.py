@@ -16,6 +16,9 @@ from fastloss import NegativeSampling
 IDS, MASK = torch.tensor([3, 1, 3, 7, 1, -2]), torch.tensor([True, True, False, True, True, False])
 WEIGHTS, TARGETS = torch.tensor([1.0, 0.5, 0.0, 2.0, 1.0, 0.25]), torch.tensor([5, 5, 0, 1, 2, 3])
 COLUMNS = torch.linspace(-1, 1, 6)
+KEYS = torch.randn(6, 7, generator=torch.Generator().manual_seed(3))
+PAIRS = torch.tensor([[0, 1], [1, 0], [3, 0], [5, 4], [5, 0], [4, 1]])
+REPEATED = PAIRS.repeat(2, 1).flip(0)
 Groups = dict[str, list[dict[str, Any]]]
 
 
@@ -36,6 +39,10 @@ def ids(one: str, two: str) -> list[dict[str, Any]]:
     alone = [group for name in (one, two) for group in integers(name, IDS, torch.int8)]
     ends = [{one: high}, {two: low}, {one: high, two: high}]
     return [{one: IDS, two: IDS}, {one: IDS.int(), two: IDS}, *alone, *ends]
+
+
+def pairs(name: str) -> list[dict[str, Any]]:
+    return [{name: p} for p in (PAIRS, REPEATED, PAIRS.T.contiguous().T, PAIRS.int(), PAIRS.to(torch.uint8))]
 
 
 ROWS: Groups = {  # of all contrastive losses
@@ -74,7 +81,16 @@ IN_BATCH: Groups = PLAIN | {
     "targets": integers("targets", TARGETS, torch.int8),
     "one of several positives": [{"targets": TARGETS}, *({"targets": TARGETS[:, None], "positives": p} for p in MANY)],
     "ids": ids("query_ids", "key_ids"),
-    "all ids equal": [{"query_ids": IDS * 0, "key_ids": IDS * 0}, {"query_ids": IDS * 0}, {"key_ids": IDS * 0}],
+    "excluded_pairs": pairs("excluded_pairs"),
+    "negative_pairs": pairs("negative_pairs"),
+    "no excluded_pairs": [{}, {"excluded_pairs": PAIRS[:0]}, {"excluded_pairs": torch.arange(6)[:, None].repeat(1, 2)}],
+    "all ids equal": [
+        {"query_ids": IDS * 0, "key_ids": IDS * 0},
+        {"query_ids": IDS * 0},
+        {"key_ids": IDS * 0},
+        {"negative_pairs": PAIRS[:0]},
+        {"excluded_pairs": torch.cartesian_prod(torch.arange(6), torch.arange(6))},
+    ],
     "all ids different": [{}, {"query_ids": torch.arange(6)}, {"key_ids": torch.arange(6)}],
 }
 UNUSED_IDS = [{}, {"query_ids": IDS}, {"key_ids": IDS}, {"query_ids": IDS, "key_ids": IDS}]
@@ -170,7 +186,7 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Groups]] = {
         "logit_scale": number("logit_scale", 4.0), "normalize": [{"normalize": True}],
         "plain": [{}, {"normalize": False}],
         "logit_bias": [{}, {"logit_bias": None}, *number("logit_bias", 0.75)], "ids": ids("image_ids", "text_ids"),
-        "groups": ids("image_groups", "text_groups"),
+        "groups": ids("image_groups", "text_groups"), "excluded_pairs": pairs("excluded_pairs"),
     }),
     "siglip_loss": (SCALE | {"logit_bias": -1.0}, ROWS | {
         "logit_scale": number("logit_scale", 4.0), "normalize": [{"normalize": True}],
@@ -186,9 +202,13 @@ SPELLINGS: dict[str, tuple[dict[str, Any], Groups]] = {
     }),
     "supcon_loss": ({}, ROWS | NORMALIZED | {
         "temperature": number("temperature", 0.25), "include_positive": [{"include_positive": False}],
-        "return_lse": [{}, {"return_lse": True}],
+        "return_lse": [{}, {"return_lse": True}], "excluded_pairs": pairs("excluded_pairs"),
+        "keys": [{"keys": k, "key_labels": i} for k in (KEYS, Parameter(KEYS.clone())) for i in (IDS, IDS.int())],
     }),
-    "nt_xent_loss": ({}, SOFTMAX | SAMPLING | NORMALIZED | {"ids": integers("ids", IDS, torch.int8)}),
+    "nt_xent_loss": ({}, SOFTMAX | SAMPLING | NORMALIZED | {
+        "ids": integers("ids", IDS, torch.int8), "excluded_pairs": pairs("excluded_pairs"),
+        "negative_pairs": pairs("negative_pairs"),
+    }),
     "feature_distance": ({}, FEATURES),
     "style_distance": ({}, FEATURES | {
         "normalization": [{}, {"normalization": "chw"}], "hw": [{"normalization": "hw"}],

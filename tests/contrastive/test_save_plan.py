@@ -14,6 +14,7 @@ from fastloss.contrastive.embeddings import TINY_NORM
 from fastloss.contrastive.ops import softmax_loss as loss_op
 from fastloss.contrastive.ops import softmax_stats as stats_op
 from fastloss.contrastive.ops import softmax_stats_per_query as per_query_op
+from fastloss.contrastive.options import Form
 from fastloss.contrastive.save_plan import KEY, NEGATIVES, QUERY, SCALE
 
 CSRC = pathlib.Path(__file__).parents[2] / "csrc"
@@ -24,7 +25,7 @@ cpp_only = pytest.mark.skipif(core.backend_report()["cpp"] != "available", reaso
 
 def stats_inputs(save, keys=KEYS, **options):
     query, key = torch.randn(ROWS, DIM), torch.randn(keys, DIM)
-    flags = {name: False for name in ("diagonal", "symmetric", "self_similarity", "moments", "bfloat16")} | options
+    flags = dict.fromkeys(Form._fields, False) | options
     hardness = flags.pop("hardness", 0.0)
     return stats_op.Inputs(
         query, key, torch.ones(ROWS), *[None] * 6, **flags, hardness=hardness, workspace_mib=0.01, save=save

@@ -142,7 +142,29 @@ def draw_later(d: Drawer, sizes: dict[str, Any], kind: str, args: tuple, options
         options["criterion_options"] = {name: kind_of(function, name, True)(d) for name in names}
     if kind in ("info_nce", "ContrastiveLoss"):
         later_softmax_options(d, sizes, args, options)
+    if kind in ("info_nce", "ContrastiveLoss", "clip_loss", "supcon_loss", "nt_xent_loss") and d.chance(0.15):
+        listed_pairs(d, kind, sizes, options)
     return args
+
+
+def listed_pairs(d: Drawer, kind: str, sizes: dict[str, Any], options: dict[str, Any]) -> None:
+    if kind == "supcon_loss" and d.chance(0.5):
+        sizes["columns"] = d.size(most=40)
+        options["keys"] = d.tensor(sizes["columns"], sizes["width"])
+        options["key_labels"] = d.integers(d.pick(1, 2, 5), sizes["columns"])
+    names = ("excluded_pairs", "negative_pairs") if kind not in ("clip_loss", "supcon_loss") else ("excluded_pairs",)
+    refused = "image_groups" in options or "text_groups" in options or "positives" in options
+    if refused or (sizes.get("per_sample") and not options.get("in_batch")):
+        return
+    options[d.pick(*names)] = listed(d, kind, sizes)
+
+
+def listed(d: Drawer, kind: str, sizes: dict[str, Any]) -> T:
+    rows, columns = sizes["rows"], sizes.get("columns", sizes["rows"])
+    if kind == "nt_xent_loss":
+        rows, columns = 2 * rows, 2 * columns
+    least = min(rows, columns)
+    return d.integers(max(least, 1), d.pick(0, 1, 5, 40, 400) if least else 0, 2)
 
 
 def packed(d: Drawer, args: tuple, options: dict[str, Any]) -> tuple:

@@ -40,7 +40,7 @@ def paired(d: Drawer, name: str) -> tuple:
 
 def labelled(d: Drawer, name: str) -> tuple:
     rows, width = d.size(most=300 if d.large else 50), max(d.size(1, 100), 1)
-    d.sizes = {"rows": rows}
+    d.sizes = {"rows": rows, "width": width}
     return d.tensor(rows, width), d.integers(d.pick(1, 2, 4, max(rows, 1)), rows, low=d.pick(0, 0, -3))
 
 

@@ -231,7 +231,10 @@ OPTIONS: dict[Any, Kind] = {
 
 # Options that came after seeds had been written down: they are drawn last, by numbers of their own (draw.draw_later),
 # so that a seed keeps its call.
-LATER = ("negatives_mask", "positives", "criterion_options", "cu_seqlens_q", "cu_seqlens_k")
+LATER = (
+    "negatives_mask", "positives", "criterion_options", "cu_seqlens_q", "cu_seqlens_k", "excluded_pairs",
+    "negative_pairs", "keys", "key_labels",
+)  # fmt: skip
 
 
 def kind_of(function: str, parameter: str, default: Any = inspect.Parameter.empty) -> Kind:

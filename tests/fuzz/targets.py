@@ -19,8 +19,8 @@ from fastloss.fusion.rules import WEIGHTINGS
 
 # Types whose objects other calls take or return: each is drawn with those.
 PARTS = {"ContrastiveOutput", "Exchange", "Execution", "ImageLosses", "LossAndGrads", "MemoryBank", "NegativeSampling",
-         "VisionFeatures", "__version__", "cached_step", "collect_qk", "explain", "patch", "use_backend",
-         "warmup"}  # fmt: skip
+         "VisionFeatures", "__version__", "cached_step", "collect_qk", "explain", "patch", "similar_pairs",
+         "use_backend", "warmup"}  # fmt: skip
 
 
 class Network(nn.Module):

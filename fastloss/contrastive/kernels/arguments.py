@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     targets: Tensor | None  # [M] int64: a column that is no negative of the row
     row_ids: Tensor | None  # [M] int64: columns of the same id are no negatives
     logit_limit: Tensor | None  # [M] float32: logits above it, before the bias, are no negatives
+    pair_spans: Tensor | None = None  # [M, 2] int64: which of the columns' words are the row's
 
     def part(self, part: slice) -> Rows:
         return Rows(*[None if v is None else v[part] for v in self])  # type: ignore[arg-type]
@@ -34,6 +35,7 @@ class Columns(NamedTuple):
     column_scale: Tensor | None  # [N] float32
     bias: Tensor | None  # [N] float32
     column_ids: Tensor | None  # [N] int64
+    pair_words: Tensor | None = None  # [P, 2] int32: listed pairs, see pairs.py
 
 
 class Sizes(NamedTuple):

@@ -10,7 +10,7 @@ import triton
 
 from ...core.kernels.device_math import number_in
 from ...core.kernels.launch import odd_number
-from ..save_plan import exponentials
+from ..save_plan import MOST_PITCH, exponentials
 from .tile_configs import Tile
 
 # Of the self-similarity form the triangle above the diagonal is made, in up to STRIPS blocks of rows, of at least
@@ -47,6 +47,8 @@ def chunk_plan(rows: int, columns: int, itemsize: int, workspace_mib: float) -> 
     would leave most of a device idle."""
     one_row = exponentials(1, columns, itemsize)
     fit = int(workspace_mib * 2**20) // (one_row.elements * itemsize)
+    if columns > MOST_PITCH:
+        fit = min(fit, 2**31 // one_row.pitch - 1)
     chunk_rows = min(rows, max(fit, 1) if fit < CHUNK else _even(rows, fit // CHUNK * CHUNK, CHUNK))
     return Chunk(chunk_rows, *exponentials(chunk_rows, columns, itemsize))
 
@@ -61,9 +63,9 @@ def block_plan(rows: int, columns: int, elements: int, tile: Tile, self_similari
     if self_similarity and rows > MIN_STRIP_ROWS:
         rows = _even(rows, max(MIN_STRIP_ROWS, rows // STRIPS), max(tile.rows, tile.columns))
     padded = triton.cdiv(columns, tile.columns) * tile.columns
-    if rows * padded <= elements:
+    if rows * padded <= elements and padded <= MOST_PITCH:
         return rows, padded
-    block_columns = min(padded, max(math.isqrt(elements), elements // rows)) // tile.columns * tile.columns
+    block_columns = min(padded, MOST_PITCH, max(math.isqrt(elements), elements // rows)) // tile.columns * tile.columns
     block_columns = _even(columns, max(block_columns, tile.columns), tile.columns)
     fit = elements // block_columns
     if fit < tile.rows:

@@ -65,10 +65,10 @@ class LogitMatrix:
         """How much the options of this call hold in registers, see `best_tile`."""
         rows, hardness = self.rows, self.beta is not None
         options = (rows.row_ids is not None) + (rows.logit_limit is not None) + (self.columns.bias is not None)
-        options += self.form.moments
+        options += self.form.moments + (rows.pair_spans is not None)
         targets = saves_exps and not self.both_sides and rows.targets is not None
         if hardness or options + targets > (0 if self.both_sides else 2):
-            return 3 if (hardness and self.both_sides) or self.self_similarity else 2
+            return 3 if (hardness and self.both_sides) or self.self_similarity or options > 3 else 2
         return int(options > 0 or targets)  # what spills a little with four warps
 
     def operands(self, rows: int = 0) -> Operands:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import pairs
 from . import tile_configs
 
 DESCRIPTORS, PRODUCTS = tl.constexpr(tile_configs.DESCRIPTORS), tl.constexpr(tile_configs.PRODUCTS)
+WORD = tl.constexpr(pairs.WORD)
 GROUP = tl.constexpr(8)  # rows of tiles that programs walk together
 
 
@@ -65,8 +67,34 @@ def _has_target(targets, column0, BN: tl.constexpr):
 
 
 @triton.jit
+def _listed(rows, columns, row, column, column0, sizes):
+    """Which pairs of a tile the words list. Its columns are whole words, or a part of one."""
+    BN: tl.constexpr = column.shape[0]
+    inside = row < sizes.rows
+    span = rows.pair_spans + 2 * row.to(tl.int64)
+    begin = tl.load(span, mask=inside, other=0)
+    count = (tl.load(span + 1, mask=inside, other=0) - begin).to(tl.int32)
+    words = columns.pair_words + 2 * begin
+    number = column0 // WORD
+    low, high = tl.zeros_like(count), count  # between which a row's first word of this tile is searched, by halves
+    steps = tl.cast(tl.log2(tl.max(count, 0).to(tl.float32) + 1.0), tl.int32) + 1
+    for _ in range(steps):
+        middle = (low + high) // 2
+        before = (low < high) & (tl.load(words + 2 * middle, mask=low < high, other=0) < number)
+        low, high = tl.where(before, middle + 1, low), tl.where(before, high, middle)
+    bits = tl.zeros((row.shape[0], BN), tl.int32)
+    for word in tl.static_range(0, max(BN // WORD, 1)):
+        there = low < count
+        found = there & (tl.load(words + 2 * low, mask=there, other=-1) == number + word)
+        of_word = tl.load(words + 2 * low + 1, mask=found, other=0)
+        low += found.to(tl.int32)
+        bits = tl.where((column // WORD == number + word)[None, :], of_word[:, None], bits)
+    return ((bits >> (column % WORD)[None, :]) & 1) != 0
+
+
+@triton.jit
 def _masked(
-    s, similar, row, column, rows, columns, sizes, FORM: tl.constexpr, COLUMN_LIMIT: tl.constexpr = False
+    s, similar, row, column, column0, rows, columns, sizes, FORM: tl.constexpr, COLUMN_LIMIT: tl.constexpr = False
 ):  # fmt: skip
     """Logits with -inf at what is no negative. COLUMN_LIMIT: the limit is the column's, not the row's."""
     DIAGONAL: tl.constexpr = FORM.diagonal
@@ -83,6 +111,9 @@ def _masked(
         row_id = tl.load(rows.row_ids + row, mask=row < sizes.rows, other=0)
         column_id = tl.load(columns.column_ids + column, mask=column < sizes.columns, other=0)
         allowed &= row_id[:, None] != column_id[None, :]
+    if rows.pair_spans is not None:
+        ARE_NEGATIVES: tl.constexpr = FORM.are_negatives
+        allowed &= _listed(rows, columns, row, column, column0, sizes) == ARE_NEGATIVES
     if rows.logit_limit is not None:
         if COLUMN_LIMIT:
             logit_limit = tl.load(rows.logit_limit + column, mask=column < sizes.columns, other=0.0)[None, :]
@@ -124,10 +155,10 @@ def tile_logits(
     column_view = s
     if rows.logit_limit is not None:
         if BOTH_SIDES:
-            column_view = _masked(s, similar, row, column, rows, columns, sizes, FORM, True)
-        s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
-    elif rows.row_ids is not None:
-        s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
+            column_view = _masked(s, similar, row, column, column0, rows, columns, sizes, FORM, True)
+        s = _masked(s, similar, row, column, column0, rows, columns, sizes, FORM)
+    elif rows.row_ids is not None or rows.pair_spans is not None:
+        s = _masked(s, similar, row, column, column0, rows, columns, sizes, FORM)
     else:  # most tiles hold nothing that must be left out
         special = (row0 + BM > sizes.rows) | (column0 + BN > sizes.columns)
         if SELF_SIMILARITY:
@@ -137,7 +168,7 @@ def tile_logits(
         if rows.targets is not None:
             special |= _has_target(tl.load(rows.targets + row, mask=row < sizes.rows, other=-1), column0, BN)
         if special:
-            s = _masked(s, similar, row, column, rows, columns, sizes, FORM)
+            s = _masked(s, similar, row, column, column0, rows, columns, sizes, FORM)
     if rows.logit_limit is None:
         column_view = s
     return s, column_view

@@ -35,6 +35,7 @@ LEAST_SLOTS = 32  # that it is compiled for: fewer would save it nothing, and be
 # Warps of the kernel that recomputes flagged tiles, which holds most: a lane of AMD has 512 registers with four; on
 # sm_100 a lane has a whole row of the products' columns with four, and a part of them with more.
 FLAGGED_WARPS = {"gfx942": 4, "sm_100": 16}
+MOST_FLAGGED_WARPS = 8  # with listed pairs, whose words a lane holds beside a row of its own
 SAVED_ROWS = 32  # rows of a tile of saved exponentials that is read; its columns are those it was written with
 ZEROED_ELEMENTS = 2**16  # see new_exps
 
@@ -138,6 +139,8 @@ def make_block(
     if inputs.exps is not None:
         recompute = half_rows(tile) if results.column_sums is None else replace(tile, warps=8)
         warps = FLAGGED_WARPS.get(line_of(call.query.device, TABLE), recompute.warps)
+        if call.rows.pair_spans is not None:
+            warps = min(warps, MOST_FLAGGED_WARPS)
         recompute = replace(recompute, warps=warps)
         if tile.registers is not None:
             recompute = with_all_registers(recompute)

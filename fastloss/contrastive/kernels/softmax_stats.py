@@ -29,8 +29,8 @@ _EMPTY = float("-inf")
 
 
 def _call(x: Inputs, backward: bool) -> LogitMatrix:
-    rows = Rows(x.row_scale, x.targets, x.row_ids, x.logit_limit)
-    columns = Columns(x.column_scale, x.bias, x.column_ids)
+    rows = Rows(x.row_scale, x.targets, x.row_ids, x.logit_limit, x.pair_spans)
+    columns = Columns(x.column_scale, x.bias, x.column_ids, x.pair_words)
     saves_exps = x.save == "exps"
     return LogitMatrix(x.query, x.key, rows, columns, x.form, x.hardness, backward, saves_exps, x.workspace_mib)
 
@@ -57,7 +57,8 @@ def softmax_stats_fwd(x: Inputs) -> Saved:
 def _with_weighted_keys(x: Inputs) -> Saved:
     """Statistics, and for each row the sum of the keys by the softmax of its logits, a chunk of rows at a time."""
     (m, dim), n = x.query.shape, x.key.shape[0]
-    query, key, columns = embeddings(x.query), embeddings(x.key), Columns(x.column_scale, x.bias, x.column_ids)
+    query, key = embeddings(x.query), embeddings(x.key)
+    columns = Columns(x.column_scale, x.bias, x.column_ids, x.pair_words)
     stats, weighted_keys = x.row_scale.new_empty((1, 2, m)), x.row_scale.new_empty((1, m, dim))
     no_logits = x.row_scale.new_empty(0)
     if m == 0 or n == 0:
@@ -65,18 +66,19 @@ def _with_weighted_keys(x: Inputs) -> Saved:
     ones = torch.ones_like(stats)
     one_each = ones[0, 0]  # [M]
     targets = torch.arange(m, device=query.device) if x.diagonal else x.targets  # a chunk of rows knows no diagonal
-    rows = Rows(x.row_scale, targets, x.row_ids, x.logit_limit)
+    rows = Rows(x.row_scale, targets, x.row_ids, x.logit_limit, x.pair_spans)
     if query.dtype == torch.float32:  # the sums are those before the rows' own scale, for which products have no place
         query, rows = query * x.row_scale[:, None], rows._replace(row_scale=one_each)
+    form = Form(are_negatives=x.are_negatives)
     chunk = chunk_plan(m, n, query.element_size(), x.workspace_mib)
     memory, fp16_scale = query.new_empty(chunk.elements), None
     if query.dtype == torch.float16:
-        of_ones = LogitMatrix(query, key, Rows(one_each, None, None, None), columns, Form(), 0.0)
+        of_ones = LogitMatrix(query, key, Rows(one_each, None, None, None), columns, form, 0.0)
         fp16_scale = fp16_scale_of(ones, of_ones)
     for start in range(0, m, chunk.rows):
         part = slice(start, min(start + chunk.rows, m))
         count = part.stop - start
-        call = LogitMatrix(query[part], key, rows.part(part), columns, Form(), 0.0, False, True)
+        call = LogitMatrix(query[part], key, rows.part(part), columns, form, 0.0, False, True)
         part_stats = stats.new_empty((1, 2, count))
         saved, grad_block, products = chunk_memory(call, memory, count, chunk.pitch)
         make_statistics(call, part_stats, saved, products)
@@ -145,6 +147,9 @@ def _aot_call(
         name: torch.empty(size, dtype=torch.int64, device=meta) if name.split("_")[-1] in options else None
         for name, size in {"targets": rows, "row_ids": rows, "column_ids": columns}.items()
     }
+    if "pairs" in options:
+        sizes = {"pair_spans": (rows, torch.int64), "pair_words": (8 * rows, torch.int32)}
+        vectors |= {name: torch.empty((n, 2), dtype=dtype, device=meta) for name, (n, dtype) in sizes.items()}
     x = Inputs(
         query, key, torch.empty(rows, device=meta), **vectors, **form._asdict(), hardness=hardness,
         workspace_mib=rows * columns / 2**17, save=save,  # one block of gradients, and exponentials
@@ -190,6 +195,12 @@ def aot_cases() -> Iterator[AotCase]:
         (bf16, square, own, "", targets, 0.0),
         (fp32, (4099, 4099, 77), own, "", ("targets", "ids"), 0.0),
         (fp16, square, own._replace(moments=True), "", ("targets", "ids", "logit_limit"), 0.5),
+        (bf16, square, clip, "exps", (*scales, "pairs"), 0.0),
+        (bf16, square, clip, "", (*scales, "pairs"), 0.0),
+        (bf16, square, diagonal._replace(are_negatives=True), "exps", ("column_scale", "targets", "pairs"), 0.0),
+        (fp16, square, diagonal._replace(are_negatives=True), "", (*bank, "logit_limit", "pairs"), 0.0),
+        (bf16, small, clip._replace(moments=True), "", ("column_scale", "ids", "pairs"), 0.5),
+        (fp32, (4099, 4099, 77), clip, "", ("column_scale", "pairs"), 0.0),
     ]
     for dtype, shape, form, save, options, hardness in calls:
         forward, backward = _aot_call(dtype, shape, form, save, options, hardness)

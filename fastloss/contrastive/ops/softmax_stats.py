@@ -2,7 +2,8 @@
 
     s_ij = row_scale_i column_scale_j <query_i, key_j> + bias_j     query [M, D], key [N, D]; the rest [M] or [N]
     A_i, the negatives of row i: all j but, with `diagonal`, j == i and, where given, j == targets_i,
-         column_ids_j == row_ids_i and s_ij - bias_j > logit_limit_i
+         column_ids_j == row_ids_i, s_ij - bias_j > logit_limit_i and the pairs (i, j) that are listed; or with
+         `are_negatives` those that are not (pair_spans and pair_words, see pairs.py)
     stats [directions, S, M] in float32: lse_A(s), max_A(s), -inf where A is empty; `moments`: sum_A(s), |A|;
          hardness beta > 0: lse_A((1 + beta) (s - max_A)), lse_A(beta (s - max_A))
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from ...core import Op, result_dtype
 from ..options import Form
+from ..pairs import PairWords, is_listed
 from ..row_losses import slopes, statistics
 from ..save_plan import exponentials, save_of_stats
 
@@ -40,13 +42,20 @@ class Inputs(NamedTuple):
     self_similarity: bool  # query and key are the same rows: no row is its own negative, one direction
     moments: bool
     bfloat16: bool  # products may be made in it
+    are_negatives: bool  # the listed pairs; else all others
     hardness: float
     workspace_mib: float
     save: str = ""
+    pair_spans: Tensor | None = None  # [M, 2]; not beside `self_similarity`, which has half of the pairs
+    pair_words: Tensor | None = None  # [P, 2]
 
     @property
     def form(self) -> Form:
-        return Form(self.diagonal, self.symmetric, self.self_similarity, self.moments, self.bfloat16)
+        flags = self.diagonal, self.symmetric, self.self_similarity, self.moments, self.bfloat16, self.are_negatives
+        return Form(*flags)
+
+    def with_pairs(self, pairs: PairWords) -> Inputs:
+        return self._replace(pair_spans=pairs.spans, pair_words=pairs.words, are_negatives=pairs.are_negatives)
 
 
 class Saved(NamedTuple):
@@ -90,6 +99,8 @@ def logits_of(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
         allowed = allowed & (column != x.targets[:, None])
     if x.row_ids is not None and x.column_ids is not None:
         allowed = allowed & (x.column_ids != x.row_ids[:, None])
+    if x.pair_spans is not None and x.pair_words is not None:
+        allowed = allowed & (is_listed(x.pair_spans, x.pair_words, x.key.shape[0]) == x.are_negatives)
     if x.self_similarity:
         allowed, similar, logits = allowed | allowed.T, *(t.triu(1) + t.triu(1).T for t in (similar, logits))
     of_rows = of_columns = allowed
