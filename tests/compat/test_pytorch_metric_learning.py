@@ -139,11 +139,13 @@ def test_other_distances(name):
 
 
 def test_what_is_the_librarys():
-    """SupCon's of pairs that a miner chose, and of distances that are no product."""
+    """SupCon's of pairs that come twice, and of distances that are no product; not of pairs that a miner chose."""
     for draw in Draws(4, (torch.float32, torch.float64)):
         features, labels = embeddings(draw)
         pairs = miners.BatchEasyHardMiner()(features.float(), labels)
         pair = made("SupConLoss")
+        draw.compare(*(lambda e, y, f=f, p=pairs: f(e, y, p) for f in pair), [features, labels])
+        pairs = tuple(side.repeat(2) for side in pairs)
         draw.compare(*(lambda e, y, f=f, p=pairs: f(e, y, p) for f in pair), [features, labels], quiet=False)
         draw.compare(*made("SupConLoss", distance=distances.LpDistance()), [features, labels], quiet=False)
 
