@@ -116,7 +116,7 @@ def supcon_loss(
         if others is None:
             features = counted(features, dropped)
         else:
-            features = without(features, dropped)
+            features = without(features.to(others.embeddings.dtype), dropped)
             others = others._replace(embeddings=counted(others.embeddings, dropped))
         with full_precision(features):
             out = supcon_rows(
@@ -160,6 +160,7 @@ def _checked_keys(features: Tensor, keys: Any, key_labels: Any, known: bool, gro
     if group is not None:
         raise ValueError("keys: expected it without group, whose rows are compared with one another")
     check_embeddings("keys", keys, features, "features")
+    keys = keys.to(torch.promote_types(keys.dtype, features.dtype))
     if key_labels is None or not known:
         missing = "key_labels" if known else "labels"
         raise TypeError(f"{missing}: expected integers beside keys, to say which of them are positives")
