@@ -165,6 +165,7 @@ def _(options):  # noqa: F811
     return (lambda x, **o: total_variation(x, reduction="mean") / _per_difference(x)) if options == {"p": 1} else None
 
 
+@adapter("pytorch-msssim", "ssim_loss of volumes")
 @adapter("pytorch-msssim", "ssim_loss")
 def _(options):  # noqa: F811
     from pytorch_msssim import ssim

@@ -250,6 +250,7 @@ TABLE: dict[str, list[tuple]] = {
     "smoothness_loss": planes(plane, PLANE, {"p": 1}, {"p": 2}, {"p": "isotropic"}),
     "smoothness_loss with guide and weight": planes(lambda s: plane(s, guided=True), PLANE, {"p": 1}),
     "ssim_loss": planes(images, WINDOWED, {"padding": "valid"}),
+    "ssim_loss of volumes": planes(images, (1, 1, 16, 48, 48), {"padding": "valid"}),
     "ms_ssim_loss": planes(images, LEVELS, {"level_weights": (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)}),
     "image_loss": planes(images, WINDOWED, {"pixel": (1, 0.8), "smoothness": (1, 0.1), "ssim": 0.2}),
     "feature_distance": planes(features, FEATURES, {}, {"criterion": "l2"}),

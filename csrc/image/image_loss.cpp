@@ -209,7 +209,7 @@ struct SsimStrip {
       SsimWorkspace& workspace = workspaces.emplace_back(tile.x1 - tile.x0, kernels.size);
       kernels.start(workspace.walk.data(), call.plane<T>(plane), tile, call.options,
                     {w.weights ? SsimPlaneWeights::read : nullptr, &w}, s.up ? s.up[s.pair.sums() - 1] : 0.0f,
-                    s.to.image != nullptr, s.to.image_pred != nullptr, workspace.scratch);
+                    s.to.image != nullptr, s.to.image_pred != nullptr, workspace.scratch, {});
     }
   }
 

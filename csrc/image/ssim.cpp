@@ -89,7 +89,7 @@ void make(const SsimCall& call, const Tiles& tiles, const Kept& kept, float* to,
     const auto gradients = call.gradients(kept.image ? to : nullptr, kept.image_pred ? second : nullptr, plane);
     void* const walk = workspace.walk.data();
     kernels.start(walk, call.plane<T>(plane), tile, call.options, reader, 1.0f, kept.image, kept.image_pred,
-                  workspace.scratch);
+                  workspace.scratch, {});
     const double sum = kernels.advance(walk, tile.y1, gradients);
     if (partial != nullptr) partial[i] = sum;
   });

@@ -15,12 +15,14 @@ namespace fastloss {
 
 constexpr int kSsimRadius = 5;  // windows up to 11 pixels
 
-// One plane of both images, by strides: any memory format is read as it lies.
+// One plane of both images, by strides: any memory format is read as it lies. Of volumes with windows along their depth
+// too: slice z of `depth`, whose neighbours lie x_slice and y_slice elements away.
 template <typename T>
 struct SsimPlanes {
   const T *x, *y;
   int64_t x_row, x_column, y_row, y_column;
   int64_t height, width;
+  int64_t z = 0, depth = 0, x_slice = 0, y_slice = 0;  // a depth of 0: no volume
 };
 
 // Rows y0 .. y1 and columns x0 .. x1 of a plane.
@@ -37,11 +39,17 @@ struct SsimParameters {
   FASTLOSS_FIELDS(window, sigma, same, c1, c2, low)
 };
 
-// The same for the kernels.
-struct SsimOptions {
+// A window along one axis.
+struct SsimAxis {
   int radius;
   float taps[kSsimRadius + 1];  // weight of the pixels k away
   int64_t margin;               // the SSIM map covers margin .. size - margin: 0 for "same", radius for "valid"
+  bool one_pixel;               // nothing but the middle counts
+};
+
+// The same for the kernels.
+struct SsimOptions {
+  SsimAxis z, y, x;  // z: of volumes
   float c1, c2, low;
   bool structure_only;  // the contrast-structure term alone, without luminance
   bool one_pixel;       // nothing but the window's middle counts: variances are 0, and there is luminance alone
@@ -53,24 +61,31 @@ struct SsimShift {
   float a, d, rest_a, rest_d;
 };
 
-inline SsimOptions ssim_options(const SsimParameters& p, bool structure_only) {
-  const int radius = static_cast<int>(p.window / 2);
-  const double sigma = p.sigma;
-  SsimOptions o{};
-  o.radius = radius;
-  o.margin = p.same ? 0 : radius;
-  o.c1 = static_cast<float>(p.c1);
-  o.c2 = static_cast<float>(p.c2);
-  o.low = static_cast<float>(p.low);
-  o.structure_only = structure_only;
-  o.one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
+inline SsimAxis ssim_axis(int64_t window, double sigma, bool same) {
+  STD_TORCH_CHECK(window >= 1 && window <= 2 * kSsimRadius + 1 && window % 2 == 1, "ssim: odd windows to 11 only");
+  const int radius = static_cast<int>(window / 2);
+  SsimAxis axis{};
+  axis.radius = radius;
+  axis.margin = same ? 0 : radius;
+  axis.one_pixel = radius == 0 || 2 * std::exp(-0.5 / sigma / sigma) < 0x1p-25;  // as ssim_reference.py has it
   double taps[kSsimRadius + 1], total = 0;
   for (int k = 0; k <= radius; ++k) {
     taps[k] = std::exp(-0.5 * (k / sigma) * (k / sigma));
     total += k == 0 ? taps[k] : 2 * taps[k];
   }
-  for (int k = 0; k <= radius; ++k) o.taps[k] = static_cast<float>(taps[k] / total);
-  return o;
+  for (int k = 0; k <= radius; ++k) axis.taps[k] = static_cast<float>(taps[k] / total);
+  return axis;
+}
+
+inline SsimOptions ssim_options(const SsimAxis (&axes)[3], double c1, double c2, double low, bool structure_only) {
+  const auto& [z, y, x] = axes;
+  const bool one_pixel = z.one_pixel && y.one_pixel && x.one_pixel;
+  return {z, y, x, static_cast<float>(c1), static_cast<float>(c2), static_cast<float>(low), structure_only, one_pixel};
+}
+
+inline SsimOptions ssim_options(const SsimParameters& p, bool structure_only) {
+  const SsimAxis side = ssim_axis(p.window, p.sigma, p.same);
+  return ssim_options({ssim_axis(1, 1, p.same), side, side}, p.c1, p.c2, p.low, structure_only);
 }
 
 // Weights of the SSIM map, or nothing: n of them from image row y, column x on, in place or in `buffer`.
@@ -86,14 +101,28 @@ struct SsimGradients {
   bool streamed;  // rows are dense, aligned, and of whole vectors: written past the caches
 };
 
+// Where a walk over a slice of a volume puts what it makes, each null where it is not asked for: the map, and the
+// partials filtered along y and x, rows of whole vectors.
+struct SsimSlice {
+  float *map, *partials;
+  int64_t map_row, row, partial;  // from a row of the map to the next, of the partials; from one partial to the next
+};
+
+// Rows of the partials of one row of a volume, those that its windows see; null where they end.
+struct SsimDepthRows {
+  const float* of[4][2 * kSsimRadius + 1];
+};
+
 // A tile is walked down, its state in `walk`, `size` bytes: start once, then advance from row to row.
 template <typename T>
 struct SsimKernels {
   size_t size;
   void (*start)(void* walk, const SsimPlanes<T>&, const SsimTile&, const SsimOptions&, const SsimWeights&, float scale,
-                bool x, bool y, float* scratch);
+                bool x, bool y, float* scratch, const SsimSlice& slice);
   double (*advance)(void* walk, int64_t end, const SsimGradients&);
   void (*scale)(const float* from, const float* factors, float factor, int64_t n, T* to, bool streamed);
+  void (*depth)(const SsimPlanes<T>&, const SsimOptions&, const SsimDepthRows&, int64_t y, bool weighted, float* x_grad,
+                float* y_grad, float* scratch);
 };
 // Of the CPU at hand; ssim.cpp has them for each type that for_dtype() knows.
 template <typename T>
@@ -108,9 +137,11 @@ constexpr int kSsimRowsAtOnce = 4;  // at most, filtered along y
 constexpr int64_t ssim_step(int64_t columns) { return (columns + 15) / 16 * 16 + 4 * kSsimPad; }
 
 // Floats of scratch, aligned to 64 bytes, for tiles of so many columns: rows of both images, weights, both gradients,
-// four partials, and two rings of four filtered rows.
+// four partials, and two rings of four filtered rows; rows of the slices that a window of a volume sees.
+constexpr int64_t kSsimDepthLines = 2 * (2 * kSsimRadius + 1);
 constexpr int64_t ssim_scratch(int64_t columns) {
-  return (9 * kSsimRowsAtOnce + (2 * kSsimRadius + 2 * kSsimRowsAtOnce) * 8) * ssim_step(columns) + 2 * kSsimPad;
+  return (9 * kSsimRowsAtOnce + (2 * kSsimRadius + 2 * kSsimRowsAtOnce) * 8 + kSsimDepthLines) * ssim_step(columns) +
+         2 * kSsimPad;
 }
 
 namespace {
@@ -118,11 +149,11 @@ namespace {
 // A plane's weights, for the kernels.
 struct SsimPlaneWeights {
   const Operand* weights;
-  int64_t start, width, margin;
+  int64_t start, width, y_margin, x_margin;
 
   static const float* read(const void* from, int64_t y, int64_t x, int64_t n, float* buffer) {
     const auto& w = *static_cast<const SsimPlaneWeights*>(from);
-    return w.weights->read(w.start + (y - w.margin) * w.width + (x - w.margin), n, buffer);
+    return w.weights->read(w.start + (y - w.y_margin) * w.width + (x - w.x_margin), n, buffer);
   }
 };
 
@@ -151,8 +182,6 @@ struct SsimCall {
   SsimCall(const Tensor& a, const Tensor& b, const std::optional<Tensor>& weight, const SsimParameters& parameters,
            bool structure_only)
       : image(a), image_pred(b) {
-    const int64_t window = parameters.window;
-    STD_TORCH_CHECK(window >= 1 && window <= 2 * kSsimRadius + 1 && window % 2 == 1, "ssim: odd windows to 11 only");
     options = ssim_options(parameters, structure_only);
     STD_TORCH_CHECK(a.dim() == 4 && b.dim() == 4 && a.scalar_type() == b.scalar_type(),
                     "ssim: expected two 4-D images of one dtype");
@@ -166,7 +195,7 @@ struct SsimCall {
     if (!weight.has_value()) return;
     std::vector<int64_t> order;
     for (int64_t d = 0; d < 4; ++d) {
-      fits = fits && weight->dim() == 4 && weight->size(d) == a.size(d) - (d < 2 ? 0 : 2 * options.margin);
+      fits = fits && weight->dim() == 4 && weight->size(d) == a.size(d) - (d < 2 ? 0 : 2 * options.x.margin);
       if (fits && weight->size(d) != 1) order.push_back(d);
     }
     STD_TORCH_CHECK(fits, "ssim: weight has another shape than the SSIM map");
@@ -204,8 +233,8 @@ struct SsimCall {
   }
 
   SsimPlaneWeights weights_of(int64_t plane) const {
-    const int64_t w = width - 2 * options.margin;
-    return {weights ? &*weights : nullptr, plane * (height - 2 * options.margin) * w, w, options.margin};
+    const int64_t margin = options.x.margin, w = width - 2 * margin;
+    return {weights ? &*weights : nullptr, plane * (height - 2 * margin) * w, w, margin, margin};
   }
 
  private:

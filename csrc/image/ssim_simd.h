@@ -21,11 +21,15 @@ struct SsimRing {
     float* const to = row(ring, k);
     for (int64_t i = 0; i < ring.size; ++i) to[i] = 0;
   }
-  // A row outside the image, as the filter along x would leave it.
+  FASTLOSS_INLINE float taps_in_all(const SsimAxis& axis) {
+    float taps = axis.taps[0];
+    for (int i = 1; i <= axis.radius; ++i) taps += 2 * axis.taps[i];
+    return taps;
+  }
+  // A row outside the image, as the filters along x and the depth would leave it.
   FASTLOSS_INLINE void outside(const SsimRing& ring, int64_t k, const SsimOptions& o, const SsimShift& shift) {
     if (shift.rest_a == 0 && shift.rest_d == 0) return clear(ring, k);
-    float taps = o.taps[0];
-    for (int i = 1; i <= o.radius; ++i) taps += 2 * o.taps[i];
+    const float taps = taps_in_all(o.x) * taps_in_all(o.z);
     const float a = 0 - shift.rest_a, d = 0 - shift.rest_d;
     const float values[4] = {taps * a, taps * d, taps * a * a, taps * d * d};
     float* const to = row(ring, k);
@@ -51,18 +55,24 @@ struct SsimWalk {
   int64_t top, bottom, left, right;    // the part of the map to make: what is in the tile, or what the tile sees
   float *a, *d, *w, *x_line, *y_line;  // kRows rows each
   SsimRing moments, filtered;
+  float* depth_lines;  // kSsimDepthLines
+  SsimSlice slice;     // of a volume
 };
 
 // `scale`: of the gradients; x, y: which are asked for.
 template <typename T>
 static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, const SsimOptions& o,
-                       const SsimWeights& weights, float scale, bool x, bool y, float* scratch) {
-  const int64_t n = t.x1 - t.x0, step = ssim_step(n), reach = x || y ? o.radius : 0, bound = o.margin;
-  const int64_t count = 2 * o.radius + 2 * kRows, all_rows = kRows * step;
-  const auto from = [&](int64_t i) { return i > bound ? i : bound; };
-  const auto to = [&](int64_t i, int64_t size) { return i < size - bound ? i : size - bound; };
+                       const SsimWeights& weights, float scale, bool x, bool y, float* scratch,
+                       const SsimSlice& slice) {
+  const int64_t n = t.x1 - t.x0, step = ssim_step(n);
+  const int64_t y_reach = x || y ? o.y.radius : 0, x_reach = x || y ? o.x.radius : 0;
+  const int64_t count = 2 * o.y.radius + 2 * kRows, all_rows = kRows * step;
+  const auto from = [](int64_t i, const SsimAxis& axis) { return i > axis.margin ? i : axis.margin; };
+  const auto to = [](int64_t i, int64_t size, const SsimAxis& axis) {
+    return i < size - axis.margin ? i : size - axis.margin;
+  };
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
-  const SsimShift shift = ssim_shift(p, t, o);
+  const SsimShift shift = ssim_shift(p, p.depth > 0 ? SsimTile{0, p.height, 0, p.width} : t, o);  // a volume has one
   k = {p,
        t,
        o,
@@ -74,20 +84,22 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
        step,
        0,
        t.y0,
-       t.y0 - reach,
-       from(t.y0 - reach),
-       to(t.y1 + reach, p.height),
-       from(t.x0 - reach),
-       to(t.x1 + reach, p.width),
+       t.y0 - y_reach,
+       from(t.y0 - y_reach, o.y),
+       to(t.y1 + y_reach, p.height, o.y),
+       from(t.x0 - x_reach, o.x),
+       to(t.x1 + x_reach, p.width, o.x),
        scratch + kSsimPad,
        nullptr,
        nullptr,
        nullptr,
        nullptr,
        {},
-       {}};
+       {},
+       nullptr,
+       slice};
   const int64_t origin = t.x0 - kSsimPad;
-  k.next = k.top - o.radius;
+  k.next = k.top - o.y.radius;
   k.d = k.a + all_rows;
   k.w = k.d + all_rows;
   k.x_line = k.w + all_rows;
@@ -95,11 +107,12 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
   float* const partials = k.y_line + all_rows;
   k.moments = {partials + 4 * all_rows, count, 4 * step};
   k.filtered = {k.moments.data + count * 4 * step, count, 4 * step};
+  k.depth_lines = k.filtered.data + count * 4 * step;
   k.map = {shift,
            (k.left - origin) / W * W,
            k.right - origin,
-           from(t.x0) - origin,
-           to(t.x1, p.width) - origin,
+           from(t.x0, o.x) - origin,
+           to(t.x1, p.width, o.x) - origin,
            0,
            0,
            nullptr,
@@ -107,7 +120,43 @@ static void ssim_start(void* walk, const SsimPlanes<T>& p, const SsimTile& t, co
            x,
            y,
            partials,
-           step};
+           step,
+           slice.map == nullptr ? nullptr : k.x_line};
+}
+
+// Columns begin .. begin + n of row y of a volume's slice, filtered along the depth: G a, G d, G a^2, G d^2, `step`
+// apart. `lines`: of the slices that the window sees.
+template <typename T>
+static void ssim_along_depth(const SsimPlanes<T>& p, const SsimShift& shift, const SsimAxis& axis, int64_t y,
+                             int64_t begin, int64_t n, float* lines, int64_t step, float* to) {
+  const int r = axis.radius;
+  for (int k = -r; k <= r; ++k) {
+    float *const a = lines + 2 * (k + r) * step, *const d = a + step;
+    if (p.z + k < 0 || p.z + k >= p.depth) {
+      for (int64_t j = 0; j < n; j += W) store(a + j, all(0 - shift.rest_a)), store(d + j, all(0 - shift.rest_d));
+    } else {
+      SsimPlanes<T> slice = p;
+      slice.x += k * p.x_slice;
+      slice.y += k * p.y_slice;
+      ssim_read(slice, shift, y, begin, n, a, d);
+    }
+  }
+  const SsimTaps taps = ssim_taps(axis);
+  for (int64_t j = 0; j < n; j += W) {
+    const float* const middle = lines + 2 * r * step + j;
+    for (int m = 0; m < 2; ++m) {
+      const float* const line = middle + m * step;
+      const vf c = load(line);
+      vf mean = taps.of[0] * c, square = taps.of[0] * (c * c);
+      for (int k = 1; k <= r; ++k) {
+        const vf before = load(line - 2 * k * step), after = load(line + 2 * k * step);
+        mean += taps.of[k] * (before + after);
+        square += taps.of[k] * (before * before + after * after);
+      }
+      store(to + m * step + j, mean);
+      store(to + (2 + m) * step + j, square);
+    }
+  }
 }
 
 // Rows y .. y + kRows of the map: their sum, and their partials filtered along x.
@@ -115,9 +164,12 @@ template <typename T>
 static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
   const int64_t origin = k.tile.x0 - kSsimPad, width = k.n + 2 * kSsimPad;
   const float* rows[2 * kSsimRadius + kRows];
-  for (; k.next < y + kRows + k.o.radius; ++k.next) {
+  for (; k.next < y + kRows + k.o.y.radius; ++k.next) {
     if (k.next < 0 || k.next >= k.p.height) {
       SsimRing::outside(k.moments, k.next, k.o, k.shift);
+    } else if (k.p.depth > 0) {
+      ssim_along_depth(k.p, k.shift, k.o.z, k.next, origin, width, k.depth_lines, k.step, k.a);
+      k.steps.moments_of_depth(k.o, k.a, k.step, k.map.begin, k.map.end, SsimRing::row(k.moments, k.next));
     } else {
       ssim_read(k.p, k.shift, k.next, origin, width, k.a, k.d);
       const int64_t later = k.next + kSsimAhead < k.p.height ? kSsimAhead : 0;
@@ -140,8 +192,11 @@ static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
   const auto row = [&](int64_t i) { return (int)(i < y ? 0 : i - y < last ? i - y : last); };
   k.map.top = row(k.tile.y0);
   k.map.bottom = row(k.tile.y1);
-  SsimRing::windows(k.moments, y, k.o.radius, rows);
+  SsimRing::windows(k.moments, y, k.o.y.radius, rows);
   const double total = k.steps.map(k.o, k.map, rows);
+  for (int64_t b = k.map.top; k.slice.map != nullptr && b < k.map.bottom; ++b)
+    __builtin_memcpy(k.slice.map + (y + b - k.o.y.margin) * k.slice.map_row + (k.map.left + origin - k.o.x.margin),
+                     k.x_line + b * k.step + k.map.left, (k.map.right - k.map.left) * sizeof(float));
   for (int64_t b = 0; b < kRows && maps > 2; ++b) {
     if (b >= last) {
       SsimRing::clear(k.filtered, y + b);
@@ -153,7 +208,7 @@ static double ssim_make(SsimWalk<T>& k, int64_t y, int maps) {
       for (int64_t i = 0; i < k.left - origin; ++i) line[i] = 0;
       for (int64_t i = k.right - origin; i < width; ++i) line[i] = 0;
     }
-    k.steps.filter(k.o, from, k.step, k.n, SsimRing::row(k.filtered, y + b));
+    k.steps.filter(k.o, from, k.step, kSsimPad, kSsimPad + k.n, SsimRing::row(k.filtered, y + b));
   }
   return total;
 }
@@ -186,17 +241,23 @@ static void ssim_finite(float* a, float* d, int64_t n) {
   }
 }
 
-// Writes the gradients of rows emit_row .. emit_row + count from the filtered partials around them.
+// Writes the gradients of rows emit_row .. emit_row + count from the filtered partials around them; of a volume those
+// filtered partials, which are yet to be filtered along the depth.
 template <typename T>
 static void ssim_emit(SsimWalk<T>& k, int64_t count, const SsimGradients& to) {
   const float* rows[2 * kSsimRadius + kRows];
   const int64_t x0 = k.tile.x0;
+  SsimRing::windows(k.filtered, k.emit_row, k.o.y.radius, rows);
+  if (k.slice.partials != nullptr) {
+    k.steps.spread(k.o, rows, k.n, (int)count, k.slice.partials + k.emit_row * k.slice.row + x0, k.slice.row,
+                   k.slice.partial);
+    return;
+  }
   for (int64_t b = 0; b < count; ++b) {
     float *const a = k.a + b * k.step + kSsimPad, *const d = k.d + b * k.step + kSsimPad;
     ssim_read(k.p, k.shift, k.emit_row + b, x0, k.n, a, d);
     if (k.weights.read != nullptr) ssim_finite(a, d, k.n);
   }
-  SsimRing::windows(k.filtered, k.emit_row, k.o.radius, rows);
   const int64_t row_stride = to.x ? to.x_row : to.y_row;
   const bool vectors = k.n % W == 0 && count == kRows && !to.streamed && (!to.x || !to.y || to.x_row == to.y_row);
   if (vectors && (!to.x || to.x_column == 1) && (!to.y || to.y_column == 1)) {  // straight to where they go
@@ -220,7 +281,7 @@ template <typename T>
 static double ssim_advance(void* walk, int64_t end, const SsimGradients& to) {
   SsimWalk<T>& k = *static_cast<SsimWalk<T>*>(walk);
   const int maps = 2 + k.map.needs_x + k.map.needs_y;
-  const int64_t reach = maps == 2 ? 0 : k.o.radius;
+  const int64_t reach = maps == 2 ? 0 : k.o.y.radius;
   double total = 0;
   while (k.emit_row < end) {
     for (; k.row < k.top; ++k.row)  // blocks of rows begin where the map does
@@ -237,9 +298,37 @@ static double ssim_advance(void* walk, int64_t end, const SsimGradients& to) {
   return total;
 }
 
+// The gradients of row y of a volume's slice, from the partials of the slices that its windows see.
+template <typename T>
+static void ssim_depth(const SsimPlanes<T>& p, const SsimOptions& o, const SsimDepthRows& rows, int64_t y,
+                       bool weighted, float* x_grad, float* y_grad, float* scratch) {
+  const SsimShift shift = ssim_shift(p, SsimTile{0, p.height, 0, p.width}, o);
+  const SsimTaps taps = ssim_taps(o.z);
+  const int r = o.z.radius, maps = 2 + (x_grad != nullptr) + (y_grad != nullptr);
+  float *const a = scratch, *const d = scratch + ssim_step(kSsimColumns);
+  for (int64_t x0 = 0; x0 < p.width; x0 += kSsimColumns) {
+    const int64_t n = p.width - x0 < kSsimColumns ? p.width - x0 : kSsimColumns;
+    ssim_read(p, shift, y, x0, n, a, d);
+    if (weighted) ssim_finite(a, d, n);
+    for (int64_t j = 0; j < n; j += W) {
+      vf filtered[4];
+      for (int m = 0; m < maps; ++m) {
+        filtered[m] = vf{};
+        for (int k = -r; k <= r; ++k) {
+          const float* const from = rows.of[m][k + r];
+          if (from != nullptr) filtered[m] += taps.of[k < 0 ? -k : k] * load(from + x0 + j);
+        }
+      }
+      const vf of_a = load(a + j) * filtered[0], of_d = load(d + j) * filtered[1];
+      if (x_grad != nullptr) put(x_grad + x0 + j, filtered[2] - of_a + of_d, n - j, false);
+      if (y_grad != nullptr) put(y_grad + x0 + j, filtered[maps - 1] - of_a - of_d, n - j, false);
+    }
+  }
+}
+
 template <typename T>
 static SsimKernels<T> ssim_kernels() {
-  return {sizeof(SsimWalk<T>), ssim_start<T>, ssim_advance<T>, ssim_scale<T>};
+  return {sizeof(SsimWalk<T>), ssim_start<T>, ssim_advance<T>, ssim_scale<T>, ssim_depth<T>};
 }
 
 }  // namespace FASTLOSS_ISA

@@ -41,7 +41,9 @@ static SsimShift ssim_shift(const SsimPlanes<T>& p, const SsimTile& t, const Ssi
   float a[4], d[4];
   for (int i = 0; i < 4; ++i) {
     const int64_t row = t.y0 + (i / 2 * 2 + 1) * (t.y1 - t.y0) / 4, column = t.x0 + (i % 2 * 2 + 1) * (t.x1 - t.x0) / 4;
-    const float x = p.x[row * p.x_row + column * p.x_column], y = p.y[row * p.y_row + column * p.y_column];
+    const int64_t slice = p.depth == 0 ? 0 : ((i == 1 || i == 2) * 2 + 1) * p.depth / 4 - p.z;
+    const float x = p.x[slice * p.x_slice + row * p.x_row + column * p.x_column];
+    const float y = p.y[slice * p.y_slice + row * p.y_row + column * p.y_column];
     a[i] = x + y;
     d[i] = x - y;
   }
@@ -111,9 +113,9 @@ FASTLOSS_INLINE void ssim_pairs(int r, const float* pixel, const Add& add) {
 struct SsimTaps {
   vf of[kSsimRadius + 1];
 };
-FASTLOSS_INLINE SsimTaps ssim_taps(const SsimOptions& o) {
+FASTLOSS_INLINE SsimTaps ssim_taps(const SsimAxis& axis) {
   SsimTaps taps;
-  for (int k = 0; k <= kSsimRadius; ++k) taps.of[k] = all(o.taps[k]);
+  for (int k = 0; k <= kSsimRadius; ++k) taps.of[k] = all(axis.taps[k]);
   return taps;
 }
 
@@ -128,8 +130,8 @@ constexpr int64_t kSsimAhead = 8;
 template <int R>
 static void ssim_moments(const SsimOptions& o, const float* a, const float* d, int64_t begin, int64_t end,
                          const SsimAhead& ahead, float* to) {
-  const SsimTaps taps = ssim_taps(o);
-  const int r = o.radius;
+  const SsimTaps taps = ssim_taps(o.x);
+  const int r = o.x.radius;
   for (int64_t j = begin; j < end; j += W) {
     __builtin_prefetch(ahead.x + j * ahead.x_column);
     __builtin_prefetch(ahead.y + j * ahead.y_column);
@@ -148,12 +150,12 @@ static void ssim_moments(const SsimOptions& o, const float* a, const float* d, i
   }
 }
 
-// The filter along x of M rows `step` apart, n columns from kSsimPad on, vector by vector side by side.
+// The filter along x of M rows `step` apart, columns begin .. end, vector by vector side by side.
 template <int R, int M>
-static void ssim_filter(const SsimOptions& o, const float* from, int64_t step, int64_t n, float* to) {
-  const SsimTaps taps = ssim_taps(o);
-  const int r = o.radius;
-  for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
+static void ssim_filter(const SsimOptions& o, const float* from, int64_t step, int64_t begin, int64_t end, float* to) {
+  const SsimTaps taps = ssim_taps(o.x);
+  const int r = o.x.radius;
+  for (int64_t j = begin; j < end; j += W) {
     for (int m = 0; m < M; ++m) {
       const float* pixel = from + m * step + j;
       vf total = taps.of[0] * load(pixel);
@@ -200,6 +202,7 @@ struct SsimMap {
   bool needs_x, needs_y;
   float* partials;
   int64_t step;
+  float* losses;  // the map itself, rows `step` apart; or null
 };
 
 // The (weighted) sum of the map, and the partials if `grad`; 32 vectors are added before the sum moves to double.
@@ -209,11 +212,11 @@ struct SsimMap {
 template <int R, bool grad, bool plain>
 static double ssim_map(const SsimOptions& o, const SsimMap& tile_map, const float* const* rows) {
   const SsimMap map = tile_map;
-  const SsimTaps taps = ssim_taps(o);
+  const SsimTaps taps = ssim_taps(o.y);
   const vf c1 = all(2 * o.c1), c2 = all(2 * o.c2), scale = all(4 * map.scale);
   const vf rest_a = all(map.shift.rest_a), rest_d = all(map.shift.rest_d);
   const bool structure = o.structure_only, one_pixel = o.one_pixel;
-  const int maps = 2 + map.needs_x + map.needs_y, r = o.radius;
+  const int maps = 2 + map.needs_x + map.needs_y, r = o.y.radius;
   vd total{};
   vf part{};
   int added = 0;
@@ -244,6 +247,9 @@ static double ssim_map(const SsimOptions& o, const SsimMap& tile_map, const floa
       if (structure) half_l = per_l = vf{};
       const vf s = half_s + half_s, l = half_l + half_l;
       vf loss = half_l + half_s - s * half_l, g = scale;
+      if constexpr (!grad) {
+        if (map.losses != nullptr) store(map.losses + b * map.step + j, loss + loss);
+      }
       if (map.weights != nullptr) {
         const vf weight = load(map.weights + b * map.step + j);
         loss *= weight;
@@ -283,8 +289,8 @@ static double ssim_map(const SsimOptions& o, const SsimMap& tile_map, const floa
 template <int R, int M>
 static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_t n, const float* a, const float* d,
                           int64_t step, float* first, float* second, int64_t row_stride) {
-  const SsimTaps taps = ssim_taps(o);
-  const int r = o.radius;
+  const SsimTaps taps = ssim_taps(o.y);
+  const int r = o.y.radius;
   for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
     vf filtered[M][kRows];
 #pragma GCC unroll 4
@@ -298,22 +304,41 @@ static void ssim_gradient(const SsimOptions& o, const float* const* rows, int64_
   }
 }
 
+// The partials of kRows rows filtered along y, a row of whole vectors each: rows `row` apart, partials `partial`.
+template <int R, int M>
+static void ssim_spread(const SsimOptions& o, const float* const* rows, int64_t n, int count, float* to, int64_t row,
+                        int64_t partial) {
+  const SsimTaps taps = ssim_taps(o.y);
+  const int r = o.y.radius;
+  for (int64_t j = kSsimPad; j < kSsimPad + n; j += W) {
+    for (int m = 0; m < M; ++m) {
+      vf filtered[kRows];
+      ssim_along_y<R>(taps, r, rows, M * j + m * W, filtered);
+      for (int b = 0; b < count; ++b) store(to + m * partial + b * row + (j - kSsimPad), filtered[b]);
+    }
+  }
+}
+
 // The steps that know the window but not the type in memory: unrolled for the usual window, loops for the others.
 struct SsimSteps {
   decltype(&ssim_moments<-1>) moments;
+  decltype(&ssim_filter<-1, 4>) moments_of_depth;
   decltype(&ssim_map<-1, true, true>) map;
   decltype(&ssim_filter<-1, 3>) filter;
   decltype(&ssim_gradient<-1, 3>) gradient;
+  decltype(&ssim_spread<-1, 3>) spread;
 };
 template <int R, bool plain>
 FASTLOSS_INLINE SsimSteps ssim_steps_of(int maps) {
-  if (maps == 4) return {ssim_moments<R>, ssim_map<R, true, plain>, ssim_filter<R, 4>, ssim_gradient<R, 4>};
-  return {ssim_moments<R>, maps == 3 ? ssim_map<R, true, plain> : ssim_map<R, false, plain>, ssim_filter<R, 3>,
-          ssim_gradient<R, 3>};
+  if (maps == 4)
+    return {ssim_moments<R>,   ssim_filter<R, 4>,   ssim_map<R, true, plain>,
+            ssim_filter<R, 4>, ssim_gradient<R, 4>, ssim_spread<R, 4>};
+  return {ssim_moments<R>,   ssim_filter<R, 4>,   maps == 3 ? ssim_map<R, true, plain> : ssim_map<R, false, plain>,
+          ssim_filter<R, 3>, ssim_gradient<R, 3>, ssim_spread<R, 3>};
 }
 FASTLOSS_INLINE SsimSteps ssim_steps(const SsimOptions& o, const SsimShift& shift, int maps) {
   const bool plain = shift.rest_a == 0 && shift.rest_d == 0 && shift.a == 0 && !o.one_pixel;
-  if (o.radius == kSsimRadius)
+  if (o.x.radius == kSsimRadius && o.y.radius == kSsimRadius)
     return plain ? ssim_steps_of<kSsimRadius, true>(maps) : ssim_steps_of<kSsimRadius, false>(maps);
   return plain ? ssim_steps_of<-1, true>(maps) : ssim_steps_of<-1, false>(maps);
 }

@@ -16,8 +16,8 @@ from ..image import ms_ssim_loss, smoothness_loss, ssim_loss
 from ..perceptual import dists_distance, feature_distance, lpips_distance, style_distance
 from ._common import NotServed, as_theirs, check_not_overridden, check_plain, hands_on, required
 
-_theirs = required("piq")
-_validate, _reduce = required("piq.utils")._validate_input, required("piq.utils")._reduce
+_theirs, _utils = required("piq"), required("piq.utils")
+_validate, _reduce = _utils._validate_input, _utils._reduce
 _FULL_SIZE = 256  # of the shorter side: larger images are averaged down to about it before SSIM
 _TV: dict[str, int | str] = {"l1": 1, "l2_squared": 2, "l2": "norm"}
 _MS_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -43,20 +43,22 @@ def ssim(
     downsample: bool = True,
     k1: float = 0.01,
     k2: float = 0.03,
-) -> Tensor:
-    """piq's function: SSIM of whole windows, of images averaged down to about 256 pixels with `downsample`."""
+) -> Any:
+    """piq's function: SSIM of whole windows, of images averaged down to about 256 pixels with `downsample`; with `full`
+    a list of it and its contrast and structure."""
     assert kernel_size % 2 == 1, f"Kernel size must be odd, got [{kernel_size}]"
     _validate([x, y], dim_range=(4, 5), data_range=(0, data_range))
     _check_real(x, y)
-    if full:
-        raise NotServed("full=True")
     factor = max(1, round(min(x.shape[2:]) / _FULL_SIZE)) if downsample else 1
     image, target = (F.avg_pool2d(t, factor) if factor > 1 else t for t in (x, y))
-    loss = ssim_loss(
-        target, image, window=kernel_size, sigma=kernel_sigma, data_range=data_range, padding="valid", k1=k1, k2=k2,
-        reduction="none",
-    )  # fmt: skip
-    return as_theirs(_reduce(1 - loss, reduction), x)
+    found = []
+    for luminance in (True, False)[: 1 + bool(full)]:
+        loss = ssim_loss(
+            target, image, window=kernel_size, sigma=kernel_sigma, data_range=data_range, padding="valid", k1=k1, k2=k2,
+            reduction="none", luminance=luminance,
+        )  # fmt: skip
+        found.append(as_theirs(_reduce(1 - loss, reduction), x))
+    return found if full else found[0]
 
 
 class SSIMLoss(_SSIMLoss):
@@ -80,22 +82,19 @@ def multi_scale_ssim(
     k1: float = 0.01,
     k2: float = 0.03,
 ) -> Tensor:
-    """piq's function: MS-SSIM of whole windows. Sides that are odd at some level go to piq, which pads otherwise."""
+    """piq's function: MS-SSIM of whole windows; sides that are odd at some level are padded by their first pixels."""
     assert kernel_size % 2 == 1, f"Kernel size must be odd, got [{kernel_size}]"
     _validate([x, y], dim_range=(4, 5), data_range=(0, data_range))
     _check_real(x, y)
     weights = torch.tensor(_MS_WEIGHTS, dtype=torch.float64) if scale_weights is None else scale_weights
     if weights.ndim != 1:
         raise NotServed(f"scale_weights of shape {tuple(weights.shape)}")
-    divisor = 2 ** (len(weights) - 1)
-    if any(side % divisor for side in x.shape[2:]):
-        raise NotServed(f"sides: {tuple(x.shape[2:])} pixels are odd at some level")
     levels = (weights if scale_weights is None else weights / weights.sum()).tolist()
     if 0 in levels:
         raise NotServed("scale_weights: one of them is 0")
     loss = ms_ssim_loss(
         y, x, window=kernel_size, sigma=kernel_sigma, data_range=data_range, padding="valid", k1=k1, k2=k2,
-        level_weights=levels, reduction="none",
+        level_weights=levels, odd_sides="repeat", reduction="none",
     )  # fmt: skip
     return as_theirs(_reduce(1 - loss, reduction), x)
 

@@ -1,8 +1,8 @@
 """pytorch_msssim's ssim, ms_ssim, SSIM and MS_SSIM (version 1.0), by fastloss's SSIM and MS-SSIM losses.
 
-They return the similarity, 1 minus the loss, of images ``[N, C, H, W]``. Volumes, windows of one's own, and images that
-the window does not fit into (which pytorch_msssim filters along their other side alone) are its own code's. Where it is
-installed the modules are subclasses of its classes; else they stand alone.
+They return the similarity, 1 minus the loss, of images ``[N, C, H, W]`` or volumes ``[N, C, D, H, W]``. Windows of
+one's own, and images that the window does not fit into (which pytorch_msssim filters along their other sides alone)
+are its own code's. Where it is installed the modules are subclasses of its classes; else they stand alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def ssim(
         window=win_size, sigma=win_sigma, data_range=data_range, padding="valid", k1=k1, k2=k2
     )
     if nonnegative_ssim:
-        planes = [image.reshape(-1, 1, *image.shape[2:]) for image in (X, Y)]
+        planes = [image.flatten(0, 1).unsqueeze(1) for image in (X, Y)]
         channels = torch.relu(1 - ssim_loss(*planes, reduction="none", **options)).view(X.shape[:2])
         values = channels.mean() if size_average else channels.mean(1)
     else:
@@ -66,7 +66,7 @@ def ms_ssim(
     """MS-SSIM of whole windows: the mean over the batch, or ``[N]`` without `size_average`; in the dtype of `X`."""
     _check(X, Y, win)
     k1, k2 = K
-    if min(X.shape[2:]) <= (win_size - 1) * 2**_HALVINGS:
+    if min(X.shape[-2:]) <= (win_size - 1) * 2**_HALVINGS:
         raise NotServed(f"images of {tuple(X.shape[2:])} pixels are too small")
     if weights is not None and (isinstance(weights, Tensor) or 0 in weights):
         raise NotServed("weights: a tensor, or one of them is 0")
@@ -82,8 +82,8 @@ def _check(X: Tensor, Y: Tensor, win: Tensor | None) -> None:
     check_plain(X, Y)
     if win is not None:
         raise NotServed("win: a window of one's own")
-    if X.ndim != 4 or 1 in X.shape[2:]:
-        raise NotServed(f"expected images [N, C, H, W], got {tuple(X.shape)}")
+    if X.ndim not in (4, 5) or 1 in X.shape[2:]:
+        raise NotServed(f"expected images [N, C, H, W] or volumes [N, C, D, H, W], got {tuple(X.shape)}")
 
 
 class _Module(nn.Module):

@@ -1,22 +1,22 @@
 """torchmetrics' SSIM, MS-SSIM, total variation, LPIPS and DISTS (torchmetrics 1.9), by fastloss's losses.
 
 ``structural_similarity_index_measure`` pads by reflection: whole windows of images that are reflected at their borders
-see the same. The metric classes are subclasses whose ``update`` adds up what the functions here give; their states,
-reductions and ``compute`` are torchmetrics', and so are the networks of LPIPS and DISTS. The functions make a network
-once for each device and dtype, where torchmetrics makes one at each call.
+see the same. Uniform windows are torchmetrics' own. The metric classes are subclasses whose ``update`` adds up what the
+functions here give; their states, reductions and ``compute`` are torchmetrics', and so are the networks of LPIPS and
+DISTS. The functions make a network once for each device and dtype, where torchmetrics makes one at each call.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..image import smoothness_loss, ssim_loss
+from ..image.ms_ssim import halved
 from ..perceptual import dists_distance, lpips_distance
 from ._common import NotServed, as_theirs, check_plain, hands_on, required
 
@@ -57,44 +57,52 @@ def structural_similarity_index_measure(
     k2: float = 0.03,
     return_full_image: bool = False,
     return_contrast_sensitivity: bool = False,
-) -> Tensor:
-    """torchmetrics' function: SSIM with reflect padding, its window as wide as `sigma` says; in `preds`' dtype."""
+) -> Any:
+    """torchmetrics' function: SSIM of images or volumes with reflect padding, its window as wide as `sigma` says; in
+    `preds`' dtype. With it the map, or the mean contrast and structure of each image, where they are asked for."""
+    options = _window(preds, target, gaussian_kernel, sigma, kernel_size, reduction)
+    if return_full_image and return_contrast_sensitivity:
+        raise NotServed("return_full_image, return_contrast_sensitivity: both")
+    options |= {"k1": k1, "k2": k2}
+    preds, target, options["data_range"] = _range(preds, target.to(preds.dtype), data_range)
+    if return_full_image:
+        image = _similarity(preds, target, options, reduction="map")
+        return as_theirs(_reduced(image.flatten(1).mean(1), reduction), preds), as_theirs(image, preds)
+    value = as_theirs(_reduced(_similarity(preds, target, options), reduction), preds)
+    if not return_contrast_sensitivity:
+        return value
+    return value, as_theirs(_contrast(preds, target, options), preds)
+
+
+def _window(
+    preds: Tensor, target: Tensor, gaussian_kernel: bool, sigma: Any, kernel_size: Any, reduction: str | None
+) -> dict[str, Any]:
+    """The options of :func:`ssim_loss` for torchmetrics' window, as wide as `sigma` says, in checked arguments.
+
+    `kernel_size` torchmetrics only checks, but for the padding of the last axis of volumes.
+    """
     check_plain(preds, target)
-    if preds.ndim != 4 or not gaussian_kernel or return_full_image or return_contrast_sensitivity:
-        raise NotServed("volumes, uniform windows, full images and contrasts")
-    if reduction not in _REDUCTIONS:
-        raise NotServed(f"reduction {reduction!r}")
-    width = _window(sigma, kernel_size)
-    preds, target, span = _range(preds, target.to(preds.dtype), data_range)
-    value = _reflected_ssim(preds, target, span, width, k1, k2)
-    return as_theirs(_reduced(value, reduction), preds)
-
-
-class _Window(NamedTuple):
-    radius: int  # in pixels: 3.5 sigma
-    sigma: float
-
-
-def _window(sigma: Any, kernel_size: Any) -> _Window:
-    """torchmetrics' window, as wide as `sigma` says: `kernel_size` it only checks."""
-    sigma_y, sigma_x = _sides(sigma)
-    if sigma_y != sigma_x or any(side <= 0 or side % 2 == 0 for side in _sides(kernel_size)):
+    if preds.ndim not in (4, 5) or preds.shape != target.shape or not gaussian_kernel or reduction not in _REDUCTIONS:
+        raise NotServed(f"uniform windows, images {tuple(preds.shape)} and {tuple(target.shape)}")
+    sigmas, sizes = _sides(sigma, preds.ndim - 2), _sides(kernel_size, preds.ndim - 2)
+    if any(side <= 0 or side % 2 == 0 for side in sizes) or any(one <= 0 for one in sigmas):
         raise NotServed(f"sigma {sigma!r}, kernel_size {kernel_size!r}")
-    return _Window(int(3.5 * sigma_y + 0.5), sigma_y)
+    window = [2 * int(3.5 * one + 0.5) + 1 for one in sigmas]
+    if preds.ndim == 5 and window[-1] != sizes[-1]:
+        raise NotServed(f"kernel_size: {kernel_size!r}, by which it pads, for windows of {window}")
+    return {"window": window, "sigma": sigmas}
 
 
-def _reflected_ssim(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:
-    """The SSIM of each image, ``[N]``, with reflect padding."""
-    radius, sigma = window
-    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "reflect"}
-    return 1 - ssim_loss(target, preds, k1=k1, k2=k2, reduction="none", **options)
+def _similarity(preds: Tensor, target: Tensor, options: dict[str, Any], reduction: str = "none") -> Tensor:
+    """The SSIM of each image, ``[N]``, or its map, with reflect padding."""
+    return 1 - ssim_loss(target, preds, padding="reflect", reduction=reduction, **options)
 
 
-def _contrast(preds: Tensor, target: Tensor, span: float, window: _Window, k1: float, k2: float) -> Tensor:
+def _contrast(preds: Tensor, target: Tensor, options: dict[str, Any]) -> Tensor:
     """Contrast and structure of each image, ``[N]``: of the windows that lie within it, as torchmetrics has it."""
-    radius, sigma = window
-    options: dict[str, Any] = {"window": 2 * radius + 1, "sigma": sigma, "data_range": span, "padding": "valid"}
-    return 1 - ssim_loss(target, preds, k1=k1, k2=k2, reduction="none", luminance=False, **options)
+    if 1 in options["window"]:
+        raise NotServed("sigma: a window of one pixel has no contrast")
+    return 1 - ssim_loss(target, preds, padding="valid", reduction="none", luminance=False, **options)
 
 
 def _reduced(values: Tensor, reduction: str | None) -> Tensor:
@@ -120,25 +128,23 @@ def multiscale_structural_similarity_index_measure(
 
     With ``normalize="relu"`` a level that is not positive has gradient 0, where torchmetrics' is NaN.
     """
-    check_plain(preds, target)
-    if preds.ndim != 4 or preds.shape != target.shape or not gaussian_kernel or reduction not in _REDUCTIONS:
-        raise NotServed("volumes, uniform windows")
+    options = _window(preds, target, gaussian_kernel, sigma, kernel_size, reduction) | {"k1": k1, "k2": k2}
     if normalize not in (None, "relu", "simple") or not isinstance(betas, tuple) or len(betas) == 0:
         raise NotServed(f"normalize {normalize!r}, betas {betas!r}")
-    window, steps = _window(sigma, kernel_size), len(betas) - 1
-    least = [max(2 ** (steps + 1), side * max(1, steps) ** 2 - 1) for side in _sides(kernel_size)]
-    if any(side < low for side, low in zip(preds.shape[2:], least, strict=True)):
+    steps, sizes = len(betas) - 1, _sides(kernel_size, preds.ndim - 2)
+    least = [max(2 ** (steps + 1), side * max(1, steps) ** 2 - 1) for side in sizes[:2]]
+    if any(side < low for side, low in zip(preds.shape[-2:], least, strict=True)):
         raise NotServed(f"sides: {tuple(preds.shape[2:])} pixels for {len(betas)} levels")
-    if window.radius == 0 or min(preds.shape[2:]) >> steps < 2 * window.radius + 1:
+    if any(side >> steps < window for side, window in zip(preds.shape[2:], options["window"], strict=True)):
         raise NotServed(f"sides: {tuple(preds.shape[2:])} pixels for a sigma of {sigma!r} at the last of the levels")
     dtype = torch.promote_types(preds.dtype, torch.float32)
     images = preds.to(dtype), target.to(preds.dtype).to(dtype)
     value = torch.ones(len(preds), dtype=dtype, device=preds.device)
     for level, beta in enumerate(betas):
-        x, y, span = _range(*images, data_range)
-        measure = _contrast if level < steps else _reflected_ssim
-        value = value * _power(measure(x, y, span, window, k1, k2), beta, normalize)
-        images = F.avg_pool2d(images[0], 2), F.avg_pool2d(images[1], 2)
+        x, y, options["data_range"] = _range(*images, data_range)
+        found = _contrast(x, y, options) if level < steps else _similarity(x, y, options)
+        value = value * _power(found, beta, normalize)
+        images = halved(images[0], "drop"), halved(images[1], "drop")
     return as_theirs(_reduced(value, reduction), preds)
 
 
@@ -154,13 +160,12 @@ def _power(base: Tensor, exponent: float, normalize: str | None) -> Tensor:
 class StructuralSimilarityIndexMeasure(_StructuralSimilarityIndexMeasure):
     """torchmetrics' metric, of :func:`structural_similarity_index_measure`."""
 
-    @hands_on("torchmetrics.image.StructuralSimilarityIndexMeasure", _StructuralSimilarityIndexMeasure.update)
     def update(self, preds: Tensor, target: Tensor) -> None:
-        if self.return_full_image or self.return_contrast_sensitivity:
-            raise NotServed("full images and contrasts")
-        value = structural_similarity_index_measure(
-            preds, target, self.gaussian_kernel, self.sigma, self.kernel_size, None, self.data_range, self.k1, self.k2
-        )
+        more = {name: getattr(self, name) for name in ("return_full_image", "return_contrast_sensitivity")}
+        found = structural_similarity_index_measure(preds, target, **_options_of(self), **more)
+        value, *images = found if isinstance(found, tuple) else (found,)
+        if images:
+            self.image_return += images
         _add(self, value)
         if self.reduction not in ("none", None):  # as torchmetrics counts them
             self.total += len(value)
@@ -171,11 +176,16 @@ class MultiScaleStructuralSimilarityIndexMeasure(_MultiScale):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         value = multiscale_structural_similarity_index_measure(
-            preds, target, self.gaussian_kernel, self.sigma, self.kernel_size, None, self.data_range, self.k1, self.k2,
-            self.betas, self.normalize,
-        )  # fmt: skip
+            preds, target, **_options_of(self), betas=self.betas, normalize=self.normalize
+        )
         _add(self, value)
         self.total += len(value)
+
+
+def _options_of(metric: Any) -> dict[str, Any]:
+    """What both similarities have, of each image."""
+    names = ("gaussian_kernel", "sigma", "kernel_size", "data_range", "k1", "k2")
+    return {name: getattr(metric, name) for name in names} | {"reduction": None}
 
 
 class TotalVariation(_TotalVariation):
@@ -265,13 +275,13 @@ def _add(metric: Any, similarities: Tensor) -> None:
         metric.similarity += similarities.sum()
 
 
-def _sides(option: Any) -> tuple[Any, ...]:
-    """An option for height and width."""
+def _sides(option: Any, count: int) -> list[Any]:
+    """An option for each axis of the images."""
     if not isinstance(option, Sequence):
-        return option, option
-    if len(option) != 2:
-        raise NotServed(f"expected 2 sides, got {option!r}")
-    return tuple(option)
+        return [option] * count
+    if len(option) != count:
+        raise NotServed(f"expected {count} sides, got {option!r}")
+    return list(option)
 
 
 def _range(preds: Tensor, target: Tensor, data_range: Any) -> tuple[Tensor, Tensor, float]:

@@ -3,6 +3,7 @@
 pixel.py           L1, L2, Lp, Charbonnier, Huber
 smoothness.py      differences of neighbouring pixels: total variation and its kin
 ssim.py            structural similarity
+ssim_volume.py     the op of its volumes, of windows of a side for each axis, and of maps
 ms_ssim.py         the same at several scales
 image_loss.py      several of these at once, in one pass
 ssim_checks.py     the options of the two SSIM losses

@@ -28,8 +28,8 @@ from .smoothness import (
 )
 from .ssim import KEEP_GRADIENTS, LARGEST_WINDOW, map_weight, ssim_loss
 from .ssim_checks import NegativeImages, check_ssim_options, check_window_fits
+from .ssim_reference import Axis, ssim_reference
 from .ssim_reference import Inputs as SsimInputs
-from .ssim_reference import ssim_reference
 
 SIGNS = 4  # of `keep`, see Inputs
 _OPTIONS = {
@@ -350,12 +350,12 @@ def _ssim_fields(image: Tensor, image_pred: Tensor, options: dict) -> tuple[dict
     weight = o.pop("weight", None)
     ssim = check_ssim_options(**o, dtype=result_dtype(image, image_pred))
     if not ssim.same:
-        check_window_fits(image, ssim.window, 1)
+        check_window_fits(image, (Axis(ssim.window, ssim.sigma, same=False),) * 2)
     NegativeImages.warn_once(image, o["data_range"])
     cut = 0 if ssim.same else ssim.window // 2
     shape = (*image.shape[:2], image.shape[2] - 2 * cut, image.shape[3] - 2 * cut)
     if weight is not None:
-        weight = map_weight(weight, image, cut).expand(shape)
+        weight = map_weight(weight, image, (cut, cut)).expand(shape)
     return ssim._asdict(), weight, math.prod(shape)
 
 

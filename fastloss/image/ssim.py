@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,19 +10,23 @@ import torch
 from torch import Tensor
 
 from ..core import Loss, Op, check_not_empty, check_reduction, reduce, result_dtype, transformed
-from ..core.checks import check_flag, check_weight
+from ..core.checks import check_choice, check_flag, check_weight
 from ..core.entry import takes_input_and_target
 from .map_weights import over_weights
 from .ssim_checks import (
     PADDINGS,
+    REDUCTIONS,
     SSIM_HINTS,
+    Constants,
     NegativeImages,
+    check_axes,
+    check_constants,
     check_pair,
-    check_ssim_options,
     check_window_fits,
     reflected,
 )
-from .ssim_reference import Inputs, ssim_reference
+from .ssim_reference import Axis, Inputs, ssim_reference
+from .ssim_volume import general_ssim
 
 LARGEST_WINDOW = 11  # of the kernels; larger ones go to the reference
 KEEP_GRADIENTS = 8  # of `keep`, see Saved
@@ -95,17 +100,27 @@ def _sums(image: Tensor, image_pred: Tensor, *options: Any) -> Tensor:
     return _ssim(image, image_pred, *options, keep)
 
 
-def _no_sums(image: Tensor, image_pred: Tensor, dtype: torch.dtype) -> Tensor:
+def ssim_sums(
+    image: Tensor, image_pred: Tensor, weight: Tensor | None, axes: Sequence[Axis], constants: Constants,
+    structure_only: bool,
+) -> Tensor:  # fmt: skip
+    """Sums ``[N, C]`` of one minus SSIM: of images with one window for both axes by their own op, else in general."""
+    if len(axes) == 2 and axes[0] == axes[1]:
+        return _sums(image, image_pred, weight, *axes[0], *constants, structure_only)
+    return general_ssim(image, image_pred, weight, axes, constants, structure_only, as_map=False)
+
+
+def no_sums(image: Tensor, image_pred: Tensor, dtype: torch.dtype) -> Tensor:
     """Of empty images: 0 for each, within the graph."""
-    return (image * image_pred).to(dtype).sum((1, 2, 3))
+    return (image * image_pred).to(dtype).flatten(1).sum(1)
 
 
-def map_weight(weight: Tensor, image: Tensor, cut: int) -> Tensor:
-    """The weights of the SSIM map, 4-D: broadcast over its height and width, but not over the batch and channels."""
+def map_weight(weight: Tensor, image: Tensor, cuts: Sequence[int]) -> Tensor:
+    """The weights of the SSIM map, of the image's rank: broadcast over its sides, but not over batch and channels."""
     check_weight("weight", weight, "image", image)
-    height, width = image.shape[2:]
-    weight = weight.reshape((1,) * (4 - weight.ndim) + weight.shape).expand(-1, -1, height, width)
-    weight = weight[:, :, cut : height - cut, cut : width - cut]
+    weight = weight.reshape((1,) * (image.ndim - weight.ndim) + weight.shape).expand(-1, -1, *image.shape[2:])
+    inner = [slice(cut, side - cut) for side, cut in zip(image.shape[2:], cuts, strict=True)]
+    weight = weight[(slice(None), slice(None), *inner)]
     if weight.dtype in (torch.bool, torch.float16) or weight.numel() == 0:
         return weight
     largest = weight.amax()  # a mean is the same with weights by the largest one; their sum must fit float32
@@ -120,8 +135,8 @@ def ssim_loss(
     image: Tensor,
     image_pred: Tensor,
     *,
-    window: int = 11,
-    sigma: float = 1.5,
+    window: int | Sequence[int] = 11,
+    sigma: float | Sequence[float] = 1.5,
     data_range: float | Sequence[float] = 1.0,
     padding: str = "same",
     k1: float = 0.01,
@@ -141,11 +156,13 @@ def ssim_loss(
         SSIM = (2 mx my + C1) (2 sxy + C2) / ((mx^2 + my^2 + C1) (sx^2 + sy^2 + C2)),    loss = 1 - mean SSIM
 
     Args:
-        image: target ``[N, C, H, W]``, any floating-point dtype, values in `data_range`. As a keyword also `target`.
+        image: target ``[N, C, H, W]``, or volumes ``[N, C, D, H, W]``, any floating-point dtype, values in
+            `data_range`. As a keyword also `target`.
         image_pred: prediction of the same shape. Both may need gradients. As a keyword also `input`, torch's name.
-        window: side of the Gaussian window in pixels, odd, at most 65535. Above 11 the reference runs instead of the
-            kernels. Of a window of one pixel (1, or a `sigma` below 0.166) only the luminance term is left.
-        sigma: its standard deviation in pixels, > 0.
+        window: side of the Gaussian window in pixels, odd, at most 65535, or one for each axis, ``(H, W)`` or
+            ``(D, H, W)``. Above 11 the reference runs instead of the kernels. Of a window of one pixel (1, or a `sigma`
+            below 0.166) only the luminance term is left.
+        sigma: its standard deviation in pixels, > 0, or one for each axis.
         data_range: ``(low, high)``, the least and the largest value that images can have: SSIM is that of the images
             minus `low`, in a range of high - low. Or a number > 0, for images from 0 up to it. **Images in [-1, 1]
             need** ``data_range=(-1, 1)``: with 2 an image and its negative would count as nearly alike, since SSIM
@@ -158,18 +175,21 @@ def ssim_loss(
             (``"valid"`` uses its centre), no gradient. Means become weighted sum / sum of weights, 0 if that is 0. A
             weight of 0 excludes: what the map is there, even NaN, has no effect on the value or a gradient. The windows
             themselves are not cut: they see pixels up to half a window from a weighted one.
-        reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, or ``"sum"`` of these.
+        reduction: ``"mean"`` over the batch, ``"none"`` per image ``[N]``, ``"sum"`` of these, or ``"map"``: one minus
+            SSIM at every pixel, of the image's shape (with ``"valid"`` that of the whole windows), without `weight`.
         luminance: False leaves the first factor out, so that contrast and structure are compared alone.
 
     Returns:
-        float32 (float64 for float64 inputs), in [0, 2]: a scalar, or ``[N]``. Constant images have finite gradients.
+        float32 (float64 for float64 inputs), in [0, 2]: a scalar, ``[N]`` or a map. Constant images have finite
+        gradients. Volumes, windows that differ from axis to axis, and maps have C++ kernels; on a GPU PyTorch's
+        operators compute them, large volumes slab by slab.
         Images far from 0 keep their digits: what their pixels have in common is subtracted before it is squared
         (images of 1000 to 1001 with a data_range of 1 have a relative error below 1e-3, as those from 0 to 1).
 
     Raises:
         TypeError: an argument is no floating-point tensor. ValueError: shapes, devices or options do not fit (even
-            window, window larger than a ``"valid"`` image, low >= high), `weight` requires a gradient, or ``"mean"`` of
-            an empty batch.
+            window, window larger than a ``"valid"`` image, low >= high), `weight` requires a gradient or comes with
+            ``"map"``, or ``"mean"`` of an empty batch.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", TIP 2004.
 
@@ -179,29 +199,35 @@ def ssim_loss(
     """
     check_pair(image, image_pred)
     dtype = result_dtype(image, image_pred)
-    options = check_ssim_options(window, sigma, data_range, padding, k1, k2, dtype, (*PADDINGS, "reflect"))
-    window, sigma, same, c1, c2, low = options
-    check_reduction(reduction)
+    check_choice("padding", padding, (*PADDINGS, "reflect"))
+    axes = check_axes(window, sigma, padding == "same", image)
+    constants = check_constants(data_range, k1, k2, dtype)
+    check_reduction(reduction, REDUCTIONS)
     luminance = check_flag("luminance", luminance)
-    reflect, border = padding == "reflect", window // 2
-    if not same and not reflect:
-        check_window_fits(image, window, 1)
+    if padding == "valid":
+        check_window_fits(image, axes)
     if reduction == "mean":
         check_not_empty(image.numel())
+    if reduction == "map" and weight is not None:
+        raise ValueError("weight: a map is not weighted; multiply it, or use another reduction")
     NegativeImages.warn_once(image, data_range)
-    cut = 0 if same else border
-    mine = None if weight is None else map_weight(weight, image, 0 if reflect else cut)
-    if reflect:
-        image, image_pred = reflected(image, border), reflected(image_pred, border)
-    height, width = image.shape[2] - 2 * cut, image.shape[3] - 2 * cut
+    cuts = [axis.window // 2 if padding == "valid" else 0 for axis in axes]
+    mine = None if weight is None else map_weight(weight, image, cuts)
+    shape = *image.shape[:2], *(side - 2 * cut for side, cut in zip(image.shape[2:], cuts, strict=True))
+    if padding == "reflect":
+        image, image_pred = reflected(image, axes), reflected(image_pred, axes)
+    if reduction == "map":
+        if image.numel() == 0:
+            return (image * image_pred).to(dtype).sum() + image.new_zeros(shape, dtype=dtype)
+        return general_ssim(image, image_pred, None, axes, constants, not luminance, as_map=True)
     if image.numel() == 0:
-        sums = _no_sums(image, image_pred, dtype)
+        sums = no_sums(image, image_pred, dtype)
     else:
-        spread = None if mine is None else mine.expand(*image.shape[:2], height, width)
-        sums = _sums(image, image_pred, spread, window, sigma, same, c1, c2, low, not luminance).sum(1)
+        spread = None if mine is None else mine.expand(shape)
+        sums = ssim_sums(image, image_pred, spread, axes, constants, not luminance).sum(1)
     if mine is None:
-        return reduce(sums / max(image.shape[1] * height * width, 1), reduction)
-    counts = mine.sum((1, 2, 3), dtype=dtype) * (image.shape[1] // max(mine.shape[1], 1))
+        return reduce(sums / max(math.prod(shape[1:]), 1), reduction)
+    counts = mine.flatten(1).sum(1, dtype=dtype) * (image.shape[1] // max(mine.shape[1], 1))
     if reduction == "mean":
         counts = counts.expand(image.shape[0])
         sums, counts = sums.sum(), counts.sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +21,10 @@ from ..core.checks import (
     check_tensor,
     is_sequence,
 )
+from .ssim_reference import Axis
 
 PADDINGS = ("same", "valid")
+REDUCTIONS = ("none", "mean", "sum", "map")
 LARGEST = 65535  # of windows
 # The constants, and the square of the range, must lie so far within the range of the type that SSIM is computed in.
 BOUNDS = {torch.float32: (2.0**-120, 2.0**120), torch.float64: (2.0**-960, 2.0**960)}
@@ -47,26 +49,63 @@ class SsimNumbers(NamedTuple):
     low: float
 
 
+class Constants(NamedTuple):
+    """The two stabilising constants, and the value that images begin at."""
+
+    c1: float
+    c2: float
+    low: float
+
+
 def check_pair(image: Tensor, image_pred: Tensor) -> None:
-    check_tensor("image", image, 4)
-    check_tensor("image_pred", image_pred, 4)
+    check_tensor("image", image, (4, 5))
+    check_tensor("image_pred", image_pred, (4, 5))
     check_same_shape("image", image, "image_pred", image_pred)
 
 
 def check_ssim_options(
     window: int, sigma: float, data_range: float | Sequence[float], padding: str, k1: float, k2: float,
-    dtype: torch.dtype = torch.float32, paddings: tuple[str, ...] = PADDINGS,
+    dtype: torch.dtype = torch.float32,
 ) -> SsimNumbers:  # fmt: skip
-    """`dtype`: that of the result; `paddings`: those that the loss has."""
-    window = check_integer("window", window, 1, LARGEST, wanted="an odd integer")
+    """Those of a loss that has one window for all axes. `dtype`: that of the result."""
+    window, sigma = _check_window("window", window), _check_sigma("sigma", sigma)
+    constants = check_constants(data_range, k1, k2, dtype)
+    check_choice("padding", padding, PADDINGS)
+    return SsimNumbers(window, sigma, padding == "same", *constants)
+
+
+def check_axes(window: int | Sequence[int], sigma: float | Sequence[float], same: bool, image: Tensor) -> list[Axis]:
+    """The window along each axis of the images: options are one number for all of them, or one for each."""
+    windows = _check_each("window", window, _check_window, image.ndim - 2)
+    sigmas = _check_each("sigma", sigma, _check_sigma, image.ndim - 2)
+    return [Axis(*one, same=same) for one in zip(windows, sigmas, strict=True)]
+
+
+def _check_each(name: str, value: Any, check: Callable[[str, Any], Any], count: int) -> list[Any]:
+    if not is_sequence(value):
+        return [check(name, value)] * count
+    each = list(value)
+    if len(each) != count:
+        raise ValueError(f"{name}: expected a number or {count}, one along each axis of the images, got {len(each)}")
+    return [check(f"{name}[{i}]", one) for i, one in enumerate(each)]
+
+
+def _check_window(name: str, window: Any) -> Any:
+    window = check_integer(name, window, 1, LARGEST, wanted="an odd integer")
     if window % 2 == 0:
-        raise ValueError(f"window: expected an odd integer >= 1, got {window}")
-    numbers = {"sigma": sigma, "k1": k1, "k2": k2}
-    sigma, k1, k2 = (check_number(n, value, 0, open_low=True, float32=False) for n, value in numbers.items())
+        raise ValueError(f"{name}: expected an odd integer >= 1, got {window}")
+    return window
+
+
+def _check_sigma(name: str, sigma: Any) -> Any:
+    return check_number(name, sigma, 0, open_low=True, float32=False)
+
+
+def check_constants(data_range: float | Sequence[float], k1: float, k2: float, dtype: torch.dtype) -> Constants:
+    k1, k2 = (check_number(n, k, 0, open_low=True, float32=False) for n, k in (("k1", k1), ("k2", k2)))
     low, span = _low_and_span(data_range)
-    check_choice("padding", padding, paddings)
     least, most = BOUNDS[dtype]
-    constants = []
+    squares = []
     for name, k in (("k1", k1), ("k2", k2)):
         square = (k * span) * (k * span)  # not ** 2, which raises where it overflows
         if not least <= square <= most:
@@ -74,11 +113,11 @@ def check_ssim_options(
                 f"{name}, data_range: expected ({name} * range) ** 2 from {least:.0e} to {most:.0e}, so that {dtype} "
                 f"holds it, got {square:g} of {name}={k!r}, data_range={data_range!r}"
             )
-        constants.append(square)
+        squares.append(square)
     if not span * span <= most:
         raise ValueError(f"data_range: expected a range of at most {math.sqrt(most):.0e}, got {data_range!r}")
-    c1, c2 = constants
-    return SsimNumbers(window, sigma, padding == "same", c1, c2, low)
+    c1, c2 = squares
+    return Constants(c1, c2, low)
 
 
 def _low_and_span(data_range: Any) -> tuple[float, float]:
@@ -97,25 +136,37 @@ def _low_and_span(data_range: Any) -> tuple[float, float]:
     return low, high - low
 
 
-def check_window_fits(image: Tensor, window: int, levels: int) -> None:
-    """Every halving rounds up, so the last of `levels` is ceil(side / 2**(levels - 1)) pixels."""
-    height, width = (-(-side // 2 ** (levels - 1)) for side in image.shape[2:])
-    if min(height, width) < window:
-        where = "" if levels == 1 else f", which is {height} x {width} at level {levels}"
+def _by(sides: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in sides)
+
+
+def check_window_fits(image: Tensor, axes: Sequence[Axis], sides: Sequence[int] | None = None, levels: int = 1) -> None:
+    """Of "valid" windows: whether one fits. `sides`: those of the last of several levels."""
+    sides = image.shape[2:] if sides is None else sides
+    if any(side < axis.window for side, axis in zip(sides, axes, strict=True)):
+        where = "" if levels == 1 else f", which is {_by(sides)} at level {levels}"
         raise ValueError(
-            f"window: expected at most the image's sides with padding='valid', got {window} for images of "
-            f"{image.shape[2]} x {image.shape[3]} pixels{where}; use padding='same' or a smaller window"
+            f"window: expected at most the image's sides with padding='valid', got {_shown(axes)} for images of "
+            f"{_by(image.shape[2:])} pixels{where}; use padding='same' or a smaller window"
         )
 
 
-def reflected(image: Tensor, border: int) -> Tensor:
+def _shown(axes: Sequence[Axis]) -> int | tuple[int, ...]:
+    windows = tuple(axis.window for axis in axes)
+    return windows[0] if len(set(windows)) == 1 else windows
+
+
+def reflected(image: Tensor, axes: Sequence[Axis]) -> Tensor:
     """Images with a border reflected around them: what whole windows see there is SSIM with reflect padding."""
-    if min(image.shape[2:]) <= border:
+    borders = [axis.window // 2 for axis in axes]
+    if any(side <= border for side, border in zip(image.shape[2:], borders, strict=True)):
         raise ValueError(
-            f"window: expected at most twice the image's sides less 1 with padding='reflect', got {2 * border + 1} for "
-            f"images of {image.shape[2]} x {image.shape[3]} pixels; use padding='same' or a smaller window"
+            f"window: expected at most twice the image's sides less 1 with padding='reflect', got {_shown(axes)} for "
+            f"images of {_by(image.shape[2:])} pixels; use padding='same' or a smaller window"
         )
-    return F.pad(image, [border] * 4, mode="reflect") if border and image.numel() else image
+    if not any(borders) or image.numel() == 0:
+        return image
+    return F.pad(image, [border for border in reversed(borders) for _ in range(2)], mode="reflect")
 
 
 class NegativeImages:

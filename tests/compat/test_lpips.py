@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastloss.compat import _common
-from tests.compat.tools import Draws
+from tests.compat.tools import Draws, autoencoder_step
 from tests.perceptual.test_backbones import needs_torchvision
 
 theirs = pytest.importorskip("lpips")
@@ -60,6 +60,11 @@ def test_lpips(net, count, side, made):
         images = [2 * draw.uniform(*shape) - 1, 2 * draw.uniform(*shape) - 1]
         exact = copy.deepcopy(pair[0]).double()
         draw.compare(*reversed(pair), images, exact, **options)
+
+
+def test_a_step_of_an_autoencoder_with_a_discriminator(made):
+    other, mine = made("alex")
+    torch.testing.assert_close(autoencoder_step(mine), autoencoder_step(other), rtol=1e-4, atol=1e-4)
 
 
 def test_weights_of_the_heads(made):

@@ -25,7 +25,7 @@ def pictures(draw, shape, data_range):
 
 
 def test_ssim():
-    for draw in Draws(40, FLOATS):
+    for draw in Draws(120, FLOATS):
         options = {
             "kernel_size": draw.one_of(3, 7, 11),
             "kernel_sigma": draw.one_of(1.0, 1.5),
@@ -38,6 +38,8 @@ def test_ssim():
         pair = [functools.partial(m.ssim, **options) for m in (ours, theirs)]
         if draw.one_of(True, False):
             pair = [m.SSIMLoss(**options) for m in (ours, theirs)]
+        elif draw.one_of(True, False):
+            pair = [functools.partial(m.ssim, full=True, **options) for m in (ours, theirs)]
         shape = draw.size(1, 2), draw.size(1, 3), draw.size(12, 24), draw.size(12, 24)
         draw.compare(*pair, pictures(draw, shape, options["data_range"]))
 
@@ -60,12 +62,12 @@ def test_multi_scale_ssim():
         pair = [functools.partial(m.multi_scale_ssim, **options) for m in (ours, theirs)]
         if draw.one_of(True, False):
             pair = [m.MultiScaleSSIMLoss(**options) for m in (ours, theirs)]
-        shape = draw.size(1, 2), draw.size(1, 3), 16 * draw.size(5, 6), 16 * draw.size(5, 6)
+        shape = draw.size(1, 2), draw.size(1, 3), draw.size(65, 80), draw.size(65, 80)
         draw.compare(*pair, pictures(draw, shape, options["data_range"]))
 
 
 def test_total_variation():
-    for draw in Draws(32):
+    for draw in Draws(120):
         options = {"norm_type": draw.one_of("l1", "l2", "l2_squared"), "reduction": draw.one_of("mean", "sum", "none")}
         pair = [functools.partial(m.total_variation, **options) for m in (ours, theirs)]
         if draw.one_of(True, False):
@@ -162,15 +164,10 @@ def test_lpips_of_absolute_differences_is_piqs_and_large_images_shrink(made):
 
 
 def test_what_is_piqs():
-    """Contrasts beside SSIM, complex images, sides that are odd at some level."""
+    """Complex images."""
     for draw in Draws(2, FLOATS):
-        images = [draw.uniform(1, 2, 20, 20), draw.uniform(1, 2, 20, 20)]
-        for options in ({"full": True}, {"kernel_size": 5, "full": True}):
-            draw.compare(*(functools.partial(m.ssim, **options) for m in (ours, theirs)), images, quiet=False)
         complex_images = [draw.uniform(1, 2, 16, 16, 2), draw.uniform(1, 2, 16, 16, 2)]
         draw.compare(*(m.ssim for m in (ours, theirs)), complex_images, quiet=False)
-        odd = pictures(draw, (1, 1, 90, 81), 1.0)
-        draw.compare(*(functools.partial(m.multi_scale_ssim, kernel_size=5) for m in (ours, theirs)), odd, quiet=False)
 
 
 def test_attributes_and_state():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastloss.compat import taming as ours
-from tests.compat.tools import Draws
+from tests.compat.tools import Draws, autoencoder_step
 from tests.perceptual.test_backbones import needs_torchvision
 
 pytest.importorskip("lpips")  # whose weights of the linear layers are taming's
@@ -40,6 +40,11 @@ def test_lpips(loss):
         shape = draw.size(1, 2), 3, draw.size(16, 20), draw.size(16, 20)
         images = [2 * draw.uniform(*shape) - 1, 2 * draw.uniform(*shape) - 1]
         draw.compare(loss, lambda x, y: published(loss, x, y), images, lambda x, y: published(exact, x, y))
+
+
+def test_a_step_with_a_discriminator(loss):
+    found = autoencoder_step(loss)
+    torch.testing.assert_close(found, autoencoder_step(lambda x, y: published(loss, x, y)), rtol=1e-4, atol=1e-4)
 
 
 def test_names_weights_and_training(loss):

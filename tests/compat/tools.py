@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from fastloss.compat import _common
@@ -110,3 +110,25 @@ def _run(
     total = sum((v.double() * torch.randn(v.shape, generator=upstream)).sum() for v in values)
     gradients = torch.autograd.grad(total, wrt, allow_unused=True) if wrt else ()
     return values, [torch.zeros_like(t) if g is None else g for t, g in zip(wrt, gradients, strict=True)]
+
+
+def autoencoder_step(perceptual: Callable[[Tensor, Tensor], Tensor]) -> list[Tensor]:
+    """A step of taming's and latent diffusion's LPIPSWithDiscriminator, whose lines diffusers' training of autoencoders
+    has too: the decoder's loss, the adversarial weight by the gradients of its last layer, the discriminator's loss,
+    and all gradients."""
+    torch.manual_seed(0)
+    decoder = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 3, 3, padding=1))
+    discriminator = nn.Sequential(nn.Conv2d(3, 8, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(8, 1, 4, 1, 1))
+    log_variance = nn.Parameter(torch.zeros(()))
+    images, made = 2 * torch.rand(2, 3, 32, 32) - 1, decoder(torch.randn(2, 4, 32, 32))
+    distance = (images - made).abs() + perceptual(images.contiguous(), made.contiguous())
+    likelihood = (distance / log_variance.exp() + log_variance).sum() / len(images)
+    adversarial, last = -discriminator(made).mean(), decoder[-1].weight
+    ours, others = (torch.autograd.grad(part, last, retain_graph=True)[0] for part in (likelihood, adversarial))
+    weight = (ours.norm() / (others.norm() + 1e-4)).clamp(0, 1e4).detach()
+    (likelihood + weight * adversarial).backward()
+    of_decoder = [p.grad for p in (*decoder.parameters(), log_variance)]
+    real, fake = discriminator(images), discriminator(made.detach())
+    hinge = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+    of_discriminator = torch.autograd.grad(hinge, list(discriminator.parameters()))
+    return [likelihood.detach(), weight, hinge.detach(), *of_decoder, *of_discriminator]

@@ -139,12 +139,15 @@ IMAGES: dict[str, tuple[dict[str, Any], Groups]] = {
         "window": [{"window": 3}], "sigma": [{"sigma": 0.7}], "padding": [{"padding": "valid", "window": 3}],
         "data_range": [{"data_range": 2.0}, {"data_range": 2}], "k1": [{"k1": 0.1}], "k2": [{"k2": 0.1}],
         "weight of one": [{}, {"weight": torch.ones(1)}, {"weight": torch.ones(2, 1, 1, 1)}],
+        "axes": [{"window": (3, 3), "sigma": [0.7, 0.7]}, {"window": 3, "sigma": 0.7}],
+        "axis": [{"window": (3, 5)}], "map": [{"reduction": "map"}, {"reduction": "map", "window": [11, 11]}],
     }),
     "ms_ssim_loss": (MS_SSIM, {
         "levels": [{}, {"level_weights": [0.5, 0.5]}],
         "one level": [{"level_weights": (1,)}, {"level_weights": (1.0,)}],
         "data_range": [{"data_range": 2.0}], "sigma": [{"sigma": 0.7}], "k1": [{"k1": 0.1}], "k2": [{"k2": 0.1}],
         "padding": [{"padding": "valid"}],
+        "odd sides": [{}, {"odd_sides": "zeros"}, {"odd_sides": "drop"}, {"odd_sides": "repeat"}],
     }),
     "image_loss": (IMAGE_PARTS, {
         "parts": [{}, {"pixel": [1, 1]}, {"ssim": 0.2}, {"pixel_options": {}}, {"smoothness_options": None}],

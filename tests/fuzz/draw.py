@@ -287,7 +287,9 @@ def settle_softmax(d: Drawer, args: tuple, options: dict[str, Any]) -> None:
 
 
 def settle_ssim(d: Drawer, kind: str, options: dict[str, Any]) -> None:
-    """Mostly a window that fits."""
+    """Mostly a window that fits; a map without a weight."""
+    if options.get("reduction") == "map":
+        options.pop("weight", None)
     if options.get("padding") == "reflect" and min(d.sizes["shape"][-2:]) <= 6:
         options["padding"] = "same"
     valid = options.get("padding", "valid" if kind == "ms_ssim_loss" else "same") == "valid"

@@ -187,6 +187,8 @@ OPTIONS: dict[Any, Kind] = {
     ("pixel_loss", "p"): lambda d: d.pick("charbonnier", "huber") if d.chance(0.4) else d.number(1, 4, 1, 2, 3),
     ("smoothness_loss", "p"): one_of(1, 2, "isotropic", "norm"),
     ("ssim_loss", "padding"): one_of("same", "valid", "reflect"),
+    ("ssim_loss", "reduction"): one_of("none", "mean", "sum", "map"),
+    "odd_sides": one_of("zeros", "repeat", "drop"),
     ("image_loss", "pixel"): part(1, 2, 1.5, "charbonnier", "huber"),
     ("image_loss", "smoothness"): part(1, 2, "isotropic", "norm"),
     ("image_loss", "pixel_options"): nested("pixel_loss", "weight", "eps", "delta"),

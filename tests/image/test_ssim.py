@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastloss import SSIMLoss, ms_ssim_loss, ssim_loss
+from fastloss.image import ssim_volume
 
 
 def pair(*shape, dtype=torch.float64, seed=0):
@@ -98,6 +99,31 @@ def test_pytorch_msssim_ms_ssim():
         return 1 - torch.prod(torch.stack([t**w for t, w in zip(levels, weights, strict=True)]), 0).mean()
 
     torch.testing.assert_close(gradients(ms_ssim_loss, x, y), gradients(library, x, y), rtol=1e-9, atol=1e-13)
+
+
+def test_large_volumes_go_slab_by_slab(monkeypatch):
+    """The same values and gradients, whatever a slab holds; the low end of the range is what lies outside."""
+    x, y = pair(2, 2, 13, 4, 5)
+    weight = torch.rand(2, 1, 13, 4, 5, generator=torch.Generator().manual_seed(1))
+    for options in ({"data_range": (-1, 1)}, {"window": 3, "padding": "valid", "reduction": "map"}, {"weight": weight}):
+        whole = gradients(lambda a, b, o=options: (ssim_loss(a, b, **o) ** 2).sum(), x, y)
+        for size in (1, 100):
+            monkeypatch.setattr(ssim_volume, "STREAMED_FROM", size)
+            found = gradients(lambda a, b, o=options: (ssim_loss(a, b, **o) ** 2).sum(), x, y)
+            torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-13)
+            monkeypatch.undo()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (3, 5, 11), "padding": "valid"}], ids=str)
+def test_volumes_of_several_tiles_and_blocks(options):
+    """More rows than a tile, more slices than a block, of any strides; gradients of one image or both."""
+    x, y = pair(1, 2, 23, 67, 19, dtype=torch.float32)
+    x, y = x.transpose(2, 4).contiguous().transpose(2, 4), y.contiguous(memory_format=torch.channels_last_3d)
+    wanted = gradients(lambda a, b: ssim_loss(a, b, **options), x.double(), y.double())
+    found = gradients(lambda a, b: ssim_loss(a, b, **options), x, y)
+    for each in (found, (*found[:2], gradients(lambda b: ssim_loss(x, b, **options), y)[1])):
+        for got, exact in zip(each, wanted, strict=True):
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-6 * exact.abs().max().item())
 
 
 def reflected(*images):

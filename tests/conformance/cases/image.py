@@ -55,50 +55,63 @@ def from_zero(image, image_pred, data_range):
 
 
 def eager_ssim_map(image, image_pred, window=11, sigma=1.5, data_range=1.0, padding="same", k1=0.01, k2=0.03):
-    """SSIM with the window as a matrix, the way most training scripts have it; and the structure term alone."""
+    """SSIM with the window as a matrix, the way most training scripts have it; and the structure term alone. Of images
+    or volumes, with one window or one for each axis."""
     if isinstance(data_range, tuple):
         image, image_pred, data_range = from_zero(image, image_pred, data_range)
-    channels = image.shape[1]
-    x = torch.arange(window, dtype=torch.float64) - (window - 1) / 2
-    g = torch.exp(-(x**2) / (2 * sigma**2))
-    kernel = (g[:, None] * g[None, :] / g.sum() ** 2).to(image).expand(channels, 1, window, window)
+    channels, axes = image.shape[1], image.ndim - 2
+    windows = window if isinstance(window, tuple) else (window,) * axes
+    kernel = torch.ones((), dtype=torch.float64)
+    for size, width in zip(windows, sigma if isinstance(sigma, tuple) else (sigma,) * axes, strict=True):
+        g = torch.exp(-((torch.arange(size, dtype=torch.float64) - (size - 1) / 2) ** 2) / (2 * width**2))
+        kernel = kernel[..., None] * (g / g.sum())
+    kernel = kernel.to(image).expand(channels, 1, *windows)
+    borders = [size // 2 for size in windows]
 
     def blur(t):
-        return F.conv2d(t, kernel, padding=window // 2 if padding == "same" else 0, groups=channels)
+        filtered = F.conv2d if axes == 2 else F.conv3d
+        return filtered(t, kernel, padding=borders if padding == "same" else 0, groups=channels)
 
     if padding == "reflect":
-        image, image_pred = (F.pad(t, [window // 2] * 4, mode="reflect") for t in (image, image_pred))
+        pad = [border for border in reversed(borders) for _ in range(2)]
+        image, image_pred = (F.pad(t, pad, mode="reflect") for t in (image, image_pred))
 
     mx, my = blur(image), blur(image_pred)
     sx, sy = blur(image**2) - mx**2, blur(image_pred**2) - my**2
     sxy = blur(image * image_pred) - mx * my
     c1, c2 = (k1 * data_range) ** 2, (k2 * data_range) ** 2
-    structure = (2 * sxy + c2) / (sx + sy + c2) if window > 1 else torch.ones_like(sxy)  # a pixel has no variance
+    structure = (2 * sxy + c2) / (sx + sy + c2) if max(windows) > 1 else torch.ones_like(sxy)  # a pixel has no variance
     return (2 * mx * my + c1) / (mx**2 + my**2 + c1) * structure, structure
 
 
 def eager_ssim(image, image_pred, weight=None, reduction="mean", **options):
     ssim, _ = eager_ssim_map(image, image_pred, **options)
+    if reduction == "map":
+        return 1 - ssim
     if weight is None:
-        each = 1 - ssim.mean((1, 2, 3))
+        each = 1 - ssim.flatten(1).mean(1)
         return each if reduction == "none" else getattr(each, reduction)()
-    cut = max(image.shape[2] - ssim.shape[2], 0) // 2
-    w = weight.expand_as(image)[..., cut : cut + ssim.shape[2], cut : cut + ssim.shape[3]]
+    w = weight.expand_as(image)
+    for axis, size in enumerate(ssim.shape[2:], 2):
+        w = w.narrow(axis, max(image.shape[axis] - size, 0) // 2, size)
     if reduction == "mean":
         return ((1 - ssim) * w).sum() / w.sum()
-    each = ((1 - ssim) * w).sum((1, 2, 3)) / w.sum((1, 2, 3))
+    each = ((1 - ssim) * w).flatten(1).sum(1) / w.flatten(1).sum(1)
     return each if reduction == "none" else each.sum()
 
 
-def eager_ms_ssim(image, image_pred, level_weights, padding="valid", reduction="mean", **options):
-    levels = []
+def eager_ms_ssim(image, image_pred, level_weights, padding="valid", reduction="mean", odd_sides="zeros", **options):
+    levels, pool = [], F.avg_pool2d if image.ndim == 4 else F.avg_pool3d
     if isinstance(options.get("data_range"), tuple):
         image, image_pred, options["data_range"] = from_zero(image, image_pred, options["data_range"])
     for i, w in enumerate(level_weights):
         ssim, structure = eager_ssim_map(image, image_pred, padding=padding, **options)
-        levels.append((ssim if i == len(level_weights) - 1 else structure).mean((2, 3)).relu() ** w)
-        pad = (image.shape[2] % 2, image.shape[3] % 2)
-        image, image_pred = (F.avg_pool2d(t, 2, padding=pad) for t in (image, image_pred))
+        levels.append((ssim if i == len(level_weights) - 1 else structure).flatten(2).mean(2).relu() ** w)
+        odd = [side % 2 for side in image.shape[2:]]
+        if odd_sides == "repeat" and any(odd):
+            image, image_pred = (F.pad(t, [1, 0] * len(odd), mode="replicate") for t in (image, image_pred))
+        pad = odd if odd_sides == "zeros" else 0
+        image, image_pred = (pool(t, 2, padding=pad) for t in (image, image_pred))
     each = 1 - torch.stack(levels).prod(0).mean(1)
     return each if reduction == "none" else getattr(each, reduction)()
 
@@ -224,7 +237,11 @@ IMAGE_CASES = [
             {"window": 1},
         ],
         bad=[
-            ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D tensor, got shape"),
+            ("rank", with_argument(0, lambda t: t[0]), ValueError, "image: expected a 4-D or 5-D tensor, got shape"),
+            ("axes", with_options(window=(3, 3, 3)), ValueError, "window: expected a number or 2, one along each axis"),
+            ("axis", with_options(window=(3, 4)), ValueError, "window[1]: expected an odd integer >= 1, got 4"),
+            ("sigmas", with_options(sigma=(1.0, 0.0)), ValueError, "sigma[1]: expected a finite number > 0"),
+            ("map", with_options(reduction="map", weight=torch.ones(1)), ValueError, "weight: a map is not weighted"),
             ("shape", with_argument(1, lambda t: t[..., :-1]), ValueError, "image_pred: expected the shape of image"),
             ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
             ("integer", with_argument(0, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
@@ -282,6 +299,8 @@ IMAGE_CASES = [
             {"window": 5, "level_weights": (0.4, 0.6)},
             {"padding": "same", "level_weights": (0.2, 0.8), "sigma": 1.0, "data_range": 2.0},
             {"padding": "same", "level_weights": (0.2, 0.8), "window": 5, "data_range": (-1.0, 1.5)},
+            {"padding": "same", "level_weights": (0.2, 0.8), "window": (3, 5), "odd_sides": "repeat"},
+            {"padding": "same", "level_weights": (0.2, 0.8), "window": 5, "odd_sides": "drop"},
         ],
         bad=[
             ("size", with_options(window=7), ValueError, "9 x 9 pixels, which is 5 x 5 at level 2"),
@@ -289,6 +308,18 @@ IMAGE_CASES = [
             ("channels", with_argument(1, lambda t: t[:, :1]), ValueError, "image_pred: expected the shape of image"),
             ("integer", with_argument(1, lambda t: t.to(torch.uint8)), TypeError, "divide uint8 images by 255"),
             ("levels", with_options(level_weights=()), ValueError, "level_weights: expected at least one number"),
+            (
+                "odd",
+                with_options(odd_sides="floor"),
+                ValueError,
+                "odd_sides: expected one of ('zeros', 'repeat', 'drop",
+            ),
+            (
+                "nothing left",
+                with_options(padding="same", odd_sides="drop", level_weights=(0.2,) * 5),
+                ValueError,
+                "level_weights: 5 levels leave nothing of images of (9, 9) pixels",
+            ),
             ("weight", with_options(level_weights=(1.0, -1.0)), ValueError, "level_weights[1]: expected a finite"),
         ],
         bench=Bench(

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from tests.conformance.case import VOLUMES, Case, image_pair
+from tests.conformance.case import VOLUMES, Bench, Case, image_pair
+from tests.conformance.cases.image import eager_ms_ssim, eager_ssim, rivals, unit_pair, weighted_ssim
 
 
 def eager_volume(image_pred, p=1, order=1, reduction="mean"):
@@ -32,7 +33,74 @@ def eager_image_volume(image, image_pred, pixel, smoothness, smoothness_options=
     return total + w * eager_volume(image_pred, p, **(smoothness_options or {}))
 
 
+def msssim_volume(image, image_pred, **_):
+    from pytorch_msssim import ssim
+
+    return 1 - ssim(image, image_pred, data_range=1.0)
+
+
 VOLUME_CASES = [
+    Case(
+        "ssim_loss of volumes",
+        fastloss.ssim_loss,
+        image_pair,
+        eager_ssim,
+        shapes=((2, 3, 3, 4, 5), (1, 1, 1, 1, 1), (1, 2, 13, 6, 17)),
+        options=[
+            {},
+            {"window": (1, 3, 5), "sigma": (1.0, 0.7, 2.0), "padding": "valid"},
+            {"window": (5, 1, 1), "padding": "reflect", "data_range": (-1.0, 1.5)},
+        ],
+        bench=Bench(
+            shapes=[(1, 1, 64, 128, 128)],
+            cuda_shapes=[(1, 1, 128, 256, 256)],
+            cost=lambda shape, size, mode: (
+                {"forward": 2, "backward": 3, "both": 5}[mode] * size * torch.Size(shape).numel()
+            ),
+            options=[{"padding": "valid"}],
+            make=unit_pair,
+        ),
+        extra={"rivals": rivals(pytorch_msssim=msssim_volume), "reach": 5},
+    ),
+    Case(
+        "ssim_loss of volumes with weight",
+        weighted_ssim,
+        lambda draw, shape: (*image_pair(draw, shape), draw.uniform(shape[0], 1, *shape[2:])),
+        eager_ssim,
+        shapes=((2, 3, 4, 6, 5),),
+        options=[{"window": (3, 5, 1)}, {"window": 3, "padding": "valid"}],
+        extra={"reach": 2},
+    ),
+    Case(
+        "ssim_loss as a map",
+        fastloss.ssim_loss,
+        image_pair,
+        eager_ssim,
+        shapes=((2, 3, 6, 5), (1, 2, 7, 13), (1, 2, 3, 5, 4)),
+        options=[{"reduction": "map"}, {"reduction": "map", "window": 3, "padding": "valid"}],
+        reductions=(),
+        extra={"reach": 5},
+    ),
+    Case(
+        "ssim_loss by axis",
+        fastloss.ssim_loss,
+        image_pair,
+        eager_ssim,
+        shapes=((2, 3, 6, 5), (1, 2, 7, 13)),
+        options=[{"window": (3, 5), "sigma": (0.7, 2.0)}, {"window": (5, 1), "padding": "valid"}],
+        extra={"reach": 2},
+    ),
+    Case(
+        "ms_ssim_loss of volumes",
+        fastloss.ms_ssim_loss,
+        image_pair,
+        eager_ms_ssim,
+        shapes=((2, 2, 5, 6, 7),),
+        options=[
+            {"window": 3, "level_weights": (0.4, 0.6)},
+            {"window": (1, 3, 5), "padding": "same", "level_weights": (0.4, 0.6), "odd_sides": "repeat"},
+        ],
+    ),
     Case(
         "smoothness_loss of volumes",
         fastloss.smoothness_loss,
