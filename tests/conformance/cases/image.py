@@ -111,7 +111,8 @@ def eager_ms_ssim(image, image_pred, level_weights, padding="valid", reduction="
         if odd_sides == "repeat" and any(odd):
             image, image_pred = (F.pad(t, [1, 0] * len(odd), mode="replicate") for t in (image, image_pred))
         pad = odd if odd_sides == "zeros" else 0
-        image, image_pred = (pool(t, 2, padding=pad) for t in (image, image_pred))
+        wide = torch.promote_types(image.dtype, torch.float32)  # pools of volumes are in no half precision on the CPU
+        image, image_pred = (pool(t.to(wide), 2, padding=pad).to(t.dtype) for t in (image, image_pred))
     each = 1 - torch.stack(levels).prod(0).mean(1)
     return each if reduction == "none" else getattr(each, reduction)()
 
