@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -131,8 +130,9 @@ def ms_ssim_loss(
     score = torch.ones(x.shape[:2], dtype=dtype, device=x.device)
     last = len(level_weights) - 1
     for level, w in enumerate(level_weights):
-        cuts = [0 if axis.same else axis.window - 1 for axis in axes]
-        count = math.prod(side - cut for side, cut in zip(x.shape[2:], cuts, strict=True))
+        count = 1
+        for side, axis in zip(x.shape[2:], axes, strict=True):
+            count *= side if axis.same else side - axis.window + 1
         sums = ssim_sums(x, y, None, axes, constants, level < last)
         score = score * _power(1 - sums / count, w)
         if level < last:
