@@ -48,7 +48,7 @@ for name in LIBRARIES:
 calls = {{
     "ClipLoss": lambda: open_clip.ClipLoss(world_size=2)(a, b, 2.0),
     "SigLipLoss": lambda: open_clip.SigLipLoss(world_size=2)(a, b, 2.0, None),
-    "SSIM": lambda: pytorch_msssim.ssim(image[None], image_pred[None]),
+    "SSIM": lambda: pytorch_msssim.ssim(image, image_pred, win=torch.ones(1, 1, 1, 3) / 3),
     "InfoNCE": lambda: info_nce.info_nce(a, b[:4]),
 }}
 for name, call in calls.items():
