@@ -85,7 +85,8 @@ class Comparison {
   Tensor generated(int64_t row, int64_t count) const {
     return slice(centred_ ? *centred_ : rows.generated, 0, row, count);
   }
-  Tensor tile(int64_t n) const { return slice(*tile_, 0, 0, n); }  // about the centre; of cosine not at length 1
+  // The tile's rows, about the centre; of cosine not at length 1.
+  Tensor tile(int64_t n) const { return tile_ ? slice(*tile_, 0, 0, n) : slice(rows.bank, 0, first_, n); }
   float tile_factor(int64_t j) const { return rows.units ? factors_[j] : 1; }
 
   std::vector<std::vector<int64_t>> near;
@@ -94,7 +95,7 @@ class Comparison {
   void prepare_products() {
     const int64_t n = std::min(kProductColumns, kTileElements / std::max(block_rows, rows.size));
     tile_rows = std::min(std::max(n, kBankRows), rows.bank_count);
-    tile_ = new_float32({tile_rows, rows.size});
+    if (rows.metric == Metric::l2 || rows.widens()) tile_ = new_float32({tile_rows, rows.size});
     factors_.resize(tile_rows), squares_.resize(tile_rows), generated_squares_.resize(rows.count);
     centre_.resize(rows.size);
     if (rows.metric == Metric::l2) centre();
@@ -117,14 +118,15 @@ class Comparison {
     });
   }
   void read_tile(int64_t first, int64_t n) {
-    float* to = output<float>(*tile_);
+    first_ = first;
+    float* to = tile_ ? output<float>(*tile_) : nullptr;
     each_row(n, rows.size, [&](int64_t j) {
-      float* row = to + j * rows.size;
-      rows.widen(first + j, 0, rows.size, row);
+      float* copy = to ? to + j * rows.size : nullptr;
+      if (copy) rows.widen(first + j, 0, rows.size, copy);
       if (rows.metric == Metric::l2)
-        for (int64_t k = 0; k < rows.size; ++k) row[k] -= centre_[k];
-      squares_[j] = rows.kernels.square(row, rows.size);
-      factors_[j] = rows.units ? rows.bank_factor(first + j) : 1;
+        for (int64_t k = 0; k < rows.size; ++k) copy[k] -= centre_[k];
+      squares_[j] = rows.kernels.square(copy ? copy : rows.read(first + j, 0, rows.size, nullptr), rows.size);
+      factors_[j] = rows.units ? factor_of(squares_[j]) : 1;
     });
   }
   // Of products distances, in their place.
@@ -143,6 +145,7 @@ class Comparison {
     }
   }
 
+  int64_t first_ = 0;  // bank row of the tile
   Tensor distances_;
   std::optional<Tensor> tile_, centred_;
   std::vector<float> centre_, factors_;

@@ -21,6 +21,12 @@ inline Metric metric_of(const std::string& name) {
   return Metric::cosine;
 }
 
+// 1 / |x| of a row's square, of zeros and of rows too small for it 0.
+inline float factor_of(double square) {
+  const double factor = square == 0 ? 0 : 1 / std::sqrt(square);
+  return factor <= std::numeric_limits<float>::max() ? static_cast<float>(factor) : 0 * static_cast<float>(square);
+}
+
 // The generated rows and the bank, as the kernels read them.
 struct Rows {
   Tensor generated, bank;
@@ -69,8 +75,7 @@ struct Rows {
     double square = 0;
     float buffer[kChunkElements];
     for_pieces(size, kChunkElements, [&](int64_t k, int64_t n) { square += kernels.square(read(j, k, n, buffer), n); });
-    const double factor = square == 0 ? 0 : 1 / std::sqrt(square);
-    return factor <= std::numeric_limits<float>::max() ? static_cast<float>(factor) : 0 * static_cast<float>(square);
+    return factor_of(square);
   }
 
   // to = elements begin .. begin + n of bank row j, times `factor`

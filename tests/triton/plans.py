@@ -31,9 +31,11 @@ from fastloss import (  # noqa: E402  # noqa: E402
     attention_consistency_from_qk,
     attention_consistency_loss,
     clip_loss,
+    diversity_loss,
     feature_distance,
     info_nce,
     lpips_distance,
+    mode_seeking_loss,
     pixel_loss,
     siglip_loss,
     smoothness_loss,
@@ -77,6 +79,8 @@ def losses() -> dict[str, tuple[Callable[[], Tensor], list[Tensor]]]:
             lambda: attention_consistency_loss(maps[::2], maps[1::2], inputs="logits", metric="kl"), maps),
         "attention from qk": (lambda: attention_consistency_from_qk(*heads), heads),
         "lpips": (lambda: lpips_distance(features, targets, lin).sum(), features),
+        "diversity, softmin": (lambda: diversity_loss(pred, image, mode="softmin", metric="l2"), [pred]),
+        "mode_seeking": (lambda: mode_seeking_loss(pred, image, image[:, 0], guide[:, 0]), [pred]),
     }  # fmt: skip
 
 
