@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...core.kernels.launch import AotCase, odd_number, on_device
+from ...core.kernels.launch import AotCase, on_device
 from ..attention_qk import STATISTICS, Grads, Inputs, Needs, Saved
 from .attention_qk_configs import FORWARD, OF_KEYS, OF_QUERIES, Tile, tile_of
 from .attention_qk_gradients import Out, Upstream, _attention_qk_keys_kernel, _attention_qk_queries_kernel
@@ -26,6 +26,7 @@ from .attention_qk_tile import (
     JS,
     KL,
     LOG2E,
+    SIZES,
     SYM_KL,
     Left,
     Sizes,
@@ -40,7 +41,6 @@ from .attention_qk_tile import (
     place_of,
     product,
     rows_of,
-    sizes_in,
 )
 
 METRICS = {"kl": KL.value, "sym_kl": SYM_KL.value, "js": JS.value}
@@ -56,7 +56,7 @@ def _logits(q1, k1, q2, k2, one, two):
     return a * LOG2E, b * LOG2E, a - b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "programs"])
 def _attention_qk_fwd_kernel(
     one,  # View
     two,
@@ -64,13 +64,16 @@ def _attention_qk_fwd_kernel(
     values_ptr,  # (rows,) float32, or None
     partials_ptr,  # (2, programs) float32: sums of the values, and how many rows count
     statistics_ptr,  # (rows, STATISTICS) float32
-    odd_sizes,  # Sizes
+    heads,
+    queries,
+    keys,
+    programs,
     TILE: tl.constexpr,  # TileConstants
 ):
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
     METRIC: tl.constexpr = TILE.metric
-    sizes = sizes_in(odd_sizes)
+    sizes = Sizes(heads, queries, keys)
     tiles = tl.cdiv(sizes.queries, BM)
     place = place_of(tiles, sizes.heads)
     query0 = (tiles - 1 - place.tile) * BM  # of causal rows the longest first
@@ -132,7 +135,7 @@ def _attention_qk_fwd_kernel(
     if values_ptr is not None:
         tl.store(values_ptr + row, value, mask=there)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(tl.where(there, value, 0.0)))
-    tl.store(partials_ptr + sizes.programs + tl.program_id(0), tl.sum(tl.where(there & (absent == 0), 1.0, 0.0)))
+    tl.store(partials_ptr + programs + tl.program_id(0), tl.sum(tl.where(there & (absent == 0), 1.0, 0.0)))
     at = statistics_ptr + row * COUNT
     tl.store(at, max1, mask=there)
     tl.store(at + 1, sum1, mask=there)
@@ -186,10 +189,8 @@ class _Call:
         self.batch, self.heads, self.queries = x.q1.shape[:3]
         self.keys = x.k1.shape[2]
         self.rows = self.batch * self.heads * self.queries
+        self.sizes = Sizes(self.heads, self.queries, self.keys)
         self.by_query, self.by_key = _left(x, x.key_spans), _left(x, x.query_spans)
-
-    def sizes(self, programs: int) -> Sizes:
-        return Sizes(*map(odd_number, (self.heads, self.queries, self.keys, programs)))
 
     def tile(self, what: str) -> tuple[Tile, TileConstants]:
         dims = self.views[0].dim, self.views[1].dim
@@ -215,7 +216,7 @@ def attention_qk_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     with on_device(model):
         if programs > 0:
             _attention_qk_fwd_kernel[(programs,)](
-                *call.views, call.by_query, values, partials, statistics, call.sizes(programs), constants,
+                *call.views, call.by_query, values, partials, statistics, *call.sizes, programs, constants,
                 **tile.options,
             )  # fmt: skip
         _attention_qk_total_kernel[(1,)](partials, out, counted, programs, x.reduction == "mean", BLOCK, num_warps=4)
@@ -239,7 +240,7 @@ def attention_qk_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
             programs = call.batch * call.heads * triton.cdiv(call.queries, tile.queries)
             _attention_qk_queries_kernel[(programs,)](
                 *call.views, call.by_query, saved.statistics, upstream, Out(found["q1"], found["q2"]),
-                call.sizes(programs), constants, **tile.options,
+                *call.sizes, constants, **tile.options,
             )  # fmt: skip
         tile, constants = call.tile(OF_KEYS)
         groups = x.k1.shape[1], x.k2.shape[1]
@@ -251,7 +252,7 @@ def attention_qk_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Gra
                 continue
             programs = call.batch * key_heads * triton.cdiv(call.keys, tile.keys)
             _attention_qk_keys_kernel[(programs,)](
-                *call.views, call.by_key, saved.statistics, upstream, Out(one, two), call.sizes(programs), key_heads,
+                *call.views, call.by_key, saved.statistics, upstream, Out(one, two), *call.sizes, key_heads,
                 each, constants, **tile.options,
             )  # fmt: skip
     return Grads(**grads)

@@ -11,7 +11,9 @@ import triton.language as tl
 from ..attention_qk import STATISTICS
 from .attention_qk_tile import (
     LOG2E,
+    SIZES,
     Place,
+    Sizes,
     gradients,
     head_of,
     inside,
@@ -20,7 +22,6 @@ from .attention_qk_tile import (
     product,
     queries_of,
     rows_of,
-    sizes_in,
 )
 
 COUNT = tl.constexpr(STATISTICS)
@@ -89,7 +90,7 @@ def _store(out_ptr, acc, weight, row, inside_rows, dim, DIM: tl.constexpr):
     tl.store(at, (acc * weight).to(element), mask=inside_rows[:, None] & (inner < dim)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attention_qk_queries_kernel(
     one,  # View
     two,
@@ -97,14 +98,16 @@ def _attention_qk_queries_kernel(
     statistics_ptr,  # (rows, STATISTICS) float32
     upstream,  # Upstream
     out,  # Out
-    odd_sizes,  # Sizes
+    heads,
+    queries,
+    keys,
     TILE: tl.constexpr,  # TileConstants
 ):
     BM: tl.constexpr = TILE.queries
     BN: tl.constexpr = TILE.keys
     DIM1: tl.constexpr = TILE.dim1  # in a shape triton 3.6 does not take TILE.dim1
     DIM2: tl.constexpr = TILE.dim2
-    sizes = sizes_in(odd_sizes)
+    sizes = Sizes(heads, queries, keys)
     tiles = tl.cdiv(sizes.queries, BM)
     place = place_of(tiles, sizes.heads)
     query0 = (tiles - 1 - place.tile) * BM  # of causal rows the longest first
@@ -139,7 +142,7 @@ def _attention_qk_queries_kernel(
         _store(out.two, dq2, weight * two.scale, row, there, two.dim, DIM2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*SIZES, "key_heads"])
 def _attention_qk_keys_kernel(
     one,  # View
     two,
@@ -147,7 +150,9 @@ def _attention_qk_keys_kernel(
     statistics_ptr,  # (rows, STATISTICS) float32
     upstream,  # Upstream
     out,  # Out
-    odd_sizes,  # Sizes
+    heads,
+    queries,
+    keys,
     key_heads,  # of the views whose gradients are made here
     EACH: tl.constexpr,  # whether upstream has a gradient for each row
     TILE: tl.constexpr,  # TileConstants
@@ -156,7 +161,7 @@ def _attention_qk_keys_kernel(
     BN: tl.constexpr = TILE.keys
     DIM1: tl.constexpr = TILE.dim1  # in a shape triton 3.6 does not take TILE.dim1
     DIM2: tl.constexpr = TILE.dim2
-    sizes = sizes_in(odd_sizes)
+    sizes = Sizes(heads, queries, keys)
     of_key = place_of(tl.cdiv(sizes.keys, BN), key_heads)
     key0 = of_key.tile * BN
     key = key0 + tl.arange(0, BN)

@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...core.kernels.device_math import number_in
-
 LOG2E, LN2 = tl.constexpr(1.4426950408889634), tl.constexpr(0.6931471805599453)
 KL, SYM_KL, JS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -44,12 +42,14 @@ class Left(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """As odd numbers, but on the host."""
-
     heads: Any
     queries: Any
     keys: Any
-    programs: Any
+
+
+# Sizes go to the kernels one by one, as Triton can be told then to compile none apart for multiples of 16; as odd
+# numbers in a named tuple they would have to be computed, and take registers.
+SIZES = ["heads", "queries", "keys"]
 
 
 class TileConstants(NamedTuple):
@@ -81,11 +81,6 @@ class Loop(NamedTuple):
     end: Any
     first: Any  # (rows,)
     last: Any
-
-
-@triton.jit
-def sizes_in(odd):
-    return Sizes(number_in(odd.heads), number_in(odd.queries), number_in(odd.keys), number_in(odd.programs))
 
 
 @triton.jit
