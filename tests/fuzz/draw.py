@@ -293,10 +293,12 @@ def settle_ssim(d: Drawer, kind: str, options: dict[str, Any]) -> None:
     if options.get("padding") == "reflect" and min(d.sizes["shape"][-2:]) <= 6:
         options["padding"] = "same"
     valid = options.get("padding", "valid" if kind == "ms_ssim_loss" else "same") == "valid"
+    levels = options.get("level_weights")
+    halvings = 0 if kind != "ms_ssim_loss" else 4 if levels is None else len(getattr(levels, "value", levels)) - 1
+    if options.get("odd_sides") == "drop" and min(d.sizes["shape"][-2:]) % 2**halvings:
+        options.pop("odd_sides")  # of the smallest images nothing would be left
     if valid and d.chance(0.9):
-        levels = options.get("level_weights")
-        count = 5 if levels is None else len(getattr(levels, "value", levels))
-        least = -(-min(d.sizes["shape"][-2:]) // 2 ** (count - 1 if kind == "ms_ssim_loss" else 0))
+        least = -(-min(d.sizes["shape"][-2:]) // 2**halvings)
         if least < 1 or kind == "ms_ssim_loss" and d.chance(0.5):
             options["padding"] = "same"
         else:
