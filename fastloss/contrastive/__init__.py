@@ -12,6 +12,8 @@ embeddings.py        embeddings as the losses take them: dtype, norms, scales
 pairs.py             lists of pairs that are no negatives, or the only ones; similar_pairs makes one from a guide
 several_positives.py  InfoNCE with several positives a query: the loss of one, corrected for the others
 query_key_losses.py  the softmax losses of queries against keys (CLIP, InfoNCE): which op, and the loss from its results
+groups.py            groups of images and texts, which are positives; clip_groups.py: CLIP's loss of them
+blocks.py            statistics of both directions of any block of logits, each similarity made once
 row_losses.py        the definition: losses of rows from the statistics of their negatives, e.g. log-sum-exps
 save_plan.py         what a forward saves for its backward, decided from what needs a gradient and the sizes
 ops/                 the ops of the softmax losses

@@ -1,8 +1,9 @@
-"""CLIP with groups: several positives a row and a column, in O((M + N) D) beside the log-sum-exps of rows.
+"""CLIP with groups: several positives a row and a column, in O((M + N) D) beside the log-sum-exps of both directions.
 
     loss_i = log sum_j exp(s_ij) - mean_{j in P_i} s_ij         P_i: the texts of image i's group; texts alike
 
-The mean of the logits is the logit of the group's mean text, so that no pair is looked at beyond the statistics.
+The mean of the logits is the logit of the group's mean text, so that no pair is looked at beyond the statistics, which
+both directions have from the same similarities (:mod:`blocks`).
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..core import check_not_empty, full_precision, reduce_rows, result_dtype
+from .blocks import of_both
 from .checks import counted, dropped_rows
 from .embeddings import are_bfloat16, inverse_norm, scale_of_rows, upcast_on_cpu
 from .groups import sum_of_group
-from .ops.softmax_stats import Inputs, softmax_statistics
+from .ops.softmax_stats import Inputs
 
 
 class Side(NamedTuple):
@@ -48,38 +50,31 @@ def check_paired(image: Tensor, text: Tensor, weights: Tensor | None, reduction:
             raise ValueError(f"{name}: expected as many texts as images, got {rows} images, {columns} texts")
 
 
-Found = tuple[Tensor, Tensor, Tensor]  # of rows [M]: log-sum-exp, mean logit of the positives, how many these are
+class Found(NamedTuple):
+    """Of the rows of one direction, [M] each."""
+
+    lse: Tensor
+    mean: Tensor  # of the positives' logits
+    number: Tensor  # of the positives
+
+    def losses(self, dropped: Tensor | None) -> Tensor:
+        """[M], 0 without gradient for a row without a positive, and for `dropped` ones: 0 times NaN would be NaN."""
+        left_out = self.number == 0 if dropped is None else (self.number == 0) | dropped
+        return (self.lse - self.mean).masked_fill(left_out, 0.0)
 
 
-def rows_against(
-    own: Side, other: Side, x: GroupedClip, dropped: Tensor | None, among: Callable[..., Found] | None = None
-) -> Tensor:
-    """The losses [M] of `own` rows against the other side's; 0 without gradient for a row without a positive.
-
-    Of `dropped` rows [M] nothing arrives in a sum over rows. `among` looks among the columns of other ranks too.
-    """
-    dtype = result_dtype(own.embeddings, other.embeddings)
-    bfloat16 = are_bfloat16(own.embeddings, other.embeddings)
-    rows, columns = upcast_on_cpu(own.embeddings), upcast_on_cpu(other.embeddings)
-    column_scale = inverse_norm(columns, dtype) if x.normalize else None
-    row_scale = scale_of_rows(inverse_norm(rows, dtype) if x.normalize else None, x.scale, rows, dtype)
-    inputs = Inputs(
-        rows, columns, row_scale, column_scale, None, None, None, None, None,
-        False, False, False, False, bfloat16, False, 0.0, x.workspace_mib,
-    )  # fmt: skip
-    lse, mean, count = (_among if among is None else among)(inputs, own.groups, other.groups, x.label_smoothing)
-    left_out = count == 0 if dropped is None else (count == 0) | dropped
-    return (lse - mean).masked_fill(left_out, 0.0)
-
-
-def _among(x: Inputs, row_groups: Tensor, column_groups: Tensor, label_smoothing: float) -> Found:
-    dtype = x.row_scale.dtype
-    (stats,) = softmax_statistics(x)
-    vectors = x.key.to(dtype) if x.column_scale is None else x.key * x.column_scale[:, None]
-    target, count = means_of_groups(vectors, column_groups, row_groups)
-    if label_smoothing > 0:
-        target = target + label_smoothing * (vectors.sum(0) / max(vectors.shape[0], 1) - target)
-    return stats[0], x.row_scale * (x.query.to(dtype) * target).sum(1), count
+def found_here(x: Inputs, image_groups: Tensor, text_groups: Tensor, label_smoothing: float) -> list[Found]:
+    """Of the images among the texts, and of the texts among the images."""
+    dtype, found = x.row_scale.dtype, []
+    images = x.query.to(dtype) * x.row_scale[:, None]
+    texts = x.key.to(dtype) if x.column_scale is None else x.key * x.column_scale[:, None]
+    sides = (images, image_groups), (texts, text_groups)
+    for stats, (rows, of_rows), (columns, of_columns) in zip(of_both(x), sides, sides[::-1], strict=True):
+        target, count = means_of_groups(columns, of_columns, of_rows)
+        if label_smoothing > 0:
+            target = target + label_smoothing * (columns.sum(0) / max(columns.shape[0], 1) - target)
+        found.append(Found(stats[0], (rows * target).sum(1), count))
+    return found
 
 
 def means_of_groups(vectors: Tensor, groups: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,19 +84,22 @@ def means_of_groups(vectors: Tensor, groups: Tensor, wanted: Tensor) -> tuple[Te
 
 
 def directions(
-    own: tuple[Side, Side],
-    everyone: tuple[Side, Side],
-    x: GroupedClip,
-    among: tuple[Callable[..., Found] | None, Callable[..., Found] | None] = (None, None),
+    image: Side, text: Side, x: GroupedClip, among: Callable[..., list[Found]] = found_here
 ) -> tuple[Tensor, Tensor]:
-    """The losses of the `own` images [M] against everyone's texts, and of the own texts [N] against all images. `among`
-    looks among texts and images where everyone's are not there."""
+    """The losses of the images [M] and of the texts [N]. `among` looks among those of other ranks too."""
+    dtype = result_dtype(image.embeddings, text.embeddings)
+    bfloat16 = are_bfloat16(image.embeddings, text.embeddings)
+    rows, columns = upcast_on_cpu(image.embeddings), upcast_on_cpu(text.embeddings)
+    column_scale = inverse_norm(columns, dtype) if x.normalize else None
+    row_scale = scale_of_rows(inverse_norm(rows, dtype) if x.normalize else None, x.scale, rows, dtype)
+    inputs = Inputs(
+        rows, columns, row_scale, column_scale, None, None, None, None, None,
+        False, True, False, False, bfloat16, False, 0.0, x.workspace_mib,
+    )  # fmt: skip
     dropped = dropped_rows(x.weights)
-    of_images = rows_against(own[0], everyone[1], x, dropped, among[0])
-    of_texts = rows_against(own[1], everyone[0], x, dropped, among[1])
-    if x.bias is not None:
-        of_images = of_images + 0.0 * x.bias
-    return of_images, of_texts
+    found = among(inputs, image.groups, text.groups, x.label_smoothing)
+    of_images, of_texts = (direction.losses(dropped) for direction in found)
+    return of_images if x.bias is None else of_images + 0.0 * x.bias, of_texts
 
 
 def grouped_clip_loss(x: GroupedClip) -> Tensor:
@@ -111,7 +109,7 @@ def grouped_clip_loss(x: GroupedClip) -> Tensor:
         x.text._replace(embeddings=counted(x.text.embeddings, dropped)),
     )
     with full_precision(x.image.embeddings):
-        of_images, of_texts = directions(sides, sides, x)
+        of_images, of_texts = directions(*sides, x)
         if x.weights is not None or x.reduction == "none":
             return reduce_rows((of_images + of_texts) / 2, x.weights, x.reduction)
         if x.reduction == "mean":

@@ -19,7 +19,12 @@ from torch import Tensor
 
 def changes(value: Any) -> bool:
     """Whether the value is a float that is an input of the graph being compiled."""
-    if not torch.compiler.is_compiling() or not isinstance(value, float):
+    return isinstance(value, float) and symbolic(value)
+
+
+def symbolic(value: Any) -> bool:
+    """Whether the number, such as a size, may be another one at the next call of the graph being compiled."""
+    if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import has_static_value  # imports as slowly as torch itself
 

@@ -5,7 +5,6 @@ ranks.py        the ranks of a group, the rows that each of them has, and what a
 agreement.py    whether all ranks call alike, before anything large is sent
 collectives.py  the exchange as ops: their autograd, and torch.compile's view of them
 walks.py        how embeddings come to a rank piece by piece, and their gradients go back: chunks, and a ring
-blocks.py       the statistics of a block of logits, in both directions
 pieces.py       statistics over the columns of all ranks that come in pieces, as an op; siglip_pieces.py: SigLIP's loss
 gathered.py     the same statistics of gathered columns or of pieces, brought home to the ranks whose rows they are of
 cached_step.py  a step whose gradients are those of a batch too large for one graph

@@ -1,4 +1,14 @@
-"""Statistics over the columns of all ranks, each similarity made once: of gathered columns, or of pieces of them."""
+"""Statistics over the columns of all ranks, each similarity made once: of gathered columns, or of pieces of them.
+
+A rank has rows q [m, D]; of columns k [n, D], its own or another rank's, it makes a block of the logits
+(:mod:`fastloss.contrastive.blocks`) and finds the statistics of its rows and those of its columns:
+
+    rows      of the blocks of this rank, merged: of each own query over all keys
+    columns   go to the rank that owns them, which merges one part from each rank: of each own key over all queries
+
+They are merged in float64, of which there is one number a row. Rows that are compared with one another (NT-Xent,
+SupCon) need half of the blocks, see :func:`pieces.shares`.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +17,27 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ..contrastive.blocks import Statistics, of_block, sides_of
 from ..contrastive.ops.softmax_stats import Inputs, softmax_statistics
-from .blocks import Statistics, of_block, shares, sides_of
 from .collectives import rows_to_owners
-from .pieces import Groups, statistics_of_pieces
+from .pieces import Groups, shares, statistics_of_pieces
 from .ranks import Meeting
 
+NO_GROUPS = Groups(None, None)
 
-def statistics_of_gathered(x: Inputs, meeting: Meeting, name: str) -> Tensor:
-    """The statistics [directions, S, m] of own queries over the keys [B, D] of all ranks, own ones first, and with
-    `x.symmetric` of own keys over all queries. `name`: what the keys are called among the sizes."""
+
+def statistics_of_gathered(x: Inputs, meeting: Meeting, name: str, groups: Groups = NO_GROUPS) -> list[Tensor]:
+    """The statistics [S, m] of own queries over the keys [B, D] of all ranks, own ones first, and with `x.symmetric`
+    [S, n] of own keys over all queries. `name`: what the keys are called among the sizes.
+
+    With `groups`, of own queries and of all keys, the last statistic is the sum of a row's logits over its group.
+    """
     half = x.self_similarity
     if not (half or x.symmetric):
-        return softmax_statistics(x)
-    how, around = Statistics(x.moments, x.hardness), meeting.around(name)
+        return list(softmax_statistics(x).unbind())
+    how, around = Statistics(x.moments, x.hardness, groups.row_groups is not None), meeting.around(name)
     queries, keys = sides_of(x)
+    queries, keys = queries._replace(groups=groups.row_groups), keys._replace(groups=groups.column_groups)
     x = x._replace(workspace_mib=x.workspace_mib / len(around))  # each block saves a part of it
     rows, columns = [], []
     for hop, block in enumerate(keys.split(around)):
@@ -39,26 +55,23 @@ def statistics_of_gathered(x: Inputs, meeting: Meeting, name: str) -> Tensor:
 
 
 def statistics_in_pieces(
-    x: Inputs, meeting: Meeting, name: str, wire: torch.dtype, groups: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """The same of this rank's own keys, which travel in the dtype `wire`, as those of the other ranks do. With groups
-    of queries and keys also the sum [m] of each query's logits over the keys of its group, itself too."""
-    own = {"scale": x.column_scale, "bias": x.bias, "ids": x.column_ids, "groups": groups[1] if groups else None}
+    x: Inputs, meeting: Meeting, name: str, wire: torch.dtype, groups: Groups = NO_GROUPS
+) -> list[Tensor]:
+    """The same of this rank's own keys, which travel in the dtype `wire`, as those of the other ranks do. SupCon's
+    rows, which are compared with one another, have themselves in the sum over the group too."""
+    own = {"scale": x.column_scale, "bias": x.bias, "ids": x.column_ids}
     all_ranks = meeting.gather({f"{name} {what}": t for what, t in own.items()})
-    scale, bias, ids, of_columns = (all_ranks.get(f"{name} {what}") for what in own)
+    scale, bias, ids = (all_ranks.get(f"{name} {what}") for what in own)
     route, comparison = meeting.route(name, x.key, wire), meeting.comparison()
     x = x._replace(column_scale=scale, bias=bias, column_ids=ids)
-    given = Groups(groups[0] if groups else None, of_columns)
-    rows, parts = statistics_of_pieces(*x, *given, *route, *comparison)
-    how = Statistics(x.moments, x.hardness, groups is not None)
+    rows, parts = statistics_of_pieces(*x, *groups, *route, *comparison)
+    how = Statistics(x.moments, x.hardness, groups.row_groups is not None)
     if x.symmetric or x.self_similarity:
-        stats = _brought_home(x, rows.double(), parts, meeting, name, how)
-    else:
-        stats = rows[None]
-    return (stats, None) if groups is None else (stats[:, :-1], stats[0, -1])
+        return _brought_home(x, rows.double(), parts, meeting, name, how)
+    return [rows]
 
 
-def _brought_home(x: Inputs, rows: Tensor, parts: Tensor, meeting: Meeting, name: str, how: Statistics) -> Tensor:
+def _brought_home(x: Inputs, rows: Tensor, parts: Tensor, meeting: Meeting, name: str, how: Statistics) -> list[Tensor]:
     """`rows` [S, m] and what the ranks made of each other's keys, `parts` [S, B], those of this rank's keys merged."""
     made = parts.T.contiguous()
     for t in (x.query, x.key, x.row_scale, x.column_scale, x.bias):  # also on a rank without rows, or others would wait
@@ -67,4 +80,4 @@ def _brought_home(x: Inputs, rows: Tensor, parts: Tensor, meeting: Meeting, name
     sent = rows_to_owners(made, of_ranks[meeting.rank], of_ranks, meeting.ranks.name)
     from_ranks = [part.T.double() for part in sent.unbind()]
     sides = [reduce(how.union, [rows, *from_ranks])] if x.self_similarity else [rows, reduce(how.union, from_ranks)]
-    return torch.stack(sides).to(parts.dtype)
+    return [side.to(parts.dtype) for side in sides]

@@ -3,8 +3,8 @@
 Each rank computes the losses of its own rows against the columns of all ranks, in the family's own ops, and their sum
 is the loss. The columns come with this rank's own first, so that a row's positive stands where it does on one
 rank; or only its own ones are there, and an op brings the others piece by piece (:mod:`pieces`). A loss of two
-directions has both from the same similarities (:mod:`blocks`); with a margin both sides travel and each direction is a
-loss of rows.
+directions has both from the same similarities (:mod:`gathered`); with a margin both sides travel and each direction is
+a loss of rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from ..contrastive.siglip import SigLip, checked_siglip_loss
 from ..contrastive.supcon import Among, logits_of_label, supcon_rows
 from ..core import check_reduction, full_precision, result_dtype
 from .gathered import statistics_in_pieces, statistics_of_gathered
-from .ranks import Meeting, Ranks, needs, process_group
+from .pieces import Groups
+from .ranks import Meeting, Ranks, dtypes, needs, process_group
 from .siglip_pieces import siglip_of_pieces
 
 
@@ -46,8 +47,9 @@ def query_key_loss(x: QueryKey, loss: str, group: Any, exchange: Any) -> Tensor 
     same: dict[str, Any] = {
         "loss": loss, "include_positive": form.include_positive, "symmetric": form.symmetric,
         "normalize": form.normalize, "in_batch": form.in_batch, "reduction": x.reduction, "return_lse": x.return_lse,
-        "weights": x.weights is not None, "targets": x.targets is not None,
+        "targets": x.targets is not None,
         "gradients of": needs(query=x.query, key=x.key, negatives=x.negatives, scale=x.scale, bias=x.bias),
+        **dtypes(query=x.query, key=x.key, negatives=x.negatives, weights=x.weights),
     }  # fmt: skip
     numbers = {"label_smoothing": form.label_smoothing, "sampling": form.sampling, **_floats(x.scale, x.bias)}
     meeting = ranks.meet(same, numbers, sizes, travels)
@@ -89,7 +91,7 @@ def _made_once(form: SoftmaxOptions) -> bool:
 
 
 def _symmetric_loss(x: QueryKey, parts: dict[str, Any], reduction: str, meeting: Meeting) -> Tensor | ContrastiveOutput:
-    """Both directions at once, see :mod:`blocks`."""
+    """Both directions at once, see :mod:`gathered`."""
     x = _queries_to_keys(x, parts)._replace(form=x.form)
     with full_precision(x.query):
         rows = _softmax_rows(x, meeting, "key")
@@ -110,16 +112,16 @@ def _loss_in_pieces(x: QueryKey, meeting: Meeting, sides: tuple[str, str]) -> Te
 
 def _softmax_rows(x: QueryKey, meeting: Meeting, columns: str) -> ContrastiveOutput:
     in_pieces = meeting.strategy != "gather"
-    dtypes = {"key": x.key.dtype, "negatives": (x.key if x.negatives is None else x.negatives).dtype}
+    wires = {"key": x.key.dtype, "negatives": (x.key if x.negatives is None else x.negatives).dtype}
     replicated = meeting.ranks.exchange.negatives == "replicated"
 
     def statistics(inputs: Inputs, of: str) -> Tensor:
         if of == "negatives" and (replicated or not in_pieces):
             return softmax_statistics(inputs)
         if not in_pieces:
-            return statistics_of_gathered(inputs, meeting, columns)
+            return torch.stack(statistics_of_gathered(inputs, meeting, columns))
         name = columns if of == "key" else of
-        return statistics_in_pieces(inputs, meeting, name, dtypes[of])[0]
+        return torch.stack(statistics_in_pieces(inputs, meeting, name, wires[of]))
 
     return query_key_losses.softmax_rows(x, dropped_rows(x.weights), statistics)
 
@@ -193,8 +195,8 @@ def siglip_loss(x: SigLip, group: Any, exchange: Any) -> Tensor:
     ranks = Ranks.of(group, exchange)
     same: dict[str, Any] = {
         "loss": "siglip_loss", "normalize": x.normalize, "negative_only": x.negative_only, "reduction": x.reduction,
-        "weights": x.weights is not None,
         "gradients of": needs(image=x.image, text=x.text, scale=x.scale, bias=x.bias),
+        **dtypes(image=x.image, weights=x.weights),
     }  # fmt: skip
     sizes = {"image": x.image.shape[0], "text": x.text.shape[0]}
     small = {"text ids": x.ids[1]}
@@ -260,8 +262,8 @@ def nt_xent_loss(
     ranks = Ranks.of(group, exchange)
     same: dict[str, Any] = {
         "loss": "nt_xent_loss", "include_positive": form.include_positive, "normalize": form.normalize,
-        "reduction": reduction, "weights": weights is not None,
-        "gradients of": needs(view_a=view_a, view_b=view_b, scale=scale),
+        "reduction": reduction, "gradients of": needs(view_a=view_a, view_b=view_b, scale=scale),
+        **dtypes(weights=weights),
     }  # fmt: skip
     numbers = {"label_smoothing": form.label_smoothing, "sampling": form.sampling, **_floats(scale, None)}
     travels = {"view": view_a, "view b": view_b, "view ids": ids}
@@ -272,8 +274,8 @@ def nt_xent_loss(
         if x.logit_limit is not None:  # a row and a column may leave out different pairs: all of the square
             x = x._replace(self_similarity=False, diagonal=True)
         if meeting.strategy != "gather":
-            return statistics_in_pieces(x, meeting, "view", x.key.dtype)[0]
-        return statistics_of_gathered(_columns_of_all(x, meeting, "view")[0], meeting, "view")
+            return torch.stack(statistics_in_pieces(x, meeting, "view", x.key.dtype))
+        return torch.stack(statistics_of_gathered(_columns_of_all(x, meeting, "view")[0], meeting, "view"))
 
     with full_precision(view_a):
         rows = nt_xent_rows(
@@ -311,8 +313,8 @@ def supcon_loss(
     ranks = Ranks.of(group, exchange)
     same: dict[str, Any] = {
         "loss": "supcon_loss", "include_positive": include_positive, "normalize": normalize, "reduction": reduction,
-        "return_lse": return_lse, "weights": weights is not None, "labels": known_labels,
-        "gradients of": needs(features=features, scale=scale),
+        "return_lse": return_lse, "labels": known_labels, "gradients of": needs(features=features, scale=scale),
+        **dtypes(weights=weights),
     }  # fmt: skip
     sizes = {"features": features.shape[0]}
     meeting = ranks.meet(same, _floats(scale, None), sizes, {"features": features, "features labels": labels})
@@ -333,13 +335,12 @@ def _among_labels(x: Inputs, labels: Tensor | None, meeting: Meeting) -> Among:
         stats = statistics_of_gathered(of_all, meeting, name)[0]
         return Among(stats, None, None) if labels is None else Among(stats, *logits_of_label(x, columns, labels))
     if labels is None:
-        return Among(statistics_in_pieces(x, meeting, name, x.key.dtype)[0][0], None, None)
-    (stats,), total = statistics_in_pieces(x, meeting, name, x.key.dtype, (labels, labels))
-    assert total is not None
+        return Among(statistics_in_pieces(x, meeting, name, x.key.dtype)[0], None, None)
+    everyone = meeting.gather({"features labels": labels})["features labels"]
+    (found,) = statistics_in_pieces(x, meeting, name, x.key.dtype, Groups(labels, everyone))
     itself = (x.query.to(dtype) ** 2).sum(1) * x.row_scale
     itself = itself if x.column_scale is None else itself * x.column_scale
-    everyone = meeting.gather({"features labels": labels})["features labels"]
-    return Among(stats, total - itself, sizes_of_groups(labels, everyone) - 1)
+    return Among(found[:-1], found[-1] - itself, sizes_of_groups(labels, everyone) - 1)
 
 
 def first_label(group: Any) -> int:

@@ -18,14 +18,35 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..contrastive.blocks import Range, Side, Statistics, calls, of_block, positives, sides_of
 from ..contrastive.ops.softmax_stats import Grads, Inputs, Needs, gradients_of_statistics
 from ..core import full_precision
 from ..core.autograd import _save, _saved
 from ..core.structs import flattened
 from .agreement import Call, agree
-from .blocks import Side, Statistics, calls, of_block, positives, shares, sides_of
 from .collectives import _group_named, _op, described
 from .walks import Chunks, Ring, Stretch, Walk
+
+
+class Share(NamedTuple):
+    """What of a block of two ranks this one makes: its own rows and the other's columns, by their places."""
+
+    rows: Range
+    columns: Range
+
+
+def shares(hop: int, own: int, others: Sequence[int], half: bool, lower: bool) -> Share | None:
+    """The share in the block with the rank `hop` ahead, of `own` rows and that rank's `others[hop]`.
+
+    All of it, or where the two compare the same rows (`half`) what the other one does not make: blocks up to half way
+    around, and of the one just opposite the `lower` rank its first rows, the other all of its own with what is left.
+    """
+    columns, ranks = others[hop], len(others)
+    if not half or hop == 0 or 2 * hop < ranks:
+        return Share((0, own), (0, columns))
+    if 2 * hop > ranks:
+        return None
+    return Share((0, (own + 1) // 2), (0, columns)) if lower else Share((0, own), ((columns + 1) // 2, columns))
 
 
 class Groups(NamedTuple):

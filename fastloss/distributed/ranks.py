@@ -235,6 +235,11 @@ def _text(values: Mapping[str, Any]) -> str:
     return "; ".join([f"{name}={value}" for name, value in values.items()])
 
 
+def dtypes(**tensors: Tensor | None) -> dict[str, str]:
+    """Of what does not travel itself, but what is made of it does."""
+    return {f"dtype of {name}": "none" if t is None else str(t.dtype) for name, t in tensors.items()}
+
+
 def needs(**tensors: Any) -> str:
     """Which of the tensors get a gradient: the same ones on all ranks, or some would wait for the others' backward."""
     if not torch.is_grad_enabled():

@@ -97,7 +97,10 @@ def check_mismatches(world: int, ranks: list[Any]) -> None:
         "number": ("label_smoothing=0.1", "label_smoothing=0.2"),
         "loss": ("loss=clip_loss", "loss=siglip_loss"),
         "gradient": ("gradients of=query", "gradients of=none"),
-        "weights": ("weights=False", "weights=True"),
+        "weights": ("dtype of weights=none", "dtype of weights=torch.float32"),
+        "one dtype": ("dtype of query=torch.float32", "dtype of query=torch.float64"),
+        "one dtype, siglip": ("dtype of image=torch.float32", "dtype of image=torch.float64"),
+        "one dtype, groups": ("dtype of image=torch.float32", "dtype of image=torch.float64"),
         "ids": ("nothing of that kind on rank 0", "key ids [*] torch.int64"),
         "negatives": ("1 on rank 0", f"2 on rank {world - 1}"),
         "labels": ("include_positive=False", "include_positive=True"),
@@ -127,6 +130,7 @@ def check_traffic(world: int, ranks: list[Any]) -> None:
     rows = (world - 1) * EQUAL * 8
     wanted: dict[Any, list[int]] = {
         "float32": [4 * rows, 4 * rows], "bfloat16": [2 * rows, 4 * rows], "wire": [2 * rows, 4 * rows],
+        "clip, groups": [4 * rows, 4 * rows],
     }  # fmt: skip
     for strategy in ("chunked", "ring"):
         views = 2 * (world // 2 * EQUAL * 8 if strategy == "ring" else rows)
@@ -134,6 +138,7 @@ def check_traffic(world: int, ranks: list[Any]) -> None:
             (strategy, "info_nce", "float32"): [4 * rows, 8 * rows],
             (strategy, "info_nce", "bfloat16"): [2 * rows, 6 * rows],
             (strategy, "info_nce", "wire"): [2 * rows, 6 * rows],
+            (strategy, "grouped", "float32"): [4 * rows, 8 * rows],
             (strategy, "siglip_loss", "float32"): [8 * rows, 0],
             (strategy, "nt_xent_loss", "float32"): [4 * views, 8 * views],
         }
@@ -151,8 +156,8 @@ def check_similarities(world: int, ranks: list[Any]) -> None:
     }
     for rank in ranks:
         for (strategy, name), made in rank["similarities"].items():
-            each = square.get(name, b * b * world)
-            once = strategy == "gather" or name == "siglip"
+            each = square.get(name, b * b * world * (3 if "three texts" in name else 1))
+            once = strategy == "gather" or name == "siglip" or world == 1
             assert made == [each, 0 if once else each], (strategy, name, made)
 
 

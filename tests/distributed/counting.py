@@ -31,14 +31,15 @@ def traffic(rank: int, world: int) -> dict[str, list[int]]:
     collectives.all_gather, collectives.reduce_scatter = all_gather, reduce_scatter
     found = {}
     try:
-        for name, dtype, exchange in (
-            ("float32", torch.float32, None),
-            ("bfloat16", torch.bfloat16, None),
-            ("wire", torch.float32, Exchange(wire=torch.bfloat16)),
+        for name, dtype, exchange, loss_fn in (
+            ("float32", torch.float32, None, info_nce),
+            ("bfloat16", torch.bfloat16, None, info_nce),
+            ("wire", torch.float32, Exchange(wire=torch.bfloat16), info_nce),
+            ("clip, groups", torch.float32, None, grouped),
         ):
             query, key = (torch.randn(EQUAL, 8, dtype=dtype).requires_grad_() for _ in range(2))
-            info_nce(query, key, group=dist.group.WORLD, exchange=exchange).backward()
-            found[name] = sizes.copy()
+            loss_fn(query, key, group=dist.group.WORLD, exchange=exchange).backward()
+            found[name] = [size for size in sizes if size > (world - 1) * 8 * EQUAL]  # not the groups
             sizes.clear()
     finally:
         collectives.all_gather, collectives.reduce_scatter = gather, reduce
@@ -74,7 +75,7 @@ def in_pieces(rank: int, world: int) -> dict[Any, list[int]]:
                 ("wire", torch.float32, torch.bfloat16),
             ):
                 where = {"group": dist.group.WORLD, "exchange": Exchange(strategy=strategy, mib=MIB, wire=wire)}
-                for loss_fn, options in ((info_nce, {}), (siglip_loss, BOTH), (nt_xent_loss, {})):
+                for loss_fn, options in ((info_nce, {}), (grouped, {}), (siglip_loss, BOTH), (nt_xent_loss, {})):
                     if name != "float32" and loss_fn is not info_nce:
                         continue
                     a, b = (torch.randn(EQUAL, 8, dtype=dtype).requires_grad_() for _ in range(2))
@@ -86,6 +87,12 @@ def in_pieces(rank: int, world: int) -> dict[Any, list[int]]:
     finally:
         walks.all_gather, walks.reduce_scatter, walks.send_and_receive = gather, reduce, exchange
     return found
+
+
+def grouped(image: Tensor, text: Tensor, **where: Any) -> Tensor:
+    """With several positives a row and a column."""
+    of = {"image_groups": torch.arange(len(image)) // 2, "text_groups": torch.arange(len(text)) // 3}
+    return clip_loss(image, text, logit_scale=3.0, **of, **where)
 
 
 def similarities(rank: int, world: int) -> dict[Any, list[int]]:
@@ -114,6 +121,8 @@ def similarities(rank: int, world: int) -> dict[Any, list[int]]:
                 ("siglip", lambda a, b: siglip_loss(a, b, **BOTH, **where)),  # noqa: B023
                 ("nt_xent", lambda a, b: nt_xent_loss(a, b, **where)),  # noqa: B023
                 ("supcon", lambda a, b: supcon_loss(a, torch.arange(len(a)) // 2, **where)),  # noqa: B023
+                ("clip, groups", lambda a, b: grouped(a, b, **where)),  # noqa: B023
+                ("clip, three texts an image", lambda a, b: grouped(a, torch.cat((b, b, b)), **where)),  # noqa: B023
             ):
                 a, b = (torch.randn(EQUAL, 8, dtype=torch.float64).requires_grad_() for _ in range(2))
                 made[0] = 0

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import fastloss
 from fastloss import Exchange, clip_loss
 from tests.distributed import jobs
-from tests.distributed.checks import check_losses
+from tests.distributed.checks import check_losses, check_similarities
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +22,7 @@ def alone():
 
 def test_one_rank_is_no_other_than_no_group(alone):
     check_losses(1, [{"losses": jobs.losses(0, 1)}])
+    check_similarities(1, [{"similarities": jobs.similarities(0, 1)}])
 
 
 def test_the_ops_are_what_torch_expects(alone):

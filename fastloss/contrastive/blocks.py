@@ -1,16 +1,10 @@
-"""Statistics of both directions with each similarity made once over all ranks, a block of the logits at a time.
+"""Statistics of both directions with each similarity made once, a block of the logits at a time.
 
-A rank has rows q [m, D]; of columns k [n, D], its own or another rank's, the family's op makes one block of logits and
-finds the statistics of its rows and those of its columns:
+The family's op finds the statistics of a block's rows and those of its columns together, where there are as many of
+both. Another block is cut into squares, and what is left beside them again; of a strip too thin for that each direction
+is made by itself. Across ranks a block is what one rank's queries and another's keys have.
 
-    rows      of the blocks of this rank, merged: of each own query over all keys
-    columns   go to the rank that owns them, which merges one part from each rank: of each own key over all queries
-
-The parts are log-sum-exps, maxima and sums, so the merged ones are exact; they are merged in float64, of which there is
-one number a row. Rows that are compared with one another (NT-Xent, SupCon) need half of the blocks, see :func:`shares`.
-
-The op takes as many rows as columns for both directions. Another block is cut into squares, and what is left beside
-them again; of a strip too thin for that each direction is made by itself.
+The parts are log-sum-exps, maxima and sums, so the merged ones are exact.
 """
 
 from __future__ import annotations
@@ -22,12 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contrastive.groups import sum_of_group
-from ..contrastive.ops.softmax_stats import Inputs, softmax_statistics
-from ..contrastive.row_losses import merged
+from ..core.traced import symbolic
+from .groups import sum_of_group
+from .ops.softmax_stats import Inputs, softmax_statistics
+from .row_losses import merged
 
 Range = tuple[int, int]  # the first, and the one after the last
-MOST_SQUARES = 8  # that a strip beside others is cut into
+SQUARES = 64  # that a block is cut into at most, if they are smaller than LEAST_SIDE
+SQUARES_OF_REST = 8  # the same of a strip that is left beside them
+LEAST_SIDE = 512  # from which on squares are large enough to be calls of their own, however many
 
 
 class Side(NamedTuple):
@@ -61,27 +58,6 @@ def sides_of(x: Inputs) -> tuple[Side, Side]:
     )
 
 
-class Share(NamedTuple):
-    """What of a block of two ranks this one makes: its own rows and the other's columns, by their places."""
-
-    rows: Range
-    columns: Range
-
-
-def shares(hop: int, own: int, others: Sequence[int], half: bool, lower: bool) -> Share | None:
-    """The share in the block with the rank `hop` ahead, of `own` rows and that rank's `others[hop]`.
-
-    All of it, or where the two compare the same rows (`half`) what the other one does not make: blocks up to half way
-    around, and of the one just opposite the `lower` rank its first rows, the other all of its own with what is left.
-    """
-    columns, ranks = others[hop], len(others)
-    if not half or hop == 0 or 2 * hop < ranks:
-        return Share((0, own), (0, columns))
-    if 2 * hop > ranks:
-        return None
-    return Share((0, (own + 1) // 2), (0, columns)) if lower else Share((0, own), ((columns + 1) // 2, columns))
-
-
 class Call(NamedTuple):
     """One call of the op: its inputs, and of which queries and keys it gives statistics (None: of none)."""
 
@@ -96,14 +72,18 @@ def calls(x: Inputs, queries: Side, keys: Side, both: bool, own: bool) -> Iterat
     if own and x.self_similarity:
         yield Call(_between(x, queries, keys), whole[0], None)
         return
-    x = x._replace(diagonal=x.diagonal and own, self_similarity=False)
+    x, workspace_mib = x._replace(diagonal=x.diagonal and own, self_similarity=False), x.workspace_mib
     if not own:
         queries = queries._replace(targets=None)
     if not both:
         yield Call(_between(x, queries, keys), whole[0], None)
         return
-    for of_queries, of_keys in _cut(whole[0], whole[1]):
+    pieces = _cut(whole[0], whole[1])
+    for of_queries, of_keys in pieces:
         left, right = queries.part(*of_queries), keys.part(*of_keys)
+        if len(pieces) > 1:  # each saves its share of what the block may
+            share = left.rows * right.rows / (queries.rows * keys.rows)
+            x = x._replace(workspace_mib=workspace_mib * share)
         if left.rows == right.rows:
             diagonal = x.diagonal and of_queries[0] == of_keys[0]
             yield Call(_between(x._replace(diagonal=diagonal), left, right, symmetric=True), of_queries, of_keys)
@@ -112,24 +92,26 @@ def calls(x: Inputs, queries: Side, keys: Side, both: bool, own: bool) -> Iterat
             yield Call(_transposed(x._replace(diagonal=False), left, right), None, of_keys)
 
 
-def _cut(rows: Range, columns: Range, most: int | None = None) -> list[tuple[Range, Range]]:
-    """The squares of a block, those of what is left beside them, and so on; of that not more than `most` at a time: a
-    thin strip stays whole."""
+def _cut(rows: Range, columns: Range, most: int = SQUARES) -> list[tuple[Range, Range]]:
+    """The squares of a block, those of what is left beside them, and so on; a thin strip stays whole, and so does what
+    has other sizes at the next call of a compiled graph, whose squares would be others."""
     height, width = rows[1] - rows[0], columns[1] - columns[0]
+    if height != width and (symbolic(height) or symbolic(width)):
+        return [(rows, columns)]
     side, wide = min(height, width), width >= height
     if side == 0:
         return []
     count = max(height, width) // side
-    if most is not None and count > most:
+    if count > most and side < LEAST_SIDE:
         return [(rows, columns)]
     ends = [i * side for i in range(count + 1)]
     steps = [(start, start + side) for start in ends[:-1]]
     if wide:
         squares = [(rows, (columns[0] + start, columns[0] + end)) for start, end in steps]
-        rest = _cut(rows, (columns[0] + ends[-1], columns[1]), MOST_SQUARES)
+        rest = _cut(rows, (columns[0] + ends[-1], columns[1]), SQUARES_OF_REST)
     else:
         squares = [((rows[0] + start, rows[0] + end), columns) for start, end in steps]
-        rest = _cut((rows[0] + ends[-1], rows[1]), columns, MOST_SQUARES)
+        rest = _cut((rows[0] + ends[-1], rows[1]), columns, SQUARES_OF_REST)
     return squares + rest
 
 
@@ -167,13 +149,16 @@ class Statistics(NamedTuple):
     positives: bool = False
 
     @property
+    def values_of_nothing(self) -> list[float]:
+        hard = [-torch.inf] * 2 if self.hardness else []
+        return [-torch.inf] * 2 + [0.0] * 2 * self.moments + hard + [0.0] * self.positives
+
+    @property
     def size(self) -> int:
-        return 2 + 2 * self.moments + 2 * (self.hardness != 0) + self.positives
+        return len(self.values_of_nothing)
 
     def of_nothing(self, like: Tensor, rows: int) -> Tensor:
-        values = [-torch.inf] * 2 + [0.0] * 2 * self.moments + [-torch.inf] * 2 * (self.hardness != 0)
-        values += [0.0] * self.positives
-        return torch.cat([like.new_full((1, rows), value) for value in values])
+        return torch.cat([like.new_full((1, rows), value) for value in self.values_of_nothing])
 
     def union(self, one: Tensor, two: Tensor) -> Tensor:
         both = merged(one[: self.size - self.positives], two[: self.size - self.positives], self.moments, self.hardness)
@@ -181,6 +166,8 @@ class Statistics(NamedTuple):
 
     def placed(self, stats: Tensor, place: Range, rows: int) -> Tensor:
         """[S, rows]: the statistics of some rows, and of nothing for the others."""
+        if place == (0, rows):
+            return stats
         around = [self.of_nothing(stats, count) for count in (place[0], rows - place[1])]
         return torch.cat((around[0], stats, around[1]), 1)
 
@@ -203,6 +190,13 @@ def of_block(
         sums = positives(queries, keys, both)
         found = [torch.cat((stats, of[None])) for stats, of in zip(found, sums, strict=True)]
     return found[0], found[1] if both else None
+
+
+def of_both(x: Inputs) -> list[Tensor]:
+    """[S, M] of the queries over the keys and [S, N] of the keys over the queries, of one device."""
+    rows, columns = of_block(x, *sides_of(x), both=True, own=True, how=Statistics(x.moments, x.hardness))
+    assert columns is not None
+    return [rows, columns]
 
 
 def positives(queries: Side, keys: Side, both: bool) -> list[Tensor]:
