@@ -88,7 +88,7 @@ def items(
 
 
 def is_large(shape: Any) -> bool:
-    return len(shape) == 2 and not isinstance(shape[0], (tuple, list)) and shape[0] >= LARGE_ROWS
+    return len(shape) in (2, 3) and not isinstance(shape[0], (tuple, list)) and shape[0] >= LARGE_ROWS
 
 
 def sized(shape: Any, n: int) -> Any:

@@ -257,6 +257,20 @@ def _(options):  # noqa: F811
     return loss if _only(options, "logit_scale", "logit_bias", "normalize") else None
 
 
+@adapter("siglip-kernel", "siglip_loss with groups", cuda=True)
+def _(options):  # noqa: F811
+    from siglip_kernel import fused_siglip_plus_loss
+
+    def loss(image, text, image_groups, text_groups, **o):
+        image, text = _rows(o, image, text)
+        scale, bias = (torch.full((), float(x), device=image.device) for x in (o["logit_scale"], o["logit_bias"] or 0))
+        form = {"symmetric": o.get("symmetric", True), "soft_label": o.get("soft_labels", False)}
+        mean = fused_siglip_plus_loss(image, text, scale.log(), bias, img_gid=image_groups, txt_gid=text_groups, **form)
+        return mean * text.shape[0]  # theirs is over all pairs
+
+    return loss
+
+
 @adapter("info-nce-pytorch", "info_nce")
 def _(options):  # noqa: F811
     from info_nce import info_nce

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -114,6 +115,23 @@ def labelled(state: str) -> Make:
         if state == "anisotropic":
             features = with_common(draw, features, common)
         return lengths(draw, features), labels
+
+    return make
+
+
+def captioned(state: str) -> Make:
+    """Images with two captions each, and the groups of both."""
+
+    def make(draw: Draw, shape: tuple) -> tuple:
+        rows, texts, width = shape
+        of_images, of_texts = (torch.arange(n, device=draw.device) % rows for n in (rows, texts))
+        own, _, common = embeddings(draw, (rows, width), "fresh")
+        inner = (LATE - COMMON) / (1 - COMMON)
+        cosine = {"late": LATE, "scale 100": CLIP_LIKE, "anisotropic": inner}.get(state, 0.0)
+        image, text = own, at_cosine(draw, own[of_texts], cosine)
+        if state == "anisotropic":
+            image, text = (with_common(draw, t, common) for t in (image, text))
+        return image, text, of_images, of_texts
 
     return make
 
@@ -218,6 +236,7 @@ FEATURES = ((1, 64, 128, 128), (1, 128, 64, 64), (1, 256, 32, 32))
 TEMPERATURE = {"temperature": 0.1}, {"temperature": 0.01}
 CLIP = {"logit_scale": 14.3}, {"logit_scale": 100.0}
 SIGLIP = tuple({"logit_scale": s, "logit_bias": -10.0, "normalize": True} for s in (10.0, 100.0))
+UNIT_SIGLIP = tuple({"logit_scale": s, "logit_bias": -10.0} for s in (10.0, 100.0))
 EMBEDDING_STATES, OTHER_STATES = ("fresh", "late", "anisotropic"), ("fresh", "near-equal", "a mean")
 
 
@@ -244,6 +263,8 @@ TABLE: dict[str, list[tuple]] = {
     "info_nce frozen negatives": contrastive(lambda s: with_negatives(s, own=True), TEMPERATURE[:1], OWN),
     "clip_loss": contrastive(lambda s: pairs(s, unit=True), CLIP, (ROWS, WIDTH), (LONG, WIDTH)),
     "siglip_loss": contrastive(pairs, SIGLIP, (ROWS, WIDTH), (LONG, WIDTH)),
+    "siglip_loss with groups": contrastive(captioned, UNIT_SIGLIP, (ROWS // 2, ROWS, WIDTH)),
+    "clip_loss with groups": contrastive(captioned, CLIP, (ROWS // 2, ROWS, WIDTH)),
     "supcon_loss": contrastive(labelled, TEMPERATURE[:1], (ROWS, WIDTH)),
     "nt_xent_loss": contrastive(pairs, TEMPERATURE[:1], (ROWS // 2, WIDTH)),
     "pixel_loss": planes(images, PLANE, {"p": 1}, {"p": 2}, {"p": "charbonnier"}),

@@ -150,8 +150,10 @@ class Statistics(NamedTuple):
 
     @property
     def values_of_nothing(self) -> list[float]:
-        hard = [-torch.inf] * 2 if self.hardness else []
-        return [-torch.inf] * 2 + [0.0] * 2 * self.moments + hard + [0.0] * self.positives
+        values = [-torch.inf, -torch.inf]
+        values += [0.0, 0.0] if self.moments else []  # asked, not multiplied: in a graph it may be a symbol
+        values += [-torch.inf, -torch.inf] if self.hardness else []
+        return values + [0.0] if self.positives else values
 
     @property
     def size(self) -> int:

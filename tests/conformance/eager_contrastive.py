@@ -131,6 +131,21 @@ def eager_clip(
     return (F.cross_entropy(logits, labels, **options) + F.cross_entropy(logits.T, labels, **options)) / 2
 
 
+def eager_grouped_clip(
+    image, text, image_groups, text_groups, logit_scale, normalize=False, label_smoothing=0.0, reduction="mean"
+):
+    if normalize:
+        image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    logits, positive = logit_scale * (image @ text.T), image_groups[:, None] == text_groups
+
+    def direction(logits, positive):
+        labels = positive / positive.sum(1, keepdim=True).clamp_min(1).to(logits)
+        rows = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
+        return eager_reduce(torch.where(positive.any(1), rows, 0.0), None, reduction)
+
+    return (direction(logits, positive) + direction(logits.T, positive.T)) / 2
+
+
 def eager_siglip(
     image, text, logit_scale, logit_bias, normalize=False, image_ids=None, text_ids=None, negative_only=False,
     weights=None, reduction="mean", image_groups=None, text_groups=None, symmetric=True, soft_labels=False,
@@ -140,8 +155,8 @@ def eager_siglip(
     logits = logit_scale * (image @ text.T) + (logit_bias or 0.0)
     if image_groups is not None:
         positive = image_groups[:, None] == (image_groups if text_groups is None else text_groups)
-        share = (1 / positive.sum(1, keepdim=True).clamp_min(1)).expand(positive.shape).to(logits)
-        share = (share + 1 / positive.sum(0).clamp_min(1)) / 2 if symmetric else share
+        share = (1 / positive.sum(1, keepdim=True).clamp_min(1).to(logits)).expand(positive.shape)
+        share = (share + 1 / positive.sum(0).clamp_min(1).to(logits)) / 2 if symmetric else share
         weight = torch.where(positive, 1.0 if soft_labels else share, 1.0).to(logits)
         label = torch.where(positive, share if soft_labels else 1.0, 0.0).to(logits)
         pairs = F.binary_cross_entropy_with_logits(logits, label, weight, reduction="none")

@@ -68,7 +68,7 @@ def numbers(like: Tensor, *values: float) -> list[Tensor]:
 
 @each_place
 @pytest.mark.parametrize(("symmetric", "soft_labels"), itertools.product((True, False), repeat=2))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_siglip_is_its_definition(place, dtype, symmetric, soft_labels):
     device, backend = place
     weights = (torch.arange(IMAGES, device=device) % 5).float()
@@ -97,8 +97,8 @@ def test_siglip_is_its_definition(place, dtype, symmetric, soft_labels):
 
 @each_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_clip_is_its_definition(place, dtype, smoothing):
+def test_clip_is_its_definition(place, dtype):
+    """Of 37 by 71: two squares a side or a strip, whose directions are made by themselves."""
     device, backend = place
     errors = Errors(dtype)
     for factor in (1.0, 0.9):
@@ -108,12 +108,12 @@ def test_clip_is_its_definition(place, dtype, smoothing):
         def ours(image, text, scale, groups=groups):
             return clip_loss(
                 image, text, logit_scale=scale, normalize=True, image_groups=groups[0], text_groups=groups[1],
-                label_smoothing=smoothing,
+                label_smoothing=0.1,
             )  # fmt: skip
 
         def theirs(image, text, scale, groups=groups):
             image, text = (x if x.dtype == torch.float64 else x.float() for x in (image, text))
-            return written_clip(image, text, *groups, scale, smoothing)
+            return written_clip(image, text, *groups, scale, 0.1)
 
         exact = with_grads(theirs, "reference", *(x.double() for x in given))
         one, two = with_grads(ours, backend, *given), with_grads(theirs, "reference", *given)

@@ -269,7 +269,6 @@ CONTRASTIVE = [
             {"logit_scale": 1.0, "logit_bias": 0.5, "image_ids": IDS, "text_ids": IDS, "weights": WEIGHTS},
             {"logit_scale": torch.tensor(10.0), "logit_bias": torch.tensor(-10.0), "normalize": True},
             {"logit_scale": 1.0, "logit_bias": 0.5, "image_groups": IDS, "text_groups": IDS.roll(1)},
-            {"logit_scale": 2.0, "logit_bias": -1.0, "image_groups": IDS, "symmetric": False, "soft_labels": True},
         ],
         bad=[
             *BAD_PAIR,
