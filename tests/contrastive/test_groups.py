@@ -98,7 +98,7 @@ def test_siglip_is_its_definition(place, dtype, symmetric, soft_labels):
 @each_place
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_clip_is_its_definition(place, dtype):
-    """Of 37 by 71: two squares a side or a strip, whose directions are made by themselves."""
+    """Of 37 by 71: squares of 37 and 34, and a strip of 3, whose directions are made by themselves."""
     device, backend = place
     errors = Errors(dtype)
     for factor in (1.0, 0.9):
