@@ -336,7 +336,7 @@ def checked_siglip_loss(
         ids, soft_labels = (x.groups.of_images, x.groups.of_texts), x.groups.soft_labels
         if shares[0] is None:
             shares = x.groups.shares(None if dropped is None else ~dropped, dtype)
-    image, text = without(x.image, dropped), x.text if across_ranks else counted(x.text, dropped)
+    image, text = without(x.image, dropped), x.text if across_ranks is not None else counted(x.text, dropped)
     with full_precision(image):
         row_weight = _row_weight(x.weights, x.reduction, image, dtype)
         scale, bias = (
