@@ -34,7 +34,7 @@ def test_the_ops_are_what_torch_expects(alone):
     x, ids, name = torch.randn(4, 3, dtype=torch.float64).requires_grad_(), torch.arange(4), alone.group_name
     keys, scale, one = (torch.randn(*size, dtype=torch.float64).requires_grad_() for size in ((4, 3), (4,), (1,)))
     of_rows = softmax_stats.Inputs(
-        x, keys, scale, None, None, None, ids, ids, None, True, True, False, True, False, 0.5, 256.0
+        x, keys, scale, None, None, None, ids, ids, None, True, True, False, True, False, False, 0.5, 256.0
     )  # fmt: skip
     of_pairs = siglip.Inputs(x, keys, one, one, None, None, None, None, None, True, False, False, 7, 256.0)
     weighted = of_pairs._replace(row_weight=scale.detach().abs())
