@@ -137,7 +137,9 @@ struct LogitMatrix {
   std::vector<float> row_scale, column_scale, bias, logit_limit, column_limit;
   std::vector<int64_t> targets, row_ids, column_ids;  // targets: -1 where there is none
   OptionalTensor pair_spans, pair_words;              // listed pairs, as in pairs.py
-  const bool pairs_are_negatives;                     // those that are listed; else the others
+  const int64_t* all_spans = nullptr;                 // their elements, null: none; asking a tensor for them takes long
+  const std::array<int32_t, 2>* all_words = nullptr;
+  const bool pairs_are_negatives;  // those that are listed; else the others
 
   // `query_name`, `key_name`: what the op's arguments are called.
   LogitMatrix(const char* op, const Tensor& q, const Tensor& k, const Form& form, double hardness = 0,
@@ -232,8 +234,10 @@ struct LogitMatrix {
                     ": pair_words: expected int32 [P, 2]");
     pair_spans = as_contiguous(*spans);
     pair_words = as_contiguous(*words);
+    all_spans = input<int64_t>(*pair_spans);
+    all_words = reinterpret_cast<const std::array<int32_t, 2>*>(input<int32_t>(*pair_words));
     for (int64_t i = 0; i < rows; ++i) {
-      const int64_t* span = input<int64_t>(*pair_spans) + 2 * i;
+      const int64_t* span = all_spans + 2 * i;
       STD_TORCH_CHECK(0 <= span[0] && span[0] <= span[1] && span[1] <= words->size(0), op,
                       ": pair_spans: expected parts of the words");
     }
@@ -242,11 +246,11 @@ struct LogitMatrix {
   // Calls body(j) with each column of first .. first + n that is listed with row i, in order.
   template <typename Body>
   void each_listed(int64_t i, int64_t first, int64_t n, const Body& body) const {
-    const int64_t* span = input<int64_t>(*pair_spans) + 2 * i;
-    const auto* words = reinterpret_cast<const std::array<int32_t, 2>*>(input<int32_t>(*pair_words));
-    const auto* word = std::lower_bound(words + span[0], words + span[1], first / kPairWord,
+    const int64_t* span = all_spans + 2 * i;
+    const auto* end = all_words + span[1];
+    const auto* word = std::lower_bound(all_words + span[0], end, first / kPairWord,
                                         [](const auto& w, int64_t number) { return w[0] < number; });
-    for (; word < words + span[1] && (*word)[0] * kPairWord < first + n; ++word)
+    for (; word < end && (*word)[0] * kPairWord < first + n; ++word)
       for (uint32_t bits = static_cast<uint32_t>((*word)[1]); bits != 0; bits &= bits - 1) {
         const int64_t j = (*word)[0] * kPairWord + std::countr_zero(bits);
         if (j >= first && j < first + n) body(j);
@@ -269,7 +273,7 @@ struct LogitMatrix {
     if (self_similarity)
       std::fill_n(to, std::clamp<int64_t>(i + 1 - first, 0, n), -std::numeric_limits<float>::infinity());
     leave_out(targets[i]);
-    if (pair_spans.has_value()) leave_out_pairs(i, first, n, to);
+    if (all_spans) leave_out_pairs(i, first, n, to);
   }
 
   // The raw products of m rows from `begin` on and n columns from `first` on.

@@ -67,7 +67,9 @@ class LogitMatrix:
         options = (rows.row_ids is not None) + (rows.logit_limit is not None) + (self.columns.bias is not None)
         options += self.form.moments + (rows.pair_spans is not None)
         targets = saves_exps and not self.both_sides and rows.targets is not None
-        if hardness or options + targets > (0 if self.both_sides else 2):
+        if rows.pair_spans is not None and self.both_sides and saves_exps:  # spills in the small tile on gfx942
+            return 3
+        if hardness or rows.pair_spans is not None or options + targets > (0 if self.both_sides else 2):
             return 3 if (hardness and self.both_sides) or self.self_similarity or options > 3 else 2
         return int(options > 0 or targets)  # what spills a little with four warps
 
