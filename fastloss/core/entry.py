@@ -158,4 +158,18 @@ def _entry(fn: Callable[..., Any], others: Mapping[str, str], hints: Mapping[str
         return entry(*args, **named)
 
     entry.names = names  # type: ignore[attr-defined]
-    return entry
+    return _shares_errors(entry) if "group" in names.options else entry
+
+
+def _shares_errors(entry: Callable[..., Any]) -> Any:
+    """`entry`, whose errors the other ranks get to know where the call has a `group`: they would wait for this one."""
+
+    @functools.wraps(entry)
+    def call(*args: Any, **options: Any) -> Any:
+        if options.get("group") is None or torch.compiler.is_compiling():
+            return entry(*args, **options)
+        from ..distributed.ranks import together
+
+        return together(entry, args, options)
+
+    return call

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 MOST_SIZES = 3  # queries, keys, negatives
+REFUSED = "error="
 
 
 @contextlib.contextmanager
@@ -41,12 +43,32 @@ class Call(NamedTuple):
 NO_CALL = Call("", "", "", [], "")  # nothing to compare
 
 
+class _Comparisons(threading.local):
+    count = 0  # of this thread
+
+
+_comparisons = _Comparisons()
+
+
+def comparisons() -> int:
+    """How often this thread has compared calls: one that raises at its arguments has not come to it."""
+    return _comparisons.count
+
+
+def refuse(error: Exception, group: Any) -> None:
+    """Take part in the comparison with an error in the place of a call: the other ranks raise it as a ValueError."""
+    text = f"{type(error).__name__}: {error}".replace("; ", ", ").replace("|", "/")
+    with contextlib.suppress(ValueError, RuntimeError):  # what is raised here is the error itself
+        agree(Call(f"{REFUSED}{text}", "", "", [], ""), group)
+
+
 def agree(call: Call, group: Any) -> list[list[int]]:
     """The sizes of each rank, once it is certain that all ranks call alike.
 
     Raises:
         ValueError: on all ranks, naming two that differ.
     """
+    _comparisons.count += 1
     same = call.fields + "|" + call.size_names + "|" + call.rows
     mine = [_hash(same), _hash(call.numbers), *call.sizes, *[0] * (MOST_SIZES - len(call.sizes))]
     with named("the comparison of the ranks' arguments", group):
@@ -84,7 +106,7 @@ def _difference(text: str, group: Any) -> str:
     other = next((rank for rank, theirs in enumerate(texts) if theirs != first), 0)
     one, two = ([part for part in t.replace("|", "; ").split("; ") if part] for t in (first, texts[other]))
     one, two = [part for part in one if part not in two], [part for part in two if part not in one]
-    if one and one[0].startswith("loss="):  # all else differs too
+    if one and one[0].startswith(("loss=", REFUSED)):  # all else differs too
         one, two = one[:1], two[:1]
     said = [", ".join(parts) or "nothing of that kind" for parts in (one, two)]
     return f"group: expected the same call on all ranks, got {said[0]} on rank 0 and {said[1]} on rank {other}"

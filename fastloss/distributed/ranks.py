@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..core import check_not_empty, row_shares
-from .agreement import NO_CALL, Call, agree
+from .agreement import NO_CALL, Call, agree, comparisons, refuse
 from .collectives import Counts, compared, described, gather_rows, replicated, sum_over_ranks
 from .exchange import Exchange
 from .pieces import Route
@@ -30,6 +31,20 @@ def process_group(group: Any) -> Any:
     if group.ndim != 1:
         raise ValueError(f"group: expected a 1-D DeviceMesh, got {group.ndim} dimensions; pass mesh['dp']")
     return group.get_group()
+
+
+def together(loss: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
+    """A loss with a `group`; what it raises at its arguments, before the ranks have compared their calls, the others
+    raise too, with the rank's number."""
+    before = comparisons()
+    try:
+        return loss(*args, **options)
+    except (TypeError, ValueError) as error:
+        group = options["group"]
+        if comparisons() == before and isinstance(group, (dist.ProcessGroup, DeviceMesh)):
+            with contextlib.suppress(ValueError):  # a mesh of more dimensions
+                refuse(error, process_group(group))
+        raise
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 
 def mismatches(rank: int) -> dict[str, Any]:
     """[what was raised, seconds] of each loss and strategy where the last rank has another D, dtype, number of rows,
-    option or strategy."""
+    option or strategy, or an argument that it refuses by itself."""
     plain = torch.randn(4, 8)
     odd = {
         "width": {"x": plain[:, :6]},
@@ -78,6 +78,7 @@ def mismatches(rank: int) -> dict[str, Any]:
         "rows": {"x": plain[:3]},
         "no rows": {"x": plain[:0]},
         "option": {"reduction": "sum"},
+        "refused": {"x": plain[0]},
     }
     said: dict[str, Any] = {}
     for strategy, other in zip(STRATEGIES, STRATEGIES[1:] + STRATEGIES[:1], strict=True):
