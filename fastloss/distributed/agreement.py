@@ -59,7 +59,7 @@ def refuse(error: Exception, group: Any) -> None:
     """Take part in the comparison with an error in the place of a call: the other ranks raise it as a ValueError."""
     text = f"{type(error).__name__}: {error}".replace("; ", ", ").replace("|", "/")
     with contextlib.suppress(ValueError, RuntimeError):  # what is raised here is the error itself
-        agree(Call(f"{REFUSED}{text}", "", "", [], ""), group)
+        agree(Call(f"{REFUSED}{text}", "", "", [], "uneven"), group)
 
 
 def agree(call: Call, group: Any) -> list[list[int]]:
