@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.harness import measure
 from benchmarks.harness.memory import MARK
+from benchmarks.workloads.drop_ins import passes_of
 from benchmarks.workloads.items import item_of, passes
 from benchmarks.workloads.perceptual_step import step_of
 from benchmarks.workloads.providers import providers
@@ -24,6 +25,9 @@ def answer(question: dict[str, Any], limit_mib: int) -> dict[str, str]:
             call: Callable[[], object] = make(question["shape"], question["dtype"], "cpu", question["provider"])
         elif question["loss"] == "perceptual_step":
             call = step_of(question, "cpu")[0]
+        elif question["loss"] == "drop_in":
+            forward, backward, _ = passes_of(question, "cpu")
+            call = lambda: backward(forward())  # noqa: E731
         else:
             item = item_of(question)
             function = providers(item.case, item.options, "cpu", [question["provider"]])[question["provider"]]

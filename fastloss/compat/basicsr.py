@@ -1,7 +1,7 @@
 """BasicSR's losses (BasicSR 1.4): L1Loss, MSELoss, CharbonnierLoss, WeightedTVLoss and PerceptualLoss.
 
-They need no BasicSR. ``fastloss.patch("basicsr")`` swaps the names in its modules; its registry, which options files
-refer to, holds the classes themselves: ``LOSS_REGISTRY._obj_map.update(L1Loss=...)`` puts these there.
+They need no BasicSR. ``fastloss.patch("basicsr")`` swaps the names in its modules, and the classes in its registry,
+which options files refer to.
 """
 
 from __future__ import annotations
@@ -202,6 +202,5 @@ SWAPS = {
     "basicsr.losses.basic_loss.WeightedTVLoss": WeightedTVLoss,
     "basicsr.losses.basic_loss.PerceptualLoss": PerceptualLoss,
 }
-LEFT = {
-    "basicsr.utils.registry.LOSS_REGISTRY": "holds the classes themselves, see fastloss/compat/basicsr.py",
-}
+LEFT: dict[str, str] = {}
+REGISTRIES = {"basicsr.utils.registry.LOSS_REGISTRY": "_obj_map"}  # what options files refer to

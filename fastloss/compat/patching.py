@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dis
 import importlib
 import importlib.util
 import inspect
 import sys
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 LIBRARIES = (
@@ -30,8 +31,8 @@ LIBRARIES = (
 class _Place(NamedTuple):
     """Where a class or function is found by its name."""
 
-    home: str  # the module's name
-    module: ModuleType
+    home: str  # the module's name, or the registry's
+    names: dict[str, Any]  # of the module, or of the registry
     name: str
 
 
@@ -40,14 +41,15 @@ class _Swap(NamedTuple):
     theirs: Any
     ours: Any
     places: list[_Place]
+    renamed: list[tuple[FunctionType, CodeType]]  # methods of theirs, and their code as it was
 
 
 class patch:
     """Puts fastloss's drop-ins in the place of libraries' losses: ``fastloss.patch("open_clip", "lpips")``.
 
     Every module that has been imported and holds the original gets the drop-in under the same name, the caller's own
-    modules too, so that it does not matter whether the library or the names in it were imported before. Objects made
-    before keep their class, and so do registries that hold classes in a dictionary.
+    modules too, so that it does not matter whether the library or the names in it were imported before. So does the
+    registry of a library that has one (BasicSR). Objects made before keep their class, and so do subclasses of theirs.
 
     As a function it lasts until :meth:`undo`; in a ``with`` statement, until the block ends. It prints as what it
     swapped, where, and what it left as it was, and why. ``fastloss.patch()`` swaps nothing, and prints as what can be
@@ -97,20 +99,22 @@ class patch:
             elif theirs is ours:
                 self.left[path] = "swapped already"
             else:
-                places = _places(theirs, but=theirs.__module__ if _names_itself(theirs) else None)
+                places = [*_places(theirs), *_registered(theirs, getattr(table, "REGISTRIES", {}))]
+                self._swaps.append(_Swap(path, theirs, ours, places, _keep_its_own_name(theirs)))
                 for place in places:
-                    setattr(place.module, place.name, ours)
-                self._swaps.append(_Swap(path, theirs, ours, places))
+                    place.names[place.name] = ours
         self.left |= table.LEFT
 
     def undo(self) -> None:
         """Puts the originals back where this call took them away, and wherever their library has ours by now."""
-        for path, theirs, ours, places in reversed(self._swaps):
+        for path, theirs, ours, places, renamed in reversed(self._swaps):
             library = path.split(".")[0]
             own = [place for place in _places(ours) if place.home.split(".")[0] == library]
-            for _, module, name in (*places, *own):
-                if vars(module).get(name) is ours:
-                    setattr(module, name, theirs)
+            for place in (*places, *own):
+                if place.names.get(place.name) is ours:
+                    place.names[place.name] = theirs
+            for method, code in renamed:
+                method.__code__ = code
         self._swaps = []
 
     def __enter__(self) -> patch:
@@ -157,20 +161,49 @@ def _found(path: str) -> Any:
         return None
 
 
-def _places(wanted: Any, but: str | None = None) -> list[_Place]:
-    """Where an object is an attribute of an imported module: everywhere but in fastloss and the module called `but`."""
+def _places(wanted: Any) -> list[_Place]:
+    """Where an object is an attribute of an imported module: everywhere but in fastloss."""
     found = []
     for home, module in list(sys.modules.items()):
-        if isinstance(module, ModuleType) and home != but and home.split(".")[0] != "fastloss":
-            found += [_Place(home, module, name) for name, value in list(vars(module).items()) if value is wanted]
+        if isinstance(module, ModuleType) and home.split(".")[0] != "fastloss":
+            found += [_Place(home, vars(module), name) for name, value in list(vars(module).items()) if value is wanted]
     return found
 
 
-def _names_itself(item: Any) -> bool:
-    """Whether methods of a class look it up by its name, as ``super(SSIM, self)`` does.
+def _registered(wanted: Any, registries: dict[str, str]) -> list[_Place]:
+    """Where an object is in a library's registries, each with the attribute that is its dictionary."""
+    found = []
+    for path, attribute in registries.items():
+        names = getattr(_found(path), attribute, {})
+        found += [_Place(path, names, name) for name, value in list(names.items()) if value is wanted]
+    return found
 
-    In the module that defines it that name must go on meaning the class itself: with a subclass of it there,
-    ``super(SSIM, self)`` would be the same class again, without end.
+
+def _keep_its_own_name(item: Any) -> list[tuple[FunctionType, CodeType]]:
+    """Lets methods that look their class up by its name, as ``super(SSIM, self)`` does, go on finding the class itself.
+
+    With a subclass of it under that name ``super(SSIM, self)`` would be the same class again, without end. So they get
+    another name for it, which their module then has too. Returns the methods with the code that they had.
     """
-    methods = [value for value in vars(item).values() if inspect.isfunction(value)] if inspect.isclass(item) else []
-    return any(item.__name__ in method.__code__.co_names for method in methods)
+    changed = []
+    values = vars(item).values() if inspect.isclass(item) else ()
+    for value in values:
+        method = getattr(value, "__func__", value)  # of a classmethod or staticmethod
+        if isinstance(method, FunctionType) and _looks_up(method.__code__, item.__name__):
+            other = f"_{item.__name__}_without_fastloss"
+            method.__globals__[other] = item
+            changed.append((method, method.__code__))
+            method.__code__ = _renamed(method.__code__, item.__name__, other)
+    return changed
+
+
+def _looks_up(code: CodeType, name: str) -> bool:
+    """Whether this code, or what is defined in it, reads a global of that name."""
+    own = any(i.opname == "LOAD_GLOBAL" and i.argval == name for i in dis.get_instructions(code))
+    return own or any(_looks_up(inner, name) for inner in code.co_consts if isinstance(inner, CodeType))
+
+
+def _renamed(code: CodeType, name: str, other: str) -> CodeType:
+    inner = (_renamed(each, name, other) if isinstance(each, CodeType) else each for each in code.co_consts)
+    names = (other if each == name else each for each in code.co_names)
+    return code.replace(co_consts=tuple(inner), co_names=tuple(names))

@@ -135,14 +135,15 @@ def test_attributes_and_errors():
 
 
 def test_patched(monkeypatch):
-    """Its module in a stand-in of BasicSR, of which the registry is left."""
-    for name in ("basicsr", "basicsr.losses", "basicsr.losses.basic_loss"):
+    """In a stand-in of BasicSR, whose options files name losses by its registry."""
+    for name in ("basicsr", "basicsr.losses", "basicsr.losses.basic_loss", "basicsr.utils", "basicsr.utils.registry"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     sys.modules["basicsr"].__spec__ = types.SimpleNamespace()
-    for name in ("L1Loss", "MSELoss"):
-        setattr(sys.modules["basicsr.losses.basic_loss"], name, type(name, (torch.nn.Module,), {}))
+    home, registry = sys.modules["basicsr.losses.basic_loss"], sys.modules["basicsr.utils.registry"]
+    classes = {name: type(name, (torch.nn.Module,), {}) for name in ("L1Loss", "MSELoss")}
+    vars(home).update(classes)
+    registry.LOSS_REGISTRY = types.SimpleNamespace(_obj_map=dict(classes))
     with fastloss.patch("basicsr") as swapped:
-        assert sys.modules["basicsr.losses.basic_loss"].L1Loss is ours.L1Loss
-    assert sys.modules["basicsr.losses.basic_loss"].L1Loss is not ours.L1Loss
+        assert home.L1Loss is registry.LOSS_REGISTRY._obj_map["L1Loss"] is ours.L1Loss
+    assert home.L1Loss is registry.LOSS_REGISTRY._obj_map["L1Loss"] is classes["L1Loss"]
     assert swapped.left["basicsr.losses.basic_loss.CharbonnierLoss"] == "not in the installed version"
-    assert "basicsr.utils.registry.LOSS_REGISTRY" in swapped.left

@@ -87,21 +87,26 @@ def test_a_failure_puts_everything_back(monkeypatch):
     assert open_clip.ClipLoss is theirs
 
 
-def test_a_class_that_calls_super_by_its_name_keeps_it_at_home(monkeypatch):
-    """There `super(Old, self)` must find Old; everywhere else the name is the drop-in's."""
+def test_a_class_that_calls_super_by_its_name(monkeypatch):
+    """Its `super(Old, self)` goes on finding Old, in a subclass that the user made before too."""
     home, package, table = (types.ModuleType(name) for name in ("elder.loss", "elder", "fastloss.compat.elder"))
     exec(
         "class Old:\n    def __init__(self):\n        super(Old, self).__init__()\n        self.made = 1\n", vars(home)
     )
     home.Old.__module__, package.Old = "elder.loss", home.Old
+    own = type("Own", (home.Old,), {})
+    package.BOOK = types.SimpleNamespace(classes={"old": home.Old, "own": own})
     table.SWAPS, table.LEFT = {"elder.Old": type("Old", (home.Old,), {})}, {}
+    table.REGISTRIES = {"elder.BOOK": "classes"}
     for module in (home, package, table):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(patching, "LIBRARIES", ("elder",))
     monkeypatch.setattr(patching, "_check_installed", lambda name: None)
     with fastloss.patch("elder"):
-        assert package.Old is table.SWAPS["elder.Old"] and home.Old is not package.Old
-        assert package.Old().made == 1
+        assert package.Old is home.Old is package.BOOK.classes["old"] is table.SWAPS["elder.Old"]
+        assert package.Old().made == own().made == 1 and package.BOOK.classes["own"] is own
+    assert own.__mro__[1] is package.Old is home.Old is package.BOOK.classes["old"] and own().made == 1
+    assert home.Old.__init__.__code__.co_names[1] == "Old"
 
 
 def test_every_library_has_its_table():
