@@ -41,7 +41,8 @@ def hands_on(name: str, theirs: Callable[..., Any] | None) -> Callable[[Fn], Fn]
     """Decorator of the drop-in for `name`: a call that fastloss does not serve goes to `theirs`, with one warning.
 
     Those are the calls that raise NotServed, and those that a loss refuses with a TypeError or ValueError: a wrong
-    argument so meets the library's own error. Where the library is not installed (None) the reason is raised.
+    argument so meets the library's own error. Where the library is not installed (None) the reason is raised. Sparse
+    tensors are the library's as well; where it fails at them, as most do, the error says that they are sparse.
     """
 
     def decorate(ours: Fn) -> Fn:
@@ -50,6 +51,8 @@ def hands_on(name: str, theirs: Callable[..., Any] | None) -> Callable[[Fn], Fn]
             global _depth
             if _depth and theirs is not None:
                 return theirs(*args, **options)
+            if theirs is not None and any(map(_is_sparse, (*args, *options.values()))):
+                return _of_sparse(name, theirs, args, options)
             try:
                 return ours(*args, **options)
             except (NotServed, TypeError, ValueError) as error:
@@ -69,6 +72,18 @@ def hands_on(name: str, theirs: Callable[..., Any] | None) -> Callable[[Fn], Fn]
         return drop_in  # type: ignore[return-value]
 
     return decorate
+
+
+def _is_sparse(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout != torch.strided
+
+
+def _of_sparse(name: str, theirs: Callable[..., Any], args: tuple, options: dict[str, Any]) -> Any:
+    try:
+        return theirs(*args, **options)
+    except RuntimeError as error:
+        layouts = sorted({str(value.layout) for value in (*args, *options.values()) if _is_sparse(value)})
+        raise RuntimeError(f"{name}: expected dense tensors, got {', '.join(layouts)}") from error
 
 
 def _say_once(name: str, why: str) -> None:

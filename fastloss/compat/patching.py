@@ -27,6 +27,8 @@ LIBRARIES = (
     "torchmetrics",
 )
 
+OWN_NAME = "_without_fastloss"  # what a class is called in its module where its own methods look it up by its name
+
 
 class _Place(NamedTuple):
     """Where a class or function is found by its name."""
@@ -162,11 +164,12 @@ def _found(path: str) -> Any:
 
 
 def _places(wanted: Any) -> list[_Place]:
-    """Where an object is an attribute of an imported module: everywhere but in fastloss."""
+    """Where an object is an attribute of an imported module: everywhere but in fastloss, and where we put it."""
     found = []
     for home, module in list(sys.modules.items()):
         if isinstance(module, ModuleType) and home.split(".")[0] != "fastloss":
-            found += [_Place(home, vars(module), name) for name, value in list(vars(module).items()) if value is wanted]
+            names = [name for name, value in list(vars(module).items()) if value is wanted]
+            found += [_Place(home, vars(module), name) for name in names if not name.endswith(OWN_NAME)]
     return found
 
 
@@ -190,7 +193,7 @@ def _keep_its_own_name(item: Any) -> list[tuple[FunctionType, CodeType]]:
     for value in values:
         method = getattr(value, "__func__", value)  # of a classmethod or staticmethod
         if isinstance(method, FunctionType) and _looks_up(method.__code__, item.__name__):
-            other = f"_{item.__name__}_without_fastloss"
+            other = f"_{item.__name__}{OWN_NAME}"
             method.__globals__[other] = item
             changed.append((method, method.__code__))
             method.__code__ = _renamed(method.__code__, item.__name__, other)
