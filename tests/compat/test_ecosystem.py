@@ -1,17 +1,15 @@
-"""Drop-ins inside what people train with: compiled, exported, under autocast, checkpointed, and in others' trainers."""
+"""Drop-ins inside what people train with: compiled, exported, checkpointed, captured, under autocast and torch.func.
+
+With DDP and FSDP2: tests/distributed/drop_ins.py. In others' trainers: test_trainers.py.
+"""
 
 from __future__ import annotations
-
-import contextlib
-import warnings
 
 import pytest
 import torch
 import torch._dynamo.testing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
-import fastloss
 
 SCALE = 10.0
 
@@ -104,89 +102,68 @@ def test_checkpointed(name):
     torch.testing.assert_close([value.detach(), *(p.grad for p in step.parameters())], exact)
 
 
-def with_and_without(library, train):
-    """The parameters that a training makes with the library's classes and with ours in their place."""
-    found = []
-    for swap in (contextlib.nullcontext(), fastloss.patch(library)):
-        with swap, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.manual_seed(0)
-            found.append([p.detach().clone() for p in train().parameters()])
-    return found
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_torch_func(name):
+    """Gradients by torch.func, and of each of three batches under vmap: PyTorch's operators compute these."""
+    step = LOSSES[name]()
+    parameters = dict(step.named_parameters())
+
+    def loss(given, a, b):
+        return torch.func.functional_call(step, given, (a, b))
+
+    found = torch.func.grad(loss)(parameters, *pair())
+    torch.testing.assert_close(list(found.values()), gradients(step, *pair())[1:])
+    batches = [torch.stack(views) for views in zip(*(pair(seed=seed) for seed in range(3)), strict=True)]
+    several = torch.func.vmap(loss, in_dims=(None, 0, 0))(parameters, *batches)
+    torch.testing.assert_close(several, torch.stack([step(*pair(seed=seed)) for seed in range(3)]))
 
 
-@pytest.mark.slow
-def test_lightning(tmp_path):
-    lightning, lightly = pytest.importorskip("pytorch_lightning"), pytest.importorskip("lightly.loss")
-
-    class SimCLR(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.encoder, self.loss = encoder(), lightly.NTXentLoss(temperature=0.3)
-
-        def training_step(self, batch, _):
-            return self.loss(self.encoder(batch[0]), self.encoder(batch[1]))
-
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    def train():
-        model = SimCLR()
-        data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*pair(32)), batch_size=8)
-        trainer = lightning.Trainer(
-            max_epochs=2, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-            enable_model_summary=False, default_root_dir=tmp_path,
-        )  # fmt: skip
-        trainer.fit(model, data)
-        return model
-
-    torch.testing.assert_close(*with_and_without("lightly", train), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_embeddings_of_inference_mode(name):
+    """A frozen encoder's embeddings as the other view, which the libraries themselves may refuse; and all of it."""
+    step, (a, b) = LOSSES[name](), pair()
+    with torch.inference_mode():
+        frozen, whole = step.encoder(b), step(a, b)
+    value = step.call(step.loss, step.encoder(a), frozen)
+    value.backward()
+    torch.testing.assert_close([value.detach(), whole], [step(a, b).detach()] * 2)
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in step.parameters())
 
 
-@pytest.mark.slow
-def test_accelerate():
-    accelerate, open_clip = pytest.importorskip("accelerate"), pytest.importorskip("open_clip")
-
-    def train():
-        accelerator = accelerate.Accelerator(cpu=True)
-        model = Step(open_clip.ClipLoss(), lambda f, a, b: f(a, b, SCALE))
-        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
-        for seed in range(4):
-            optimizer.zero_grad()
-            accelerator.backward(model(*pair(seed=seed)))
-            optimizer.step()
-        return model
-
-    torch.testing.assert_close(*with_and_without("open_clip", train), rtol=1e-4, atol=1e-6)
+SPARSE = {
+    "info_nce": lambda m: m.InfoNCE()(torch.rand(4, 8).to_sparse(), torch.rand(4, 8)),
+    "kornia": lambda m: m.ssim_loss(torch.rand(1, 3, 16, 16).to_sparse(), torch.rand(1, 3, 16, 16), 5),
+    "lightly": lambda m: m.NTXentLoss()(torch.rand(4, 8).to_sparse(), torch.rand(4, 8)),
+    "piq": lambda m: m.ssim(torch.rand(1, 3, 16, 16).to_sparse(), torch.rand(1, 3, 16, 16)),
+}
 
 
-@pytest.mark.slow
-def test_sentence_transformers_trainer(tmp_path):
-    """Transformers' Trainer, as sentence_transformers has it, on a bag of words."""
-    library, tokenizers = pytest.importorskip("sentence_transformers"), pytest.importorskip("tokenizers")
-    datasets = pytest.importorskip("datasets")
-    from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+@pytest.mark.parametrize("library", list(SPARSE))
+def test_sparse_inputs(library):
+    """An error that says so, in place of what an operator of the library's says."""
+    module = pytest.importorskip(f"fastloss.compat.{library}")
+    with pytest.raises(RuntimeError, match="expected dense tensors, got torch.sparse_coo"):
+        SPARSE[library](module)
 
-    words = [f"w{i}" for i in range(30)]
-    vocabulary = {"[UNK]": 0} | {word: i + 1 for i, word in enumerate(words)}
 
-    def train():
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        model = library.SentenceTransformer(
-            modules=[StaticEmbedding(tokenizer, embedding_weights=torch.randn(31, 8))], device="cpu"
-        )
-        texts = {"anchor": [f"w{i} w{i + 1}" for i in range(24)], "positive": [f"w{i + 1} w{i + 2}" for i in range(24)]}
-        arguments = library.SentenceTransformerTrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=8, max_steps=6, report_to="none", use_cpu=True,
-            learning_rate=0.05, save_strategy="no", logging_strategy="no", disable_tqdm=True, seed=0,
-        )  # fmt: skip
-        loss = losses.MultipleNegativesRankingLoss(model)
-        trainer = library.SentenceTransformerTrainer(
-            model=model, args=arguments, train_dataset=datasets.Dataset.from_dict(texts), loss=loss
-        )
-        trainer.train()
-        return model
-
-    torch.testing.assert_close(*with_and_without("sentence_transformers", train), rtol=1e-3, atol=1e-4)
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs are captured on a CUDA device")
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_captured_in_a_cuda_graph(name):
+    """A step replayed with new inputs is the step of these inputs."""
+    step = LOSSES[name]().cuda()
+    static, new = ([t.cuda() for t in pair(seed=seed)] for seed in (0, 1))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            gradients(step, *static)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [step(*static)]
+        captured += torch.autograd.grad(captured[0], list(step.parameters()))
+    for held, given in zip(static, new, strict=True):
+        held.copy_(given)
+    graph.replay()
+    torch.testing.assert_close([t.detach() for t in captured], gradients(step, *new))
