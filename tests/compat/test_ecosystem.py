@@ -1,6 +1,6 @@
 """Drop-ins inside what people train with: compiled, exported, checkpointed, captured, under autocast and torch.func.
 
-With DDP and FSDP2: tests/distributed/drop_ins.py. In others' trainers: test_trainers.py.
+Across ranks: tests/distributed/drop_ins.py. In others' trainers: test_trainers.py.
 """
 
 from __future__ import annotations
