@@ -1,6 +1,7 @@
 // The distance of each generated row from a whole bank, as fastloss/diversity/bank_distance.py defines it: the soft-min
-// or the mean of its distances. The bank is read once, a tile of rows at a time, and once more in the backward, which
-// makes the distances of a tile again; of each generated row the forward keeps the least distance and a sum of powers.
+// or the mean of its distances. The bank is read once, a tile of rows at a time, and once more in the backward. Of each
+// generated row the forward keeps the least distance and a sum of powers; with `keep` all distances, which the backward
+// else makes again. Those of near rows, which are no products, are kept with a sign.
 
 #include "core/op.h"
 #include "diversity/bank_rows.h"
@@ -17,11 +18,12 @@ struct Inputs {
   Tensor generated, bank;
   std::string mode, metric;
   double temperature, scale, shift, workspace_mib;
-  FASTLOSS_FIELDS(generated, bank, mode, metric, temperature, scale, shift, workspace_mib)
+  bool keep;
+  FASTLOSS_FIELDS(generated, bank, mode, metric, temperature, scale, shift, workspace_mib, keep)
 };
 struct Saved {
-  Tensor least, powers;
-  FASTLOSS_FIELDS(least, powers)
+  Tensor least, powers, distances;
+  FASTLOSS_FIELDS(least, powers, distances)
 };
 struct Outputs {
   Tensor distance;
@@ -79,6 +81,27 @@ class Comparison {
     TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(found.get(), found.get(), generated(row, count).get(),
                                                     transposed(tile(n)).get(), 0.0, 1.0));
     for_each(count, [&](int64_t i) { distances_of(row, i, first, n, to + i * tile_rows); }, 8);
+    return to;
+  }
+  // What measure() returned, which the forward kept.
+  void keep(float* kept, int64_t row, int64_t i, int64_t first, int64_t n, const float* found) const {
+    float* to = kept + (row + i) * rows.bank_count + first;
+    std::copy_n(found, n, to);
+    for (const int64_t j : near[i]) to[j] = std::copysign(to[j], -1.0f);
+  }
+  float* recall(const float* kept, int64_t row, int64_t count, int64_t first, int64_t n) {
+    float* to = output<float>(distances_);
+    for_each(
+        count,
+        [&](int64_t i) {
+          const float* from = kept + (row + i) * rows.bank_count + first;
+          near[i].clear();
+          for (int64_t j = 0; j < n; ++j) {
+            if (std::signbit(from[j])) near[i].push_back(j);
+            to[i * tile_rows + j] = std::fabs(from[j]);
+          }
+        },
+        8);
     return to;
   }
   const Tensor& weights() const { return distances_; }  // what measure() returned the memory of
@@ -159,6 +182,8 @@ Outputs bank_distance_fwd(const Inputs& x) {
   const int64_t count = c.rows.count;
   std::vector<float> least(count, std::numeric_limits<float>::infinity());
   std::vector<double> sums(count);
+  const bool keeps = x.keep && !c.is_mean;
+  const Tensor distances = new_float32({keeps ? count : 0, keeps ? c.rows.bank_count : 0});
   c.for_tiles([&](int64_t first, int64_t n) {
     for_pieces(count, c.block_rows, [&](int64_t row, int64_t some) {
       float* found = c.measure(row, some, first, n);
@@ -167,6 +192,7 @@ Outputs bank_distance_fwd(const Inputs& x) {
           [&](int64_t i) {
             float* d = found + i * c.tile_rows;
             double& sum = sums[row + i];
+            if (keeps) c.keep(output<float>(distances), row, i, first, n, d);
             if (c.is_mean) {
               for (int64_t j = 0; j < n; ++j) sum += d[j];
               return;
@@ -182,7 +208,7 @@ Outputs bank_distance_fwd(const Inputs& x) {
     });
   });
   const int64_t kept = c.is_mean ? 0 : count;
-  Outputs out{new_float32(count), {new_float32(kept), new_float32(kept)}};
+  Outputs out{new_float32(count), {new_float32(kept), new_float32(kept), distances}};
   float* distance = output<float>(out.distance);
   const double bank_count = static_cast<double>(c.rows.bank_count);
   for (int64_t i = 0; i < count; ++i)
@@ -230,6 +256,7 @@ Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved,
   Comparison c(x);
   const Rows& rows = c.rows;
   const Tensor upstream = as_contiguous(grad), least = as_contiguous(saved.least), powers = as_contiguous(saved.powers);
+  const Tensor kept = as_contiguous(saved.distances);
   STD_TORCH_CHECK(upstream.scalar_type() == ScalarType::Float && upstream.numel() == rows.count,
                   "bank_distance: grad is not float32 [N]");
   const float *of_distance = input<float>(upstream), *origins = input<float>(least), *sums = input<float>(powers);
@@ -240,7 +267,8 @@ Grads bank_distance_bwd(const Tensor& grad, const Inputs& x, const Saved& saved,
   c.for_tiles([&](int64_t first, int64_t n) {
     for_pieces(rows.count, c.block_rows, [&](int64_t row, int64_t some) {
       if (c.is_mean) return add_gradients(rows, row, some, first, n, nullptr, 0, gradient);
-      float* weights = c.measure(row, some, first, n);
+      float* weights =
+          kept.numel() ? c.recall(input<float>(kept), row, some, first, n) : c.measure(row, some, first, n);
       for_each(
           some,
           [&](int64_t i) {

@@ -1,4 +1,4 @@
-"""The distance of an image from a whole bank, as the soft-min or the mean of its distances, none of which is stored."""
+"""The distance of an image from a whole bank: the soft-min or the mean of its distances, of which few are stored."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..core import Op, result_dtype
 from .distances import Bank, mean_distance, moved, of_chunks, softmin_distance
+
+KEPT = 2**23  # bytes of distances that the CPU kernels keep for the backward at most
 
 
 class Inputs(NamedTuple):
@@ -23,13 +25,15 @@ class Inputs(NamedTuple):
     scale: float  # a row of the bank is scale * row + shift
     shift: float
     workspace_mib: float  # bound of the temporaries
+    keep: bool  # of the soft-min: the distances, for a backward that need not make them again
 
 
 class Saved(NamedTuple):
-    """-t log(sum_j exp(-d_j / t) / M) = least - t log(powers / M); empty for the mean."""
+    """-t log(sum_j exp(-d_j / t) / M) = least - t log(powers / M); empty for the mean, the last without `keep` too."""
 
     least: Tensor  # [N]
     powers: Tensor  # [N]: sum_j exp((least - d_j) / t)
+    distances: Tensor  # [N, M]: negative where two rows are so near that a product of them loses digits
 
 
 class Grads(NamedTuple):
@@ -52,7 +56,9 @@ def bank_distance_reference(x: Inputs) -> Tensor:
 def _bank_distance_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     count = x.generated.shape[0]
     kept = count if x.mode == "softmin" else 0
-    return x.generated.new_empty(count), Saved(x.generated.new_empty(kept), x.generated.new_empty(kept))
+    pairs = (count, x.bank.shape[0]) if x.keep and x.mode == "softmin" else (0, 0)
+    new = x.generated.new_empty
+    return new(count), Saved(new(kept), new(kept), new(pairs))
 
 
 def _bank_distance_bwd(grad: Tensor, x: Inputs, saved: Saved, needs: Needs) -> Grads:
@@ -76,10 +82,13 @@ def distance_from_bank(
     """[N], of [N,P] and a bank in any strides and on any device. Means of l2 and cosine need no distances, only means
     over the bank, which PyTorch operators make as fast as memory gives them."""
     generated = generated.to(result_dtype(generated, bank.rows))
-    x = Inputs(generated, bank.rows, mode, metric, temperature, bank.scale, bank.shift, workspace / 2**20)
+    x = Inputs(generated, bank.rows, mode, metric, temperature, bank.scale, bank.shift, workspace / 2**20, False)
     if mode == "mean" and metric != "l1":
         return bank_distance_reference(x)
     backend = bank_distance.backend(*x)
+    few = 4 * generated.shape[0] * bank.rows.shape[0] <= min(KEPT, workspace // 4)
+    needed = generated.requires_grad and torch.is_grad_enabled()
+    x = x._replace(keep=backend == "cpp" and mode == "softmin" and few and needed)
     if backend == "reference" or (bank.rows.ndim == 2 and bank.rows.device == generated.device):
         return bank_distance(*x, backend=backend)
     spans = bank.spans(workspace // 2)

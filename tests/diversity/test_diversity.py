@@ -44,7 +44,7 @@ def diversity_reference(generated, bank, mode, metric, temperature, workspace):
     mib = workspace / 2**20
     if mode == "nearest":
         return nearest.nearest_reference(nearest.Inputs(generated, bank, metric, 1.0, 0.0, mib))
-    x = bank_distance.Inputs(generated, bank, mode, metric, temperature, 1.0, 0.0, mib)
+    x = bank_distance.Inputs(generated, bank, mode, metric, temperature, 1.0, 0.0, mib, False)
     return bank_distance.bank_distance_reference(x)
 
 

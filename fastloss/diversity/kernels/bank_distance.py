@@ -220,7 +220,7 @@ def bank_distance_fwd(x: Inputs) -> tuple[Tensor, Saved]:
     is_mean = x.mode == "mean"
     distance, total = generated.new_empty(count), generated.new_empty(count)
     least = generated.new_empty(0 if is_mean else count)
-    saved = Saved(least, generated.new_empty(0) if is_mean else total)
+    saved = Saved(least, generated.new_empty(0) if is_mean else total, generated.new_empty(0, 0))  # it makes them again
     if count == 0:
         return distance, saved
     rows = rows_of_tile(count)
@@ -289,7 +289,7 @@ def aot_cases() -> Iterator[AotCase]:
     ways = (("softmin", "l1"), ("softmin", "l2"), ("softmin", "cosine"), ("mean", "l1"))
     for (mode, metric), dtype, count in itertools.product(ways, dtypes, (3, 32, 64)):
         bank = torch.empty(4096, 3072, dtype=dtype, device="meta")
-        x = Inputs(torch.empty(count, 3072, device="meta"), bank, mode, metric, 0.01, 1 / 255, 0.0, 256.0)
+        x = Inputs(torch.empty(count, 3072, device="meta"), bank, mode, metric, 0.01, 1 / 255, 0.0, 256.0, False)
         label = f"{mode} {metric} {str(dtype).removeprefix('torch.')} {count} rows"
         of_products = metric != "l1"
         yield AotCase(
@@ -297,5 +297,5 @@ def aot_cases() -> Iterator[AotCase]:
         )
         row = torch.empty(count, device="meta")
         matrix = ("_bank_distance_weights_kernel", "bank_distance_sums_kernel") if of_products else ()
-        args = (row, x, Saved(row, row), Needs(True))
+        args = (row, x, Saved(row, row, row[:0, None]), Needs(True))
         yield AotCase(f"backward {label}", bank_distance_bwd, args, matrix=matrix)
