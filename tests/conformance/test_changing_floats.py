@@ -113,7 +113,7 @@ FLOATS: dict[str, dict[str, Callable[[float], dict]]] = {
 FUNCTIONS = {name: f for name in fastloss.__all__ if inspect.isfunction(f := getattr(fastloss, name))}
 MODULES = [m for m in vars(fastloss).values() if inspect.isclass(m) and issubclass(m, core.Loss)]
 MODULES.remove(fastloss.ContrastiveLoss)  # an InfoNCELoss with names of its own
-OF_OTHERS = {"loss_and_grads", "info"}  # run another loss, outside of compiled graphs
+OF_OTHERS = {"loss_and_grads", "info", "similar_pairs"}  # run another loss, or make lists, outside of graphs
 
 
 def arguments(name: str) -> tuple[tuple, list[Tensor]]:

@@ -188,10 +188,11 @@ def eager(x):
 @pytest.mark.parametrize("line", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_forward_and_backward_have_tiles_of_one_width_where_exponentials_are_saved(monkeypatch, line, dtype):
-    from fastloss.contrastive.kernels import logit_matrix, tile_configs
+    from fastloss.contrastive.kernels import logit_matrix
     from fastloss.contrastive.kernels.arguments import Columns, Rows
+    from fastloss.core.kernels import tile_table
 
-    monkeypatch.setattr(tile_configs, "architecture", lambda device: line)
+    monkeypatch.setattr(tile_table, "target_of", lambda device: line)
     for form, rows, dim, ids in itertools.product((ONE, BOTH, SELF), (200, 4096), (16, 32, 77, 512), (False, True)):
         query = torch.empty(rows, dim, dtype=dtype, device="meta")
         vector = torch.empty(rows, dtype=torch.int64, device="meta") if ids else None

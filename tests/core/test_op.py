@@ -35,6 +35,7 @@ def test_every_public_loss_has_a_case():
         "warmup",
         "cached_step",
         "collect_qk",
+        "similar_pairs",
     )
     losses = {name for name in FUNCTIONS if not name.startswith(others)}
     assert losses <= named, f"no row in tests/conformance/cases for {sorted(losses - named)}"

@@ -19,6 +19,12 @@ interpreted = pytest.mark.skipif(not is_interpreting(), reason="needs the kernel
 ORDINARY = 3  # calls: one as written, one recorded, one replayed, which makes the shortcut
 
 
+@pytest.fixture(autouse=True)
+def plans_are_on(monkeypatch):
+    """Tests that count launches, which may run in the same process, switch them off."""
+    monkeypatch.setattr(plans, "ENABLED", True)
+
+
 @pytest.fixture
 def taken(monkeypatch) -> list[Tensor]:
     """The results of calls that went straight to their plan."""

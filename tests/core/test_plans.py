@@ -24,6 +24,12 @@ pytestmark = pytest.mark.kernels  # run interpreted, see tests/triton/test_aot.p
 interpreted = pytest.mark.skipif(not is_interpreting(), reason="needs the kernels: TRITON_INTERPRET=1")
 
 
+@pytest.fixture(autouse=True)
+def plans_are_on(monkeypatch):
+    """Tests that count launches, which may run in the same process, switch them off."""
+    monkeypatch.setattr(plans, "ENABLED", True)
+
+
 def images() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 9, 17), torch.rand(2, 3, 9, 17, requires_grad=True)
 
