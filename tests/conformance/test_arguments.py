@@ -107,6 +107,9 @@ def test_numpys_numbers_are_numbers(case):
                     assert_same(case.module(**options | {name: spelled})(*args), expected, f"{what}, of a module")
 
 
+ONE_OR_MORE = ("data_range", "window", "sigma")  # options that a number is right for as well
+
+
 @not_interpreted
 @by_case
 def test_any_sequence_is_a_list(case):
@@ -127,7 +130,8 @@ def test_any_sequence_is_a_list(case):
                     expected = case.fn(*args, **options | {name: plain})
                     assert_same(case.fn(*args, **options | {name: array(value)}), expected, f"{name} as an array")
             if isinstance(value, (list, tuple)):
-                for nonsense in ({1.0, 2.0}, {"a": 1.0}, "12", *(() if name == "data_range" else (2.5, np.array(3.0)))):
+                numbers = () if name in ONE_OR_MORE else (2.5, np.array(3.0))
+                for nonsense in ({1.0, 2.0}, {"a": 1.0}, "12", *numbers):
                     refused(case, args, options | {name: nonsense}, name)
 
 

@@ -300,7 +300,7 @@ IMAGE_CASES = [
             {"window": 5, "level_weights": (0.4, 0.6)},
             {"padding": "same", "level_weights": (0.2, 0.8), "sigma": 1.0, "data_range": 2.0},
             {"padding": "same", "level_weights": (0.2, 0.8), "window": 5, "data_range": (-1.0, 1.5)},
-            {"padding": "same", "level_weights": (0.2, 0.8), "window": (3, 5), "odd_sides": "repeat"},
+            {"padding": "same", "level_weights": (0.2, 0.8), "window": 3, "odd_sides": "repeat"},
             {"padding": "same", "level_weights": (0.2, 0.8), "window": 5, "odd_sides": "drop"},
         ],
         bad=[

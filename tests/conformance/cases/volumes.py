@@ -100,6 +100,15 @@ VOLUME_CASES = [
         extra={"reach": 2},
     ),
     Case(
+        "ms_ssim_loss by axis",
+        fastloss.ms_ssim_loss,
+        image_pair,
+        eager_ms_ssim,
+        shapes=((2, 3, 9, 9),),
+        options=[{"padding": "same", "level_weights": (0.2, 0.8), "window": (3, 5), "odd_sides": "repeat"}],
+        extra={"reach": 3},
+    ),
+    Case(
         "ms_ssim_loss of volumes",
         fastloss.ms_ssim_loss,
         image_pair,
