@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -37,12 +38,12 @@ log = logging.getLogger("fastloss")
 R = TypeVar("R", bound="Run")
 
 
-class Run:
+class Run(ABC):
     """The base of a recipe's trainer: what is trained, and where it stands. On several ranks each has a trainer, and
     they do all of it together: a mistake or a failure of one is an error of all.
 
-    A recipe adds what it trains, what one step is and how a model is judged: the methods that raise
-    NotImplementedError, and `_more_state` where the model and the optimiser are not all.
+    A recipe adds what it trains, what one step is and how a model is judged: the abstract methods, and `_more_state`
+    where the model and the optimiser are not all.
     """
 
     recipe: ClassVar[str]  # as the command line has it
@@ -107,42 +108,42 @@ class Run:
 
     # what a recipe says
 
+    @abstractmethod
     def _tokenizer_state(self) -> dict[str, Any] | None:
         """The tokenizer of a new run; None where it has none of its own."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _make(self) -> None:
         """Model and optimiser."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _join_ranks(self) -> None:
         """What needs the other ranks: it may communicate."""
-        raise NotImplementedError
 
+    @abstractmethod
     def train_step(self, batch: dict[str, Any]) -> Tensor:
         """One step; the numbers that the metrics have a column for, still on the device."""
-        raise NotImplementedError
 
+    @abstractmethod
     def model_state(self) -> dict[str, Any]:
         """What the recipe's `load_model` needs."""
-        raise NotImplementedError
 
-    def _metrics(self) -> Metrics:
-        raise NotImplementedError
+    @abstractmethod
+    def _metrics(self) -> Metrics: ...
 
+    @abstractmethod
     def _judge(self) -> dict[str, float]:
         """The figures of the validation split, "score" among them. All ranks call it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _shown(self, latest: dict[str, float]) -> str:
         """The progress bar's line."""
-        raise NotImplementedError
 
     def _more_state(self) -> dict[str, Any]:
         """What a checkpoint has beside the model and the optimiser."""
         return {}
 
-    def _load_more_state(self, content: dict[str, Any]) -> None:
+    def _load_more_state(self, content: dict[str, Any]) -> None:  # noqa: B027 most recipes have nothing more
         """What :meth:`_more_state` gave, from a checkpoint."""
 
     def _score(self) -> str:
